@@ -1,0 +1,43 @@
+//! `xorl-dist`: FSDP-style sharded LoRA fine-tuning of language models.
+//!
+//! The map of the house, one line a room; arrows point down only:
+//!
+//! - [`cli`]: the commands and the command line
+//! - [`train`]: the step, the loop, metrics, progress, signals
+//! - [`infer`]: KV cache and generation
+//! - [`checkpoint`]: PEFT adapter files, training state, atomic publish, resume and reshard
+//! - [`optim`]: AdamW and SGD over flat shards, schedule, clipping
+//! - [`loss`]: causal language-model loss, chunked over tokens and vocabulary
+//! - [`model`]: HF config, families, weight sources, blocks
+//! - [`lora`]: targets, initialisation, modules and their registry
+//! - [`ops`]: operations as explicit forward/backward pairs
+//! - [`data`]: sources, chat template, tokenise, pack, deterministic order, loader
+//! - [`plan`]: bytes, FLOPs and traffic of a configuration: pure
+//! - [`shard`]: who owns which byte of which tensor; stores, ring, adapter shards
+//! - [`comm`]: communicators (solo, MPI), launcher checks, ledger of bytes
+//! - [`mesh`]: ranks to axes and every divisibility rule: pure
+//! - [`config`]: typed `run.yaml`, defaults, validation
+//! - [`rng`]: counter-based random numbers keyed by name
+//! - [`dtype`]: element types of stored and gathered tensors
+//! - [`error`]: the one error type of the crate and its exit codes
+
+pub mod checkpoint;
+pub mod cli;
+pub mod comm;
+pub mod config;
+pub mod data;
+pub mod dtype;
+pub mod error;
+pub mod infer;
+pub mod lora;
+pub mod loss;
+pub mod mesh;
+pub mod model;
+pub mod ops;
+pub mod optim;
+pub mod plan;
+pub mod rng;
+pub mod shard;
+pub mod train;
+
+pub use error::{Error, Result};

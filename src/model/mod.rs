@@ -1,0 +1,3 @@
+//! HF models: config, families, weight sources and the blocks.
+
+pub mod source;
