@@ -1,1 +1,200 @@
-//! To be written.
+//! Communicators: the collectives that sharding needs, over MPI or over nothing (a lone process).
+//!
+//! Every rank of a group calls the same collectives in the same order. Tensor collectives check dtype,
+//! contiguity and length before they call C. Reductions are sums in fp32; bf16 never crosses a reduction.
+
+mod launcher;
+mod ledger;
+mod mpi;
+mod solo;
+
+use std::rc::Rc;
+use tch::{Kind, Tensor};
+
+pub use ledger::{Ledger, Operation};
+
+/// Why ranks could not be started or a collective could not be entered.
+#[derive(Debug, thiserror::Error)]
+pub enum CommError {
+    #[error(
+        "{variable} says {launched} ranks but MPI started {actual}: this launcher does not match the MPI library that \
+         xorl-dist was built with ({library}); use that library's mpirun, or srun --mpi=pmix"
+    )]
+    ForeignLauncher { variable: &'static str, launched: usize, actual: usize, library: String },
+    #[error("MPI could not be initialised; is it initialised already in this process?")]
+    Init,
+    #[error("MPI grants thread level {granted} but a loader thread beside MPI needs Funneled")]
+    Threading { granted: String },
+    #[error("{operation} over {group}: {what} is not contiguous")]
+    NotContiguous { operation: &'static str, group: String, what: &'static str },
+    #[error("{operation} over {group}: {what} has {actual} bytes, expected {expected}")]
+    Length { operation: &'static str, group: String, what: &'static str, actual: usize, expected: usize },
+    #[error("{operation} over {group}: {what} holds {actual:?}, expected {expected:?}")]
+    Dtype { operation: &'static str, group: String, what: &'static str, actual: Kind, expected: Kind },
+    #[error("{operation} over {group}: {bytes} bytes in one message are more than MPI's count can hold")]
+    TooLarge { operation: &'static str, group: String, bytes: usize },
+    #[error("{operation} over {group}: MPI error code {code}")]
+    Mpi { operation: &'static str, group: String, code: i32 },
+}
+
+impl CommError {
+    /// A wrong launcher is the user's to mend, anything else is a failure.
+    pub fn exit_code(&self) -> i32 {
+        if matches!(self, Self::ForeignLauncher { .. }) { 2 } else { 1 }
+    }
+}
+
+/// How small host values are combined over a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reduce {
+    Sum,
+    Max,
+}
+
+/// A collective that was started; its buffers stay alive, and must not be touched, until it is waited for.
+#[must_use = "a started collective is complete only after wait()"]
+pub struct Pending(Option<Box<dyn Completion>>);
+
+/// What a backend has to do to complete a started collective.
+trait Completion {
+    fn wait(self: Box<Self>) -> Result<(), CommError>;
+}
+
+impl Pending {
+    fn done() -> Self {
+        Self(None)
+    }
+
+    fn new(completion: impl Completion + 'static) -> Self {
+        Self(Some(Box::new(completion)))
+    }
+
+    /// Blocks until the result is in the output buffer.
+    pub fn wait(mut self) -> Result<(), CommError> {
+        self.0.take().map_or(Ok(()), |completion| completion.wait())
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        // A transfer in flight must not outlive its buffers, also when an error unwinds past it.
+        if let Some(completion) = self.0.take() {
+            let _ = completion.wait();
+        }
+    }
+}
+
+/// The collectives of one group of ranks.
+pub trait Communicator {
+    /// This process's rank in the group.
+    fn rank(&self) -> usize;
+    /// Ranks in the group.
+    fn size(&self) -> usize;
+    /// The group's name in errors and in the ledger: `world`, `shard`, `replicate`.
+    fn group(&self) -> &str;
+
+    /// Starts gathering `input` [bytes] of every rank into `output` [size × bytes], in rank order. Any dtype.
+    fn start_all_gather(&self, input: &Tensor, output: &Tensor) -> Result<Pending, CommError>;
+
+    /// Sums `input` [size × n] fp32 over the ranks and leaves piece `rank` in `output` [n] fp32.
+    fn reduce_scatter(&self, input: &Tensor, output: &Tensor) -> Result<(), CommError>;
+
+    /// Sums `values` fp32 over the ranks in place; every rank ends with the same bits.
+    fn all_reduce(&self, values: &Tensor) -> Result<(), CommError>;
+
+    /// Combines a few host numbers in place.
+    fn all_reduce_host(&self, values: &mut [f64], how: Reduce) -> Result<(), CommError>;
+
+    /// Every rank's bytes, in rank order; lengths may differ.
+    fn all_gather_host(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError>;
+
+    /// Waits until every rank is here.
+    fn barrier(&self) -> Result<(), CommError>;
+
+    /// Gathers `input` of every rank into `output` and waits.
+    fn all_gather(&self, input: &Tensor, output: &Tensor) -> Result<(), CommError> {
+        self.start_all_gather(input, output)?.wait()
+    }
+}
+
+/// The processes of this run: MPI when a launcher started us, a lone process otherwise.
+pub struct World {
+    mpi: Option<mpi::Runtime>,
+    ledger: Ledger,
+}
+
+impl World {
+    /// Joins the ranks that the launcher started. A lone process never touches MPI.
+    pub fn start() -> Result<Self, CommError> {
+        let launcher = launcher::detect(|name| std::env::var(name).ok());
+        let ledger = Ledger::default();
+        let mpi = if launcher.is_lone() { None } else { Some(mpi::Runtime::start(&launcher)?) };
+        Ok(Self { mpi, ledger })
+    }
+
+    pub fn rank(&self) -> usize {
+        self.mpi.as_ref().map_or(0, mpi::Runtime::rank)
+    }
+
+    pub fn size(&self) -> usize {
+        self.mpi.as_ref().map_or(1, mpi::Runtime::size)
+    }
+
+    /// The bytes that collectives of any group have received.
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// The group of ranks that pass the same `color`, ordered by world rank. Collective over all ranks.
+    pub fn group(&self, name: &str, color: usize) -> Rc<dyn Communicator> {
+        match &self.mpi {
+            Some(runtime) => runtime.group(name, color, self.ledger.clone()),
+            None => Rc::new(solo::Solo::new(name)),
+        }
+    }
+
+    /// Ends all ranks at once with `code`. What the failing rank had to say must be on stderr already.
+    pub fn abort(&self, code: i32) -> ! {
+        match &self.mpi {
+            Some(runtime) => runtime.abort(code),
+            None => std::process::exit(code),
+        }
+    }
+}
+
+/// The version line of the MPI library that this binary is linked to.
+pub fn mpi_library_version() -> String {
+    mpi::library_version()
+}
+
+/// Checks one buffer of a collective.
+fn check(
+    operation: &'static str,
+    group: &str,
+    what: &'static str,
+    tensor: &Tensor,
+    kind: Option<Kind>,
+    expected: usize,
+) -> Result<(), CommError> {
+    if let Some(expected) = kind.filter(|&kind| kind != tensor.kind()) {
+        return Err(CommError::Dtype {
+            operation,
+            group: group.into(),
+            what,
+            actual: tensor.kind(),
+            expected,
+        });
+    }
+    if !tensor.is_contiguous() {
+        return Err(CommError::NotContiguous { operation, group: group.into(), what });
+    }
+    let actual = tensor.numel() * tensor.kind().elt_size_in_bytes();
+    if actual != expected {
+        return Err(CommError::Length { operation, group: group.into(), what, actual, expected });
+    }
+    Ok(())
+}
+
+fn bytes(tensor: &Tensor) -> usize {
+    tensor.numel() * tensor.kind().elt_size_in_bytes()
+}

@@ -1,0 +1,66 @@
+//! Which launcher started this process, from the environment alone, before MPI is touched. Pure.
+
+/// What the environment says of the launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Launch {
+    /// The variable that told, and the number of ranks it names when it names one.
+    found: Option<(&'static str, Option<usize>)>,
+}
+
+/// Variables of the launchers, nearest first: mpirun inside a slurm step sees slurm's variables too.
+/// Slurm's step size counts, not the job's: a plain program in a batch script is not launched by srun.
+const SIZES: [&str; 3] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"];
+/// A PMIx launcher tells a rank its rank, not the size.
+const PMIX_RANK: &str = "PMIX_RANK";
+
+/// Reads the launch from `variable` (the process environment, or a test's table).
+pub(super) fn detect(variable: impl Fn(&str) -> Option<String>) -> Launch {
+    let size = |name: &'static str| Some((name, variable(name)?.trim().parse().ok()?));
+    for name in SIZES {
+        if let Some((name, ranks)) = size(name) {
+            return Launch { found: Some((name, Some(ranks))) };
+        }
+    }
+    Launch { found: variable(PMIX_RANK).map(|_| (PMIX_RANK, None)) }
+}
+
+impl Launch {
+    /// No launcher at all, or one that started a single process.
+    pub(super) fn is_lone(self) -> bool {
+        matches!(self.found, None | Some((_, Some(0 | 1))))
+    }
+
+    /// The variable and the number of ranks it promises, when MPI knows of fewer.
+    pub(super) fn contradicts(self, actual: usize) -> Option<(&'static str, usize)> {
+        match self.found {
+            Some((name, Some(ranks))) if ranks > actual => Some((name, ranks)),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn launch(variables: &[(&str, &str)]) -> Launch {
+        detect(|name| variables.iter().find(|(n, _)| *n == name).map(|(_, v)| v.to_string()))
+    }
+
+    #[test]
+    fn a_process_without_launcher_is_alone() {
+        assert!(launch(&[]).is_lone());
+        assert!(launch(&[("OMPI_COMM_WORLD_SIZE", "1")]).is_lone());
+        assert!(launch(&[("SLURM_STEP_NUM_TASKS", "1")]).is_lone());
+        assert!(!launch(&[("PMIX_RANK", "0")]).is_lone());
+    }
+
+    #[test]
+    fn a_launcher_that_mpi_does_not_know_is_named() {
+        assert_eq!(launch(&[("PMI_SIZE", "4")]).contradicts(1), Some(("PMI_SIZE", 4)));
+        assert_eq!(launch(&[("PMI_SIZE", "4")]).contradicts(4), None);
+        // mpirun -n 2 inside an allocation of 4 tasks: mpirun's word counts.
+        let nested = launch(&[("OMPI_COMM_WORLD_SIZE", "2"), ("SLURM_STEP_NUM_TASKS", "4")]);
+        assert_eq!(nested.contradicts(2), None);
+    }
+}

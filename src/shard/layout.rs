@@ -1,0 +1,197 @@
+//! Which rank owns which byte of which tensor. Pure: no tensors, no ranks of a real run.
+//!
+//! A region is one flat buffer: tensors one after another, each aligned, the whole padded so that it cuts into
+//! equal pieces. Rank i of the shard group owns the i-th contiguous piece, so that one all-gather of the pieces
+//! *is* the buffer that a unit computes from. Offsets do not depend on the number of shards; only the padding at
+//! the end does, which is what lets any world read what another world stored.
+
+use crate::dtype::DType;
+use std::ops::Range;
+
+/// Alignment of a tensor in a base region (bytes): a cache line, and what vector loads like.
+pub const BASE_ALIGN: usize = 64;
+
+/// A run of a region's tensor that comes from one tensor of the model files.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// Name in the model files.
+    pub tensor: String,
+    /// Where the run starts in that tensor (elements).
+    pub start: usize,
+    /// Its length (elements).
+    pub elements: usize,
+}
+
+/// What a region shall hold: one tensor, made of spans in row order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EntrySpec {
+    pub name: String,
+    pub shape: Vec<usize>,
+    pub dtype: DType,
+    pub spans: Vec<Span>,
+}
+
+impl EntrySpec {
+    /// A tensor that is exactly `tensor` of the model files.
+    pub fn whole(name: &str, tensor: String, shape: &[usize], dtype: DType) -> Self {
+        let span = Span { tensor, start: 0, elements: shape.iter().product() };
+        Self { name: name.into(), shape: shape.to_vec(), dtype, spans: vec![span] }
+    }
+}
+
+/// A placed tensor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub spec: EntrySpec,
+    /// First byte in the region.
+    pub offset: usize,
+}
+
+impl Entry {
+    pub fn elements(&self) -> usize {
+        self.spec.shape.iter().product()
+    }
+
+    /// Bytes of the tensor, padding not included.
+    pub fn bytes(&self) -> usize {
+        self.elements() * self.spec.dtype.size()
+    }
+}
+
+/// A run of elements of one file tensor that lies in a rank's piece.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Name in the model files.
+    pub tensor: String,
+    /// Elements of that tensor.
+    pub range: Range<usize>,
+    pub dtype: DType,
+    /// First byte in the rank's piece.
+    pub at: usize,
+}
+
+/// One flat buffer of a unit, cut over a shard group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RegionLayout {
+    pub name: String,
+    pub entries: Vec<Entry>,
+    /// Bytes of the whole buffer, a multiple of alignment × shards.
+    pub padded: usize,
+    pub shards: usize,
+}
+
+impl RegionLayout {
+    /// Places `specs` one after another at multiples of `align` bytes.
+    pub fn new(name: impl Into<String>, specs: Vec<EntrySpec>, shards: usize, align: usize) -> Self {
+        let mut end = 0usize;
+        let mut entries = Vec::with_capacity(specs.len());
+        for spec in specs {
+            let offset = end.next_multiple_of(align);
+            let entry = Entry { spec, offset };
+            end = offset + entry.bytes();
+            entries.push(entry);
+        }
+        Self { name: name.into(), entries, padded: end.next_multiple_of(align * shards), shards }
+    }
+
+    /// Bytes that each rank owns.
+    pub fn piece_bytes(&self) -> usize {
+        self.padded / self.shards
+    }
+
+    /// The region's bytes that `rank` of the shard group owns.
+    pub fn piece(&self, rank: usize) -> Range<usize> {
+        let bytes = self.piece_bytes();
+        rank * bytes..(rank + 1) * bytes
+    }
+
+    /// What `rank` has to read to fill its piece. Every element of every entry is in exactly one rank's list.
+    pub fn reads(&self, rank: usize) -> Vec<Piece> {
+        let own = self.piece(rank);
+        let mut reads = Vec::new();
+        for entry in &self.entries {
+            let size = entry.spec.dtype.size();
+            let mut begin = entry.offset;
+            for span in &entry.spec.spans {
+                let end = begin + span.elements * size;
+                let (from, to) = (begin.max(own.start), end.min(own.end));
+                if from < to {
+                    let range = span.start + (from - begin) / size..span.start + (to - begin) / size;
+                    let (tensor, at) = (span.tensor.clone(), from - own.start);
+                    reads.push(Piece { tensor, range, dtype: entry.spec.dtype, at });
+                }
+                begin = end;
+            }
+        }
+        reads
+    }
+
+    /// The entry called `name`.
+    pub fn index(&self, name: &str) -> Option<usize> {
+        self.entries.iter().position(|entry| entry.spec.name == name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn spec(name: &str, shape: &[usize], dtype: DType) -> EntrySpec {
+        EntrySpec::whole(name, name.into(), shape, dtype)
+    }
+
+    #[test]
+    fn borders_may_cut_a_tensor_and_a_span() {
+        let fused = EntrySpec {
+            name: "qkv".into(),
+            shape: vec![6, 5],
+            dtype: DType::F32,
+            spans: vec![
+                Span { tensor: "q".into(), start: 0, elements: 20 },
+                Span { tensor: "k".into(), start: 0, elements: 10 },
+            ],
+        };
+        let layout = RegionLayout::new("layer", vec![fused], 3, 16);
+        assert_eq!((layout.padded, layout.piece_bytes()), (144, 48));
+        let piece = |tensor: &str, range, at| Piece { tensor: tensor.into(), range, dtype: DType::F32, at };
+        assert_eq!(layout.reads(0), [piece("q", 0..12, 0)]);
+        assert_eq!(layout.reads(1), [piece("q", 12..20, 0), piece("k", 0..4, 32)]);
+        assert_eq!(layout.reads(2), [piece("k", 4..10, 0)]);
+    }
+
+    #[test]
+    fn a_rank_may_own_nothing_but_padding() {
+        let layout = RegionLayout::new("tiny", vec![spec("norm", &[3], DType::F32)], 4, 64);
+        assert_eq!(layout.padded, 256);
+        assert_eq!(layout.reads(0).len(), 1);
+        assert!((1..4).all(|rank| layout.reads(rank).is_empty()));
+    }
+
+    proptest! {
+        #[test]
+        fn reads_tile_every_tensor(
+            shapes in prop::collection::vec((1usize..40, 1usize..40, any::<bool>()), 1..6),
+            shards in 1usize..9,
+        ) {
+            let dtype = |wide: bool| if wide { DType::F32 } else { DType::Bf16 };
+            let specs: Vec<_> = shapes.iter().enumerate()
+                .map(|(i, &(rows, cols, wide))| spec(&i.to_string(), &[rows, cols], dtype(wide))).collect();
+            let layout = RegionLayout::new("unit", specs, shards, BASE_ALIGN);
+            prop_assert_eq!(layout.padded % (BASE_ALIGN * shards), 0);
+            for entry in &layout.entries {
+                prop_assert_eq!(entry.offset % BASE_ALIGN, 0);
+                let mut next = 0;
+                for rank in 0..shards {
+                    for read in layout.reads(rank).into_iter().filter(|read| read.tensor == entry.spec.name) {
+                        prop_assert_eq!(read.range.start, next);
+                        prop_assert_eq!(layout.piece(rank).start + read.at,
+                            entry.offset + read.range.start * entry.spec.dtype.size());
+                        next = read.range.end;
+                    }
+                }
+                prop_assert_eq!(next, entry.elements());
+            }
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! Slots in which units are whole while they compute.
+//!
+//! Unit u goes to slot u mod K. A gather writes the pieces of all ranks straight into the slot, and the weights
+//! of a unit are views of it: nothing is allocated or copied. Because slots are overwritten, nothing that
+//! survives a unit may refer to a slot, and each slot carries the unit that it holds; every use asserts it.
+//! A lone rank owns every piece, so its views are of the store itself and no slot exists.
+
+use super::{RegionLayout, ShardError};
+use crate::{
+    comm::{Communicator, Pending},
+    model::source::WeightSource,
+};
+use std::rc::Rc;
+use tch::{Device, Kind, Tensor};
+
+struct Slot {
+    /// [bytes of the largest unit] u8
+    buffer: Tensor,
+    /// The unit that the buffer holds, or will hold when `pending` is done.
+    unit: Option<usize>,
+    pending: Option<Pending>,
+}
+
+/// The sharded regions of like units (decoder layers, vocabulary chunks) and the slots they share.
+pub struct Ring {
+    name: &'static str,
+    layouts: Vec<RegionLayout>,
+    /// This rank's piece of each unit: [piece bytes] u8.
+    shards: Vec<Tensor>,
+    slots: Vec<Slot>,
+    comm: Rc<dyn Communicator>,
+}
+
+impl Ring {
+    /// A ring over `layouts` with `slots` slots; pieces are zero until filled. All layouts are cut over `comm`.
+    pub fn new(
+        name: &'static str,
+        layouts: Vec<RegionLayout>,
+        slots: usize,
+        comm: Rc<dyn Communicator>,
+        device: Device,
+    ) -> Self {
+        let zeros = |bytes: usize| Tensor::zeros([bytes as i64], (Kind::Uint8, device));
+        let shards = layouts.iter().map(|layout| zeros(layout.piece_bytes())).collect();
+        let largest = layouts.iter().map(|layout| layout.padded).max().unwrap_or(0);
+        let slots = if comm.size() == 1 { 0 } else { slots.clamp(1, layouts.len().max(1)) };
+        let slot = |_| Slot { buffer: zeros(largest), unit: None, pending: None };
+        Self { name, layouts, shards, slots: (0..slots).map(slot).collect(), comm }
+    }
+
+    /// Number of units.
+    pub fn len(&self) -> usize {
+        self.layouts.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.layouts.is_empty()
+    }
+
+    pub fn layout(&self, unit: usize) -> &RegionLayout {
+        &self.layouts[unit]
+    }
+
+    /// This rank's piece of `unit`: [piece bytes] u8.
+    pub fn shard(&self, unit: usize) -> &Tensor {
+        &self.shards[unit]
+    }
+
+    /// Fills this rank's pieces from `source`, reading no other byte.
+    pub fn load(&self, source: &dyn WeightSource) -> Result<(), ShardError> {
+        for (layout, shard) in self.layouts.iter().zip(&self.shards) {
+            for read in layout.reads(self.comm.rank()) {
+                let bytes = read.range.len() * read.dtype.size();
+                let mut staging = vec![0u8; bytes];
+                source.read(&read.tensor, read.range, read.dtype, &mut staging)?;
+                shard.narrow(0, read.at as i64, bytes as i64).copy_(&Tensor::from_slice(&staging));
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes `unit` whole and waits for it. A unit that is still in its slot is not gathered again.
+    pub fn gather(&mut self, unit: usize) -> Result<(), ShardError> {
+        self.prefetch(unit)?;
+        if let Some(slot) = self.slot_of(unit)
+            && let Some(pending) = self.slots[slot].pending.take()
+        {
+            pending.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Starts making `unit` whole, unless it is whole or on its way.
+    pub fn prefetch(&mut self, unit: usize) -> Result<(), ShardError> {
+        let Some(index) = self.slot_of(unit) else { return Ok(()) };
+        let slot = &mut self.slots[index];
+        if slot.unit == Some(unit) {
+            return Ok(());
+        }
+        if let Some(pending) = slot.pending.take() {
+            pending.wait()?;
+        }
+        slot.unit = Some(unit);
+        let output = slot.buffer.narrow(0, 0, self.layouts[unit].padded as i64);
+        slot.pending = Some(self.comm.start_all_gather(&self.shards[unit], &output)?);
+        Ok(())
+    }
+
+    /// Starts making `unit` whole if that leaves the slot of `current` alone.
+    pub fn prefetch_beside(&mut self, unit: usize, current: usize) -> Result<(), ShardError> {
+        if self.slot_of(unit) == self.slot_of(current) {
+            return Ok(());
+        }
+        self.prefetch(unit)
+    }
+
+    /// The shards have changed: what the slots hold is stale.
+    pub fn invalidate(&mut self) -> Result<(), ShardError> {
+        for slot in &mut self.slots {
+            if let Some(pending) = slot.pending.take() {
+                pending.wait()?;
+            }
+            slot.unit = None;
+        }
+        Ok(())
+    }
+
+    /// Entry `entry` of `unit`, a view in its dtype and shape, valid until another unit takes the slot.
+    pub fn view(&self, unit: usize, entry: usize) -> Result<Tensor, ShardError> {
+        let buffer = match self.slot_of(unit) {
+            None => &self.shards[unit],
+            Some(index) => {
+                let slot = &self.slots[index];
+                if slot.unit != Some(unit) || slot.pending.is_some() {
+                    let held = slot.unit.map_or("nothing", |held| self.layouts[held].name.as_str());
+                    return Err(ShardError::WrongUnit {
+                        ring: self.name,
+                        wanted: self.layouts[unit].name.clone(),
+                        held: if slot.pending.is_some() {
+                            format!("{held}, not yet gathered")
+                        } else {
+                            held.into()
+                        },
+                    });
+                }
+                &slot.buffer
+            }
+        };
+        view(buffer, &self.layouts[unit], entry)
+    }
+
+    fn slot_of(&self, unit: usize) -> Option<usize> {
+        (!self.slots.is_empty()).then(|| unit % self.slots.len())
+    }
+}
+
+/// Entry `entry` of a whole region in `buffer` [bytes] u8, as a view of its dtype and shape.
+fn view(buffer: &Tensor, layout: &RegionLayout, entry: usize) -> Result<Tensor, ShardError> {
+    let entry = &layout.entries[entry];
+    let shape: Vec<i64> = entry.spec.shape.iter().map(|&n| n as i64).collect();
+    let bytes = buffer.f_narrow(0, entry.offset as i64, entry.bytes() as i64)?;
+    Ok(bytes.f_view_dtype(entry.spec.dtype.kind())?.f_view(&shape[..])?)
+}
