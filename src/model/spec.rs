@@ -44,6 +44,46 @@ pub struct ModelSpec {
     pub initializer_range: f64,
 }
 
+impl ModelSpec {
+    /// HF names and shapes of all tensors of the model.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let (hidden, wide) = (self.hidden_size, self.intermediate_size);
+        let (q, kv) = (self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim);
+        let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![self.vocab_size, hidden])];
+        for layer in 0..self.num_layers {
+            let mut add = |name: &str, shape: &[usize]| {
+                tensors.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
+            };
+            let linears = [
+                ("self_attn.q_proj", q, hidden, self.qkv_bias),
+                ("self_attn.k_proj", kv, hidden, self.qkv_bias),
+                ("self_attn.v_proj", kv, hidden, self.qkv_bias),
+                ("self_attn.o_proj", hidden, q, self.o_bias),
+                ("mlp.gate_proj", wide, hidden, self.mlp_bias),
+                ("mlp.up_proj", wide, hidden, self.mlp_bias),
+                ("mlp.down_proj", hidden, wide, self.mlp_bias),
+            ];
+            for (name, output, input, bias) in linears {
+                add(&format!("{name}.weight"), &[output, input]);
+                if bias {
+                    add(&format!("{name}.bias"), &[output]);
+                }
+            }
+            if self.qk_norm {
+                add("self_attn.q_norm.weight", &[self.head_dim]);
+                add("self_attn.k_norm.weight", &[self.head_dim]);
+            }
+            add("input_layernorm.weight", &[hidden]);
+            add("post_attention_layernorm.weight", &[hidden]);
+        }
+        tensors.push(("model.norm.weight".to_owned(), vec![hidden]));
+        if !self.tie_word_embeddings {
+            tensors.push(("lm_head.weight".to_owned(), vec![self.vocab_size, hidden]));
+        }
+        tensors
+    }
+}
+
 impl RopeSpec {
     /// Radians per position of each pair: `[head_dim / 2]`, as transformers computes them.
     pub fn inv_freq(&self, head_dim: usize) -> Vec<f32> {

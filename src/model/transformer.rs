@@ -87,6 +87,11 @@ impl Batch {
         }
     }
 
+    /// All tokens.
+    pub fn tokens(&self) -> usize {
+        self.ids.numel()
+    }
+
     /// Tokens that carry loss.
     pub fn valid_tokens(&self) -> usize {
         self.targets.ge(0).sum(Kind::Int64).int64_value(&[]) as usize
@@ -287,6 +292,44 @@ impl Transformer {
             }
         }
         self.adapter.refresh()
+    }
+
+    /// Parameters of which this rank owns a gradient element that is not finite.
+    pub fn non_finite_gradients(&self) -> Vec<String> {
+        let mut names = Vec::new();
+        for (unit, parameters) in self.parameters().into_iter().enumerate() {
+            let owned = self.adapter.owned(unit);
+            for parameter in parameters {
+                let start = self.adapter.elements(unit, parameter.entry).start + parameter.first;
+                let end = start + parameter.shape[0] * parameter.shape[1];
+                let (from, to) = (start.max(owned.start), end.min(owned.end));
+                if from < to {
+                    let (at, n) = ((from - owned.start) as i64, (to - from) as i64);
+                    let finite = self.adapter.gradient(unit).narrow(0, at, n).isfinite().all();
+                    if finite.int64_value(&[]) == 0 {
+                        names.push(parameter.name);
+                    }
+                }
+            }
+        }
+        names
+    }
+
+    /// Every logical parameter with its whole fp32 values, row-major, on every rank of the shard group. Collective.
+    pub fn whole_adapter(&self) -> Result<Vec<(Parameter, Vec<f32>)>, ShardError> {
+        let mut whole = Vec::new();
+        for (unit, parameters) in self.parameters().into_iter().enumerate() {
+            if parameters.is_empty() {
+                continue;
+            }
+            let flat = self.adapter.whole_master(unit)?;
+            for parameter in parameters {
+                let start = self.adapter.elements(unit, parameter.entry).start + parameter.first;
+                let values = flat.narrow(0, start as i64, (parameter.shape[0] * parameter.shape[1]) as i64);
+                whole.push((parameter, Vec::<f32>::try_from(values)?));
+            }
+        }
+        Ok(whole)
     }
 
     /// Fresh A and B, the same bits in every topology.
