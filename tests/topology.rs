@@ -55,7 +55,8 @@ fn row(step: usize, row: usize) -> (Vec<i64>, Vec<i64>, Vec<usize>) {
     let lengths = vec![3 + (row * 5 + step) % 7, 1 + row % 4];
     let n: usize = lengths.iter().sum();
     let ids: Vec<i64> = (0..n).map(|i| stream.below(i as u64, VOCAB as u64) as i64).collect();
-    let labels = ids.iter().enumerate().map(|(i, &id)| if (i + row) % 3 == 0 { -100 } else { id }).collect();
+    let labels =
+        ids.iter().enumerate().map(|(i, &id)| if (i + row).is_multiple_of(3) { -100 } else { id }).collect();
     (ids, labels, lengths)
 }
 

@@ -1,6 +1,8 @@
 //! HF models: weight sources, what a layer is made of, and the blocks that compute it.
 
 pub mod block;
+pub mod family;
+pub mod hf_config;
 pub mod layer;
 pub mod source;
 pub mod spec;
