@@ -93,10 +93,10 @@ pub trait Communicator {
     /// The group's name in errors and in the ledger: `world`, `shard`, `replicate`.
     fn group(&self) -> &str;
 
-    /// Starts gathering `input` [bytes] of every rank into `output` [size × bytes], in rank order. Any dtype.
+    /// Starts gathering `input` `[bytes]` of every rank into `output` `[size × bytes]`, in rank order. Any dtype.
     fn start_all_gather(&self, input: &Tensor, output: &Tensor) -> Result<Pending, CommError>;
 
-    /// Sums `input` [size × n] fp32 over the ranks and leaves piece `rank` in `output` [n] fp32.
+    /// Sums `input` `[size × n]` fp32 over the ranks and leaves piece `rank` in `output` `[n]` fp32.
     fn reduce_scatter(&self, input: &Tensor, output: &Tensor) -> Result<(), CommError>;
 
     /// Sums `values` fp32 over the ranks in place; every rank ends with the same bits.

@@ -88,7 +88,7 @@ impl Mpi {
         // SAFETY: these are handles that MPI defines; reading them has no precondition after MPI_Init.
         let units = unsafe { [(1, ffi::RSMPI_UINT8_T), (4, ffi::RSMPI_UINT32_T), (8, ffi::RSMPI_UINT64_T)] };
         for (unit, datatype) in units {
-            if bytes % unit == 0
+            if bytes.is_multiple_of(unit)
                 && let Ok(count) = i32::try_from(bytes / unit)
             {
                 return Ok((count, datatype));

@@ -6,7 +6,7 @@ pub const IGNORE_INDEX: i64 = -100;
 /// One row: a sample, or a pack of documents, formed before and independently of the world.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Row {
-    /// Token ids [tokens].
+    /// Token ids `[tokens]`.
     pub input_ids: Vec<i64>,
     /// Aligned with `input_ids` (not shifted), [`IGNORE_INDEX`] where there is no loss.
     pub labels: Vec<i64>,

@@ -1,3 +1,9 @@
-//! HF models: config, families, weight sources and the blocks.
+//! HF models: weight sources, what a layer is made of, and the blocks that compute it.
 
+pub mod block;
+pub mod layer;
 pub mod source;
+pub mod spec;
+pub mod transformer;
+
+pub use spec::{ModelSpec, RopeScaling, RopeSpec};

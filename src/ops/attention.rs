@@ -66,7 +66,7 @@ impl Heads {
     }
 }
 
-/// o [tokens, query·dim] and L [tokens·query] fp32 (by run, document, head, token) from fused q|k|v.
+/// o [tokens, query·dim] and L `[tokens·query]` fp32 (by run, document, head, token) from fused q|k|v.
 pub fn forward(qkv: &Tensor, heads: Heads, documents: &Documents) -> (Tensor, Tensor) {
     let tokens = qkv.size()[0];
     let out = Tensor::empty([tokens, heads.query * heads.dim], (qkv.kind(), qkv.device()));

@@ -9,7 +9,7 @@
 use std::ops::Range;
 use tch::{Kind, Tensor};
 
-/// Frozen weight [out, in] and bias [out], in compute dtype.
+/// Frozen weight [out, in] and bias `[out]`, in compute dtype.
 pub struct Base {
     pub weight: Tensor,
     pub bias: Option<Tensor>,
@@ -40,34 +40,46 @@ pub struct AdapterGradient {
     pub b: Vec<Tensor>,
 }
 
-/// y [tokens, out] from x [tokens, in], written to `out`; returns h [tokens, Σ rank] when there is an adapter.
-pub fn forward(x: &Tensor, base: &Base, adapter: Option<&Adapter>, out: &Tensor) -> Option<Tensor> {
-    let mut out = out.shallow_clone();
-    match &base.bias {
-        Some(bias) => out.copy_(&bias.addmm(x, &base.weight.tr())),
-        None => {
-            let _ = x.mm_out(&out, &base.weight.tr());
+/// y `[tokens, out]` from x `[tokens, in]`, written to `out`; returns h `[tokens, Σ rank]` when there is an adapter.
+/// `bases` are the frozen layers whose outputs lie side by side in `out`: one, or the split parts of a projection.
+pub fn forward(x: &Tensor, bases: &[Base], adapter: Option<&Adapter>, out: &Tensor) -> Option<Tensor> {
+    for (base, range) in with_columns(bases) {
+        let mut out = columns(out, &range);
+        match &base.bias {
+            Some(bias) => out.copy_(&bias.addmm(x, &base.weight.tr())),
+            None if bases.len() == 1 => {
+                let _ = x.mm_out(&out, &base.weight.tr());
+            }
+            None => out.copy_(&x.mm(&base.weight.tr())),
         }
     }
     let adapter = adapter?;
     let h = x.mm(&adapter.a.tr());
     for part in &adapter.parts {
-        let mut slice = columns(&out, &part.out);
+        let mut slice = columns(out, &part.out);
         let scaled = columns(&h, &part.ranks) * adapter.scaling;
         let _ = slice.addmm_(&scaled, &part.b.tr());
     }
     Some(h)
 }
 
-/// dx [tokens, in] from dy [tokens, out], with the saved x and h; adds the adapter's gradients.
+/// dx `[tokens, in]` from dy `[tokens, out]`, with the saved x and h; adds the adapter's gradients.
 pub fn backward(
     d_y: &Tensor,
     x: &Tensor,
     h: Option<&Tensor>,
-    base: &Base,
+    bases: &[Base],
     adapter: Option<(&Adapter, &AdapterGradient)>,
 ) -> Tensor {
-    let mut d_x = d_y.mm(&base.weight);
+    let mut d_x = Tensor::empty(x.size(), (x.kind(), x.device()));
+    for (i, (base, range)) in with_columns(bases).enumerate() {
+        let d_part = columns(d_y, &range);
+        if i == 0 {
+            let _ = d_part.mm_out(&d_x, &base.weight);
+        } else {
+            let _ = d_x.addmm_(&d_part, &base.weight);
+        }
+    }
     let (Some((adapter, gradient)), Some(h)) = (adapter, h) else { return d_x };
     let g = h.empty_like();
     for (part, d_b) in adapter.parts.iter().zip(&gradient.b) {
@@ -78,6 +90,15 @@ pub fn backward(
     add_product(&gradient.a, &g.tr(), x);
     let _ = d_x.addmm_(&g, &adapter.a);
     d_x
+}
+
+/// Each base with its output columns.
+fn with_columns(bases: &[Base]) -> impl Iterator<Item = (&Base, Range<i64>)> {
+    bases.iter().scan(0, |end, base| {
+        let start = *end;
+        *end += base.weight.size()[0];
+        Some((base, start..*end))
+    })
 }
 
 fn columns(x: &Tensor, range: &Range<i64>) -> Tensor {
@@ -114,21 +135,24 @@ mod tests {
             let expected = autograd(&reference, &d_y, &[&x, &a, &b_q, &b_v]);
 
             let _guard = tch::no_grad_guard();
-            let base = Base { weight: w.detach(), bias: Some(bias.detach()) };
+            let (w, bias) = (w.detach(), bias.detach());
+            let rows = |from, n| Base { weight: w.narrow(0, from, n), bias: Some(bias.narrow(0, from, n)) };
             let parts = vec![
                 Part { out: 0..4, ranks: 0..2, b: b_q.detach() },
                 Part { out: 7..10, ranks: 2..5, b: b_v.detach() },
             ];
             let adapter = Adapter { a: a.detach(), parts, scaling: 0.5 };
-            let gradient = AdapterGradient { a: a.zeros_like(), b: vec![b_q.zeros_like(), b_v.zeros_like()] };
-            let y = Tensor::zeros([tokens, 10], (Kind::Double, x.device()));
-            let h = forward(&x.detach(), &base, Some(&adapter), &y);
-            assert!(distance(&y, &reference) < 1e-12);
-            let d_x = backward(&d_y, &x.detach(), h.as_ref(), &base, Some((&adapter, &gradient)));
-            for (ours, theirs) in
-                [&d_x, &gradient.a, &gradient.b[0], &gradient.b[1]].into_iter().zip(&expected)
-            {
-                assert!(distance(ours, theirs) < 1e-12, "{}", distance(ours, theirs));
+            for bases in [vec![rows(0, 10)], vec![rows(0, 4), rows(4, 3), rows(7, 3)]] {
+                let gradient =
+                    AdapterGradient { a: a.zeros_like(), b: vec![b_q.zeros_like(), b_v.zeros_like()] };
+                let y = Tensor::zeros([tokens, 10], (Kind::Double, x.device()));
+                let h = forward(&x.detach(), &bases, Some(&adapter), &y);
+                assert!(distance(&y, &reference) < 1e-12);
+                let d_x = backward(&d_y, &x.detach(), h.as_ref(), &bases, Some((&adapter, &gradient)));
+                let ours = [&d_x, &gradient.a, &gradient.b[0], &gradient.b[1]];
+                for (ours, theirs) in ours.into_iter().zip(&expected) {
+                    assert!(distance(ours, theirs) < 1e-12, "{}", distance(ours, theirs));
+                }
             }
         }
     }

@@ -10,7 +10,7 @@ fn wide(x: &Tensor) -> Kind {
     if x.kind() == Kind::Double { Kind::Double } else { Kind::Float }
 }
 
-/// Normalises the last dimension of x [..., n] with weight w [n]; returns y in x's dtype and r [..., 1] fp32.
+/// Normalises the last dimension of x [..., n] with weight w `[n]`; returns y in x's dtype and r [..., 1] fp32.
 pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
     let wide_x = x.to_kind(wide(x));
     let r = (wide_x.square().mean_dim(-1, true, None) + eps).rsqrt();

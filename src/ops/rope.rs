@@ -20,7 +20,7 @@ impl RopeTable {
         Self { inv_freq, cos: empty.copy(), sin: empty }
     }
 
-    /// cos and sin of `positions` [tokens] i64, which are below `length`: each [tokens, 1, head_dim / 2].
+    /// cos and sin of `positions` `[tokens]` i64, which are below `length`: each [tokens, 1, head_dim / 2].
     pub fn at(&mut self, positions: &Tensor, length: usize) -> (Tensor, Tensor) {
         if (self.cos.size()[0] as usize) < length {
             let steps = Tensor::arange(length as i64, (Kind::Float, self.inv_freq.device()));

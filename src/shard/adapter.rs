@@ -13,12 +13,12 @@ use tch::{Device, Kind, Tensor};
 /// Elements between two tensors of an adapter region are a multiple of this, whatever the dtype.
 pub const ADAPTER_ALIGN: usize = 32;
 
-/// One unit's adapter on this rank. All tensors are flat fp32 [piece elements].
+/// One unit's adapter on this rank. All tensors are flat fp32 `[piece elements]`.
 struct Unit {
     master: Tensor,
     /// The reduced gradient of this rank's piece, summed over micro-batches.
     gradient: Tensor,
-    /// The gradient of the whole unit, before it is reduced: [all elements]. A lone rank's is `gradient`.
+    /// The gradient of the whole unit, before it is reduced: `[all elements]`. A lone rank's is `gradient`.
     full: Option<Tensor>,
 }
 
@@ -90,12 +90,12 @@ impl AdapterShards {
         start..start + entry.elements()
     }
 
-    /// fp32 master of this rank's piece of `unit`: [piece elements].
+    /// fp32 master of this rank's piece of `unit`: `[piece elements]`.
     pub fn master(&self, unit: usize) -> &Tensor {
         &self.units[unit].master
     }
 
-    /// Reduced fp32 gradient of this rank's piece of `unit`: [piece elements].
+    /// Reduced fp32 gradient of this rank's piece of `unit`: `[piece elements]`.
     pub fn gradient(&self, unit: usize) -> &Tensor {
         &self.units[unit].gradient
     }
@@ -190,12 +190,12 @@ impl AdapterShards {
         }
     }
 
-    /// The whole fp32 masters of `unit` [elements], on every rank of the shard group. Collective.
+    /// The whole fp32 masters of `unit` `[elements]`, on every rank of the shard group. Collective.
     pub fn whole_master(&self, unit: usize) -> Result<Tensor, ShardError> {
         self.whole(&self.units[unit].master)
     }
 
-    /// The whole of a flat fp32 piece [elements], on every rank of the shard group. Collective.
+    /// The whole of a flat fp32 piece `[elements]`, on every rank of the shard group. Collective.
     pub fn whole(&self, piece: &Tensor) -> Result<Tensor, ShardError> {
         if self.shard.size() == 1 {
             return Ok(piece.shallow_clone());

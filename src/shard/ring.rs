@@ -14,7 +14,7 @@ use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 
 struct Slot {
-    /// [bytes of the largest unit] u8
+    /// `[bytes of the largest unit]` u8
     buffer: Tensor,
     /// The unit that the buffer holds, or will hold when `pending` is done.
     unit: Option<usize>,
@@ -25,7 +25,7 @@ struct Slot {
 pub struct Ring {
     name: &'static str,
     layouts: Vec<RegionLayout>,
-    /// This rank's piece of each unit: [piece bytes] u8.
+    /// This rank's piece of each unit: `[piece bytes]` u8.
     shards: Vec<Tensor>,
     slots: Vec<Slot>,
     comm: Rc<dyn Communicator>,
@@ -61,7 +61,7 @@ impl Ring {
         &self.layouts[unit]
     }
 
-    /// This rank's piece of `unit`: [piece bytes] u8.
+    /// This rank's piece of `unit`: `[piece bytes]` u8.
     pub fn shard(&self, unit: usize) -> &Tensor {
         &self.shards[unit]
     }
@@ -154,7 +154,7 @@ impl Ring {
     }
 }
 
-/// Entry `entry` of a whole region in `buffer` [bytes] u8, as a view of its dtype and shape.
+/// Entry `entry` of a whole region in `buffer` `[bytes]` u8, as a view of its dtype and shape.
 fn view(buffer: &Tensor, layout: &RegionLayout, entry: usize) -> Result<Tensor, ShardError> {
     let entry = &layout.entries[entry];
     let shape: Vec<i64> = entry.spec.shape.iter().map(|&n| n as i64).collect();

@@ -1,0 +1,271 @@
+//! Which logical adapters a run trains. Pure: names in, names out.
+//!
+//! A *site* is one adapter: a leaf (`q_proj`) on a slice of a linear layer's output, or a fused target
+//! (`qkv_proj`) on the whole of it. Base GEMMs may be fused or split; sites do not depend on that.
+
+use std::collections::BTreeMap;
+use wildmatch::WildMatch;
+
+/// What kind of module a site adapts; the key of [`LORA_MAPPING`](super::LORA_MAPPING).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SiteKind {
+    Linear,
+}
+
+/// Leaves that one fused target covers: q, k, v of an attention, gate and up of an MLP, or a single projection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Projection {
+    /// Dotted path of the parent module: `model.layers.3.self_attn`.
+    pub parent: String,
+    /// The fused target's name (`qkv_proj`); `None` for a projection that is one leaf.
+    pub fused: Option<&'static str>,
+    /// Leaves in output order, with their widths.
+    pub leaves: Vec<(&'static str, usize)>,
+    /// Width of the input.
+    pub input: usize,
+}
+
+/// One adapter: A `[rank, input]`, B `[Σ leaf widths, rank]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Site {
+    pub kind: SiteKind,
+    pub parent: String,
+    /// The target's own name: a leaf or a fused name.
+    pub name: &'static str,
+    /// The leaves that it covers, with their widths.
+    pub leaves: Vec<(&'static str, usize)>,
+    /// First output column, counted over the projection's leaves.
+    pub first: usize,
+    pub input: usize,
+}
+
+impl Site {
+    /// Dotted path: `model.layers.3.self_attn.q_proj`.
+    pub fn path(&self) -> String {
+        format!("{}.{}", self.parent, self.name)
+    }
+
+    /// Width of the output.
+    pub fn output(&self) -> usize {
+        self.leaves.iter().map(|(_, width)| width).sum()
+    }
+}
+
+/// Why targets cannot be resolved.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TargetError {
+    #[error("lora.lora_target_modules: {target} matches nothing; this model has {known}")]
+    NoMatch { target: String, known: String },
+    #[error("lora.lora_target_modules: {path} is adapted twice, by itself and by {fused}; name one of them")]
+    Twice { path: String, fused: &'static str },
+    #[error("lora.lora_target_modules: the list is empty; leave it out for the default of the family")]
+    Empty,
+}
+
+/// Every linear layer of the blocks, as PEFT means it.
+const ALL_LINEAR: &str = "all-linear";
+
+/// The sites of `projections` that `targets` name (`default` when null), in the order of `projections`.
+pub fn resolve(
+    projections: &[Projection],
+    targets: Option<&[String]>,
+    default: &[&str],
+) -> Result<Vec<Site>, TargetError> {
+    let owned: Vec<String>;
+    let targets = match targets {
+        Some(targets) => targets,
+        None => {
+            owned = default.iter().map(|name| name.to_string()).collect();
+            &owned
+        }
+    };
+    if targets.is_empty() {
+        return Err(TargetError::Empty);
+    }
+    let patterns: Vec<Pattern> = targets.iter().map(|target| Pattern::new(target)).collect();
+    let mut matched = vec![false; patterns.len()];
+    let mut sites = Vec::new();
+    for projection in projections {
+        let mut wanted = |name: &str, fused: bool| {
+            let mut any = false;
+            for (pattern, matched) in patterns.iter().zip(&mut matched) {
+                if pattern.matches(&projection.parent, name, fused) {
+                    (*matched, any) = (true, true);
+                }
+            }
+            any
+        };
+        let fused = projection.fused.filter(|name| wanted(name, true));
+        let mut first = 0;
+        let site = |name, leaves, first| Site {
+            kind: SiteKind::Linear,
+            parent: projection.parent.clone(),
+            name,
+            leaves,
+            first,
+            input: projection.input,
+        };
+        for &(leaf, width) in &projection.leaves {
+            if wanted(leaf, false) {
+                let leaf_site = site(leaf, vec![(leaf, width)], first);
+                if let Some(fused) = fused {
+                    return Err(TargetError::Twice { path: leaf_site.path(), fused });
+                }
+                sites.push(leaf_site);
+            }
+            first += width;
+        }
+        if let Some(name) = fused {
+            sites.push(site(name, projection.leaves.clone(), 0));
+        }
+    }
+    if let Some(target) = matched.iter().position(|matched| !matched) {
+        return Err(TargetError::NoMatch { target: targets[target].clone(), known: known(projections) });
+    }
+    Ok(sites)
+}
+
+fn known(projections: &[Projection]) -> String {
+    let mut names: Vec<&str> = Vec::new();
+    for projection in projections {
+        for name in projection.leaves.iter().map(|(leaf, _)| *leaf).chain(projection.fused) {
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+    }
+    format!("{} and {ALL_LINEAR}", names.join(", "))
+}
+
+/// Trainable parameters by target name, in the order of first appearance by name.
+pub fn parameters_by_name(sites: &[Site], rank: usize) -> BTreeMap<&'static str, usize> {
+    let mut counts = BTreeMap::new();
+    for site in sites {
+        *counts.entry(site.name).or_default() += rank * (site.input + site.output());
+    }
+    counts
+}
+
+enum Pattern {
+    AllLinear,
+    Leaf(String),
+    /// A glob over the dotted path; `[0-7]` ranges are expanded into alternatives.
+    Glob(Vec<WildMatch>),
+}
+
+impl Pattern {
+    fn new(target: &str) -> Self {
+        if target == ALL_LINEAR {
+            Self::AllLinear
+        } else if target.contains(['*', '?', '[', '.']) {
+            Self::Glob(expand(target).iter().map(|glob| WildMatch::new(glob)).collect())
+        } else {
+            Self::Leaf(target.to_owned())
+        }
+    }
+
+    fn matches(&self, parent: &str, name: &str, fused: bool) -> bool {
+        match self {
+            Self::AllLinear => !fused,
+            Self::Leaf(leaf) => leaf == name,
+            Self::Glob(globs) => {
+                // A glob may start at any component: `layers.3.*` means `model.layers.3.*`. A fused name is meant
+                // only when the glob ends in it, or `*_proj` would adapt everything twice.
+                let path = format!("{parent}.{name}");
+                let starts = std::iter::once(0).chain(path.match_indices('.').map(|(at, _)| at + 1));
+                let mut suffixes = starts.map(|at| &path[at..]);
+                suffixes.any(|suffix| {
+                    globs.iter().any(|glob| {
+                        glob.matches(suffix) && (!fused || glob.to_string().rsplit('.').next() == Some(name))
+                    })
+                })
+            }
+        }
+    }
+}
+
+/// Expands each `[a-b]` or `[a,b]` of numbers into one glob per number; anything else stays literal.
+fn expand(glob: &str) -> Vec<String> {
+    let Some((head, rest)) = glob.split_once('[') else { return vec![glob.to_owned()] };
+    let Some((set, tail)) = rest.split_once(']') else { return vec![glob.to_owned()] };
+    let mut numbers = Vec::new();
+    for item in set.split(',') {
+        let (from, to) = item.split_once('-').unwrap_or((item, item));
+        match (from.trim().parse::<usize>(), to.trim().parse::<usize>()) {
+            // No model has so many layers: a larger range is a typing error and matches nothing.
+            (Ok(from), Ok(to)) if to.saturating_sub(from) < 10_000 => numbers.extend(from..=to),
+            _ => return vec![glob.to_owned()],
+        }
+    }
+    let tails = expand(tail);
+    numbers.iter().flat_map(|n| tails.iter().map(move |tail| format!("{head}{n}{tail}"))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn projections() -> Vec<Projection> {
+        let layer = |l: usize| {
+            let projection = |parent: &str, fused, leaves: &[(&'static str, usize)], input| Projection {
+                parent: format!("model.layers.{l}.{parent}"),
+                fused,
+                leaves: leaves.to_vec(),
+                input,
+            };
+            [
+                projection("self_attn", Some("qkv_proj"), &[("q_proj", 8), ("k_proj", 4), ("v_proj", 4)], 6),
+                projection("self_attn", None, &[("o_proj", 6)], 8),
+                projection("mlp", Some("gate_up_proj"), &[("gate_proj", 10), ("up_proj", 10)], 6),
+                projection("mlp", None, &[("down_proj", 6)], 10),
+            ]
+        };
+        (0..12).flat_map(layer).collect()
+    }
+
+    fn paths(targets: &[&str]) -> Result<Vec<String>, TargetError> {
+        let targets: Vec<String> = targets.iter().map(|t| t.to_string()).collect();
+        Ok(resolve(&projections(), Some(&targets), &[])?.iter().map(Site::path).collect())
+    }
+
+    #[test]
+    fn leaves_fused_names_globs_and_all() {
+        assert_eq!(paths(&["q_proj"]).unwrap().len(), 12);
+        assert_eq!(paths(&["all-linear"]).unwrap().len(), 12 * 7);
+        assert_eq!(paths(&["qkv_proj", "down_proj"]).unwrap().len(), 24);
+        assert_eq!(paths(&["layers.[0-7].*.q_proj"]).unwrap().len(), 8);
+        assert_eq!(
+            paths(&["layers.[1,10].mlp.*_proj"]).unwrap(),
+            [
+                "model.layers.1.mlp.gate_proj",
+                "model.layers.1.mlp.up_proj",
+                "model.layers.1.mlp.down_proj",
+                "model.layers.10.mlp.gate_proj",
+                "model.layers.10.mlp.up_proj",
+                "model.layers.10.mlp.down_proj",
+            ]
+        );
+        assert_eq!(paths(&["layers.1.self_attn.qkv_proj"]).unwrap(), ["model.layers.1.self_attn.qkv_proj"]);
+        assert_eq!(paths(&["*.qkv_proj"]).unwrap().len(), 12);
+    }
+
+    #[test]
+    fn sites_know_their_columns() {
+        let sites = resolve(&projections()[..1], Some(&["v_proj".into()]), &[]).unwrap();
+        assert_eq!((sites[0].first, sites[0].output(), sites[0].input), (12, 4, 6));
+        let sites = resolve(&projections(), None, &["qkv_proj"]).unwrap();
+        assert_eq!((sites[0].first, sites[0].output()), (0, 16));
+        assert_eq!(parameters_by_name(&sites, 2)["qkv_proj"], 12 * 2 * (6 + 16));
+    }
+
+    #[test]
+    fn what_cannot_be_meant_is_refused() {
+        let error = paths(&["q_proj", "w1"]).unwrap_err();
+        assert!(
+            matches!(&error, TargetError::NoMatch { target, known } if target == "w1" && known.contains("qkv_proj"))
+        );
+        assert!(matches!(paths(&["layers.[90-95].*"]), Err(TargetError::NoMatch { .. })));
+        assert!(matches!(paths(&["q_proj", "qkv_proj"]), Err(TargetError::Twice { fused: "qkv_proj", .. })));
+        assert_eq!(paths(&[]), Err(TargetError::Empty));
+    }
+}

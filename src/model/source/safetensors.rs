@@ -1,0 +1,217 @@
+//! HF directories: `model.safetensors`, or the shards that `model.safetensors.index.json` lists. Files are mapped,
+//! and only the asked-for elements are touched.
+
+use super::{SourceError, TensorMeta, WeightSource, check_range, unknown};
+use crate::dtype::DType;
+use memmap2::Mmap;
+use safetensors::{Dtype, SafeTensors};
+use std::{
+    cell::Cell,
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
+    ops::Range,
+    path::{Path, PathBuf},
+};
+
+struct Located {
+    file: usize,
+    /// First byte in the file.
+    start: usize,
+    meta: TensorMeta,
+}
+
+/// The tensors of an HF model directory.
+pub struct SafetensorsSource {
+    maps: Vec<Mmap>,
+    tensors: BTreeMap<String, Located>,
+    read: Cell<u64>,
+}
+
+impl SafetensorsSource {
+    /// Maps the files of `directory` and reads their headers.
+    pub fn open(directory: &Path) -> Result<Self, SourceError> {
+        let (single, index) =
+            (directory.join("model.safetensors"), directory.join("model.safetensors.index.json"));
+        let files = if index.is_file() {
+            shards_of(directory, &index)?
+        } else if single.is_file() {
+            vec![single]
+        } else {
+            return Err(SourceError::NoWeights { path: directory.to_owned() });
+        };
+        let mut source = Self { maps: Vec::new(), tensors: BTreeMap::new(), read: Cell::new(0) };
+        for path in files {
+            source.add(&path)?;
+        }
+        Ok(source)
+    }
+
+    fn add(&mut self, path: &Path) -> Result<(), SourceError> {
+        let io = |error| SourceError::Io { path: path.to_owned(), error };
+        let format = |reason: String| SourceError::Format { path: path.to_owned(), reason };
+        let file = File::open(path).map_err(io)?;
+        // SAFETY: model files are not written while a run reads them; a file that shrinks under us would end the
+        // process with SIGBUS, as it would for every reader of mapped weights.
+        let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+        let (header, metadata) =
+            SafeTensors::read_metadata(&map).map_err(|error| format(error.to_string()))?;
+        for (name, info) in metadata.tensors() {
+            let dtype = match info.dtype {
+                Dtype::F32 => DType::F32,
+                Dtype::BF16 => DType::Bf16,
+                Dtype::F16 => DType::F16,
+                other => {
+                    let dtype = format!("{other:?}");
+                    return Err(SourceError::Dtype { path: path.to_owned(), name, dtype });
+                }
+            };
+            // The header is preceded by its length, 8 bytes.
+            let start = 8 + header + info.data_offsets.0;
+            if 8 + header + info.data_offsets.1 > map.len() {
+                return Err(format(format!("tensor {name} reaches past the end of the file")));
+            }
+            let meta = TensorMeta { dtype, shape: info.shape.clone() };
+            self.tensors.insert(name, Located { file: self.maps.len(), start, meta });
+        }
+        self.maps.push(map);
+        Ok(())
+    }
+}
+
+/// The files that an index names, all of them inside `directory`.
+fn shards_of(directory: &Path, index: &Path) -> Result<Vec<PathBuf>, SourceError> {
+    let fault = |reason: String| SourceError::Index { path: index.to_owned(), reason };
+    let text =
+        std::fs::read_to_string(index).map_err(|error| SourceError::Io { path: index.to_owned(), error })?;
+    let json: serde_json::Value = serde_json::from_str(&text).map_err(|error| fault(error.to_string()))?;
+    let map = json["weight_map"].as_object().ok_or_else(|| fault("weight_map is missing".into()))?;
+    let mut files = BTreeSet::new();
+    for (tensor, file) in map {
+        let file = file.as_str().ok_or_else(|| fault(format!("weight_map.{tensor} is not a file name")))?;
+        if Path::new(file).file_name() != Some(file.as_ref()) {
+            return Err(fault(format!(
+                "weight_map.{tensor} is {file}, which is not a file of this directory"
+            )));
+        }
+        files.insert(directory.join(file));
+    }
+    Ok(files.into_iter().collect())
+}
+
+impl WeightSource for SafetensorsSource {
+    fn names(&self) -> Vec<String> {
+        self.tensors.keys().cloned().collect()
+    }
+
+    fn meta(&self, name: &str) -> Option<TensorMeta> {
+        Some(self.tensors.get(name)?.meta.clone())
+    }
+
+    fn read(&self, name: &str, range: Range<usize>, dtype: DType, out: &mut [u8]) -> Result<(), SourceError> {
+        let tensor = self.tensors.get(name).ok_or_else(|| unknown(name))?;
+        check_range(name, &range, &tensor.meta)?;
+        let size = tensor.meta.dtype.size();
+        let bytes = tensor.start + range.start * size..tensor.start + range.end * size;
+        self.read.set(self.read.get() + bytes.len() as u64);
+        tensor.meta.dtype.convert(&self.maps[tensor.file][bytes], dtype, out);
+        Ok(())
+    }
+
+    fn bytes_read(&self) -> u64 {
+        self.read.get()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use safetensors::tensor::TensorView;
+
+    fn write(path: &Path, tensors: &[(&str, Dtype, Vec<usize>, Vec<u8>)]) {
+        let views = tensors
+            .iter()
+            .map(|(name, dtype, shape, data)| (*name, TensorView::new(*dtype, shape.clone(), data).unwrap()));
+        std::fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+    }
+
+    fn floats(n: usize) -> Vec<u8> {
+        bytemuck::cast_slice(&(0..n).map(|i| i as f32).collect::<Vec<_>>()).to_vec()
+    }
+
+    #[test]
+    fn reads_only_the_range_and_converts_it() {
+        let directory = tempfile::tempdir().unwrap();
+        write(&directory.path().join("model.safetensors"), &[("w", Dtype::F32, vec![4, 5], floats(20))]);
+        let source = SafetensorsSource::open(directory.path()).unwrap();
+        let mut out = [0u8; 6];
+        source.read("w", 7..10, DType::Bf16, &mut out).unwrap();
+        let back: Vec<f32> =
+            out.chunks(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect();
+        assert_eq!(back, [7.0, 8.0, 9.0]);
+        assert_eq!(source.bytes_read(), 12);
+        assert!(matches!(source.read("w", 18..21, DType::F32, &mut [0; 12]), Err(SourceError::Range { .. })));
+    }
+
+    #[test]
+    fn an_index_names_files_of_its_directory() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        write(&path("a.safetensors"), &[("a", Dtype::F32, vec![2], floats(2))]);
+        write(&path("b.safetensors"), &[("b", Dtype::F32, vec![3], floats(3))]);
+        let index = |a: &str| format!(r#"{{"weight_map": {{"a": "{a}", "b": "b.safetensors"}}}}"#);
+        std::fs::write(path("model.safetensors.index.json"), index("a.safetensors")).unwrap();
+        let source = SafetensorsSource::open(directory.path()).unwrap();
+        assert_eq!(source.names(), ["a", "b"]);
+        for bad in ["../a.safetensors", "/etc/passwd", ""] {
+            std::fs::write(path("model.safetensors.index.json"), index(bad)).unwrap();
+            assert!(
+                matches!(SafetensorsSource::open(directory.path()), Err(SourceError::Index { .. })),
+                "{bad}"
+            );
+        }
+        std::fs::write(path("model.safetensors.index.json"), index("gone.safetensors")).unwrap();
+        assert!(matches!(SafetensorsSource::open(directory.path()), Err(SourceError::Io { .. })));
+    }
+
+    #[test]
+    fn one_error_names_all_that_does_not_fit() {
+        let directory = tempfile::tempdir().unwrap();
+        let tensors =
+            ["a", "b", "lm_head.weight", "extra"].map(|name| (name, Dtype::F32, vec![2], floats(2)));
+        write(&directory.path().join("model.safetensors"), &tensors);
+        let source = SafetensorsSource::open(directory.path()).unwrap();
+        let needed =
+            [("a", vec![2]), ("b", vec![3]), ("c", vec![1])].map(|(name, shape)| (name.to_owned(), shape));
+        let message = super::super::validate(&source, &needed).unwrap_err().to_string();
+        for part in ["missing: c", "b is [2], expected [3]", "surplus: extra"] {
+            assert!(message.contains(part), "{part} in {message}");
+        }
+        assert!(!message.contains("lm_head"), "{message}");
+    }
+
+    proptest! {
+        #[test]
+        fn broken_files_are_errors(cut in 0usize..200, flips in prop::collection::vec((0usize..200, any::<u8>()), 0..8)) {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("model.safetensors");
+            write(&path, &[("w", Dtype::F32, vec![4, 5], floats(20)), ("v", Dtype::BF16, vec![3], vec![0; 6])]);
+            let mut bytes = std::fs::read(&path).unwrap();
+            for (at, value) in flips {
+                let n = bytes.len();
+                bytes[at % n] = value;
+            }
+            let n = bytes.len();
+            bytes.truncate(n - cut.min(n));
+            std::fs::write(&path, bytes).unwrap();
+            // Either it opens and every tensor can be read whole, or it is refused; it never panics.
+            if let Ok(source) = SafetensorsSource::open(directory.path()) {
+                for name in source.names() {
+                    let elements: usize = source.meta(&name).unwrap().shape.iter().product();
+                    let mut out = vec![0; elements * 4];
+                    source.read(&name, 0..elements, DType::F32, &mut out).unwrap();
+                }
+            }
+        }
+    }
+}

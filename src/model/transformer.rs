@@ -1,0 +1,492 @@
+//! A decoder-only transformer whose base and adapter are sharded: one micro-batch through all units, forward and
+//! backward. It asks the rings for its tensors and knows nothing of files or of how many ranks there are.
+
+use super::{
+    ModelSpec,
+    block::{BatchContext, BlockSpec, Saved},
+    layer::{LayerAdapterPlan, LayerPlan, projections},
+    source::WeightSource,
+};
+use crate::{
+    comm::Communicator,
+    config::ReduceGradients,
+    dtype::DType,
+    lora::{LORA_MAPPING, LoraModule, Parameter, Site, init},
+    loss::LinearCrossEntropy,
+    ops::{
+        attention::{Documents, Heads},
+        norm,
+        rope::RopeTable,
+    },
+    shard::{
+        AdapterShards, EntrySpec, RegionLayout, Ring, ShardError, adapter::align_bytes, layout::BASE_ALIGN,
+    },
+};
+use std::rc::Rc;
+use tch::{Device, Kind, Tensor};
+
+/// How a model is cut and computed; nothing here changes the result beyond rounding.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Options {
+    /// Dtype of frozen matrices, gathered adapters and activations.
+    pub compute: DType,
+    /// One GEMM for q, k, v and one for gate, up.
+    pub merge: bool,
+    /// Layers that are whole at a time.
+    pub slots: usize,
+    /// Rows of the embedding and the head that are whole at a time.
+    pub vocab_chunk_rows: usize,
+    /// Tokens whose logits exist at a time.
+    pub loss_chunk_tokens: usize,
+    /// Keep only each layer's input and compute the layer again in backward.
+    pub recompute: bool,
+    pub reduce: ReduceGradients,
+}
+
+/// Rank and scale of an adapter.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LoraShape {
+    pub rank: usize,
+    pub alpha: f64,
+}
+
+/// One flat micro-batch: documents one after another, no padding between them.
+pub struct Batch {
+    /// `[tokens]` i64
+    pub ids: Tensor,
+    /// `[tokens]` i64: what each token should predict, negative where there is no loss.
+    pub targets: Tensor,
+    /// `[tokens]` i64, from 0 in each document.
+    positions: Tensor,
+    longest: usize,
+    documents: Documents,
+}
+
+impl Batch {
+    /// From aligned `ids` and `labels` (not shifted) of documents of the given lengths. The shift is done here and
+    /// never crosses a document: its last token has no target.
+    pub fn new(ids: &[i64], labels: &[i64], document_lengths: &[usize], device: Device) -> Self {
+        debug_assert_eq!(ids.len(), labels.len());
+        debug_assert_eq!(ids.len(), document_lengths.iter().sum::<usize>());
+        let mut targets = Vec::with_capacity(ids.len());
+        let mut positions = Vec::with_capacity(ids.len());
+        let mut start = 0;
+        for &length in document_lengths.iter().filter(|&&length| length > 0) {
+            targets.extend_from_slice(&labels[start + 1..start + length]);
+            targets.push(crate::data::IGNORE_INDEX);
+            positions.extend(0..length as i64);
+            start += length;
+        }
+        let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(device);
+        Self {
+            ids: tensor(ids),
+            targets: tensor(&targets),
+            positions: tensor(&positions),
+            longest: document_lengths.iter().copied().max().unwrap_or(0),
+            documents: Documents::new(document_lengths),
+        }
+    }
+
+    /// All tokens.
+    pub fn tokens(&self) -> usize {
+        self.ids.numel()
+    }
+
+    /// Tokens that carry loss.
+    pub fn valid_tokens(&self) -> usize {
+        self.targets.ge(0).sum(Kind::Int64).int64_value(&[]) as usize
+    }
+}
+
+/// What one micro-batch adds to the step.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct MicroBatchLoss {
+    /// Σ of the token losses of this rank's tokens, not divided.
+    pub sum: f64,
+    pub tokens: usize,
+}
+
+/// A layer's input or everything that its backward needs.
+enum Kept {
+    Input(Tensor),
+    All(Box<Saved>),
+}
+
+/// The sharded model with its adapter.
+pub struct Transformer {
+    spec: ModelSpec,
+    options: Options,
+    plans: Vec<LayerPlan>,
+    lora: Vec<LayerAdapterPlan>,
+    layers: Ring,
+    /// Embedding chunks, then head chunks unless the two are tied.
+    vocab: Ring,
+    final_norm: Ring,
+    pub adapter: AdapterShards,
+    rope: RopeTable,
+}
+
+/// Regions of a model, cut over `shards`: what both the rings and the byte formulas are made from.
+pub struct Regions {
+    pub layers: Vec<RegionLayout>,
+    pub vocab: Vec<RegionLayout>,
+    pub final_norm: RegionLayout,
+    pub adapter: Vec<RegionLayout>,
+}
+
+/// Everything about a sharded model that needs no tensor.
+pub struct Blueprint {
+    pub plans: Vec<LayerPlan>,
+    pub lora: Vec<LayerAdapterPlan>,
+    pub regions: Regions,
+}
+
+impl Blueprint {
+    /// Plans `spec` with adapters on `sites`, cut over `shards` ranks.
+    pub fn new(spec: &ModelSpec, sites: &[Site], lora: LoraShape, options: &Options, shards: usize) -> Self {
+        let plans: Vec<LayerPlan> =
+            (0..spec.num_layers).map(|i| LayerPlan::new(spec, i, options.compute, options.merge)).collect();
+        let region = |name: String, specs, align| RegionLayout::new(name, specs, shards, align);
+        let layers = plans.iter().enumerate();
+        let layers =
+            layers.map(|(i, plan)| region(format!("layer {i}"), plan.specs.clone(), BASE_ALIGN)).collect();
+
+        let rows = options.vocab_chunk_rows.clamp(1, spec.vocab_size);
+        let chunk = |tensor: &str, first: usize| {
+            let shape = [rows.min(spec.vocab_size - first), spec.hidden_size];
+            let mut entry = EntrySpec::whole("weight", tensor.to_owned(), &shape, options.compute);
+            entry.spans[0].start = first * spec.hidden_size;
+            region(format!("{tensor} rows {first}.."), vec![entry], BASE_ALIGN)
+        };
+        let tensors: &[&str] = if spec.tie_word_embeddings { &[EMBEDDING] } else { &[EMBEDDING, HEAD] };
+        let firsts = || (0..spec.vocab_size).step_by(rows);
+        let vocab = tensors.iter().flat_map(|tensor| firsts().map(|first| chunk(tensor, first))).collect();
+        let norm = EntrySpec::whole("norm", FINAL_NORM.into(), &[spec.hidden_size], DType::F32);
+        let final_norm = region("final norm".into(), vec![norm], BASE_ALIGN);
+
+        let mut adapter = Vec::new();
+        let mut adapters = Vec::new();
+        for (i, plan) in plans.iter().enumerate() {
+            let (plan, specs) = adapter_of(plan, sites, lora, options.compute);
+            adapters.push(plan);
+            adapter.push(region(format!("adapter of layer {i}"), specs, align_bytes(options.compute)));
+        }
+        Self { plans, lora: adapters, regions: Regions { layers, vocab, final_norm, adapter } }
+    }
+
+    /// The logical adapter parameters of each unit.
+    pub fn parameters(&self) -> Vec<Vec<Parameter>> {
+        let of = |plan: &LayerAdapterPlan| {
+            plan.modules.iter().flatten().flat_map(LoraModule::parameters).collect()
+        };
+        self.lora.iter().map(of).collect()
+    }
+}
+
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+const FINAL_NORM: &str = "model.norm.weight";
+
+/// The adapter modules of one layer and their entries.
+fn adapter_of(
+    plan: &LayerPlan,
+    sites: &[Site],
+    lora: LoraShape,
+    dtype: DType,
+) -> (LayerAdapterPlan, Vec<EntrySpec>) {
+    let mut specs = Vec::new();
+    let mut adapters = LayerAdapterPlan::default();
+    for (projection, module) in plan.projections.iter().zip(&mut adapters.modules) {
+        let belongs = |site: &&Site| {
+            site.parent == projection.parent
+                && projection.leaves.iter().any(|leaf| leaf.0 == site.leaves[0].0)
+        };
+        let own: Vec<Site> = sites.iter().filter(belongs).cloned().collect();
+        let constructor =
+            own.first().and_then(|site| LORA_MAPPING.iter().find(|(kind, _)| *kind == site.kind));
+        if let Some((_, constructor)) = constructor {
+            let adapter = constructor(own, lora.rank, lora.alpha, specs.len());
+            specs.extend(adapter.entries(dtype));
+            *module = Some(adapter);
+        }
+    }
+    (adapters, specs)
+}
+
+/// All projections of a model, in unit order: what targets are resolved against.
+pub fn all_projections(spec: &ModelSpec) -> Vec<crate::lora::targets::Projection> {
+    (0..spec.num_layers).flat_map(|i| projections(spec, i)).collect()
+}
+
+impl Transformer {
+    /// An empty model with adapters on `sites`; fill it with [`load`](Self::load) and
+    /// [`init_adapter`](Self::init_adapter).
+    pub fn new(
+        spec: ModelSpec,
+        sites: &[Site],
+        lora: LoraShape,
+        options: Options,
+        shard: &Rc<dyn Communicator>,
+        replicate: &Rc<dyn Communicator>,
+        device: Device,
+    ) -> Self {
+        let Blueprint { plans, lora, regions } = Blueprint::new(&spec, sites, lora, &options, shard.size());
+        let ring = |name, layouts, slots| Ring::new(name, layouts, slots, shard.clone(), device);
+        let adapter = AdapterShards::new(
+            regions.adapter,
+            options.slots,
+            shard.clone(),
+            replicate.clone(),
+            options.reduce,
+            device,
+        );
+        let rope = RopeTable::new(&spec.rope.inv_freq(spec.head_dim), device);
+        Self {
+            layers: ring("layers", regions.layers, options.slots),
+            vocab: ring("vocabulary", regions.vocab, 1),
+            final_norm: ring("final norm", vec![regions.final_norm], 1),
+            spec,
+            options,
+            plans,
+            lora,
+            adapter,
+            rope,
+        }
+    }
+
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// Reads this rank's pieces of the base, and nothing else.
+    pub fn load(&self, source: &dyn WeightSource) -> Result<(), ShardError> {
+        for ring in [&self.layers, &self.vocab, &self.final_norm] {
+            ring.load(source)?;
+        }
+        Ok(())
+    }
+
+    /// The logical adapter parameters of each unit.
+    pub fn parameters(&self) -> Vec<Vec<Parameter>> {
+        let of = |plan: &LayerAdapterPlan| {
+            plan.modules.iter().flatten().flat_map(LoraModule::parameters).collect()
+        };
+        self.lora.iter().map(of).collect()
+    }
+
+    /// Sets each parameter to `values(parameter, elements)` on the ranks that own the elements.
+    pub fn set_adapter(
+        &mut self,
+        mut values: impl FnMut(&Parameter, std::ops::Range<usize>) -> Vec<f32>,
+    ) -> Result<(), ShardError> {
+        for (unit, parameters) in self.parameters().into_iter().enumerate() {
+            let owned = self.adapter.owned(unit);
+            for parameter in parameters {
+                let start = self.adapter.elements(unit, parameter.entry).start + parameter.first;
+                let end = start + parameter.shape[0] * parameter.shape[1];
+                let (from, to) = (start.max(owned.start), end.min(owned.end));
+                if from < to {
+                    let own = values(&parameter, from - start..to - start);
+                    self.adapter.set_master(unit, from..to, &own);
+                }
+            }
+        }
+        self.adapter.refresh()
+    }
+
+    /// Parameters of which this rank owns a gradient element that is not finite.
+    pub fn non_finite_gradients(&self) -> Vec<String> {
+        let mut names = Vec::new();
+        for (unit, parameters) in self.parameters().into_iter().enumerate() {
+            let owned = self.adapter.owned(unit);
+            for parameter in parameters {
+                let start = self.adapter.elements(unit, parameter.entry).start + parameter.first;
+                let end = start + parameter.shape[0] * parameter.shape[1];
+                let (from, to) = (start.max(owned.start), end.min(owned.end));
+                if from < to {
+                    let (at, n) = ((from - owned.start) as i64, (to - from) as i64);
+                    let finite = self.adapter.gradient(unit).narrow(0, at, n).isfinite().all();
+                    if finite.int64_value(&[]) == 0 {
+                        names.push(parameter.name);
+                    }
+                }
+            }
+        }
+        names
+    }
+
+    /// Every logical parameter with its whole fp32 values, row-major, on every rank of the shard group. Collective.
+    pub fn whole_adapter(&self) -> Result<Vec<(Parameter, Vec<f32>)>, ShardError> {
+        let mut whole = Vec::new();
+        for (unit, parameters) in self.parameters().into_iter().enumerate() {
+            if parameters.is_empty() {
+                continue;
+            }
+            let flat = self.adapter.whole_master(unit)?;
+            for parameter in parameters {
+                let start = self.adapter.elements(unit, parameter.entry).start + parameter.first;
+                let values = flat.narrow(0, start as i64, (parameter.shape[0] * parameter.shape[1]) as i64);
+                whole.push((parameter, Vec::<f32>::try_from(values)?));
+            }
+        }
+        Ok(whole)
+    }
+
+    /// Fresh A and B, the same bits in every topology.
+    pub fn init_adapter(&mut self, seed: u64, b_std: f64) -> Result<(), ShardError> {
+        self.set_adapter(|parameter, range| init::values(parameter, range, seed, b_std))
+    }
+
+    fn block(&self, layer: usize) -> BlockSpec {
+        let heads = Heads {
+            query: self.spec.num_heads as i64,
+            key_value: self.spec.num_kv_heads as i64,
+            dim: self.spec.head_dim as i64,
+            window: self.spec.layer_windows[layer].map(|window| window as i64),
+        };
+        BlockSpec { heads, eps: self.spec.rms_norm_eps }
+    }
+
+    fn context(&mut self, batch: &Batch) -> BatchContext {
+        let (cos, sin) = self.rope.at(&batch.positions, batch.longest);
+        BatchContext { documents: batch.documents.clone(), cos, sin }
+    }
+
+    /// Chunks of the embedding; the head has as many, in the same places of the ring when tied.
+    fn vocab_chunks(&self) -> usize {
+        self.spec.vocab_size.div_ceil(self.options.vocab_chunk_rows.clamp(1, self.spec.vocab_size))
+    }
+
+    /// Whole chunk `chunk` of the embedding or the head, and its first row.
+    fn vocab_chunk(&mut self, chunk: usize, head: bool) -> Result<(Tensor, usize), ShardError> {
+        let offset = if head && !self.spec.tie_word_embeddings { self.vocab_chunks() } else { 0 };
+        self.vocab.gather(offset + chunk)?;
+        let first = chunk * self.options.vocab_chunk_rows.clamp(1, self.spec.vocab_size);
+        Ok((self.vocab.view(offset + chunk, 0)?, first))
+    }
+
+    /// x `[tokens, hidden]` of ids `[tokens]`.
+    fn embed(&mut self, ids: &Tensor) -> Result<Tensor, ShardError> {
+        let shape = [ids.size()[0], self.spec.hidden_size as i64];
+        let mut x = Tensor::zeros(shape, (self.options.compute.kind(), ids.device()));
+        for chunk in 0..self.vocab_chunks() {
+            let (weight, first) = self.vocab_chunk(chunk, false)?;
+            let local = ids - first as i64;
+            let here = local.ge(0).logical_and(&local.lt(weight.size()[0])).nonzero().view([-1]);
+            let rows = weight.index_select(0, &local.index_select(0, &here));
+            let _ = x.index_copy_(0, &here, &rows);
+        }
+        Ok(x)
+    }
+
+    /// Makes layer `unit` whole and starts on `next`.
+    fn gather(&mut self, unit: usize, next: Option<usize>) -> Result<(), ShardError> {
+        self.layers.gather(unit)?;
+        self.adapter.gather(unit)?;
+        if let Some(next) = next {
+            self.layers.prefetch_beside(next, unit)?;
+            self.adapter.prefetch_beside(next, unit)?;
+        }
+        Ok(())
+    }
+
+    fn layer_forward(
+        &self,
+        unit: usize,
+        x: &Tensor,
+        context: &BatchContext,
+    ) -> Result<(Tensor, Saved), ShardError> {
+        let weights = self.plans[unit].bind(&self.layers, unit)?;
+        let adapters = self.lora[unit].bind(&self.adapter, unit)?;
+        Ok(self.block(unit).forward(x, &weights, &adapters, context))
+    }
+
+    /// Hidden states after the last layer, calling `keep` with what each layer leaves for backward.
+    fn forward_layers(
+        &mut self,
+        batch: &Batch,
+        context: &BatchContext,
+        mut keep: impl FnMut(Tensor, Saved),
+    ) -> Result<Tensor, ShardError> {
+        let mut x = self.embed(&batch.ids)?;
+        let layers = self.layers.len();
+        for unit in 0..layers {
+            self.gather(unit, Some(unit + 1).filter(|&next| next < layers))?;
+            let (y, saved) = self.layer_forward(unit, &x, context)?;
+            keep(std::mem::replace(&mut x, y), saved);
+        }
+        Ok(x)
+    }
+
+    /// The pass over the head: losses, and the gradient of the hidden states `scale·Σ ℓ` if wanted.
+    fn head_loss(
+        &mut self,
+        x: &Tensor,
+        batch: &Batch,
+        scale: Option<f64>,
+    ) -> Result<(MicroBatchLoss, Option<Tensor>), ShardError> {
+        self.final_norm.gather(0)?;
+        let weight = self.final_norm.view(0, 0)?;
+        let (normed, r) = norm::forward(x, &weight, self.spec.rms_norm_eps);
+        let chunk_tokens = self.options.loss_chunk_tokens;
+        let mut pass = LinearCrossEntropy::new(&normed, &batch.targets, chunk_tokens, scale.is_some());
+        for chunk in 0..self.vocab_chunks() {
+            let (weight, first) = self.vocab_chunk(chunk, true)?;
+            pass.add_rows(&weight, first);
+        }
+        let losses = pass.finish(scale.unwrap_or(1.0));
+        let d_x = losses.d_x.map(|d| norm::backward(&d, x, &weight, &r));
+        Ok((MicroBatchLoss { sum: losses.sum, tokens: losses.tokens }, d_x))
+    }
+
+    /// One micro-batch: adds the gradient of scale·Σ ℓ to the adapter's gradients. `scale` is 1 ÷ valid tokens of
+    /// the whole step. Ranks without tokens call it too, with an empty batch.
+    pub fn forward_backward(&mut self, batch: &Batch, scale: f64) -> Result<MicroBatchLoss, ShardError> {
+        let _guard = tch::no_grad_guard();
+        let context = self.context(batch);
+        let recompute = self.options.recompute;
+        let mut kept = Vec::with_capacity(self.layers.len());
+        let x = self.forward_layers(batch, &context, |input, saved| {
+            kept.push(if recompute { Kept::Input(input) } else { Kept::All(Box::new(saved)) });
+        })?;
+        let (loss, d_x) = self.head_loss(&x, batch, Some(scale))?;
+        drop(x);
+        let Some(mut d_x) = d_x else { return Ok(loss) };
+        while let Some(kept_here) = kept.pop() {
+            let unit = kept.len();
+            self.gather(unit, unit.checked_sub(1))?;
+            let saved = match kept_here {
+                Kept::Input(x) => Box::new(self.layer_forward(unit, &x, &context)?.1),
+                Kept::All(saved) => saved,
+            };
+            let weights = self.plans[unit].bind(&self.layers, unit)?;
+            let adapters = self.lora[unit].bind(&self.adapter, unit)?;
+            d_x = self.block(unit).backward(&d_x, &saved, &weights, &adapters, &context);
+            self.adapter.micro_batch_done(unit)?;
+        }
+        Ok(loss)
+    }
+
+    /// Losses of a batch without any gradient.
+    pub fn evaluate(&mut self, batch: &Batch) -> Result<MicroBatchLoss, ShardError> {
+        let _guard = tch::no_grad_guard();
+        let context = self.context(batch);
+        let x = self.forward_layers(batch, &context, |_, _| ())?;
+        Ok(self.head_loss(&x, batch, None)?.0)
+    }
+
+    /// Logits `[tokens, vocab]` fp32 of every token of a batch.
+    pub fn logits(&mut self, batch: &Batch) -> Result<Tensor, ShardError> {
+        let _guard = tch::no_grad_guard();
+        let context = self.context(batch);
+        let x = self.forward_layers(batch, &context, |_, _| ())?;
+        self.final_norm.gather(0)?;
+        let (normed, _) = norm::forward(&x, &self.final_norm.view(0, 0)?, self.spec.rms_norm_eps);
+        let mut columns = Vec::new();
+        for chunk in 0..self.vocab_chunks() {
+            let (weight, _) = self.vocab_chunk(chunk, true)?;
+            columns.push(normed.mm(&weight.tr()).to_kind(Kind::Float));
+        }
+        Ok(Tensor::cat(&columns, 1))
+    }
+}

@@ -1,0 +1,84 @@
+//! The learning rate of a step: linear warm-up from `lr_start`, then constant, linear or cosine decay to `lr_min`
+//! over `lr_decay_ratio` of the run. Pure.
+
+use crate::config::{LrDecayStyle, TrainArgs};
+
+/// The learning rate as a function of the step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Schedule {
+    pub lr: f64,
+    pub lr_min: f64,
+    pub lr_start: f64,
+    pub style: LrDecayStyle,
+    pub warmup_steps: usize,
+    /// Steps, warm-up included, after which the rate stays at `lr_min`.
+    pub decay_steps: usize,
+}
+
+impl Schedule {
+    /// The schedule of a run of `total_steps`.
+    pub fn new(args: &TrainArgs, total_steps: usize) -> Self {
+        let part = |ratio: f64| (ratio * total_steps as f64) as usize;
+        Self {
+            lr: args.lr,
+            lr_min: args.lr_min,
+            lr_start: args.lr_start,
+            style: args.lr_decay_style,
+            warmup_steps: part(args.lr_warmup_ratio),
+            decay_steps: part(args.lr_decay_ratio),
+        }
+    }
+
+    /// The rate that the update of `step` (0-based) uses.
+    pub fn rate(&self, step: usize) -> f64 {
+        if step < self.warmup_steps {
+            let done = (step + 1) as f64 / self.warmup_steps as f64;
+            return self.lr_start + (self.lr - self.lr_start) * done;
+        }
+        if self.style == LrDecayStyle::Constant {
+            return self.lr;
+        }
+        if step >= self.decay_steps {
+            return self.lr_min;
+        }
+        let done = (step - self.warmup_steps) as f64 / (self.decay_steps - self.warmup_steps).max(1) as f64;
+        let left = match self.style {
+            LrDecayStyle::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * done).cos()),
+            LrDecayStyle::Linear | LrDecayStyle::Constant => 1.0 - done,
+        };
+        self.lr_min + (self.lr - self.lr_min) * left
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn schedule(style: LrDecayStyle, warmup: f64, decay: f64) -> Schedule {
+        let args = TrainArgs {
+            lr: 1.0,
+            lr_min: 0.1,
+            lr_start: 0.2,
+            lr_decay_style: style,
+            lr_warmup_ratio: warmup,
+            lr_decay_ratio: decay,
+            ..TrainArgs::default()
+        };
+        Schedule::new(&args, 100)
+    }
+
+    #[test]
+    fn warm_up_decay_and_tail() {
+        let cosine = schedule(LrDecayStyle::Cosine, 0.1, 0.9);
+        assert!((cosine.rate(0) - 0.28).abs() < 1e-12);
+        assert!((cosine.rate(9) - 1.0).abs() < 1e-12);
+        assert!((cosine.rate(10) - 1.0).abs() < 1e-12);
+        assert!((cosine.rate(50) - 0.55).abs() < 1e-12);
+        assert_eq!(cosine.rate(90), 0.1);
+        let linear = schedule(LrDecayStyle::Linear, 0.0, 1.0);
+        assert!((linear.rate(0) - 1.0).abs() < 1e-12);
+        assert!((linear.rate(50) - 0.55).abs() < 1e-12);
+        let constant = schedule(LrDecayStyle::Constant, 0.0, 1.0);
+        assert_eq!((constant.rate(0), constant.rate(99)), (1.0, 1.0));
+    }
+}
