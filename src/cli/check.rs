@@ -1,0 +1,10 @@
+//! The command `check`.
+
+use super::RunArgs;
+use crate::error::{Error, Result};
+use std::process::ExitCode;
+
+/// Carries the command out.
+pub(super) fn run(_args: &RunArgs) -> Result<ExitCode> {
+    Err(Error::Failure("check is not built".into()))
+}

@@ -1,0 +1,291 @@
+//! xorl's fields that are not ours: which are accepted with a warning because they only hint at performance or
+//! have one meaning here, and which are refused because they would change the result or the mesh.
+
+use super::error::Problem;
+use super::source::{Kind, Node};
+use super::value::truth;
+
+/// A field that changes nothing here. It is ignored with a warning, except for the values that would change
+/// the result.
+pub(super) struct Accepted {
+    pub field: &'static str,
+    pub except: &'static [&'static str],
+    pub reason: &'static str,
+}
+
+/// A field that would change the result or the mesh and is not built. Its neutral values are accepted silently.
+pub(super) struct Refused {
+    pub field: &'static str,
+    pub neutral: &'static [&'static str],
+    pub reason: &'static str,
+}
+
+/// A choice of xorl's for one of our own fields that is not built.
+pub(super) struct Unbuilt {
+    pub field: &'static str,
+    pub value: &'static str,
+    pub reason: &'static str,
+}
+
+const fn hint(field: &'static str, reason: &'static str) -> Accepted {
+    Accepted { field, except: &[], reason }
+}
+
+const fn refused(field: &'static str, neutral: &'static [&'static str], reason: &'static str) -> Refused {
+    Refused { field, neutral, reason }
+}
+
+const KERNELS: &str = "kernels are chosen by the device";
+const LOADER: &str = "one loader thread per rank feeds the step";
+const ALWAYS_SHARDED: &str =
+    "the base is always fully sharded; data_parallel_shard_size sets over how many ranks";
+const SAVING: &str = "a save is synchronous, published atomically and always in the PEFT layout";
+const METRICS: &str = "metrics go to metrics.jsonl in output_dir";
+const PROFILING: &str = "every step's phase times are in metrics.jsonl";
+const NO_MUON: &str = "only muon reads it, which is not built";
+const NO_QLORA: &str = "only a quantised base reads it, which is not built";
+const NO_PIPELINE: &str = "there are no pipeline stages";
+const NO_DISTILLATION: &str = "only distillation reads it, which is not built";
+const MEMORY: &str = "it affects memory and time only; see gradient_checkpointing_method and ring_slots";
+const PYTHON: &str = "it tunes the Python runtime, which is not used";
+const TOPOLOGY: &str = "only data parallelism (replicate × shard) is built";
+const TEXT_ONLY: &str = "only text models are built";
+const LOCAL_DATA: &str = "data is read from local files as they are";
+const NO_EVALUATION: &str = "evaluation during training is not built";
+const ONE_DECAY: &str = "weight decay applies to the whole adapter";
+
+/// Ignored with a warning.
+pub(super) const ACCEPTED_WITH_WARNING: &[Accepted] = &[
+    hint("model.attn_implementation", KERNELS),
+    hint("model.moe_implementation", KERNELS),
+    hint("model.rmsnorm_mode", KERNELS),
+    hint("model.ep_dispatch", "tokens travel to experts by all-to-all"),
+    hint("model.deepep_buffer_size_gb", KERNELS),
+    hint("model.deepep_num_sms", KERNELS),
+    hint("model.deepep_async_combine", KERNELS),
+    hint("model.basic_modules", "every layer is a unit of sharding"),
+    hint("model.freeze_router", "everything but the adapter is frozen, the router too"),
+    hint("data.dataloader_num_workers", LOADER),
+    hint("data.dataloader_prefetch_factor", LOADER),
+    hint("data.dataloader_pin_memory", LOADER),
+    hint("data.dataset_num_proc", LOADER),
+    hint("data.sample_packing_group_size", "packs are formed over the whole data set"),
+    hint("data.sample_packing_mp_start_method", LOADER),
+    hint("data.num_dataset_shards_to_save", "the prepared data is one file"),
+    hint("data.is_preprocess", "data is prepared at the start of the run"),
+    hint("data.eval_sample_packing", NO_EVALUATION),
+    hint("train.optimizer_dtype", "moments are always fp32"),
+    hint("train.muon_lr", NO_MUON),
+    hint("train.muon_momentum", NO_MUON),
+    hint("train.muon_nesterov", NO_MUON),
+    hint("train.muon_ns_steps", NO_MUON),
+    hint("train.muon_adjust_lr_fn", NO_MUON),
+    hint("train.enable_reentrant", MEMORY),
+    hint("train.recompute_modules", MEMORY),
+    hint("train.moe_checkpoint_method", MEMORY),
+    hint("train.enable_activation_offload", MEMORY),
+    hint("train.activation_gpu_limit", MEMORY),
+    hint("train.enable_full_shard", ALWAYS_SHARDED),
+    hint("train.data_parallel_mode", ALWAYS_SHARDED),
+    hint("train.cp_fsdp_mode", ALWAYS_SHARDED),
+    hint("train.enable_forward_prefetch", "ring_slots above 1 prefetch"),
+    hint("train.init_device", "weights go straight into their shard"),
+    Accepted {
+        field: "train.load_weights_mode",
+        except: &["skip"],
+        reason: "each rank reads the bytes of its own shards",
+    },
+    hint("train.moe_grad_reduce_mode", "adapter gradients are reduce-scattered"),
+    hint("train.enable_full_determinism", "runs are deterministic"),
+    hint("train.allow_cuda_launch_blocking", PYTHON),
+    hint("train.empty_cache_steps", PYTHON),
+    hint("train.gc_steps", PYTHON),
+    hint("train.enable_compile", "nothing is compiled at run time"),
+    hint("train.pipeline_parallel_schedule", NO_PIPELINE),
+    hint("train.pp_variable_seq_lengths", NO_PIPELINE),
+    hint("train.ckpt_manager", SAVING),
+    hint("train.save_async", SAVING),
+    hint("train.save_hf_weights", SAVING),
+    hint("train.wandb_project", METRICS),
+    hint("train.wandb_name", METRICS),
+    hint("train.wandb_tags", METRICS),
+    hint("train.wandb_log_interval", METRICS),
+    hint("train.repo_commit", METRICS),
+    hint("train.enable_profiling", PROFILING),
+    hint("train.profile_start_step", PROFILING),
+    hint("train.profile_end_step", PROFILING),
+    hint("train.profile_trace_dir", PROFILING),
+    hint("train.profile_record_shapes", PROFILING),
+    hint("train.profile_profile_memory", PROFILING),
+    hint("train.profile_with_stack", PROFILING),
+    hint("train.profile_rank0_only", PROFILING),
+    hint("lora.quant_format", NO_QLORA),
+    hint("lora.quant_group_size", NO_QLORA),
+    hint("lora.aqn_alpha", NO_QLORA),
+    hint("lora.reset_optimizer_on_merge", "only merging during training reads it, which is not built"),
+    hint("distill.teacher_model_path", NO_DISTILLATION),
+    hint("distill.distillation_loss_type", NO_DISTILLATION),
+    hint("distill.distillation_loss_weight", NO_DISTILLATION),
+    hint("distill.stream_num_workers", NO_DISTILLATION),
+];
+
+/// Refused by name unless neutral.
+pub(super) const REFUSED: &[Refused] = &[
+    refused("model.train_router", &["false"], "the router is part of the frozen base"),
+    refused("model.foundation", &["{}", "null"], TEXT_ONLY),
+    refused("model.encoders", &["{}", "null"], TEXT_ONLY),
+    refused("data.test_datasets", &["[]", "null"], NO_EVALUATION),
+    refused("data.val_set_size", &["null", "0"], NO_EVALUATION),
+    refused("data.push_dataset_to_hub", &["null"], LOCAL_DATA),
+    refused("data.hf_use_auth_token", &["null", "false"], LOCAL_DATA),
+    refused("data.skip_prepare_dataset", &["false", "null"], "dataset_prepared_path reuses prepared data"),
+    refused("data.dataset_shard_num", &["null"], LOCAL_DATA),
+    refused("data.dataset_shard_idx", &["null"], LOCAL_DATA),
+    refused("data.sample_packing_sequentially", &["null"], "sample_packing_method: sequential says it"),
+    refused("data.select_columns", &["null"], LOCAL_DATA),
+    refused("train.tensor_parallel_size", &["1"], TOPOLOGY),
+    refused("train.pipeline_parallel_size", &["1"], TOPOLOGY),
+    refused("train.ringattn_parallel_size", &["1"], TOPOLOGY),
+    refused("train.ep_outside", &["false"], "expert parallelism is not built"),
+    refused("train.fsdp_reduce_dtype", &["fp32", "float32"], "adapter gradients are reduced in fp32"),
+    refused("train.no_decay_modules", &["[]", "null"], ONE_DECAY),
+    refused("train.no_decay_params", &["[]", "null"], ONE_DECAY),
+    refused(
+        "train.load_optimizer",
+        &["true"],
+        "a resume restores everything; lora.adapter_path starts from an adapter with a fresh optimizer",
+    ),
+    refused("lora.enable_qlora", &["false"], "a quantised base is not built; leave it out for bf16 LoRA"),
+    refused("lora.exclude_modules", &["[]", "null"], "a quantised base is not built"),
+    refused("lora.enable_aqn", &["false"], "a quantised base is not built"),
+    refused("lora.merge_lora_interval", &["0"], "merging into the base during training is not built"),
+    refused("lora.moe_hybrid_shared_lora", &["false"], "shared expert factors are not built"),
+    refused("lora.lora_target_manifest", &["null"], "name the targets in lora_target_modules"),
+    refused("lora.lora_b_init_seed", &["0"], "B is drawn from train.seed"),
+    refused("lora.lora_export_format", &["peft"], "only the PEFT layout is built"),
+    refused("distill.enable_distillation", &["false"], "distillation is not built"),
+    refused("data.datasets.name", &["null"], LOCAL_DATA),
+    refused("data.datasets.split", &["null", "train"], LOCAL_DATA),
+    refused("data.datasets.revision", &["null"], LOCAL_DATA),
+    refused("data.datasets.trust_remote_code", &["null", "false"], LOCAL_DATA),
+    refused("data.datasets.data_files", &["null"], "path names a .jsonl file or a folder of them"),
+    refused("data.datasets.ds_type", &["null", "json"], "data is read from .jsonl files"),
+    refused("data.datasets.shards", &["null"], LOCAL_DATA),
+    refused("data.datasets.shards_idx", &["null"], LOCAL_DATA),
+    refused("data.datasets.preprocess_shards", &["null"], LOCAL_DATA),
+    refused("data.datasets.max_seq_len", &["null"], "data.max_seq_len limits all data sets"),
+    refused("data.datasets.activations_path", &["null"], "distillation is not built"),
+];
+
+const NO_OPTIMIZER: &str = "not built; use adamw or sgd";
+
+/// Choices of our own fields that xorl has and we do not.
+pub(super) const UNBUILT_VALUES: &[Unbuilt] = &[
+    Unbuilt { field: "train.optimizer", value: "anyprecision_adamw", reason: NO_OPTIMIZER },
+    Unbuilt { field: "train.optimizer", value: "muon", reason: NO_OPTIMIZER },
+    Unbuilt { field: "train.optimizer", value: "signsgd", reason: NO_OPTIMIZER },
+    Unbuilt { field: "train.optimizer", value: "distsignsgd", reason: NO_OPTIMIZER },
+    Unbuilt {
+        field: "train.gradient_checkpointing_method",
+        value: "recompute_before_dispatch",
+        reason: "not built; use recompute_full_layer or no_recompute",
+    },
+];
+
+/// What becomes of a field that is not ours.
+#[derive(Debug, PartialEq)]
+pub(super) enum Verdict {
+    Unknown,
+    /// It has its neutral value.
+    Neutral,
+    /// Ignored; the reason is worth a line.
+    Warn(&'static str),
+}
+
+/// Judges `field` (`train.tensor_parallel_size`).
+pub(super) fn judge(field: &str, node: &Node) -> Result<Verdict, Problem> {
+    let value = || if node.kind == Kind::Bare { "true".into() } else { node.shown() };
+    let refuse = |reason| Err(Problem::Refused { value: value(), reason });
+    if let Some(known) = REFUSED.iter().find(|known| known.field == field) {
+        let neutral = known.neutral.iter().any(|word| means(node, word));
+        return if neutral { Ok(Verdict::Neutral) } else { refuse(known.reason) };
+    }
+    match ACCEPTED_WITH_WARNING.iter().find(|known| known.field == field) {
+        None => Ok(Verdict::Unknown),
+        Some(known) if known.except.iter().any(|word| means(node, word)) => refuse(known.reason),
+        Some(known) => Ok(Verdict::Warn(known.reason)),
+    }
+}
+
+/// Judges a field of an entry of `data.datasets`.
+pub(super) fn check_dataset_field(key: &str, node: &Node) -> Result<(), Problem> {
+    match judge(&format!("data.datasets.{key}"), node)? {
+        Verdict::Unknown => Err(Problem::UnknownField { nearest: super::nearest::dataset_field(key) }),
+        Verdict::Neutral | Verdict::Warn(_) => Ok(()),
+    }
+}
+
+/// The reason why a choice of xorl's for our own `field` is not there.
+pub(super) fn unbuilt(field: &str, node: &Node) -> Option<Problem> {
+    let known =
+        UNBUILT_VALUES.iter().find(|known| known.field == field && node.text() == Some(known.value))?;
+    Some(Problem::Refused { value: known.value.to_owned(), reason: known.reason })
+}
+
+/// Whether the node is the value that `word` stands for.
+fn means(node: &Node, word: &str) -> bool {
+    match &node.kind {
+        Kind::Bare => word == "true",
+        Kind::List(items) => items.is_empty() && word == "[]",
+        Kind::Map(entries) => entries.is_empty() && word == "{}",
+        Kind::Scalar { .. } if node.is_null() => word == "null",
+        Kind::Scalar { text, .. } => match word {
+            "true" | "false" => truth(text) == truth(word),
+            _ => text.eq_ignore_ascii_case(word),
+        },
+    }
+}
+
+/// All dotted names of xorl's that are judged here.
+pub(super) fn names() -> impl Iterator<Item = &'static str> {
+    ACCEPTED_WITH_WARNING.iter().map(|known| known.field).chain(REFUSED.iter().map(|known| known.field))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::schema;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn no_name_is_in_two_lists() {
+        let ours = schema().into_iter().map(|(section, field)| format!("{section}.{}", field.key));
+        let mut seen: BTreeSet<String> = ours.collect();
+        for name in names() {
+            assert!(seen.insert(name.to_owned()), "{name} is listed twice or is a field of ours");
+        }
+    }
+
+    #[test]
+    fn every_unbuilt_value_belongs_to_a_field_of_ours() {
+        let ours: Vec<_> = schema().into_iter().map(|(section, f)| format!("{section}.{}", f.key)).collect();
+        for known in UNBUILT_VALUES {
+            assert!(ours.iter().any(|name| name == known.field), "{}", known.field);
+        }
+    }
+
+    #[test]
+    fn neutral_values_pass_in_every_spelling_and_others_are_refused() {
+        let size = "train.tensor_parallel_size";
+        assert_eq!(judge(size, &Node::plain("1")), Ok(Verdict::Neutral));
+        assert!(matches!(judge(size, &Node::plain("2")), Err(Problem::Refused { .. })));
+        for word in ["false", "no", "0", "False"] {
+            assert_eq!(judge("lora.enable_qlora", &Node::plain(word)), Ok(Verdict::Neutral), "{word}");
+        }
+        assert!(judge("lora.enable_qlora", &Node { line: 1, kind: Kind::Bare }).is_err());
+        assert_eq!(judge("lora.lora_target_manifest", &Node::plain("None")), Ok(Verdict::Neutral));
+        assert!(matches!(judge("train.load_weights_mode", &Node::plain("grouped")), Ok(Verdict::Warn(_))));
+        assert!(judge("train.load_weights_mode", &Node::plain("skip")).is_err());
+        assert_eq!(judge("train.nonsense", &Node::plain("1")), Ok(Verdict::Unknown));
+    }
+}

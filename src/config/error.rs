@@ -1,0 +1,132 @@
+//! Where a setting was given, and what can be wrong with it. Every error is one line.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+/// Where a setting was given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// `run.yaml:14: train.lr`
+    File { path: PathBuf, line: usize, field: String },
+    /// `--train.lr`
+    Flag { field: String },
+}
+
+impl Place {
+    /// The dotted field, `train.lr`.
+    pub fn field(&self) -> &str {
+        match self {
+            Self::File { field, .. } | Self::Flag { field } => field,
+        }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File { path, line, field } => write!(f, "{}:{line}: {field}", path.display()),
+            Self::Flag { field } => write!(f, "--{field}"),
+        }
+    }
+}
+
+/// Where every field of a loaded configuration came from, for messages about it later.
+#[derive(Clone, Debug)]
+pub struct Places {
+    pub(super) path: PathBuf,
+    pub(super) sections: BTreeMap<String, usize>,
+    pub(super) given: BTreeMap<String, Place>,
+}
+
+impl Places {
+    pub(super) fn new(path: &Path) -> Self {
+        Self { path: path.to_owned(), sections: BTreeMap::new(), given: BTreeMap::new() }
+    }
+
+    /// Where `field` (`train.lr`) was given; for a default, where its section starts.
+    pub fn of(&self, field: &str) -> Place {
+        self.given.get(field).cloned().unwrap_or_else(|| {
+            let section = field.split('.').next().unwrap_or(field);
+            let line = self.sections.get(section).copied().unwrap_or(1);
+            Place::File { path: self.path.clone(), line, field: field.to_owned() }
+        })
+    }
+
+    /// Whether `field` was given in the file or on the command line, rather than left to its default.
+    pub fn is_given(&self, field: &str) -> bool {
+        self.given.contains_key(field)
+    }
+}
+
+/// What is wrong with a field.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Problem {
+    /// The value has another type or is out of range.
+    #[error("expected {expected}, got {got}")]
+    Expected { expected: String, got: String },
+    /// No such field.
+    #[error("unknown field{}", did_you_mean(.nearest))]
+    UnknownField { nearest: Option<String> },
+    /// No such section.
+    #[error("unknown section{}", did_you_mean(.nearest))]
+    UnknownSection { nearest: Option<String> },
+    /// A field without default was not given.
+    #[error("missing: {needed}")]
+    Missing { needed: &'static str },
+    /// A value that would change the result or the mesh and is not built.
+    #[error("{value} is refused: {reason}")]
+    Refused { value: String, reason: &'static str },
+    /// Two settings contradict each other.
+    #[error("{0}")]
+    Conflict(String),
+}
+
+fn did_you_mean(nearest: &Option<String>) -> String {
+    nearest.as_ref().map_or_else(String::new, |name| format!("; did you mean {name}?"))
+}
+
+/// Why a configuration was not loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file is not there or not text.
+    #[error("{}: cannot read the configuration: {source}", .path.display())]
+    Read { path: PathBuf, source: std::io::Error },
+    /// The name says neither YAML nor JSON.
+    #[error("{}: expected a .yaml, .yml or .json file", .path.display())]
+    Extension { path: PathBuf },
+    /// Not YAML, or not a mapping of sections.
+    #[error("{}:{line}: {message}", .path.display())]
+    Syntax { path: PathBuf, line: usize, message: String },
+    /// One field is wrong.
+    #[error("{place}: {problem}")]
+    Field { place: Place, problem: Problem },
+}
+
+/// What is wrong inside the value of a field: `suffix` (`[0].type`) and `line` say where when it is not the
+/// whole value.
+#[derive(Debug, PartialEq)]
+pub(super) struct Issue {
+    pub suffix: String,
+    pub line: Option<usize>,
+    pub problem: Problem,
+}
+
+impl Issue {
+    pub fn expected(expected: impl Into<String>, got: impl Into<String>) -> Self {
+        Problem::Expected { expected: expected.into(), got: got.into() }.into()
+    }
+
+    /// Places the issue into an element or entry of the value.
+    pub fn inside(mut self, suffix: &str, line: usize) -> Self {
+        self.suffix.insert_str(0, suffix);
+        self.line.get_or_insert(line);
+        self
+    }
+}
+
+impl From<Problem> for Issue {
+    fn from(problem: Problem) -> Self {
+        Self { suffix: String::new(), line: None, problem }
+    }
+}

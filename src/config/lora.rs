@@ -1,0 +1,27 @@
+//! Section `lora`.
+
+use super::section::section;
+use std::path::PathBuf;
+
+section! {
+    /// Section `lora`: the adapter, which is all that is trained.
+    pub struct LoraArgs {
+        /// Must stay true: the base is frozen by design.
+        enable_lora: bool = true;
+        /// Rank r of A and B.
+        lora_rank: usize = 16 => OneOrMore;
+        /// The adapter's output is scaled by lora_alpha / lora_rank.
+        lora_alpha: f64 = 32.0 => Positive;
+        /// Leaf names (`q_proj`, `qkv_proj`), globs over dotted paths (`layers.[0-7].*.q_proj`), or
+        /// `all-linear`. null: the default of the model's family. A target that matches nothing is an error.
+        lora_target_modules: Option<Vec<String>> = None => NonEmpty;
+        /// Standard deviation that B starts with. 0: B starts at zero, so training starts at the base model.
+        lora_b_init_std: f64 = 0.0 => NonNegative;
+        /// Compute q, k, v and gate, up as separate GEMMs. Results and adapter keys stay the same.
+        unfuse_for_lora: bool = false;
+        /// Checkpoints hold the adapter and the training state, not the base model.
+        save_lora_only: bool = true;
+        /// A PEFT adapter directory to start from, with a fresh optimizer.
+        adapter_path: Option<PathBuf> = None;
+    }
+}

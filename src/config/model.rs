@@ -1,0 +1,18 @@
+//! Section `model`.
+
+use super::section::section;
+use std::path::PathBuf;
+
+section! {
+    /// Section `model`: what is trained.
+    pub struct ModelArgs {
+        /// HF model directory (config.json, safetensors). null: random weights, `config_path` is then needed.
+        model_path: Option<PathBuf> = None;
+        /// HF config directory or config.json, when it is not in `model_path`.
+        config_path: Option<PathBuf> = None;
+        /// Directory with tokenizer.json and the chat template. null: `model_path`, then `config_path`.
+        tokenizer_path: Option<PathBuf> = None;
+        /// Compute q, k, v (and gate, up) as one GEMM. Results and adapter keys are the same either way.
+        merge_qkv: bool = true;
+    }
+}

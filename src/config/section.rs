@@ -1,0 +1,118 @@
+//! The declaration of a section: from one line a field come the struct field with its doc comment, the
+//! default, the help, the schema, reading and writing.
+
+use super::error::Issue;
+use super::source::Node;
+
+/// What the help and the schema say of a field.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FieldInfo {
+    /// Its name in the file, without the section.
+    pub key: &'static str,
+    /// Its type and range, `number > 0`.
+    pub type_name: String,
+    /// Its default, as YAML.
+    pub default: String,
+    /// What it means, in one or more sentences.
+    pub meaning: String,
+}
+
+/// A section of the configuration, seen by its field names.
+pub(super) trait Section {
+    /// All fields in the order of declaration, with the defaults of the type.
+    fn fields(&self) -> Vec<FieldInfo>;
+
+    /// Sets the field `key`. `false`: there is none of that name.
+    fn set(&mut self, key: &str, node: &Node) -> Result<bool, Issue>;
+
+    /// The current values as YAML flow text, in the order of declaration.
+    fn values(&self) -> Vec<(&'static str, String)>;
+}
+
+/// Doc comment lines as running text.
+pub(super) fn meaning(lines: &[&str]) -> String {
+    lines.iter().map(|line| line.trim()).collect::<Vec<_>>().join(" ")
+}
+
+/// Declares a struct whose every line is `/// meaning`, `name [as "key"]: type = default [=> rule];`.
+macro_rules! section {
+    (
+        $(#[doc = $struct_doc:literal])+
+        pub struct $name:ident {
+            $(
+                $(#[doc = $doc:literal])+
+                $field:ident $(as $key:literal)? : $ty:ty = $default:expr $(=> $rule:ident)? ;
+            )+
+        }
+    ) => {
+        $(#[doc = $struct_doc])+
+        #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+        #[serde(default)]
+        pub struct $name {
+            $( $(#[doc = $doc])+ $(#[serde(rename = $key)])? pub $field: $ty, )+
+        }
+
+        impl Default for $name {
+            fn default() -> Self {
+                Self { $( $field: $default, )+ }
+            }
+        }
+
+        impl $crate::config::section::Section for $name {
+            fn fields(&self) -> Vec<$crate::config::section::FieldInfo> {
+                use $crate::config::value::Value;
+                let defaults = Self::default();
+                vec![$(
+                    $crate::config::section::FieldInfo {
+                        key: $crate::config::section::key!($field $($key)?),
+                        type_name: <$ty>::describe($crate::config::section::rule!($($rule)?)).short,
+                        default: defaults.$field.write(),
+                        meaning: $crate::config::section::meaning(&[$($doc),+]),
+                    },
+                )+]
+            }
+
+            fn set(
+                &mut self,
+                key: &str,
+                node: &$crate::config::source::Node,
+            ) -> Result<bool, $crate::config::error::Issue> {
+                use $crate::config::value::Value;
+                $(
+                    if key == $crate::config::section::key!($field $($key)?) {
+                        self.$field = <$ty>::read(node, $crate::config::section::rule!($($rule)?))?;
+                        return Ok(true);
+                    }
+                )+
+                Ok(false)
+            }
+
+            fn values(&self) -> Vec<(&'static str, String)> {
+                use $crate::config::value::Value;
+                vec![$( ($crate::config::section::key!($field $($key)?), self.$field.write()), )+]
+            }
+        }
+    };
+}
+
+/// The name of a field in the file.
+macro_rules! key {
+    ($field:ident) => {
+        stringify!($field)
+    };
+    ($field:ident $key:literal) => {
+        $key
+    };
+}
+
+/// The rule of a field.
+macro_rules! rule {
+    () => {
+        $crate::config::value::Rule::Any
+    };
+    ($rule:ident) => {
+        $crate::config::value::Rule::$rule
+    };
+}
+
+pub(super) use {key, rule, section};

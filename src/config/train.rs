@@ -1,0 +1,169 @@
+//! Section `train`.
+
+use super::error::Issue;
+use super::section::section;
+use super::source::Node;
+use super::value::{Description, Rule, Value, choices, quote};
+use std::path::PathBuf;
+
+choices! {
+    /// How the learning rate falls after warm-up.
+    pub enum LrDecayStyle {
+        Constant = "constant",
+        Linear = "linear",
+        Cosine = "cosine",
+    }
+
+    /// What turns gradients into updates.
+    pub enum Optimizer {
+        /// Decoupled weight decay, betas 0.9 and 0.95, fp32 moments.
+        Adamw = "adamw",
+        Sgd = "sgd",
+    }
+
+    /// When adapter gradients are reduced over the ranks.
+    pub enum ReduceGradients {
+        /// Once, after the last micro-batch: full fp32 gradients are kept until then.
+        Step = "step",
+        /// After every unit's backward: only the shard is kept.
+        MicroBatch = "micro_batch",
+    }
+
+    /// What is saved for backward and what is computed again.
+    pub enum CheckpointingMethod {
+        /// Only the input of a layer is saved.
+        RecomputeFullLayer = "recompute_full_layer",
+        /// All that backward needs is saved.
+        NoRecompute = "no_recompute",
+    }
+
+    /// How steps are shown.
+    pub enum LogFormat {
+        /// A bar on a terminal, structured lines elsewhere.
+        ProgressBar = "progress_bar",
+        /// One `key=value` line a step.
+        Structured = "structured",
+    }
+}
+
+/// `train.load_checkpoint_path`.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(from = "String", into = "String")]
+pub enum LoadCheckpoint {
+    /// The newest whole step of this run_id; starts afresh where there is none.
+    Auto,
+    /// This step directory.
+    Path(PathBuf),
+}
+
+impl From<String> for LoadCheckpoint {
+    fn from(text: String) -> Self {
+        if text == "auto" { Self::Auto } else { Self::Path(text.into()) }
+    }
+}
+
+impl From<LoadCheckpoint> for String {
+    fn from(value: LoadCheckpoint) -> Self {
+        match value {
+            LoadCheckpoint::Auto => "auto".into(),
+            LoadCheckpoint::Path(path) => path.display().to_string(),
+        }
+    }
+}
+
+impl Value for LoadCheckpoint {
+    fn describe(_: Rule) -> Description {
+        Description { short: "path | auto".into(), phrase: "the path of a step directory or auto".into() }
+    }
+
+    fn read(node: &Node, rule: Rule) -> Result<Self, Issue> {
+        let text = node.text().filter(|text| !text.is_empty() && !node.is_null());
+        text.map(|text| Self::from(text.to_owned()))
+            .ok_or_else(|| Issue::expected(Self::describe(rule).phrase, node.shown()))
+    }
+
+    fn write(&self) -> String {
+        quote(&String::from(self.clone()))
+    }
+}
+
+section! {
+    /// Section `train`: the run, its schedule, its mesh and its checkpoints.
+    pub struct TrainArgs {
+        /// Folder of everything that the run leaves behind; shared by all ranks.
+        output_dir: PathBuf = "outputs".into();
+        /// Names the run's checkpoints, `{output_dir}/weights/{run_id}/step_{N}`.
+        run_id: String = "run".into() => DirectoryName;
+        /// Allow a run directory that already holds steps to be written again.
+        overwrite: bool = false;
+        /// Seed of the adapter's initial values and of the data order.
+        seed: u64 = 42;
+        /// Rows that a rank computes at a time.
+        micro_batch_size: usize = 1 => OneOrMore;
+        /// Micro-batches per step and rank.
+        gradient_accumulation_steps: usize = 1 => OneOrMore;
+        /// Rows per step over all ranks. null: micro_batch_size × gradient_accumulation_steps × data-parallel
+        /// size.
+        global_batch_size: Option<usize> = None => OneOrMore;
+        /// Passes over the data.
+        num_train_epochs: usize = 1 => OneOrMore;
+        /// Stop after this many steps; also the length of the schedule. null: `num_train_epochs` decides.
+        max_steps: Option<usize> = None => OneOrMore;
+        /// `adamw` (decoupled decay, betas 0.9 and 0.95, fp32 moments) or `sgd`.
+        optimizer: Optimizer = Optimizer::Adamw;
+        /// Peak learning rate.
+        lr: f64 = 5e-5 => Positive;
+        /// Learning rate at the end of the decay.
+        lr_min: f64 = 1e-7 => NonNegative;
+        /// Learning rate at the start of the warm-up.
+        lr_start: f64 = 0.0 => NonNegative;
+        /// Share of all steps that warms up from `lr_start` to `lr`.
+        lr_warmup_ratio: f64 = 0.0 => Ratio;
+        /// How the learning rate falls from `lr` to `lr_min`.
+        lr_decay_style: LrDecayStyle = LrDecayStyle::Constant;
+        /// Share of all steps after which the decay has reached `lr_min`.
+        lr_decay_ratio: f64 = 1.0 => Ratio;
+        /// Decoupled weight decay of the adapter.
+        weight_decay: f64 = 0.0 => NonNegative;
+        /// Global gradient norm is clipped to this. 0 or less: no clipping; the norm is reported all the same.
+        max_grad_norm: f64 = 1.0;
+        /// Copies of the sharded base. -1: the ranks that are left (1 if the shard size is -1 too).
+        data_parallel_replicate_size: i64 = -1 => SizeOrRest;
+        /// Ranks over which a copy of the base is sharded. -1: the ranks that are left.
+        data_parallel_shard_size: i64 = -1 => SizeOrRest;
+        /// Ranks that share a sequence. Only 1 is built.
+        ulysses_parallel_size: usize = 1 => OneOrMore;
+        /// Ranks that share the experts of a layer. Only 1 is built.
+        expert_parallel_size: usize = 1 => OneOrMore;
+        /// Compute in bf16; masters, moments, reductions and loss stay fp32. false: all in fp32.
+        enable_mixed_precision: bool = true;
+        /// Compute activations again in backward, as `gradient_checkpointing_method` says.
+        enable_gradient_checkpointing: bool = true;
+        /// `recompute_full_layer` keeps the input of each layer, `no_recompute` all that backward needs.
+        gradient_checkpointing_method: CheckpointingMethod = CheckpointingMethod::RecomputeFullLayer;
+        /// Free a layer's gathered weights after its forward and gather them again for backward. null: true.
+        /// false: every layer is gathered once and stays.
+        reshard_after_forward: bool = true => NullIsTrue;
+        /// Layers that are whole on a rank at a time. With 2 the next is gathered while one computes.
+        ring_slots: usize = 2 => OneOrMore;
+        /// When adapter gradients are reduced: once a `step` (less traffic) or after each `micro_batch` (less
+        /// memory).
+        reduce_gradients: ReduceGradients = ReduceGradients::Step;
+        /// Rows of the embedding and the head gathered at a time. null: as many as 512 MiB hold.
+        vocab_chunk_rows: Option<usize> = None => OneOrMore;
+        /// Tokens per logits chunk.
+        loss_chunk_tokens: usize = 1024 => OneOrMore;
+        /// Save every this many steps. 0: not by steps. The last step is always saved.
+        save_steps: usize = 0;
+        /// Save every this many epochs. 0: not by epochs.
+        save_epochs: usize = 1;
+        /// Published steps that are kept; older ones are deleted. null: all.
+        save_total_limit: Option<usize> = None => OneOrMore;
+        /// Step directory to resume from, or `auto`: the newest whole one of this run_id, if any.
+        load_checkpoint_path: Option<LoadCheckpoint> = None;
+        /// A bar on a terminal, or one structured line a step.
+        log_format: LogFormat = LogFormat::ProgressBar;
+        /// Must stay false: metrics go to metrics.jsonl.
+        use_wandb: bool = false;
+    }
+}

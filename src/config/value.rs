@@ -1,0 +1,313 @@
+//! How the types of fields are described, read and written: one trait, one implementation a type.
+//! A file and the command line share it, so both accept the same spellings.
+
+use super::error::{Issue, Problem};
+use super::source::{Kind, Node, is_null_word};
+use std::path::PathBuf;
+
+/// What a field demands beyond its type; stands in the field's declaration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Rule {
+    Any,
+    /// Greater than zero.
+    Positive,
+    /// Zero or greater.
+    NonNegative,
+    /// From 0 to 1.
+    Ratio,
+    /// A count of at least one.
+    OneOrMore,
+    /// A size of the mesh: -1 stands for the ranks that are left.
+    SizeOrRest,
+    /// A name that is safe as a directory name.
+    DirectoryName,
+    /// A list with an element.
+    NonEmpty,
+    /// null is accepted and means true.
+    NullIsTrue,
+}
+
+/// A type as the help shows it (`number > 0`) and as an error asks for it (`a positive number`).
+pub(super) struct Description {
+    pub short: String,
+    pub phrase: String,
+}
+
+impl Description {
+    fn new(short: impl Into<String>, phrase: impl Into<String>) -> Self {
+        Self { short: short.into(), phrase: phrase.into() }
+    }
+}
+
+/// A type that a field can have.
+pub(super) trait Value: Sized {
+    fn describe(rule: Rule) -> Description;
+
+    /// Reads the value; an issue has a phrase that says what would be right.
+    fn read(node: &Node, rule: Rule) -> Result<Self, Issue>;
+
+    /// The value as YAML flow text that [`Value::read`] turns into the same value.
+    fn write(&self) -> String;
+}
+
+/// The issue of a value that is not what `T` under `rule` asks for.
+fn mismatch<T: Value>(node: &Node, rule: Rule) -> Issue {
+    Issue::expected(T::describe(rule).phrase, node.shown())
+}
+
+impl Value for bool {
+    fn describe(rule: Rule) -> Description {
+        match rule {
+            Rule::NullIsTrue => Description::new("true | false | null", "true, false or null"),
+            _ => Description::new("true | false", "true or false"),
+        }
+    }
+
+    fn read(node: &Node, rule: Rule) -> Result<Self, Issue> {
+        if node.kind == Kind::Bare || (rule == Rule::NullIsTrue && node.is_null()) {
+            return Ok(true);
+        }
+        node.text().and_then(truth).ok_or_else(|| mismatch::<Self>(node, rule))
+    }
+
+    fn write(&self) -> String {
+        self.to_string()
+    }
+}
+
+/// The truth words of xorl's command line and of YAML 1.1.
+pub(super) fn truth(text: &str) -> Option<bool> {
+    match text.to_ascii_lowercase().as_str() {
+        "true" | "yes" | "t" | "y" | "1" | "on" => Some(true),
+        "false" | "no" | "f" | "n" | "0" | "off" => Some(false),
+        _ => None,
+    }
+}
+
+impl Value for f64 {
+    fn describe(rule: Rule) -> Description {
+        match rule {
+            Rule::Positive => Description::new("number > 0", "a positive number"),
+            Rule::NonNegative => Description::new("number >= 0", "a number of at least 0"),
+            Rule::Ratio => Description::new("number in 0..1", "a number from 0 to 1"),
+            _ => Description::new("number", "a number"),
+        }
+    }
+
+    fn read(node: &Node, rule: Rule) -> Result<Self, Issue> {
+        let holds = |x: &f64| {
+            x.is_finite()
+                && match rule {
+                    Rule::Positive => *x > 0.0,
+                    Rule::NonNegative => *x >= 0.0,
+                    Rule::Ratio => (0.0..=1.0).contains(x),
+                    _ => true,
+                }
+        };
+        let number = node.text().and_then(|text| text.parse().ok()).filter(holds);
+        number.ok_or_else(|| mismatch::<Self>(node, rule))
+    }
+
+    fn write(&self) -> String {
+        format!("{self:?}")
+    }
+}
+
+macro_rules! whole_number {
+    ($($ty:ty),+) => {$(
+        impl Value for $ty {
+            fn describe(rule: Rule) -> Description {
+                match rule {
+                    Rule::OneOrMore => Description::new("integer >= 1", "a whole number of at least 1"),
+                    Rule::SizeOrRest => {
+                        Description::new("integer >= 1 or -1", "a whole number of at least 1, or -1 for the rest")
+                    }
+                    _ => Description::new("integer >= 0", "a whole number of at least 0"),
+                }
+            }
+
+            fn read(node: &Node, rule: Rule) -> Result<Self, Issue> {
+                let holds = |x: &$ty| {
+                    let wide = i128::try_from(*x).unwrap_or(i128::MAX);
+                    match rule {
+                        Rule::OneOrMore => wide >= 1,
+                        Rule::SizeOrRest => wide >= 1 || wide == -1,
+                        _ => wide >= 0,
+                    }
+                };
+                let number = node.text().and_then(|text| text.parse().ok()).filter(holds);
+                number.ok_or_else(|| mismatch::<Self>(node, rule))
+            }
+
+            fn write(&self) -> String {
+                self.to_string()
+            }
+        }
+    )+};
+}
+whole_number!(usize, u64, i64);
+
+impl Value for String {
+    fn describe(rule: Rule) -> Description {
+        match rule {
+            Rule::DirectoryName => Description::new(
+                "name",
+                "a name of letters, digits, '.', '_' and '-' that starts with a letter or digit (at most 128)",
+            ),
+            _ => Description::new("text", "text"),
+        }
+    }
+
+    fn read(node: &Node, rule: Rule) -> Result<Self, Issue> {
+        let holds = |text: &&str| rule != Rule::DirectoryName || is_directory_name(text);
+        let text = node.text().filter(|text| !text.is_empty() && !node.is_null()).filter(holds);
+        text.map(str::to_owned).ok_or_else(|| mismatch::<Self>(node, rule))
+    }
+
+    fn write(&self) -> String {
+        quote(self)
+    }
+}
+
+fn is_directory_name(text: &str) -> bool {
+    text.len() <= 128
+        && text.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))
+}
+
+/// A scalar that reads back as `text`: plain where that is safe, else in JSON's quotes, which are YAML's too.
+pub(super) fn quote(text: &str) -> String {
+    let safe = |c: char| c.is_ascii_alphanumeric() || matches!(c, '/' | '.' | '_' | '-');
+    let plain = text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '/')
+        && text.chars().all(safe)
+        && !is_null_word(text);
+    if plain { text.to_owned() } else { serde_json::Value::from(text).to_string() }
+}
+
+impl Value for PathBuf {
+    fn describe(_: Rule) -> Description {
+        Description::new("path", "a path")
+    }
+
+    fn read(node: &Node, rule: Rule) -> Result<Self, Issue> {
+        let text = node.text().filter(|text| !text.is_empty() && !node.is_null());
+        text.map(PathBuf::from).ok_or_else(|| mismatch::<Self>(node, rule))
+    }
+
+    fn write(&self) -> String {
+        quote(&self.to_string_lossy())
+    }
+}
+
+impl<T: Value> Value for Option<T> {
+    fn describe(rule: Rule) -> Description {
+        let Description { short, phrase } = T::describe(rule);
+        Description { short: format!("{short} or null"), phrase: format!("{phrase}, or null") }
+    }
+
+    fn read(node: &Node, rule: Rule) -> Result<Self, Issue> {
+        if node.is_null() {
+            return Ok(None);
+        }
+        T::read(node, rule).map(Some).map_err(|mut issue| {
+            if let (true, Problem::Expected { expected, .. }) = (issue.suffix.is_empty(), &mut issue.problem)
+            {
+                *expected = Self::describe(rule).phrase;
+            }
+            issue
+        })
+    }
+
+    fn write(&self) -> String {
+        self.as_ref().map_or_else(|| "null".to_owned(), T::write)
+    }
+}
+
+impl<T: ListItem> Value for Vec<T> {
+    fn describe(rule: Rule) -> Description {
+        let some = if rule == Rule::NonEmpty { "non-empty list" } else { "list" };
+        Description::new(format!("list of {}", T::PLURAL), format!("a {some} of {}", T::PLURAL))
+    }
+
+    fn read(node: &Node, rule: Rule) -> Result<Self, Issue> {
+        let items = match &node.kind {
+            Kind::List(items) => items.as_slice(),
+            // One value stands for a list of one, as on the command line.
+            Kind::Scalar { .. } if T::LONE && !node.is_null() => std::slice::from_ref(node),
+            _ => return Err(mismatch::<Self>(node, rule)),
+        };
+        if items.is_empty() && rule == Rule::NonEmpty {
+            return Err(mismatch::<Self>(node, rule));
+        }
+        let read = |(i, item)| T::read(item, Rule::Any).map_err(|e| e.inside(&format!("[{i}]"), item.line));
+        items.iter().enumerate().map(read).collect()
+    }
+
+    fn write(&self) -> String {
+        let items: Vec<_> = self.iter().map(T::write).collect();
+        format!("[{}]", items.join(", "))
+    }
+}
+
+/// An element of a list.
+pub(super) trait ListItem: Value {
+    /// "a list of …"
+    const PLURAL: &'static str;
+    /// Whether a lone scalar may stand for a list of one.
+    const LONE: bool;
+}
+
+impl ListItem for String {
+    const PLURAL: &'static str = "names";
+    const LONE: bool = true;
+}
+
+/// "a, b or c"
+pub(super) fn alternatives(names: &[&str]) -> String {
+    match names {
+        [] => String::new(),
+        [one] => (*one).to_owned(),
+        [most @ .., last] => format!("{} or {last}", most.join(", ")),
+    }
+}
+
+/// Declares an enum of named choices: the enum, its serde names and its [`Value`].
+macro_rules! choices {
+    ($(
+        $(#[doc = $doc:literal])+
+        pub enum $name:ident { $( $(#[doc = $variant_doc:literal])* $variant:ident = $text:literal, )+ }
+    )+) => {$(
+        $(#[doc = $doc])+
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+        pub enum $name {
+            $( $(#[doc = $variant_doc])* #[serde(rename = $text)] $variant, )+
+        }
+
+        impl $crate::config::value::Value for $name {
+            fn describe(_: $crate::config::value::Rule) -> $crate::config::value::Description {
+                let names = [$($text),+];
+                $crate::config::value::Description {
+                    short: names.join(" | "),
+                    phrase: $crate::config::value::alternatives(&names),
+                }
+            }
+
+            fn read(
+                node: &$crate::config::source::Node,
+                rule: $crate::config::value::Rule,
+            ) -> Result<Self, $crate::config::error::Issue> {
+                match node.text() {
+                    $( Some($text) => Ok(Self::$variant), )+
+                    _ => Err($crate::config::error::Issue::expected(Self::describe(rule).phrase, node.shown())),
+                }
+            }
+
+            fn write(&self) -> String {
+                match self {
+                    $( Self::$variant => $text.to_owned(), )+
+                }
+            }
+        }
+    )+};
+}
+pub(super) use choices;

@@ -1,0 +1,160 @@
+//! The command line as a user meets it: what parses to what, what is refused, and the frozen help.
+
+use std::path::Path;
+use std::process::{Command as Process, Output};
+use xorl_dist::cli::{self, Command, DeviceChoice, DtypeChoice, GenerateArgs, Prompt, RunArgs};
+use xorl_dist::config::Override;
+
+fn parse(line: &str) -> Result<Command, String> {
+    cli::parse(line.split_whitespace()).map_err(|error| error.to_string())
+}
+
+fn given(field: &str, values: &[&str]) -> Override {
+    Override { field: field.into(), values: values.iter().map(|value| value.to_string()).collect() }
+}
+
+fn run_args(overrides: Vec<Override>, device: DeviceChoice) -> RunArgs {
+    RunArgs { config_path: "run.yaml".into(), overrides, device }
+}
+
+#[test]
+fn train_is_the_default_command() {
+    let expected = Command::Train(run_args(vec![], DeviceChoice::Auto));
+    for line in ["--config run.yaml", "train --config run.yaml", "--config=run.yaml"] {
+        assert_eq!(parse(line).as_ref(), Ok(&expected), "{line}");
+    }
+    for line in ["--device cpu check --config run.yaml", "check --config run.yaml --device cpu"] {
+        assert_eq!(parse(line), Ok(Command::Check(run_args(vec![], DeviceChoice::Cpu))), "{line}");
+    }
+}
+
+#[test]
+fn overrides_are_taken_wherever_they_stand() {
+    let overrides = vec![
+        given("train.lr", &["1e-4"]),
+        given("lora.lora_target_modules", &["q_proj", "o_proj"]),
+        given("train.overwrite", &[]),
+        given("train.data_parallel_shard_size", &["-1"]),
+        given("train.run_id", &["a=b"]),
+    ];
+    let line = "--train.lr 1e-4 --lora.lora_target_modules q_proj o_proj --config run.yaml --train.overwrite \
+                --device cuda --train.data_parallel_shard_size -1 --train.run_id=a=b";
+    assert_eq!(parse(line), Ok(Command::Train(run_args(overrides.clone(), DeviceChoice::Cuda))));
+    assert_eq!(parse(&format!("check {line}")), Ok(Command::Check(run_args(overrides, DeviceChoice::Cuda))));
+    let empty = cli::parse(["--config", "run.yaml", "--train.max_steps", ""]).unwrap();
+    assert_eq!(empty, Command::Train(run_args(vec![given("train.max_steps", &[""])], DeviceChoice::Auto)));
+    let equals = parse("--config run.yaml --train.max_steps=").unwrap();
+    assert_eq!(equals, empty);
+}
+
+#[test]
+fn generate_takes_a_chat_or_a_prompt() {
+    let args = GenerateArgs {
+        model_dir: "m".into(),
+        adapter_dir: None,
+        prompt: Prompt::Text("hi".into()),
+        max_new_tokens: 128,
+        dtype: DtypeChoice::Auto,
+        device: DeviceChoice::Auto,
+    };
+    assert_eq!(parse("generate --model m --prompt hi"), Ok(Command::Generate(args.clone())));
+    let line =
+        ["generate", "--model", "m", "--adapter", "a", "--chat", "--train.lr is what?", "--device", "cpu"];
+    let more = ["--max-new-tokens", "5", "--dtype", "bfloat16"];
+    let parsed = cli::parse(line.into_iter().chain(more)).unwrap();
+    let expected = GenerateArgs {
+        adapter_dir: Some("a".into()),
+        prompt: Prompt::Chat("--train.lr is what?".into()),
+        max_new_tokens: 5,
+        dtype: DtypeChoice::Bfloat16,
+        device: DeviceChoice::Cpu,
+        ..args
+    };
+    assert_eq!(parsed, Command::Generate(expected));
+}
+
+#[test]
+fn what_is_no_command_is_refused_in_one_line() {
+    for (line, words) in [
+        ("", "no run was named"),
+        ("train", "--config <FILE>"),
+        ("run.yaml", "write --config run.yaml"),
+        ("train run.yaml --train.lr 1", "--config"),
+        ("--config", "--config <FILE>"),
+        ("--config run.yaml --lr 1", "--lr"),
+        ("--config run.yaml --device tpu", "tpu"),
+        ("trian --config run.yaml", "trian"),
+        ("--config run.yaml check --config run.yaml", "after the command"),
+        ("generate --model m", "--chat"),
+        ("generate --model m --chat a --prompt b", "cannot be used with"),
+        ("generate --chat a", "--model"),
+        ("generate --model m --chat a --max-new-tokens 0", "at least 1"),
+    ] {
+        let error = parse(line).expect_err(line);
+        assert!(error.contains(words), "{line:?}: {error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+        assert!(!error.starts_with("error"), "{error}");
+    }
+}
+
+#[test]
+fn help_shows_every_field() {
+    let Ok(Command::Help(help)) = parse("--help") else { panic!("no help") };
+    for (section, field) in xorl_dist::config::schema() {
+        assert!(help.contains(&format!("--{section}.{} <{}>", field.key, field.type_name)), "{}", field.key);
+    }
+    for line in ["check --help", "train --help"] {
+        let Ok(Command::Help(text)) = parse(line) else { panic!("{line}") };
+        assert!(text.contains("--train.lr"), "{line}");
+    }
+    let Ok(Command::Help(short)) = parse("-h") else { panic!("-h") };
+    assert!(!short.contains("--train.lr"));
+    assert_eq!(parse("--version"), Ok(Command::Version));
+}
+
+/// `XORL_UPDATE_SNAPSHOTS=1` writes the snapshot anew.
+#[test]
+fn help_is_as_the_snapshot_says() {
+    let Ok(Command::Help(help)) = parse("--help") else { panic!("no help") };
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/snapshots/help.txt");
+    if std::env::var_os("XORL_UPDATE_SNAPSHOTS").is_some() {
+        std::fs::write(&path, &help).unwrap();
+    }
+    let kept = std::fs::read_to_string(&path).unwrap();
+    assert!(
+        kept == help,
+        "help.txt changed; if that is meant, run again with XORL_UPDATE_SNAPSHOTS=1\n{help}"
+    );
+}
+
+fn xorl_dist(args: &[&str]) -> Output {
+    Process::new(env!("CARGO_BIN_EXE_xorl-dist")).args(args).output().unwrap()
+}
+
+#[test]
+fn wrong_input_ends_with_code_two_and_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("run.yaml");
+    std::fs::write(&config, "model:\n  model_path: m\ntrain:\n  lr: fast\n").unwrap();
+    let config = config.to_str().unwrap();
+    for args in [vec![], vec!["--frobnicate"], vec!["run.yaml"]] {
+        let output = xorl_dist(&args);
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {message}");
+        assert_eq!(message.lines().count(), 1, "{message}");
+        assert!(message.starts_with("error: "), "{message}");
+        assert!(output.stdout.is_empty());
+    }
+    assert!(Path::new(config).exists());
+}
+
+#[test]
+fn version_names_the_libraries() {
+    let output = xorl_dist(&["--version"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    for name in ["xorl-dist", "tch", "libtorch", "MPI", "CUDA driver", "NCCL"] {
+        assert!(text.lines().any(|line| line.starts_with(name)), "{name}\n{text}");
+    }
+    assert!(text.contains("2.13."), "{text}");
+}
