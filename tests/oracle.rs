@@ -1,0 +1,160 @@
+//! Every family computes what transformers and PEFT compute, in fp32: logits, LoRA gradients, and 20 AdamW steps
+//! with clipping. tests/oracle/reference.py writes the truth, from models that it makes.
+
+use safetensors::SafeTensors;
+use serde_json::Value;
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
+use tch::{Device, Tensor};
+use xorl_dist::{
+    comm::World,
+    config::{Optimizer as OptimizerKind, ReduceGradients, TrainArgs},
+    dtype::DType,
+    lora::{Parameter, targets::resolve},
+    model::{
+        hf_config::HfModel,
+        source::{SafetensorsSource, validate},
+        transformer::{Batch, LoraShape, Options, Transformer, all_projections},
+    },
+    optim::{Optimizer, Schedule, Settings},
+    train::Trainer,
+};
+
+/// The Python that has transformers and PEFT: launch/setup.sh makes it.
+fn python() -> PathBuf {
+    let venv = Path::new(env!("CARGO_MANIFEST_DIR")).join(".venv/bin/python");
+    std::env::var_os("XORL_ORACLE_PYTHON").map_or(venv, PathBuf::from)
+}
+
+fn floats(file: &SafeTensors, name: &str) -> Vec<f32> {
+    let view = file.tensor(name).unwrap_or_else(|_| panic!("{name} is not in the file"));
+    view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+}
+
+fn key(parameter: &Parameter) -> String {
+    format!("base_model.model.{}.weight", parameter.name)
+}
+
+fn relative(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
+    let difference = norm(&mut a.iter().zip(b).map(|(a, b)| f64::from(*a) - f64::from(*b)));
+    difference / norm(&mut b.iter().map(|&b| f64::from(b))).max(1e-30)
+}
+
+fn integers(value: &Value) -> Vec<i64> {
+    value.as_array().unwrap().iter().map(|x| x.as_i64().unwrap()).collect()
+}
+
+/// All rows of one step as one flat batch.
+fn batch(rows: &Value) -> Batch {
+    let (mut ids, mut labels, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
+    for row in rows.as_array().unwrap() {
+        ids.extend(integers(&row[0]));
+        labels.extend(integers(&row[1]));
+        lengths.push(row[0].as_array().unwrap().len());
+    }
+    Batch::new(&ids, &labels, &lengths, Device::Cpu)
+}
+
+/// The model of `directory` with its PEFT adapter, on this one rank.
+fn load(directory: &Path, run: &Value, recompute: bool, merge: bool) -> Transformer {
+    let hf = HfModel::open(directory).unwrap();
+    let source = SafetensorsSource::open(directory).unwrap();
+    validate(&source, &hf.spec.tensors()).unwrap();
+    let world = World::start().unwrap();
+    let sites = resolve(&all_projections(&hf.spec), None, hf.family.default_targets).unwrap();
+    let lora =
+        LoraShape { rank: run["rank"].as_u64().unwrap() as usize, alpha: run["alpha"].as_f64().unwrap() };
+    let options = Options {
+        compute: DType::F32,
+        merge,
+        slots: 2,
+        vocab_chunk_rows: 400,
+        loss_chunk_tokens: 16,
+        recompute,
+        reduce: ReduceGradients::Step,
+    };
+    let (shard, replicate) = (world.group("shard", 0), world.group("replicate", 0));
+    let mut model = Transformer::new(hf.spec, &sites, lora, options, &shard, &replicate, Device::Cpu);
+    model.load(&source).unwrap();
+    let bytes = std::fs::read(directory.join("adapter/adapter_model.safetensors")).unwrap();
+    let adapter = SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(
+        adapter.len(),
+        model.parameters().iter().map(Vec::len).sum::<usize>(),
+        "PEFT and we adapt the same"
+    );
+    model.set_adapter(|parameter, range| floats(&adapter, &key(parameter))[range].to_vec()).unwrap();
+    model
+}
+
+#[test]
+fn families_equal_transformers_and_peft() {
+    let out = tempfile::tempdir().unwrap();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/oracle/reference.py");
+    let status = Command::new(python()).arg(script).arg(out.path()).env("HF_HUB_OFFLINE", "1").status();
+    assert!(status.expect("launch/setup.sh makes .venv").success());
+    let mut families = 0;
+    for entry in std::fs::read_dir(out.path()).unwrap() {
+        let directory = entry.unwrap().path();
+        for (recompute, merge) in [(false, true), (true, false)] {
+            equals_reference(&directory, recompute, merge);
+        }
+        families += 1;
+    }
+    assert_eq!(families, 6);
+}
+
+fn equals_reference(directory: &Path, recompute: bool, merge: bool) {
+    let name = directory.file_name().unwrap().to_string_lossy().into_owned();
+    let run: Value =
+        serde_json::from_str(&std::fs::read_to_string(directory.join("expected.json")).unwrap()).unwrap();
+    let bytes = std::fs::read(directory.join("expected.safetensors")).unwrap();
+    let expected = SafeTensors::deserialize(&bytes).unwrap();
+    let mut model = load(directory, &run, recompute, merge);
+
+    let logits = model.logits(&batch(&run["steps"][0])).unwrap();
+    let theirs: Vec<Tensor> =
+        (0..3).map(|i| Tensor::from_slice(&floats(&expected, &format!("logits.{i}")))).collect();
+    let distance = (logits.view([-1]) - Tensor::cat(&theirs, 0)).abs().max().double_value(&[]);
+    assert!(distance < 1e-4, "{name}: logits {distance} apart");
+
+    // The gradient of the first step, before any update.
+    let first = batch(&run["steps"][0]);
+    model.adapter.zero_gradients();
+    model.forward_backward(&first, 1.0 / first.valid_tokens() as f64).unwrap();
+    for (unit, parameters) in model.parameters().into_iter().enumerate() {
+        let flat = Vec::<f32>::try_from(model.adapter.gradient(unit)).unwrap();
+        for parameter in parameters {
+            let start = model.adapter.elements(unit, parameter.entry).start + parameter.first;
+            let ours = &flat[start..start + parameter.shape[0] * parameter.shape[1]];
+            let apart = relative(ours, &floats(&expected, &format!("gradient.{}", key(&parameter))));
+            assert!(apart < 1e-4, "{name}: gradient of {}: {apart}", parameter.name);
+        }
+    }
+
+    let number = |key: &str| run[key].as_f64().unwrap();
+    let optimizer =
+        Optimizer::new(Settings::new(OptimizerKind::Adamw, number("weight_decay")), &model.adapter);
+    let schedule = Schedule::new(&TrainArgs { lr: number("lr"), ..TrainArgs::default() }, 20);
+    let world = World::start().unwrap().group("world", 0);
+    let mut trainer = Trainer { model, optimizer, schedule, max_grad_norm: number("max_norm"), world };
+    for step in 0..20 {
+        let report = trainer.step(&[batch(&run["steps"][step])], step).unwrap();
+        let (loss, norm) = (run["losses"][step].as_f64().unwrap(), run["norms"][step].as_f64().unwrap());
+        assert!(norm > number("max_norm"), "{name}: clipping is not active at step {step}: {norm}");
+        let ours = report.loss.unwrap();
+        assert!(
+            (ours - loss).abs() < 1e-4 * loss.abs(),
+            "{name}: loss of step {step}: {ours}, expected {loss}"
+        );
+        assert!((report.grad_norm - norm).abs() < 1e-4 * norm, "{name}: norm {} {norm}", report.grad_norm);
+    }
+    for (parameter, ours) in trainer.model.whole_adapter().unwrap() {
+        let apart = relative(&ours, &floats(&expected, &format!("final.{}", key(&parameter))));
+        assert!(apart < 1e-4, "{name}: {} after 20 steps: {apart}", parameter.name);
+    }
+}
