@@ -1,4 +1,30 @@
 //! From data files to rows of token ids, in an order that depends on (seed, epoch, position) alone.
+//!
+//! [`Dataset::open`] reads the sources, renders chats with the model's own template, tokenises and packs; the
+//! result is the same on every rank. [`order`] and [`deal`] say, as pure functions, which rows a step takes and
+//! which of them a rank computes; [`Loader`] brings them ahead of the trainer. [`ChatTemplate`] and [`Tokenizer`]
+//! also serve generation.
+
+mod chat_template;
+mod dataset;
+pub mod deal;
+mod error;
+mod jinja;
+mod jinja_values;
+mod loader;
+pub mod order;
+mod pack;
+mod prepared;
+mod source;
+mod store;
+mod tokenizer;
+
+pub use chat_template::{Chat, ChatTemplate, Clock};
+pub use dataset::{Dataset, Summary, TRAINING_CLOCK};
+pub use error::{DataError, LineProblem};
+pub use loader::{Loader, StepPlan, StepRows};
+pub use pack::pack;
+pub use tokenizer::{Encoded, Tokenizer};
 
 /// Label of a token that carries no loss.
 pub const IGNORE_INDEX: i64 = -100;
@@ -13,4 +39,19 @@ pub struct Row {
     /// Lengths of the documents, in order; they add up to the row. Padding is a last document of its own
     /// with no labels. Documents never attend to each other and their positions start at 0.
     pub document_lengths: Vec<usize>,
+}
+
+impl Row {
+    /// Tokens that carry loss: labels that are not [`IGNORE_INDEX`] after the shift, which never crosses a
+    /// document (so the first label of each document does not count).
+    pub fn valid_tokens(&self) -> usize {
+        let mut rest = &self.labels[..];
+        let mut valid = 0;
+        for &length in &self.document_lengths {
+            let (document, tail) = rest.split_at(length.min(rest.len()));
+            valid += document.iter().skip(1).filter(|&&label| label != IGNORE_INDEX).count();
+            rest = tail;
+        }
+        valid
+    }
 }

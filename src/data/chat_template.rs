@@ -1,0 +1,312 @@
+//! Chats as text: the model's own chat template, rendered as transformers' `apply_chat_template` renders it, and
+//! the parts of the text that the assistant said.
+
+use super::{
+    DataError, LineProblem,
+    error::one_line,
+    jinja::{self, Rendered},
+};
+use minijinja::{Environment, Error, ErrorKind, Value, value::Serde};
+use serde_json::Value as Json;
+use sha2::{Digest, Sha256};
+use std::{
+    collections::BTreeMap,
+    ops::Range,
+    path::{Path, PathBuf},
+};
+
+/// A conversation.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Chat {
+    /// Objects with `role` and `content`; all their fields reach the template.
+    pub messages: Vec<Json>,
+    /// The `tools` of the template (a JSON list), `none` there when absent.
+    pub tools: Option<Json>,
+}
+
+impl Chat {
+    /// A chat of one user message.
+    pub fn user(text: &str) -> Self {
+        Self { messages: vec![serde_json::json!({ "role": "user", "content": text })], tools: None }
+    }
+}
+
+/// What `strftime_now` in a template reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Clock {
+    /// Local time at rendering.
+    System,
+    /// Seconds since 1970, in UTC: the same text on every rank and on every day.
+    Fixed(i64),
+}
+
+impl Clock {
+    pub(super) fn format(self, format: &str) -> Result<String, Error> {
+        let invalid =
+            || Error::new(ErrorKind::InvalidOperation, "strftime_now: the time cannot be written this way");
+        if format.is_empty() {
+            return Ok(String::new());
+        }
+        let c_format = std::ffi::CString::new(format).map_err(|_| invalid())?;
+        let mut text = vec![0u8; 64 + 16 * format.len()];
+        // SAFETY: `tm` is plain data that gmtime_r or localtime_r fills before it is read (they return null on
+        // failure), and strftime writes at most `text.len()` bytes and reads the NUL-terminated format.
+        let length = unsafe {
+            let mut tm: libc::tm = std::mem::zeroed();
+            let filled = match self {
+                Self::Fixed(seconds) => libc::gmtime_r(&(seconds as libc::time_t), &mut tm),
+                Self::System => libc::localtime_r(&libc::time(std::ptr::null_mut()), &mut tm),
+            };
+            if filled.is_null() {
+                return Err(invalid());
+            }
+            libc::strftime(text.as_mut_ptr().cast(), text.len(), c_format.as_ptr(), &tm)
+        };
+        text.truncate(length);
+        String::from_utf8(text).ok().filter(|text| !text.is_empty()).ok_or_else(invalid)
+    }
+}
+
+/// The chat template of a model directory.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    env: Environment<'static>,
+    /// By name; the names that transformers gives meaning are `default` and `tool_use`.
+    sources: BTreeMap<String, String>,
+    /// `bos_token`, `eos_token`, …: variables of the template.
+    special_tokens: BTreeMap<String, String>,
+    marks_generation: bool,
+}
+
+const SPECIAL_TOKENS: [&str; 7] =
+    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+
+impl ChatTemplate {
+    /// Reads `chat_template.jinja` (and `additional_chat_templates/`), else `chat_template` of
+    /// tokenizer_config.json: a string, or a list of `{name, template}`.
+    pub fn load(dir: &Path) -> Result<Self, DataError> {
+        Self::load_with_clock(dir, Clock::System)
+    }
+
+    /// As [`ChatTemplate::load`], with the clock that the template reads.
+    pub fn load_with_clock(dir: &Path, clock: Clock) -> Result<Self, DataError> {
+        let config_path = dir.join("tokenizer_config.json");
+        let config = read_json(&config_path)?.unwrap_or_default();
+        let mut found = template_files(dir)?;
+        if found.is_empty() {
+            found = config_templates(&config, &config_path)?;
+        }
+        let map = read_json(&dir.join("special_tokens_map.json"))?.unwrap_or_default();
+        let token = |name: &&str| {
+            Some((name.to_string(), token_text(&config, name).or_else(|| token_text(&map, name))?))
+        };
+        let special_tokens = SPECIAL_TOKENS.iter().filter_map(token).collect();
+
+        let invalid =
+            |path: PathBuf| move |error: Error| DataError::Template { path, problem: describe(&error) };
+        let mut env = jinja::environment(clock).map_err(invalid(dir.into()))?;
+        let mut sources = BTreeMap::new();
+        let mut marks_generation = false;
+        for (name, (path, source)) in found {
+            let (rewritten, marked) = jinja::rewrite_generation(&source);
+            env.add_template_owned(name.clone(), rewritten.into_owned()).map_err(invalid(path))?;
+            marks_generation |= marked;
+            sources.insert(name, source);
+        }
+        if sources.is_empty() {
+            return Err(DataError::NoTemplate { dir: dir.into() });
+        }
+        Ok(Self { env, sources, special_tokens, marks_generation })
+    }
+
+    /// The text of a chat; `add_generation_prompt` ends it where the assistant's answer begins.
+    pub fn render(&self, chat: &Chat, add_generation_prompt: bool) -> Result<String, DataError> {
+        let rendered = self.render_messages(&chat.messages, chat.tools.as_ref(), add_generation_prompt);
+        Ok(rendered.map_err(DataError::Render)?.text)
+    }
+
+    /// The text of a whole chat.
+    pub(super) fn render_text(&self, chat: &Chat) -> Result<String, LineProblem> {
+        Ok(self.render_messages(&chat.messages, chat.tools.as_ref(), false)?.text)
+    }
+
+    /// Whether a template asks for today's date.
+    pub fn reads_clock(&self) -> bool {
+        self.sources.values().any(|source| source.contains("strftime_now"))
+    }
+
+    /// Adds all that determines the rendered text to a hash.
+    pub(super) fn hash_into(&self, hash: &mut Sha256) {
+        for (name, text) in self.sources.iter().chain(&self.special_tokens) {
+            for part in [name, text] {
+                hash.update((part.len() as u64).to_le_bytes());
+                hash.update(part);
+            }
+        }
+    }
+
+    /// The text of a whole chat and the byte ranges of it that the assistant said, its end-of-turn token
+    /// included: the `{% generation %}` blocks where the template has them, otherwise what each assistant message
+    /// adds to the text of the messages before it with the generation prompt.
+    pub(super) fn render_with_assistant_spans(
+        &self,
+        chat: &Chat,
+    ) -> Result<(String, Vec<Range<usize>>), LineProblem> {
+        let whole = self.render_messages(&chat.messages, chat.tools.as_ref(), false)?;
+        if !self.marks_generation {
+            let spans = self.spans_by_prefix(chat, &whole.text)?;
+            return Ok((whole.text, spans));
+        }
+        if whole.captured {
+            return Err(LineProblem::CapturedGeneration);
+        }
+        Ok((whole.text, whole.generated))
+    }
+
+    fn spans_by_prefix(&self, chat: &Chat, whole: &str) -> Result<Vec<Range<usize>>, LineProblem> {
+        let mut spans = Vec::new();
+        for (index, message) in chat.messages.iter().enumerate() {
+            if message.get("role").and_then(Json::as_str) != Some("assistant") {
+                continue;
+            }
+            let text_of = |end: usize, prompt: bool| {
+                self.render_messages(&chat.messages[..end], chat.tools.as_ref(), prompt)
+                    .map(|rendered| rendered.text)
+            };
+            let (before, after) = (text_of(index, true)?, text_of(index + 1, false)?);
+            for text in [&before, &after] {
+                if !whole.starts_with(text.as_str()) {
+                    let message = self.first_differing_message(chat, whole, text).min(index);
+                    return Err(LineProblem::NotPrefixStable { message });
+                }
+            }
+            if after.len() < before.len() {
+                return Err(LineProblem::NotPrefixStable { message: index });
+            }
+            spans.push(before.len()..after.len());
+        }
+        Ok(spans)
+    }
+
+    /// The message within whose text `prefix` parts from `whole`: the first after which a rendering of the
+    /// messages so far reaches beyond the common text.
+    fn first_differing_message(&self, chat: &Chat, whole: &str, prefix: &str) -> usize {
+        let common = whole.bytes().zip(prefix.bytes()).take_while(|(a, b)| a == b).count();
+        let reaches_beyond = |&index: &usize| {
+            self.render_messages(&chat.messages[..=index], chat.tools.as_ref(), false)
+                .is_ok_and(|rendered| rendered.text.len() > common)
+        };
+        (0..chat.messages.len()).find(reaches_beyond).unwrap_or(usize::MAX)
+    }
+
+    fn render_messages(
+        &self,
+        messages: &[Json],
+        tools: Option<&Json>,
+        prompt: bool,
+    ) -> Result<Rendered, LineProblem> {
+        let name =
+            if tools.is_some() && self.sources.contains_key("tool_use") { "tool_use" } else { "default" };
+        if !self.sources.contains_key(name) {
+            let names: Vec<&str> = self.sources.keys().map(String::as_str).collect();
+            return Err(LineProblem::Template(format!(
+                "the model has no chat template named `default`, only {}",
+                names.join(", ")
+            )));
+        }
+        let mut context: BTreeMap<&str, Value> = BTreeMap::new();
+        for (token, text) in &self.special_tokens {
+            context.insert(token, Value::from(text.as_str()));
+        }
+        context.insert("messages", Value::from(Serde(messages)));
+        context.insert("tools", tools.map_or(Value::from(()), |tools| Value::from(Serde(tools))));
+        context.insert("documents", Value::from(()));
+        context.insert("add_generation_prompt", Value::from(prompt));
+        jinja::render(&self.env, name, Value::from(context))
+            .map_err(|error| LineProblem::Template(describe(&error)))
+    }
+}
+
+/// `chat_template.jinja` as `default` and the files of `additional_chat_templates/` by their stem.
+fn template_files(dir: &Path) -> Result<BTreeMap<String, (PathBuf, String)>, DataError> {
+    let mut found = BTreeMap::new();
+    let mut add = |name: String, path: PathBuf| match std::fs::read_to_string(&path) {
+        Ok(source) => {
+            found.insert(name, (path, source));
+            Ok(())
+        }
+        Err(source) => Err(DataError::Io { path, source }),
+    };
+    let main = dir.join("chat_template.jinja");
+    if main.is_file() {
+        add("default".into(), main)?;
+        for entry in std::fs::read_dir(dir.join("additional_chat_templates")).into_iter().flatten().flatten()
+        {
+            let path = entry.path();
+            if let Some(stem) = path.file_stem().filter(|_| path.extension().is_some_and(|e| e == "jinja")) {
+                add(stem.to_string_lossy().into_owned(), path.clone())?;
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn config_templates(config: &Json, path: &Path) -> Result<BTreeMap<String, (PathBuf, String)>, DataError> {
+    let text = |value: &Json, field: &str| value.get(field).and_then(Json::as_str).map(str::to_string);
+    match config.get("chat_template") {
+        None | Some(Json::Null) => Ok(BTreeMap::new()),
+        Some(Json::String(source)) => Ok([("default".into(), (path.into(), source.clone()))].into()),
+        Some(Json::Array(entries)) => {
+            let entry = |entry: &Json| Some((text(entry, "name")?, (path.into(), text(entry, "template")?)));
+            entries.iter().map(entry).collect::<Option<_>>()
+        }
+        .ok_or_else(|| DataError::Template {
+            path: path.into(),
+            problem: "chat_template: expected a list of {name, template}".into(),
+        }),
+        Some(_) => Err(DataError::Template {
+            path: path.into(),
+            problem: "chat_template: expected a string or a list of {name, template}".into(),
+        }),
+    }
+}
+
+/// A special token given as a string or as `{content}`.
+fn token_text(config: &Json, name: &str) -> Option<String> {
+    let value = config.get(name)?;
+    value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_string)
+}
+
+/// A JSON file, or `None` if there is no such file.
+pub(super) fn read_json(path: &Path) -> Result<Option<Json>, DataError> {
+    let bytes = match std::fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(DataError::Io { path: path.into(), source }),
+    };
+    let problem =
+        |error| DataError::Template { path: path.into(), problem: format!("not valid JSON: {error}") };
+    serde_json::from_slice(&bytes).map(Some).map_err(problem)
+}
+
+fn describe(error: &Error) -> String {
+    let place = error.line().map(|line| format!(" (template line {line})")).unwrap_or_default();
+    let text = error.detail().map_or_else(|| error.kind().to_string(), str::to_string);
+    format!("the chat template fails{place}: {}", one_line(text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clocks_write_dates_as_c_does() {
+        let fixed = Clock::Fixed(1_721_952_000);
+        assert_eq!(fixed.format("%d %b %Y, %H:%M").unwrap(), "26 Jul 2024, 00:00");
+        assert_eq!(fixed.format("").unwrap(), "");
+        assert!(fixed.format("a\0b").is_err());
+        assert!(fixed.format(&"%c".repeat(500)).is_ok());
+        let year: i32 = Clock::System.format("%Y").unwrap().parse().unwrap();
+        assert!(year >= 2024, "{year}");
+    }
+}

@@ -1,0 +1,369 @@
+//! The data of a run: all rows, the same on every rank, and which of them stands at which position of an epoch.
+
+use super::{
+    ChatTemplate, Clock, DataError, IGNORE_INDEX, LineProblem, Row, Tokenizer, order,
+    pack::pack,
+    prepared::{self, hex},
+    source,
+    store::RowStore,
+};
+use crate::{
+    config::{DataArgs, DatasetArgs, DatasetType, PackingMethod},
+    rng::Stream,
+};
+use sha2::{Digest, Sha256};
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+/// The date that a template sees when training data are rendered, 2024-07-26 (what Llama's templates fall back
+/// to): a date of today would give ranks, restarts and resumes on another day other data.
+pub const TRAINING_CLOCK: Clock = Clock::Fixed(1_721_952_000);
+
+/// Samples of a `dummy` dataset without `num_samples`.
+const DUMMY_SAMPLES: usize = 128;
+
+/// Changes when the meaning of prepared rows does.
+const FORMAT: u32 = 1;
+
+/// What the data amount to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Summary {
+    /// Samples that are used.
+    pub samples: usize,
+    /// Samples that were dropped because they are too long.
+    pub dropped: usize,
+    pub rows: usize,
+    /// Tokens of all rows, padding included.
+    pub tokens: usize,
+    pub padding_tokens: usize,
+    /// Tokens with loss; see [`Row::valid_tokens`].
+    pub valid_tokens: usize,
+    /// Tokens of the longest row.
+    pub longest_row: usize,
+}
+
+/// All rows of a run.
+#[derive(Debug)]
+pub struct Dataset {
+    store: RowStore,
+    summary: Summary,
+    fingerprint: String,
+    seed: u64,
+    shuffle: bool,
+    /// The order of the epoch that was asked for last.
+    order: Mutex<Option<(usize, Arc<[usize]>)>>,
+}
+
+/// Everything besides the files that rows depend on.
+struct Recipe<'a> {
+    args: &'a DataArgs,
+    text: Option<(Tokenizer, ChatTemplate)>,
+    vocab_size: usize,
+    pad_id: i64,
+    seed: u64,
+}
+
+impl Dataset {
+    /// Reads, tokenises and packs `args.datasets`, or takes the prepared rows of an earlier run.
+    ///
+    /// `tokenizer_dir` (tokenizer.json and chat template) is needed only for chats. `vocab_size` is the model's:
+    /// no token id may reach it. `pad_id` fills packs up to `pad_to_multiple_of`, without labels.
+    ///
+    /// - A sample longer than `max_seq_len`, or than a pack, is dropped; one warning counts them.
+    /// - With packing, a pack may exceed `sample_packing_sequence_len` by its padding alone.
+    /// - `dummy`: `num_samples` (128) samples of random ids, all trained, each of `max_seq_len` tokens or, where
+    ///   that is null or longer, of `sample_packing_sequence_len`.
+    pub fn open(
+        args: &DataArgs,
+        tokenizer_dir: Option<&Path>,
+        vocab_size: usize,
+        pad_id: i64,
+        seed: u64,
+    ) -> Result<Self, DataError> {
+        if args.datasets.is_empty() {
+            return Err(DataError::NoDatasets);
+        }
+        let text = match args.datasets.iter().find(|entry| is_chat(entry)) {
+            None => None,
+            Some(entry) => {
+                let dir = tokenizer_dir.ok_or_else(|| DataError::NoTokenizer { path: entry.path.clone() })?;
+                let template = ChatTemplate::load_with_clock(dir, TRAINING_CLOCK)?;
+                if template.reads_clock() {
+                    tracing::warn!(
+                        "the chat template writes today's date: training data get 2024-07-26 instead"
+                    );
+                }
+                Some((Tokenizer::load(dir)?, template))
+            }
+        };
+        let recipe = Recipe { args, text, vocab_size, pad_id, seed };
+        let (store, summary) = match &args.dataset_prepared_path {
+            None => recipe.build()?,
+            Some(folder) => recipe.prepared(folder)?,
+        };
+        if summary.dropped > 0 {
+            let (limit, field) = limit(args);
+            tracing::warn!(
+                "dropped {} of {} samples: longer than {limit} tokens ({field})",
+                summary.dropped,
+                summary.samples + summary.dropped
+            );
+        }
+        if summary.valid_tokens == 0 {
+            tracing::warn!("no token of the data has a label: there is nothing to train on");
+        }
+        let mut hash = Sha256::new();
+        hash.update(store.digest());
+        hash.update(seed.to_le_bytes());
+        hash.update([u8::from(args.shuffle_merged_datasets)]);
+        let fingerprint = hex(&hash.finalize());
+        let shuffle = args.shuffle_merged_datasets;
+        Ok(Self { store, summary, fingerprint, seed, shuffle, order: Mutex::new(None) })
+    }
+
+    /// Rows of an epoch.
+    pub fn rows(&self) -> usize {
+        self.store.rows()
+    }
+
+    /// The row at `position` (from 0) of `epoch` (from 0): a function of these, the seed and the data alone.
+    pub fn row_at(&self, epoch: usize, position: usize) -> Result<Row, DataError> {
+        let order = self.order_of(epoch);
+        let row = order.get(position).and_then(|&index| self.store.row(index));
+        row.ok_or_else(|| DataError::Position { epoch, position, rows: self.rows() })
+    }
+
+    /// Counts for the user.
+    pub fn summary(&self) -> &Summary {
+        &self.summary
+    }
+
+    /// A hash of all rows and their order in all epochs: equal on ranks, and before and after a resume, exactly
+    /// when they train on the same data in the same order.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    fn order_of(&self, epoch: usize) -> Arc<[usize]> {
+        let mut cached = self.order.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*cached {
+            Some((of, order)) if *of == epoch => order.clone(),
+            _ => {
+                let order: Arc<[usize]> =
+                    order::row_order(self.seed, epoch, self.rows(), self.shuffle).into();
+                *cached = Some((epoch, order.clone()));
+                order
+            }
+        }
+    }
+}
+
+impl Recipe<'_> {
+    /// The rows of an earlier run with the same inputs, otherwise rows built now and kept there.
+    fn prepared(&self, folder: &Path) -> Result<(RowStore, Summary), DataError> {
+        let path = prepared::file(folder, &self.key()?);
+        match prepared::read(&path) {
+            Ok(Some(found)) => return Ok(found),
+            Ok(None) => {}
+            Err(reason) => tracing::warn!("{}: damaged ({reason}); preparing the data again", path.display()),
+        }
+        let (rows, summary) = self.build()?;
+        if let Err(error) = prepared::write(&path, &rows, &summary) {
+            tracing::warn!("{}: could not keep the prepared data: {error}", path.display());
+        }
+        Ok((rows, summary))
+    }
+
+    /// SHA-256 over all that the rows depend on.
+    fn key(&self) -> Result<String, DataError> {
+        let mut hash = Sha256::new();
+        let args = self.args;
+        let options = format!(
+            "{FORMAT} {:?} {:?} {:?} {} {:?} {} {} {} {} {} {}",
+            TRAINING_CLOCK,
+            args.sample_packing_method,
+            args.max_seq_len,
+            args.sample_packing_sequence_len,
+            args.pad_to_multiple_of,
+            args.shuffle_before_merging_datasets,
+            args.shuffle_merged_datasets,
+            args.train_on_inputs,
+            self.vocab_size,
+            self.pad_id,
+            self.seed,
+        );
+        hash.update(options);
+        if let Some((tokenizer, template)) = &self.text {
+            hash.update(tokenizer.digest());
+            template.hash_into(&mut hash);
+        }
+        for entry in &args.datasets {
+            if is_dummy(entry) {
+                hash.update(format!("dummy {:?}", entry.num_samples));
+                continue;
+            }
+            let files = source::files(&entry.path)?;
+            hash.update(format!("{:?} {}", entry.kind, files.len()));
+            for path in files {
+                hash.update(hash_file(path)?);
+            }
+        }
+        Ok(hex(&hash.finalize()))
+    }
+
+    fn build(&self) -> Result<(RowStore, Summary), DataError> {
+        let (mut samples, mut sizes, mut dropped) = (RowStore::default(), Vec::new(), 0);
+        let (limit, field) = limit(self.args);
+        for (index, entry) in self.args.datasets.iter().enumerate() {
+            let before = samples.rows();
+            let dropped_here = if is_dummy(entry) {
+                self.add_dummy(index, entry, &mut samples)?;
+                0
+            } else {
+                self.add_files(entry, limit, &mut samples)?
+            };
+            if samples.rows() == before && dropped_here == 0 {
+                return Err(DataError::Empty { path: entry.path.clone() });
+            }
+            sizes.push(samples.rows() - before);
+            dropped += dropped_here;
+        }
+        if samples.rows() == 0 {
+            return Err(DataError::AllDropped { samples: dropped, limit, field });
+        }
+        let (each, merged) = (self.args.shuffle_before_merging_datasets, self.args.shuffle_merged_datasets);
+        let order = order::sample_order(self.seed, &sizes, each, merged);
+        let (store, padding_tokens) = self.pack(&samples, &order)?;
+        let summary = Summary {
+            samples: samples.rows(),
+            dropped,
+            rows: store.rows(),
+            tokens: store.arrays()[0].len(),
+            padding_tokens,
+            valid_tokens: store.valid_tokens(),
+            longest_row: (0..store.rows()).map(|row| store.row_length(row)).max().unwrap_or(0),
+        };
+        Ok((store, summary))
+    }
+
+    /// Rows of the samples in `order`, and the tokens of padding in them.
+    fn pack(&self, samples: &RowStore, order: &[usize]) -> Result<(RowStore, usize), DataError> {
+        let method = self.args.sample_packing_method;
+        let multiple =
+            self.args.pad_to_multiple_of.filter(|_| method != PackingMethod::None).unwrap_or(1).max(1);
+        let pad = u32::try_from(self.pad_id).ok().filter(|&pad| (pad as usize) < self.vocab_size);
+        let lengths: Vec<usize> = order.iter().map(|&sample| samples.row_length(sample)).collect();
+        let (mut store, mut padding) = (RowStore::default(), 0);
+        for documents in pack(method, &lengths, self.args.sample_packing_sequence_len) {
+            store.begin_row();
+            let tokens: usize = documents.iter().map(|&index| lengths[index]).sum();
+            for index in documents {
+                store.push_document(samples.stored(order[index]));
+            }
+            let missing = tokens.next_multiple_of(multiple) - tokens;
+            if missing > 0 {
+                let pad = pad.ok_or(DataError::PadId { pad_id: self.pad_id, vocab_size: self.vocab_size })?;
+                store.push_padding(missing, pad);
+                padding += missing;
+            }
+        }
+        Ok((store, padding))
+    }
+
+    /// Adds the samples of `entry` that are not too long; returns how many are.
+    fn add_files(
+        &self,
+        entry: &DatasetArgs,
+        limit: usize,
+        samples: &mut RowStore,
+    ) -> Result<usize, DataError> {
+        let mut dropped = 0;
+        for path in source::files(&entry.path)? {
+            source::for_each_line(&path, |line| {
+                let sample = match entry.kind {
+                    DatasetType::Tokenized => source::parse_tokenized(line, self.vocab_size)?,
+                    DatasetType::Chat => self.encode_chat(line)?,
+                };
+                if sample.tokens.len() > limit {
+                    dropped += 1;
+                } else {
+                    samples.begin_row();
+                    samples.push_labelled(&sample.tokens, sample.labels);
+                }
+                Ok(())
+            })?;
+        }
+        Ok(dropped)
+    }
+
+    /// A chat as tokens; labels are on what the assistant said, or everywhere if `train_on_inputs`.
+    fn encode_chat(&self, line: &[u8]) -> Result<source::TokenSample, LineProblem> {
+        let chat = source::parse_chat(line)?;
+        let Some((tokenizer, template)) = &self.text else {
+            return Err(LineProblem::Tokenize("no tokenizer was given".into()));
+        };
+        let (encoded, trained) = if self.args.train_on_inputs {
+            let encoded = tokenizer.encode_with_offsets(&template.render_text(&chat)?)?;
+            let everywhere = vec![true; encoded.ids.len()];
+            (encoded, everywhere)
+        } else {
+            let (text, spans) = template.render_with_assistant_spans(&chat)?;
+            let encoded = tokenizer.encode_with_offsets(&text)?;
+            let trained = encoded.covered_by(&spans);
+            (encoded, trained)
+        };
+        let tokens = source::check_tokens(&encoded.ids, self.vocab_size, "rendered tokens")?;
+        let label = |(&id, trained): (&i64, bool)| if trained { id } else { IGNORE_INDEX };
+        let labels = encoded.ids.iter().zip(trained).map(label).collect();
+        Ok(source::TokenSample { tokens, labels })
+    }
+
+    fn add_dummy(&self, index: usize, entry: &DatasetArgs, samples: &mut RowStore) -> Result<(), DataError> {
+        let pack = self.args.sample_packing_sequence_len;
+        let length = self.args.max_seq_len.map_or(pack, |max| match self.args.sample_packing_method {
+            PackingMethod::None => max,
+            PackingMethod::Sequential | PackingMethod::Multipack => max.min(pack),
+        });
+        if length == 0 || self.vocab_size == 0 {
+            return Err(DataError::DummyShape { path: entry.path.clone() });
+        }
+        let stream = Stream::new(self.seed, &format!("data.dummy.{index}"));
+        for sample in 0..entry.num_samples.unwrap_or(DUMMY_SAMPLES) {
+            let id = |at: usize| stream.below((sample * length + at) as u64, self.vocab_size as u64) as u32;
+            let tokens: Vec<u32> = (0..length).map(id).collect();
+            samples.begin_row();
+            samples.push_labelled(&tokens, tokens.iter().map(|&token| i64::from(token)));
+        }
+        Ok(())
+    }
+}
+
+/// The longest sample that is kept, and the field that says so.
+fn limit(args: &DataArgs) -> (usize, &'static str) {
+    let pack = match args.sample_packing_method {
+        PackingMethod::None => usize::MAX,
+        PackingMethod::Sequential | PackingMethod::Multipack => args.sample_packing_sequence_len,
+    };
+    match args.max_seq_len {
+        Some(max) if max <= pack => (max, "data.max_seq_len"),
+        _ => (pack, "data.sample_packing_sequence_len"),
+    }
+}
+
+fn is_dummy(entry: &DatasetArgs) -> bool {
+    entry.path == Path::new("dummy")
+}
+
+fn is_chat(entry: &DatasetArgs) -> bool {
+    entry.kind == DatasetType::Chat && !is_dummy(entry)
+}
+
+fn hash_file(path: PathBuf) -> Result<[u8; 32], DataError> {
+    let mut hash = Sha256::new();
+    let copied = File::open(&path).and_then(|mut file| std::io::copy(&mut file, &mut hash));
+    copied.map_err(|source| DataError::Io { path, source })?;
+    Ok(hash.finalize().into())
+}

@@ -1,0 +1,222 @@
+//! The template environment that transformers gives chat templates, on minijinja: the same whitespace rules,
+//! filters, functions, Python methods and `{% generation %}` blocks.
+
+use super::{
+    chat_template::Clock,
+    jinja_values::{python_str, tojson},
+};
+use minijinja::{
+    Environment, Error, ErrorKind, State, Value, escape_formatter,
+    syntax::SyntaxConfig,
+    value::{Kwargs, ValueKind},
+};
+use std::{borrow::Cow, cell::Cell};
+
+/// What `{% generation %}` calls; the output of a call block is recorded under this expression.
+const GENERATION: &str = "__generation()";
+
+thread_local! {
+    /// Generation blocks with text that were evaluated on this thread, to notice those whose text was captured.
+    static GENERATED: Cell<usize> = const { Cell::new(0) };
+}
+
+/// An environment like transformers' sandbox.
+pub(super) fn environment(clock: Clock) -> Result<Environment<'static>, Error> {
+    let mut env = Environment::new();
+    env.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
+    env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+    env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    env.set_formatter(|out, state, value| match value.kind() {
+        ValueKind::Number | ValueKind::Seq | ValueKind::Map => Ok(out.write_str(&python_str(value))?),
+        _ => escape_formatter(out, state, value),
+    });
+    env.add_filter("tojson", tojson);
+    env.add_filter("string", |value: &Value| python_str(value));
+    // As in Jinja2, where whatever has a length and items is a sequence.
+    env.add_test("sequence", |value: &Value| {
+        value.is_undefined() || matches!(value.kind(), ValueKind::Seq | ValueKind::String | ValueKind::Map)
+    });
+    env.add_test("iterable", |value: &Value| {
+        use ValueKind::{Iterable, Map, Seq, String, Undefined};
+        matches!(value.kind(), Seq | String | Map | Iterable | Undefined)
+    });
+    env.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+        Err(Error::new(ErrorKind::InvalidOperation, message))
+    });
+    env.add_function("strftime_now", move |format: String| clock.format(&format));
+    env.add_function("__generation", |state: &mut State, kwargs: Kwargs| -> Result<Value, Error> {
+        let body = kwargs.get::<Value>("caller")?.call(state, &[])?;
+        if !body.to_string().is_empty() {
+            GENERATED.set(GENERATED.get() + 1);
+        }
+        Ok(body)
+    });
+    Ok(env)
+}
+
+/// A rendered template with the byte ranges that its generation blocks wrote.
+pub(super) struct Rendered {
+    pub text: String,
+    pub generated: Vec<std::ops::Range<usize>>,
+    /// Some generation block wrote into a captured value, so that its place in the text is not known.
+    pub captured: bool,
+}
+
+/// Renders template `name` of `env`.
+pub(super) fn render(env: &Environment<'_>, name: &str, context: Value) -> Result<Rendered, Error> {
+    GENERATED.set(0);
+    let template = env.get_template(name)?;
+    let (text, spans) = template.render_with_spans(context)?;
+    let is_generated =
+        |span: &&minijinja::OutputSpan| template.source().get(span.source_range()) == Some(GENERATION);
+    let generated: Vec<_> = spans.iter().filter(is_generated).map(|span| span.output_range()).collect();
+    let captured = generated.len() != GENERATED.get();
+    Ok(Rendered { text, generated, captured })
+}
+
+/// Turns `{% generation %}` … `{% endgeneration %}`, which minijinja does not know, into call blocks, which is
+/// what transformers' extension makes of them. Whitespace marks stay. Returns whether there were any.
+pub(super) fn rewrite_generation(source: &str) -> (Cow<'_, str>, bool) {
+    let mut out = String::new();
+    let (mut copied, mut at) = (0, 0);
+    while let Some((start, tag)) = next_tag(source, at) {
+        at = match tag {
+            Tag::Comment => end_of(source, start, "#}"),
+            Tag::Expression => end_of_code(source, start + 2, "}}"),
+            Tag::Block => {
+                let end = end_of_code(source, start + 2, "%}");
+                let body = &source[start + 2..end];
+                let inner = body.strip_suffix("%}").unwrap_or(body);
+                let replacement = match inner.trim_matches(['-', '+']).trim() {
+                    "generation" => Some(format!(" call {GENERATION} ")),
+                    "endgeneration" => Some(" endcall ".to_string()),
+                    _ => None,
+                };
+                if let Some(code) = replacement {
+                    let mark = |c: Option<char>| {
+                        c.filter(|c| "+-".contains(*c)).map(String::from).unwrap_or_default()
+                    };
+                    let (left, right) = (mark(inner.chars().next()), mark(inner.chars().next_back()));
+                    out.push_str(&source[copied..start]);
+                    out.push_str(&format!("{{%{left}{code}{right}%}}"));
+                    copied = end;
+                }
+                if inner.trim_matches(['-', '+']).trim() == "raw" { end_of_raw(source, end) } else { end }
+            }
+        };
+    }
+    if copied == 0 {
+        return (Cow::Borrowed(source), false);
+    }
+    out.push_str(&source[copied..]);
+    (Cow::Owned(out), true)
+}
+
+enum Tag {
+    Comment,
+    Expression,
+    Block,
+}
+
+fn next_tag(source: &str, from: usize) -> Option<(usize, Tag)> {
+    let bytes = source.as_bytes();
+    (from..bytes.len().saturating_sub(1)).find_map(|at| match &bytes[at..at + 2] {
+        b"{#" => Some((at, Tag::Comment)),
+        b"{{" => Some((at, Tag::Expression)),
+        b"{%" => Some((at, Tag::Block)),
+        _ => None,
+    })
+}
+
+/// Just behind the next `close`, or the end.
+fn end_of(source: &str, from: usize, close: &str) -> usize {
+    source[from..].find(close).map_or(source.len(), |offset| from + offset + close.len())
+}
+
+/// As [`end_of`], skipping string literals.
+fn end_of_code(source: &str, from: usize, close: &str) -> usize {
+    let bytes = source.as_bytes();
+    let mut quote = None;
+    let mut at = from;
+    while at < bytes.len() {
+        match (quote, bytes[at]) {
+            (Some(_), b'\\') => at += 1,
+            (Some(open), byte) if byte == open => quote = None,
+            (None, byte @ (b'"' | b'\'')) => quote = Some(byte),
+            (None, _) if bytes[at..].starts_with(close.as_bytes()) => return at + close.len(),
+            _ => {}
+        }
+        at += 1;
+    }
+    source.len()
+}
+
+/// Just behind the `{% endraw %}` that closes a raw block.
+fn end_of_raw(source: &str, from: usize) -> usize {
+    let mut at = from;
+    while let Some(offset) = source[at..].find("{%") {
+        let end = end_of(source, at + offset, "%}");
+        let inner = source[at + offset + 2..end].trim_end_matches("%}");
+        if inner.trim_matches(['-', '+']).trim() == "endraw" {
+            return end;
+        }
+        at += offset + 2;
+    }
+    source.len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn generation_tags_become_call_blocks_and_keep_their_whitespace_marks() {
+        let (text, found) = rewrite_generation("a {%- generation -%} b {% endgeneration +%}\nc");
+        assert!(found);
+        assert_eq!(text, "a {%- call __generation() -%} b {% endcall +%}\nc");
+    }
+
+    #[test]
+    fn what_only_looks_like_a_generation_tag_stays() {
+        for source in [
+            "{# {% generation %} #}",
+            "{{ '{% generation %}' }}",
+            "{% set x = \"{% generation %}\\\" %}\" %}",
+            "{% raw %}{% generation %}{% endraw %}",
+            "{% generations %} {%",
+            "{% raw %} {{ ' {% ",
+        ] {
+            assert_eq!(rewrite_generation(source), (Cow::Borrowed(source), false));
+        }
+        let (text, found) = rewrite_generation("{%- raw %}{{ '{%- endraw -%}{% generation %}");
+        assert!(found && text.ends_with("{% call __generation() %}"), "{text}");
+    }
+
+    #[test]
+    fn spans_of_generation_blocks_are_found_without_marks_in_the_text() {
+        let source = "{% for m in ms %}<{{ m }}>\n  {% generation %}\n{{ m }}{{ loop.index }}!{% endgeneration %}\n{% endfor %}";
+        let mut env = environment(Clock::Fixed(0)).unwrap();
+        env.add_template_owned("t", rewrite_generation(source).0.into_owned()).unwrap();
+        let rendered = render(&env, "t", minijinja::context! { ms => ["aé", "b", ""] }).unwrap();
+        assert_eq!(rendered.text, "<aé>\naé1!<b>\nb2!<>\n3!");
+        let texts: Vec<&str> = rendered.generated.iter().map(|range| &rendered.text[range.clone()]).collect();
+        assert_eq!(texts, ["aé1!", "b2!", "3!"]);
+        assert!(!rendered.captured);
+    }
+
+    #[test]
+    fn captured_generation_blocks_are_noticed() {
+        let source = "{% set x %}a{% generation %}b{% endgeneration %}{% endset %}{{ x }}";
+        let mut env = environment(Clock::Fixed(0)).unwrap();
+        env.add_template_owned("t", rewrite_generation(source).0.into_owned()).unwrap();
+        assert!(render(&env, "t", Value::UNDEFINED).unwrap().captured);
+    }
+
+    proptest! {
+        #[test]
+        fn no_source_makes_the_rewriting_panic(source in "([{}%#'\"\\\\ é+-]|raw|endraw|generation|endgeneration){0,30}") {
+            let _ = rewrite_generation(&source);
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! Rows in memory: flat arrays, 8 bytes a token, because every rank holds all of them.
+
+use super::{IGNORE_INDEX, Row};
+use sha2::{Digest, Sha256};
+
+/// How [`IGNORE_INDEX`] is stored; a vocabulary never reaches it.
+const NO_LABEL: u32 = u32::MAX;
+
+/// Rows of documents of tokens, in flat arrays.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct RowStore {
+    tokens: Vec<u32>,
+    labels: Vec<u32>,
+    document_lengths: Vec<u32>,
+    /// Documents of each row.
+    row_documents: Vec<u32>,
+    /// First token and first document of each row.
+    starts: Vec<(usize, usize)>,
+}
+
+impl RowStore {
+    /// Rows from their arrays, or `None` if these do not fit together.
+    pub fn from_arrays([tokens, labels, document_lengths, row_documents]: [Vec<u32>; 4]) -> Option<Self> {
+        let mut starts = Vec::with_capacity(row_documents.len());
+        let (mut token, mut document) = (0usize, 0usize);
+        for &count in &row_documents {
+            starts.push((token, document));
+            let lengths = document_lengths.get(document..document.checked_add(count as usize)?)?;
+            token = lengths.iter().try_fold(token, |sum, &length| sum.checked_add(length as usize))?;
+            document += count as usize;
+        }
+        let whole = document == document_lengths.len() && token == tokens.len() && token == labels.len();
+        whole.then_some(Self { tokens, labels, document_lengths, row_documents, starts })
+    }
+
+    /// Tokens, labels, document lengths, documents per row.
+    pub fn arrays(&self) -> [&[u32]; 4] {
+        [&self.tokens, &self.labels, &self.document_lengths, &self.row_documents]
+    }
+
+    pub fn rows(&self) -> usize {
+        self.row_documents.len()
+    }
+
+    /// Begins a row; documents are added to the last row.
+    pub fn begin_row(&mut self) {
+        self.starts.push((self.tokens.len(), self.document_lengths.len()));
+        self.row_documents.push(0);
+    }
+
+    /// Adds a document as another store holds it.
+    pub fn push_document(&mut self, (tokens, labels): (&[u32], &[u32])) {
+        self.tokens.extend_from_slice(tokens);
+        self.labels.extend_from_slice(labels);
+        self.count_document(tokens.len());
+    }
+
+    /// Adds a document of `labels` that are token ids or [`IGNORE_INDEX`].
+    pub fn push_labelled(&mut self, tokens: &[u32], labels: impl IntoIterator<Item = i64>) {
+        self.tokens.extend_from_slice(tokens);
+        self.labels.extend(labels.into_iter().map(|label| u32::try_from(label).unwrap_or(NO_LABEL)));
+        self.labels.resize(self.tokens.len(), NO_LABEL);
+        self.count_document(tokens.len());
+    }
+
+    /// Adds `count` tokens of padding without labels as a document of its own.
+    pub fn push_padding(&mut self, count: usize, pad: u32) {
+        self.tokens.resize(self.tokens.len() + count, pad);
+        self.labels.resize(self.tokens.len(), NO_LABEL);
+        self.count_document(count);
+    }
+
+    fn count_document(&mut self, length: usize) {
+        self.document_lengths.push(length as u32);
+        if let Some(documents) = self.row_documents.last_mut() {
+            *documents += 1;
+        }
+    }
+
+    /// Tokens of row `index`.
+    pub fn row_length(&self, index: usize) -> usize {
+        let end = self.starts.get(index + 1).map_or(self.tokens.len(), |next| next.0);
+        end - self.starts[index].0
+    }
+
+    /// Tokens and labels of row `index` as they are stored.
+    pub fn stored(&self, index: usize) -> (&[u32], &[u32]) {
+        let start = self.starts[index].0;
+        let range = start..start + self.row_length(index);
+        (&self.tokens[range.clone()], &self.labels[range])
+    }
+
+    /// Row `index`, or `None` beyond the last.
+    pub fn row(&self, index: usize) -> Option<Row> {
+        let first_document = self.starts.get(index)?.1;
+        let documents = first_document..first_document + self.row_documents[index] as usize;
+        let (tokens, labels) = self.stored(index);
+        let label = |&label: &u32| if label == NO_LABEL { IGNORE_INDEX } else { i64::from(label) };
+        Some(Row {
+            input_ids: tokens.iter().map(|&token| i64::from(token)).collect(),
+            labels: labels.iter().map(label).collect(),
+            document_lengths: self.document_lengths[documents]
+                .iter()
+                .map(|&length| length as usize)
+                .collect(),
+        })
+    }
+
+    /// Tokens with loss over all rows; see [`Row::valid_tokens`].
+    pub fn valid_tokens(&self) -> usize {
+        let mut rest = &self.labels[..];
+        let mut valid = 0;
+        for &length in &self.document_lengths {
+            let (document, tail) = rest.split_at(length as usize);
+            valid += document.iter().skip(1).filter(|&&label| label != NO_LABEL).count();
+            rest = tail;
+        }
+        valid
+    }
+
+    /// SHA-256 of all rows.
+    pub fn digest(&self) -> [u8; 32] {
+        let mut hash = Sha256::new();
+        for array in self.arrays() {
+            hash.update((array.len() as u64).to_le_bytes());
+            hash.update(bytemuck::cast_slice::<u32, u8>(array));
+        }
+        hash.finalize().into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_come_back_as_they_went_in() {
+        let mut store = RowStore::default();
+        store.begin_row();
+        store.push_labelled(&[1, 2, 3], [-100, 2, 3]);
+        store.push_padding(2, 9);
+        store.begin_row();
+        store.push_labelled(&[4, 5], [4, 5]);
+        let first = Row {
+            input_ids: vec![1, 2, 3, 9, 9],
+            labels: vec![-100, 2, 3, -100, -100],
+            document_lengths: vec![3, 2],
+        };
+        let second = Row { input_ids: vec![4, 5], labels: vec![4, 5], document_lengths: vec![2] };
+        assert_eq!(
+            (store.row(0), store.row(1), store.row(2)),
+            (Some(first.clone()), Some(second.clone()), None)
+        );
+        assert_eq!(store.valid_tokens(), first.valid_tokens() + second.valid_tokens());
+        assert_eq!((first.valid_tokens(), second.valid_tokens()), (2, 1));
+        let copy = RowStore::from_arrays(store.arrays().map(<[u32]>::to_vec)).unwrap();
+        assert_eq!(copy, store);
+        assert_eq!(copy.digest(), store.digest());
+    }
+
+    #[test]
+    fn arrays_that_do_not_fit_together_are_refused() {
+        let good = [vec![1, 2], vec![1, 2], vec![2], vec![1]];
+        assert!(RowStore::from_arrays(good.clone()).is_some());
+        for (index, bad) in
+            [(0, vec![1]), (1, vec![1, 2, 3]), (2, vec![3]), (2, vec![2, 0]), (3, vec![2]), (3, vec![])]
+        {
+            let mut arrays = good.clone();
+            arrays[index] = bad;
+            assert_eq!(RowStore::from_arrays(arrays.clone()), None, "{arrays:?}");
+        }
+    }
+}

@@ -1,0 +1,135 @@
+"""What transformers makes of the chats in tests/data/chat: texts, token ids and assistant masks.
+
+    chat_oracle.py OUT_DIR            writes OUT_DIR/expected.json
+    chat_oracle.py --tokenizers DIR   writes the two small test tokenizers into DIR (their output is committed)
+
+The committed tests/data/chat/expected.json is the output of the first form.
+"""
+
+import datetime
+import json
+import pathlib
+import re
+import sys
+
+DATA = pathlib.Path(__file__).resolve().parents[1] / "data" / "chat"
+SPECIAL = """<s> </s> <unk> <|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> [INST] [/INST]
+<think> </think> <tool_call> </tool_call> [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS]""".split()
+
+
+class July2024(datetime.datetime):
+    """The clock of the templates: the date that the trainer gives them."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2024, 7, 26, tzinfo=tz)
+
+
+def write_tokenizers(out):
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    corpus = [path.read_text() for path in sorted(DATA.rglob("*.jinja"))] + [(DATA / "conversations.json").read_text()]
+    byte_level = Tokenizer(models.BPE())
+    byte_level.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    byte_level.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    byte_level.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet))
+
+    # As the Llama 2 and Mistral tokenizers: one word, spaces as U+2581, bytes for what is unknown.
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    trained.normalizer = normalizer
+    words = pre_tokenizers.Split(re.escape("\u2581"), "merged_with_next")
+    trained.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.Split("\n", "isolated")])
+    letters = [c for c in "\u2581abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?{}[]()<>|_/\\'\"-+*%"]
+    ascii_only = ["".join(c for c in text if c.isascii()) for text in corpus]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=["<unk>", *bytes_], initial_alphabet=letters)
+    trained.train_from_iterator(ascii_only, trainer)
+    state = json.loads(trained.to_str())["model"]
+    merges = [tuple(merge) for merge in state["merges"]]
+    sentence = Tokenizer(models.BPE(state["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    sentence.normalizer = normalizer
+    sentence.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    for name, tokenizer in {"byte_level": byte_level, "sentence": sentence}.items():
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+        # As in many checkpoints; a chat must be neither cut nor padded.
+        tokenizer.enable_truncation(16)
+        tokenizer.enable_padding(length=16)
+        folder = out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(tokenizer.to_str() + "\n")
+        eos = {"__type": "AddedToken", "content": "</s>", "special": True, "normalized": False}
+        eos |= {"lstrip": False, "rstrip": False, "single_word": False}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": eos, "pad_token": None}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def by_prefix(render, messages, text, offsets):
+    """The mask of what each assistant message adds behind the generation prompt, or where that cannot be said."""
+    mask = [0] * len(offsets)
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before, after = render(messages[:index], True), render(messages[: index + 1], False)
+            if not (text.startswith(before) and text.startswith(after) and len(after) >= len(before)):
+                return {"unstable_at_or_before": index}
+            inside = [i for i, (start, end) in enumerate(offsets) if start < len(after) and end > len(before)]
+            if inside:
+                mask[inside[0] : inside[-1] + 1] = [1] * (inside[-1] + 1 - inside[0])
+    return mask
+
+
+def main(out):
+    import jinja2
+    import transformers
+    from transformers.utils import chat_template_utils
+
+    chat_template_utils.datetime = July2024
+    transformers.logging.set_verbosity_error()
+    conversations = json.loads((DATA / "conversations.json").read_text())
+    expected = {}
+    for name in ["byte_level", "sentence"]:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(DATA / name)
+        for path in sorted((DATA / "templates").glob("*.jinja")):
+            tokenizer.chat_template = path.read_text()
+            marked = path.stem == "chatml_generation"
+            for chat, conversation in conversations.items():
+                messages, tools = conversation["messages"], conversation.get("tools")
+
+                def render(some, prompt):
+                    return tokenizer.apply_chat_template(some, tools, tokenize=False, add_generation_prompt=prompt)
+
+                entry = expected.setdefault(f"{path.stem}/{chat}", {})
+                try:
+                    entry["text"] = render(messages, False)
+                    entry["prompt"] = render(messages, True)
+                except (jinja2.exceptions.TemplateError, TypeError) as error:
+                    entry["error"] = type(error).__name__
+                    continue
+                encoded = tokenizer.apply_chat_template(
+                    messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=marked
+                )
+                ids = encoded["input_ids"]
+                if marked:
+                    mask = encoded["assistant_masks"]
+                else:
+                    plain = tokenizer(entry["text"], add_special_tokens=False, return_offsets_mapping=True)
+                    try:
+                        mask = by_prefix(render, messages, entry["text"], plain["offset_mapping"])
+                    except (jinja2.exceptions.TemplateError, TypeError) as error:
+                        mask = {"error": type(error).__name__}
+                entry[name] = {"ids": ids, "mask": mask, "decoded": tokenizer.decode(ids, skip_special_tokens=True)}
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [f"{json.dumps(key)}: {json.dumps(entry, ensure_ascii=False)}" for key, entry in expected.items()]
+    (out / "expected.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--tokenizers":
+        write_tokenizers(pathlib.Path(sys.argv[2]))
+    else:
+        main(pathlib.Path(sys.argv[1]))
