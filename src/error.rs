@@ -1,8 +1,10 @@
 //! The one error type of the crate. Every room has its own typed error; this one joins them and knows the
 //! exit code: 2 when the user's input is wrong (nothing was written), 1 for any other failure.
 
-use crate::config::ConfigError;
-use crate::mesh::MeshError;
+use crate::{
+    checkpoint::CheckpointError, comm::CommError, config::ConfigError, data::DataError, lora::TargetError,
+    mesh::MeshError, model::hf_config, model::source::SourceError, shard::ShardError,
+};
 
 /// What a command ends with when it does not succeed.
 #[derive(Debug, thiserror::Error)]
@@ -11,6 +13,20 @@ pub enum Error {
     Config(#[from] ConfigError),
     #[error(transparent)]
     Mesh(#[from] MeshError),
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error(transparent)]
+    Comm(#[from] CommError),
+    #[error(transparent)]
+    Data(#[from] DataError),
+    #[error(transparent)]
+    HfConfig(#[from] hf_config::ConfigError),
+    #[error(transparent)]
+    Shard(#[from] ShardError),
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error(transparent)]
+    Target(#[from] TargetError),
     #[error("{0}")]
     Input(String),
     #[error("{0}")]
@@ -23,8 +39,18 @@ impl Error {
     /// The exit code of a rank that ends with this error.
     pub fn exit_code(&self) -> i32 {
         match self {
-            Error::Config(_) | Error::Mesh(_) | Error::Input(_) => 2,
-            Error::Failure(_) => 1,
+            Error::Config(_) | Error::Mesh(_) | Error::Input(_) | Error::HfConfig(_) => 2,
+            Error::Source(_) | Error::Target(_) => 2,
+            Error::Data(error) => {
+                if error.is_input() {
+                    2
+                } else {
+                    1
+                }
+            }
+            Error::Checkpoint(error) => error.exit_code(),
+            Error::Comm(error) => error.exit_code(),
+            Error::Shard(_) | Error::Failure(_) => 1,
         }
     }
 }

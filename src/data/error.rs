@@ -77,13 +77,6 @@ impl DataError {
     }
 }
 
-impl From<DataError> for crate::Error {
-    fn from(error: DataError) -> Self {
-        let text = error.to_string();
-        if error.is_input() { Self::Input(text) } else { Self::Failure(text) }
-    }
-}
-
 /// Folds a foreign message into one line.
 pub(crate) fn one_line(text: impl std::fmt::Display) -> String {
     text.to_string().split_whitespace().collect::<Vec<_>>().join(" ")

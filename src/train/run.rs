@@ -1,0 +1,397 @@
+//! A whole run: prepare from the configuration, train step by step, save, leave metrics behind.
+//!
+//! [`Run::prepare`] reads and validates everything and enters no collective, so that all ranks can agree on whether
+//! to go on before anything is written; [`Run::execute`] is the loop.
+
+use super::{StepReport, Trainer};
+use crate::{
+    checkpoint::{self, AdapterConfig, LogicalAdapter, StepWriter},
+    cli::DeviceChoice,
+    comm::{Reduce, World},
+    config::{CheckpointingMethod, Override, RunConfig},
+    data::{Dataset, Loader, Row, StepPlan, deal},
+    dtype::DType,
+    error::{Error, Result},
+    lora::{Site, module::Factor, targets},
+    mesh::{Mesh, MeshSizes},
+    model::{
+        ModelSpec,
+        hf_config::HfModel,
+        source::{RandomSource, SafetensorsSource, WeightSource, validate},
+        transformer::{Batch, LoraShape, Options, Transformer, all_projections},
+    },
+    optim::{Optimizer, Schedule, Settings},
+};
+use serde_json::json;
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Instant,
+};
+use tch::Device;
+
+/// Bytes of the embedding or the head that are whole at a time when `vocab_chunk_rows` is null.
+const VOCAB_CHUNK_BYTES: usize = 512 << 20;
+/// Steps that the loader prepares ahead.
+const LOADER_AHEAD: usize = 4;
+
+/// Everything that a run needs, read and validated.
+pub struct Run {
+    config: RunConfig,
+    mesh: Mesh,
+    spec: ModelSpec,
+    sites: Vec<Site>,
+    source: Box<dyn WeightSource>,
+    dataset: Arc<Dataset>,
+    total_steps: usize,
+    global_batch: usize,
+    /// `{output_dir}/weights/{run_id}`
+    run_dir: PathBuf,
+}
+
+impl Run {
+    /// Reads configuration, model headers and data for one of `world` ranks. Enters no collective and writes
+    /// nothing. Warnings go to the log.
+    pub fn prepare(path: &Path, overrides: &[Override], device: DeviceChoice, world: usize) -> Result<Self> {
+        let loaded = crate::config::load(path, overrides)?;
+        for warning in &loaded.warnings {
+            tracing::warn!("{warning}");
+        }
+        let config = loaded.config;
+        let refuse =
+            |field: &str, why: &str| Err(Error::Input(format!("{}: {why}", loaded.places.of(field))));
+        if config.train.load_checkpoint_path.is_some() {
+            return refuse("train.load_checkpoint_path", "resuming is not built yet; use null");
+        }
+        if config.train.save_total_limit.is_some() {
+            return refuse("train.save_total_limit", "pruning steps is not built yet; use null");
+        }
+        if config.train.overwrite {
+            return refuse(
+                "train.overwrite",
+                "replacing an earlier run is not built yet; give another train.run_id",
+            );
+        }
+        if !config.lora.save_lora_only {
+            return refuse("lora.save_lora_only", "saving the base is not built yet; use true");
+        }
+        if device == DeviceChoice::Cuda {
+            return Err(Error::Input("--device cuda: training on GPUs is not built yet; use cpu".into()));
+        }
+        let mesh = Mesh::new(world, MeshSizes::from(&config.train))?;
+        let model_dir = config.model.model_path.clone();
+        let config_path = config.model.config_path.clone().or(model_dir.clone()).unwrap_or_default();
+        let hf = HfModel::open(&config_path)?;
+        let spec = hf.spec;
+        let source: Box<dyn WeightSource> = match &model_dir {
+            Some(directory) => Box::new(SafetensorsSource::open(directory)?),
+            None => Box::new(RandomSource::new(spec.tensors(), spec.initializer_range, config.train.seed)),
+        };
+        validate(source.as_ref(), &spec.tensors())?;
+        let targets = config.lora.lora_target_modules.as_deref();
+        let sites = targets::resolve(&all_projections(&spec), targets, hf.family.default_targets)?;
+
+        let tokenizer = config.model.tokenizer_path.clone().unwrap_or(config_path);
+        let pad = hf.pad_token_id.or(hf.eos_token_ids.first().copied()).unwrap_or(0);
+        let dataset = Dataset::open(&config.data, Some(&tokenizer), spec.vocab_size, pad, config.train.seed)?;
+        let train = &config.train;
+        let default_batch = train.micro_batch_size * train.gradient_accumulation_steps * mesh.data_parallel();
+        let global_batch = train.global_batch_size.unwrap_or(default_batch);
+        let per_epoch = deal::steps_per_epoch(dataset.rows(), global_batch, config.data.dataloader_drop_last);
+        let total = per_epoch * train.num_train_epochs;
+        let total_steps = train.max_steps.map_or(total, |limit| limit.min(total));
+        if total_steps == 0 {
+            let rows = dataset.rows();
+            return refuse("data", &format!("{rows} rows make no step of {global_batch} rows"));
+        }
+        let run_dir = train.output_dir.join("weights").join(&train.run_id);
+        if checkpoint::publish::has_steps(&run_dir) {
+            return Err(checkpoint::CheckpointError::Occupied { path: run_dir }.into());
+        }
+        let dataset = Arc::new(dataset);
+        Ok(Self { config, mesh, spec, sites, source, dataset, total_steps, global_batch, run_dir })
+    }
+
+    /// What a lone reader of the log wants to know before the first step.
+    pub fn summary(&self) -> String {
+        let counts = targets::parameters_by_name(&self.sites, self.config.lora.lora_rank);
+        let total: usize = counts.values().sum();
+        let counts: Vec<String> = counts.iter().map(|(name, count)| format!("{name} {count}")).collect();
+        format!(
+            "{} ranks (replicate {} × shard {}); {} rows, {} steps of {} rows; {total} trainable parameters: {}",
+            self.mesh.world(),
+            self.mesh.replicate(),
+            self.mesh.shard(),
+            self.dataset.rows(),
+            self.total_steps,
+            self.global_batch,
+            counts.join(", ")
+        )
+    }
+
+    fn options(&self) -> Options {
+        let train = &self.config.train;
+        let compute = if train.enable_mixed_precision { DType::Bf16 } else { DType::F32 };
+        let row_bytes = self.spec.hidden_size * compute.size();
+        Options {
+            compute,
+            merge: self.config.model.merge_qkv && !self.config.lora.unfuse_for_lora,
+            slots: if train.reshard_after_forward { train.ring_slots } else { self.spec.num_layers },
+            vocab_chunk_rows: train.vocab_chunk_rows.unwrap_or(VOCAB_CHUNK_BYTES / row_bytes).max(1),
+            loss_chunk_tokens: train.loss_chunk_tokens,
+            recompute: train.enable_gradient_checkpointing
+                && train.gradient_checkpointing_method == CheckpointingMethod::RecomputeFullLayer,
+            reduce: train.reduce_gradients,
+        }
+    }
+
+    /// The adapter that a run starts from, in the form of its own sites, without values.
+    fn logical_adapters(&self) -> Vec<LogicalAdapter> {
+        let of = |site: &Site| LogicalAdapter {
+            parent: site.parent.clone(),
+            leaves: site.leaves.iter().map(|(leaf, width)| (leaf.to_string(), *width)).collect(),
+            rank: self.config.lora.lora_rank,
+            input: site.input,
+            a: Vec::new(),
+            b: Vec::new(),
+        };
+        self.sites.iter().map(of).collect()
+    }
+
+    /// A and B of the adapter at `path`, by logical parameter name.
+    fn starting_adapter(&self, path: &Path) -> Result<std::collections::HashMap<String, Vec<f32>>> {
+        let theirs = checkpoint::peft::read_config(path)?;
+        let lora = &self.config.lora;
+        if (theirs.r, theirs.lora_alpha) != (lora.lora_rank, lora.lora_alpha) {
+            return Err(Error::Input(format!(
+                "lora.adapter_path: {} has rank {} and alpha {}, the run {} and {}",
+                path.display(),
+                theirs.r,
+                theirs.lora_alpha,
+                lora.lora_rank,
+                lora.lora_alpha
+            )));
+        }
+        let mut adapters = self.logical_adapters();
+        checkpoint::peft::read(path, &mut adapters)?;
+        let named = self.sites.iter().zip(adapters).flat_map(|(site, adapter)| {
+            let path = site.path();
+            [(format!("{path}.lora_A"), adapter.a), (format!("{path}.lora_B"), adapter.b)]
+        });
+        Ok(named.collect())
+    }
+
+    /// Builds this rank's part of the model and trains it to the end.
+    pub fn execute(self, world: &World) -> Result<()> {
+        let at = self.mesh.coordinates(world.rank());
+        let everyone = world.group("world", 0);
+        let shard = world.group("shard", at.replicate);
+        let replicate = world.group(
+            "replicate",
+            self.mesh.shard_group(world.rank()).iter().position(|&r| r == world.rank()).unwrap_or(0),
+        );
+        let (lora, train) = (&self.config.lora, &self.config.train);
+        let shape = LoraShape { rank: lora.lora_rank, alpha: lora.lora_alpha };
+        let device = Device::Cpu;
+        let mut model = Transformer::new(
+            self.spec.clone(),
+            &self.sites,
+            shape,
+            self.options(),
+            &shard,
+            &replicate,
+            device,
+        );
+        model.load(self.source.as_ref())?;
+        tracing::info!("rank {} read {} bytes of the base", world.rank(), self.source.bytes_read());
+        match &lora.adapter_path {
+            None => model.init_adapter(train.seed, lora.lora_b_init_std)?,
+            Some(path) => {
+                let values = self.starting_adapter(path)?;
+                model.set_adapter(|parameter, range| values[&parameter.name][range].to_vec())?;
+            }
+        }
+        let optimizer = Optimizer::new(Settings::new(train.optimizer, train.weight_decay), &model.adapter);
+        let schedule = Schedule::new(train, self.total_steps);
+        let mut trainer =
+            Trainer { model, optimizer, schedule, max_grad_norm: train.max_grad_norm, world: everyone };
+
+        let rank = world.rank();
+        let mut metrics = Metrics::start(&self, rank)?;
+        let loader = Loader::start(self.dataset.clone(), self.plan(rank), LOADER_AHEAD)?;
+        let per_epoch = self.steps_per_epoch();
+        for rows in loader {
+            let rows = rows?;
+            let begin = Instant::now();
+            let batches: Vec<Batch> = rows.micro_batches.iter().map(|rows| batch(rows, device)).collect();
+            let report = trainer.step(&batches, rows.step)?;
+            let mut peak = [peak_rss_bytes() as f64];
+            trainer.world.all_reduce_host(&mut peak, Reduce::Max)?;
+            metrics.step(
+                &self,
+                rows.step + 1,
+                rows.epoch,
+                &report,
+                begin.elapsed().as_secs_f64(),
+                peak[0] as u64,
+                world,
+            )?;
+            let done = rows.step + 1;
+            let every = |n: usize, count: usize| n > 0 && count.is_multiple_of(n);
+            let ends_epoch = done.is_multiple_of(per_epoch) && every(train.save_epochs, done / per_epoch);
+            if every(train.save_steps, done) || ends_epoch || done == self.total_steps {
+                self.save(&trainer, done, rank)?;
+            }
+        }
+        metrics.finish(&self)
+    }
+
+    fn steps_per_epoch(&self) -> usize {
+        deal::steps_per_epoch(self.dataset.rows(), self.global_batch, self.config.data.dataloader_drop_last)
+    }
+
+    /// Which rows this rank computes, step by step.
+    fn plan(&self, rank: usize) -> impl Iterator<Item = StepPlan> + Send + use<> {
+        let (rows, global_batch, per_epoch) =
+            (self.dataset.rows(), self.global_batch, self.steps_per_epoch());
+        let (ranks, micro) = (self.mesh.data_parallel(), self.config.train.micro_batch_size);
+        (0..self.total_steps).map(move |step| {
+            let positions = deal::step_positions(step % per_epoch, rows, global_batch);
+            let micro_batches = deal::deal(positions, rank, ranks, micro);
+            StepPlan { step, epoch: step / per_epoch, micro_batches }
+        })
+    }
+
+    /// Publishes the adapter after `step` steps. Collective; rank 0 writes.
+    fn save(&self, trainer: &Trainer, step: usize, rank: usize) -> Result<()> {
+        let mut adapters = self.logical_adapters();
+        let whole = trainer.model.whole_adapter()?;
+        if rank == 0 {
+            for (parameter, values) in whole {
+                let owner = self.sites.iter().position(|site| {
+                    parameter.name.strip_prefix(&site.path()).is_some_and(|rest| rest.starts_with(".lora_"))
+                });
+                if let Some(adapter) = owner.and_then(|i| adapters.get_mut(i)) {
+                    match parameter.factor {
+                        Factor::A => adapter.a = values,
+                        Factor::B => adapter.b = values,
+                    }
+                }
+            }
+            let mut target_modules: Vec<String> = adapters
+                .iter()
+                .flat_map(|adapter| adapter.leaves.iter().map(|(leaf, _)| leaf.clone()))
+                .collect();
+            target_modules.sort();
+            target_modules.dedup();
+            let lora = &self.config.lora;
+            let config = AdapterConfig {
+                r: lora.lora_rank,
+                lora_alpha: lora.lora_alpha,
+                target_modules,
+                base_model_name_or_path: self
+                    .config
+                    .model
+                    .model_path
+                    .as_ref()
+                    .map(|path| path.display().to_string()),
+            };
+            let writer = StepWriter::begin(&self.run_dir, step)?;
+            checkpoint::peft::write(writer.directory(), &config, &adapters)?;
+            let published = writer.publish()?;
+            tracing::info!("saved {}", published.display());
+        }
+        // Nobody runs ahead of a save that may fail.
+        Ok(trainer.world.barrier()?)
+    }
+}
+
+/// A micro-batch of rows, flat.
+fn batch(rows: &[Row], device: Device) -> Batch {
+    let ids: Vec<i64> = rows.iter().flat_map(|row| row.input_ids.iter().copied()).collect();
+    let labels: Vec<i64> = rows.iter().flat_map(|row| row.labels.iter().copied()).collect();
+    let lengths: Vec<usize> = rows.iter().flat_map(|row| row.document_lengths.iter().copied()).collect();
+    Batch::new(&ids, &labels, &lengths, device)
+}
+
+/// VmHWM of this process; 0 where /proc does not tell.
+fn peak_rss_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
+/// Rank 0's files in output_dir and its lines on stdout; nothing on other ranks.
+struct Metrics {
+    file: Option<std::fs::File>,
+    losses: Vec<Option<f64>>,
+}
+
+impl Metrics {
+    fn start(run: &Run, rank: usize) -> Result<Self> {
+        let output = &run.config.train.output_dir;
+        let fault = |error: std::io::Error| Error::Failure(format!("{}: {error}", output.display()));
+        if rank != 0 {
+            return Ok(Self { file: None, losses: Vec::new() });
+        }
+        std::fs::create_dir_all(output).map_err(fault)?;
+        std::fs::write(output.join("config.yaml"), run.config.to_yaml()).map_err(fault)?;
+        let file = std::fs::File::create(output.join("metrics.jsonl")).map_err(fault)?;
+        Ok(Self { file: Some(file), losses: Vec::new() })
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "one call site; each is one field of the line")]
+    fn step(
+        &mut self,
+        run: &Run,
+        step: usize,
+        epoch: usize,
+        report: &StepReport,
+        seconds: f64,
+        peak: u64,
+        world: &World,
+    ) -> Result<()> {
+        let Some(file) = &mut self.file else { return Ok(()) };
+        let mut comm = serde_json::Map::new();
+        for ((operation, group), bytes) in world.ledger().totals() {
+            comm.insert(format!("{}/{group}", operation.name()), bytes.into());
+        }
+        let rate = report.total_tokens as f64 / seconds;
+        let line = json!({
+            "step": step, "epoch": epoch, "loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr,
+            "tokens": report.valid_tokens, "tokens_total": report.total_tokens, "tokens_per_second": rate,
+            "step_seconds": seconds, "peak_rss_bytes": peak, "comm_bytes_total": comm,
+        });
+        let fault = |error: std::io::Error| Error::Failure(format!("metrics.jsonl: {error}"));
+        writeln!(file, "{line}").map_err(fault)?;
+        match report.loss {
+            None => tracing::warn!("step {step} has no valid token: nothing was updated"),
+            Some(_) if !report.non_finite.is_empty() => {
+                tracing::warn!("step {step} was skipped, not finite: {}", report.non_finite.join(", "));
+            }
+            Some(loss) => println!(
+                "[STEP {step}/{}] loss={loss:.4} grad_norm={:.4} lr={:.3e} tokens_per_sec={rate:.0} time={seconds:.3} \
+                 peak_mem={:.2}GB",
+                run.total_steps,
+                report.grad_norm,
+                report.lr,
+                peak as f64 / 1e9
+            ),
+        }
+        self.losses.push(report.loss);
+        Ok(())
+    }
+
+    fn finish(self, run: &Run) -> Result<()> {
+        if self.file.is_none() {
+            return Ok(());
+        }
+        let last = self.losses.iter().flatten().last();
+        let summary = json!({"global_step": self.losses.len(), "total_train_steps": run.total_steps,
+            "final_loss": last, "loss_history": self.losses});
+        let path = run.config.train.output_dir.join("training_metrics.json");
+        std::fs::write(&path, summary.to_string())
+            .map_err(|error| Error::Failure(format!("{}: {error}", path.display())))
+    }
+}
