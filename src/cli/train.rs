@@ -6,7 +6,7 @@ use crate::{
     error::{Error, Result},
     train::Run,
 };
-use std::process::ExitCode;
+use std::{io::Write, process::ExitCode};
 
 /// Carries the command out on this rank. A fault that is found before training ends all ranks with one line; a
 /// rank that fails later says so and takes the others with it.
@@ -44,7 +44,8 @@ pub(super) fn run(args: &RunArgs) -> Result<ExitCode> {
         if world.size() == 1 {
             return Err(error);
         }
-        eprintln!("error: rank {rank}: {error}");
+        // One write, or the lines of several ranks mix.
+        let _ = std::io::stderr().write_all(format!("error: rank {rank}: {error}\n").as_bytes());
         world.abort(Error::exit_code(&error));
     }
     Ok(ExitCode::SUCCESS)

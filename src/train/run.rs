@@ -24,6 +24,7 @@ use crate::{
 };
 use serde_json::json;
 use std::{
+    collections::HashMap,
     io::Write,
     path::{Path, PathBuf},
     sync::Arc,
@@ -48,6 +49,8 @@ pub struct Run {
     global_batch: usize,
     /// `{output_dir}/weights/{run_id}`
     run_dir: PathBuf,
+    /// A and B to start from, by logical parameter name, from `lora.adapter_path`.
+    start: Option<HashMap<String, Vec<f32>>>,
 }
 
 impl Run {
@@ -110,7 +113,23 @@ impl Run {
             return Err(checkpoint::CheckpointError::Occupied { path: run_dir }.into());
         }
         let dataset = Arc::new(dataset);
-        Ok(Self { config, mesh, spec, sites, source, dataset, total_steps, global_batch, run_dir })
+        let mut run = Self {
+            config,
+            mesh,
+            spec,
+            sites,
+            source,
+            dataset,
+            total_steps,
+            global_batch,
+            run_dir,
+            start: None,
+        };
+        if let Some(path) = run.config.lora.adapter_path.clone() {
+            // Whatever is wrong with an adapter that the user named is the user's to mend.
+            run.start = Some(run.starting_adapter(&path).map_err(|error| Error::Input(error.to_string()))?);
+        }
+        Ok(run)
     }
 
     /// What a lone reader of the log wants to know before the first step.
@@ -160,7 +179,7 @@ impl Run {
     }
 
     /// A and B of the adapter at `path`, by logical parameter name.
-    fn starting_adapter(&self, path: &Path) -> Result<std::collections::HashMap<String, Vec<f32>>> {
+    fn starting_adapter(&self, path: &Path) -> Result<HashMap<String, Vec<f32>>> {
         let theirs = checkpoint::peft::read_config(path)?;
         let lora = &self.config.lora;
         if (theirs.r, theirs.lora_alpha) != (lora.lora_rank, lora.lora_alpha) {
@@ -205,12 +224,9 @@ impl Run {
         );
         model.load(self.source.as_ref())?;
         tracing::info!("rank {} read {} bytes of the base", world.rank(), self.source.bytes_read());
-        match &lora.adapter_path {
+        match &self.start {
             None => model.init_adapter(train.seed, lora.lora_b_init_std)?,
-            Some(path) => {
-                let values = self.starting_adapter(path)?;
-                model.set_adapter(|parameter, range| values[&parameter.name][range].to_vec())?;
-            }
+            Some(start) => model.set_adapter(|parameter, range| start[&parameter.name][range].to_vec())?,
         }
         let optimizer = Optimizer::new(Settings::new(train.optimizer, train.weight_decay), &model.adapter);
         let schedule = Schedule::new(train, self.total_steps);
