@@ -4,7 +4,6 @@
 //!
 //! - [`cli`]: the commands and the command line
 //! - [`train`]: the step, the loop, metrics, progress, signals
-//! - [`infer`]: KV cache and generation
 //! - [`checkpoint`]: PEFT adapter files, training state, atomic publish, resume and reshard
 //! - [`optim`]: AdamW and SGD over flat shards, schedule, clipping
 //! - [`loss`]: causal language-model loss, chunked over tokens and vocabulary
@@ -12,7 +11,6 @@
 //! - [`lora`]: targets, initialisation, modules and their registry
 //! - [`ops`]: operations as explicit forward/backward pairs
 //! - [`data`]: sources, chat template, tokenise, pack, deterministic order, loader
-//! - [`plan`]: bytes, FLOPs and traffic of a configuration: pure
 //! - [`shard`]: who owns which byte of which tensor; stores, ring, adapter shards
 //! - [`comm`]: communicators (solo, MPI), launcher checks, ledger of bytes
 //! - [`mesh`]: ranks to axes and every divisibility rule: pure
@@ -28,14 +26,12 @@ pub mod config;
 pub mod data;
 pub mod dtype;
 pub mod error;
-pub mod infer;
 pub mod lora;
 pub mod loss;
 pub mod mesh;
 pub mod model;
 pub mod ops;
 pub mod optim;
-pub mod plan;
 pub mod rng;
 pub mod shard;
 pub mod train;

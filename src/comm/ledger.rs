@@ -1,5 +1,4 @@
-//! What the collectives of this rank have received, by operation and group. Tests hold it against the formula
-//! in `plan`, metrics print it.
+//! What the collectives of this rank have received, by operation and group; metrics print it.
 
 use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
 
