@@ -6,6 +6,7 @@ Every row of the table is the median over the repeats, of the median step of a r
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -41,13 +42,13 @@ def run_ours(args, work: Path, recompute: bool) -> dict:
         'model': {'model_path': str(args.model)},
         'data': {'datasets': [{'path': str(work / 'tokens.jsonl'), 'type': 'tokenized'}], 'sample_packing_method': 'none',
                  'shuffle_merged_datasets': False, 'shuffle_before_merging_datasets': False},
-        'train': {'output_dir': str(out), 'overwrite': True, 'max_steps': args.steps, 'micro_batch_size': args.batch, 'lr': args.lr,
+        'train': {'output_dir': str(out), 'max_steps': args.steps, 'micro_batch_size': args.batch, 'lr': args.lr,
                   'save_epochs': 0, 'enable_gradient_checkpointing': recompute, 'log_format': 'structured'},
         'lora': {'adapter_path': str(work / 'adapter')},
     }
     path = work / 'run.json'
     path.write_text(json.dumps(config))
-    (out / 'metrics.jsonl').unlink(missing_ok=True)
+    shutil.rmtree(out, ignore_errors=True)  # the trainer goes on with, or refuses, what an earlier run left
     launch = ['mpirun', '-n', args.ranks]
     if 'Open MPI' in call(['mpirun', '--version'], {}):
         launch += ['--oversubscribe'] + (['--allow-run-as-root'] if os.getuid() == 0 else [])

