@@ -1,12 +1,12 @@
 //! Every family computes what transformers and PEFT compute, in fp32: logits, LoRA gradients, and 20 AdamW steps
 //! with clipping. tests/oracle/reference.py writes the truth, from models that it makes.
 
+mod common;
+
+use common::python;
 use safetensors::SafeTensors;
 use serde_json::Value;
-use std::{
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{path::Path, process::Command};
 use tch::{Device, Tensor};
 use xorl_dist::{
     comm::World,
@@ -21,12 +21,6 @@ use xorl_dist::{
     optim::{Optimizer, Schedule, Settings},
     train::Trainer,
 };
-
-/// The Python that has transformers and PEFT: launch/setup.sh makes it.
-fn python() -> PathBuf {
-    let venv = Path::new(env!("CARGO_MANIFEST_DIR")).join(".venv/bin/python");
-    std::env::var_os("XORL_ORACLE_PYTHON").map_or(venv, PathBuf::from)
-}
 
 fn floats(file: &SafeTensors, name: &str) -> Vec<f32> {
     let view = file.tensor(name).unwrap_or_else(|_| panic!("{name} is not in the file"));
@@ -129,8 +123,7 @@ fn equals_reference(directory: &Path, recompute: bool, merge: bool) {
     for (unit, parameters) in model.parameters().into_iter().enumerate() {
         let flat = Vec::<f32>::try_from(model.adapter.gradient(unit)).unwrap();
         for parameter in parameters {
-            let start = model.adapter.elements(unit, parameter.entry).start + parameter.first;
-            let ours = &flat[start..start + parameter.shape[0] * parameter.shape[1]];
+            let ours = &flat[model.elements(unit, &parameter)];
             let apart = relative(ours, &floats(&expected, &format!("gradient.{}", key(&parameter))));
             assert!(apart < 1e-4, "{name}: gradient of {}: {apart}", parameter.name);
         }

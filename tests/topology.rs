@@ -1,11 +1,14 @@
-//! Every topology trains what one rank trains: same losses, norms and adapters, and moves the bytes that the
-//! layouts promise.
+//! Every topology trains what one rank trains: same losses, norms and adapters; and reduces exactly the bytes of
+//! the adapters' regions.
 //!
 //! Each case starts this very test binary under mpirun; its ranks run [`mpi_worker`], which trains a tiny random
 //! model in fp32 and leaves what it saw in a file.
 
+mod common;
+
+use common::ranks_of;
 use serde_json::{Value, json};
-use std::{path::Path, process::Command};
+use std::path::Path;
 use tch::Device;
 use xorl_dist::{
     comm::World,
@@ -15,10 +18,11 @@ use xorl_dist::{
     model::{
         ModelSpec, RopeScaling, RopeSpec,
         source::RandomSource,
-        transformer::{Batch, LoraShape, Options, Transformer, all_projections},
+        transformer::{Batch, Blueprint, LoraShape, Options, Transformer, all_projections},
     },
     optim::{Optimizer, Schedule, Settings},
     rng::Stream,
+    shard::RegionLayout,
     train::Trainer,
 };
 
@@ -119,6 +123,15 @@ fn mpi_worker() {
         let report = trainer.step(&batches, step).unwrap();
         reports.push(json!([report.loss.unwrap(), report.grad_norm, report.valid_tokens]));
     }
+    // What reductions have to receive: each adapter region, in fp32, and nothing else.
+    let regions = Blueprint::new(&spec, &sites, lora, &options, block).regions.adapter;
+    let floats = |region: &RegionLayout| region.padded / options.compute.size() * 4;
+    let whole: usize = regions.iter().map(floats).sum();
+    let passes =
+        if options.reduce == ReduceGradients::Step { 1 } else { ROWS.div_ceil(size).div_ceil(micro) };
+    let scattered = whole / block * (block - 1) * passes * STEPS;
+    let replicated: usize = regions.iter().map(|r| 2 * (floats(r) / block) * (replicas - 1) / replicas).sum();
+    let promised = json!([scattered, replicated * STEPS]);
     let adapter: Vec<Value> =
         trainer.model.whole_adapter().unwrap().into_iter().map(|(p, v)| json!([p.name, v])).collect();
     let ledger: Vec<Value> = world
@@ -127,7 +140,7 @@ fn mpi_worker() {
         .into_iter()
         .map(|((op, group), bytes)| json!([op.name(), group, bytes]))
         .collect();
-    let seen = json!({"initial": initial, "steps": reports, "adapter": adapter, "ledger": ledger});
+    let seen = json!({"initial": initial, "steps": reports, "adapter": adapter, "ledger": ledger, "promised": promised});
     let out = case["out"].as_str().unwrap();
     std::fs::write(Path::new(out).join(format!("{rank}.json")), seen.to_string()).unwrap();
 }
@@ -181,15 +194,9 @@ fn run(case: &Case) -> Vec<Value> {
         "reduce": case.reduce, "targets": case.targets, "out": directory.path(),
     });
     let program = std::env::current_exe().unwrap();
-    let mut command = if case.world == 1 {
-        Command::new(program)
-    } else {
-        let mut mpirun = Command::new("mpirun");
-        mpirun.args(["--allow-run-as-root", "--oversubscribe", "-n", &case.world.to_string()]).arg(program);
-        mpirun
-    };
+    let mut command = ranks_of(&program, case.world);
     command.args(["--exact", "mpi_worker", "--nocapture", "--test-threads=1"]);
-    command.env("XORL_TEST_CASE", spec.to_string()).env("OMP_NUM_THREADS", "1");
+    command.env("XORL_TEST_CASE", spec.to_string());
     let output = command.output().unwrap();
     let text =
         format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
@@ -235,9 +242,14 @@ fn equals_one_rank(case: Case) {
     assert!(one["steps"][0][1].as_f64().unwrap() > 0.5, "norm {}", one["steps"][0][1]);
     // A single rank moves nothing.
     assert_eq!(one["ledger"], json!([]));
-    // Only adapter gradients are ever reduced: as many bytes as their regions have.
-    if case.world > 1 {
-        assert!(ranks[0]["ledger"].as_array().unwrap().iter().any(|entry| entry[0] == "reduce_scatter"));
+    // Only adapter gradients are ever reduced: exactly the bytes of their regions.
+    for seen in &ranks {
+        let received = |operation: &str| {
+            let of = seen["ledger"].as_array().unwrap().iter().filter(|entry| entry[0] == operation);
+            of.map(|entry| entry[2].as_u64().unwrap()).sum::<u64>()
+        };
+        assert_eq!(json!([received("reduce_scatter"), received("all_reduce")]), seen["promised"]);
+        assert_eq!(case.world > 1, received("reduce_scatter") > 0);
     }
 }
 

@@ -1,26 +1,20 @@
 //! The program as users start it: two ranks leave what one leaves, PEFT loads it and computes our loss, and what
 //! is wrong ends every rank with exit code 2, one line, and nothing written.
 
+mod common;
+
+use common::{python, ranks_of};
 use serde_json::{Value, json};
 use std::{
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Output},
 };
 use xorl_dist::rng::Stream;
 
-fn python() -> PathBuf {
-    let venv = Path::new(env!("CARGO_MANIFEST_DIR")).join(".venv/bin/python");
-    std::env::var_os("XORL_ORACLE_PYTHON").map_or(venv, PathBuf::from)
-}
-
 /// `xorl-dist` on `ranks` ranks.
 fn run(ranks: usize, arguments: &[&str]) -> Output {
-    let program = env!("CARGO_BIN_EXE_xorl-dist");
-    let mut command = Command::new(if ranks == 1 { program } else { "mpirun" });
-    if ranks > 1 {
-        command.args(["--allow-run-as-root", "--oversubscribe", "-n", &ranks.to_string(), program]);
-    }
-    command.args(arguments).env("OMP_NUM_THREADS", "1").env("HF_HUB_OFFLINE", "1").output().unwrap()
+    let program = Path::new(env!("CARGO_BIN_EXE_xorl-dist"));
+    ranks_of(program, ranks).args(arguments).env("HF_HUB_OFFLINE", "1").output().unwrap()
 }
 
 /// A tiny random Qwen3 model made by ours is not independent; transformers makes this one.

@@ -68,7 +68,8 @@ pub fn write(
     for adapter in adapters {
         let mut row = 0;
         for (leaf, width) in &adapter.leaves {
-            let b = &adapter.b[row * adapter.rank..(row + width) * adapter.rank];
+            // A B that is too short fails below, where its key is known.
+            let b = adapter.b.get(row * adapter.rank..(row + width) * adapter.rank).unwrap_or_default();
             row += width;
             let shapes = [vec![adapter.rank, adapter.input], vec![*width, adapter.rank]];
             for ((key, shape), data) in adapter.keys(leaf).into_iter().zip(shapes).zip([&adapter.a[..], b]) {

@@ -22,7 +22,7 @@ use crate::{
         AdapterShards, EntrySpec, RegionLayout, Ring, ShardError, adapter::align_bytes, layout::BASE_ALIGN,
     },
 };
-use std::rc::Rc;
+use std::{ops::Range, rc::Rc};
 use tch::{Device, Kind, Tensor};
 
 /// How a model is cut and computed; nothing here changes the result beyond rounding.
@@ -173,14 +173,6 @@ impl Blueprint {
         }
         Self { plans, lora: adapters, regions: Regions { layers, vocab, final_norm, adapter } }
     }
-
-    /// The logical adapter parameters of each unit.
-    pub fn parameters(&self) -> Vec<Vec<Parameter>> {
-        let of = |plan: &LayerAdapterPlan| {
-            plan.modules.iter().flatten().flat_map(LoraModule::parameters).collect()
-        };
-        self.lora.iter().map(of).collect()
-    }
 }
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -274,45 +266,45 @@ impl Transformer {
         self.lora.iter().map(of).collect()
     }
 
+    /// Where `parameter` lies in `unit`'s flat element space.
+    pub fn elements(&self, unit: usize, parameter: &Parameter) -> Range<usize> {
+        let start = self.adapter.elements(unit, parameter.entry).start + parameter.first;
+        start..start + parameter.shape[0] * parameter.shape[1]
+    }
+
+    /// The parameters of which this rank owns elements: unit, parameter, where it lies, and the owned part of that.
+    fn owned_parameters(&self) -> impl Iterator<Item = (usize, Parameter, Range<usize>, Range<usize>)> {
+        let all = self.parameters().into_iter().enumerate();
+        all.flat_map(|(unit, parameters)| parameters.into_iter().map(move |parameter| (unit, parameter)))
+            .filter_map(|(unit, parameter)| {
+                let (all, owned) = (self.elements(unit, &parameter), self.adapter.owned(unit));
+                let own = all.start.max(owned.start)..all.end.min(owned.end);
+                (!own.is_empty()).then_some((unit, parameter, all, own))
+            })
+    }
+
     /// Sets each parameter to `values(parameter, elements)` on the ranks that own the elements.
     pub fn set_adapter(
         &mut self,
-        mut values: impl FnMut(&Parameter, std::ops::Range<usize>) -> Vec<f32>,
+        mut values: impl FnMut(&Parameter, Range<usize>) -> Vec<f32>,
     ) -> Result<(), ShardError> {
-        for (unit, parameters) in self.parameters().into_iter().enumerate() {
-            let owned = self.adapter.owned(unit);
-            for parameter in parameters {
-                let start = self.adapter.elements(unit, parameter.entry).start + parameter.first;
-                let end = start + parameter.shape[0] * parameter.shape[1];
-                let (from, to) = (start.max(owned.start), end.min(owned.end));
-                if from < to {
-                    let own = values(&parameter, from - start..to - start);
-                    self.adapter.set_master(unit, from..to, &own);
-                }
-            }
+        let owned: Vec<_> = self.owned_parameters().collect();
+        for (unit, parameter, all, own) in owned {
+            let new = values(&parameter, own.start - all.start..own.end - all.start);
+            self.adapter.set_master(unit, own, &new);
         }
         self.adapter.refresh()
     }
 
     /// Parameters of which this rank owns a gradient element that is not finite.
     pub fn non_finite_gradients(&self) -> Vec<String> {
-        let mut names = Vec::new();
-        for (unit, parameters) in self.parameters().into_iter().enumerate() {
-            let owned = self.adapter.owned(unit);
-            for parameter in parameters {
-                let start = self.adapter.elements(unit, parameter.entry).start + parameter.first;
-                let end = start + parameter.shape[0] * parameter.shape[1];
-                let (from, to) = (start.max(owned.start), end.min(owned.end));
-                if from < to {
-                    let (at, n) = ((from - owned.start) as i64, (to - from) as i64);
-                    let finite = self.adapter.gradient(unit).narrow(0, at, n).isfinite().all();
-                    if finite.int64_value(&[]) == 0 {
-                        names.push(parameter.name);
-                    }
-                }
-            }
-        }
-        names
+        let not_finite = |unit: usize, own: &Range<usize>| {
+            let at = (own.start - self.adapter.owned(unit).start) as i64;
+            let finite = self.adapter.gradient(unit).narrow(0, at, own.len() as i64).isfinite().all();
+            finite.int64_value(&[]) == 0
+        };
+        let broken = self.owned_parameters().filter(|(unit, _, _, own)| not_finite(*unit, own));
+        broken.map(|(_, parameter, _, _)| parameter.name).collect()
     }
 
     /// Every logical parameter with its whole fp32 values, row-major, on every rank of the shard group. Collective.
@@ -324,8 +316,8 @@ impl Transformer {
             }
             let flat = self.adapter.whole_master(unit)?;
             for parameter in parameters {
-                let start = self.adapter.elements(unit, parameter.entry).start + parameter.first;
-                let values = flat.narrow(0, start as i64, (parameter.shape[0] * parameter.shape[1]) as i64);
+                let at = self.elements(unit, &parameter);
+                let values = flat.narrow(0, at.start as i64, at.len() as i64);
                 whole.push((parameter, Vec::<f32>::try_from(values)?));
             }
         }

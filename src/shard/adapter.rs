@@ -28,7 +28,6 @@ pub struct AdapterShards {
     ring: Ring,
     shard: Rc<dyn Communicator>,
     replicate: Rc<dyn Communicator>,
-    reduce: ReduceGradients,
     /// `micro_batch`: the one buffer that every unit's backward fills in turn, as large as the largest unit.
     scratch: Option<Tensor>,
 }
@@ -57,7 +56,7 @@ impl AdapterShards {
         let largest = layouts.iter().map(elements).max().unwrap_or(0);
         let scratch = (!lone && reduce == ReduceGradients::MicroBatch).then(|| zeros(largest));
         let ring = Ring::new("adapter", layouts, slots, shard.clone(), device);
-        Self { units, ring, shard, replicate, reduce, scratch }
+        Self { units, ring, shard, replicate, scratch }
     }
 
     pub fn len(&self) -> usize {
@@ -105,8 +104,7 @@ impl AdapterShards {
         self.ring.invalidate()?;
         for unit in 0..self.units.len() {
             if let Some(entry) = self.ring.layout(unit).entries.first() {
-                let compute = self.ring.shard(unit).view_dtype(entry.spec.dtype.kind());
-                let mut compute = compute;
+                let mut compute = self.ring.shard(unit).view_dtype(entry.spec.dtype.kind());
                 compute.copy_(&self.units[unit].master);
             }
         }
@@ -168,7 +166,7 @@ impl AdapterShards {
             if unit.gradient.numel() == 0 {
                 continue;
             }
-            if let (Some(full), ReduceGradients::Step) = (&unit.full, self.reduce) {
+            if let Some(full) = &unit.full {
                 self.shard.reduce_scatter(full, &unit.gradient)?;
             }
             if self.replicate.size() > 1 {
@@ -184,8 +182,8 @@ impl AdapterShards {
         let (from, to) = (range.start.max(owned.start), range.end.min(owned.end));
         if from < to {
             let own = &values[from - range.start..to - range.start];
-            let target = self.units[unit].master.narrow(0, (from - owned.start) as i64, (to - from) as i64);
-            let mut target = target;
+            let (at, n) = ((from - owned.start) as i64, (to - from) as i64);
+            let mut target = self.units[unit].master.narrow(0, at, n);
             target.copy_(&Tensor::from_slice(own));
         }
     }

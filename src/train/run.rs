@@ -12,7 +12,7 @@ use crate::{
     data::{Dataset, Loader, Row, StepPlan, deal},
     dtype::DType,
     error::{Error, Result},
-    lora::{Site, module::Factor, targets},
+    lora::{Site, targets},
     mesh::{Mesh, MeshSizes},
     model::{
         ModelSpec,
@@ -284,16 +284,12 @@ impl Run {
         let mut adapters = self.logical_adapters();
         let whole = trainer.model.whole_adapter()?;
         if rank == 0 {
-            for (parameter, values) in whole {
-                let owner = self.sites.iter().position(|site| {
-                    parameter.name.strip_prefix(&site.path()).is_some_and(|rest| rest.starts_with(".lora_"))
-                });
-                if let Some(adapter) = owner.and_then(|i| adapters.get_mut(i)) {
-                    match parameter.factor {
-                        Factor::A => adapter.a = values,
-                        Factor::B => adapter.b = values,
-                    }
-                }
+            let mut whole: HashMap<String, Vec<f32>> =
+                whole.into_iter().map(|(parameter, values)| (parameter.name, values)).collect();
+            for (site, adapter) in self.sites.iter().zip(&mut adapters) {
+                let mut take =
+                    |factor| whole.remove(&format!("{}.{factor}", site.path())).unwrap_or_default();
+                (adapter.a, adapter.b) = (take("lora_A"), take("lora_B"));
             }
             let mut target_modules: Vec<String> = adapters
                 .iter()
