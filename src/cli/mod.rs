@@ -21,12 +21,12 @@ pub use version::version_report;
 /// Where ranks compute.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum DeviceChoice {
-    /// GPUs where there are any, else the CPU
+    /// The CPU, until GPUs are built
     #[default]
     Auto,
     /// CPU ranks over MPI
     Cpu,
-    /// One GPU a rank
+    /// One GPU a rank (not built yet: refused)
     Cuda,
 }
 
@@ -114,9 +114,9 @@ struct ConfigArg {
 enum Sub {
     /// Train an adapter (the default)
     Train(ConfigArg),
-    /// Validate config, model and data without training; print the resolved run, mesh and memory
+    /// Validate config, model and data without training; print the resolved run, mesh and memory (not built yet)
     Check(ConfigArg),
-    /// Continue a prompt with a model and an adapter
+    /// Continue a prompt with a model and an adapter (not built yet)
     Generate(GenerateCli),
 }
 

@@ -19,7 +19,7 @@ section! {
         lora_b_init_std: f64 = 0.0 => NonNegative;
         /// Compute q, k, v and gate, up as separate GEMMs. Results and adapter keys stay the same.
         unfuse_for_lora: bool = false;
-        /// Checkpoints hold the adapter and the training state, not the base model.
+        /// Checkpoints hold the adapter, not the base model (false is not built yet).
         save_lora_only: bool = true;
         /// A PEFT adapter directory to start from, with a fresh optimizer.
         adapter_path: Option<PathBuf> = None;

@@ -94,7 +94,7 @@ section! {
         output_dir: PathBuf = "outputs".into();
         /// Names the run's checkpoints, `{output_dir}/weights/{run_id}/step_{N}`.
         run_id: String = "run".into() => DirectoryName;
-        /// Allow a run directory that already holds steps to be written again.
+        /// Allow a run directory that already holds steps to be written again (not built yet: only false).
         overwrite: bool = false;
         /// Seed of the adapter's initial values and of the data order.
         seed: u64 = 42;
@@ -157,11 +157,12 @@ section! {
         save_steps: usize = 0;
         /// Save every this many epochs. 0: not by epochs.
         save_epochs: usize = 1;
-        /// Published steps that are kept; older ones are deleted. null: all.
+        /// Published steps that are kept; older ones are deleted. null: all (not built yet: only null).
         save_total_limit: Option<usize> = None => OneOrMore;
-        /// Step directory to resume from, or `auto`: the newest whole one of this run_id, if any.
+        /// Step directory to resume from, or `auto`: the newest whole one of this run_id, if any
+        /// (not built yet: only null).
         load_checkpoint_path: Option<LoadCheckpoint> = None;
-        /// A bar on a terminal, or one structured line a step.
+        /// A bar on a terminal (not built yet: lines too), or one structured line a step.
         log_format: LogFormat = LogFormat::ProgressBar;
         /// Must stay false: metrics go to metrics.jsonl.
         use_wandb: bool = false;
