@@ -4,6 +4,7 @@
 //!
 //! - [`cli`]: the commands and the command line
 //! - [`train`]: the step, the loop, metrics, progress, signals
+//! - [`infer`]: KV cache, greedy decoding, generation
 //! - [`checkpoint`]: PEFT adapter files, training state, atomic publish, resume and reshard
 //! - [`optim`]: AdamW and SGD over flat shards, schedule, clipping
 //! - [`loss`]: causal language-model loss, chunked over tokens and vocabulary
@@ -26,6 +27,7 @@ pub mod config;
 pub mod data;
 pub mod dtype;
 pub mod error;
+pub mod infer;
 pub mod lora;
 pub mod loss;
 pub mod mesh;

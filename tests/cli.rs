@@ -2,8 +2,10 @@
 
 use std::path::Path;
 use std::process::{Command as Process, Output};
-use xorl_dist::cli::{self, Command, DeviceChoice, DtypeChoice, GenerateArgs, Prompt, RunArgs};
+use xorl_dist::cli::{self, Command, DeviceChoice, GenerateArgs, RunArgs};
 use xorl_dist::config::Override;
+use xorl_dist::dtype::DType;
+use xorl_dist::infer::{Prompts, Request};
 
 fn parse(line: &str) -> Result<Command, String> {
     cli::parse(line.split_whitespace()).map_err(|error| error.to_string())
@@ -49,28 +51,33 @@ fn overrides_are_taken_wherever_they_stand() {
 
 #[test]
 fn generate_takes_a_chat_or_a_prompt() {
-    let args = GenerateArgs {
+    let request = Request {
         model_dir: "m".into(),
         adapter_dir: None,
-        prompt: Prompt::Text("hi".into()),
+        prompts: Prompts::Text("hi".into()),
         max_new_tokens: 128,
-        dtype: DtypeChoice::Auto,
-        device: DeviceChoice::Auto,
+        compute: None,
     };
-    assert_eq!(parse("generate --model m --prompt hi"), Ok(Command::Generate(args.clone())));
+    let args =
+        |request: &Request, device| Command::Generate(GenerateArgs { request: request.clone(), device });
+    assert_eq!(parse("generate --model m --prompt hi"), Ok(args(&request, DeviceChoice::Auto)));
     let line =
         ["generate", "--model", "m", "--adapter", "a", "--chat", "--train.lr is what?", "--device", "cpu"];
     let more = ["--max-new-tokens", "5", "--dtype", "bfloat16"];
     let parsed = cli::parse(line.into_iter().chain(more)).unwrap();
-    let expected = GenerateArgs {
+    let expected = Request {
         adapter_dir: Some("a".into()),
-        prompt: Prompt::Chat("--train.lr is what?".into()),
+        prompts: Prompts::Chat("--train.lr is what?".into()),
         max_new_tokens: 5,
-        dtype: DtypeChoice::Bfloat16,
-        device: DeviceChoice::Cpu,
-        ..args
+        compute: Some(DType::Bf16),
+        ..request.clone()
     };
-    assert_eq!(parsed, Command::Generate(expected));
+    assert_eq!(parsed, args(&expected, DeviceChoice::Cpu));
+    for (line, out) in [("", None), (" --out o.jsonl", Some("o.jsonl".into()))] {
+        let expected = Request { prompts: Prompts::File { chats: "c.jsonl".into(), out }, ..request.clone() };
+        let parsed = parse(&format!("generate --model m --chat-file c.jsonl{line}"));
+        assert_eq!(parsed, Ok(args(&expected, DeviceChoice::Auto)));
+    }
 }
 
 #[test]
@@ -88,6 +95,8 @@ fn what_is_no_command_is_refused_in_one_line() {
         ("generate --model m", "--chat"),
         ("generate --model m --chat a --prompt b", "cannot be used with"),
         ("generate --chat a", "--model"),
+        ("generate --model m --chat a --chat-file f", "cannot be used with"),
+        ("generate --model m --chat a --out o", "--chat-file"),
         ("generate --model m --chat a --max-new-tokens 0", "at least 1"),
     ] {
         let error = parse(line).expect_err(line);

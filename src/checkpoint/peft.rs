@@ -2,11 +2,12 @@
 //! split names also for fused targets: the shared A is written for each part and B is cut, which is exact.
 
 use super::{CheckpointError, io};
+use crate::lora::Site;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     path::Path,
 };
 
@@ -38,6 +39,13 @@ pub struct LogicalAdapter {
 }
 
 impl LogicalAdapter {
+    /// The adapter of `site`, without values.
+    pub fn of(site: &Site, rank: usize) -> Self {
+        let leaves = site.leaves.iter().map(|(leaf, width)| (leaf.to_string(), *width)).collect();
+        let (a, b) = (Vec::new(), Vec::new());
+        Self { parent: site.parent.clone(), leaves, rank, input: site.input, a, b }
+    }
+
     /// PEFT's keys of leaf `leaf`: lora_A and lora_B.
     fn keys(&self, leaf: &str) -> [String; 2] {
         ["lora_A", "lora_B"].map(|factor| format!("base_model.model.{}.{leaf}.{factor}.weight", self.parent))
@@ -166,6 +174,36 @@ pub fn read(directory: &Path, adapters: &mut [LogicalAdapter]) -> Result<(), Che
     } else {
         Err(CheckpointError::Mismatch { path, reason: faults.join("; ") })
     }
+}
+
+/// A and B of the adapter in `directory` by logical parameter name (`….q_proj.lora_A`), for the adapters on `sites`.
+/// See [`read`].
+pub fn read_values(
+    directory: &Path,
+    sites: &[Site],
+    rank: usize,
+) -> Result<HashMap<String, Vec<f32>>, CheckpointError> {
+    let mut adapters: Vec<_> = sites.iter().map(|site| LogicalAdapter::of(site, rank)).collect();
+    read(directory, &mut adapters)?;
+    let named = sites.iter().zip(adapters).flat_map(|(site, adapter)| {
+        let path = site.path();
+        [(format!("{path}.lora_A"), adapter.a), (format!("{path}.lora_B"), adapter.b)]
+    });
+    Ok(named.collect())
+}
+
+/// Those of `sites` that the adapter in `directory` adapts, by the keys of its file: what PEFT's `target_modules` mean
+/// depends on patterns, the keys do not.
+pub fn adapted_sites(directory: &Path, sites: Vec<Site>) -> Result<Vec<Site>, CheckpointError> {
+    let path = directory.join(WEIGHTS_FILE);
+    let bytes = std::fs::read(&path).map_err(io(&path))?;
+    let file = SafeTensors::deserialize(&bytes)
+        .map_err(|error| CheckpointError::Format { path, reason: error.to_string() })?;
+    let adapted = |site: &Site| {
+        let adapter = LogicalAdapter::of(site, 0);
+        adapter.leaves.iter().any(|(leaf, _)| adapter.keys(leaf).iter().any(|key| file.tensor(key).is_ok()))
+    };
+    Ok(sites.into_iter().filter(adapted).collect())
 }
 
 /// A tensor's values in fp32.

@@ -1,10 +1,23 @@
 //! The command `generate`.
 
-use super::GenerateArgs;
-use crate::error::{Error, Result};
+use super::{DeviceChoice, GenerateArgs, ranks::on_all_ranks};
+use crate::{
+    error::{Error, Result},
+    infer::Generation,
+};
 use std::process::ExitCode;
 
-/// Carries the command out.
-pub(super) fn run(_args: &GenerateArgs) -> Result<ExitCode> {
-    Err(Error::Failure("generate is not built".into()))
+/// Carries the command out on this rank.
+pub(super) fn run(args: &GenerateArgs) -> Result<ExitCode> {
+    on_all_ranks(
+        |_| {
+            if args.device == DeviceChoice::Cuda {
+                return Err(Error::Input(
+                    "--device cuda: generating on GPUs is not built yet; use cpu".into(),
+                ));
+            }
+            Generation::prepare(args.request.clone())
+        },
+        |generation, world| generation.execute(world),
+    )
 }

@@ -4,11 +4,14 @@
 
 mod check;
 mod generate;
+mod ranks;
 mod train;
 mod version;
 
 use crate::config::{self, Override};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::infer::{Prompts, Request};
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
@@ -63,24 +66,8 @@ pub struct RunArgs {
 /// What `generate` is given.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerateArgs {
-    /// HF model directory.
-    pub model_dir: PathBuf,
-    /// PEFT adapter directory, such as a published step.
-    pub adapter_dir: Option<PathBuf>,
-    pub prompt: Prompt,
-    /// Tokens, at least 1.
-    pub max_new_tokens: usize,
-    pub dtype: DtypeChoice,
+    pub request: Request,
     pub device: DeviceChoice,
-}
-
-/// What `generate` continues.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Prompt {
-    /// One user message, rendered by the model's chat template.
-    Chat(String),
-    /// Text as it is.
-    Text(String),
 }
 
 /// FSDP-style sharded LoRA fine-tuning of language models over MPI and NCCL
@@ -88,7 +75,8 @@ pub enum Prompt {
 #[command(name = "xorl-dist", disable_version_flag = true, disable_help_subcommand = true)]
 #[command(override_usage = "xorl-dist [train] --config <FILE> [--section.field <VALUE>]...\n       \
                             xorl-dist check --config <FILE> [--section.field <VALUE>]...\n       \
-                            xorl-dist generate --model <DIR> [--adapter <DIR>] <--chat <TEXT>|--prompt <TEXT>>")]
+                            xorl-dist generate --model <DIR> [--adapter <DIR>] \
+                            <--chat <TEXT>|--prompt <TEXT>|--chat-file <FILE> [--out <FILE>]>")]
 struct Cli {
     #[command(subcommand)]
     command: Option<Sub>,
@@ -116,7 +104,7 @@ enum Sub {
     Train(ConfigArg),
     /// Validate config, model and data without training; print the resolved run, mesh and memory (not built yet)
     Check(ConfigArg),
-    /// Continue a prompt with a model and an adapter (not built yet)
+    /// Continue prompts with a model and an adapter, greedily; also sharded over the ranks of mpirun
     Generate(GenerateCli),
 }
 
@@ -130,6 +118,9 @@ struct GenerateCli {
     adapter: Option<PathBuf>,
     #[command(flatten)]
     prompt: PromptCli,
+    /// Where the answers to --chat-file go, one JSON line each; stdout when absent
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
     /// Tokens to generate at most
     #[arg(long, value_name = "N", default_value = "128", value_parser = at_least_one)]
     max_new_tokens: usize,
@@ -147,6 +138,9 @@ struct PromptCli {
     /// Text to continue as it is
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     prompt: Option<String>,
+    /// A jsonl file of chats; one that ends with an answer is continued before it, and the loss of that answer computed
+    #[arg(long, value_name = "FILE")]
+    chat_file: Option<PathBuf>,
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {
@@ -178,18 +172,34 @@ pub fn parse(args: impl IntoIterator<Item = impl Into<OsString>>) -> Result<Comm
         (None, Some(path)) => Ok(Command::Train(run_args(path))),
         (Some(Sub::Train(arg)), None) => Ok(Command::Train(run_args(arg.config))),
         (Some(Sub::Check(arg)), None) => Ok(Command::Check(run_args(arg.config))),
-        (Some(Sub::Generate(arg)), None) => Ok(Command::Generate(GenerateArgs {
-            model_dir: arg.model,
-            adapter_dir: arg.adapter,
-            // clap's group has made sure that exactly one is there.
-            prompt: match arg.prompt {
-                PromptCli { chat: Some(text), .. } => Prompt::Chat(text),
-                PromptCli { prompt, .. } => Prompt::Text(prompt.unwrap_or_default()),
+        (Some(Sub::Generate(arg)), None) if arg.out.is_some() && arg.prompt.chat_file.is_none() => {
+            Err(Error::Input("--out goes with --chat-file".into()))
+        }
+        (Some(Sub::Generate(arg)), None) => {
+            Ok(Command::Generate(GenerateArgs { request: arg.request(), device }))
+        }
+    }
+}
+
+impl GenerateCli {
+    fn request(self) -> Request {
+        // clap's group has made sure that exactly one is there.
+        let prompts = match self.prompt {
+            PromptCli { chat: Some(text), .. } => Prompts::Chat(text),
+            PromptCli { chat_file: Some(chats), .. } => Prompts::File { chats, out: self.out },
+            PromptCli { prompt, .. } => Prompts::Text(prompt.unwrap_or_default()),
+        };
+        Request {
+            model_dir: self.model,
+            adapter_dir: self.adapter,
+            prompts,
+            max_new_tokens: self.max_new_tokens,
+            compute: match self.dtype {
+                DtypeChoice::Auto => None,
+                DtypeChoice::Float32 => Some(DType::F32),
+                DtypeChoice::Bfloat16 => Some(DType::Bf16),
             },
-            max_new_tokens: arg.max_new_tokens,
-            dtype: arg.dtype,
-            device,
-        })),
+        }
     }
 }
 

@@ -1,52 +1,18 @@
 //! The command `train`.
 
-use super::RunArgs;
-use crate::{
-    comm::World,
-    error::{Error, Result},
-    train::Run,
-};
-use std::{io::Write, process::ExitCode};
+use super::{RunArgs, ranks::on_all_ranks};
+use crate::{error::Result, train::Run};
+use std::process::ExitCode;
 
-/// Carries the command out on this rank. A fault that is found before training ends all ranks with one line; a
-/// rank that fails later says so and takes the others with it.
+/// Carries the command out on this rank.
 pub(super) fn run(args: &RunArgs) -> Result<ExitCode> {
-    let world = World::start()?;
-    let rank = world.rank();
-    let level = if rank == 0 { "info" } else { "warn" };
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
-    // A second initialisation is refused, and harmless.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
-    if std::env::var_os("OMP_NUM_THREADS").is_none() {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        tch::set_num_threads((cores / world.size()).max(1) as i32);
-    }
-
-    let prepared = Run::prepare(&args.config_path, &args.overrides, args.device, world.size());
-    let own =
-        prepared.as_ref().err().map(|error| format!("{} {error}", error.exit_code())).unwrap_or_default();
-    let everyone = world.group("world", 0).all_gather_host(own.as_bytes())?;
-    // All ranks end alike, with the line of the first that has one.
-    if let Some((first, said)) = everyone.iter().enumerate().find(|(_, said)| !said.is_empty()) {
-        if rank == first
-            && let Err(error) = prepared
-        {
-            return Err(error);
-        }
-        let code = said.first().map_or(1, |digit| digit.wrapping_sub(b'0'));
-        return Ok(ExitCode::from(code));
-    }
-    let run = prepared?;
-    if rank == 0 {
-        tracing::info!("{}", run.summary());
-    }
-    if let Err(error) = run.execute(&world) {
-        if world.size() == 1 {
-            return Err(error);
-        }
-        // One write, or the lines of several ranks mix.
-        let _ = std::io::stderr().write_all(format!("error: rank {rank}: {error}\n").as_bytes());
-        world.abort(Error::exit_code(&error));
-    }
-    Ok(ExitCode::SUCCESS)
+    on_all_ranks(
+        |world| Run::prepare(&args.config_path, &args.overrides, args.device, world.size()),
+        |run, world| {
+            if world.rank() == 0 {
+                tracing::info!("{}", run.summary());
+            }
+            run.execute(world)
+        },
+    )
 }

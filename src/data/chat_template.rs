@@ -125,6 +125,11 @@ impl ChatTemplate {
         Ok(rendered.map_err(DataError::Render)?.text)
     }
 
+    /// The text of a chat up to where the assistant's answer begins.
+    pub(super) fn render_prompt(&self, chat: &Chat) -> Result<String, LineProblem> {
+        Ok(self.render_messages(&chat.messages, chat.tools.as_ref(), true)?.text)
+    }
+
     /// The text of a whole chat.
     pub(super) fn render_text(&self, chat: &Chat) -> Result<String, LineProblem> {
         Ok(self.render_messages(&chat.messages, chat.tools.as_ref(), false)?.text)

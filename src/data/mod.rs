@@ -15,6 +15,7 @@ mod loader;
 pub mod order;
 mod pack;
 mod prepared;
+mod prompt;
 mod source;
 mod store;
 mod tokenizer;
@@ -24,6 +25,7 @@ pub use dataset::{Dataset, Summary, TRAINING_CLOCK};
 pub use error::{DataError, LineProblem};
 pub use loader::{Loader, StepPlan, StepRows};
 pub use pack::pack;
+pub use prompt::{Prompt, Reference};
 pub use tokenizer::{Encoded, Tokenizer};
 
 /// Label of a token that carries no loss.

@@ -76,13 +76,15 @@ impl BlockSpec {
         saved
     }
 
-    /// y `[tokens, hidden]` of x `[tokens, hidden]`, and what backward needs.
+    /// y `[tokens, hidden]` of x `[tokens, hidden]`, and what backward needs. `attend` gives the attention's output
+    /// and row sums of q|k|v: over the documents of the batch, or over a cache when one is continued.
     pub fn forward(
         &self,
         x: &Tensor,
         weights: &LayerWeights,
         adapters: &LayerAdapters,
         batch: &BatchContext,
+        attend: impl FnOnce(&Tensor, Heads) -> (Tensor, Tensor),
     ) -> (Tensor, Saved) {
         let linear = |linear: Linear, x: &Tensor, width: i64| {
             let out = Tensor::empty([x.size()[0], width], (x.kind(), x.device()));
@@ -93,7 +95,7 @@ impl BlockSpec {
         let (normed, r_input) = norm::forward(x, &weights.input_norm, self.eps);
         let (qkv, h_qkv) = linear(Linear::Qkv, &normed, self.qkv_width());
         let qk = self.prepare_qkv(&qkv, weights, &batch.cos, &batch.sin);
-        let (attention, lse) = attention::forward(&qkv, self.heads, &batch.documents);
+        let (attention, lse) = attend(&qkv, self.heads);
         let (mut middle, h_o) = linear(Linear::O, &attention, hidden);
         let _ = middle.g_add_(x);
 

@@ -14,7 +14,7 @@ use crate::{
     lora::{LORA_MAPPING, LoraModule, Parameter, Site, init},
     loss::LinearCrossEntropy,
     ops::{
-        attention::{Documents, Heads},
+        attention::{self, Documents, Heads},
         norm,
         rope::RopeTable,
     },
@@ -87,9 +87,27 @@ impl Batch {
         }
     }
 
+    /// One token of each of several documents, at its position in that: what generation computes at a time.
+    pub fn of_single_tokens(ids: &[i64], positions: &[i64], device: Device) -> Self {
+        debug_assert_eq!(ids.len(), positions.len());
+        let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(device);
+        Self {
+            ids: tensor(ids),
+            targets: tensor(&vec![crate::data::IGNORE_INDEX; ids.len()]),
+            positions: tensor(positions),
+            longest: positions.iter().max().map_or(0, |&last| last as usize + 1),
+            documents: Documents::new(&vec![1; ids.len()]),
+        }
+    }
+
     /// All tokens.
     pub fn tokens(&self) -> usize {
         self.ids.numel()
+    }
+
+    /// Where its documents lie.
+    pub fn documents(&self) -> &Documents {
+        &self.documents
     }
 
     /// Tokens that carry loss.
@@ -250,6 +268,10 @@ impl Transformer {
         &self.spec
     }
 
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
     /// Reads this rank's pieces of the base, and nothing else.
     pub fn load(&self, source: &dyn WeightSource) -> Result<(), ShardError> {
         for ring in [&self.layers, &self.vocab, &self.final_norm] {
@@ -387,24 +409,27 @@ impl Transformer {
         unit: usize,
         x: &Tensor,
         context: &BatchContext,
+        attend: impl FnOnce(&Tensor, Heads) -> (Tensor, Tensor),
     ) -> Result<(Tensor, Saved), ShardError> {
         let weights = self.plans[unit].bind(&self.layers, unit)?;
         let adapters = self.lora[unit].bind(&self.adapter, unit)?;
-        Ok(self.block(unit).forward(x, &weights, &adapters, context))
+        Ok(self.block(unit).forward(x, &weights, &adapters, context, attend))
     }
 
-    /// Hidden states after the last layer, calling `keep` with what each layer leaves for backward.
+    /// Hidden states after the last layer, calling `keep` with what each layer leaves for backward. `attend` is
+    /// the attention of a layer: see [`BlockSpec::forward`].
     fn forward_layers(
         &mut self,
         batch: &Batch,
         context: &BatchContext,
+        mut attend: impl FnMut(usize, &Tensor, Heads) -> (Tensor, Tensor),
         mut keep: impl FnMut(Tensor, Saved),
     ) -> Result<Tensor, ShardError> {
         let mut x = self.embed(&batch.ids)?;
         let layers = self.layers.len();
         for unit in 0..layers {
             self.gather(unit, Some(unit + 1).filter(|&next| next < layers))?;
-            let (y, saved) = self.layer_forward(unit, &x, context)?;
+            let (y, saved) = self.layer_forward(unit, &x, context, |qkv, heads| attend(unit, qkv, heads))?;
             keep(std::mem::replace(&mut x, y), saved);
         }
         Ok(x)
@@ -438,7 +463,7 @@ impl Transformer {
         let context = self.context(batch);
         let recompute = self.options.recompute;
         let mut kept = Vec::with_capacity(self.layers.len());
-        let x = self.forward_layers(batch, &context, |input, saved| {
+        let x = self.forward_layers(batch, &context, within(&context), |input, saved| {
             kept.push(if recompute { Kept::Input(input) } else { Kept::All(Box::new(saved)) });
         })?;
         let (loss, d_x) = self.head_loss(&x, batch, Some(scale))?;
@@ -448,7 +473,10 @@ impl Transformer {
             let unit = kept.len();
             self.gather(unit, unit.checked_sub(1))?;
             let saved = match kept_here {
-                Kept::Input(x) => Box::new(self.layer_forward(unit, &x, &context)?.1),
+                Kept::Input(x) => {
+                    let attend = |qkv: &Tensor, heads| within(&context)(unit, qkv, heads);
+                    Box::new(self.layer_forward(unit, &x, &context, attend)?.1)
+                }
                 Kept::All(saved) => saved,
             };
             let weights = self.plans[unit].bind(&self.layers, unit)?;
@@ -463,15 +491,29 @@ impl Transformer {
     pub fn evaluate(&mut self, batch: &Batch) -> Result<MicroBatchLoss, ShardError> {
         let _guard = tch::no_grad_guard();
         let context = self.context(batch);
-        let x = self.forward_layers(batch, &context, |_, _| ())?;
+        let x = self.forward_layers(batch, &context, within(&context), |_, _| ())?;
         Ok(self.head_loss(&x, batch, None)?.0)
     }
 
     /// Logits `[tokens, vocab]` fp32 of every token of a batch.
     pub fn logits(&mut self, batch: &Batch) -> Result<Tensor, ShardError> {
+        self.logits_of(batch, None, |_, qkv, heads| attention::forward(qkv, heads, &batch.documents).0)
+    }
+
+    /// Logits `[rows, vocab]` fp32 of the tokens `rows` `[rows]` i64 of a batch, all when `None`. `attend(layer, q|k|v,
+    /// heads)` is each layer's attention.
+    pub fn logits_of(
+        &mut self,
+        batch: &Batch,
+        rows: Option<&Tensor>,
+        mut attend: impl FnMut(usize, &Tensor, Heads) -> Tensor,
+    ) -> Result<Tensor, ShardError> {
         let _guard = tch::no_grad_guard();
         let context = self.context(batch);
-        let x = self.forward_layers(batch, &context, |_, _| ())?;
+        let no_sums = Tensor::zeros([0], (Kind::Float, batch.ids.device()));
+        let attend = |layer, qkv: &Tensor, heads| (attend(layer, qkv, heads), no_sums.shallow_clone());
+        let x = self.forward_layers(batch, &context, attend, |_, _| ())?;
+        let x = rows.map_or_else(|| x.shallow_clone(), |rows| x.index_select(0, rows));
         self.final_norm.gather(0)?;
         let (normed, _) = norm::forward(&x, &self.final_norm.view(0, 0)?, self.spec.rms_norm_eps);
         let mut columns = Vec::new();
@@ -481,4 +523,9 @@ impl Transformer {
         }
         Ok(Tensor::cat(&columns, 1))
     }
+}
+
+/// Attention inside the documents of a batch.
+fn within(context: &BatchContext) -> impl Fn(usize, &Tensor, Heads) -> (Tensor, Tensor) {
+    |_, qkv, heads| attention::forward(qkv, heads, &context.documents)
 }

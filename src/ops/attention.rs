@@ -133,29 +133,32 @@ fn run_of(lse: &Tensor, heads: Heads, &(start, count, length): &(i64, i64, i64))
     lse.narrow(0, start * heads.query, count * length * heads.query).view([count, heads.query, length])
 }
 
-/// Attention of new tokens over a cache, for generation: q [new, query, dim]; k, v [all, key_value, dim], the new
-/// tokens last. Returns o [new, query·dim].
-pub fn with_cache(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads) -> Tensor {
-    let (new, all) = (q.size()[0], k.size()[0]);
-    let device = q.device();
-    let query = Tensor::arange_start(all - new, all, (Kind::Int64, device)).unsqueeze(1);
-    let distance = query - Tensor::arange(all, (Kind::Int64, device)).unsqueeze(0);
-    let mut hidden = distance.lt(0);
-    if let Some(window) = heads.window {
-        hidden = hidden.logical_or(&distance.ge(window));
+/// Attention of one new token of each sequence over that sequence's cache, for generation: q [sequences, query, dim];
+/// k, v [sequences, places, key_value, dim], of which the first `lengths` `[sequences]` i64 count, the new token last.
+/// Returns o [sequences, query·dim].
+pub fn with_cache(q: &Tensor, k: &Tensor, v: &Tensor, lengths: &Tensor, heads: Heads) -> Tensor {
+    let (sequences, places) = (k.size()[0], k.size()[1]);
+    let shape = [sequences, heads.query * heads.dim];
+    if sequences == 0 {
+        return Tensor::empty(shape, (q.kind(), q.device()));
     }
-    let mask = Tensor::zeros([new, all], (q.kind(), device)).masked_fill(&hidden, f64::NEG_INFINITY);
-    let batch = |t: &Tensor| t.unsqueeze(0).transpose(1, 2);
+    let age = lengths.unsqueeze(1) - 1 - Tensor::arange(places, (Kind::Int64, q.device()));
+    let mut hidden = age.lt(0);
+    if let Some(window) = heads.window {
+        hidden = hidden.logical_or(&age.ge(window));
+    }
+    let mask = Tensor::zeros([sequences, places], (q.kind(), q.device()));
+    let mask = mask.masked_fill(&hidden, f64::NEG_INFINITY).view([sequences, 1, 1, places]);
     let (o, _) = Tensor::internal_scaled_dot_product_flash_attention_for_cpu(
-        &batch(q),
-        &batch(k),
-        &batch(v),
+        &q.unsqueeze(2),
+        &k.transpose(1, 2),
+        &v.transpose(1, 2),
         0.0,
         false,
         Some(&mask),
         None,
     );
-    o.transpose(1, 2).reshape([new, heads.query * heads.dim])
+    o.reshape(shape)
 }
 
 #[cfg(test)]
@@ -212,14 +215,27 @@ mod tests {
     }
 
     #[test]
-    fn a_cache_continues_a_document() {
+    fn a_cache_continues_documents_of_different_lengths() {
+        let lengths = [9usize, 4, 1];
         for window in [None, Some(3)] {
             let heads = Heads { query: 4, key_value: 2, dim: 8, window };
-            let qkv = leaf(&[9, 64]).detach();
-            let whole = reference(&qkv, heads, &[9]);
-            let t = qkv.view([9, 8, 8]);
-            let (q, k, v) = (t.narrow(0, 6, 3).narrow(1, 0, 4), t.narrow(1, 4, 2), t.narrow(1, 6, 2));
-            assert!(distance(&with_cache(&q, &k, &v, heads), &whole.narrow(0, 6, 3)) < 1e-12);
+            let qkv = leaf(&[14, 64]).detach();
+            let whole = reference(&qkv, heads, &lengths);
+            let t = qkv.view([14, 8, 8]);
+            // What lies behind a sequence's end must not count.
+            let cache = Tensor::full([3, 12, 4, 8], 7.0, (Kind::Double, Device::Cpu));
+            let (mut last, mut end) = (Vec::new(), 0);
+            for (i, &length) in lengths.iter().enumerate() {
+                let own = t.narrow(0, end, length as i64).narrow(1, 4, 4);
+                cache.get(i as i64).narrow(0, 0, length as i64).copy_(&own);
+                end += length as i64;
+                last.push(end - 1);
+            }
+            let last = Tensor::from_slice(&last);
+            let q = t.narrow(1, 0, 4).index_select(0, &last);
+            let (k, v) = (cache.narrow(2, 0, 2), cache.narrow(2, 2, 2));
+            let o = with_cache(&q, &k, &v, &Tensor::from_slice(&[9i64, 4, 1]), heads);
+            assert!(distance(&o, &whole.index_select(0, &last)) < 1e-12, "{window:?}");
         }
     }
 }

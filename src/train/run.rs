@@ -165,19 +165,6 @@ impl Run {
         }
     }
 
-    /// The adapter that a run starts from, in the form of its own sites, without values.
-    fn logical_adapters(&self) -> Vec<LogicalAdapter> {
-        let of = |site: &Site| LogicalAdapter {
-            parent: site.parent.clone(),
-            leaves: site.leaves.iter().map(|(leaf, width)| (leaf.to_string(), *width)).collect(),
-            rank: self.config.lora.lora_rank,
-            input: site.input,
-            a: Vec::new(),
-            b: Vec::new(),
-        };
-        self.sites.iter().map(of).collect()
-    }
-
     /// A and B of the adapter at `path`, by logical parameter name.
     fn starting_adapter(&self, path: &Path) -> Result<HashMap<String, Vec<f32>>> {
         let theirs = checkpoint::peft::read_config(path)?;
@@ -192,13 +179,7 @@ impl Run {
                 lora.lora_alpha
             )));
         }
-        let mut adapters = self.logical_adapters();
-        checkpoint::peft::read(path, &mut adapters)?;
-        let named = self.sites.iter().zip(adapters).flat_map(|(site, adapter)| {
-            let path = site.path();
-            [(format!("{path}.lora_A"), adapter.a), (format!("{path}.lora_B"), adapter.b)]
-        });
-        Ok(named.collect())
+        Ok(checkpoint::peft::read_values(path, &self.sites, lora.lora_rank)?)
     }
 
     /// Builds this rank's part of the model and trains it to the end.
@@ -281,7 +262,8 @@ impl Run {
 
     /// Publishes the adapter after `step` steps. Collective; rank 0 writes.
     fn save(&self, trainer: &Trainer, step: usize, rank: usize) -> Result<()> {
-        let mut adapters = self.logical_adapters();
+        let rank_of = self.config.lora.lora_rank;
+        let mut adapters: Vec<_> = self.sites.iter().map(|site| LogicalAdapter::of(site, rank_of)).collect();
         let whole = trainer.model.whole_adapter()?;
         if rank == 0 {
             let mut whole: HashMap<String, Vec<f32>> =

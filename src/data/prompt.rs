@@ -1,0 +1,89 @@
+//! What generation continues, as tokens: the chats of a file or of the command line, rendered up to where the
+//! assistant's answer begins.
+
+use super::{Chat, ChatTemplate, DataError, IGNORE_INDEX, LineProblem, Tokenizer, source};
+use std::path::Path;
+
+/// A prompt, and the answer that it should have when that is known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Prompt {
+    /// Token ids up to where the answer begins.
+    pub ids: Vec<i64>,
+    pub reference: Option<Reference>,
+}
+
+/// A whole chat with labels on its last answer alone, end of turn included.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reference {
+    pub ids: Vec<i64>,
+    /// As long as `ids`; -100 where there is no loss.
+    pub labels: Vec<i64>,
+}
+
+impl Prompt {
+    /// Text as it is, without special tokens.
+    pub fn text(text: &str, tokenizer: &Tokenizer, vocab_size: usize) -> Result<Self, DataError> {
+        let ids = checked(text, tokenizer, vocab_size).map_err(DataError::Render)?;
+        Ok(Self { ids, reference: None })
+    }
+
+    /// One user message.
+    pub fn user(
+        text: &str,
+        tokenizer: &Tokenizer,
+        template: &ChatTemplate,
+        vocab_size: usize,
+    ) -> Result<Self, DataError> {
+        Self::chat(Chat::user(text), tokenizer, template, vocab_size).map_err(DataError::Render)
+    }
+
+    /// Every chat of a jsonl file. One that ends with an assistant message is continued before that message, which
+    /// becomes the reference.
+    pub fn chats(
+        path: &Path,
+        tokenizer: &Tokenizer,
+        template: &ChatTemplate,
+        vocab_size: usize,
+    ) -> Result<Vec<Self>, DataError> {
+        let mut prompts = Vec::new();
+        source::for_each_line(path, |line| {
+            prompts.push(Self::chat(source::parse_chat(line)?, tokenizer, template, vocab_size)?);
+            Ok(())
+        })?;
+        if prompts.is_empty() {
+            return Err(DataError::Empty { path: path.into() });
+        }
+        Ok(prompts)
+    }
+
+    fn chat(
+        mut chat: Chat,
+        tokenizer: &Tokenizer,
+        template: &ChatTemplate,
+        vocab_size: usize,
+    ) -> Result<Self, LineProblem> {
+        let is_answered = chat.messages.last().is_some_and(|last| last["role"] == "assistant");
+        let reference = is_answered.then(|| {
+            let (text, spans) = template.render_with_assistant_spans(&chat)?;
+            let encoded = tokenizer.encode_with_offsets(&text)?;
+            let trained = encoded.covered_by(spans.last().map(std::slice::from_ref).unwrap_or_default());
+            source::check_tokens(&encoded.ids, vocab_size, "rendered tokens")?;
+            let label = |(&id, trained): (&i64, bool)| if trained { id } else { IGNORE_INDEX };
+            let labels = encoded.ids.iter().zip(trained).map(label).collect();
+            Ok::<_, LineProblem>(Reference { ids: encoded.ids, labels })
+        });
+        let reference = reference.transpose()?;
+        if is_answered {
+            chat.messages.pop();
+        }
+        let ids = checked(&template.render_prompt(&chat)?, tokenizer, vocab_size)?;
+        Ok(Self { ids, reference })
+    }
+}
+
+/// The ids of `text`, at least one and all in the vocabulary.
+fn checked(text: &str, tokenizer: &Tokenizer, vocab_size: usize) -> Result<Vec<i64>, LineProblem> {
+    let ids = tokenizer.encode_with_offsets(text)?.ids;
+    source::check_tokens(&ids, vocab_size, "rendered tokens")?;
+    Ok(ids)
+}

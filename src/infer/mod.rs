@@ -1,0 +1,9 @@
+//! Continuing prompts with a sharded model and an adapter: the KV cache ([`cache`]), greedy decoding of many
+//! sequences at a time ([`decode`]), and a whole `generate` ([`run`]).
+
+pub mod cache;
+pub mod decode;
+pub mod run;
+
+pub use decode::{Limits, greedy};
+pub use run::{Generation, Prompts, Request};

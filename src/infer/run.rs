@@ -1,0 +1,192 @@
+//! The command `generate`, whole: read a model, an adapter and prompts, continue them on all ranks.
+
+use super::{Limits, greedy};
+use crate::{
+    checkpoint::peft,
+    comm::World,
+    config::ReduceGradients,
+    data::{ChatTemplate, Prompt, Reference, Tokenizer},
+    dtype::DType,
+    error::{Error, Result},
+    lora::{Site, targets},
+    model::{
+        ModelSpec,
+        hf_config::HfModel,
+        source::{SafetensorsSource, WeightSource, validate},
+        transformer::{Batch, LoraShape, MicroBatchLoss, Options, Transformer, all_projections},
+    },
+};
+use serde_json::{Value, json};
+use std::{
+    collections::HashMap,
+    io::Write,
+    path::{Path, PathBuf},
+};
+use tch::Device;
+
+/// What is asked for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Request {
+    /// HF model directory.
+    pub model_dir: PathBuf,
+    /// PEFT adapter directory.
+    pub adapter_dir: Option<PathBuf>,
+    pub prompts: Prompts,
+    pub max_new_tokens: usize,
+    /// In what to compute; `None`: as the checkpoint is stored, fp16 in fp32.
+    pub compute: Option<DType>,
+}
+
+/// What is continued, and where the continuations go.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Prompts {
+    /// One user message, rendered by the model's chat template; the answer goes to stdout.
+    Chat(String),
+    /// Text as it is; what follows goes to stdout.
+    Text(String),
+    /// Every chat of a jsonl file; one JSON line each (`prompt_index`, `completion`, and the reference's `loss_sum` and
+    /// `loss_tokens`, null without a reference) to `out`, or to stdout.
+    File { chats: PathBuf, out: Option<PathBuf> },
+}
+
+/// A generation, read and validated.
+pub struct Generation {
+    request: Request,
+    spec: ModelSpec,
+    source: SafetensorsSource,
+    compute: DType,
+    tokenizer: Tokenizer,
+    prompts: Vec<Prompt>,
+    limits: Limits,
+    adapter: Option<StoredAdapter>,
+}
+
+struct StoredAdapter {
+    sites: Vec<Site>,
+    shape: LoraShape,
+    /// By logical parameter name.
+    values: HashMap<String, Vec<f32>>,
+}
+
+impl StoredAdapter {
+    fn read(directory: &Path, spec: &ModelSpec) -> Result<Self> {
+        let config = peft::read_config(directory)?;
+        let all = targets::resolve(&all_projections(spec), Some(&["all-linear".to_owned()]), &[])?;
+        let sites = peft::adapted_sites(directory, all)?;
+        let values = peft::read_values(directory, &sites, config.r)?;
+        Ok(Self { sites, shape: LoraShape { rank: config.r, alpha: config.lora_alpha }, values })
+    }
+}
+
+impl Generation {
+    /// Reads everything but the weights. Enters no collective and writes nothing.
+    pub fn prepare(request: Request) -> Result<Self> {
+        let directory = &request.model_dir;
+        let hf = HfModel::open(directory)?;
+        let spec = hf.spec;
+        let source = SafetensorsSource::open(directory)?;
+        validate(&source, &spec.tensors())?;
+        let tokenizer = Tokenizer::load(directory)?;
+        let template = || ChatTemplate::load(directory);
+        let vocab = spec.vocab_size;
+        let prompts = match &request.prompts {
+            Prompts::Text(text) => vec![Prompt::text(text, &tokenizer, vocab)?],
+            Prompts::Chat(text) => vec![Prompt::user(text, &tokenizer, &template()?, vocab)?],
+            Prompts::File { chats, out } => {
+                let folder =
+                    out.as_ref().and_then(|out| out.parent()).filter(|at| !at.as_os_str().is_empty());
+                if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
+                    return Err(Error::Input(format!("--out: {} is no folder", folder.display())));
+                }
+                Prompt::chats(chats, &tokenizer, &template()?, vocab)?
+            }
+        };
+        let stored = hf.dtype.unwrap_or(DType::F32);
+        let compute = request.compute.unwrap_or(if stored == DType::F16 { DType::F32 } else { stored });
+        let read = |path: &PathBuf| {
+            // Whatever is wrong with an adapter that the user named is the user's to mend.
+            StoredAdapter::read(path, &spec).map_err(|error| Error::Input(error.to_string()))
+        };
+        let adapter = request.adapter_dir.as_ref().map(read).transpose()?;
+        let limits =
+            Limits { max_new_tokens: request.max_new_tokens, eos_token_ids: hf.eos_token_ids.clone() };
+        Ok(Self { request, spec, source, compute, tokenizer, prompts, limits, adapter })
+    }
+
+    /// Continues the prompts on all ranks, the base sharded over them; rank 0 writes.
+    pub fn execute(self, world: &World) -> Result<()> {
+        let (rank, ranks) = (world.rank(), world.size());
+        let shard = world.group("shard", 0);
+        let replicate = world.group("replicate", rank);
+        let options = Options {
+            compute: self.compute,
+            merge: true,
+            slots: 2,
+            vocab_chunk_rows: self.spec.vocab_size,
+            loss_chunk_tokens: 256,
+            recompute: false,
+            reduce: ReduceGradients::MicroBatch,
+        };
+        let no_sites = Vec::new();
+        let (sites, shape) =
+            self.adapter.as_ref().map_or((&no_sites, LoraShape { rank: 1, alpha: 1.0 }), |adapter| {
+                (&adapter.sites, adapter.shape)
+            });
+        let mut model =
+            Transformer::new(self.spec.clone(), sites, shape, options, &shard, &replicate, Device::Cpu);
+        model.load(&self.source as &dyn WeightSource)?;
+        if let Some(adapter) = &self.adapter {
+            model.set_adapter(|parameter, range| adapter.values[&parameter.name][range].to_vec())?;
+        }
+
+        // Prompt i is rank (i mod ranks)'s.
+        let own: Vec<usize> = (rank..self.prompts.len()).step_by(ranks).collect();
+        let ids: Vec<&[i64]> = own.iter().map(|&i| &self.prompts[i].ids[..]).collect();
+        let continuations = greedy(&mut model, shard.as_ref(), &ids, &self.limits)?;
+        let scored = self.prompts.iter().any(|prompt| prompt.reference.is_some());
+        let mut lines = Vec::new();
+        let mut own = own.into_iter().zip(continuations);
+        // Every rank computes as often as every other, perhaps nothing, so that the gathers match.
+        for _ in 0..self.prompts.len().div_ceil(ranks) {
+            let own = own.next();
+            let reference = own.as_ref().and_then(|(index, _)| self.prompts[*index].reference.as_ref());
+            let loss = if scored { Some(reference_loss(&mut model, reference)?) } else { None };
+            let loss = loss.filter(|_| reference.is_some());
+            if let Some((index, continuation)) = own {
+                let completion = self.tokenizer.decode(&continuation, true)?;
+                lines.push(json!({"prompt_index": index, "completion": completion,
+                    "loss_sum": loss.map(|loss| loss.sum), "loss_tokens": loss.map(|loss| loss.tokens)}));
+            }
+        }
+        let mut all = Vec::new();
+        for part in shard.all_gather_host(Value::from(lines).to_string().as_bytes())? {
+            let part: Vec<Value> = serde_json::from_slice(&part)
+                .map_err(|error| Error::Failure(format!("what a rank generated did not arrive: {error}")))?;
+            all.extend(part);
+        }
+        all.sort_by_key(|line| line["prompt_index"].as_u64());
+        if rank == 0 { self.write(&all) } else { Ok(()) }
+    }
+
+    fn write(&self, lines: &[Value]) -> Result<()> {
+        let text = match &self.request.prompts {
+            Prompts::File { .. } => lines.iter().map(|line| format!("{line}\n")).collect::<String>(),
+            _ => {
+                lines.iter().filter_map(|line| Some(format!("{}\n", line["completion"].as_str()?))).collect()
+            }
+        };
+        if let Prompts::File { out: Some(path), .. } = &self.request.prompts {
+            return std::fs::write(path, text)
+                .map_err(|error| Error::Failure(format!("{}: {error}", path.display())));
+        }
+        // A reader that has seen enough is no error.
+        let _ = std::io::stdout().write_all(text.as_bytes());
+        Ok(())
+    }
+}
+
+/// The loss of a reference answer; of nothing when there is none. Collective.
+fn reference_loss(model: &mut Transformer, reference: Option<&Reference>) -> Result<MicroBatchLoss> {
+    let (ids, labels) = reference.map_or((&[][..], &[][..]), |reference| (&reference.ids, &reference.labels));
+    Ok(model.evaluate(&Batch::new(ids, labels, &[ids.len()], Device::Cpu))?)
+}

@@ -1,0 +1,120 @@
+//! `xorl-dist generate` continues as transformers does, with an adapter that PEFT made, on one rank and sharded over
+//! several, whatever else is in the batch.
+
+mod common;
+
+use common::{python, ranks_of};
+use serde_json::{Value, json};
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+/// The model that launch/quickstart/convert_smollm2.py makes; ci/test.sh calls it.
+fn smollm2() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("models/smollm2")
+}
+
+fn generate(ranks: usize, model: &Path, arguments: &[&str]) -> Output {
+    let program = Path::new(env!("CARGO_BIN_EXE_xorl-dist"));
+    ranks_of(program, ranks).arg("generate").arg("--model").arg(model).args(arguments).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+fn lines(text: &str) -> Vec<Value> {
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn mpi_generates_what_transformers_and_peft_generate() {
+    let model = smollm2();
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).display().to_string();
+    let chat = |question: &str, answer: &str| {
+        let turn = |role: &str, content: &str| json!({"role": role, "content": content});
+        json!({"messages": [turn("user", question), turn("assistant", answer)]}).to_string() + "\n"
+    };
+    let questions =
+        ["What is the capital of France?", "Count: 1, 2, 3", "Write one line about the sea, please."];
+    let chats: String = questions.iter().map(|question| chat(question, "I do not know.")).collect();
+    std::fs::write(at("chats.jsonl"), chats).unwrap();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/oracle/generate.py");
+    let oracle = Command::new(python())
+        .arg(script)
+        .arg(&model)
+        .args([&at("adapter"), &at("chats.jsonl"), "16"])
+        .env("HF_HUB_OFFLINE", "1")
+        .output()
+        .unwrap();
+    assert!(oracle.status.success(), "{}", text(&oracle.stderr));
+    let expected = lines(&text(&oracle.stdout));
+    assert_eq!(expected.len(), questions.len());
+
+    for ranks in [1, 2] {
+        let out = at(&format!("out{ranks}.jsonl"));
+        let output = generate(
+            ranks,
+            &model,
+            &[
+                "--dtype",
+                "float32",
+                "--adapter",
+                &at("adapter"),
+                "--chat-file",
+                &at("chats.jsonl"),
+                "--out",
+                &out,
+                "--max-new-tokens",
+                "16",
+            ],
+        );
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let ours = lines(&std::fs::read_to_string(&out).unwrap());
+        assert_eq!(ours.len(), expected.len());
+        for (index, (ours, theirs)) in ours.iter().zip(&expected).enumerate() {
+            assert_eq!(ours["prompt_index"], index);
+            assert!(theirs["margin"].as_f64().unwrap() > 1e-3, "a near tie decides nothing: {theirs}");
+            assert_eq!(ours["completion"], theirs["completion"], "{ranks} ranks");
+            assert_eq!(ours["loss_tokens"], theirs["loss_tokens"]);
+            let (a, b) = (ours["loss_sum"].as_f64().unwrap(), theirs["loss_sum"].as_f64().unwrap());
+            assert!((a - b).abs() < 1e-4 * b, "{ranks} ranks: {a}, transformers {b}");
+        }
+    }
+
+    // One question on stdout, without an adapter: check_smollm2.py holds transformers to the same answer.
+    let arguments = ["--dtype", "float32", "--max-new-tokens", "12", "--chat", questions[0]];
+    let output = generate(2, &model, &arguments);
+    assert_eq!(text(&output.stdout), "The capital of France is Paris.\n", "{}", text(&output.stderr));
+}
+
+#[test]
+fn mpi_what_cannot_be_generated_is_one_line() {
+    let model = smollm2();
+    let folder = tempfile::tempdir().unwrap();
+    let chats = folder.path().join("chats.jsonl");
+    std::fs::write(
+        &chats,
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"hi\"}]}\n{\"messages\": 3}\n",
+    )
+    .unwrap();
+    let chats = chats.display().to_string();
+    for (arguments, word) in [
+        (vec!["--chat-file", &chats], "chats.jsonl:2"),
+        (vec!["--chat", "hi", "--adapter", "/nowhere"], "/nowhere"),
+        (vec!["--chat-file", "/nowhere.jsonl"], "/nowhere.jsonl"),
+        (vec!["--chat-file", &chats, "--out", "/nowhere/out"], "/nowhere"),
+        (vec!["--prompt", ""], "at least one token"),
+        (vec!["--chat", "hi", "--device", "cuda"], "not built yet"),
+    ] {
+        let output = generate(2, &model, &arguments);
+        let stderr = text(&output.stderr);
+        let said: Vec<&str> = stderr.lines().filter(|line| line.starts_with("error: ")).collect();
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {stderr}");
+        assert_eq!(said.len(), 1, "{arguments:?}: {stderr}");
+        assert!(said[0].contains(word), "{arguments:?}: {}", said[0]);
+        assert!(output.stdout.is_empty());
+    }
+}
