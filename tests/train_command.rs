@@ -4,12 +4,26 @@
 mod common;
 
 use common::{python, ranks_of};
+use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use std::{
     path::Path,
     process::{Command, Output},
 };
-use xorl_dist::rng::Stream;
+use tch::{Device, Tensor};
+use xorl_dist::{
+    checkpoint::peft,
+    comm::World,
+    config::ReduceGradients,
+    dtype::DType,
+    lora::targets,
+    model::{
+        hf_config::HfModel,
+        source::SafetensorsSource,
+        transformer::{Batch, LoraShape, Options, Transformer, all_projections},
+    },
+    rng::Stream,
+};
 
 /// `xorl-dist` on `ranks` ranks.
 fn run(ranks: usize, arguments: &[&str]) -> Output {
@@ -60,6 +74,91 @@ fn succeeded(output: &Output) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
+/// The mean loss of `folder`'s rows with the adapter of `step`, by PEFT, which leaves its logits in `folder`.
+fn peft_loss(folder: &Path, step: &str) -> f64 {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/oracle/peft_loss.py");
+    let files = ["rows.jsonl", "logits.safetensors"].map(|name| folder.join(name));
+    let peft =
+        Command::new(python()).arg(script).arg(folder.join("model")).arg(step).args(files).output().unwrap();
+    succeeded(&peft);
+    String::from_utf8_lossy(&peft.stdout).trim().parse().unwrap()
+}
+
+/// Holds our logits of every row with the adapter of `step` to those that [`peft_loss`] left.
+fn our_logits_are_theirs(folder: &Path, step: &str) {
+    let (directory, step) = (folder.join("model"), Path::new(step));
+    let spec = HfModel::open(&directory).unwrap().spec;
+    let config = peft::read_config(step).unwrap();
+    let all = targets::resolve(&all_projections(&spec), Some(&["all-linear".into()]), &[]).unwrap();
+    let sites = peft::adapted_sites(step, all).unwrap();
+    let values = peft::read_values(step, &sites, config.r).unwrap();
+    let options = Options {
+        compute: DType::F32,
+        merge: true,
+        slots: 1,
+        vocab_chunk_rows: 100,
+        loss_chunk_tokens: 64,
+        recompute: false,
+        reduce: ReduceGradients::Step,
+    };
+    let lone = World::start().unwrap().group("world", 0);
+    let lora = LoraShape { rank: config.r, alpha: config.lora_alpha };
+    let mut model = Transformer::new(spec, &sites, lora, options, &lone, &lone, Device::Cpu);
+    model.load(&SafetensorsSource::open(&directory).unwrap()).unwrap();
+    model.set_adapter(|parameter, range| values[&parameter.name][range].to_vec()).unwrap();
+    let bytes = std::fs::read(folder.join("logits.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    for (index, line) in std::fs::read_to_string(folder.join("rows.jsonl")).unwrap().lines().enumerate() {
+        let row: Value = serde_json::from_str(line).unwrap();
+        let ids: Vec<i64> =
+            row["input_ids"].as_array().unwrap().iter().map(|id| id.as_i64().unwrap()).collect();
+        let ours = model.logits(&Batch::new(&ids, &ids, &[ids.len()], Device::Cpu)).unwrap();
+        let theirs = floats(&file, &index.to_string());
+        let theirs = Tensor::from_slice(&theirs).view([ids.len() as i64, -1]);
+        let furthest = (ours - theirs).abs().max().double_value(&[]);
+        assert!(furthest < 1e-4, "row {index}: {furthest}");
+    }
+}
+
+fn floats(file: &SafeTensors, name: &str) -> Vec<f32> {
+    let data = file.tensor(name).unwrap().data().to_vec();
+    data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+}
+
+#[test]
+fn packed_and_unpacked_documents_give_the_same_gradient() {
+    let folder = tempfile::tempdir().unwrap();
+    make_model(&folder.path().join("model"));
+    make_rows(&folder.path().join("rows.jsonl"));
+    // One step of plain gradient descent over all documents, so long that the start is lost in it.
+    let trained = |packing: &str| {
+        let (config, out) = (config(folder.path(), packing), folder.path().join(format!("out-{packing}")));
+        let all = ["--train.max_steps", "1", "--train.global_batch_size", "30", "--train.max_grad_norm", "0"];
+        let descent = ["--train.optimizer", "sgd", "--train.lr", "1e4", "--train.weight_decay", "0"];
+        let out_dir = ["--train.output_dir", out.to_str().unwrap()];
+        succeeded(&run(1, &[&["--config", &config], &all[..], &descent[..], &out_dir[..]].concat()));
+        let bytes = std::fs::read(out.join("weights/run/step_1/adapter_model.safetensors")).unwrap();
+        (metrics(&out).remove(0), bytes)
+    };
+    let (unpacked, expected) = trained("none");
+    let expected = SafeTensors::deserialize(&expected).unwrap();
+    for packing in ["sequential", "multipack"] {
+        let (packed, adapter) = trained(packing);
+        assert_eq!(packed["tokens"], unpacked["tokens"], "{packing}");
+        for field in ["loss", "grad_norm"] {
+            let (a, b) = (packed[field].as_f64().unwrap(), unpacked[field].as_f64().unwrap());
+            assert!((a - b).abs() < 1e-5 * b, "{packing} {field}: {a}, unpacked {b}");
+        }
+        let adapter = SafeTensors::deserialize(&adapter).unwrap();
+        for name in expected.names() {
+            let (a, b) = (floats(&adapter, name), floats(&expected, name));
+            let norm = |v: &[f32]| v.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+            let apart: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a - b).collect();
+            assert!(norm(&apart) < 1e-4 * norm(&b), "{packing} {name}: {} of {}", norm(&apart), norm(&b));
+        }
+    }
+}
+
 #[test]
 fn mpi_trains_saves_and_peft_computes_our_loss() {
     let folder = tempfile::tempdir().unwrap();
@@ -99,12 +198,17 @@ fn mpi_trains_saves_and_peft_computes_our_loss() {
         ],
     ));
     let ours = metrics(&folder.path().join("again"))[0]["loss"].as_f64().unwrap();
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/oracle/peft_loss.py");
-    let peft =
-        Command::new(python()).arg(script).args([&at("model"), &step, &at("rows.jsonl")]).output().unwrap();
-    succeeded(&peft);
-    let theirs: f64 = String::from_utf8_lossy(&peft.stdout).trim().parse().unwrap();
+    let theirs = peft_loss(folder.path(), &step);
     assert!((ours - theirs).abs() < 1e-5 * theirs, "ours {ours}, PEFT {theirs}");
+    our_logits_are_theirs(folder.path(), &step);
+
+    // And with independent leaves, not all of them.
+    let leaves = ["--lora.lora_target_modules", "q_proj", "v_proj", "gate_proj", "down_proj"];
+    let short = ["--train.max_steps", "2", "--train.output_dir", &at("leaves")];
+    succeeded(&run(2, &[&["--config", &packed], &leaves[..], &short[..]].concat()));
+    let step = at("leaves/weights/run/step_2");
+    peft_loss(folder.path(), &step);
+    our_logits_are_theirs(folder.path(), &step);
 
     // A run directory with steps is never trained over.
     let again = run(2, &["--config", &packed]);

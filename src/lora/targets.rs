@@ -54,11 +54,11 @@ impl Site {
 /// Why targets cannot be resolved.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TargetError {
-    #[error("lora.lora_target_modules: {target} matches nothing; this model has {known}")]
+    #[error("{target} matches nothing; this model has {known}")]
     NoMatch { target: String, known: String },
-    #[error("lora.lora_target_modules: {path} is adapted twice, by itself and by {fused}; name one of them")]
+    #[error("{path} is adapted twice, by itself and by {fused}; name one of them")]
     Twice { path: String, fused: &'static str },
-    #[error("lora.lora_target_modules: the list is empty; leave it out for the default of the family")]
+    #[error("the list is empty; leave it out for the default of the family")]
     Empty,
 }
 

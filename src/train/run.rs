@@ -62,22 +62,21 @@ impl Run {
             tracing::warn!("{warning}");
         }
         let config = loaded.config;
-        let refuse =
-            |field: &str, why: &str| Err(Error::Input(format!("{}: {why}", loaded.places.of(field))));
+        let refused = |field: &str, why: &str| Error::Input(format!("{}: {why}", loaded.places.of(field)));
         if config.train.load_checkpoint_path.is_some() {
-            return refuse("train.load_checkpoint_path", "resuming is not built yet; use null");
+            return Err(refused("train.load_checkpoint_path", "resuming is not built yet; use null"));
         }
         if config.train.save_total_limit.is_some() {
-            return refuse("train.save_total_limit", "pruning steps is not built yet; use null");
+            return Err(refused("train.save_total_limit", "pruning steps is not built yet; use null"));
         }
         if config.train.overwrite {
-            return refuse(
+            return Err(refused(
                 "train.overwrite",
                 "replacing an earlier run is not built yet; give another train.run_id",
-            );
+            ));
         }
         if !config.lora.save_lora_only {
-            return refuse("lora.save_lora_only", "saving the base is not built yet; use true");
+            return Err(refused("lora.save_lora_only", "saving the base is not built yet; use true"));
         }
         if device == DeviceChoice::Cuda {
             return Err(Error::Input("--device cuda: training on GPUs is not built yet; use cpu".into()));
@@ -93,7 +92,8 @@ impl Run {
         };
         validate(source.as_ref(), &spec.tensors())?;
         let targets = config.lora.lora_target_modules.as_deref();
-        let sites = targets::resolve(&all_projections(&spec), targets, hf.family.default_targets)?;
+        let sites = targets::resolve(&all_projections(&spec), targets, hf.family.default_targets)
+            .map_err(|error| refused("lora.lora_target_modules", &error.to_string()))?;
 
         let tokenizer = config.model.tokenizer_path.clone().unwrap_or(config_path);
         let pad = hf.pad_token_id.or(hf.eos_token_ids.first().copied()).unwrap_or(0);
@@ -106,7 +106,7 @@ impl Run {
         let total_steps = train.max_steps.map_or(total, |limit| limit.min(total));
         if total_steps == 0 {
             let rows = dataset.rows();
-            return refuse("data", &format!("{rows} rows make no step of {global_batch} rows"));
+            return Err(refused("data", &format!("{rows} rows make no step of {global_batch} rows")));
         }
         let run_dir = train.output_dir.join("weights").join(&train.run_id);
         if checkpoint::publish::has_steps(&run_dir) {
@@ -127,7 +127,8 @@ impl Run {
         };
         if let Some(path) = run.config.lora.adapter_path.clone() {
             // Whatever is wrong with an adapter that the user named is the user's to mend.
-            run.start = Some(run.starting_adapter(&path).map_err(|error| Error::Input(error.to_string()))?);
+            let start = run.starting_adapter(&path);
+            run.start = Some(start.map_err(|error| refused("lora.adapter_path", &error.to_string()))?);
         }
         Ok(run)
     }
@@ -171,7 +172,7 @@ impl Run {
         let lora = &self.config.lora;
         if (theirs.r, theirs.lora_alpha) != (lora.lora_rank, lora.lora_alpha) {
             return Err(Error::Input(format!(
-                "lora.adapter_path: {} has rank {} and alpha {}, the run {} and {}",
+                "{} has rank {} and alpha {}, the run {} and {}",
                 path.display(),
                 theirs.r,
                 theirs.lora_alpha,
