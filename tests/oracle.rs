@@ -85,12 +85,26 @@ fn load(directory: &Path, run: &Value, recompute: bool, merge: bool) -> Transfor
     model
 }
 
-#[test]
-fn families_equal_transformers_and_peft() {
+/// Lets transformers and PEFT write what they compute: for every family, or for `model` alone.
+fn reference(model: Option<&Path>) -> tempfile::TempDir {
     let out = tempfile::tempdir().unwrap();
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/oracle/reference.py");
-    let status = Command::new(python()).arg(script).arg(out.path()).env("HF_HUB_OFFLINE", "1").status();
+    let mut python = Command::new(python());
+    let status = python.arg(script).arg(out.path()).args(model).env("HF_HUB_OFFLINE", "1").status();
     assert!(status.expect("launch/setup.sh makes .venv").success());
+    out
+}
+
+/// The quickstart's model, which ci/test.sh converts: real weights, where rounding meets large activations.
+#[test]
+fn smollm2_equals_transformers_and_peft() {
+    let out = reference(Some(&Path::new(env!("CARGO_MANIFEST_DIR")).join("models/smollm2")));
+    equals_reference(&out.path().join("smollm2"), true, true);
+}
+
+#[test]
+fn families_equal_transformers_and_peft() {
+    let out = reference(None);
     let mut families = 0;
     for entry in std::fs::read_dir(out.path()).unwrap() {
         let directory = entry.unwrap().path();
@@ -144,7 +158,11 @@ fn equals_reference(directory: &Path, recompute: bool, merge: bool) {
             (ours - loss).abs() < 1e-4 * loss.abs(),
             "{name}: loss of step {step}: {ours}, expected {loss}"
         );
-        assert!((report.grad_norm - norm).abs() < 1e-4 * norm, "{name}: norm {} {norm}", report.grad_norm);
+        assert!(
+            (report.grad_norm - norm).abs() < 1e-4 * norm,
+            "{name}: norm of step {step}: {}, expected {norm}",
+            report.grad_norm
+        );
     }
     for (parameter, ours) in trainer.model.whole_adapter().unwrap() {
         let apart = relative(&ours, &floats(&expected, &format!("final.{}", key(&parameter))));
