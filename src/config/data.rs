@@ -121,8 +121,7 @@ impl Value for DatasetArgs {
     }
 
     fn write(&self) -> String {
-        let fields: Vec<_> =
-            self.values().into_iter().map(|(key, value)| format!("{key}: {value}")).collect();
-        format!("{{{}}}", fields.join(", "))
+        // JSON is YAML's flow form.
+        serde_json::to_string(self).unwrap_or_default()
     }
 }

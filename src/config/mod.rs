@@ -46,14 +46,8 @@ pub struct RunConfig {
 impl RunConfig {
     /// Every field with its value, as YAML that loads to the same configuration.
     pub fn to_yaml(&self) -> String {
-        let mut text = String::new();
-        for (name, section) in SECTIONS.iter().zip(self.sections()) {
-            text += &format!("{name}:\n");
-            for (key, value) in section.values() {
-                text += &format!("  {key}: {value}\n");
-            }
-        }
-        text
+        // Plain numbers, texts, lists and maps: nothing in it can fail to be written.
+        serde_yaml::to_string(self).unwrap_or_default()
     }
 
     /// The sections in the order of [`SECTIONS`].

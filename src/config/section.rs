@@ -24,9 +24,6 @@ pub(super) trait Section {
 
     /// Sets the field `key`. `false`: there is none of that name.
     fn set(&mut self, key: &str, node: &Node) -> Result<bool, Issue>;
-
-    /// The current values as YAML flow text, in the order of declaration.
-    fn values(&self) -> Vec<(&'static str, String)>;
 }
 
 /// Doc comment lines as running text.
@@ -85,11 +82,6 @@ macro_rules! section {
                     }
                 )+
                 Ok(false)
-            }
-
-            fn values(&self) -> Vec<(&'static str, String)> {
-                use $crate::config::value::Value;
-                vec![$( ($crate::config::section::key!($field $($key)?), self.$field.write()), )+]
             }
         }
     };
