@@ -1,5 +1,7 @@
-//! Training: the step ([`step`]), reading like the algorithm that it is, and the run around it ([`run`]).
+//! Training: the step ([`step`]), reading like the algorithm that it is, the run around it ([`run`]) and what it
+//! tells ([`metrics`]).
 
+pub mod metrics;
 pub mod run;
 pub mod step;
 

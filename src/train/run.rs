@@ -3,7 +3,10 @@
 //! [`Run::prepare`] reads and validates everything and enters no collective, so that all ranks can agree on whether
 //! to go on before anything is written; [`Run::execute`] is the loop.
 
-use super::{StepReport, Trainer};
+use super::{
+    Trainer,
+    metrics::{Metrics, StepMetrics, peak_rss_bytes, received_since},
+};
 use crate::{
     checkpoint::{self, AdapterConfig, LogicalAdapter, StepWriter},
     cli::DeviceChoice,
@@ -22,10 +25,8 @@ use crate::{
     },
     optim::{Optimizer, Schedule, Settings},
 };
-use serde_json::json;
 use std::{
     collections::HashMap,
-    io::Write,
     path::{Path, PathBuf},
     sync::Arc,
     time::Instant,
@@ -215,25 +216,24 @@ impl Run {
             Trainer { model, optimizer, schedule, max_grad_norm: train.max_grad_norm, world: everyone };
 
         let rank = world.rank();
-        let mut metrics = Metrics::start(&self, rank)?;
+        let mut metrics = if rank == 0 { self.begin_output()? } else { Metrics::silent() };
         let loader = Loader::start(self.dataset.clone(), self.plan(rank), LOADER_AHEAD)?;
         let per_epoch = self.steps_per_epoch();
         for rows in loader {
             let rows = rows?;
-            let begin = Instant::now();
+            let (begin, received) = (Instant::now(), world.ledger().totals());
             let batches: Vec<Batch> = rows.micro_batches.iter().map(|rows| batch(rows, device)).collect();
             let report = trainer.step(&batches, rows.step)?;
             let mut peak = [peak_rss_bytes() as f64];
             trainer.world.all_reduce_host(&mut peak, Reduce::Max)?;
-            metrics.step(
-                &self,
-                rows.step + 1,
-                rows.epoch,
-                &report,
-                begin.elapsed().as_secs_f64(),
-                peak[0] as u64,
-                world,
-            )?;
+            metrics.step(&StepMetrics {
+                step: rows.step + 1,
+                epoch: rows.epoch,
+                report: &report,
+                seconds: begin.elapsed().as_secs_f64(),
+                peak_rss_bytes: peak[0] as u64,
+                received: received_since(&received, world.ledger()),
+            })?;
             let done = rows.step + 1;
             let every = |n: usize, count: usize| n > 0 && count.is_multiple_of(n);
             let ends_epoch = done.is_multiple_of(per_epoch) && every(train.save_epochs, done / per_epoch);
@@ -241,7 +241,16 @@ impl Run {
                 self.save(&trainer, done, rank)?;
             }
         }
-        metrics.finish(&self)
+        metrics.finish()
+    }
+
+    /// Rank 0 begins the files of output_dir.
+    fn begin_output(&self) -> Result<Metrics> {
+        let output = &self.config.train.output_dir;
+        std::fs::create_dir_all(output)
+            .and_then(|()| std::fs::write(output.join("config.yaml"), self.config.to_yaml()))
+            .map_err(|error| Error::Failure(format!("{}: {error}", output.display())))?;
+        Metrics::open(output, self.total_steps)
     }
 
     fn steps_per_epoch(&self) -> usize {
@@ -307,85 +316,4 @@ fn batch(rows: &[Row], device: Device) -> Batch {
     let labels: Vec<i64> = rows.iter().flat_map(|row| row.labels.iter().copied()).collect();
     let lengths: Vec<usize> = rows.iter().flat_map(|row| row.document_lengths.iter().copied()).collect();
     Batch::new(&ids, &labels, &lengths, device)
-}
-
-/// VmHWM of this process; 0 where /proc does not tell.
-fn peak_rss_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
-}
-
-/// Rank 0's files in output_dir and its lines on stdout; nothing on other ranks.
-struct Metrics {
-    file: Option<std::fs::File>,
-    losses: Vec<Option<f64>>,
-}
-
-impl Metrics {
-    fn start(run: &Run, rank: usize) -> Result<Self> {
-        let output = &run.config.train.output_dir;
-        let fault = |error: std::io::Error| Error::Failure(format!("{}: {error}", output.display()));
-        if rank != 0 {
-            return Ok(Self { file: None, losses: Vec::new() });
-        }
-        std::fs::create_dir_all(output).map_err(fault)?;
-        std::fs::write(output.join("config.yaml"), run.config.to_yaml()).map_err(fault)?;
-        let file = std::fs::File::create(output.join("metrics.jsonl")).map_err(fault)?;
-        Ok(Self { file: Some(file), losses: Vec::new() })
-    }
-
-    #[allow(clippy::too_many_arguments, reason = "one call site; each is one field of the line")]
-    fn step(
-        &mut self,
-        run: &Run,
-        step: usize,
-        epoch: usize,
-        report: &StepReport,
-        seconds: f64,
-        peak: u64,
-        world: &World,
-    ) -> Result<()> {
-        let Some(file) = &mut self.file else { return Ok(()) };
-        let mut comm = serde_json::Map::new();
-        for ((operation, group), bytes) in world.ledger().totals() {
-            comm.insert(format!("{}/{group}", operation.name()), bytes.into());
-        }
-        let rate = report.total_tokens as f64 / seconds;
-        let line = json!({
-            "step": step, "epoch": epoch, "loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr,
-            "tokens": report.valid_tokens, "tokens_total": report.total_tokens, "tokens_per_second": rate,
-            "step_seconds": seconds, "peak_rss_bytes": peak, "comm_bytes_total": comm,
-        });
-        let fault = |error: std::io::Error| Error::Failure(format!("metrics.jsonl: {error}"));
-        writeln!(file, "{line}").map_err(fault)?;
-        match report.loss {
-            None => tracing::warn!("step {step} has no valid token: nothing was updated"),
-            Some(_) if !report.non_finite.is_empty() => {
-                tracing::warn!("step {step} was skipped, not finite: {}", report.non_finite.join(", "));
-            }
-            Some(loss) => println!(
-                "[STEP {step}/{}] loss={loss:.4} grad_norm={:.4} lr={:.3e} tokens_per_sec={rate:.0} time={seconds:.3} \
-                 peak_mem={:.2}GB",
-                run.total_steps,
-                report.grad_norm,
-                report.lr,
-                peak as f64 / 1e9
-            ),
-        }
-        self.losses.push(report.loss);
-        Ok(())
-    }
-
-    fn finish(self, run: &Run) -> Result<()> {
-        if self.file.is_none() {
-            return Ok(());
-        }
-        let last = self.losses.iter().flatten().last();
-        let summary = json!({"global_step": self.losses.len(), "total_train_steps": run.total_steps,
-            "final_loss": last, "loss_history": self.losses});
-        let path = run.config.train.output_dir.join("training_metrics.json");
-        std::fs::write(&path, summary.to_string())
-            .map_err(|error| Error::Failure(format!("{}: {error}", path.display())))
-    }
 }
