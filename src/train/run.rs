@@ -12,7 +12,10 @@ use crate::{
     cli::DeviceChoice,
     comm::{Reduce, World},
     config::{CheckpointingMethod, Override, RunConfig},
-    data::{Dataset, Loader, Row, StepPlan, deal},
+    data::{
+        Dataset, Loader, Row, StepPlan,
+        deal::{self, Position, Stride, Walk},
+    },
     dtype::DType,
     error::{Error, Result},
     lora::{Site, targets},
@@ -47,7 +50,7 @@ pub struct Run {
     source: Box<dyn WeightSource>,
     dataset: Arc<Dataset>,
     total_steps: usize,
-    global_batch: usize,
+    walk: Walk,
     /// `{output_dir}/weights/{run_id}`
     run_dir: PathBuf,
     /// A and B to start from, by logical parameter name, from `lora.adapter_path`.
@@ -102,11 +105,16 @@ impl Run {
         let train = &config.train;
         let default_batch = train.micro_batch_size * train.gradient_accumulation_steps * mesh.data_parallel();
         let global_batch = train.global_batch_size.unwrap_or(default_batch);
-        let per_epoch = deal::steps_per_epoch(dataset.rows(), global_batch, config.data.dataloader_drop_last);
-        let total = per_epoch * train.num_train_epochs;
+        let walk = Walk {
+            rows: dataset.rows(),
+            global_batch,
+            drop_last: config.data.dataloader_drop_last,
+            epochs: train.num_train_epochs,
+        };
+        let total = walk.steps_from(Position::default());
         let total_steps = train.max_steps.map_or(total, |limit| limit.min(total));
         if total_steps == 0 {
-            let rows = dataset.rows();
+            let rows = walk.rows;
             return refuse("data", &format!("{rows} rows make no step of {global_batch} rows"));
         }
         let run_dir = train.output_dir.join("weights").join(&train.run_id);
@@ -114,18 +122,8 @@ impl Run {
             return Err(checkpoint::CheckpointError::Occupied { path: run_dir }.into());
         }
         let dataset = Arc::new(dataset);
-        let mut run = Self {
-            config,
-            mesh,
-            spec,
-            sites,
-            source,
-            dataset,
-            total_steps,
-            global_batch,
-            run_dir,
-            start: None,
-        };
+        let mut run =
+            Self { config, mesh, spec, sites, source, dataset, total_steps, walk, run_dir, start: None };
         if let Some(path) = run.config.lora.adapter_path.clone() {
             // Whatever is wrong with an adapter that the user named is the user's to mend.
             run.start = Some(run.starting_adapter(&path).map_err(|error| Error::Input(error.to_string()))?);
@@ -143,9 +141,9 @@ impl Run {
             self.mesh.world(),
             self.mesh.replicate(),
             self.mesh.shard(),
-            self.dataset.rows(),
+            self.walk.rows,
             self.total_steps,
-            self.global_batch,
+            self.walk.global_batch,
             counts.join(", ")
         )
     }
@@ -218,7 +216,7 @@ impl Run {
         let rank = world.rank();
         let mut metrics = if rank == 0 { self.begin_output()? } else { Metrics::silent() };
         let loader = Loader::start(self.dataset.clone(), self.plan(rank), LOADER_AHEAD)?;
-        let per_epoch = self.steps_per_epoch();
+        let per_epoch = self.walk.steps_per_epoch();
         for rows in loader {
             let rows = rows?;
             let (begin, received) = (Instant::now(), world.ledger().totals());
@@ -253,19 +251,13 @@ impl Run {
         Metrics::open(output, self.total_steps)
     }
 
-    fn steps_per_epoch(&self) -> usize {
-        deal::steps_per_epoch(self.dataset.rows(), self.global_batch, self.config.data.dataloader_drop_last)
-    }
-
     /// Which rows this rank computes, step by step.
     fn plan(&self, rank: usize) -> impl Iterator<Item = StepPlan> + Send + use<> {
-        let (rows, global_batch, per_epoch) =
-            (self.dataset.rows(), self.global_batch, self.steps_per_epoch());
         let (ranks, micro) = (self.mesh.data_parallel(), self.config.train.micro_batch_size);
-        (0..self.total_steps).map(move |step| {
-            let positions = deal::step_positions(step % per_epoch, rows, global_batch);
-            let micro_batches = deal::deal(positions, rank, ranks, micro);
-            StepPlan { step, epoch: step / per_epoch, micro_batches }
+        let strides = self.walk.strides(Position::default()).take(self.total_steps).enumerate();
+        strides.map(move |(step, Stride { epoch, rows, .. })| {
+            let micro_batches = deal::deal(rows, rank, ranks, micro);
+            StepPlan { step, epoch, micro_batches }
         })
     }
 
