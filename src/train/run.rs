@@ -118,7 +118,7 @@ impl Run {
             return refuse("data", &format!("{rows} rows make no step of {global_batch} rows"));
         }
         let run_dir = train.output_dir.join("weights").join(&train.run_id);
-        if checkpoint::publish::has_steps(&run_dir) {
+        if !checkpoint::steps::published(&run_dir).is_empty() {
             return Err(checkpoint::CheckpointError::Occupied { path: run_dir }.into());
         }
         let dataset = Arc::new(dataset);
@@ -294,7 +294,7 @@ impl Run {
             };
             let writer = StepWriter::begin(&self.run_dir, step)?;
             checkpoint::peft::write(writer.directory(), &config, &adapters)?;
-            let published = writer.publish()?;
+            let published = writer.publish(&mut Default::default())?;
             tracing::info!("saved {}", published.display());
         }
         // Nobody runs ahead of a save that may fail.
