@@ -83,3 +83,10 @@ pub fn agree<T>(world: &dyn Communicator, own: Result<T>) -> Result<T> {
         Some(first) => Err(Error::Elsewhere { code: i32::from(all[first][0]) }),
     }
 }
+
+/// What rank 0 says, on every rank. Collective.
+pub fn from_first(world: &dyn Communicator, text: &str) -> Result<String> {
+    let own: &[u8] = if world.rank() == 0 { text.as_bytes() } else { &[] };
+    let all = world.all_gather_host(own)?;
+    Ok(all.first().map(|said| String::from_utf8_lossy(said).into_owned()).unwrap_or_default())
+}

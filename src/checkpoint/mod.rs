@@ -1,7 +1,10 @@
 //! What a run leaves behind that another program reads: PEFT adapter files ([`peft`]), the training state ([`state`])
-//! and how another world takes it over ([`reshard`]), steps that are published whole or not at all ([`publish`]) and
-//! which of them there are ([`steps`]). Plain slices and paths: no ranks, no tensors.
+//! and how another world takes it over ([`reshard`]), the base in HF layout ([`base`]); steps that are published whole
+//! or not at all ([`publish`]), which of them there are ([`steps`]), and the lock on the place ([`output`]). Plain
+//! slices and paths: no ranks, no tensors.
 
+pub mod base;
+pub mod output;
 pub mod peft;
 pub mod publish;
 pub mod reshard;
@@ -38,6 +41,12 @@ pub enum CheckpointError {
          --train.overwrite true, or give another train.run_id"
     )]
     Occupied { path: PathBuf },
+    #[error("{path} is in use by {holder}: wait for that run to end, or give another train.output_dir")]
+    Locked { path: PathBuf, holder: String },
+    #[error(
+        "{path} is not the directory that rank 0 writes: train.output_dir has to be on storage that all ranks see"
+    )]
+    NotShared { path: PathBuf },
     #[error(
         "{path}: {later} is published after the step to resume from; resume from `auto`, remove later steps with \
          --train.overwrite true, or give another train.run_id"

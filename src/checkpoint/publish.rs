@@ -29,6 +29,18 @@ struct Listed {
 pub struct Manifest(BTreeMap<String, Listed>);
 
 impl Manifest {
+    /// The manifest of `step`; whether the files are as it says is [`verify`]'s to find out.
+    pub fn read(step: &Path) -> Result<Self, CheckpointError> {
+        let damaged = |reason: String| CheckpointError::Damaged { path: step.to_owned(), reason };
+        let text = fs::read_to_string(step.join(MANIFEST)).map_err(|error| {
+            damaged(match step.is_dir() {
+                true => format!("{MANIFEST}: {error}"),
+                false => "there is no such directory".into(),
+            })
+        })?;
+        serde_json::from_str(&text).map_err(|error| damaged(format!("{MANIFEST}: {error}")))
+    }
+
     /// Whether the step has `file`.
     pub fn lists(&self, file: &str) -> bool {
         self.0.contains_key(file)
@@ -69,6 +81,7 @@ pub struct StepWriter {
     run: PathBuf,
     step: usize,
     hidden: PathBuf,
+    expected: Vec<String>,
 }
 
 impl StepWriter {
@@ -84,7 +97,7 @@ impl StepWriter {
         steps::sweep(run)?;
         let hidden = run.join(format!("{}step_{step}-{}", steps::HIDDEN, std::process::id()));
         fs::create_dir(&hidden).map_err(io(&hidden))?;
-        Ok(Self { run: run.to_owned(), step, hidden })
+        Ok(Self { run: run.to_owned(), step, hidden, expected: Vec::new() })
     }
 
     /// Where the step's files go until it is published.
@@ -92,10 +105,18 @@ impl StepWriter {
         &self.hidden
     }
 
+    /// Publishing will fail unless `file` is there: another rank writes it.
+    pub fn expect(&mut self, file: String) {
+        self.expected.push(file);
+    }
+
     /// Makes the step visible, whole, and returns its directory.
     pub fn publish(self, known: &mut KnownHashes) -> Result<PathBuf, CheckpointError> {
         let mut manifest = Manifest::default();
         list(&self.hidden, &self.hidden, &mut manifest, known)?;
+        if let Some(absent) = self.expected.iter().find(|file| !manifest.lists(file)) {
+            return Err(io(&self.hidden.join(absent))(std::io::ErrorKind::NotFound.into()));
+        }
         let path = self.hidden.join(MANIFEST);
         let text = serde_json::to_string_pretty(&manifest).unwrap_or_default();
         fs::write(&path, text + "\n").map_err(io(&path))?;
@@ -154,17 +175,9 @@ fn sha256(path: &Path) -> std::io::Result<String> {
 ///
 /// # Errors
 /// [`CheckpointError::Damaged`] with the first thing that is wrong.
-pub fn verify(step: &Path) -> Result<Manifest, CheckpointError> {
+pub fn verify(step: &Path) -> Result<(), CheckpointError> {
     let damaged = |reason: String| CheckpointError::Damaged { path: step.to_owned(), reason };
-    let text = fs::read_to_string(step.join(MANIFEST)).map_err(|error| {
-        damaged(match step.is_dir() {
-            true => format!("{MANIFEST}: {error}"),
-            false => "there is no such directory".into(),
-        })
-    })?;
-    let manifest: Manifest =
-        serde_json::from_str(&text).map_err(|error| damaged(format!("{MANIFEST}: {error}")))?;
-    for (name, expected) in &manifest.0 {
+    for (name, expected) in &Manifest::read(step)?.0 {
         if !Path::new(name).components().all(|part| matches!(part, Component::Normal(_))) {
             return Err(damaged(format!("{MANIFEST} lists {name}, which is not in the step")));
         }
@@ -179,7 +192,7 @@ pub fn verify(step: &Path) -> Result<Manifest, CheckpointError> {
             return Err(damaged(format!("{name} is not the file that was published (SHA-256 differs)")));
         }
     }
-    Ok(manifest)
+    Ok(())
 }
 
 #[cfg(test)]
@@ -204,7 +217,8 @@ mod tests {
         let run = tempfile::tempdir().unwrap();
         assert!(steps::published(run.path()).is_empty());
         let first = publish(run.path(), 5);
-        let manifest = verify(&first).unwrap();
+        verify(&first).unwrap();
+        let manifest = Manifest::read(&first).unwrap();
         assert!(manifest.lists("training_state/state.json") && !manifest.lists("model"));
         publish(run.path(), 10);
         assert_eq!(fs::read_to_string(run.path().join("latest")).unwrap(), "step_10\n");
@@ -251,6 +265,17 @@ mod tests {
         publish(run.path(), 1);
         let hidden = fs::read_dir(run.path()).unwrap().flatten();
         assert_eq!(hidden.filter(|e| e.file_name().to_string_lossy().starts_with(".tmp")).count(), 0);
+    }
+
+    #[test]
+    fn a_step_without_the_files_of_all_ranks_is_not_published() {
+        let run = tempfile::tempdir().unwrap();
+        let mut writer = write(run.path(), 1);
+        writer.expect("training_state/state.json".into());
+        writer.expect("training_state/other.json".into());
+        let error = writer.publish(&mut KnownHashes::default()).unwrap_err();
+        assert!(error.to_string().contains("other.json"), "{error}");
+        assert!(steps::published(run.path()).is_empty());
     }
 
     #[test]

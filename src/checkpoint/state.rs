@@ -7,7 +7,7 @@ use super::{
     CheckpointError, io,
     publish::{Manifest, sync},
     reshard::{self, Move, UnitLayout},
-    steps::Whole,
+    steps,
 };
 use crate::{config::Optimizer, data::deal::Position, optim::Schedule};
 use memmap2::Mmap;
@@ -111,12 +111,11 @@ impl TrainerState {
         fs::write(&path, text + "\n").map_err(io(&path))
     }
 
-    /// Reads and checks the state of a whole step. What it says of pieces can be relied on afterwards, and every
-    /// file that it needs is in the step.
-    pub fn read(step: &Whole) -> Result<Self, CheckpointError> {
-        let Whole { path: directory, manifest } = step;
-        let path = directory.join(STATE_FILE);
-        let unfit = |reason: String| CheckpointError::Unfit { path: directory.clone(), reason };
+    /// Reads and checks the state of the whole step `step`. What it says of pieces can be relied on afterwards, and
+    /// every file that it needs is in the step.
+    pub fn read(step: &Path) -> Result<Self, CheckpointError> {
+        let (path, manifest) = (step.join(STATE_FILE), Manifest::read(step)?);
+        let unfit = |reason: String| CheckpointError::Unfit { path: step.to_owned(), reason };
         if !manifest.lists(STATE_FILE) {
             return Err(unfit(format!(
                 "it has no {STATE_FILE}; start from its adapter with lora.adapter_path"
@@ -132,20 +131,30 @@ impl TrainerState {
             None => return Err(format("it has no format".into())),
         }
         let state: Self = serde_json::from_value(json).map_err(|error| format(error.to_string()))?;
-        state.check(manifest).map_err(format)?;
+        if steps::number(step).is_some_and(|number| number != state.step) {
+            return Err(format(format!("it is the state of step {}", state.step)));
+        }
+        state.check(&manifest).map_err(format)?;
         Ok(state)
     }
 
     fn check(&self, manifest: &Manifest) -> Result<(), String> {
+        if self.global_batch_size == 0 {
+            return Err("global_batch_size is 0".into());
+        }
         if self.shards > self.world {
             return Err(format!("{} shards of {} ranks", self.shards, self.world));
         }
         reshard::check(&self.units, self.shards)?;
-        let absent = (0..self.shards).map(|rank| optimizer_file(rank, self.world));
-        match absent.into_iter().find(|file| !manifest.lists(file)) {
+        match self.piece_files().find(|file| !manifest.lists(file)) {
             Some(file) => Err(format!("it needs {file}, which is not in the step")),
             None => Ok(()),
         }
+    }
+
+    /// The files with the pieces of all shards, in a step.
+    pub fn piece_files(&self) -> impl Iterator<Item = String> {
+        (0..self.shards).map(|rank| optimizer_file(rank, self.world))
     }
 
     /// Whether the optimizer keeps moments.
@@ -252,11 +261,7 @@ impl<'a> PiecesFile<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{
-        StepWriter,
-        publish::{KnownHashes, verify},
-        reshard::PlacedParameter,
-    };
+    use super::super::{StepWriter, publish::KnownHashes, reshard::PlacedParameter};
     use super::*;
     use crate::config::TrainArgs;
     use proptest::prelude::*;
@@ -306,7 +311,7 @@ mod tests {
     }
 
     /// A published step of `world` ranks; `change` is done to its hidden directory.
-    fn step_of(run: &Path, world: usize, change: impl FnOnce(&Path)) -> Whole {
+    fn step_of(run: &Path, world: usize, change: impl FnOnce(&Path)) -> PathBuf {
         let writer = StepWriter::begin(run, 10).unwrap();
         fs::create_dir(writer.directory().join(FOLDER)).unwrap();
         state(world).write(writer.directory()).unwrap();
@@ -314,9 +319,7 @@ mod tests {
             write_pieces(writer.directory(), rank, world, &pieces(&units(world), rank)).unwrap();
         }
         change(writer.directory());
-        let path = writer.publish(&mut KnownHashes::default()).unwrap();
-        let manifest = verify(&path).unwrap();
-        Whole { path, manifest }
+        writer.publish(&mut KnownHashes::default()).unwrap()
     }
 
     #[test]
@@ -327,7 +330,7 @@ mod tests {
             let read = TrainerState::read(&step).unwrap();
             assert_eq!(read, state(from), "every bit of every number survives the text");
             for shard in 0..to {
-                let own = read_pieces(&step.path, &read, &units(to), shard).unwrap();
+                let own = read_pieces(&step, &read, &units(to), shard).unwrap();
                 assert_eq!(own, pieces(&units(to), shard), "{from} to {to}, shard {shard}");
             }
         }
@@ -347,7 +350,7 @@ mod tests {
             write_pieces(step, 0, 1, &masters(pieces(&units(1), 0))).unwrap();
         });
         let read = TrainerState::read(&step).unwrap();
-        let own = read_pieces(&step.path, &read, &units(1), 0).unwrap();
+        let own = read_pieces(&step, &read, &units(1), 0).unwrap();
         assert_eq!(own, masters(pieces(&units(1), 0)));
     }
 
@@ -371,6 +374,8 @@ mod tests {
         said("/format", json!("one"), "no format");
         said("/step", json!(-1), "invalid value");
         said("/step", json!(null), "invalid type");
+        said("/step", json!(11), "the state of step 11");
+        said("/global_batch_size", json!(0), "global_batch_size is 0");
         said("/shards", json!(0), "0 shards");
         said("/shards", json!(3), "3 shards of 2 ranks");
         said("/world", json!(4), "optimizer-0-of-4.safetensors");
@@ -402,7 +407,7 @@ mod tests {
                 fs::write(&path, bytes).unwrap();
             });
             // Values, or one typed error of the user's: never a panic, whatever a file claims.
-            let read = TrainerState::read(&step).and_then(|state| read_pieces(&step.path, &state, &units(1), 0));
+            let read = TrainerState::read(&step).and_then(|state| read_pieces(&step, &state, &units(1), 0));
             if let Err(error) = read {
                 prop_assert_eq!(error.exit_code(), 2);
                 prop_assert_eq!(error.to_string().lines().count(), 1);

@@ -3,7 +3,7 @@
 
 use super::{
     CheckpointError, io,
-    publish::{Manifest, sync, verify},
+    publish::{sync, verify},
 };
 use std::{
     fs,
@@ -35,20 +35,13 @@ pub fn published(run: &Path) -> Vec<usize> {
     steps
 }
 
-/// A step that may be resumed from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Whole {
-    pub path: PathBuf,
-    pub manifest: Manifest,
-}
-
 /// The newest whole step of `run`, if any, and the errors of the newer ones that are not.
-pub fn newest_whole(run: &Path) -> (Option<Whole>, Vec<CheckpointError>) {
+pub fn newest_whole(run: &Path) -> (Option<PathBuf>, Vec<CheckpointError>) {
     let mut skipped = Vec::new();
     for step in published(run).into_iter().rev() {
         let path = directory(run, step);
         match verify(&path) {
-            Ok(manifest) => return (Some(Whole { path, manifest }), skipped),
+            Ok(()) => return (Some(path), skipped),
             Err(error) => skipped.push(error),
         }
     }
@@ -154,7 +147,7 @@ mod tests {
         fs::write(run.path().join("step_20/file"), "20!").unwrap();
         fs::remove_file(run.path().join("step_15/manifest.json")).unwrap();
         let (found, skipped) = newest_whole(run.path());
-        assert_eq!(found.unwrap().path, run.path().join("step_10"));
+        assert_eq!(found.unwrap(), run.path().join("step_10"));
         let said: Vec<String> = skipped.iter().map(ToString::to_string).collect();
         assert!(said[0].contains("step_20") && said[0].contains("file has 3 bytes, 2 were"), "{said:?}");
         assert!(said[1].contains("step_15") && said[1].contains("manifest.json"), "{said:?}");

@@ -10,7 +10,7 @@ use serde_json::json;
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::Write,
+    io::{Seek, SeekFrom, Write},
     path::{Path, PathBuf},
 };
 
@@ -41,20 +41,41 @@ pub struct Metrics {
     output: PathBuf,
     file: Option<File>,
     total_steps: usize,
+    /// Steps made, and the losses of those that `metrics.jsonl` knows.
+    done: usize,
     losses: Vec<Option<f64>>,
 }
 
 impl Metrics {
     /// For a rank that does not write.
     pub fn silent() -> Self {
-        Self { output: PathBuf::new(), file: None, total_steps: 0, losses: Vec::new() }
+        Self { output: PathBuf::new(), file: None, total_steps: 0, done: 0, losses: Vec::new() }
     }
 
-    /// Begins `metrics.jsonl` in `output` for a run of `total_steps`.
-    pub fn open(output: &Path, total_steps: usize) -> Result<Self> {
+    /// Begins `metrics.jsonl` in `output` for a run of `total_steps`, or goes on behind the line of the step
+    /// `resumed`: what follows it is cut off.
+    pub fn open(output: &Path, total_steps: usize, resumed: Option<usize>) -> Result<Self> {
         let path = output.join(METRICS_FILE);
-        let file = File::create(&path).map_err(|error| fault(&path, &error))?;
-        Ok(Self { output: output.to_owned(), file: Some(file), total_steps, losses: Vec::new() })
+        let (file, losses) = match resumed {
+            None => (File::create(&path), Vec::new()),
+            Some(step) => {
+                let text = std::fs::read(&path).unwrap_or_default();
+                let (length, last, losses) = lines_up_to(step, &text);
+                if last != step {
+                    tracing::warn!("{}: knows steps up to {last}, the run resumes at {step}", path.display());
+                }
+                (open_at(&path, length), losses)
+            }
+        };
+        let file = file.map_err(|error| fault(&path, &error))?;
+        let (output, done) = (output.to_owned(), resumed.unwrap_or(0));
+        Ok(Self { output, file: Some(file), total_steps, done, losses })
+    }
+
+    /// Brings all lines to the disk: a step that is published must find them there.
+    pub fn sync(&self) -> Result<()> {
+        let synced = self.file.as_ref().map_or(Ok(()), File::sync_data);
+        synced.map_err(|error| fault(&self.output.join(METRICS_FILE), &error))
     }
 
     /// Adds a step.
@@ -88,6 +109,7 @@ impl Metrics {
                 peak as f64 / 1e9
             ),
         }
+        self.done = number;
         self.losses.push(report.loss);
         Ok(())
     }
@@ -98,11 +120,36 @@ impl Metrics {
             return Ok(());
         }
         let last = self.losses.iter().flatten().last();
-        let summary = json!({"global_step": self.losses.len(), "total_train_steps": self.total_steps,
+        let summary = json!({"global_step": self.done, "total_train_steps": self.total_steps,
             "final_loss": last, "loss_history": self.losses});
         let path = self.output.join(SUMMARY_FILE);
         std::fs::write(&path, summary.to_string()).map_err(|error| fault(&path, &error))
     }
+}
+
+/// Of the lines of `text`, those up to `step`: their length in bytes, the last step among them (0: none), and their
+/// losses. A line that is torn or is none of ours ends them.
+fn lines_up_to(step: usize, text: &[u8]) -> (usize, usize, Vec<Option<f64>>) {
+    let (mut length, mut last, mut losses) = (0, 0, Vec::new());
+    for line in text.split_inclusive(|&byte| byte == b'\n') {
+        let Ok(json) = serde_json::from_slice::<serde_json::Value>(line) else { break };
+        let number = json["step"].as_u64().and_then(|number| usize::try_from(number).ok());
+        match number.filter(|&number| number > last && number <= step && line.ends_with(b"\n")) {
+            Some(number) => last = number,
+            None => break,
+        }
+        length += line.len();
+        losses.push(json["loss"].as_f64());
+    }
+    (length, last, losses)
+}
+
+/// Opens `path` for writing behind its first `length` bytes; the rest is cut off.
+fn open_at(path: &Path, length: usize) -> std::io::Result<File> {
+    let mut file = File::options().write(true).create(true).truncate(false).open(path)?;
+    file.set_len(length as u64)?;
+    file.seek(SeekFrom::End(0))?;
+    Ok(file)
 }
 
 /// What `ledger` has received since it stood at `before`.
@@ -123,4 +170,69 @@ pub fn peak_rss_bytes() -> u64 {
 
 fn fault(path: &Path, error: &std::io::Error) -> Error {
     Error::Failure(format!("{}: {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_after_the_resumed_step_are_cut() {
+        let output = tempfile::tempdir().unwrap();
+        let path = output.path().join(METRICS_FILE);
+        let line = |step: usize| format!("{{\"step\":{step},\"loss\":{}}}\n", step as f64 / 2.0);
+        let lines = |steps: std::ops::RangeInclusive<usize>| steps.map(line).collect::<String>();
+        for (text, kept, losses) in [
+            (lines(1..=5), lines(1..=3), vec![0.5, 1.0, 1.5]),
+            (lines(1..=3), lines(1..=3), vec![0.5, 1.0, 1.5]),
+            // A torn last line, and one that a crash of the machine has emptied.
+            (lines(1..=2) + "{\"step\":3,\"lo", lines(1..=2), vec![0.5, 1.0]),
+            (lines(1..=2) + line(3).trim_end(), lines(1..=2), vec![0.5, 1.0]),
+            (lines(1..=1) + "\0\0\n" + &line(3), lines(1..=1), vec![0.5]),
+            (lines(1..=2) + &line(1), lines(1..=2), vec![0.5, 1.0]),
+            ("{\"step\":\"x\"}\n".into(), String::new(), vec![]),
+            (String::new(), String::new(), vec![]),
+        ] {
+            std::fs::write(&path, &text).unwrap();
+            let metrics = Metrics::open(output.path(), 9, Some(3)).unwrap();
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), kept, "{text}");
+            assert_eq!(metrics.losses.iter().flatten().copied().collect::<Vec<_>>(), losses, "{text}");
+        }
+        Metrics::open(output.path(), 9, None).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "");
+    }
+
+    #[test]
+    fn a_resumed_run_goes_on_in_the_same_file() {
+        let output = tempfile::tempdir().unwrap();
+        let report = StepReport {
+            loss: None,
+            grad_norm: 0.0,
+            lr: 0.1,
+            valid_tokens: 0,
+            total_tokens: 4,
+            non_finite: Vec::new(),
+        };
+        let write = |resumed: Option<usize>, steps: std::ops::RangeInclusive<usize>| {
+            let mut metrics = Metrics::open(output.path(), 4, resumed).unwrap();
+            for step in steps {
+                let received = Received::new();
+                let report = &report;
+                let seconds = 1.0;
+                metrics
+                    .step(&StepMetrics { step, epoch: 0, report, seconds, peak_rss_bytes: 0, received })
+                    .unwrap();
+            }
+            metrics.finish().unwrap();
+        };
+        write(None, 1..=3);
+        write(Some(2), 3..=4);
+        let text = std::fs::read_to_string(output.path().join(METRICS_FILE)).unwrap();
+        let steps = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        assert_eq!(steps.map(|line| line["step"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2, 3, 4]);
+        let summary = std::fs::read_to_string(output.path().join(SUMMARY_FILE)).unwrap();
+        let summary: serde_json::Value = serde_json::from_str(&summary).unwrap();
+        assert_eq!(summary["global_step"], 4);
+        assert_eq!(summary["loss_history"].as_array().unwrap().len(), 4);
+    }
 }

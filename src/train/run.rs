@@ -1,17 +1,20 @@
 //! A whole run: prepare from the configuration, train step by step, save, leave metrics behind.
 //!
 //! [`Run::prepare`] reads and validates everything and enters no collective, so that all ranks can agree on whether
-//! to go on before anything is written; [`Run::execute`] is the loop.
+//! to go on before anything is written; [`Run::settle`] finds what the run starts from and takes the output directory;
+//! [`Run::execute`] is the loop.
 
 use super::{
     Trainer,
     metrics::{Metrics, StepMetrics, peak_rss_bytes, received_since},
+    resume::Start,
+    save::{Progress, Saver},
 };
 use crate::{
-    checkpoint::{self, AdapterConfig, LogicalAdapter, StepWriter},
+    checkpoint::{output::OutputLock, steps},
     cli::DeviceChoice,
     comm::{Reduce, World},
-    config::{CheckpointingMethod, Override, RunConfig},
+    config::{CheckpointingMethod, Override, Places, RunConfig},
     data::{
         Dataset, Loader, Row, StepPlan,
         deal::{self, Position, Stride, Walk},
@@ -24,12 +27,11 @@ use crate::{
         ModelSpec,
         hf_config::HfModel,
         source::{RandomSource, SafetensorsSource, WeightSource, validate},
-        transformer::{Batch, LoraShape, Options, Transformer, all_projections},
+        transformer::{Batch, Blueprint, LoraShape, Options, Transformer, all_projections},
     },
     optim::{Optimizer, Schedule, Settings},
 };
 use std::{
-    collections::HashMap,
     path::{Path, PathBuf},
     sync::Arc,
     time::Instant,
@@ -43,18 +45,21 @@ const LOADER_AHEAD: usize = 4;
 
 /// Everything that a run needs, read and validated.
 pub struct Run {
-    config: RunConfig,
-    mesh: Mesh,
+    pub(super) config: RunConfig,
+    pub(super) places: Places,
+    pub(super) mesh: Mesh,
     spec: ModelSpec,
-    sites: Vec<Site>,
-    source: Box<dyn WeightSource>,
-    dataset: Arc<Dataset>,
-    total_steps: usize,
-    walk: Walk,
+    pub(super) sites: Vec<Site>,
+    pub(super) source: Box<dyn WeightSource>,
+    pub(super) dataset: Arc<Dataset>,
+    pub(super) walk: Walk,
+    /// Steps of the whole run, those before a resume included.
+    pub(super) total_steps: usize,
     /// `{output_dir}/weights/{run_id}`
-    run_dir: PathBuf,
-    /// A and B to start from, by logical parameter name, from `lora.adapter_path`.
-    start: Option<HashMap<String, Vec<f32>>>,
+    pub(super) run_dir: PathBuf,
+    pub(super) start: Start,
+    /// Rank 0's, as long as the run lasts.
+    pub(super) lock: Option<OutputLock>,
 }
 
 impl Run {
@@ -66,23 +71,6 @@ impl Run {
             tracing::warn!("{warning}");
         }
         let config = loaded.config;
-        let refuse =
-            |field: &str, why: &str| Err(Error::Input(format!("{}: {why}", loaded.places.of(field))));
-        if config.train.load_checkpoint_path.is_some() {
-            return refuse("train.load_checkpoint_path", "resuming is not built yet; use null");
-        }
-        if config.train.save_total_limit.is_some() {
-            return refuse("train.save_total_limit", "pruning steps is not built yet; use null");
-        }
-        if config.train.overwrite {
-            return refuse(
-                "train.overwrite",
-                "replacing an earlier run is not built yet; give another train.run_id",
-            );
-        }
-        if !config.lora.save_lora_only {
-            return refuse("lora.save_lora_only", "saving the base is not built yet; use true");
-        }
         if device == DeviceChoice::Cuda {
             return Err(Error::Input("--device cuda: training on GPUs is not built yet; use cpu".into()));
         }
@@ -115,20 +103,24 @@ impl Run {
         let total_steps = train.max_steps.map_or(total, |limit| limit.min(total));
         if total_steps == 0 {
             let rows = walk.rows;
-            return refuse("data", &format!("{rows} rows make no step of {global_batch} rows"));
+            let why = format!("{rows} rows make no step of {global_batch} rows");
+            return Err(Error::Input(format!("{}: {why}", loaded.places.of("data"))));
         }
         let run_dir = train.output_dir.join("weights").join(&train.run_id);
-        if !checkpoint::steps::published(&run_dir).is_empty() {
-            return Err(checkpoint::CheckpointError::Occupied { path: run_dir }.into());
-        }
-        let dataset = Arc::new(dataset);
-        let mut run =
-            Self { config, mesh, spec, sites, source, dataset, total_steps, walk, run_dir, start: None };
-        if let Some(path) = run.config.lora.adapter_path.clone() {
-            // Whatever is wrong with an adapter that the user named is the user's to mend.
-            run.start = Some(run.starting_adapter(&path).map_err(|error| Error::Input(error.to_string()))?);
-        }
-        Ok(run)
+        Ok(Self {
+            config,
+            places: loaded.places,
+            mesh,
+            spec,
+            sites,
+            source,
+            dataset: Arc::new(dataset),
+            walk,
+            total_steps,
+            run_dir,
+            start: Start::Fresh,
+            lock: None,
+        })
     }
 
     /// What a lone reader of the log wants to know before the first step.
@@ -136,8 +128,15 @@ impl Run {
         let counts = targets::parameters_by_name(&self.sites, self.config.lora.lora_rank);
         let total: usize = counts.values().sum();
         let counts: Vec<String> = counts.iter().map(|(name, count)| format!("{name} {count}")).collect();
+        let begins = match self.resumed() {
+            None => "from the start".to_owned(),
+            Some(resumed) if resumed.state.step >= self.total_steps => {
+                format!("{} is at or behind the last: nothing is left to train", resumed.path.display())
+            }
+            Some(resumed) => format!("on from {}", resumed.path.display()),
+        };
         format!(
-            "{} ranks (replicate {} × shard {}); {} rows, {} steps of {} rows; {total} trainable parameters: {}",
+            "{} ranks (replicate {} × shard {}); {} rows, {} steps of {} rows, {begins}; {total} trainable parameters: {}",
             self.mesh.world(),
             self.mesh.replicate(),
             self.mesh.shard(),
@@ -164,21 +163,19 @@ impl Run {
         }
     }
 
-    /// A and B of the adapter at `path`, by logical parameter name.
-    fn starting_adapter(&self, path: &Path) -> Result<HashMap<String, Vec<f32>>> {
-        let theirs = checkpoint::peft::read_config(path)?;
-        let lora = &self.config.lora;
-        if (theirs.r, theirs.lora_alpha) != (lora.lora_rank, lora.lora_alpha) {
-            return Err(Error::Input(format!(
-                "lora.adapter_path: {} has rank {} and alpha {}, the run {} and {}",
-                path.display(),
-                theirs.r,
-                theirs.lora_alpha,
-                lora.lora_rank,
-                lora.lora_alpha
-            )));
-        }
-        Ok(checkpoint::peft::read_values(path, &self.sites, lora.lora_rank)?)
+    /// The model without its tensors.
+    pub(super) fn blueprint(&self) -> Blueprint {
+        Blueprint::new(&self.spec, &self.sites, self.lora_shape(), &self.options(), self.mesh.block())
+    }
+
+    fn lora_shape(&self) -> LoraShape {
+        LoraShape { rank: self.config.lora.lora_rank, alpha: self.config.lora.lora_alpha }
+    }
+
+    /// The HF config: a config.json, or its directory.
+    pub(super) fn config_path(&self) -> PathBuf {
+        let model = &self.config.model;
+        model.config_path.clone().or(model.model_path.clone()).unwrap_or_default()
     }
 
     /// Builds this rank's part of the model and trains it to the end.
@@ -191,12 +188,11 @@ impl Run {
             self.mesh.shard_group(world.rank()).iter().position(|&r| r == world.rank()).unwrap_or(0),
         );
         let (lora, train) = (&self.config.lora, &self.config.train);
-        let shape = LoraShape { rank: lora.lora_rank, alpha: lora.lora_alpha };
         let device = Device::Cpu;
         let mut model = Transformer::new(
             self.spec.clone(),
             &self.sites,
-            shape,
+            self.lora_shape(),
             self.options(),
             &shard,
             &replicate,
@@ -204,101 +200,80 @@ impl Run {
         );
         model.load(self.source.as_ref())?;
         tracing::info!("rank {} read {} bytes of the base", world.rank(), self.source.bytes_read());
+        let settings = Settings::new(train.optimizer, train.weight_decay);
+        let mut optimizer = Optimizer::new(settings, &model.adapter);
         match &self.start {
-            None => model.init_adapter(train.seed, lora.lora_b_init_std)?,
-            Some(start) => model.set_adapter(|parameter, range| start[&parameter.name][range].to_vec())?,
+            Start::Fresh => model.init_adapter(train.seed, lora.lora_b_init_std)?,
+            Start::Adapter(values) => {
+                model.set_adapter(|parameter, range| values[&parameter.name][range].to_vec())?;
+            }
+            Start::Resumed(resumed) => resumed.restore(&mut model.adapter, &mut optimizer)?,
         }
-        let optimizer = Optimizer::new(Settings::new(train.optimizer, train.weight_decay), &model.adapter);
         let schedule = Schedule::new(train, self.total_steps);
         let mut trainer =
             Trainer { model, optimizer, schedule, max_grad_norm: train.max_grad_norm, world: everyone };
 
+        // Nothing is written or taken away before every rank is ready to train.
+        trainer.world.barrier()?;
         let rank = world.rank();
         let mut metrics = if rank == 0 { self.begin_output()? } else { Metrics::silent() };
+        let mut saver = Saver::new(&self, rank);
         let loader = Loader::start(self.dataset.clone(), self.plan(rank), LOADER_AHEAD)?;
-        let per_epoch = self.walk.steps_per_epoch();
-        for rows in loader {
+        for (rows, stride) in loader.zip(self.strides()) {
             let rows = rows?;
             let (begin, received) = (Instant::now(), world.ledger().totals());
             let batches: Vec<Batch> = rows.micro_batches.iter().map(|rows| batch(rows, device)).collect();
             let report = trainer.step(&batches, rows.step)?;
             let mut peak = [peak_rss_bytes() as f64];
             trainer.world.all_reduce_host(&mut peak, Reduce::Max)?;
+            let done = rows.step + 1;
             metrics.step(&StepMetrics {
-                step: rows.step + 1,
+                step: done,
                 epoch: rows.epoch,
                 report: &report,
                 seconds: begin.elapsed().as_secs_f64(),
                 peak_rss_bytes: peak[0] as u64,
                 received: received_since(&received, world.ledger()),
             })?;
-            let done = rows.step + 1;
             let every = |n: usize, count: usize| n > 0 && count.is_multiple_of(n);
-            let ends_epoch = done.is_multiple_of(per_epoch) && every(train.save_epochs, done / per_epoch);
+            let ends_epoch = stride.ends_epoch() && every(train.save_epochs, stride.epoch + 1);
             if every(train.save_steps, done) || ends_epoch || done == self.total_steps {
-                self.save(&trainer, done, rank)?;
+                metrics.sync()?;
+                saver.save(&trainer, Progress { step: done, epoch: rows.epoch, position: stride.next })?;
+                // A resumed process gathers everything anew: so does this one, and both tell the same bytes.
+                trainer.model.forget_gathered()?;
             }
         }
         metrics.finish()
     }
 
-    /// Rank 0 begins the files of output_dir.
+    /// Rank 0 begins the files of output_dir, and takes away what the user wants overwritten.
     fn begin_output(&self) -> Result<Metrics> {
+        let resumed = self.resumed().map(|resumed| resumed.state.step);
+        if self.config.train.overwrite {
+            steps::withdraw_later(&self.run_dir, resumed)?;
+        }
+        steps::sweep(&self.run_dir)?;
         let output = &self.config.train.output_dir;
-        std::fs::create_dir_all(output)
-            .and_then(|()| std::fs::write(output.join("config.yaml"), self.config.to_yaml()))
+        std::fs::write(output.join("config.yaml"), self.config.to_yaml())
             .map_err(|error| Error::Failure(format!("{}: {error}", output.display())))?;
-        Metrics::open(output, self.total_steps)
+        Metrics::open(output, self.total_steps, resumed)
+    }
+
+    /// The rows of every step that is left.
+    fn strides(&self) -> impl Iterator<Item = Stride> + Send + use<> {
+        let (done, position) = self.standing();
+        self.walk.strides(position).take(self.total_steps.saturating_sub(done))
     }
 
     /// Which rows this rank computes, step by step.
     fn plan(&self, rank: usize) -> impl Iterator<Item = StepPlan> + Send + use<> {
         let (ranks, micro) = (self.mesh.data_parallel(), self.config.train.micro_batch_size);
-        let strides = self.walk.strides(Position::default()).take(self.total_steps).enumerate();
-        strides.map(move |(step, Stride { epoch, rows, .. })| {
+        let (done, _) = self.standing();
+        (done..).zip(self.strides()).map(move |(step, Stride { epoch, rows, .. })| {
             let micro_batches = deal::deal(rows, rank, ranks, micro);
             StepPlan { step, epoch, micro_batches }
         })
-    }
-
-    /// Publishes the adapter after `step` steps. Collective; rank 0 writes.
-    fn save(&self, trainer: &Trainer, step: usize, rank: usize) -> Result<()> {
-        let rank_of = self.config.lora.lora_rank;
-        let mut adapters: Vec<_> = self.sites.iter().map(|site| LogicalAdapter::of(site, rank_of)).collect();
-        let whole = trainer.model.whole_adapter()?;
-        if rank == 0 {
-            let mut whole: HashMap<String, Vec<f32>> =
-                whole.into_iter().map(|(parameter, values)| (parameter.name, values)).collect();
-            for (site, adapter) in self.sites.iter().zip(&mut adapters) {
-                let mut take =
-                    |factor| whole.remove(&format!("{}.{factor}", site.path())).unwrap_or_default();
-                (adapter.a, adapter.b) = (take("lora_A"), take("lora_B"));
-            }
-            let mut target_modules: Vec<String> = adapters
-                .iter()
-                .flat_map(|adapter| adapter.leaves.iter().map(|(leaf, _)| leaf.clone()))
-                .collect();
-            target_modules.sort();
-            target_modules.dedup();
-            let lora = &self.config.lora;
-            let config = AdapterConfig {
-                r: lora.lora_rank,
-                lora_alpha: lora.lora_alpha,
-                target_modules,
-                base_model_name_or_path: self
-                    .config
-                    .model
-                    .model_path
-                    .as_ref()
-                    .map(|path| path.display().to_string()),
-            };
-            let writer = StepWriter::begin(&self.run_dir, step)?;
-            checkpoint::peft::write(writer.directory(), &config, &adapters)?;
-            let published = writer.publish(&mut Default::default())?;
-            tracing::info!("saved {}", published.display());
-        }
-        // Nobody runs ahead of a save that may fail.
-        Ok(trainer.world.barrier()?)
     }
 }
 
