@@ -2,8 +2,15 @@
 //! exit code: 2 when the user's input is wrong (nothing was written), 1 for any other failure.
 
 use crate::{
-    checkpoint::CheckpointError, comm::CommError, config::ConfigError, data::DataError, lora::TargetError,
-    mesh::MeshError, model::hf_config, model::source::SourceError, shard::ShardError,
+    checkpoint::CheckpointError,
+    comm::{CommError, Communicator},
+    config::ConfigError,
+    data::DataError,
+    lora::TargetError,
+    mesh::MeshError,
+    model::hf_config,
+    model::source::SourceError,
+    shard::ShardError,
 };
 
 /// What a command ends with when it does not succeed.
@@ -31,6 +38,9 @@ pub enum Error {
     Input(String),
     #[error("{0}")]
     Failure(String),
+    /// Another rank failed and says why; this one has nothing to add and ends with the same code.
+    #[error("another rank has failed")]
+    Elsewhere { code: i32 },
 }
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -51,6 +61,32 @@ impl Error {
             Error::Checkpoint(error) => error.exit_code(),
             Error::Comm(error) => error.exit_code(),
             Error::Shard(_) | Error::Failure(_) => 1,
+            Error::Elsewhere { code } => *code,
         }
     }
+}
+
+/// Whether all ranks could: every rank's own result where they all succeeded. Otherwise the first rank that failed
+/// gets its error back, to say it, and the others [`Error::Elsewhere`]. Collective: what follows is entered by all
+/// ranks or by none.
+pub fn agree<T>(world: &dyn Communicator, own: Result<T>) -> Result<T> {
+    let code = match &own {
+        Ok(_) => None,
+        // Whoever failed is heard elsewhere in this same exchange.
+        Err(Error::Elsewhere { .. }) => None,
+        Err(error) => Some(error.exit_code()),
+    };
+    let all = world.all_gather_host(&code.map_or(Vec::new(), |code| vec![code as u8]))?;
+    match all.iter().position(|said| !said.is_empty()) {
+        None => own,
+        Some(first) if first == world.rank() => own,
+        Some(first) => Err(Error::Elsewhere { code: i32::from(all[first][0]) }),
+    }
+}
+
+/// What rank 0 says, on every rank. Collective.
+pub fn from_first(world: &dyn Communicator, text: &str) -> Result<String> {
+    let own: &[u8] = if world.rank() == 0 { text.as_bytes() } else { &[] };
+    let all = world.all_gather_host(own)?;
+    Ok(all.first().map(|said| String::from_utf8_lossy(said).into_owned()).unwrap_or_default())
 }

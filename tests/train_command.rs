@@ -234,7 +234,7 @@ fn mpi_wrong_input_ends_all_ranks_with_one_line() {
         (&["--train.laerning_rate", "1"], "laerning_rate"),
         (&["--data.datasets", &datasets], "broken.jsonl:2"),
         (&["--lora.adapter_path", "/nowhere"], "/nowhere"),
-        (&["--train.load_checkpoint_path", "auto"], "not built yet"),
+        (&["--train.load_checkpoint_path", "/nowhere"], "/nowhere is not a whole step"),
         (&["--device", "cuda"], "not built yet"),
     ];
     for (arguments, word) in cases {

@@ -2,11 +2,11 @@
 
 use crate::{
     comm::World,
-    error::{Error, Result},
+    error::{Error, Result, agree},
 };
 use std::{io::Write, process::ExitCode};
 
-/// Joins the ranks, lets each `prepare` (no collective, nothing written) and, when all could, `execute`. A fault that
+/// Joins the ranks, lets each `prepare` (nothing written) and, when all could, `execute`. A fault that
 /// is found while preparing ends all ranks with one line; a rank that fails later says so and takes the others with it.
 pub(super) fn on_all_ranks<P>(
     prepare: impl FnOnce(&World) -> Result<P>,
@@ -23,22 +23,10 @@ pub(super) fn on_all_ranks<P>(
         tch::set_num_threads((cores / world.size()).max(1) as i32);
     }
 
-    let prepared = prepare(&world);
-    let own =
-        prepared.as_ref().err().map(|error| format!("{} {error}", error.exit_code())).unwrap_or_default();
-    let everyone = world.group("world", 0).all_gather_host(own.as_bytes())?;
-    // All ranks end alike, with the line of the first that has one.
-    if let Some((first, said)) = everyone.iter().enumerate().find(|(_, said)| !said.is_empty()) {
-        if rank == first
-            && let Err(error) = prepared
-        {
-            return Err(error);
-        }
-        let code = said.first().map_or(1, |digit| digit.wrapping_sub(b'0'));
-        return Ok(ExitCode::from(code));
-    }
-    if let Err(error) = execute(prepared?, &world) {
-        if world.size() == 1 {
+    let prepared = agree(&*world.group("world", 0), prepare(&world))?;
+    if let Err(error) = execute(prepared, &world) {
+        // A rank that has nothing to say waits, in MPI's end, for the one that has.
+        if world.size() == 1 || matches!(error, Error::Elsewhere { .. }) {
             return Err(error);
         }
         // One write, or the lines of several ranks mix.

@@ -19,9 +19,10 @@ section! {
         lora_b_init_std: f64 = 0.0 => NonNegative;
         /// Compute q, k, v and gate, up as separate GEMMs. Results and adapter keys stay the same.
         unfuse_for_lora: bool = false;
-        /// Checkpoints hold the adapter, not the base model (false is not built yet).
+        /// Checkpoints hold the adapter, not the base model. false: the base too, in `model/`, hard-linked where
+        /// possible.
         save_lora_only: bool = true;
-        /// A PEFT adapter directory to start from, with a fresh optimizer.
+        /// A PEFT adapter directory to start from, with a fresh optimizer. A resume does not read it.
         adapter_path: Option<PathBuf> = None;
     }
 }

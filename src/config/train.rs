@@ -92,9 +92,11 @@ section! {
     pub struct TrainArgs {
         /// Folder of everything that the run leaves behind; shared by all ranks.
         output_dir: PathBuf = "outputs".into();
-        /// Names the run's checkpoints, `{output_dir}/weights/{run_id}/step_{N}`.
+        /// Names the run's checkpoints, `{output_dir}/weights/{run_id}/step_{N}`. A resume from a step keeps its run_id
+        /// unless one is given.
         run_id: String = "run".into() => DirectoryName;
-        /// Allow a run directory that already holds steps to be written again (not built yet: only false).
+        /// Remove the steps that this run_id has already: all of them, or on a resume those after the resumed one. Only
+        /// after everything has been validated.
         overwrite: bool = false;
         /// Seed of the adapter's initial values and of the data order.
         seed: u64 = 42;
@@ -103,7 +105,7 @@ section! {
         /// Micro-batches per step and rank.
         gradient_accumulation_steps: usize = 1 => OneOrMore;
         /// Rows per step over all ranks. null: micro_batch_size × gradient_accumulation_steps × data-parallel
-        /// size.
+        /// size; on a resume what the step had.
         global_batch_size: Option<usize> = None => OneOrMore;
         /// Passes over the data.
         num_train_epochs: usize = 1 => OneOrMore;
@@ -157,10 +159,10 @@ section! {
         save_steps: usize = 0;
         /// Save every this many epochs. 0: not by epochs.
         save_epochs: usize = 1;
-        /// Published steps that are kept; older ones are deleted. null: all (not built yet: only null).
+        /// Published steps that are kept; older ones are deleted, but never the one resumed from. null: all.
         save_total_limit: Option<usize> = None => OneOrMore;
-        /// Step directory to resume from, or `auto`: the newest whole one of this run_id, if any
-        /// (not built yet: only null).
+        /// Step directory to resume from, or `auto`: the newest whole one of this run_id, if any. null: start
+        /// anew, which is refused where this run_id has steps.
         load_checkpoint_path: Option<LoadCheckpoint> = None;
         /// A bar on a terminal (not built yet: lines too), or one structured line a step.
         log_format: LogFormat = LogFormat::ProgressBar;

@@ -280,6 +280,14 @@ impl Transformer {
         Ok(())
     }
 
+    /// Forgets what the slots hold, so that the next step gathers what the first one of a new process gathers.
+    pub fn forget_gathered(&mut self) -> Result<(), ShardError> {
+        for ring in [&mut self.layers, &mut self.vocab, &mut self.final_norm] {
+            ring.invalidate()?;
+        }
+        self.adapter.refresh()
+    }
+
     /// The logical adapter parameters of each unit.
     pub fn parameters(&self) -> Vec<Vec<Parameter>> {
         let of = |plan: &LayerAdapterPlan| {

@@ -63,6 +63,14 @@ impl Optimizer {
         self.updates = updates;
     }
 
+    /// For a resume: the moments of `unit`, each as long as this rank's piece; nothing for sgd.
+    pub fn set_moments(&mut self, unit: usize, exp_avg: &[f32], exp_avg_sq: &[f32]) {
+        if let Some(own) = self.moments.get_mut(unit) {
+            own.exp_avg.copy_(&Tensor::from_slice(exp_avg));
+            own.exp_avg_sq.copy_(&Tensor::from_slice(exp_avg_sq));
+        }
+    }
+
     /// The moments, one per unit; empty for sgd.
     pub fn moments(&self) -> &[Moments] {
         &self.moments

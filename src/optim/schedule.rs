@@ -4,7 +4,7 @@
 use crate::config::{LrDecayStyle, TrainArgs};
 
 /// The learning rate as a function of the step.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Schedule {
     pub lr: f64,
     pub lr_min: f64,

@@ -1,6 +1,10 @@
-//! Training: the step ([`step`]), reading like the algorithm that it is, and the run around it ([`run`]).
+//! Training: the step ([`step`]), reading like the algorithm that it is, and the run around it ([`run`]): what it
+//! starts from (`resume`), what it saves (`save`) and what it tells ([`metrics`]).
 
+pub mod metrics;
+mod resume;
 pub mod run;
+mod save;
 pub mod step;
 
 pub use run::Run;

@@ -1,15 +1,24 @@
 //! A whole run: prepare from the configuration, train step by step, save, leave metrics behind.
 //!
 //! [`Run::prepare`] reads and validates everything and enters no collective, so that all ranks can agree on whether
-//! to go on before anything is written; [`Run::execute`] is the loop.
+//! to go on before anything is written; [`Run::settle`] finds what the run starts from and takes the output directory;
+//! [`Run::execute`] is the loop.
 
-use super::{StepReport, Trainer};
+use super::{
+    Trainer,
+    metrics::{Metrics, StepMetrics, peak_rss_bytes, received_since},
+    resume::Start,
+    save::{Progress, Saver},
+};
 use crate::{
-    checkpoint::{self, AdapterConfig, LogicalAdapter, StepWriter},
+    checkpoint::{output::OutputLock, steps},
     cli::DeviceChoice,
     comm::{Reduce, World},
-    config::{CheckpointingMethod, Override, RunConfig},
-    data::{Dataset, Loader, Row, StepPlan, deal},
+    config::{CheckpointingMethod, Override, Places, RunConfig},
+    data::{
+        Dataset, Loader, Row, StepPlan,
+        deal::{self, Position, Stride, Walk},
+    },
     dtype::DType,
     error::{Error, Result},
     lora::{Site, targets},
@@ -18,14 +27,11 @@ use crate::{
         ModelSpec,
         hf_config::HfModel,
         source::{RandomSource, SafetensorsSource, WeightSource, validate},
-        transformer::{Batch, LoraShape, Options, Transformer, all_projections},
+        transformer::{Batch, Blueprint, LoraShape, Options, Transformer, all_projections},
     },
     optim::{Optimizer, Schedule, Settings},
 };
-use serde_json::json;
 use std::{
-    collections::HashMap,
-    io::Write,
     path::{Path, PathBuf},
     sync::Arc,
     time::Instant,
@@ -39,18 +45,21 @@ const LOADER_AHEAD: usize = 4;
 
 /// Everything that a run needs, read and validated.
 pub struct Run {
-    config: RunConfig,
-    mesh: Mesh,
+    pub(super) config: RunConfig,
+    pub(super) places: Places,
+    pub(super) mesh: Mesh,
     spec: ModelSpec,
-    sites: Vec<Site>,
-    source: Box<dyn WeightSource>,
-    dataset: Arc<Dataset>,
-    total_steps: usize,
-    global_batch: usize,
+    pub(super) sites: Vec<Site>,
+    pub(super) source: Box<dyn WeightSource>,
+    pub(super) dataset: Arc<Dataset>,
+    pub(super) walk: Walk,
+    /// Steps of the whole run, those before a resume included.
+    pub(super) total_steps: usize,
     /// `{output_dir}/weights/{run_id}`
-    run_dir: PathBuf,
-    /// A and B to start from, by logical parameter name, from `lora.adapter_path`.
-    start: Option<HashMap<String, Vec<f32>>>,
+    pub(super) run_dir: PathBuf,
+    pub(super) start: Start,
+    /// Rank 0's, as long as the run lasts.
+    pub(super) lock: Option<OutputLock>,
 }
 
 impl Run {
@@ -63,21 +72,6 @@ impl Run {
         }
         let config = loaded.config;
         let refused = |field: &str, why: &str| Error::Input(format!("{}: {why}", loaded.places.of(field)));
-        if config.train.load_checkpoint_path.is_some() {
-            return Err(refused("train.load_checkpoint_path", "resuming is not built yet; use null"));
-        }
-        if config.train.save_total_limit.is_some() {
-            return Err(refused("train.save_total_limit", "pruning steps is not built yet; use null"));
-        }
-        if config.train.overwrite {
-            return Err(refused(
-                "train.overwrite",
-                "replacing an earlier run is not built yet; give another train.run_id",
-            ));
-        }
-        if !config.lora.save_lora_only {
-            return Err(refused("lora.save_lora_only", "saving the base is not built yet; use true"));
-        }
         if device == DeviceChoice::Cuda {
             return Err(Error::Input("--device cuda: training on GPUs is not built yet; use cpu".into()));
         }
@@ -101,36 +95,33 @@ impl Run {
         let train = &config.train;
         let default_batch = train.micro_batch_size * train.gradient_accumulation_steps * mesh.data_parallel();
         let global_batch = train.global_batch_size.unwrap_or(default_batch);
-        let per_epoch = deal::steps_per_epoch(dataset.rows(), global_batch, config.data.dataloader_drop_last);
-        let total = per_epoch * train.num_train_epochs;
+        let walk = Walk {
+            rows: dataset.rows(),
+            global_batch,
+            drop_last: config.data.dataloader_drop_last,
+            epochs: train.num_train_epochs,
+        };
+        let total = walk.steps_from(Position::default());
         let total_steps = train.max_steps.map_or(total, |limit| limit.min(total));
         if total_steps == 0 {
-            let rows = dataset.rows();
+            let rows = walk.rows;
             return Err(refused("data", &format!("{rows} rows make no step of {global_batch} rows")));
         }
         let run_dir = train.output_dir.join("weights").join(&train.run_id);
-        if checkpoint::publish::has_steps(&run_dir) {
-            return Err(checkpoint::CheckpointError::Occupied { path: run_dir }.into());
-        }
-        let dataset = Arc::new(dataset);
-        let mut run = Self {
+        Ok(Self {
             config,
+            places: loaded.places,
             mesh,
             spec,
             sites,
             source,
-            dataset,
+            dataset: Arc::new(dataset),
+            walk,
             total_steps,
-            global_batch,
             run_dir,
-            start: None,
-        };
-        if let Some(path) = run.config.lora.adapter_path.clone() {
-            // Whatever is wrong with an adapter that the user named is the user's to mend.
-            let start = run.starting_adapter(&path);
-            run.start = Some(start.map_err(|error| refused("lora.adapter_path", &error.to_string()))?);
-        }
-        Ok(run)
+            start: Start::Fresh,
+            lock: None,
+        })
     }
 
     /// What a lone reader of the log wants to know before the first step.
@@ -138,14 +129,21 @@ impl Run {
         let counts = targets::parameters_by_name(&self.sites, self.config.lora.lora_rank);
         let total: usize = counts.values().sum();
         let counts: Vec<String> = counts.iter().map(|(name, count)| format!("{name} {count}")).collect();
+        let begins = match self.resumed() {
+            None => "from the start".to_owned(),
+            Some(resumed) if resumed.state.step >= self.total_steps => {
+                format!("{} is at or behind the last: nothing is left to train", resumed.path.display())
+            }
+            Some(resumed) => format!("on from {}", resumed.path.display()),
+        };
         format!(
-            "{} ranks (replicate {} × shard {}); {} rows, {} steps of {} rows; {total} trainable parameters: {}",
+            "{} ranks (replicate {} × shard {}); {} rows, {} steps of {} rows, {begins}; {total} trainable parameters: {}",
             self.mesh.world(),
             self.mesh.replicate(),
             self.mesh.shard(),
-            self.dataset.rows(),
+            self.walk.rows,
             self.total_steps,
-            self.global_batch,
+            self.walk.global_batch,
             counts.join(", ")
         )
     }
@@ -166,21 +164,19 @@ impl Run {
         }
     }
 
-    /// A and B of the adapter at `path`, by logical parameter name.
-    fn starting_adapter(&self, path: &Path) -> Result<HashMap<String, Vec<f32>>> {
-        let theirs = checkpoint::peft::read_config(path)?;
-        let lora = &self.config.lora;
-        if (theirs.r, theirs.lora_alpha) != (lora.lora_rank, lora.lora_alpha) {
-            return Err(Error::Input(format!(
-                "{} has rank {} and alpha {}, the run {} and {}",
-                path.display(),
-                theirs.r,
-                theirs.lora_alpha,
-                lora.lora_rank,
-                lora.lora_alpha
-            )));
-        }
-        Ok(checkpoint::peft::read_values(path, &self.sites, lora.lora_rank)?)
+    /// The model without its tensors.
+    pub(super) fn blueprint(&self) -> Blueprint {
+        Blueprint::new(&self.spec, &self.sites, self.lora_shape(), &self.options(), self.mesh.block())
+    }
+
+    fn lora_shape(&self) -> LoraShape {
+        LoraShape { rank: self.config.lora.lora_rank, alpha: self.config.lora.lora_alpha }
+    }
+
+    /// The HF config: a config.json, or its directory.
+    pub(super) fn config_path(&self) -> PathBuf {
+        let model = &self.config.model;
+        model.config_path.clone().or(model.model_path.clone()).unwrap_or_default()
     }
 
     /// Builds this rank's part of the model and trains it to the end.
@@ -193,12 +189,11 @@ impl Run {
             self.mesh.shard_group(world.rank()).iter().position(|&r| r == world.rank()).unwrap_or(0),
         );
         let (lora, train) = (&self.config.lora, &self.config.train);
-        let shape = LoraShape { rank: lora.lora_rank, alpha: lora.lora_alpha };
         let device = Device::Cpu;
         let mut model = Transformer::new(
             self.spec.clone(),
             &self.sites,
-            shape,
+            self.lora_shape(),
             self.options(),
             &shard,
             &replicate,
@@ -206,99 +201,80 @@ impl Run {
         );
         model.load(self.source.as_ref())?;
         tracing::info!("rank {} read {} bytes of the base", world.rank(), self.source.bytes_read());
+        let settings = Settings::new(train.optimizer, train.weight_decay);
+        let mut optimizer = Optimizer::new(settings, &model.adapter);
         match &self.start {
-            None => model.init_adapter(train.seed, lora.lora_b_init_std)?,
-            Some(start) => model.set_adapter(|parameter, range| start[&parameter.name][range].to_vec())?,
+            Start::Fresh => model.init_adapter(train.seed, lora.lora_b_init_std)?,
+            Start::Adapter(values) => {
+                model.set_adapter(|parameter, range| values[&parameter.name][range].to_vec())?;
+            }
+            Start::Resumed(resumed) => resumed.restore(&mut model.adapter, &mut optimizer)?,
         }
-        let optimizer = Optimizer::new(Settings::new(train.optimizer, train.weight_decay), &model.adapter);
         let schedule = Schedule::new(train, self.total_steps);
         let mut trainer =
             Trainer { model, optimizer, schedule, max_grad_norm: train.max_grad_norm, world: everyone };
 
+        // Nothing is written or taken away before every rank is ready to train.
+        trainer.world.barrier()?;
         let rank = world.rank();
-        let mut metrics = Metrics::start(&self, rank)?;
+        let mut metrics = if rank == 0 { self.begin_output()? } else { Metrics::silent() };
+        let mut saver = Saver::new(&self, rank);
         let loader = Loader::start(self.dataset.clone(), self.plan(rank), LOADER_AHEAD)?;
-        let per_epoch = self.steps_per_epoch();
-        for rows in loader {
+        for (rows, stride) in loader.zip(self.strides()) {
             let rows = rows?;
-            let begin = Instant::now();
+            let (begin, received) = (Instant::now(), world.ledger().totals());
             let batches: Vec<Batch> = rows.micro_batches.iter().map(|rows| batch(rows, device)).collect();
             let report = trainer.step(&batches, rows.step)?;
             let mut peak = [peak_rss_bytes() as f64];
             trainer.world.all_reduce_host(&mut peak, Reduce::Max)?;
-            metrics.step(
-                &self,
-                rows.step + 1,
-                rows.epoch,
-                &report,
-                begin.elapsed().as_secs_f64(),
-                peak[0] as u64,
-                world,
-            )?;
             let done = rows.step + 1;
+            metrics.step(&StepMetrics {
+                step: done,
+                epoch: rows.epoch,
+                report: &report,
+                seconds: begin.elapsed().as_secs_f64(),
+                peak_rss_bytes: peak[0] as u64,
+                received: received_since(&received, world.ledger()),
+            })?;
             let every = |n: usize, count: usize| n > 0 && count.is_multiple_of(n);
-            let ends_epoch = done.is_multiple_of(per_epoch) && every(train.save_epochs, done / per_epoch);
+            let ends_epoch = stride.ends_epoch() && every(train.save_epochs, stride.epoch + 1);
             if every(train.save_steps, done) || ends_epoch || done == self.total_steps {
-                self.save(&trainer, done, rank)?;
+                metrics.sync()?;
+                saver.save(&trainer, Progress { step: done, epoch: rows.epoch, position: stride.next })?;
+                // A resumed process gathers everything anew: so does this one, and both tell the same bytes.
+                trainer.model.forget_gathered()?;
             }
         }
-        metrics.finish(&self)
+        metrics.finish()
     }
 
-    fn steps_per_epoch(&self) -> usize {
-        deal::steps_per_epoch(self.dataset.rows(), self.global_batch, self.config.data.dataloader_drop_last)
+    /// Rank 0 begins the files of output_dir, and takes away what the user wants overwritten.
+    fn begin_output(&self) -> Result<Metrics> {
+        let resumed = self.resumed().map(|resumed| resumed.state.step);
+        if self.config.train.overwrite {
+            steps::withdraw_later(&self.run_dir, resumed)?;
+        }
+        steps::sweep(&self.run_dir)?;
+        let output = &self.config.train.output_dir;
+        std::fs::write(output.join("config.yaml"), self.config.to_yaml())
+            .map_err(|error| Error::Failure(format!("{}: {error}", output.display())))?;
+        Metrics::open(output, self.total_steps, resumed)
+    }
+
+    /// The rows of every step that is left.
+    fn strides(&self) -> impl Iterator<Item = Stride> + Send + use<> {
+        let (done, position) = self.standing();
+        self.walk.strides(position).take(self.total_steps.saturating_sub(done))
     }
 
     /// Which rows this rank computes, step by step.
     fn plan(&self, rank: usize) -> impl Iterator<Item = StepPlan> + Send + use<> {
-        let (rows, global_batch, per_epoch) =
-            (self.dataset.rows(), self.global_batch, self.steps_per_epoch());
         let (ranks, micro) = (self.mesh.data_parallel(), self.config.train.micro_batch_size);
-        (0..self.total_steps).map(move |step| {
-            let positions = deal::step_positions(step % per_epoch, rows, global_batch);
-            let micro_batches = deal::deal(positions, rank, ranks, micro);
-            StepPlan { step, epoch: step / per_epoch, micro_batches }
+        let (done, _) = self.standing();
+        (done..).zip(self.strides()).map(move |(step, Stride { epoch, rows, .. })| {
+            let micro_batches = deal::deal(rows, rank, ranks, micro);
+            StepPlan { step, epoch, micro_batches }
         })
-    }
-
-    /// Publishes the adapter after `step` steps. Collective; rank 0 writes.
-    fn save(&self, trainer: &Trainer, step: usize, rank: usize) -> Result<()> {
-        let rank_of = self.config.lora.lora_rank;
-        let mut adapters: Vec<_> = self.sites.iter().map(|site| LogicalAdapter::of(site, rank_of)).collect();
-        let whole = trainer.model.whole_adapter()?;
-        if rank == 0 {
-            let mut whole: HashMap<String, Vec<f32>> =
-                whole.into_iter().map(|(parameter, values)| (parameter.name, values)).collect();
-            for (site, adapter) in self.sites.iter().zip(&mut adapters) {
-                let mut take =
-                    |factor| whole.remove(&format!("{}.{factor}", site.path())).unwrap_or_default();
-                (adapter.a, adapter.b) = (take("lora_A"), take("lora_B"));
-            }
-            let mut target_modules: Vec<String> = adapters
-                .iter()
-                .flat_map(|adapter| adapter.leaves.iter().map(|(leaf, _)| leaf.clone()))
-                .collect();
-            target_modules.sort();
-            target_modules.dedup();
-            let lora = &self.config.lora;
-            let config = AdapterConfig {
-                r: lora.lora_rank,
-                lora_alpha: lora.lora_alpha,
-                target_modules,
-                base_model_name_or_path: self
-                    .config
-                    .model
-                    .model_path
-                    .as_ref()
-                    .map(|path| path.display().to_string()),
-            };
-            let writer = StepWriter::begin(&self.run_dir, step)?;
-            checkpoint::peft::write(writer.directory(), &config, &adapters)?;
-            let published = writer.publish()?;
-            tracing::info!("saved {}", published.display());
-        }
-        // Nobody runs ahead of a save that may fail.
-        Ok(trainer.world.barrier()?)
     }
 }
 
@@ -308,85 +284,4 @@ fn batch(rows: &[Row], device: Device) -> Batch {
     let labels: Vec<i64> = rows.iter().flat_map(|row| row.labels.iter().copied()).collect();
     let lengths: Vec<usize> = rows.iter().flat_map(|row| row.document_lengths.iter().copied()).collect();
     Batch::new(&ids, &labels, &lengths, device)
-}
-
-/// VmHWM of this process; 0 where /proc does not tell.
-fn peak_rss_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
-}
-
-/// Rank 0's files in output_dir and its lines on stdout; nothing on other ranks.
-struct Metrics {
-    file: Option<std::fs::File>,
-    losses: Vec<Option<f64>>,
-}
-
-impl Metrics {
-    fn start(run: &Run, rank: usize) -> Result<Self> {
-        let output = &run.config.train.output_dir;
-        let fault = |error: std::io::Error| Error::Failure(format!("{}: {error}", output.display()));
-        if rank != 0 {
-            return Ok(Self { file: None, losses: Vec::new() });
-        }
-        std::fs::create_dir_all(output).map_err(fault)?;
-        std::fs::write(output.join("config.yaml"), run.config.to_yaml()).map_err(fault)?;
-        let file = std::fs::File::create(output.join("metrics.jsonl")).map_err(fault)?;
-        Ok(Self { file: Some(file), losses: Vec::new() })
-    }
-
-    #[allow(clippy::too_many_arguments, reason = "one call site; each is one field of the line")]
-    fn step(
-        &mut self,
-        run: &Run,
-        step: usize,
-        epoch: usize,
-        report: &StepReport,
-        seconds: f64,
-        peak: u64,
-        world: &World,
-    ) -> Result<()> {
-        let Some(file) = &mut self.file else { return Ok(()) };
-        let mut comm = serde_json::Map::new();
-        for ((operation, group), bytes) in world.ledger().totals() {
-            comm.insert(format!("{}/{group}", operation.name()), bytes.into());
-        }
-        let rate = report.total_tokens as f64 / seconds;
-        let line = json!({
-            "step": step, "epoch": epoch, "loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr,
-            "tokens": report.valid_tokens, "tokens_total": report.total_tokens, "tokens_per_second": rate,
-            "step_seconds": seconds, "peak_rss_bytes": peak, "comm_bytes_total": comm,
-        });
-        let fault = |error: std::io::Error| Error::Failure(format!("metrics.jsonl: {error}"));
-        writeln!(file, "{line}").map_err(fault)?;
-        match report.loss {
-            None => tracing::warn!("step {step} has no valid token: nothing was updated"),
-            Some(_) if !report.non_finite.is_empty() => {
-                tracing::warn!("step {step} was skipped, not finite: {}", report.non_finite.join(", "));
-            }
-            Some(loss) => println!(
-                "[STEP {step}/{}] loss={loss:.4} grad_norm={:.4} lr={:.3e} tokens_per_sec={rate:.0} time={seconds:.3} \
-                 peak_mem={:.2}GB",
-                run.total_steps,
-                report.grad_norm,
-                report.lr,
-                peak as f64 / 1e9
-            ),
-        }
-        self.losses.push(report.loss);
-        Ok(())
-    }
-
-    fn finish(self, run: &Run) -> Result<()> {
-        if self.file.is_none() {
-            return Ok(());
-        }
-        let last = self.losses.iter().flatten().last();
-        let summary = json!({"global_step": self.losses.len(), "total_train_steps": run.total_steps,
-            "final_loss": last, "loss_history": self.losses});
-        let path = run.config.train.output_dir.join("training_metrics.json");
-        std::fs::write(&path, summary.to_string())
-            .map_err(|error| Error::Failure(format!("{}: {error}", path.display())))
-    }
 }

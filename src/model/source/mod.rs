@@ -5,10 +5,11 @@ mod random;
 mod safetensors;
 
 use crate::dtype::DType;
+use sha2::{Digest, Sha256};
 use std::{ops::Range, path::PathBuf};
 
 pub use random::RandomSource;
-pub use safetensors::SafetensorsSource;
+pub use safetensors::{SafetensorsSource, weight_files};
 
 /// What a source knows of a tensor before reading it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,6 +74,21 @@ pub fn validate(source: &dyn WeightSource, needed: &[(String, Vec<usize>)]) -> R
     let surplus = source.names().into_iter().filter(|name| !known.contains(name.as_str()) && !harmless(name));
     list("surplus", surplus.collect());
     if faults.is_empty() { Ok(()) } else { Err(SourceError::Mismatch(faults.join("; "))) }
+}
+
+/// Tells one base from another without reading it: SHA-256 over the name, type, shape and first values of each tensor.
+pub fn digest(source: &dyn WeightSource) -> Result<String, SourceError> {
+    const VALUES: usize = 64;
+    let mut hash = Sha256::new();
+    for name in source.names() {
+        let TensorMeta { dtype, shape } = source.meta(&name).ok_or_else(|| unknown(&name))?;
+        let mut values = [0u8; VALUES * 4];
+        let count = shape.iter().product::<usize>().min(VALUES);
+        source.read(&name, 0..count, DType::F32, &mut values[..count * 4])?;
+        hash.update(format!("{name} {dtype} {shape:?}\n"));
+        hash.update(values);
+    }
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// Checks `range` against a tensor's size.

@@ -30,17 +30,8 @@ pub struct SafetensorsSource {
 impl SafetensorsSource {
     /// Maps the files of `directory` and reads their headers.
     pub fn open(directory: &Path) -> Result<Self, SourceError> {
-        let (single, index) =
-            (directory.join("model.safetensors"), directory.join("model.safetensors.index.json"));
-        let files = if index.is_file() {
-            shards_of(directory, &index)?
-        } else if single.is_file() {
-            vec![single]
-        } else {
-            return Err(SourceError::NoWeights { path: directory.to_owned() });
-        };
         let mut source = Self { maps: Vec::new(), tensors: BTreeMap::new(), read: Cell::new(0) };
-        for path in files {
+        for path in weight_files(directory)? {
             source.add(&path)?;
         }
         Ok(source)
@@ -75,6 +66,19 @@ impl SafetensorsSource {
         }
         self.maps.push(map);
         Ok(())
+    }
+}
+
+/// The safetensors files of an HF model directory.
+pub fn weight_files(directory: &Path) -> Result<Vec<PathBuf>, SourceError> {
+    let (single, index) =
+        (directory.join("model.safetensors"), directory.join("model.safetensors.index.json"));
+    if index.is_file() {
+        shards_of(directory, &index)
+    } else if single.is_file() {
+        Ok(vec![single])
+    } else {
+        Err(SourceError::NoWeights { path: directory.to_owned() })
     }
 }
 

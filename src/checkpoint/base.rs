@@ -1,0 +1,223 @@
+//! `model/` of a step: the base in HF layout, for `save_lora_only: false`. Files that exist are hard-linked, which
+//! takes no time and no space, or copied where that is not possible; random weights are written out.
+
+use super::{CheckpointError, io};
+use crate::{
+    dtype::DType,
+    model::source::{SourceError, WeightSource, weight_files},
+};
+use serde_json::{Map, Value, json};
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{BufWriter, Write},
+    path::{Path, PathBuf},
+};
+
+/// The folder in a step.
+pub const FOLDER: &str = "model";
+const CONFIG: &str = "config.json";
+const WEIGHTS: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+/// Small files that belong to an HF model: configs, tokenizer, chat template.
+const SIDE_FILES: &[&str] = &["json", "txt", "model", "jinja"];
+/// Elements that are read at a time.
+const CHUNK: usize = 1 << 20;
+
+/// Where the files of the base come from.
+#[derive(Clone, Debug)]
+pub struct BaseFiles {
+    /// HF directory of the weights; `None`: they are random and have no file.
+    pub weights: Option<PathBuf>,
+    /// The config.json, or its directory.
+    pub config: PathBuf,
+    /// Directory of the tokenizer.
+    pub tokenizer: PathBuf,
+}
+
+impl BaseFiles {
+    /// Name in `model/` and present place of every file that there is.
+    fn list(&self) -> Result<BTreeMap<String, PathBuf>, CheckpointError> {
+        let config = if self.config.is_dir() { self.config.join(CONFIG) } else { self.config.clone() };
+        let mut files = BTreeMap::new();
+        // A config that is named as a file may lie among others that are not of this model.
+        let folders = [Some(&self.config), self.weights.as_ref(), Some(&self.tokenizer)];
+        for folder in folders.into_iter().flatten() {
+            for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+                let path = entry.path();
+                let kind = path.extension().and_then(|extension| extension.to_str());
+                let name = entry.file_name().to_string_lossy().into_owned();
+                let ours = kind.is_some_and(|kind| SIDE_FILES.contains(&kind)) && !is_of_others(&name);
+                if ours && path.is_file() {
+                    files.insert(name, path);
+                }
+            }
+        }
+        files.insert(CONFIG.into(), config);
+        if let Some(directory) = &self.weights {
+            let shards = weight_files(directory).map_err(fault)?;
+            if directory.join(INDEX).is_file() {
+                files.insert(INDEX.into(), directory.join(INDEX));
+            }
+            files.extend(shards.into_iter().filter_map(|path| {
+                let name = path.file_name()?.to_string_lossy().into_owned();
+                Some((name, path))
+            }));
+        }
+        Ok(files)
+    }
+
+    /// Puts the base into the step directory `step`. `earlier` is the `model/` of an earlier step of this base, which
+    /// is linked where it is still there.
+    pub fn write(
+        &self,
+        step: &Path,
+        earlier: Option<&Path>,
+        source: &dyn WeightSource,
+    ) -> Result<(), CheckpointError> {
+        let folder = step.join(FOLDER);
+        fs::create_dir(&folder).map_err(io(&folder))?;
+        if let Some(earlier) = earlier.filter(|earlier| earlier.is_dir()) {
+            for entry in fs::read_dir(earlier).map_err(io(earlier))? {
+                let entry = entry.map_err(io(earlier))?;
+                link_or_copy(&entry.path(), &folder.join(entry.file_name()))?;
+            }
+            return Ok(());
+        }
+        for (name, path) in self.list()? {
+            link_or_copy(&path, &folder.join(name))?;
+        }
+        if self.weights.is_none() {
+            write_weights(&folder.join(WEIGHTS), source)?;
+        }
+        Ok(())
+    }
+}
+
+/// Files that lie about in model directories and describe other weights than these.
+fn is_of_others(name: &str) -> bool {
+    name.ends_with(".index.json") || name.starts_with("adapter_") || name == super::publish::MANIFEST
+}
+
+fn link_or_copy(from: &Path, to: &Path) -> Result<(), CheckpointError> {
+    // What a link in HF's cache points at, not the link: it is relative.
+    let real = from.canonicalize().map_err(io(from))?;
+    if fs::hard_link(&real, to).is_ok() {
+        return Ok(());
+    }
+    fs::copy(&real, to).map(|_| ()).map_err(io(to))
+}
+
+/// Writes all tensors of `source`, in the type that they have, a chunk at a time.
+fn write_weights(path: &Path, source: &dyn WeightSource) -> Result<(), CheckpointError> {
+    let tensors: Vec<_> =
+        source.names().into_iter().filter_map(|name| Some((source.meta(&name)?, name))).collect();
+    let mut header = Map::new();
+    header.insert("__metadata__".into(), json!({"format": "pt"}));
+    let mut end = 0;
+    for (meta, name) in &tensors {
+        let start = end;
+        end += meta.shape.iter().product::<usize>() * meta.dtype.size();
+        let dtype = match meta.dtype {
+            DType::F32 => "F32",
+            DType::Bf16 => "BF16",
+            DType::F16 => "F16",
+        };
+        let entry = json!({"dtype": dtype, "shape": meta.shape, "data_offsets": [start, end]});
+        header.insert(name.clone(), entry);
+    }
+    let mut header = Value::Object(header).to_string();
+    // The data are aligned: spaces may follow the header.
+    header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
+
+    let mut file = BufWriter::new(File::create(path).map_err(io(path))?);
+    let mut write = |bytes: &[u8]| file.write_all(bytes).map_err(io(path));
+    write(&(header.len() as u64).to_le_bytes())?;
+    write(header.as_bytes())?;
+    let mut buffer = vec![0; CHUNK * 4];
+    for (meta, name) in &tensors {
+        let elements = meta.shape.iter().product();
+        for start in (0..elements).step_by(CHUNK) {
+            let range = start..elements.min(start + CHUNK);
+            let bytes = &mut buffer[..range.len() * meta.dtype.size()];
+            source.read(name, range, meta.dtype, bytes).map_err(fault)?;
+            write(bytes)?;
+        }
+    }
+    file.flush().map_err(io(path))
+}
+
+fn fault(error: SourceError) -> CheckpointError {
+    match error {
+        SourceError::Io { path, error } => CheckpointError::Io { path, error },
+        other => CheckpointError::Format { path: FOLDER.into(), reason: other.to_string() },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::source::{RandomSource, SafetensorsSource, digest};
+    use std::os::unix::fs::{MetadataExt, symlink};
+
+    fn random() -> RandomSource {
+        let tensors = [("embed", vec![7, 3]), ("norm", vec![3]), ("large", vec![3, CHUNK / 2])];
+        RandomSource::new(tensors.map(|(name, shape)| (name.to_owned(), shape)).to_vec(), 0.02, 5)
+    }
+
+    fn links(path: &Path) -> u64 {
+        fs::metadata(path).unwrap().nlink()
+    }
+
+    #[test]
+    fn random_weights_are_written_once_and_then_linked() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join(CONFIG), "{}").unwrap();
+        let base = BaseFiles {
+            weights: None,
+            config: folder.path().join(CONFIG),
+            tokenizer: folder.path().join("nowhere"),
+        };
+        let [first, second] = ["1", "2"].map(|name| folder.path().join(name));
+        fs::create_dir(&first).unwrap();
+        fs::create_dir(&second).unwrap();
+        base.write(&first, None, &random()).unwrap();
+        let back = SafetensorsSource::open(&first.join(FOLDER)).unwrap();
+        assert_eq!(digest(&back).unwrap(), digest(&random()).unwrap());
+        let read = |source: &dyn WeightSource| {
+            let mut out = vec![0f32; CHUNK + CHUNK / 2];
+            source.read("large", 0..out.len(), DType::F32, bytemuck::cast_slice_mut(&mut out)).unwrap();
+            out
+        };
+        assert!(read(&back) == read(&random()), "more than one chunk");
+        base.write(&second, Some(&first.join(FOLDER)), &random()).unwrap();
+        assert_eq!(links(&second.join("model/model.safetensors")), 2);
+        assert_eq!(fs::read_to_string(second.join("model/config.json")).unwrap(), "{}");
+    }
+
+    #[test]
+    fn what_belongs_to_the_base_is_linked_through_symbolic_links_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let (blobs, model) = (folder.path().join("blobs"), folder.path().join("hf"));
+        for folder in [&blobs, &model] {
+            fs::create_dir(folder).unwrap();
+        }
+        let names =
+            ["config.json", "tokenizer.json", "merges.txt", "model.safetensors", "README.md", "x.bin"];
+        for name in names.iter().chain(&["adapter_config.json", "manifest.json", "old.safetensors"]) {
+            fs::write(blobs.join(name), name).unwrap();
+            symlink(format!("../blobs/{name}"), model.join(name)).unwrap();
+        }
+        let base =
+            BaseFiles { weights: Some(model.clone()), config: model.clone(), tokenizer: model.clone() };
+        base.write(folder.path(), None, &random()).unwrap();
+        let entries = fs::read_dir(folder.path().join(FOLDER)).unwrap();
+        let mut found: Vec<String> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        found.sort();
+        assert_eq!(found, ["config.json", "merges.txt", "model.safetensors", "tokenizer.json"]);
+        for name in found {
+            assert_eq!(fs::read_to_string(folder.path().join(FOLDER).join(&name)).unwrap(), name);
+            assert_eq!(links(&blobs.join(&name)), 2, "{name} is linked, not copied");
+        }
+    }
+}

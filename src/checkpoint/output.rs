@@ -1,0 +1,118 @@
+//! The output directory as a place that one run at a time writes and all its ranks see.
+
+use super::{CheckpointError, io};
+use std::{
+    fs::{self, File, OpenOptions, TryLockError},
+    io::{Read, Seek, Write},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+const LOCK_FILE: &str = ".lock";
+/// A network file system may show a new file late.
+const SEEN_WITHIN: Duration = Duration::from_secs(10);
+
+/// The lock on an output directory, held until dropped or until the process ends, however it ends.
+#[derive(Debug)]
+pub struct OutputLock {
+    _file: File,
+}
+
+impl OutputLock {
+    /// Locks `output`, which must exist, or says who holds it.
+    pub fn take(output: &Path) -> Result<Self, CheckpointError> {
+        let path = output.join(LOCK_FILE);
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(io(&path))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut holder = String::new();
+                let _ = file.take(200).read_to_string(&mut holder);
+                let holder = holder.lines().next().filter(|line| !line.is_empty()).unwrap_or("another run");
+                return Err(CheckpointError::Locked { path: output.to_owned(), holder: holder.to_owned() });
+            }
+            // Some network file systems have no locks: better to train than to refuse.
+            Err(TryLockError::Error(error)) => {
+                tracing::warn!("{}: cannot be locked ({error}); run nothing else in it", path.display());
+            }
+        }
+        let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let holder = format!("process {} on {}\n", std::process::id(), host.trim());
+        // Only for the message above: whoever cannot read it is refused all the same.
+        let _ = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| file.write_all(holder.as_bytes()));
+        Ok(Self { _file: file })
+    }
+}
+
+/// A file by which other ranks recognise the writer's directory; removed when dropped.
+#[derive(Debug)]
+pub struct SharedToken {
+    path: PathBuf,
+    name: String,
+}
+
+impl SharedToken {
+    /// Puts a token into `output`.
+    pub fn put(output: &Path) -> Result<Self, CheckpointError> {
+        let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_nanos();
+        let name = format!(".shared-{}-{now}", std::process::id());
+        let path = output.join(&name);
+        fs::write(&path, "").map_err(io(&path))?;
+        Ok(Self { path, name })
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether `output`, as this process sees it, has the token `name`.
+    pub fn is_seen(output: &Path, name: &str) -> Result<(), CheckpointError> {
+        let (path, begin) = (output.join(name), Instant::now());
+        while begin.elapsed() < SEEN_WITHIN {
+            if path.exists() {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Err(CheckpointError::NotShared { path: output.to_owned() })
+    }
+}
+
+impl Drop for SharedToken {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_is_locked_once_and_free_again_afterwards() {
+        let output = tempfile::tempdir().unwrap();
+        let lock = OutputLock::take(output.path()).unwrap();
+        let error = OutputLock::take(output.path()).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        let message = error.to_string();
+        assert!(message.contains(&format!("process {} on", std::process::id())), "{message}");
+        drop(lock);
+        OutputLock::take(output.path()).unwrap();
+    }
+
+    #[test]
+    fn a_token_is_seen_where_it_was_put_and_goes_with_its_owner() {
+        let (output, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let token = SharedToken::put(output.path()).unwrap();
+        SharedToken::is_seen(output.path(), token.name()).unwrap();
+        assert!(!other.path().join(token.name()).exists());
+        drop(token);
+        assert_eq!(fs::read_dir(output.path()).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,202 @@
+//! The steps of a run directory (`{output_dir}/weights/{run_id}`): which there are, which is the newest whole one,
+//! which may go. The caller is the only writer of the directory.
+
+use super::{
+    CheckpointError, io,
+    publish::{sync, verify},
+};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// What names of directories begin with that are no steps, or no longer.
+pub(super) const HIDDEN: &str = ".tmp-";
+const LATEST: &str = "latest";
+
+/// The directory of step `step` of `run`.
+pub fn directory(run: &Path, step: usize) -> PathBuf {
+    run.join(format!("step_{step}"))
+}
+
+/// The number of the step that a directory is named after.
+pub fn number(directory: &Path) -> Option<usize> {
+    let name = directory.file_name()?.to_str()?;
+    let number = name.strip_prefix("step_")?.parse().ok()?;
+    // `step_007` and `step_+7` are not ours.
+    (name == format!("step_{number}")).then_some(number)
+}
+
+/// The numbers of the steps in `run`, ascending; whether they are whole is [`verify`]'s to say.
+pub fn published(run: &Path) -> Vec<usize> {
+    let entries = fs::read_dir(run).into_iter().flatten().flatten();
+    let mut steps: Vec<usize> = entries.filter_map(|entry| number(&entry.path())).collect();
+    steps.sort_unstable();
+    steps
+}
+
+/// The newest whole step of `run`, if any, and the errors of the newer ones that are not.
+pub fn newest_whole(run: &Path) -> (Option<PathBuf>, Vec<CheckpointError>) {
+    let mut skipped = Vec::new();
+    for step in published(run).into_iter().rev() {
+        let path = directory(run, step);
+        match verify(&path) {
+            Ok(()) => return (Some(path), skipped),
+            Err(error) => skipped.push(error),
+        }
+    }
+    (None, skipped)
+}
+
+/// Which of `steps` go so that the `limit` newest up to `newest`, which has just been published, stay: never `newest`
+/// itself, never `resumed`, the step that the run resumed from. What is numbered beyond `newest` is left over from
+/// before a resume, not whole, and neither counts nor goes: its own turn replaces it.
+pub fn surplus(steps: &[usize], limit: usize, newest: usize, resumed: Option<usize>) -> Vec<usize> {
+    let mut own: Vec<usize> = steps.iter().copied().filter(|&step| step <= newest).collect();
+    own.sort_unstable_by(|a, b| b.cmp(a));
+    let rest = own.into_iter().skip(limit.max(1));
+    rest.filter(|&step| step != newest && Some(step) != resumed).collect()
+}
+
+/// Takes a step away. It disappears whole: a kill leaves at most a hidden directory.
+pub fn withdraw(run: &Path, step: usize) -> Result<(), CheckpointError> {
+    let (path, hidden) = (directory(run, step), run.join(format!("{HIDDEN}withdrawn-step_{step}")));
+    if hidden.exists() {
+        fs::remove_dir_all(&hidden).map_err(io(&hidden))?;
+    }
+    fs::rename(&path, &hidden).map_err(io(&path))?;
+    sync(run)?;
+    fs::remove_dir_all(&hidden).map_err(io(&hidden))
+}
+
+/// Takes all steps away that are later than `after`; all of them when that is `None`.
+pub fn withdraw_later(run: &Path, after: Option<usize>) -> Result<(), CheckpointError> {
+    let later: Vec<usize> =
+        published(run).into_iter().filter(|&step| after.is_none_or(|after| step > after)).collect();
+    if later.is_empty() {
+        return Ok(());
+    }
+    // Before the steps: it never names one that is gone.
+    match after.filter(|&step| directory(run, step).is_dir()) {
+        Some(step) => set_latest(run, step)?,
+        None => {
+            let path = run.join(LATEST);
+            if path.exists() {
+                fs::remove_file(&path).map_err(io(&path))?;
+            }
+        }
+    }
+    later.into_iter().rev().try_for_each(|step| withdraw(run, step))
+}
+
+/// Replaces the text file that names the newest step.
+pub(super) fn set_latest(run: &Path, step: usize) -> Result<(), CheckpointError> {
+    let (latest, hidden) = (run.join(LATEST), run.join(format!(".{LATEST}.tmp")));
+    fs::write(&hidden, format!("step_{step}\n")).map_err(io(&hidden))?;
+    sync(&hidden)?;
+    fs::rename(&hidden, &latest).map_err(io(&latest))?;
+    sync(run)
+}
+
+/// Removes what a killed process left half done.
+pub fn sweep(run: &Path) -> Result<(), CheckpointError> {
+    let Ok(entries) = fs::read_dir(run) else { return Ok(()) };
+    for entry in entries {
+        let path = entry.map_err(io(run))?.path();
+        if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(HIDDEN)) {
+            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            removed.map_err(io(&path))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{StepWriter, publish::KnownHashes};
+    use super::*;
+    use proptest::prelude::*;
+
+    fn run_of(steps: &[usize]) -> tempfile::TempDir {
+        let run = tempfile::tempdir().unwrap();
+        for &step in steps {
+            let writer = StepWriter::begin(run.path(), step).unwrap();
+            fs::write(writer.directory().join("file"), step.to_string()).unwrap();
+            writer.publish(&mut KnownHashes::default()).unwrap();
+        }
+        run
+    }
+
+    fn latest(run: &Path) -> Option<String> {
+        fs::read_to_string(run.join(LATEST)).ok()
+    }
+
+    #[test]
+    fn steps_are_found_by_number_and_nothing_else_is_one() {
+        let run = run_of(&[2, 10, 9]);
+        for name in ["step_07", "step_", "step_x", ".tmp-step_11-5", "step_-1", "model"] {
+            fs::create_dir(run.path().join(name)).unwrap();
+        }
+        assert_eq!(published(run.path()), [2, 9, 10]);
+        assert!(published(&run.path().join("nowhere")).is_empty());
+    }
+
+    #[test]
+    fn the_newest_whole_step_is_found_behind_damaged_ones() {
+        let run = run_of(&[5, 10, 15, 20]);
+        fs::write(run.path().join("step_20/file"), "20!").unwrap();
+        fs::remove_file(run.path().join("step_15/manifest.json")).unwrap();
+        let (found, skipped) = newest_whole(run.path());
+        assert_eq!(found.unwrap(), run.path().join("step_10"));
+        let said: Vec<String> = skipped.iter().map(ToString::to_string).collect();
+        assert!(said[0].contains("step_20") && said[0].contains("file has 3 bytes, 2 were"), "{said:?}");
+        assert!(said[1].contains("step_15") && said[1].contains("manifest.json"), "{said:?}");
+        let none = tempfile::tempdir().unwrap();
+        assert!(newest_whole(none.path()).0.is_none());
+    }
+
+    #[test]
+    fn surplus_steps_by_case() {
+        let steps = [5, 10, 15, 20];
+        for (limit, newest, resumed, gone) in [
+            (2, 20, None, vec![10, 5]),
+            (1, 20, None, vec![15, 10, 5]),
+            (9, 20, None, vec![]),
+            (2, 20, Some(5), vec![10]),
+            (2, 20, Some(20), vec![10, 5]),
+            // 20 is a damaged one from before a resume: neither counted nor touched.
+            (1, 15, Some(10), vec![5]),
+            (2, 10, None, vec![]),
+        ] {
+            assert_eq!(surplus(&steps, limit, newest, resumed), gone, "{limit} {newest} {resumed:?}");
+        }
+    }
+
+    #[test]
+    fn later_steps_go_and_latest_never_names_one_that_is_gone() {
+        let run = run_of(&[5, 10, 15]);
+        withdraw_later(run.path(), Some(10)).unwrap();
+        assert_eq!((published(run.path()), latest(run.path())), (vec![5, 10], Some("step_10\n".into())));
+        withdraw_later(run.path(), Some(10)).unwrap();
+        withdraw_later(run.path(), None).unwrap();
+        assert_eq!((published(run.path()), latest(run.path())), (vec![], None));
+        assert_eq!(fs::read_dir(run.path()).unwrap().count(), 0, "nothing hidden is left");
+    }
+
+    proptest! {
+        #[test]
+        fn the_newest_and_the_resumed_step_stay(
+            steps in prop::collection::btree_set(0usize..30, 1..12), limit in 1usize..6,
+            newest in any::<prop::sample::Index>(), resumed in any::<prop::sample::Index>(),
+        ) {
+            let steps: Vec<usize> = steps.into_iter().collect();
+            let (newest, resumed) = (*newest.get(&steps), *resumed.get(&steps));
+            let gone = surplus(&steps, limit, newest, Some(resumed));
+            prop_assert!(!gone.contains(&newest) && !gone.contains(&resumed));
+            let own = steps.iter().filter(|&&step| step <= newest).count();
+            let left = own - gone.len();
+            prop_assert!(left >= limit.min(own) && left <= limit + 1);
+            prop_assert!(gone.iter().all(|step| *step < newest));
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! What a run tells: `metrics.jsonl` (a line a step), a line a step on stdout, `training_metrics.json` at the end.
+//! Rank 0 writes; the other ranks hold a [`Metrics`] that does nothing.
+
+use super::StepReport;
+use crate::{
+    comm::{Ledger, Operation},
+    error::{Error, Result},
+};
+use serde_json::json;
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{Seek, SeekFrom, Write},
+    path::{Path, PathBuf},
+};
+
+/// A line a step.
+pub const METRICS_FILE: &str = "metrics.jsonl";
+/// The run in one object, written at its end.
+pub const SUMMARY_FILE: &str = "training_metrics.json";
+
+/// What one step has to tell.
+pub struct StepMetrics<'a> {
+    /// Counted from 1.
+    pub step: usize,
+    pub epoch: usize,
+    pub report: &'a StepReport,
+    /// From the end of the data of this step to the end of its update.
+    pub seconds: f64,
+    /// The largest of all ranks.
+    pub peak_rss_bytes: u64,
+    /// What this rank's collectives have received in the step.
+    pub received: Received,
+}
+
+/// Bytes by operation and group.
+pub type Received = BTreeMap<(Operation, String), u64>;
+
+/// Rank 0's files in output_dir and its lines on stdout; nothing on other ranks.
+pub struct Metrics {
+    output: PathBuf,
+    file: Option<File>,
+    total_steps: usize,
+    /// Steps made, and the losses of those that `metrics.jsonl` knows.
+    done: usize,
+    losses: Vec<Option<f64>>,
+}
+
+impl Metrics {
+    /// For a rank that does not write.
+    pub fn silent() -> Self {
+        Self { output: PathBuf::new(), file: None, total_steps: 0, done: 0, losses: Vec::new() }
+    }
+
+    /// Begins `metrics.jsonl` in `output` for a run of `total_steps`, or goes on behind the line of the step
+    /// `resumed`: what follows it is cut off.
+    pub fn open(output: &Path, total_steps: usize, resumed: Option<usize>) -> Result<Self> {
+        let path = output.join(METRICS_FILE);
+        let (file, losses) = match resumed {
+            None => (File::create(&path), Vec::new()),
+            Some(step) => {
+                let text = std::fs::read(&path).unwrap_or_default();
+                let (length, last, losses) = lines_up_to(step, &text);
+                if last != step {
+                    tracing::warn!("{}: knows steps up to {last}, the run resumes at {step}", path.display());
+                }
+                (open_at(&path, length), losses)
+            }
+        };
+        let file = file.map_err(|error| fault(&path, &error))?;
+        let (output, done) = (output.to_owned(), resumed.unwrap_or(0));
+        Ok(Self { output, file: Some(file), total_steps, done, losses })
+    }
+
+    /// Brings all lines to the disk: a step that is published must find them there.
+    pub fn sync(&self) -> Result<()> {
+        let synced = self.file.as_ref().map_or(Ok(()), File::sync_data);
+        synced.map_err(|error| fault(&self.output.join(METRICS_FILE), &error))
+    }
+
+    /// Adds a step.
+    pub fn step(&mut self, step: &StepMetrics) -> Result<()> {
+        let Some(file) = &mut self.file else { return Ok(()) };
+        let StepMetrics { step: number, epoch, report, seconds, peak_rss_bytes: peak, .. } = *step;
+        let mut comm = serde_json::Map::new();
+        for ((operation, group), bytes) in &step.received {
+            comm.insert(format!("{}/{group}", operation.name()), (*bytes).into());
+        }
+        let rate = report.total_tokens as f64 / seconds;
+        let line = json!({
+            "step": number, "epoch": epoch, "loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr,
+            "tokens": report.valid_tokens, "tokens_total": report.total_tokens, "tokens_per_second": rate,
+            "step_seconds": seconds, "peak_rss_bytes": peak, "comm_bytes": comm,
+        });
+        // One write, so that a kill leaves whole lines.
+        file.write_all(format!("{line}\n").as_bytes())
+            .map_err(|error| fault(&self.output.join(METRICS_FILE), &error))?;
+        match report.loss {
+            None => tracing::warn!("step {number} has no valid token: nothing was updated"),
+            Some(_) if !report.non_finite.is_empty() => {
+                tracing::warn!("step {number} was skipped, not finite: {}", report.non_finite.join(", "));
+            }
+            Some(loss) => println!(
+                "[STEP {number}/{}] loss={loss:.4} grad_norm={:.4} lr={:.3e} tokens_per_sec={rate:.0} time={seconds:.3} \
+                 peak_mem={:.2}GB",
+                self.total_steps,
+                report.grad_norm,
+                report.lr,
+                peak as f64 / 1e9
+            ),
+        }
+        self.done = number;
+        self.losses.push(report.loss);
+        Ok(())
+    }
+
+    /// Writes `training_metrics.json`.
+    pub fn finish(self) -> Result<()> {
+        if self.file.is_none() {
+            return Ok(());
+        }
+        let last = self.losses.iter().flatten().last();
+        let summary = json!({"global_step": self.done, "total_train_steps": self.total_steps,
+            "final_loss": last, "loss_history": self.losses});
+        let path = self.output.join(SUMMARY_FILE);
+        std::fs::write(&path, summary.to_string()).map_err(|error| fault(&path, &error))
+    }
+}
+
+/// Of the lines of `text`, those up to `step`: their length in bytes, the last step among them (0: none), and their
+/// losses. A line that is torn or is none of ours ends them.
+fn lines_up_to(step: usize, text: &[u8]) -> (usize, usize, Vec<Option<f64>>) {
+    let (mut length, mut last, mut losses) = (0, 0, Vec::new());
+    for line in text.split_inclusive(|&byte| byte == b'\n') {
+        let Ok(json) = serde_json::from_slice::<serde_json::Value>(line) else { break };
+        let number = json["step"].as_u64().and_then(|number| usize::try_from(number).ok());
+        match number.filter(|&number| number > last && number <= step && line.ends_with(b"\n")) {
+            Some(number) => last = number,
+            None => break,
+        }
+        length += line.len();
+        losses.push(json["loss"].as_f64());
+    }
+    (length, last, losses)
+}
+
+/// Opens `path` for writing behind its first `length` bytes; the rest is cut off.
+fn open_at(path: &Path, length: usize) -> std::io::Result<File> {
+    let mut file = File::options().write(true).create(true).truncate(false).open(path)?;
+    file.set_len(length as u64)?;
+    file.seek(SeekFrom::End(0))?;
+    Ok(file)
+}
+
+/// What `ledger` has received since it stood at `before`.
+pub fn received_since(before: &Received, ledger: &Ledger) -> Received {
+    let since = |(key, bytes): ((Operation, String), u64)| {
+        let earlier = before.get(&key).copied().unwrap_or(0);
+        (key, bytes - earlier)
+    };
+    ledger.totals().into_iter().map(since).filter(|(_, bytes)| *bytes > 0).collect()
+}
+
+/// VmHWM of this process; 0 where /proc does not tell.
+pub fn peak_rss_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
+fn fault(path: &Path, error: &std::io::Error) -> Error {
+    Error::Failure(format!("{}: {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_after_the_resumed_step_are_cut() {
+        let output = tempfile::tempdir().unwrap();
+        let path = output.path().join(METRICS_FILE);
+        let line = |step: usize| format!("{{\"step\":{step},\"loss\":{}}}\n", step as f64 / 2.0);
+        let lines = |steps: std::ops::RangeInclusive<usize>| steps.map(line).collect::<String>();
+        for (text, kept, losses) in [
+            (lines(1..=5), lines(1..=3), vec![0.5, 1.0, 1.5]),
+            (lines(1..=3), lines(1..=3), vec![0.5, 1.0, 1.5]),
+            // A torn last line, and one that a crash of the machine has emptied.
+            (lines(1..=2) + "{\"step\":3,\"lo", lines(1..=2), vec![0.5, 1.0]),
+            (lines(1..=2) + line(3).trim_end(), lines(1..=2), vec![0.5, 1.0]),
+            (lines(1..=1) + "\0\0\n" + &line(3), lines(1..=1), vec![0.5]),
+            (lines(1..=2) + &line(1), lines(1..=2), vec![0.5, 1.0]),
+            ("{\"step\":\"x\"}\n".into(), String::new(), vec![]),
+            (String::new(), String::new(), vec![]),
+        ] {
+            std::fs::write(&path, &text).unwrap();
+            let metrics = Metrics::open(output.path(), 9, Some(3)).unwrap();
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), kept, "{text}");
+            assert_eq!(metrics.losses.iter().flatten().copied().collect::<Vec<_>>(), losses, "{text}");
+        }
+        Metrics::open(output.path(), 9, None).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "");
+    }
+
+    #[test]
+    fn a_resumed_run_goes_on_in_the_same_file() {
+        let output = tempfile::tempdir().unwrap();
+        let report = StepReport {
+            loss: None,
+            grad_norm: 0.0,
+            lr: 0.1,
+            valid_tokens: 0,
+            total_tokens: 4,
+            non_finite: Vec::new(),
+        };
+        let write = |resumed: Option<usize>, steps: std::ops::RangeInclusive<usize>| {
+            let mut metrics = Metrics::open(output.path(), 4, resumed).unwrap();
+            for step in steps {
+                let received = Received::new();
+                let report = &report;
+                let seconds = 1.0;
+                metrics
+                    .step(&StepMetrics { step, epoch: 0, report, seconds, peak_rss_bytes: 0, received })
+                    .unwrap();
+            }
+            metrics.finish().unwrap();
+        };
+        write(None, 1..=3);
+        write(Some(2), 3..=4);
+        let text = std::fs::read_to_string(output.path().join(METRICS_FILE)).unwrap();
+        let steps = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        assert_eq!(steps.map(|line| line["step"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2, 3, 4]);
+        let summary = std::fs::read_to_string(output.path().join(SUMMARY_FILE)).unwrap();
+        let summary: serde_json::Value = serde_json::from_str(&summary).unwrap();
+        assert_eq!(summary["global_step"], 4);
+        assert_eq!(summary["loss_history"].as_array().unwrap().len(), 4);
+    }
+}

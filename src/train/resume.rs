@@ -1,0 +1,272 @@
+//! What a run starts from: a fresh adapter, one that the user named, or a step of an earlier run.
+//!
+//! Rank 0 looks and verifies; then every rank reads what it owns. All of it happens before anything is written, so
+//! whatever is wrong here ends all ranks with exit code 2 and leaves what is there alone.
+
+use super::Run;
+use crate::{
+    checkpoint::{
+        self, CheckpointError, TrainerState,
+        output::{OutputLock, SharedToken},
+        publish::verify,
+        reshard::{PlacedParameter, UnitLayout},
+        state::{UnitPieces, read_pieces},
+        steps,
+    },
+    comm::Communicator,
+    config::LoadCheckpoint,
+    data::deal::Position,
+    error::{Error, Result, agree, from_first},
+    lora::LoraModule,
+    model::{source, transformer::Blueprint},
+    optim::{Optimizer, Schedule},
+    shard::{AdapterShards, ShardError},
+};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
+
+/// What the adapter and the optimizer start from.
+pub(super) enum Start {
+    /// Values drawn from the seed.
+    Fresh,
+    /// A and B by logical parameter name, from `lora.adapter_path`, with a fresh optimizer.
+    Adapter(HashMap<String, Vec<f32>>),
+    Resumed(Box<Resumed>),
+}
+
+/// A step of an earlier run, as this rank needs it.
+pub(super) struct Resumed {
+    /// The step directory.
+    pub path: PathBuf,
+    pub state: TrainerState,
+    /// What this rank owns, by unit.
+    pub pieces: Vec<UnitPieces>,
+}
+
+impl Resumed {
+    /// Fills this rank's masters and moments.
+    pub fn restore(&self, adapter: &mut AdapterShards, optimizer: &mut Optimizer) -> Result<(), ShardError> {
+        for (unit, pieces) in self.pieces.iter().enumerate() {
+            adapter.set_master(unit, adapter.owned(unit), &pieces.master);
+            optimizer.set_moments(unit, &pieces.exp_avg, &pieces.exp_avg_sq);
+        }
+        optimizer.set_updates(self.state.optimizer.updates);
+        adapter.refresh()
+    }
+}
+
+/// What lies where in the flat space of each unit's adapter, and how that is cut.
+pub(super) fn adapter_layout(blueprint: &Blueprint) -> Vec<UnitLayout> {
+    let units = blueprint.lora.iter().zip(&blueprint.regions.adapter);
+    let unit = |(plan, region): (&crate::model::layer::LayerAdapterPlan, &crate::shard::RegionLayout)| {
+        let size = region.entries.first().map_or(1, |entry| entry.spec.dtype.size());
+        let parameters = plan.modules.iter().flatten().flat_map(LoraModule::parameters);
+        let placed = parameters.map(|parameter| PlacedParameter {
+            first: region.entries[parameter.entry].offset / size + parameter.first,
+            name: parameter.name,
+            shape: parameter.shape,
+        });
+        UnitLayout { piece: region.piece_bytes() / size, parameters: placed.collect() }
+    };
+    units.map(unit).collect()
+}
+
+impl Run {
+    /// The step that the run goes on from, if any.
+    pub(super) fn resumed(&self) -> Option<&Resumed> {
+        match &self.start {
+            Start::Resumed(resumed) => Some(resumed),
+            Start::Fresh | Start::Adapter(_) => None,
+        }
+    }
+
+    /// Finds and reads what the run starts from, and takes the output directory. Collective.
+    ///
+    /// # Errors
+    /// The first rank's that has one, and [`Error::Elsewhere`] on the others. Nothing was written but the lock.
+    pub fn settle(&mut self, world: &dyn Communicator) -> Result<()> {
+        let found = if world.rank() == 0 { self.look() } else { Ok(None) };
+        let found = agree(world, found)?.map(|path| path.display().to_string());
+        let found = from_first(world, &found.unwrap_or_default())?;
+        let read = match found.as_str() {
+            "" => self.start_afresh(),
+            path => self.read_step(Path::new(path), world.rank()),
+        };
+        agree(world, read)?;
+        self.take_output(world)
+    }
+
+    /// Rank 0 decides on the step to resume from, and has read all of it.
+    fn look(&mut self) -> Result<Option<PathBuf>> {
+        let train = &self.config.train;
+        if train.output_dir.is_dir() {
+            self.lock = Some(OutputLock::take(&train.output_dir)?);
+        }
+        match &train.load_checkpoint_path {
+            None if !train.overwrite && !steps::published(&self.run_dir).is_empty() => {
+                Err(CheckpointError::Occupied { path: self.run_dir.clone() }.into())
+            }
+            None => Ok(None),
+            Some(LoadCheckpoint::Auto) => {
+                let (found, skipped) = steps::newest_whole(&self.run_dir);
+                skipped.iter().for_each(|error| tracing::warn!("skipped: {error}"));
+                if found.is_none() {
+                    tracing::info!("{} has no whole step: starting afresh", self.run_dir.display());
+                }
+                Ok(found)
+            }
+            Some(LoadCheckpoint::Path(path)) => {
+                let hint = "name another step, or auto for the newest whole one";
+                verify(path).map_err(|error| {
+                    Error::Input(format!("{}: {error}; {hint}", self.places.of("train.load_checkpoint_path")))
+                })?;
+                Ok(Some(path.clone()))
+            }
+        }
+    }
+
+    fn start_afresh(&mut self) -> Result<()> {
+        if let Some(path) = &self.config.lora.adapter_path {
+            // Whatever is wrong with an adapter that the user named is the user's to mend.
+            let place = self.places.of("lora.adapter_path");
+            let values = self.starting_adapter(path);
+            let values = values.map_err(|error| Error::Input(format!("{place}: {error}")))?;
+            self.start = Start::Adapter(values);
+        }
+        Ok(())
+    }
+
+    /// A and B of the adapter at `path`, by logical parameter name.
+    fn starting_adapter(&self, path: &Path) -> Result<HashMap<String, Vec<f32>>> {
+        let theirs = checkpoint::peft::read_config(path)?;
+        let lora = &self.config.lora;
+        if (theirs.r, theirs.lora_alpha) != (lora.lora_rank, lora.lora_alpha) {
+            return Err(Error::Input(format!(
+                "{} has rank {} and alpha {}, the run {} and {}",
+                path.display(),
+                theirs.r,
+                theirs.lora_alpha,
+                lora.lora_rank,
+                lora.lora_alpha
+            )));
+        }
+        Ok(checkpoint::peft::read_values(path, &self.sites, lora.lora_rank)?)
+    }
+
+    /// Reads the step at `path` as far as this rank needs it, and goes on where it stands.
+    fn read_step(&mut self, path: &Path, rank: usize) -> Result<()> {
+        let state = TrainerState::read(path)?;
+        let unfit = |reason| CheckpointError::Unfit { path: path.to_owned(), reason };
+        self.same_adapter(&state).map_err(unfit)?;
+        let units = adapter_layout(&self.blueprint());
+        let pieces = read_pieces(path, &state, &units, self.mesh.coordinates(rank).shard)?;
+        if rank == 0 && source::digest(self.source.as_ref())? != state.base {
+            return Err(unfit("the base is another one than it was trained on; give its model".into()).into());
+        }
+        self.same_course(&state).map_err(unfit)?;
+
+        if !self.places.is_given("train.run_id") {
+            self.config.train.run_id.clone_from(&state.run_id);
+            self.run_dir = self.config.train.output_dir.join("weights").join(&state.run_id);
+        }
+        let later = steps::published(&self.run_dir).into_iter().filter(|&step| step > state.step);
+        if rank == 0 && !self.config.train.overwrite {
+            // What is damaged does not exist: its turn replaces it.
+            let whole = |&step: &usize| verify(&steps::directory(&self.run_dir, step)).is_ok();
+            if let Some(step) = later.rev().find(whole) {
+                let (path, later) = (self.run_dir.clone(), format!("step_{step}"));
+                return Err(CheckpointError::Later { path, later }.into());
+            }
+        }
+        self.go_on_from(&state, rank);
+        self.start = Start::Resumed(Box::new(Resumed { path: path.to_owned(), state, pieces }));
+        Ok(())
+    }
+
+    /// Whether rank and scale are what the step has; shapes are compared where they are read.
+    fn same_adapter(&self, state: &TrainerState) -> Result<(), String> {
+        let (lora, stored) = (&self.config.lora, &state.lora);
+        if (stored.rank, stored.alpha) == (lora.lora_rank, lora.lora_alpha) {
+            return Ok(());
+        }
+        Err(format!(
+            "it has lora_rank {} and lora_alpha {:?}, the run {} and {:?}",
+            stored.rank, stored.alpha, lora.lora_rank, lora.lora_alpha
+        ))
+    }
+
+    /// Whether seed, optimizer and data are those that the step's moments and position mean.
+    fn same_course(&self, state: &TrainerState) -> Result<(), String> {
+        let train = &self.config.train;
+        if state.seed != train.seed {
+            return Err(format!("its train.seed is {}, the run's {}", state.seed, train.seed));
+        }
+        if state.optimizer.kind != train.optimizer {
+            let name = |kind| serde_json::json!(kind).as_str().unwrap_or_default().to_owned();
+            let (theirs, ours) = (name(state.optimizer.kind), name(train.optimizer));
+            return Err(format!("its train.optimizer is {theirs}, the run's {ours}"));
+        }
+        if state.data.fingerprint != self.dataset.fingerprint() {
+            return Err(format!(
+                "its data are others ({} rows then, {} now), so its place in them means nothing; to train its \
+                 adapter on other data, give it as lora.adapter_path",
+                state.data.rows,
+                self.dataset.rows()
+            ));
+        }
+        Ok(())
+    }
+
+    /// Takes over the global batch unless another one was given, and counts the steps that are left.
+    fn go_on_from(&mut self, state: &TrainerState, rank: usize) {
+        let train = &mut self.config.train;
+        match train.global_batch_size {
+            None => {
+                train.global_batch_size = Some(state.global_batch_size);
+                self.walk.global_batch = state.global_batch_size;
+            }
+            Some(given) if given != state.global_batch_size && rank == 0 => {
+                let before = state.global_batch_size;
+                tracing::warn!("train.global_batch_size: {given} rows a step from here on, {before} before");
+            }
+            Some(_) => {}
+        }
+        let total = state.step.saturating_add(self.walk.steps_from(state.position));
+        self.total_steps = self.config.train.max_steps.map_or(total, |limit| limit.min(total));
+        if rank == 0 && Schedule::new(&self.config.train, self.total_steps) != state.schedule {
+            tracing::warn!(
+                "the learning-rate schedule is not the step's: what the run's configuration says counts"
+            );
+        }
+    }
+
+    /// Where the run stands before its first step: steps made, and its place in the data.
+    pub(super) fn standing(&self) -> (usize, Position) {
+        self.resumed()
+            .map_or((0, Position::default()), |resumed| (resumed.state.step, resumed.state.position))
+    }
+
+    /// Rank 0 locks output_dir, and all ranks see that it is the same. Collective.
+    fn take_output(&mut self, world: &dyn Communicator) -> Result<()> {
+        let output = self.config.train.output_dir.clone();
+        // What cannot be written is the user's to mend, as long as nothing was.
+        let place = self.places.of("train.output_dir");
+        let input = |error: &dyn std::fmt::Display| Error::Input(format!("{place}: {error}"));
+        let held = self.lock.take();
+        let take = || {
+            std::fs::create_dir_all(&output)
+                .map_err(|error| input(&format!("{}: {error}", output.display())))?;
+            let lock = held.map_or_else(|| OutputLock::take(&output), Ok).map_err(|error| input(&error))?;
+            let token = SharedToken::put(&output).map_err(|error| input(&error))?;
+            Ok(Some((lock, token)))
+        };
+        let taken = if world.rank() == 0 { take() } else { Ok(None) };
+        let (lock, token) = agree(world, taken)?.unzip();
+        let name = from_first(world, token.as_ref().map_or("", SharedToken::name))?;
+        agree(world, SharedToken::is_seen(&output, &name).map_err(Error::from))?;
+        self.lock = lock;
+        Ok(())
+    }
+}

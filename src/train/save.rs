@@ -1,0 +1,209 @@
+//! Publishing a step, collectively: rank 0 opens it and writes the adapter, every rank of the first copy its own
+//! pieces, rank 0 publishes and prunes. After each part all ranks agree on whether to go on, so a save that fails on
+//! one rank ends all with that rank's error and leaves the steps before it untouched.
+
+use super::{Run, Trainer, resume::adapter_layout};
+use crate::{
+    checkpoint::{
+        self, AdapterConfig, CheckpointError, LogicalAdapter, StepWriter, TrainerState,
+        base::BaseFiles,
+        publish::KnownHashes,
+        reshard::{self, UnitLayout},
+        state::{DataIdentity, LoraIdentity, OptimizerState, UnitPieces, write_pieces},
+        steps,
+    },
+    data::deal::Position,
+    error::{Result, agree, from_first},
+    lora::Parameter,
+    model::source,
+    shard::{AdapterShards, ShardError},
+};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
+use tch::Tensor;
+
+/// Where the run stands after a step.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Progress {
+    /// Steps made.
+    pub step: usize,
+    /// The epoch of the last one.
+    pub epoch: usize,
+    pub position: Position,
+}
+
+/// What saving needs besides the trainer.
+pub(super) struct Saver<'a> {
+    run: &'a Run,
+    rank: usize,
+    units: Vec<UnitLayout>,
+    known: KnownHashes,
+    /// `model/` of the last step of this base that has one.
+    model: Option<PathBuf>,
+}
+
+impl<'a> Saver<'a> {
+    pub(super) fn new(run: &'a Run, rank: usize) -> Self {
+        let model = run.resumed().map(|resumed| resumed.path.join(checkpoint::base::FOLDER));
+        let units = adapter_layout(&run.blueprint());
+        Self { run, rank, units, known: KnownHashes::default(), model: model.filter(|path| path.is_dir()) }
+    }
+
+    /// Publishes the run as it stands. Collective.
+    pub(super) fn save(&mut self, trainer: &Trainer, at: Progress) -> Result<()> {
+        let world = &*trainer.world;
+        let whole = trainer.model.whole_adapter()?;
+        let begun = match self.rank {
+            0 => self.begin(trainer, whole, at).map(Some),
+            _ => Ok(None),
+        };
+        let writer = agree(world, begun)?;
+        let hidden = writer.as_ref().and_then(|writer| writer.directory().file_name());
+        let hidden = from_first(world, &hidden.unwrap_or_default().to_string_lossy())?;
+        let wrote = self.write_own_pieces(trainer, &self.run.run_dir.join(hidden));
+        agree(world, wrote)?;
+        let published = writer.map_or(Ok(()), |writer| self.publish(writer, at.step));
+        agree(world, published)
+    }
+
+    /// Rank 0's files of the step, still hidden.
+    fn begin(
+        &mut self,
+        trainer: &Trainer,
+        whole: Vec<(Parameter, Vec<f32>)>,
+        at: Progress,
+    ) -> Result<StepWriter> {
+        let run = self.run;
+        let mut writer = StepWriter::begin(&run.run_dir, at.step)?;
+        let state = self.state(trainer, at)?;
+        reshard::check(&state.units, state.shards).map_err(|reason| CheckpointError::Mismatch {
+            path: writer.directory().to_owned(),
+            reason: format!("its shards do not tile its shapes: {reason}"),
+        })?;
+        let folder = writer.directory().join(checkpoint::state::FOLDER);
+        std::fs::create_dir(&folder).map_err(|error| CheckpointError::Io { path: folder, error })?;
+        state.write(writer.directory())?;
+        state.piece_files().for_each(|file| writer.expect(file));
+
+        let saves_base = !run.config.lora.save_lora_only;
+        if saves_base {
+            let config = run.config_path();
+            let files = BaseFiles {
+                weights: run.config.model.model_path.clone(),
+                tokenizer: run.config.model.tokenizer_path.clone().unwrap_or_else(|| config.clone()),
+                config,
+            };
+            files.write(writer.directory(), self.model.as_deref(), run.source.as_ref())?;
+        }
+        let model_path = run.config.model.model_path.clone();
+        let base = match model_path {
+            // A random base is nowhere but in the step.
+            None if saves_base => {
+                Some(steps::directory(&run.run_dir, at.step).join(checkpoint::base::FOLDER))
+            }
+            other => other,
+        };
+        self.write_adapter(writer.directory(), whole, base.as_deref())?;
+        Ok(writer)
+    }
+
+    fn write_adapter(
+        &self,
+        directory: &Path,
+        whole: Vec<(Parameter, Vec<f32>)>,
+        base: Option<&Path>,
+    ) -> Result<()> {
+        let (sites, lora) = (&self.run.sites, &self.run.config.lora);
+        let mut whole: HashMap<String, Vec<f32>> =
+            whole.into_iter().map(|(parameter, values)| (parameter.name, values)).collect();
+        let mut take = |name: String| whole.remove(&name).unwrap_or_default();
+        let adapters: Vec<LogicalAdapter> = sites
+            .iter()
+            .map(|site| LogicalAdapter {
+                a: take(format!("{}.lora_A", site.path())),
+                b: take(format!("{}.lora_B", site.path())),
+                ..LogicalAdapter::of(site, lora.lora_rank)
+            })
+            .collect();
+        let leaves = adapters.iter().flat_map(|adapter| adapter.leaves.iter().map(|(leaf, _)| leaf.clone()));
+        let mut target_modules: Vec<String> = leaves.collect();
+        target_modules.sort();
+        target_modules.dedup();
+        let config = AdapterConfig {
+            r: lora.lora_rank,
+            lora_alpha: lora.lora_alpha,
+            target_modules,
+            base_model_name_or_path: base.map(|path| path.display().to_string()),
+        };
+        Ok(checkpoint::peft::write(directory, &config, &adapters)?)
+    }
+
+    fn state(&self, trainer: &Trainer, at: Progress) -> Result<TrainerState> {
+        let Run { config, mesh, dataset, walk, .. } = self.run;
+        let (train, lora) = (&config.train, &config.lora);
+        Ok(TrainerState {
+            format: TrainerState::FORMAT,
+            run_id: train.run_id.clone(),
+            step: at.step,
+            total_steps: self.run.total_steps,
+            epoch: at.epoch,
+            position: at.position,
+            global_batch_size: walk.global_batch,
+            seed: train.seed,
+            world: mesh.world(),
+            shards: mesh.block(),
+            optimizer: OptimizerState { kind: train.optimizer, updates: trainer.optimizer.updates() },
+            schedule: trainer.schedule,
+            data: DataIdentity { rows: dataset.rows(), fingerprint: dataset.fingerprint().to_owned() },
+            lora: LoraIdentity { rank: lora.lora_rank, alpha: lora.lora_alpha },
+            base: source::digest(self.run.source.as_ref())?,
+            units: self.units.clone(),
+        })
+    }
+
+    fn write_own_pieces(&self, trainer: &Trainer, step: &Path) -> Result<()> {
+        let mesh = &self.run.mesh;
+        if mesh.coordinates(self.rank).replicate > 0 {
+            return Ok(());
+        }
+        let (adapter, moments) = (&trainer.model.adapter, trainer.optimizer.moments());
+        let unit = |unit| pieces_of(adapter, unit, moments.get(unit).map(|m| [&m.exp_avg, &m.exp_avg_sq]));
+        let units: Vec<UnitPieces> = (0..adapter.len()).map(unit).collect::<Result<_, ShardError>>()?;
+        Ok(write_pieces(step, self.rank, mesh.world(), &units)?)
+    }
+
+    /// Rank 0 makes the step visible and lets older ones go.
+    fn publish(&mut self, writer: StepWriter, step: usize) -> Result<()> {
+        let published = writer.publish(&mut self.known)?;
+        tracing::info!("saved {}", published.display());
+        let model = published.join(checkpoint::base::FOLDER);
+        if model.is_dir() {
+            self.model = Some(model);
+        }
+        if let Some(limit) = self.run.config.train.save_total_limit {
+            let run_dir = &self.run.run_dir;
+            let resumed = self.run.resumed().map(|resumed| resumed.state.step);
+            for step in steps::surplus(&steps::published(run_dir), limit, step, resumed) {
+                steps::withdraw(run_dir, step)?;
+                tracing::info!("removed step {step}: train.save_total_limit is {limit}");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What this rank owns of `unit`, with the two moments where the optimizer keeps them.
+fn pieces_of(
+    adapter: &AdapterShards,
+    unit: usize,
+    moments: Option<[&Tensor; 2]>,
+) -> Result<UnitPieces, ShardError> {
+    let floats = |tensor: &Tensor| Vec::<f32>::try_from(tensor);
+    let [exp_avg, exp_avg_sq] = match moments {
+        Some([first, second]) => [floats(first)?, floats(second)?],
+        None => [Vec::new(), Vec::new()],
+    };
+    Ok(UnitPieces { master: floats(adapter.master(unit))?, exp_avg, exp_avg_sq })
+}
