@@ -3,19 +3,9 @@
 
 mod common;
 
-use common::{python, ranks_of};
-use serde_json::{Value, json};
-use std::{
-    path::Path,
-    process::{Command, Output},
-};
-use xorl_dist::rng::Stream;
-
-/// `xorl-dist` on `ranks` ranks.
-fn run(ranks: usize, arguments: &[&str]) -> Output {
-    let program = Path::new(env!("CARGO_BIN_EXE_xorl-dist"));
-    ranks_of(program, ranks).args(arguments).env("HF_HUB_OFFLINE", "1").output().unwrap()
-}
+use common::{failed, make_rows, metrics, python, succeeded, xorl};
+use serde_json::json;
+use std::{path::Path, process::Command};
 
 /// A tiny random Qwen3 model made by ours is not independent; transformers makes this one.
 fn make_model(directory: &Path) {
@@ -25,17 +15,6 @@ fn make_model(directory: &Path) {
         Qwen3ForCausalLM(c).float().save_pretrained(sys.argv[1])";
     let made = Command::new(python()).args(["-c", script]).arg(directory).status();
     assert!(made.expect("launch/setup.sh makes .venv").success());
-}
-
-fn make_rows(path: &Path) {
-    let row = |i: u64| {
-        let stream = Stream::new(11, &format!("row {i}"));
-        let ids: Vec<u64> = (0..5 + i % 9).map(|j| stream.below(j, 503)).collect();
-        let labels: Vec<i64> =
-            ids.iter().enumerate().map(|(j, &id)| if j < 2 { -100 } else { id as i64 }).collect();
-        json!({"input_ids": ids, "labels": labels}).to_string() + "\n"
-    };
-    std::fs::write(path, (0..30).map(row).collect::<String>()).unwrap();
 }
 
 fn config(folder: &Path, packing: &str) -> String {
@@ -51,15 +30,6 @@ fn config(folder: &Path, packing: &str) -> String {
     path
 }
 
-fn metrics(output: &Path) -> Vec<Value> {
-    let text = std::fs::read_to_string(output.join("metrics.jsonl")).unwrap();
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
-
-fn succeeded(output: &Output) {
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-}
-
 #[test]
 fn mpi_trains_saves_and_peft_computes_our_loss() {
     let folder = tempfile::tempdir().unwrap();
@@ -67,8 +37,8 @@ fn mpi_trains_saves_and_peft_computes_our_loss() {
     make_model(&folder.path().join("model"));
     make_rows(&folder.path().join("rows.jsonl"));
     let packed = config(folder.path(), "multipack");
-    succeeded(&run(1, &["--config", &packed]));
-    succeeded(&run(2, &["train", "--config", &packed, "--train.output_dir", &at("two")]));
+    succeeded(&xorl(1, &["--config", &packed]));
+    succeeded(&xorl(2, &["train", "--config", &packed, "--train.output_dir", &at("two")]));
     let (one, two) = (metrics(&folder.path().join("out")), metrics(&folder.path().join("two")));
     assert_eq!(one.len(), two.len());
     for (one, two) in one.iter().zip(&two) {
@@ -85,7 +55,7 @@ fn mpi_trains_saves_and_peft_computes_our_loss() {
     let last = two.last().unwrap()["step"].as_u64().unwrap();
     let step = at(&format!("two/weights/run/step_{last}"));
     let rows = config(folder.path(), "none");
-    succeeded(&run(
+    succeeded(&xorl(
         1,
         &[
             "--config",
@@ -107,9 +77,8 @@ fn mpi_trains_saves_and_peft_computes_our_loss() {
     assert!((ours - theirs).abs() < 1e-5 * theirs, "ours {ours}, PEFT {theirs}");
 
     // A run directory with steps is never trained over.
-    let again = run(2, &["--config", &packed]);
-    assert_eq!(again.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&again.stderr).contains("holds steps of an earlier run"));
+    let again = xorl(2, &["--config", &packed]);
+    assert!(failed(&again, 2).contains("holds steps of an earlier run"));
 }
 
 #[test]
@@ -134,12 +103,9 @@ fn mpi_wrong_input_ends_all_ranks_with_one_line() {
         (&["--device", "cuda"], "not built yet"),
     ];
     for (arguments, word) in cases {
-        let output = run(2, &[&["--config", &good], *arguments].concat());
-        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-        let lines: Vec<&str> = stderr.lines().filter(|line| line.starts_with("error: ")).collect();
-        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {stderr}");
-        assert_eq!(lines.len(), 1, "{arguments:?}: {stderr}");
-        assert!(lines[0].contains(word), "{arguments:?}: {}", lines[0]);
+        let output = xorl(2, &[&["--config", &good], *arguments].concat());
+        let line = failed(&output, 2);
+        assert!(line.contains(word), "{arguments:?}: {line}");
         assert!(!folder.path().join("out").exists(), "{arguments:?} wrote something");
     }
 }
