@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{python, ranks_of};
+use common::{failed, python, succeeded, xorl};
 use serde_json::{Value, json};
 use std::{
     path::{Path, PathBuf},
@@ -16,8 +16,8 @@ fn smollm2() -> PathBuf {
 }
 
 fn generate(ranks: usize, model: &Path, arguments: &[&str]) -> Output {
-    let program = Path::new(env!("CARGO_BIN_EXE_xorl-dist"));
-    ranks_of(program, ranks).arg("generate").arg("--model").arg(model).args(arguments).output().unwrap()
+    let model = model.display().to_string();
+    xorl(ranks, &[&["generate", "--model", &model], arguments].concat())
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -49,7 +49,7 @@ fn mpi_generates_what_transformers_and_peft_generate() {
         .env("HF_HUB_OFFLINE", "1")
         .output()
         .unwrap();
-    assert!(oracle.status.success(), "{}", text(&oracle.stderr));
+    succeeded(&oracle);
     let expected = lines(&text(&oracle.stdout));
     assert_eq!(expected.len(), questions.len());
 
@@ -71,7 +71,7 @@ fn mpi_generates_what_transformers_and_peft_generate() {
                 "16",
             ],
         );
-        assert!(output.status.success(), "{}", text(&output.stderr));
+        succeeded(&output);
         let ours = lines(&std::fs::read_to_string(&out).unwrap());
         assert_eq!(ours.len(), expected.len());
         for (index, (ours, theirs)) in ours.iter().zip(&expected).enumerate() {
@@ -110,11 +110,8 @@ fn mpi_what_cannot_be_generated_is_one_line() {
         (vec!["--chat", "hi", "--device", "cuda"], "not built yet"),
     ] {
         let output = generate(2, &model, &arguments);
-        let stderr = text(&output.stderr);
-        let said: Vec<&str> = stderr.lines().filter(|line| line.starts_with("error: ")).collect();
-        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {stderr}");
-        assert_eq!(said.len(), 1, "{arguments:?}: {stderr}");
-        assert!(said[0].contains(word), "{arguments:?}: {}", said[0]);
+        let line = failed(&output, 2);
+        assert!(line.contains(word), "{arguments:?}: {line}");
         assert!(output.stdout.is_empty());
     }
 }

@@ -3,13 +3,10 @@
 
 mod common;
 
-use common::{python, ranks_of};
+use common::{failed, make_rows, metrics, python, succeeded, xorl};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
-use std::{
-    path::Path,
-    process::{Command, Output},
-};
+use std::{path::Path, process::Command};
 use tch::{Device, Tensor};
 use xorl_dist::{
     checkpoint::peft,
@@ -22,14 +19,7 @@ use xorl_dist::{
         source::SafetensorsSource,
         transformer::{Batch, LoraShape, Options, Transformer, all_projections},
     },
-    rng::Stream,
 };
-
-/// `xorl-dist` on `ranks` ranks.
-fn run(ranks: usize, arguments: &[&str]) -> Output {
-    let program = Path::new(env!("CARGO_BIN_EXE_xorl-dist"));
-    ranks_of(program, ranks).args(arguments).env("HF_HUB_OFFLINE", "1").output().unwrap()
-}
 
 /// A tiny random Qwen3 model made by ours is not independent; transformers makes this one.
 fn make_model(directory: &Path) {
@@ -39,17 +29,6 @@ fn make_model(directory: &Path) {
         Qwen3ForCausalLM(c).float().save_pretrained(sys.argv[1])";
     let made = Command::new(python()).args(["-c", script]).arg(directory).status();
     assert!(made.expect("launch/setup.sh makes .venv").success());
-}
-
-fn make_rows(path: &Path) {
-    let row = |i: u64| {
-        let stream = Stream::new(11, &format!("row {i}"));
-        let ids: Vec<u64> = (0..5 + i % 9).map(|j| stream.below(j, 503)).collect();
-        let labels: Vec<i64> =
-            ids.iter().enumerate().map(|(j, &id)| if j < 2 { -100 } else { id as i64 }).collect();
-        json!({"input_ids": ids, "labels": labels}).to_string() + "\n"
-    };
-    std::fs::write(path, (0..30).map(row).collect::<String>()).unwrap();
 }
 
 fn config(folder: &Path, packing: &str) -> String {
@@ -63,15 +42,6 @@ fn config(folder: &Path, packing: &str) -> String {
     let path = format!("{folder}/{packing}.yaml");
     std::fs::write(&path, yaml).unwrap();
     path
-}
-
-fn metrics(output: &Path) -> Vec<Value> {
-    let text = std::fs::read_to_string(output.join("metrics.jsonl")).unwrap();
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
-
-fn succeeded(output: &Output) {
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// The mean loss of `folder`'s rows with the adapter of `step`, by PEFT, which leaves its logits in `folder`.
@@ -136,7 +106,7 @@ fn packed_and_unpacked_documents_give_the_same_gradient() {
         let all = ["--train.max_steps", "1", "--train.global_batch_size", "30", "--train.max_grad_norm", "0"];
         let descent = ["--train.optimizer", "sgd", "--train.lr", "1e4", "--train.weight_decay", "0"];
         let out_dir = ["--train.output_dir", out.to_str().unwrap()];
-        succeeded(&run(1, &[&["--config", &config], &all[..], &descent[..], &out_dir[..]].concat()));
+        succeeded(&xorl(1, &[&["--config", &config], &all[..], &descent[..], &out_dir[..]].concat()));
         let bytes = std::fs::read(out.join("weights/run/step_1/adapter_model.safetensors")).unwrap();
         (metrics(&out).remove(0), bytes)
     };
@@ -166,8 +136,8 @@ fn mpi_trains_saves_and_peft_computes_our_loss() {
     make_model(&folder.path().join("model"));
     make_rows(&folder.path().join("rows.jsonl"));
     let packed = config(folder.path(), "multipack");
-    succeeded(&run(1, &["--config", &packed]));
-    succeeded(&run(2, &["train", "--config", &packed, "--train.output_dir", &at("two")]));
+    succeeded(&xorl(1, &["--config", &packed]));
+    succeeded(&xorl(2, &["train", "--config", &packed, "--train.output_dir", &at("two")]));
     let (one, two) = (metrics(&folder.path().join("out")), metrics(&folder.path().join("two")));
     assert_eq!(one.len(), two.len());
     for (one, two) in one.iter().zip(&two) {
@@ -184,7 +154,7 @@ fn mpi_trains_saves_and_peft_computes_our_loss() {
     let last = two.last().unwrap()["step"].as_u64().unwrap();
     let step = at(&format!("two/weights/run/step_{last}"));
     let rows = config(folder.path(), "none");
-    succeeded(&run(
+    succeeded(&xorl(
         1,
         &[
             "--config",
@@ -205,15 +175,14 @@ fn mpi_trains_saves_and_peft_computes_our_loss() {
     // And with independent leaves, not all of them.
     let leaves = ["--lora.lora_target_modules", "q_proj", "v_proj", "gate_proj", "down_proj"];
     let short = ["--train.max_steps", "2", "--train.output_dir", &at("leaves")];
-    succeeded(&run(2, &[&["--config", &packed], &leaves[..], &short[..]].concat()));
+    succeeded(&xorl(2, &[&["--config", &packed], &leaves[..], &short[..]].concat()));
     let step = at("leaves/weights/run/step_2");
     peft_loss(folder.path(), &step);
     our_logits_are_theirs(folder.path(), &step);
 
     // A run directory with steps is never trained over.
-    let again = run(2, &["--config", &packed]);
-    assert_eq!(again.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&again.stderr).contains("holds steps of an earlier run"));
+    let again = xorl(2, &["--config", &packed]);
+    assert!(failed(&again, 2).contains("holds steps of an earlier run"));
 }
 
 #[test]
@@ -238,12 +207,9 @@ fn mpi_wrong_input_ends_all_ranks_with_one_line() {
         (&["--device", "cuda"], "not built yet"),
     ];
     for (arguments, word) in cases {
-        let output = run(2, &[&["--config", &good], *arguments].concat());
-        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-        let lines: Vec<&str> = stderr.lines().filter(|line| line.starts_with("error: ")).collect();
-        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {stderr}");
-        assert_eq!(lines.len(), 1, "{arguments:?}: {stderr}");
-        assert!(lines[0].contains(word), "{arguments:?}: {}", lines[0]);
+        let output = xorl(2, &[&["--config", &good], *arguments].concat());
+        let line = failed(&output, 2);
+        assert!(line.contains(word), "{arguments:?}: {line}");
         assert!(!folder.path().join("out").exists(), "{arguments:?} wrote something");
     }
 }

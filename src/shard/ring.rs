@@ -13,6 +13,9 @@ use crate::{
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 
+/// Elements that are on their way from a file to a shard at a time.
+const STAGING_ELEMENTS: usize = 1 << 20;
+
 struct Slot {
     /// `[bytes of the largest unit]` u8
     buffer: Tensor,
@@ -70,10 +73,15 @@ impl Ring {
     pub fn load(&self, source: &dyn WeightSource) -> Result<(), ShardError> {
         for (layout, shard) in self.layouts.iter().zip(&self.shards) {
             for read in layout.reads(self.comm.rank()) {
-                let bytes = read.range.len() * read.dtype.size();
-                let mut staging = vec![0u8; bytes];
-                source.read(&read.tensor, read.range, read.dtype, &mut staging)?;
-                shard.narrow(0, read.at as i64, bytes as i64).copy_(&Tensor::from_slice(&staging));
+                let size = read.dtype.size();
+                for first in read.range.clone().step_by(STAGING_ELEMENTS) {
+                    let part = first..read.range.end.min(first + STAGING_ELEMENTS);
+                    let at = read.at + (first - read.range.start) * size;
+                    let mut staging = vec![0u8; part.len() * size];
+                    let bytes = staging.len() as i64;
+                    source.read(&read.tensor, part, read.dtype, &mut staging)?;
+                    shard.narrow(0, at as i64, bytes).copy_(&Tensor::from_slice(&staging));
+                }
             }
         }
         Ok(())

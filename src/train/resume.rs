@@ -159,7 +159,7 @@ impl Run {
     fn read_step(&mut self, path: &Path, rank: usize) -> Result<()> {
         let state = TrainerState::read(path)?;
         let unfit = |reason| CheckpointError::Unfit { path: path.to_owned(), reason };
-        self.same_adapter(&state).map_err(unfit)?;
+        self.same_beginning(&state).map_err(unfit)?;
         let units = adapter_layout(&self.blueprint());
         let pieces = read_pieces(path, &state, &units, self.mesh.coordinates(rank).shard)?;
         if rank == 0 && source::digest(self.source.as_ref())? != state.base {
@@ -185,24 +185,24 @@ impl Run {
         Ok(())
     }
 
-    /// Whether rank and scale are what the step has; shapes are compared where they are read.
-    fn same_adapter(&self, state: &TrainerState) -> Result<(), String> {
+    /// Whether seed, rank and scale are what the step has; shapes are compared where they are read.
+    fn same_beginning(&self, state: &TrainerState) -> Result<(), String> {
         let (lora, stored) = (&self.config.lora, &state.lora);
-        if (stored.rank, stored.alpha) == (lora.lora_rank, lora.lora_alpha) {
-            return Ok(());
+        if (stored.rank, stored.alpha) != (lora.lora_rank, lora.lora_alpha) {
+            return Err(format!(
+                "it has lora_rank {} and lora_alpha {:?}, the run {} and {:?}",
+                stored.rank, stored.alpha, lora.lora_rank, lora.lora_alpha
+            ));
         }
-        Err(format!(
-            "it has lora_rank {} and lora_alpha {:?}, the run {} and {:?}",
-            stored.rank, stored.alpha, lora.lora_rank, lora.lora_alpha
-        ))
+        if state.seed != self.config.train.seed {
+            return Err(format!("its train.seed is {}, the run's {}", state.seed, self.config.train.seed));
+        }
+        Ok(())
     }
 
-    /// Whether seed, optimizer and data are those that the step's moments and position mean.
+    /// Whether optimizer and data are those that the step's moments and position mean.
     fn same_course(&self, state: &TrainerState) -> Result<(), String> {
         let train = &self.config.train;
-        if state.seed != train.seed {
-            return Err(format!("its train.seed is {}, the run's {}", state.seed, train.seed));
-        }
         if state.optimizer.kind != train.optimizer {
             let name = |kind| serde_json::json!(kind).as_str().unwrap_or_default().to_owned();
             let (theirs, ours) = (name(state.optimizer.kind), name(train.optimizer));

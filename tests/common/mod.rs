@@ -1,10 +1,14 @@
 //! How tests start Python and ranks. Each test program uses a part of it.
 #![allow(dead_code, reason = "every test program compiles its own copy")]
 
+pub mod tiny;
+
+use serde_json::{Value, json};
 use std::{
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Output},
 };
+use xorl_dist::rng::Stream;
 
 /// The Python that has transformers and PEFT: launch/setup.sh makes it.
 pub fn python() -> PathBuf {
@@ -23,4 +27,42 @@ pub fn ranks_of(program: &Path, ranks: usize) -> Command {
     };
     command.env("OMP_NUM_THREADS", "1");
     command
+}
+
+/// `xorl-dist` on `ranks` ranks.
+pub fn xorl(ranks: usize, arguments: &[&str]) -> Output {
+    let program = Path::new(env!("CARGO_BIN_EXE_xorl-dist"));
+    ranks_of(program, ranks).args(arguments).env("HF_HUB_OFFLINE", "1").output().unwrap()
+}
+
+/// What the run said is part of the failure.
+pub fn succeeded(output: &Output) {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// The one `error:` line of a run that ended with `code`.
+pub fn failed(output: &Output, code: i32) -> String {
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    let lines: Vec<&str> = stderr.lines().filter(|line| line.starts_with("error: ")).collect();
+    assert_eq!(output.status.code(), Some(code), "{stderr}");
+    assert_eq!(lines.len(), 1, "{stderr}");
+    lines[0].to_owned()
+}
+
+/// 30 rows of token ids below 503, of different lengths, the first two tokens of each without a label.
+pub fn make_rows(path: &Path) {
+    let row = |i: u64| {
+        let stream = Stream::new(11, &format!("row {i}"));
+        let ids: Vec<u64> = (0..5 + i % 9).map(|j| stream.below(j, 503)).collect();
+        let labels: Vec<i64> =
+            ids.iter().enumerate().map(|(j, &id)| if j < 2 { -100 } else { id as i64 }).collect();
+        json!({"input_ids": ids, "labels": labels}).to_string() + "\n"
+    };
+    std::fs::write(path, (0..30).map(row).collect::<String>()).unwrap();
+}
+
+/// The lines of metrics.jsonl.
+pub fn metrics(output: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(output.join("metrics.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }

@@ -1,5 +1,5 @@
-//! HF directories: `model.safetensors`, or the shards that `model.safetensors.index.json` lists. Files are mapped,
-//! and only the asked-for elements are touched.
+//! HF directories: `model.safetensors`, or the shards that `model.safetensors.index.json` lists. Only the headers and
+//! the asked-for elements are read, and by `pread`: pages of a mapped file would count as this rank's memory.
 
 use super::{SourceError, TensorMeta, WeightSource, check_range, unknown};
 use crate::dtype::DType;
@@ -10,6 +10,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
     ops::Range,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
@@ -22,15 +23,15 @@ struct Located {
 
 /// The tensors of an HF model directory.
 pub struct SafetensorsSource {
-    maps: Vec<Mmap>,
+    files: Vec<(PathBuf, File)>,
     tensors: BTreeMap<String, Located>,
     read: Cell<u64>,
 }
 
 impl SafetensorsSource {
-    /// Maps the files of `directory` and reads their headers.
+    /// Opens the files of `directory` and reads their headers.
     pub fn open(directory: &Path) -> Result<Self, SourceError> {
-        let mut source = Self { maps: Vec::new(), tensors: BTreeMap::new(), read: Cell::new(0) };
+        let mut source = Self { files: Vec::new(), tensors: BTreeMap::new(), read: Cell::new(0) };
         for path in weight_files(directory)? {
             source.add(&path)?;
         }
@@ -41,7 +42,8 @@ impl SafetensorsSource {
         let io = |error| SourceError::Io { path: path.to_owned(), error };
         let format = |reason: String| SourceError::Format { path: path.to_owned(), reason };
         let file = File::open(path).map_err(io)?;
-        // SAFETY: model files are not written while a run reads them; a file that shrinks under us would end the
+        // The library checks the header against the whole file; mapped, no more than the header is touched.
+        // SAFETY: model files are not written while a run opens them; a file that shrinks under us would end the
         // process with SIGBUS, as it would for every reader of mapped weights.
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
         let (header, metadata) =
@@ -62,9 +64,9 @@ impl SafetensorsSource {
                 return Err(format(format!("tensor {name} reaches past the end of the file")));
             }
             let meta = TensorMeta { dtype, shape: info.shape.clone() };
-            self.tensors.insert(name, Located { file: self.maps.len(), start, meta });
+            self.tensors.insert(name, Located { file: self.files.len(), start, meta });
         }
-        self.maps.push(map);
+        self.files.push((path.to_owned(), file));
         Ok(())
     }
 }
@@ -115,9 +117,12 @@ impl WeightSource for SafetensorsSource {
         let tensor = self.tensors.get(name).ok_or_else(|| unknown(name))?;
         check_range(name, &range, &tensor.meta)?;
         let size = tensor.meta.dtype.size();
-        let bytes = tensor.start + range.start * size..tensor.start + range.end * size;
+        let (path, file) = &self.files[tensor.file];
+        let mut bytes = vec![0; range.len() * size];
+        file.read_exact_at(&mut bytes, (tensor.start + range.start * size) as u64)
+            .map_err(|error| SourceError::Io { path: path.clone(), error })?;
         self.read.set(self.read.get() + bytes.len() as u64);
-        tensor.meta.dtype.convert(&self.maps[tensor.file][bytes], dtype, out);
+        tensor.meta.dtype.convert(&bytes, dtype, out);
         Ok(())
     }
 

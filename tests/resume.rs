@@ -1,0 +1,290 @@
+//! A run that is interrupted and resumed is the run that was not: bit for bit in the same world, within tolerance in
+//! another; and what cannot be resumed is refused in one line before anything is written.
+
+mod common;
+
+use common::{
+    failed, succeeded,
+    tiny::{STEPS, TinyRun, adapter, copy_tree, differences, tamper, tree},
+};
+use serde_json::{Value, json};
+use std::{fs, path::Path};
+
+const AUTO: [&str; 2] = ["--train.load_checkpoint_path", "auto"];
+
+/// Runs 20 steps on `ranks` ranks, and again from its step 10: nothing may differ.
+fn second_half_is_bit_identical(ranks: usize, more: &[&str]) {
+    let run = TinyRun::new();
+    succeeded(&run.run(ranks, "whole", more));
+    run.interrupted("whole", "half", 10);
+    succeeded(&run.run(ranks, "half", &[&AUTO[..], more].concat()));
+    let (whole, half) = (run.story("whole"), run.story("half"));
+    assert_eq!(whole.len(), STEPS);
+    for (whole, half) in whole.iter().zip(&half) {
+        assert_eq!(whole, half);
+    }
+    assert_eq!(half.len(), STEPS, "lines of steps after the resumed one were cut");
+    assert!(
+        whole[10]["loss"].as_f64().unwrap() < whole[0]["loss"].as_f64().unwrap(),
+        "it has learnt something"
+    );
+    for step in [10, 15, 20] {
+        let different = differences(&run.step("whole", step), &run.step("half", step));
+        assert!(different.is_empty(), "step {step}: {different:?}");
+    }
+    let summary = |out: &str| fs::read_to_string(run.at(out).join("training_metrics.json")).unwrap();
+    assert_eq!(summary("whole"), summary("half"), "the history goes on");
+    assert_eq!(fs::read_to_string(run.run_dir("half").join("latest")).unwrap(), "step_20\n");
+}
+
+#[test]
+fn resumed_on_one_rank_is_bit_identical() {
+    second_half_is_bit_identical(1, &[]);
+}
+
+#[test]
+fn resumed_sgd_is_bit_identical() {
+    second_half_is_bit_identical(
+        1,
+        &["--train.optimizer", "sgd", "--train.lr", "0.5", "--train.lr_min", "0"],
+    );
+}
+
+#[test]
+fn mpi_resumed_on_two_ranks_is_bit_identical() {
+    second_half_is_bit_identical(2, &[]);
+}
+
+#[test]
+fn mpi_resumed_with_replicas_is_bit_identical() {
+    let more = ["--train.data_parallel_replicate_size", "2", "--train.global_batch_size", "7"];
+    second_half_is_bit_identical(4, &more);
+}
+
+/// The end of `out` agrees with that of `reference` as two topologies of one run do.
+fn within_tolerance(run: &TinyRun, reference: &str, out: &str) {
+    let (expected, found) = (run.story(reference), run.story(out));
+    assert_eq!(found.len(), STEPS);
+    for (expected, found) in expected.iter().zip(&found) {
+        for field in ["step", "epoch", "lr", "tokens", "tokens_total"] {
+            assert_eq!(expected[field], found[field], "{out} {field}: {expected} {found}");
+        }
+        for field in ["loss", "grad_norm"] {
+            let (a, b) = (expected[field].as_f64().unwrap(), found[field].as_f64().unwrap());
+            assert!((a - b).abs() <= 1e-5 * a.abs(), "{out} {field}: {expected} {found}");
+        }
+    }
+    let (expected, found) = (adapter(&run.step(reference, STEPS)), adapter(&run.step(out, STEPS)));
+    assert_eq!(expected.keys().collect::<Vec<_>>(), found.keys().collect::<Vec<_>>());
+    for (name, expected) in &expected {
+        let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
+        let pairs = expected.iter().zip(&found[name]);
+        let apart = norm(&mut pairs.map(|(a, b)| f64::from(*a) - f64::from(*b)));
+        let size = norm(&mut expected.iter().map(|a| f64::from(*a)));
+        assert!(apart <= 1e-4 * size, "{out} {name}: {apart} of {size}");
+    }
+}
+
+#[test]
+fn mpi_resumed_in_another_world_is_the_same_run() {
+    let run = TinyRun::new();
+    // What a step consumes depends on the world where nothing says it: the stored 4 rows rule on a resume.
+    let rows = ["--train.global_batch_size", "4"];
+    succeeded(&run.run(1, "one", &rows));
+    succeeded(&run.run(2, "two", &rows));
+    succeeded(&run.run(4, "replicas", &[&rows[..], &["--train.data_parallel_replicate_size", "2"]].concat()));
+    for (from, ranks, out, more) in [
+        ("two", 1, "two to one", &[][..]),
+        ("one", 3, "one to three", &[]),
+        ("replicas", 3, "two replicas of two to three", &[]),
+        ("one", 1, "fused to split", &["--model.merge_qkv", "false", "--train.ring_slots", "1"]),
+    ] {
+        run.interrupted(from, out, 10);
+        succeeded(&run.run(ranks, out, &[&AUTO[..], more].concat()));
+        within_tolerance(&run, "one", out);
+    }
+}
+
+#[test]
+fn stored_batch_rules_unless_another_is_given() {
+    let run = TinyRun::new();
+    let output = run.run(1, "out", &["--train.max_steps", "10"]);
+    succeeded(&output);
+    let more = ["--train.micro_batch_size", "3", "--train.max_steps", "12"];
+    let resumed = |out: &str, given: &[&str]| {
+        copy_tree(&run.at("out"), &run.at(out));
+        succeeded(&run.run(1, out, &[&AUTO[..], &more, given].concat()));
+        let state = fs::read_to_string(run.step(out, 12).join("training_state/trainer_state.json")).unwrap();
+        let state: Value = serde_json::from_str(&state).unwrap();
+        (state["global_batch_size"].clone(), state["position"].clone())
+    };
+    // 8 steps an epoch: step 10 has consumed 8 rows of the second.
+    assert_eq!(resumed("stored", &[]), (json!(4), json!({"epoch": 1, "row": 16})));
+    let given = ["--train.global_batch_size", "11"];
+    assert_eq!(resumed("given", &given), (json!(11), json!({"epoch": 2, "row": 0})));
+}
+
+#[test]
+fn auto_skips_a_damaged_newest_step_and_replaces_it() {
+    let run = TinyRun::new();
+    // Where there is nothing, auto starts afresh.
+    let output = run.run(1, "whole", &AUTO);
+    succeeded(&output);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("starting afresh"));
+    copy_tree(&run.at("whole"), &run.at("hurt"));
+    fs::remove_file(run.step("hurt", 20).join("manifest.json")).unwrap();
+    tamper(&run.step("hurt", 15), "adapter_config.json", b"{}", false);
+    let output = run.run(1, "hurt", &AUTO);
+    succeeded(&output);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    for words in [
+        "step_20 is not a whole step: manifest.json",
+        "step_15 is not a whole step: adapter_config.json has 2",
+    ] {
+        assert!(said.contains(words), "{words} in {said}");
+    }
+    assert!(said.contains("on from") && said.contains("step_10"), "{said}");
+    for step in [15, 20] {
+        assert_eq!(differences(&run.step("whole", step), &run.step("hurt", step)), Vec::<&Path>::new());
+    }
+}
+
+#[test]
+fn a_finished_run_stays_as_it_is() {
+    let run = TinyRun::new();
+    succeeded(&run.run(1, "out", &[]));
+    let before = tree(&run.at("out"));
+    let output = run.run(1, "out", &AUTO);
+    succeeded(&output);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("nothing is left to train"));
+    let ours = |files: std::collections::BTreeMap<std::path::PathBuf, Vec<u8>>| {
+        files.into_iter().filter(|(path, _)| !path.ends_with("config.yaml")).collect::<Vec<_>>()
+    };
+    assert!(ours(before) == ours(tree(&run.at("out"))));
+}
+
+#[test]
+fn steps_present_are_refused_resumed_or_overwritten_as_asked() {
+    let run = TinyRun::new();
+    succeeded(&run.run(1, "out", &[]));
+    let before = tree(&run.at("out"));
+    let line = failed(&run.run(1, "out", &[]), 2);
+    assert!(line.contains("auto") && line.contains("--train.overwrite true"), "{line}");
+    // An earlier step by name: later ones are in the way.
+    let step = run.step("out", 5).display().to_string();
+    let from_step = ["--train.load_checkpoint_path", &step];
+    let line = failed(&run.run(1, "out", &from_step), 2);
+    assert!(line.contains("step_20") && line.contains("--train.overwrite true"), "{line}");
+    // Not even overwriting touches anything before all is known to be right.
+    for wrong in [["--train.optimizer", "sgd"], ["--train.lr", "fast"], ["--lora.lora_rank", "5"]] {
+        failed(&run.run(1, "out", &[&from_step[..], &wrong, &["--train.overwrite", "true"]].concat()), 2);
+    }
+    assert!(tree(&run.at("out")) == before, "a refused run changed something");
+
+    let output = run.run(
+        1,
+        "out",
+        &[&from_step[..], &["--train.overwrite", "true", "--train.max_steps", "12"]].concat(),
+    );
+    succeeded(&output);
+    assert_eq!(run.steps("out"), [5, 10, 12]);
+    assert_eq!(run.story("out").len(), 12);
+    succeeded(&run.run(1, "out", &["--train.overwrite", "true", "--train.max_steps", "7"]));
+    assert_eq!(run.steps("out"), [5, 7]);
+    assert_eq!(run.story("out").len(), 7);
+    // A step of another output directory and run_id: both go on under the name that the step has.
+    let other = run.run(1, "other", &["--train.run_id", "mine", "--train.max_steps", "5"]);
+    succeeded(&other);
+    let step = run.at("other/weights/mine/step_5").display().to_string();
+    succeeded(&run.run(1, "third", &["--train.load_checkpoint_path", &step, "--train.max_steps", "6"]));
+    assert!(run.at("third/weights/mine/step_6/manifest.json").is_file());
+}
+
+#[test]
+fn another_run_cannot_take_a_step_for_its_own() {
+    let run = TinyRun::new();
+    succeeded(&run.run(1, "out", &["--train.max_steps", "5"]));
+    let before = tree(&run.at("out"));
+    let config = |change: &dyn Fn(&mut Value)| {
+        let text = fs::read_to_string(run.at("config.json")).unwrap();
+        let mut json: Value = serde_json::from_str(&text).unwrap();
+        change(&mut json);
+        let folder = run.at("other model");
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("config.json"), json.to_string()).unwrap();
+        folder.display().to_string()
+    };
+    let rows = fs::read_to_string(run.at("rows.jsonl")).unwrap();
+    fs::write(run.at("fewer.jsonl"), rows.lines().take(20).collect::<Vec<_>>().join("\n")).unwrap();
+    let data = json!([{"path": run.at("fewer.jsonl"), "type": "tokenized"}]).to_string();
+    let cases: &[(&[&str], &str)] = &[
+        (&["--lora.lora_rank", "8"], "it has lora_rank 4 and lora_alpha 8.0, the run 8"),
+        (&["--lora.lora_alpha", "9"], "lora_alpha 8.0, the run 4 and 9.0"),
+        (&["--lora.lora_target_modules", "q_proj"], "surplus"),
+        (&["--lora.lora_target_modules", "all-linear"], "missing"),
+        (&["--train.seed", "7"], "its train.seed is 42, the run's 7"),
+        (&["--train.optimizer", "sgd"], "its train.optimizer is adamw, the run's sgd"),
+        (&["--data.datasets", &data], "30 rows then, 20 now"),
+        (&["--train.load_checkpoint_path", "/nowhere"], "there is no such directory"),
+    ];
+    for (arguments, words) in cases {
+        let line = failed(&run.run(1, "out", &[&AUTO[..], *arguments].concat()), 2);
+        assert!(line.contains(words), "{arguments:?}: {line}");
+    }
+    for (field, value, words) in [
+        ("intermediate_size", json!(96), "expected"),
+        ("num_hidden_layers", json!(3), "missing"),
+        ("initializer_range", json!(0.1), "the base is another one"),
+    ] {
+        let model = config(&|json| json[field] = value.clone());
+        let line = failed(&run.run(1, "out", &[&AUTO[..], &["--model.config_path", &model]].concat()), 2);
+        assert!(line.contains(words), "{field}: {line}");
+    }
+    assert!(tree(&run.at("out")) == before, "a refused run changed something");
+}
+
+/// On two ranks, where the file of either may be the broken one.
+#[test]
+fn mpi_broken_state_files_are_refused_in_one_line() {
+    let run = TinyRun::new();
+    succeeded(&run.run(2, "out", &["--train.max_steps", "5"]));
+    let state = "training_state/trainer_state.json";
+    let pieces = "training_state/optimizer-1-of-2.safetensors";
+    let read = |file: &str| fs::read(run.step("out", 5).join(file)).unwrap();
+    let stated = |from: &str, to: &str| {
+        let text = String::from_utf8(read(state)).unwrap();
+        assert!(text.contains(from), "{from}");
+        text.replacen(from, to, 1).into_bytes()
+    };
+    let cut = |file: &str| read(file)[..read(file).len() / 2].to_vec();
+    let flipped = |file: &str| {
+        let mut bytes = read(file);
+        let last = bytes.len() - 1;
+        bytes[last] ^= 1;
+        bytes
+    };
+    let cases = [
+        (state, cut(state), false, "bytes,"),
+        (state, cut(state), true, "EOF"),
+        (state, b"[]".to_vec(), true, "no format"),
+        (state, stated("\"format\": 1", "\"format\": 9"), true, "format 9"),
+        (state, stated("\"shards\": 2", "\"shards\": 1"), true, "reaches past"),
+        (state, stated("\"updates\": 5", "\"updates\": -5"), true, "invalid value"),
+        (state, stated("\"step\": 5", "\"step\": 6"), true, "the state of step 6"),
+        (pieces, flipped(pieces), false, "SHA-256 differs"),
+        (pieces, cut(pieces), true, "optimizer-1-of-2.safetensors: "),
+        (pieces, Vec::new(), true, "optimizer-1-of-2.safetensors: "),
+        (pieces, b"\xff\xff\xff\xff\xff\xff\xff\xff".to_vec(), true, "optimizer-1-of-2.safetensors: "),
+        (pieces, read(state), true, "optimizer-1-of-2.safetensors: "),
+    ];
+    for (index, (file, bytes, consistent, words)) in cases.iter().enumerate() {
+        let out = format!("case {index}");
+        copy_tree(&run.at("out"), &run.at(&out));
+        tamper(&run.step(&out, 5), file, bytes, *consistent);
+        let before = tree(&run.at(&out));
+        let step = run.step(&out, 5).display().to_string();
+        let line = failed(&run.run(2, &out, &["--train.load_checkpoint_path", &step]), 2);
+        assert!(line.contains(words), "{file} {index}: {line}");
+        assert!(tree(&run.at(&out)) == before, "{file} {index}: something was written");
+    }
+}
