@@ -38,7 +38,7 @@ pub enum Error {
     Input(String),
     #[error("{0}")]
     Failure(String),
-    /// Another rank failed and says why; this one has nothing to add and ends with the same code.
+    /// Another rank failed and says why, or this one has said so: nothing to add, only the code to end with.
     #[error("another rank has failed")]
     Elsewhere { code: i32 },
 }

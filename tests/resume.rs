@@ -56,6 +56,13 @@ fn mpi_resumed_on_two_ranks_is_bit_identical() {
 }
 
 #[test]
+fn mpi_resumed_in_bf16_with_gathered_layers_kept_is_bit_identical() {
+    let more = "--train.enable_mixed_precision true --train.reshard_after_forward false \
+        --train.reduce_gradients micro_batch --train.vocab_chunk_rows 100";
+    second_half_is_bit_identical(2, &more.split_whitespace().collect::<Vec<_>>());
+}
+
+#[test]
 fn mpi_resumed_with_replicas_is_bit_identical() {
     let more = ["--train.data_parallel_replicate_size", "2", "--train.global_batch_size", "7"];
     second_half_is_bit_identical(4, &more);

@@ -44,12 +44,11 @@ fn config(folder: &Path, packing: &str) -> String {
     path
 }
 
-/// The mean loss of `folder`'s rows with the adapter of `step`, by PEFT, which leaves its logits in `folder`.
-fn peft_loss(folder: &Path, step: &str) -> f64 {
+/// The mean loss of `folder`'s rows with the adapter of `step` on `base`, by PEFT, which leaves its logits in `folder`.
+fn peft_loss(folder: &Path, base: &Path, step: &str) -> f64 {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/oracle/peft_loss.py");
     let files = ["rows.jsonl", "logits.safetensors"].map(|name| folder.join(name));
-    let peft =
-        Command::new(python()).arg(script).arg(folder.join("model")).arg(step).args(files).output().unwrap();
+    let peft = Command::new(python()).arg(script).arg(base).arg(step).args(files).output().unwrap();
     succeeded(&peft);
     String::from_utf8_lossy(&peft.stdout).trim().parse().unwrap()
 }
@@ -137,7 +136,11 @@ fn mpi_trains_saves_and_peft_computes_our_loss() {
     make_rows(&folder.path().join("rows.jsonl"));
     let packed = config(folder.path(), "multipack");
     succeeded(&xorl(1, &["--config", &packed]));
-    succeeded(&xorl(2, &["train", "--config", &packed, "--train.output_dir", &at("two")]));
+    let base_too = ["--lora.save_lora_only", "false"];
+    succeeded(&xorl(
+        2,
+        &[&["train", "--config", &packed, "--train.output_dir", &at("two")][..], &base_too].concat(),
+    ));
     let (one, two) = (metrics(&folder.path().join("out")), metrics(&folder.path().join("two")));
     assert_eq!(one.len(), two.len());
     for (one, two) in one.iter().zip(&two) {
@@ -168,7 +171,8 @@ fn mpi_trains_saves_and_peft_computes_our_loss() {
         ],
     ));
     let ours = metrics(&folder.path().join("again"))[0]["loss"].as_f64().unwrap();
-    let theirs = peft_loss(folder.path(), &step);
+    // The base that was saved beside the adapter is the one that transformers loads here.
+    let theirs = peft_loss(folder.path(), &Path::new(&step).join("model"), &step);
     assert!((ours - theirs).abs() < 1e-5 * theirs, "ours {ours}, PEFT {theirs}");
     our_logits_are_theirs(folder.path(), &step);
 
@@ -177,7 +181,7 @@ fn mpi_trains_saves_and_peft_computes_our_loss() {
     let short = ["--train.max_steps", "2", "--train.output_dir", &at("leaves")];
     succeeded(&xorl(2, &[&["--config", &packed], &leaves[..], &short[..]].concat()));
     let step = at("leaves/weights/run/step_2");
-    peft_loss(folder.path(), &step);
+    peft_loss(folder.path(), &folder.path().join("model"), &step);
     our_logits_are_theirs(folder.path(), &step);
 
     // A run directory with steps is never trained over.

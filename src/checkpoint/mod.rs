@@ -34,7 +34,10 @@ pub enum CheckpointError {
     #[error("{path} is not a whole step: {reason}")]
     Damaged { path: PathBuf, reason: String },
     /// A whole step that belongs to another run.
-    #[error("{path}: this run cannot resume from it: {reason}")]
+    #[error(
+        "{path}: this run cannot resume from it: {reason}; keep what the step was trained with, or start anew with \
+         another train.run_id"
+    )]
     Unfit { path: PathBuf, reason: String },
     #[error(
         "{path} holds steps of an earlier run; go on with --train.load_checkpoint_path auto, remove them with \

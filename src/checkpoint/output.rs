@@ -9,6 +9,7 @@ use std::{
 };
 
 const LOCK_FILE: &str = ".lock";
+const TOKEN: &str = ".shared-";
 /// A network file system may show a new file late.
 const SEEN_WITHIN: Duration = Duration::from_secs(10);
 
@@ -58,10 +59,15 @@ pub struct SharedToken {
 }
 
 impl SharedToken {
-    /// Puts a token into `output`.
+    /// Puts a token into `output`, which the caller has locked; one that a killed run has left goes.
     pub fn put(output: &Path) -> Result<Self, CheckpointError> {
+        for entry in fs::read_dir(output).map_err(io(output))?.flatten() {
+            if entry.file_name().to_string_lossy().starts_with(TOKEN) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
         let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_nanos();
-        let name = format!(".shared-{}-{now}", std::process::id());
+        let name = format!("{TOKEN}{}-{now}", std::process::id());
         let path = output.join(&name);
         fs::write(&path, "").map_err(io(&path))?;
         Ok(Self { path, name })
@@ -109,6 +115,7 @@ mod tests {
     #[test]
     fn a_token_is_seen_where_it_was_put_and_goes_with_its_owner() {
         let (output, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        fs::write(output.path().join(".shared-1-2"), "").unwrap();
         let token = SharedToken::put(output.path()).unwrap();
         SharedToken::is_seen(output.path(), token.name()).unwrap();
         assert!(!other.path().join(token.name()).exists());

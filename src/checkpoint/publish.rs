@@ -93,8 +93,13 @@ impl StepWriter {
         if published.exists() && verify(&published).is_ok() {
             return Err(CheckpointError::Published { path: published });
         }
-        fs::create_dir_all(run).map_err(io(run))?;
-        steps::sweep(run)?;
+        if !run.is_dir() {
+            fs::create_dir_all(run).map_err(io(run))?;
+            // `{output_dir}/weights/{run_id}`: each may be new.
+            let above = run.ancestors().skip(1).take(2).filter(|folder| folder.is_dir());
+            above.into_iter().try_for_each(sync)?;
+        }
+        steps::sweep(run);
         let hidden = run.join(format!("{}step_{step}-{}", steps::HIDDEN, std::process::id()));
         fs::create_dir(&hidden).map_err(io(&hidden))?;
         Ok(Self { run: run.to_owned(), step, hidden, expected: Vec::new() })

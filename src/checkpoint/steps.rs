@@ -98,17 +98,17 @@ pub(super) fn set_latest(run: &Path, step: usize) -> Result<(), CheckpointError>
     sync(run)
 }
 
-/// Removes what a killed process left half done.
-pub fn sweep(run: &Path) -> Result<(), CheckpointError> {
-    let Ok(entries) = fs::read_dir(run) else { return Ok(()) };
-    for entry in entries {
-        let path = entry.map_err(io(run))?.path();
-        if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(HIDDEN)) {
+/// Removes what a killed process left half done. What cannot be removed is in nobody's way: a warning names it.
+pub fn sweep(run: &Path) {
+    for entry in fs::read_dir(run).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if entry.file_name().to_string_lossy().starts_with(HIDDEN) {
             let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-            removed.map_err(io(&path))?;
+            if let Err(error) = removed {
+                tracing::warn!("{}: an abandoned directory that cannot be removed: {error}", path.display());
+            }
         }
     }
-    Ok(())
 }
 
 #[cfg(test)]

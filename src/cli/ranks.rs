@@ -23,15 +23,23 @@ pub(super) fn on_all_ranks<P>(
         tch::set_num_threads((cores / world.size()).max(1) as i32);
     }
 
-    let prepared = agree(&*world.group("world", 0), prepare(&world))?;
+    // Said before the ranks part: where one has exited, mpirun ends the others.
+    let prepared = agree(&*world.group("world", 0), prepare(&world)).map_err(|error| said("", error))?;
     if let Err(error) = execute(prepared, &world) {
         // A rank that has nothing to say waits, in MPI's end, for the one that has.
         if world.size() == 1 || matches!(error, Error::Elsewhere { .. }) {
             return Err(error);
         }
-        // One write, or the lines of several ranks mix.
-        let _ = std::io::stderr().write_all(format!("error: rank {rank}: {error}\n").as_bytes());
-        world.abort(Error::exit_code(&error));
+        world.abort(said(&format!("rank {rank}: "), error).exit_code());
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Writes the line of an error that is this rank's own, and leaves nothing to say.
+fn said(whose: &str, error: Error) -> Error {
+    if !matches!(error, Error::Elsewhere { .. }) {
+        // One write, or the lines of several ranks mix.
+        let _ = std::io::stderr().write_all(format!("error: {whose}{error}\n").as_bytes());
+    }
+    Error::Elsewhere { code: error.exit_code() }
 }

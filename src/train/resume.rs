@@ -163,7 +163,7 @@ impl Run {
         let units = adapter_layout(&self.blueprint());
         let pieces = read_pieces(path, &state, &units, self.mesh.coordinates(rank).shard)?;
         if rank == 0 && source::digest(self.source.as_ref())? != state.base {
-            return Err(unfit("the base is another one than it was trained on; give its model".into()).into());
+            return Err(unfit("the base is another one than it was trained on".into()).into());
         }
         self.same_course(&state).map_err(unfit)?;
 

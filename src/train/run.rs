@@ -254,7 +254,7 @@ impl Run {
         if self.config.train.overwrite {
             steps::withdraw_later(&self.run_dir, resumed)?;
         }
-        steps::sweep(&self.run_dir)?;
+        steps::sweep(&self.run_dir);
         let output = &self.config.train.output_dir;
         std::fs::write(output.join("config.yaml"), self.config.to_yaml())
             .map_err(|error| Error::Failure(format!("{}: {error}", output.display())))?;

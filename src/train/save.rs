@@ -186,8 +186,11 @@ impl<'a> Saver<'a> {
             let run_dir = &self.run.run_dir;
             let resumed = self.run.resumed().map(|resumed| resumed.state.step);
             for step in steps::surplus(&steps::published(run_dir), limit, step, resumed) {
-                steps::withdraw(run_dir, step)?;
-                tracing::info!("removed step {step}: train.save_total_limit is {limit}");
+                // A step too many is no reason to end a run.
+                match steps::withdraw(run_dir, step) {
+                    Ok(()) => tracing::info!("removed step {step}: train.save_total_limit is {limit}"),
+                    Err(error) => tracing::warn!("could not remove step {step}: {error}"),
+                }
             }
         }
         Ok(())

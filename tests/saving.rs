@@ -1,0 +1,277 @@
+//! What a run leaves behind is whole or not there: killed while saving, with a rank that cannot write, with older steps
+//! pruned, with the base beside the adapter; and one run at a time writes an output directory that all its ranks see.
+
+mod common;
+
+use common::{
+    failed, succeeded,
+    tiny::{STEPS, TinyRun, differences},
+};
+use std::{
+    fs::{self, File},
+    io::Read,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+use xorl_dist::{
+    checkpoint::publish,
+    model::source::{RandomSource, SafetensorsSource, WeightSource},
+};
+
+const AUTO: [&str; 2] = ["--train.load_checkpoint_path", "auto"];
+const EVERY_STEP: [&str; 4] = ["--train.save_steps", "1", "--train.global_batch_size", "4"];
+
+/// Polls until `found` has something.
+fn wait_for<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
+    let begin = Instant::now();
+    loop {
+        if let Some(value) = found() {
+            return value;
+        }
+        assert!(begin.elapsed() < Duration::from_secs(60), "{what} did not come");
+        std::thread::sleep(Duration::from_micros(100));
+    }
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name().into_string().unwrap()).collect()
+}
+
+/// The hidden directories of steps that are being written, or were abandoned.
+fn hidden(run: &Path) -> Vec<String> {
+    names(run).into_iter().filter(|name| name.starts_with(".tmp-")).collect()
+}
+
+fn signal(process: u32, signal: i32) {
+    // SAFETY: kill(2) takes any numbers; the process is a child of this test that was not waited for.
+    unsafe { libc::kill(process as i32, signal) };
+}
+
+/// The process of rank `rank`, somewhere below `launcher`.
+fn rank_process(launcher: u32, rank: usize) -> Option<u32> {
+    let children = fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).ok()?;
+    children.split_whitespace().filter_map(|child| child.parse().ok()).find_map(|child: u32| {
+        let environment = fs::read(format!("/proc/{child}/environ")).ok()?;
+        let rank = rank.to_string();
+        let is_rank = environment.split(|&byte| byte == 0).any(|variable| {
+            ["OMPI_COMM_WORLD_RANK=", "PMI_RANK="]
+                .iter()
+                .any(|name| variable == format!("{name}{rank}").as_bytes())
+        });
+        if is_rank { Some(child) } else { rank_process(child, rank.parse().ok()?) }
+    })
+}
+
+fn started(mut command: Command) -> Child {
+    command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+/// Kills a run of `ranks` ranks in the middle of a save until it has left something half written; what was published
+/// before is whole each time, and a resume ends where the run that nobody killed ends.
+fn killed_while_saving(ranks: usize) {
+    let run = TinyRun::new();
+    succeeded(&run.run(ranks, "whole", &EVERY_STEP));
+    for attempt in 0..40 {
+        let out = format!("killed {attempt}");
+        let dir = run.run_dir(&out);
+        let mut child = started(run.command(ranks, &out, &EVERY_STEP));
+        let last = 3 + attempt % 10;
+        let in_a_save = || {
+            let later = |name: &String| !name.starts_with(&format!(".tmp-step_{}-", last - 1));
+            run.steps(&out).last() >= Some(&(last - 1)) && hidden(&dir).iter().any(later)
+        };
+        // On a busy machine the run may be over before anybody looks.
+        wait_for("a save", || (in_a_save() || child.try_wait().unwrap().is_some()).then_some(()));
+        // A different instant of the save each time.
+        std::thread::sleep(Duration::from_micros(200 * (attempt as u64 % 5)));
+        let victim = if ranks == 1 { Some(child.id()) } else { rank_process(child.id(), attempt % ranks) };
+        victim.into_iter().for_each(|victim| signal(victim, libc::SIGKILL));
+        if child.wait().unwrap().success() {
+            continue;
+        }
+        let steps = run.steps(&out);
+        assert!(steps.contains(&(last - 1)), "{steps:?}");
+        for &step in &steps {
+            publish::verify(&run.step(&out, step)).unwrap();
+        }
+        let latest = fs::read_to_string(dir.join("latest")).unwrap();
+        publish::verify(&dir.join(latest.trim())).unwrap();
+        if hidden(&dir).is_empty() {
+            continue;
+        }
+        succeeded(&run.run(ranks, &out, &[&AUTO[..], &EVERY_STEP].concat()));
+        assert_eq!(hidden(&dir), Vec::<String>::new(), "what was abandoned is swept");
+        for step in 1..=STEPS {
+            let different = differences(&run.step("whole", step), &run.step(&out, step));
+            assert!(different.is_empty(), "step {step}: {different:?}");
+        }
+        assert_eq!(run.story("whole"), run.story(&out));
+        return;
+    }
+    panic!("no kill met a save");
+}
+
+#[test]
+fn killed_while_saving_resumes_from_the_previous_step() {
+    killed_while_saving(1);
+}
+
+#[test]
+fn mpi_a_rank_killed_while_saving_leaves_the_steps_before() {
+    killed_while_saving(2);
+}
+
+/// Ranks whose files may suddenly grow no more: an ordinary error of write(2) instead of a signal.
+fn forgiving(run: &TinyRun, out: &str) -> Command {
+    let mut command = Command::new("mpirun");
+    command.args(["--allow-run-as-root", "--oversubscribe", "-n", "2", "bash", "-c"]);
+    command.args(["trap '' XFSZ; exec \"$@\"", "--", env!("CARGO_BIN_EXE_xorl-dist")]);
+    command.args(run.arguments(out, &EVERY_STEP)).env("OMP_NUM_THREADS", "1");
+    command
+}
+
+#[test]
+fn mpi_a_save_that_fails_on_one_rank_ends_all_with_its_error() {
+    let run = TinyRun::new();
+    for (rank, file) in [(1, "optimizer-1-of-2.safetensors"), (0, "")] {
+        let out = format!("rank {rank}");
+        let mut child = started(forgiving(&run, &out));
+        wait_for("the first step", || run.steps(&out).contains(&1).then_some(()));
+        let process = wait_for("the rank", || rank_process(child.id(), rank));
+        let limit = libc::rlimit { rlim_cur: 100, rlim_max: 100 };
+        // SAFETY: prlimit(2) reads `limit`, and writes nothing where the old limit is not asked for.
+        let set = unsafe {
+            libc::prlimit(process as i32, libc::RLIMIT_FSIZE, &limit, std::ptr::null_mut::<libc::rlimit>())
+        };
+        assert_eq!(set, 0);
+        let (mut said, status) = (String::new(), child.wait().unwrap());
+        child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        assert_eq!(status.code(), Some(1), "{said}");
+        let lines: Vec<&str> = said.lines().filter(|line| line.starts_with("error: ")).collect();
+        assert_eq!(lines.len(), 1, "{said}");
+        assert!(lines[0].starts_with(&format!("error: rank {rank}: ")) && lines[0].contains(file), "{said}");
+        assert!(lines[0].contains("File too large"), "{said}");
+        for step in run.steps(&out) {
+            publish::verify(&run.step(&out, step)).unwrap();
+        }
+        succeeded(&run.run(2, &out, &[&AUTO[..], &EVERY_STEP].concat()));
+        assert_eq!(run.steps(&out), (1..=STEPS).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn only_so_many_steps_stay_but_never_less_than_a_resume_needs() {
+    let run = TinyRun::new();
+    let limit = ["--train.save_total_limit", "2"];
+    succeeded(&run.run(1, "out", &limit));
+    assert_eq!(run.steps("out"), [15, 20]);
+    succeeded(&run.run(1, "all", &["--train.max_steps", "10"]));
+    // From step 5, which two newer ones would push out.
+    let step = run.step("all", 5).display().to_string();
+    let more =
+        ["--train.load_checkpoint_path", &step, "--train.overwrite", "true", "--train.max_steps", "18"];
+    succeeded(&run.run(1, "all", &[&limit[..], &more].concat()));
+    assert_eq!(run.steps("all"), [5, 15, 18]);
+    assert_eq!(hidden(&run.run_dir("all")), Vec::<String>::new());
+}
+
+#[test]
+fn the_base_is_written_out_then_linked() {
+    let run = TinyRun::new();
+    let saving: Vec<&str> =
+        "--lora.save_lora_only false --train.max_steps 10 --train.lr_decay_style constant \
+        --train.lr_warmup_ratio 0"
+            .split_whitespace()
+            .collect();
+    succeeded(&run.run(1, "random", &saving));
+    let [first, second] = [5, 10].map(|step| run.step("random", step).join("model"));
+    let inode = |path: &Path| fs::metadata(path).unwrap().ino();
+    let weights = |model: &Path| model.join("model.safetensors");
+    assert_eq!(inode(&weights(&first)), inode(&weights(&second)), "written once");
+    // What was written is what was trained on.
+    let written = SafetensorsSource::open(&second).unwrap();
+    let shapes = written.names().into_iter().map(|name| {
+        let shape = written.meta(&name).unwrap().shape;
+        (name, shape)
+    });
+    let random = RandomSource::new(shapes.collect(), 0.15, 42);
+    for name in written.names() {
+        let meta = written.meta(&name).unwrap();
+        let elements: usize = meta.shape.iter().product();
+        let read = |source: &dyn WeightSource| {
+            let mut bytes = vec![0; elements * 4];
+            source.read(&name, 0..elements, meta.dtype, &mut bytes).unwrap();
+            bytes
+        };
+        assert!(read(&written) == read(&random), "{name}");
+    }
+    let adapter = fs::read_to_string(run.step("random", 10).join("adapter_config.json")).unwrap();
+    assert!(adapter.contains(&second.display().to_string()), "{adapter}");
+
+    // The same model from files: the same run, its files linked into each step, also after a resume.
+    let model = run.at("hf");
+    common::tiny::copy_tree(&second, &model);
+    let from_files = ["--model.model_path", &model.display().to_string()].map(str::to_owned);
+    let from_files: Vec<&str> = saving.iter().copied().chain(from_files.iter().map(String::as_str)).collect();
+    succeeded(&run.run(1, "files", &[&from_files[..], &["--train.max_steps", "5"]].concat()));
+    succeeded(&run.run(1, "files", &[&from_files[..], &AUTO].concat()));
+    assert_eq!(run.story("random"), run.story("files"));
+    for step in [5, 10] {
+        let linked = run.step("files", step).join("model");
+        assert_eq!(inode(&weights(&linked)), inode(&weights(&model)), "step {step}");
+        assert_eq!(differences(&linked, &model), Vec::<PathBuf>::new());
+        publish::verify(&run.step("files", step)).unwrap();
+    }
+    // A base that has changed under the links is noticed.
+    let mut bytes = fs::read(weights(&model)).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(weights(&model), bytes).unwrap();
+    let step = run.step("files", 10).display().to_string();
+    let line = failed(
+        &run.run(1, "files", &[&from_files[..], &["--train.load_checkpoint_path", &step]].concat()),
+        2,
+    );
+    assert!(line.contains("model/model.safetensors is not the file that was published"), "{line}");
+}
+
+#[test]
+fn a_locked_output_directory_is_refused() {
+    let run = TinyRun::new();
+    succeeded(&run.run(1, "out", &["--train.max_steps", "5"]));
+    let lock = File::options().write(true).open(run.at("out/.lock")).unwrap();
+    lock.try_lock().expect("free after the run");
+    let line = failed(&run.run(1, "out", &AUTO), 2);
+    assert!(line.contains("is in use by process") && line.contains("train.output_dir"), "{line}");
+    drop(lock);
+    succeeded(&run.run(1, "out", &AUTO));
+}
+
+#[test]
+fn two_runs_at_once_cannot_share_an_output_directory() {
+    let run = TinyRun::new();
+    let mut child =
+        started(run.command(1, "out", &["--train.max_steps", "2000", "--train.num_train_epochs", "999"]));
+    wait_for("the first step", || run.steps("out").contains(&5).then_some(()));
+    let line = failed(&run.run(1, "out", &AUTO), 2);
+    assert!(line.contains(&format!("process {} on", child.id())), "{line}");
+    signal(child.id(), libc::SIGKILL);
+    child.wait().unwrap();
+    // The lock went with its holder.
+    succeeded(&run.run(1, "out", &[&AUTO[..], &["--train.max_steps", "6"]].concat()));
+}
+
+#[test]
+fn mpi_an_output_directory_that_ranks_do_not_share_is_refused() {
+    let run = TinyRun::new();
+    let program = env!("CARGO_BIN_EXE_xorl-dist");
+    let mut command = Command::new("mpirun");
+    command.args(["--allow-run-as-root", "--oversubscribe", "-n", "1", program]);
+    command.args(run.arguments("here", &[])).args([":", "-n", "1", program]);
+    let output = command.args(run.arguments("there", &[])).env("OMP_NUM_THREADS", "1").output().unwrap();
+    let line = failed(&output, 2);
+    assert!(line.contains("there is not the directory that rank 0 writes"), "{line}");
+    assert!(!run.at("here/metrics.jsonl").exists() && !run.at("there").exists());
+}
