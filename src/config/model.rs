@@ -16,3 +16,15 @@ section! {
         merge_qkv: bool = true;
     }
 }
+
+impl ModelArgs {
+    /// Where the HF config is: a config.json, or its directory.
+    pub fn hf_config(&self) -> PathBuf {
+        self.config_path.clone().or(self.model_path.clone()).unwrap_or_default()
+    }
+
+    /// The directory of the tokenizer.
+    pub fn tokenizer(&self) -> PathBuf {
+        self.tokenizer_path.clone().unwrap_or_else(|| self.hf_config())
+    }
+}

@@ -41,14 +41,18 @@ pub(super) struct Resumed {
     /// The step directory.
     pub path: PathBuf,
     pub state: TrainerState,
-    /// What this rank owns, by unit.
+    /// What this rank owns, by unit, until it is restored.
     pub pieces: Vec<UnitPieces>,
 }
 
 impl Resumed {
-    /// Fills this rank's masters and moments.
-    pub fn restore(&self, adapter: &mut AdapterShards, optimizer: &mut Optimizer) -> Result<(), ShardError> {
-        for (unit, pieces) in self.pieces.iter().enumerate() {
+    /// Moves the pieces into this rank's masters and moments.
+    pub fn restore(
+        &mut self,
+        adapter: &mut AdapterShards,
+        optimizer: &mut Optimizer,
+    ) -> Result<(), ShardError> {
+        for (unit, pieces) in std::mem::take(&mut self.pieces).into_iter().enumerate() {
             adapter.set_master(unit, adapter.owned(unit), &pieces.master);
             optimizer.set_moments(unit, &pieces.exp_avg, &pieces.exp_avg_sq);
         }

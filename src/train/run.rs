@@ -76,11 +76,9 @@ impl Run {
             return Err(Error::Input("--device cuda: training on GPUs is not built yet; use cpu".into()));
         }
         let mesh = Mesh::new(world, MeshSizes::from(&config.train))?;
-        let model_dir = config.model.model_path.clone();
-        let config_path = config.model.config_path.clone().or(model_dir.clone()).unwrap_or_default();
-        let hf = HfModel::open(&config_path)?;
+        let hf = HfModel::open(&config.model.hf_config())?;
         let spec = hf.spec;
-        let source: Box<dyn WeightSource> = match &model_dir {
+        let source: Box<dyn WeightSource> = match &config.model.model_path {
             Some(directory) => Box::new(SafetensorsSource::open(directory)?),
             None => Box::new(RandomSource::new(spec.tensors(), spec.initializer_range, config.train.seed)),
         };
@@ -89,7 +87,7 @@ impl Run {
         let sites = targets::resolve(&all_projections(&spec), targets, hf.family.default_targets)
             .map_err(|error| refused("lora.lora_target_modules", &error.to_string()))?;
 
-        let tokenizer = config.model.tokenizer_path.clone().unwrap_or(config_path);
+        let tokenizer = config.model.tokenizer();
         let pad = hf.pad_token_id.or(hf.eos_token_ids.first().copied()).unwrap_or(0);
         let dataset = Dataset::open(&config.data, Some(&tokenizer), spec.vocab_size, pad, config.train.seed)?;
         let train = &config.train;
@@ -173,14 +171,8 @@ impl Run {
         LoraShape { rank: self.config.lora.lora_rank, alpha: self.config.lora.lora_alpha }
     }
 
-    /// The HF config: a config.json, or its directory.
-    pub(super) fn config_path(&self) -> PathBuf {
-        let model = &self.config.model;
-        model.config_path.clone().or(model.model_path.clone()).unwrap_or_default()
-    }
-
     /// Builds this rank's part of the model and trains it to the end.
-    pub fn execute(self, world: &World) -> Result<()> {
+    pub fn execute(mut self, world: &World) -> Result<()> {
         let at = self.mesh.coordinates(world.rank());
         let everyone = world.group("world", 0);
         let shard = world.group("shard", at.replicate);
@@ -203,9 +195,11 @@ impl Run {
         tracing::info!("rank {} read {} bytes of the base", world.rank(), self.source.bytes_read());
         let settings = Settings::new(train.optimizer, train.weight_decay);
         let mut optimizer = Optimizer::new(settings, &model.adapter);
-        match &self.start {
+        // What was read is let go of once it is in place: it is as large as the adapter and its moments.
+        match &mut self.start {
             Start::Fresh => model.init_adapter(train.seed, lora.lora_b_init_std)?,
             Start::Adapter(values) => {
+                let values = std::mem::take(values);
                 model.set_adapter(|parameter, range| values[&parameter.name][range].to_vec())?;
             }
             Start::Resumed(resumed) => resumed.restore(&mut model.adapter, &mut optimizer)?,
@@ -218,7 +212,7 @@ impl Run {
         trainer.world.barrier()?;
         let rank = world.rank();
         let mut metrics = if rank == 0 { self.begin_output()? } else { Metrics::silent() };
-        let mut saver = Saver::new(&self, rank);
+        let mut saver = Saver::new(&self, rank)?;
         let loader = Loader::start(self.dataset.clone(), self.plan(rank), LOADER_AHEAD)?;
         for (rows, stride) in loader.zip(self.strides()) {
             let rows = rows?;

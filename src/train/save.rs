@@ -40,15 +40,19 @@ pub(super) struct Saver<'a> {
     rank: usize,
     units: Vec<UnitLayout>,
     known: KnownHashes,
+    /// Which base this is; rank 0's.
+    base: String,
     /// `model/` of the last step of this base that has one.
     model: Option<PathBuf>,
 }
 
 impl<'a> Saver<'a> {
-    pub(super) fn new(run: &'a Run, rank: usize) -> Self {
+    pub(super) fn new(run: &'a Run, rank: usize) -> Result<Self> {
         let model = run.resumed().map(|resumed| resumed.path.join(checkpoint::base::FOLDER));
         let units = adapter_layout(&run.blueprint());
-        Self { run, rank, units, known: KnownHashes::default(), model: model.filter(|path| path.is_dir()) }
+        let base = if rank == 0 { source::digest(run.source.as_ref())? } else { String::new() };
+        let (known, model) = (KnownHashes::default(), model.filter(|path| path.is_dir()));
+        Ok(Self { run, rank, units, known, base, model })
     }
 
     /// Publishes the run as it stands. Collective.
@@ -89,11 +93,11 @@ impl<'a> Saver<'a> {
 
         let saves_base = !run.config.lora.save_lora_only;
         if saves_base {
-            let config = run.config_path();
+            let model = &run.config.model;
             let files = BaseFiles {
-                weights: run.config.model.model_path.clone(),
-                tokenizer: run.config.model.tokenizer_path.clone().unwrap_or_else(|| config.clone()),
-                config,
+                weights: model.model_path.clone(),
+                tokenizer: model.tokenizer(),
+                config: model.hf_config(),
             };
             files.write(writer.directory(), self.model.as_deref(), run.source.as_ref())?;
         }
@@ -158,7 +162,7 @@ impl<'a> Saver<'a> {
             schedule: trainer.schedule,
             data: DataIdentity { rows: dataset.rows(), fingerprint: dataset.fingerprint().to_owned() },
             lora: LoraIdentity { rank: lora.lora_rank, alpha: lora.lora_alpha },
-            base: source::digest(self.run.source.as_ref())?,
+            base: self.base.clone(),
             units: self.units.clone(),
         })
     }
