@@ -4,6 +4,7 @@
 //!
 //! - [`cli`]: the commands and the command line
 //! - [`train`]: the step, the loop, metrics, progress, signals
+//! - [`plan`]: bytes, memory and arithmetic of a configuration before it runs: pure
 //! - [`infer`]: KV cache, greedy decoding, generation
 //! - [`checkpoint`]: PEFT adapter files, training state, atomic publish, resume and reshard
 //! - [`optim`]: AdamW and SGD over flat shards, schedule, clipping
@@ -34,6 +35,7 @@ pub mod mesh;
 pub mod model;
 pub mod ops;
 pub mod optim;
+pub mod plan;
 pub mod rng;
 pub mod shard;
 pub mod train;

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::process::{Command as Process, Output};
-use xorl_dist::cli::{self, Command, DeviceChoice, GenerateArgs, RunArgs};
+use xorl_dist::cli::{self, CheckArgs, Command, DeviceChoice, GenerateArgs, RunArgs};
 use xorl_dist::config::Override;
 use xorl_dist::dtype::DType;
 use xorl_dist::infer::{Prompts, Request};
@@ -26,7 +26,8 @@ fn train_is_the_default_command() {
         assert_eq!(parse(line).as_ref(), Ok(&expected), "{line}");
     }
     for line in ["--device cpu check --config run.yaml", "check --config run.yaml --device cpu"] {
-        assert_eq!(parse(line), Ok(Command::Check(run_args(vec![], DeviceChoice::Cpu))), "{line}");
+        let run = run_args(vec![], DeviceChoice::Cpu);
+        assert_eq!(parse(line), Ok(Command::Check(CheckArgs { run, ranks: None })), "{line}");
     }
 }
 
@@ -42,7 +43,8 @@ fn overrides_are_taken_wherever_they_stand() {
     let line = "--train.lr 1e-4 --lora.lora_target_modules q_proj o_proj --config run.yaml --train.overwrite \
                 --device cuda --train.data_parallel_shard_size -1 --train.run_id=a=b";
     assert_eq!(parse(line), Ok(Command::Train(run_args(overrides.clone(), DeviceChoice::Cuda))));
-    assert_eq!(parse(&format!("check {line}")), Ok(Command::Check(run_args(overrides, DeviceChoice::Cuda))));
+    let check = CheckArgs { run: run_args(overrides, DeviceChoice::Cuda), ranks: Some(8) };
+    assert_eq!(parse(&format!("check --ranks 8 {line}")), Ok(Command::Check(check)));
     let empty = cli::parse(["--config", "run.yaml", "--train.max_steps", ""]).unwrap();
     assert_eq!(empty, Command::Train(run_args(vec![given("train.max_steps", &[""])], DeviceChoice::Auto)));
     let equals = parse("--config run.yaml --train.max_steps=").unwrap();

@@ -14,9 +14,10 @@ use xorl_dist::{
     dtype::DType,
     lora::{Parameter, targets::resolve},
     model::{
+        blueprint::{LoraShape, Options, all_projections},
         hf_config::HfModel,
         source::{SafetensorsSource, validate},
-        transformer::{Batch, LoraShape, Options, Transformer, all_projections},
+        transformer::{Batch, Transformer},
     },
     optim::{Optimizer, Schedule, Settings},
     train::Trainer,

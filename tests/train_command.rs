@@ -15,9 +15,10 @@ use xorl_dist::{
     dtype::DType,
     lora::targets,
     model::{
+        blueprint::{LoraShape, Options, all_projections},
         hf_config::HfModel,
         source::SafetensorsSource,
-        transformer::{Batch, LoraShape, Options, Transformer, all_projections},
+        transformer::{Batch, Transformer},
     },
 };
 

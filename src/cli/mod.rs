@@ -47,20 +47,28 @@ pub enum DtypeChoice {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Command {
     Train(RunArgs),
-    Check(RunArgs),
+    Check(CheckArgs),
     Generate(GenerateArgs),
     /// The text to print.
     Help(String),
     Version,
 }
 
-/// What `train` and `check` are given.
+/// What `train` is given.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RunArgs {
     pub config_path: PathBuf,
     /// In the order of the command line; of a repeated field the last counts.
     pub overrides: Vec<Override>,
     pub device: DeviceChoice,
+}
+
+/// What `check` is given.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CheckArgs {
+    pub run: RunArgs,
+    /// Ranks of the run to be; `None` for as many as have been started.
+    pub ranks: Option<usize>,
 }
 
 /// What `generate` is given.
@@ -74,7 +82,7 @@ pub struct GenerateArgs {
 #[derive(Parser)]
 #[command(name = "xorl-dist", disable_version_flag = true, disable_help_subcommand = true)]
 #[command(override_usage = "xorl-dist [train] --config <FILE> [--section.field <VALUE>]...\n       \
-                            xorl-dist check --config <FILE> [--section.field <VALUE>]...\n       \
+                            xorl-dist check --config <FILE> [--ranks <N>] [--section.field <VALUE>]...\n       \
                             xorl-dist generate --model <DIR> [--adapter <DIR>] \
                             <--chat <TEXT>|--prompt <TEXT>|--chat-file <FILE> [--out <FILE>]>")]
 struct Cli {
@@ -98,12 +106,21 @@ struct ConfigArg {
     config: PathBuf,
 }
 
+#[derive(Args)]
+struct CheckCli {
+    #[command(flatten)]
+    config: ConfigArg,
+    /// Ranks of the run to be; those that have been started when absent
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    ranks: Option<usize>,
+}
+
 #[derive(Subcommand)]
 enum Sub {
     /// Train an adapter (the default)
     Train(ConfigArg),
-    /// Validate config, model and data without training; print the resolved run, mesh and memory (not built yet)
-    Check(ConfigArg),
+    /// Validate config, model and data without training; print the resolved run, mesh, memory and traffic
+    Check(CheckCli),
     /// Continue prompts with a model and an adapter, greedily; also sharded over the ranks of mpirun
     Generate(GenerateCli),
 }
@@ -171,7 +188,9 @@ pub fn parse(args: impl IntoIterator<Item = impl Into<OsString>>) -> Result<Comm
         (Some(_), Some(_)) => Err(Error::Input("--config belongs after the command (see --help)".into())),
         (None, Some(path)) => Ok(Command::Train(run_args(path))),
         (Some(Sub::Train(arg)), None) => Ok(Command::Train(run_args(arg.config))),
-        (Some(Sub::Check(arg)), None) => Ok(Command::Check(run_args(arg.config))),
+        (Some(Sub::Check(arg)), None) => {
+            Ok(Command::Check(CheckArgs { run: run_args(arg.config.config), ranks: arg.ranks }))
+        }
         (Some(Sub::Generate(arg)), None) if arg.out.is_some() && arg.prompt.chat_file.is_none() => {
             Err(Error::Input("--out goes with --chat-file".into()))
         }

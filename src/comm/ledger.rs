@@ -29,9 +29,12 @@ impl Operation {
     }
 }
 
+/// Received bytes by operation and group.
+pub type Received = BTreeMap<(Operation, String), u64>;
+
 /// Received bytes of one rank; clones share the same book.
 #[derive(Clone, Debug, Default)]
-pub struct Ledger(Rc<RefCell<BTreeMap<(Operation, String), u64>>>);
+pub struct Ledger(Rc<RefCell<Received>>);
 
 impl Ledger {
     /// Enters one collective over a whole array of `bytes`.
@@ -41,7 +44,7 @@ impl Ledger {
     }
 
     /// Everything received so far.
-    pub fn totals(&self) -> BTreeMap<(Operation, String), u64> {
+    pub fn totals(&self) -> Received {
         self.0.borrow().clone()
     }
 }

@@ -11,7 +11,7 @@ mod solo;
 use std::rc::Rc;
 use tch::{Kind, Tensor};
 
-pub use ledger::{Ledger, Operation};
+pub use ledger::{Ledger, Operation, Received};
 
 /// Why ranks could not be started or a collective could not be entered.
 #[derive(Debug, thiserror::Error)]

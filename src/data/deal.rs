@@ -105,9 +105,13 @@ pub fn deal(
     let before = data_parallel_rank * share + data_parallel_rank.min(extra);
     let mine = share + usize::from(data_parallel_rank < extra);
     let own: Vec<usize> = step_rows.clone().skip(before).take(mine).collect();
-    let micro_batches = step_rows.len().div_ceil(ranks).div_ceil(micro);
     let chunk = |index: usize| own.iter().copied().skip(index * micro).take(micro).collect();
-    (0..micro_batches).map(chunk).collect()
+    (0..micro_batches(step_rows.len(), ranks, micro)).map(chunk).collect()
+}
+
+/// Micro-batches of a step of `rows` rows, on every rank.
+pub fn micro_batches(rows: usize, data_parallel_size: usize, micro_batch_size: usize) -> usize {
+    rows.div_ceil(data_parallel_size.max(1)).div_ceil(micro_batch_size.max(1))
 }
 
 #[cfg(test)]

@@ -11,9 +11,10 @@ use crate::{
     lora::{Site, targets},
     model::{
         ModelSpec,
+        blueprint::{LoraShape, Options, all_projections},
         hf_config::HfModel,
         source::{SafetensorsSource, WeightSource, validate},
-        transformer::{Batch, LoraShape, MicroBatchLoss, Options, Transformer, all_projections},
+        transformer::{Batch, MicroBatchLoss, Transformer},
     },
 };
 use serde_json::{Value, json};

@@ -49,6 +49,11 @@ impl Site {
     pub fn output(&self) -> usize {
         self.leaves.iter().map(|(_, width)| width).sum()
     }
+
+    /// Trainable parameters: A and B.
+    pub fn parameters(&self, rank: usize) -> usize {
+        rank * (self.input + self.output())
+    }
 }
 
 /// Why targets cannot be resolved.
@@ -141,7 +146,7 @@ fn known(projections: &[Projection]) -> String {
 pub fn parameters_by_name(sites: &[Site], rank: usize) -> BTreeMap<&'static str, usize> {
     let mut counts = BTreeMap::new();
     for site in sites {
-        *counts.entry(site.name).or_default() += rank * (site.input + site.output());
+        *counts.entry(site.name).or_default() += site.parameters(rank);
     }
     counts
 }

@@ -1,6 +1,7 @@
 //! HF models: weight sources, what a layer is made of, and the blocks that compute it.
 
 pub mod block;
+pub mod blueprint;
 pub mod family;
 pub mod hf_config;
 pub mod layer;

@@ -4,51 +4,23 @@
 use super::{
     ModelSpec,
     block::{BatchContext, BlockSpec, Saved},
-    layer::{LayerAdapterPlan, LayerPlan, projections},
+    blueprint::{Blueprint, LoraShape, Options},
+    layer::{LayerAdapterPlan, LayerPlan},
     source::WeightSource,
 };
 use crate::{
     comm::Communicator,
-    config::ReduceGradients,
-    dtype::DType,
-    lora::{LORA_MAPPING, LoraModule, Parameter, Site, init},
+    lora::{LoraModule, Parameter, Site, init},
     loss::LinearCrossEntropy,
     ops::{
         attention::{self, Documents, Heads},
         norm,
         rope::RopeTable,
     },
-    shard::{
-        AdapterShards, EntrySpec, RegionLayout, Ring, ShardError, adapter::align_bytes, layout::BASE_ALIGN,
-    },
+    shard::{AdapterShards, Ring, ShardError},
 };
 use std::{ops::Range, rc::Rc};
 use tch::{Device, Kind, Tensor};
-
-/// How a model is cut and computed; nothing here changes the result beyond rounding.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Options {
-    /// Dtype of frozen matrices, gathered adapters and activations.
-    pub compute: DType,
-    /// One GEMM for q, k, v and one for gate, up.
-    pub merge: bool,
-    /// Layers that are whole at a time.
-    pub slots: usize,
-    /// Rows of the embedding and the head that are whole at a time.
-    pub vocab_chunk_rows: usize,
-    /// Tokens whose logits exist at a time.
-    pub loss_chunk_tokens: usize,
-    /// Keep only each layer's input and compute the layer again in backward.
-    pub recompute: bool,
-    pub reduce: ReduceGradients,
-}
-
-/// Rank and scale of an adapter.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct LoraShape {
-    pub rank: usize,
-    pub alpha: f64,
-}
 
 /// One flat micro-batch: documents one after another, no padding between them.
 pub struct Batch {
@@ -142,90 +114,6 @@ pub struct Transformer {
     final_norm: Ring,
     pub adapter: AdapterShards,
     rope: RopeTable,
-}
-
-/// Regions of a model, cut over `shards`: what both the rings and the byte formulas are made from.
-pub struct Regions {
-    pub layers: Vec<RegionLayout>,
-    pub vocab: Vec<RegionLayout>,
-    pub final_norm: RegionLayout,
-    pub adapter: Vec<RegionLayout>,
-}
-
-/// Everything about a sharded model that needs no tensor.
-pub struct Blueprint {
-    pub plans: Vec<LayerPlan>,
-    pub lora: Vec<LayerAdapterPlan>,
-    pub regions: Regions,
-}
-
-impl Blueprint {
-    /// Plans `spec` with adapters on `sites`, cut over `shards` ranks.
-    pub fn new(spec: &ModelSpec, sites: &[Site], lora: LoraShape, options: &Options, shards: usize) -> Self {
-        let plans: Vec<LayerPlan> =
-            (0..spec.num_layers).map(|i| LayerPlan::new(spec, i, options.compute, options.merge)).collect();
-        let region = |name: String, specs, align| RegionLayout::new(name, specs, shards, align);
-        let layers = plans.iter().enumerate();
-        let layers =
-            layers.map(|(i, plan)| region(format!("layer {i}"), plan.specs.clone(), BASE_ALIGN)).collect();
-
-        let rows = options.vocab_chunk_rows.clamp(1, spec.vocab_size);
-        let chunk = |tensor: &str, first: usize| {
-            let shape = [rows.min(spec.vocab_size - first), spec.hidden_size];
-            let mut entry = EntrySpec::whole("weight", tensor.to_owned(), &shape, options.compute);
-            entry.spans[0].start = first * spec.hidden_size;
-            region(format!("{tensor} rows {first}.."), vec![entry], BASE_ALIGN)
-        };
-        let tensors: &[&str] = if spec.tie_word_embeddings { &[EMBEDDING] } else { &[EMBEDDING, HEAD] };
-        let firsts = || (0..spec.vocab_size).step_by(rows);
-        let vocab = tensors.iter().flat_map(|tensor| firsts().map(|first| chunk(tensor, first))).collect();
-        let norm = EntrySpec::whole("norm", FINAL_NORM.into(), &[spec.hidden_size], DType::F32);
-        let final_norm = region("final norm".into(), vec![norm], BASE_ALIGN);
-
-        let mut adapter = Vec::new();
-        let mut adapters = Vec::new();
-        for (i, plan) in plans.iter().enumerate() {
-            let (plan, specs) = adapter_of(plan, sites, lora, options.compute);
-            adapters.push(plan);
-            adapter.push(region(format!("adapter of layer {i}"), specs, align_bytes(options.compute)));
-        }
-        Self { plans, lora: adapters, regions: Regions { layers, vocab, final_norm, adapter } }
-    }
-}
-
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
-const FINAL_NORM: &str = "model.norm.weight";
-
-/// The adapter modules of one layer and their entries.
-fn adapter_of(
-    plan: &LayerPlan,
-    sites: &[Site],
-    lora: LoraShape,
-    dtype: DType,
-) -> (LayerAdapterPlan, Vec<EntrySpec>) {
-    let mut specs = Vec::new();
-    let mut adapters = LayerAdapterPlan::default();
-    for (projection, module) in plan.projections.iter().zip(&mut adapters.modules) {
-        let belongs = |site: &&Site| {
-            site.parent == projection.parent
-                && projection.leaves.iter().any(|leaf| leaf.0 == site.leaves[0].0)
-        };
-        let own: Vec<Site> = sites.iter().filter(belongs).cloned().collect();
-        let constructor =
-            own.first().and_then(|site| LORA_MAPPING.iter().find(|(kind, _)| *kind == site.kind));
-        if let Some((_, constructor)) = constructor {
-            let adapter = constructor(own, lora.rank, lora.alpha, specs.len());
-            specs.extend(adapter.entries(dtype));
-            *module = Some(adapter);
-        }
-    }
-    (adapters, specs)
-}
-
-/// All projections of a model, in unit order: what targets are resolved against.
-pub fn all_projections(spec: &ModelSpec) -> Vec<crate::lora::targets::Projection> {
-    (0..spec.num_layers).flat_map(|i| projections(spec, i)).collect()
 }
 
 impl Transformer {
@@ -376,14 +264,14 @@ impl Transformer {
 
     /// Chunks of the embedding; the head has as many, in the same places of the ring when tied.
     fn vocab_chunks(&self) -> usize {
-        self.spec.vocab_size.div_ceil(self.options.vocab_chunk_rows.clamp(1, self.spec.vocab_size))
+        self.spec.vocab_size.div_ceil(self.options.chunk_rows(self.spec.vocab_size))
     }
 
     /// Whole chunk `chunk` of the embedding or the head, and its first row.
     fn vocab_chunk(&mut self, chunk: usize, head: bool) -> Result<(Tensor, usize), ShardError> {
         let offset = if head && !self.spec.tie_word_embeddings { self.vocab_chunks() } else { 0 };
         self.vocab.gather(offset + chunk)?;
-        let first = chunk * self.options.vocab_chunk_rows.clamp(1, self.spec.vocab_size);
+        let first = chunk * self.options.chunk_rows(self.spec.vocab_size);
         Ok((self.vocab.view(offset + chunk, 0)?, first))
     }
 

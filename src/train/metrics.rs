@@ -3,12 +3,11 @@
 
 use super::StepReport;
 use crate::{
-    comm::{Ledger, Operation},
+    comm::{Ledger, Operation, Received},
     error::{Error, Result},
 };
 use serde_json::json;
 use std::{
-    collections::BTreeMap,
     fs::File,
     io::{Seek, SeekFrom, Write},
     path::{Path, PathBuf},
@@ -32,9 +31,6 @@ pub struct StepMetrics<'a> {
     /// What this rank's collectives have received in the step.
     pub received: Received,
 }
-
-/// Bytes by operation and group.
-pub type Received = BTreeMap<(Operation, String), u64>;
 
 /// Rank 0's files in output_dir and its lines on stdout; nothing on other ranks.
 pub struct Metrics {

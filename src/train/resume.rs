@@ -18,7 +18,7 @@ use crate::{
     data::deal::Position,
     error::{Error, Result, agree, from_first},
     lora::LoraModule,
-    model::{source, transformer::Blueprint},
+    model::{blueprint::Blueprint, source},
     optim::{Optimizer, Schedule},
     shard::{AdapterShards, ShardError},
 };
@@ -131,7 +131,8 @@ impl Run {
         }
     }
 
-    fn start_afresh(&mut self) -> Result<()> {
+    /// Starts from the adapter that the user named, if there is one.
+    pub fn start_afresh(&mut self) -> Result<()> {
         if let Some(path) = &self.config.lora.adapter_path {
             // Whatever is wrong with an adapter that the user named is the user's to mend.
             let place = self.places.of("lora.adapter_path");

@@ -25,9 +25,10 @@ use crate::{
     mesh::{Mesh, MeshSizes},
     model::{
         ModelSpec,
+        blueprint::{Blueprint, LoraShape, Options, all_projections},
         hf_config::HfModel,
         source::{RandomSource, SafetensorsSource, WeightSource, validate},
-        transformer::{Batch, Blueprint, LoraShape, Options, Transformer, all_projections},
+        transformer::{Batch, Transformer},
     },
     optim::{Optimizer, Schedule, Settings},
 };
@@ -48,7 +49,7 @@ pub struct Run {
     pub(super) config: RunConfig,
     pub(super) places: Places,
     pub(super) mesh: Mesh,
-    spec: ModelSpec,
+    pub(super) spec: ModelSpec,
     pub(super) sites: Vec<Site>,
     pub(super) source: Box<dyn WeightSource>,
     pub(super) dataset: Arc<Dataset>,
@@ -146,7 +147,7 @@ impl Run {
         )
     }
 
-    fn options(&self) -> Options {
+    pub(super) fn options(&self) -> Options {
         let train = &self.config.train;
         let compute = if train.enable_mixed_precision { DType::Bf16 } else { DType::F32 };
         let row_bytes = self.spec.hidden_size * compute.size();
@@ -213,7 +214,7 @@ impl Run {
         let rank = world.rank();
         let mut metrics = if rank == 0 { self.begin_output()? } else { Metrics::silent() };
         let mut saver = Saver::new(&self, rank)?;
-        let loader = Loader::start(self.dataset.clone(), self.plan(rank), LOADER_AHEAD)?;
+        let loader = Loader::start(self.dataset.clone(), self.step_plans(rank), LOADER_AHEAD)?;
         for (rows, stride) in loader.zip(self.strides()) {
             let rows = rows?;
             let (begin, received) = (Instant::now(), world.ledger().totals());
@@ -262,7 +263,7 @@ impl Run {
     }
 
     /// Which rows this rank computes, step by step.
-    fn plan(&self, rank: usize) -> impl Iterator<Item = StepPlan> + Send + use<> {
+    fn step_plans(&self, rank: usize) -> impl Iterator<Item = StepPlan> + Send + use<> {
         let (ranks, micro) = (self.mesh.data_parallel(), self.config.train.micro_batch_size);
         let (done, _) = self.standing();
         (done..).zip(self.strides()).map(move |(step, Stride { epoch, rows, .. })| {

@@ -1,0 +1,60 @@
+//! What a configuration will cost, before it runs: bytes received, memory, arithmetic. Pure functions of a
+//! [`Blueprint`](crate::model::blueprint::Blueprint); `check` prints them, tests hold measurements against them.
+
+pub mod compute;
+pub mod memory;
+pub mod traffic;
+
+pub use memory::{Memory, MicroBatch};
+pub use traffic::Traffic;
+
+use crate::comm::Received;
+use std::{collections::BTreeMap, fmt};
+
+/// What a run will cost on each of its ranks.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Parameters of the base.
+    pub frozen: usize,
+    /// Parameters of the adapter, by target name.
+    pub trainable: BTreeMap<&'static str, usize>,
+    /// The largest micro-batch that there can be.
+    pub batch: MicroBatch,
+    /// Micro-batches of a whole step.
+    pub micro_batches: usize,
+    pub memory: Memory,
+    /// Received in the first step, when nothing is gathered yet.
+    pub first_step: Received,
+    /// Received in every step after it.
+    pub step: Received,
+    /// Floating-point operations, for a document as long as the longest row.
+    pub flops_per_token: f64,
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let total: usize = self.trainable.values().sum();
+        let share = 100.0 * total as f64 / (self.frozen + total) as f64;
+        writeln!(f, "parameters: {} frozen, {total} trainable ({share:.3} %)", self.frozen)?;
+        for (name, count) in &self.trainable {
+            writeln!(f, "  {name:<32} {count:>14}")?;
+        }
+        let MicroBatch { tokens, .. } = self.batch;
+        writeln!(f, "memory of a rank at its peak, bytes (micro-batches of at most {tokens} tokens):")?;
+        for (what, bytes) in self.memory.parts() {
+            writeln!(f, "  {what:<32} {bytes:>14}")?;
+        }
+        let total = self.memory.total();
+        writeln!(f, "  {:<32} {total:>14}   {:.2} GB", "sum", total as f64 / 1e9)?;
+        writeln!(f, "received by a rank, bytes a step ({} micro-batches):", self.micro_batches)?;
+        if self.first_step.is_empty() {
+            writeln!(f, "  nothing")?;
+        }
+        for (key @ (operation, group), first) in &self.first_step {
+            let later = self.step.get(key).copied().unwrap_or(0);
+            let name = format!("{}/{group}", operation.name());
+            writeln!(f, "  {name:<32} {later:>14}   {first} in the first step")?;
+        }
+        writeln!(f, "arithmetic: {:.3} GFLOP a token, forward and backward", self.flops_per_token / 1e9)
+    }
+}

@@ -1,0 +1,57 @@
+//! What a run tells before it is started: `check` prints it.
+
+use super::Run;
+use crate::{
+    data::deal,
+    lora::targets,
+    plan::{Memory, MicroBatch, Plan, Traffic, compute::flops_per_token},
+};
+
+impl Run {
+    /// What the run will cost on each rank.
+    pub fn plan(&self) -> Plan {
+        let (blueprint, options) = (self.blueprint(), self.options());
+        let train = &self.config.train;
+        let longest = self.dataset.summary().longest_row;
+        let batch = MicroBatch { tokens: train.micro_batch_size * longest, longest };
+        let micro_batches =
+            deal::micro_batches(self.walk.global_batch, self.mesh.data_parallel(), train.micro_batch_size);
+        let traffic = Traffic {
+            spec: &self.spec,
+            options: &options,
+            regions: &blueprint.regions,
+            replicas: self.mesh.replicate(),
+        };
+        let rank = self.config.lora.lora_rank;
+        Plan {
+            frozen: self.spec.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum(),
+            trainable: targets::parameters_by_name(&self.sites, rank),
+            batch,
+            micro_batches,
+            memory: Memory::new(&self.spec, &blueprint, &options, train.optimizer, batch),
+            first_step: traffic.step(micro_batches, false),
+            step: traffic.step(micro_batches, true),
+            flops_per_token: flops_per_token(&self.spec, &self.sites, rank, longest),
+        }
+    }
+
+    /// What a reader wants to know of a run that is not started: the resolved configuration, the mesh, data and cost.
+    pub fn report(&self) -> String {
+        let data = self.dataset.summary();
+        format!(
+            "{}\n{}\ndata: {} samples, {} dropped as too long; {} rows of at most {} tokens, {} tokens, {} with loss\n\
+             steps: {} of {} rows\n{}",
+            self.config.to_yaml(),
+            self.mesh.table(),
+            data.samples,
+            data.dropped,
+            data.rows,
+            data.longest_row,
+            data.tokens,
+            data.valid_tokens,
+            self.total_steps,
+            self.walk.global_batch,
+            self.plan()
+        )
+    }
+}
