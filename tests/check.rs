@@ -1,0 +1,108 @@
+//! `check` tells what a run would find wrong and what it would cost, without training and without writing anything;
+//! what it says of memory is what a run then takes.
+
+mod common;
+
+use common::{failed, succeeded, xorl};
+use serde_json::Value;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// A run of random rows of 512 tokens; `model` is the model section.
+fn write_run(folder: &Path, model: &str, extra: &str) -> PathBuf {
+    let path = folder.join("run.yaml");
+    let text = format!(
+        "model:\n  {model}\ndata:\n  datasets:\n    - path: dummy\n      num_samples: 64\n  max_seq_len: 512\n  \
+         sample_packing_method: none\ntrain:\n  output_dir: {}\n  max_steps: 3\n  micro_batch_size: 2\n{extra}",
+        folder.join("out").display()
+    );
+    fs::write(&path, text).unwrap();
+    path
+}
+
+/// The number behind `name` in a report.
+fn figure(report: &str, name: &str) -> u64 {
+    let line = report.lines().find_map(|line| line.trim_start().strip_prefix(name));
+    let word =
+        line.and_then(|rest| rest.split_whitespace().next()).unwrap_or_else(|| panic!("{name}: {report}"));
+    word.parse().unwrap()
+}
+
+fn check(path: &Path, ranks: usize, arguments: &[&str]) -> String {
+    let ranks = ranks.to_string();
+    let mut all = vec!["check", "--config", path.to_str().unwrap(), "--ranks", &ranks];
+    all.extend(arguments);
+    let output = xorl(1, &all);
+    succeeded(&output);
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn models_of_8b_and_70b_on_8_ranks_from_their_configuration_alone() {
+    for (name, frozen, trainable, largest_layer) in [
+        // Meta's own counts, and PEFT's for rank 16 on all linear layers.
+        ("llama3_8b", 8_030_261_248u64, 41_943_040u64, 436_240_384u64),
+        ("llama3_70b", 70_553_706_496, 207_093_760, 1_711_341_568),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let config = root().join("tests/fixtures").join(name);
+        let model = format!("config_path: {}", config.display());
+        let report = check(&write_run(folder.path(), &model, ""), 8, &[]);
+        assert!(report.contains(&format!("parameters: {frozen} frozen, {trainable} trainable")), "{report}");
+        assert!(report.contains("mesh: 8 ranks = replicate 1 × shard 8"), "{report}");
+        assert!(report.contains("lora_alpha: 32"), "the resolved configuration is missing: {report}");
+        // bf16, an eighth a rank; norms are fp32 and regions are padded to lines.
+        let base = figure(&report, "base shards");
+        let least = frozen * 2 / 8;
+        assert!(base >= least && base < least + least / 1000, "{base}, at least {least}");
+        // Two layers and half a gigabyte of vocabulary are whole at a time.
+        let slots = figure(&report, "gathered layers and vocabulary");
+        let expected = 2 * largest_layer + (512 << 20);
+        assert!(slots.abs_diff(expected) < expected / 1000, "{slots}, expected {expected}");
+        assert_eq!(figure(&report, "adapter masters and moments"), trainable * 12 / 8);
+        assert_eq!(figure(&report, "reduce_scatter/shard"), trainable * 4 / 8 * 7);
+        assert!(!folder.path().join("out").exists(), "something was written");
+    }
+}
+
+#[test]
+fn what_would_stop_a_run_stops_the_check() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = format!("config_path: {}", root().join("tests/fixtures/llama3_8b").display());
+    let run = write_run(folder.path(), &model, "  data_parallel_shard_size: 3\n");
+    let run = run.to_str().unwrap();
+    let output = xorl(1, &["check", "--config", run, "--ranks", "8"]);
+    assert!(failed(&output, 2).contains('3'), "{output:?}");
+    let arguments = ["check", "--config", run, "--ranks", "3", "--lora.adapter_path", "/nowhere"];
+    assert!(failed(&xorl(1, &arguments), 2).contains("lora.adapter_path"));
+    assert!(!folder.path().join("out").exists());
+}
+
+/// VmHWM of SmolLM2's ranks, beside what `check` said.
+#[test]
+fn mpi_memory_is_what_check_said() {
+    let model = format!("model_path: {}", root().join("models/smollm2").display());
+    for recompute in ["true", "false"] {
+        let folder = tempfile::tempdir().unwrap();
+        let run = write_run(folder.path(), &model, "");
+        let flag = ["--train.enable_gradient_checkpointing", recompute];
+        let planned = figure(&check(&run, 2, &flag), "sum");
+        let mut arguments = vec!["--config", run.to_str().unwrap()];
+        arguments.extend(flag);
+        succeeded(&xorl(2, &arguments));
+        let metrics = fs::read_to_string(folder.path().join("out/metrics.jsonl")).unwrap();
+        let last: Value = serde_json::from_str(metrics.lines().last().unwrap()).unwrap();
+        let ratio = last["peak_rss_bytes"].as_f64().unwrap() / planned as f64;
+        println!("recompute {recompute}: {planned} planned, {ratio:.3} of it used");
+        assert!(
+            (0.75..1.25).contains(&ratio),
+            "recompute {recompute}: {planned} planned, {ratio} of it used"
+        );
+    }
+}
