@@ -17,12 +17,14 @@
 //! - [`comm`]: communicators (solo, MPI), launcher checks, ledger of bytes
 //! - [`mesh`]: ranks to axes and every divisibility rule: pure
 //! - [`config`]: typed `run.yaml`, defaults, validation
+//! - [`clock`]: seconds by phase of a step
 //! - [`rng`]: counter-based random numbers keyed by name
 //! - [`dtype`]: element types of stored and gathered tensors
 //! - [`error`]: the one error type of the crate and its exit codes
 
 pub mod checkpoint;
 pub mod cli;
+pub mod clock;
 pub mod comm;
 pub mod config;
 pub mod data;

@@ -4,8 +4,9 @@
 mod common;
 
 use common::{
-    failed, succeeded,
+    failed, signal, started, succeeded,
     tiny::{STEPS, TinyRun, differences},
+    wait_for,
 };
 use std::{
     fs::{self, File},
@@ -23,18 +24,6 @@ use xorl_dist::{
 const AUTO: [&str; 2] = ["--train.load_checkpoint_path", "auto"];
 const EVERY_STEP: [&str; 4] = ["--train.save_steps", "1", "--train.global_batch_size", "4"];
 
-/// Polls until `found` has something.
-fn wait_for<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
-    let begin = Instant::now();
-    loop {
-        if let Some(value) = found() {
-            return value;
-        }
-        assert!(begin.elapsed() < Duration::from_secs(60), "{what} did not come");
-        std::thread::sleep(Duration::from_micros(100));
-    }
-}
-
 fn names(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     entries.map(|entry| entry.file_name().into_string().unwrap()).collect()
@@ -43,11 +32,6 @@ fn names(folder: &Path) -> Vec<String> {
 /// The hidden directories of steps that are being written, or were abandoned.
 fn hidden(run: &Path) -> Vec<String> {
     names(run).into_iter().filter(|name| name.starts_with(".tmp-")).collect()
-}
-
-fn signal(process: u32, signal: i32) {
-    // SAFETY: kill(2) takes any numbers; the process is a child of this test that was not waited for.
-    unsafe { libc::kill(process as i32, signal) };
 }
 
 /// The process of rank `rank`, somewhere below `launcher`.
@@ -63,10 +47,6 @@ fn rank_process(launcher: u32, rank: usize) -> Option<u32> {
         });
         if is_rank { Some(child) } else { rank_process(child, rank.parse().ok()?) }
     })
-}
-
-fn started(mut command: Command) -> Child {
-    command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
 /// Kills a run of `ranks` ranks in the middle of a save until it has left something half written; what was published

@@ -19,7 +19,7 @@ pub(super) fn run(args: &CheckArgs) -> Result<ExitCode> {
             if world.rank() == 0 {
                 super::print(&run.report());
             }
-            Ok(())
+            Ok(ExitCode::SUCCESS)
         },
     )
 }

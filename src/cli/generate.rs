@@ -18,6 +18,6 @@ pub(super) fn run(args: &GenerateArgs) -> Result<ExitCode> {
             }
             Generation::prepare(args.request.clone())
         },
-        |generation, world| generation.execute(world),
+        |generation, world| generation.execute(world).map(|()| ExitCode::SUCCESS),
     )
 }

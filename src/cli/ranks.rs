@@ -10,7 +10,7 @@ use std::{io::Write, process::ExitCode};
 /// is found while preparing ends all ranks with one line; a rank that fails later says so and takes the others with it.
 pub(super) fn on_all_ranks<P>(
     prepare: impl FnOnce(&World) -> Result<P>,
-    execute: impl FnOnce(P, &World) -> Result<()>,
+    execute: impl FnOnce(P, &World) -> Result<ExitCode>,
 ) -> Result<ExitCode> {
     let world = World::start()?;
     let rank = world.rank();
@@ -25,14 +25,13 @@ pub(super) fn on_all_ranks<P>(
 
     // Said before the ranks part: where one has exited, mpirun ends the others.
     let prepared = agree(&*world.group("world", 0), prepare(&world)).map_err(|error| said("", error))?;
-    if let Err(error) = execute(prepared, &world) {
+    execute(prepared, &world).map_err(|error| {
         // A rank that has nothing to say waits, in MPI's end, for the one that has.
         if world.size() == 1 || matches!(error, Error::Elsewhere { .. }) {
-            return Err(error);
+            return error;
         }
         world.abort(said(&format!("rank {rank}: "), error).exit_code());
-    }
-    Ok(ExitCode::SUCCESS)
+    })
 }
 
 /// Writes the line of an error that is this rank's own, and leaves nothing to say.

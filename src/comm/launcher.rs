@@ -9,7 +9,8 @@ pub(super) struct Launch {
 
 /// Variables of the launchers, nearest first: mpirun inside a slurm step sees slurm's variables too.
 /// Slurm's step size counts, not the job's: a plain program in a batch script is not launched by srun.
-const SIZES: [&str; 3] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"];
+const SIZES: [&str; 3] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", SLURM_STEP];
+const SLURM_STEP: &str = "SLURM_STEP_NUM_TASKS";
 /// A PMIx launcher tells a rank its rank, not the size.
 const PMIX_RANK: &str = "PMIX_RANK";
 
@@ -28,6 +29,12 @@ impl Launch {
     /// No launcher at all, or one that started a single process.
     pub(super) fn is_lone(self) -> bool {
         matches!(self.found, None | Some((_, Some(0 | 1))))
+    }
+
+    /// Whether signals come to a rank as they are sent: it was started by hand or by srun. mpirun takes TERM and INT
+    /// for itself, and kills its ranks about a second later.
+    pub(super) fn leaves_signals(self) -> bool {
+        matches!(self.found, None | Some((SLURM_STEP, _)))
     }
 
     /// The variable and the number of ranks it promises, when MPI knows of fewer.
@@ -53,6 +60,14 @@ mod tests {
         assert!(launch(&[("OMPI_COMM_WORLD_SIZE", "1")]).is_lone());
         assert!(launch(&[("SLURM_STEP_NUM_TASKS", "1")]).is_lone());
         assert!(!launch(&[("PMIX_RANK", "0")]).is_lone());
+    }
+
+    #[test]
+    fn only_mpirun_takes_signals_for_itself() {
+        assert!(launch(&[]).leaves_signals());
+        assert!(launch(&[("SLURM_STEP_NUM_TASKS", "2"), ("PMIX_RANK", "0")]).leaves_signals());
+        assert!(!launch(&[("OMPI_COMM_WORLD_SIZE", "1"), ("SLURM_STEP_NUM_TASKS", "2")]).leaves_signals());
+        assert!(!launch(&[("PMI_SIZE", "2")]).leaves_signals());
     }
 
     #[test]

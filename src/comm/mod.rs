@@ -120,6 +120,7 @@ pub trait Communicator {
 /// The processes of this run: MPI when a launcher started us, a lone process otherwise.
 pub struct World {
     mpi: Option<mpi::Runtime>,
+    launcher: launcher::Launch,
     ledger: Ledger,
 }
 
@@ -129,7 +130,7 @@ impl World {
         let launcher = launcher::detect(|name| std::env::var(name).ok());
         let ledger = Ledger::default();
         let mpi = if launcher.is_lone() { None } else { Some(mpi::Runtime::start(&launcher)?) };
-        Ok(Self { mpi, ledger })
+        Ok(Self { mpi, launcher, ledger })
     }
 
     pub fn rank(&self) -> usize {
@@ -138,6 +139,11 @@ impl World {
 
     pub fn size(&self) -> usize {
         self.mpi.as_ref().map_or(1, mpi::Runtime::size)
+    }
+
+    /// Whether SIGTERM and SIGINT come to this rank as they are sent, with time to act on them.
+    pub fn leaves_signals(&self) -> bool {
+        self.launcher.leaves_signals()
     }
 
     /// The bytes that collectives of any group have received.

@@ -9,6 +9,7 @@ use super::{
     source::WeightSource,
 };
 use crate::{
+    clock::Clock,
     comm::Communicator,
     lora::{LoraModule, Parameter, Site, init},
     loss::LinearCrossEntropy,
@@ -114,6 +115,8 @@ pub struct Transformer {
     final_norm: Ring,
     pub adapter: AdapterShards,
     rope: RopeTable,
+    /// Seconds of forward, loss, backward and gather.
+    pub clock: Clock,
 }
 
 impl Transformer {
@@ -149,6 +152,7 @@ impl Transformer {
             lora,
             adapter,
             rope,
+            clock: Clock::default(),
         }
     }
 
@@ -269,6 +273,7 @@ impl Transformer {
 
     /// Whole chunk `chunk` of the embedding or the head, and its first row.
     fn vocab_chunk(&mut self, chunk: usize, head: bool) -> Result<(Tensor, usize), ShardError> {
+        let _gathering = self.clock.phase("gather");
         let offset = if head && !self.spec.tie_word_embeddings { self.vocab_chunks() } else { 0 };
         self.vocab.gather(offset + chunk)?;
         let first = chunk * self.options.chunk_rows(self.spec.vocab_size);
@@ -291,6 +296,7 @@ impl Transformer {
 
     /// Makes layer `unit` whole and starts on `next`.
     fn gather(&mut self, unit: usize, next: Option<usize>) -> Result<(), ShardError> {
+        let _gathering = self.clock.phase("gather");
         self.layers.gather(unit)?;
         self.adapter.gather(unit)?;
         if let Some(next) = next {
@@ -321,6 +327,7 @@ impl Transformer {
         mut attend: impl FnMut(usize, &Tensor, Heads) -> (Tensor, Tensor),
         mut keep: impl FnMut(Tensor, Saved),
     ) -> Result<Tensor, ShardError> {
+        let _forward = self.clock.phase("forward");
         let mut x = self.embed(&batch.ids)?;
         let layers = self.layers.len();
         for unit in 0..layers {
@@ -338,6 +345,7 @@ impl Transformer {
         batch: &Batch,
         scale: Option<f64>,
     ) -> Result<(MicroBatchLoss, Option<Tensor>), ShardError> {
+        let _loss = self.clock.phase("loss");
         self.final_norm.gather(0)?;
         let weight = self.final_norm.view(0, 0)?;
         let (normed, r) = norm::forward(x, &weight, self.spec.rms_norm_eps);
@@ -364,6 +372,7 @@ impl Transformer {
         })?;
         let (loss, d_x) = self.head_loss(&x, batch, Some(scale))?;
         drop(x);
+        let _backward = self.clock.phase("backward");
         let Some(mut d_x) = d_x else { return Ok(loss) };
         while let Some(kept_here) = kept.pop() {
             let unit = kept.len();
@@ -378,6 +387,7 @@ impl Transformer {
             let weights = self.plans[unit].bind(&self.layers, unit)?;
             let adapters = self.lora[unit].bind(&self.adapter, unit)?;
             d_x = self.block(unit).backward(&d_x, &saved, &weights, &adapters, &context);
+            let _reducing = self.clock.phase("reduce");
             self.adapter.micro_batch_done(unit)?;
         }
         Ok(loss)

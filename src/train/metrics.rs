@@ -8,6 +8,7 @@ use crate::{
 };
 use serde_json::json;
 use std::{
+    collections::BTreeMap,
     fs::File,
     io::{Seek, SeekFrom, Write},
     path::{Path, PathBuf},
@@ -24,8 +25,10 @@ pub struct StepMetrics<'a> {
     pub step: usize,
     pub epoch: usize,
     pub report: &'a StepReport,
-    /// From the end of the data of this step to the end of its update.
+    /// From the end of the step before, or of its save, to the end of this one.
     pub seconds: f64,
+    /// This rank's, by phase.
+    pub phases: BTreeMap<&'static str, f64>,
     /// The largest of all ranks.
     pub peak_rss_bytes: u64,
     /// What this rank's collectives have received in the step.
@@ -37,35 +40,42 @@ pub struct Metrics {
     output: PathBuf,
     file: Option<File>,
     total_steps: usize,
-    /// Steps made, and the losses of those that `metrics.jsonl` knows.
+    /// Steps made, and what `metrics.jsonl` knows of them.
     done: usize,
+    history: History,
+}
+
+/// By step; `None` where there was none.
+#[derive(Debug, Default, PartialEq)]
+struct History {
     losses: Vec<Option<f64>>,
+    grad_norms: Vec<Option<f64>>,
 }
 
 impl Metrics {
     /// For a rank that does not write.
     pub fn silent() -> Self {
-        Self { output: PathBuf::new(), file: None, total_steps: 0, done: 0, losses: Vec::new() }
+        Self { output: PathBuf::new(), file: None, total_steps: 0, done: 0, history: History::default() }
     }
 
     /// Begins `metrics.jsonl` in `output` for a run of `total_steps`, or goes on behind the line of the step
     /// `resumed`: what follows it is cut off.
     pub fn open(output: &Path, total_steps: usize, resumed: Option<usize>) -> Result<Self> {
         let path = output.join(METRICS_FILE);
-        let (file, losses) = match resumed {
-            None => (File::create(&path), Vec::new()),
+        let (file, history) = match resumed {
+            None => (File::create(&path), History::default()),
             Some(step) => {
                 let text = std::fs::read(&path).unwrap_or_default();
-                let (length, last, losses) = lines_up_to(step, &text);
+                let (length, last, history) = lines_up_to(step, &text);
                 if last != step {
                     tracing::warn!("{}: knows steps up to {last}, the run resumes at {step}", path.display());
                 }
-                (open_at(&path, length), losses)
+                (open_at(&path, length), history)
             }
         };
         let file = file.map_err(|error| fault(&path, &error))?;
         let (output, done) = (output.to_owned(), resumed.unwrap_or(0));
-        Ok(Self { output, file: Some(file), total_steps, done, losses })
+        Ok(Self { output, file: Some(file), total_steps, done, history })
     }
 
     /// Brings all lines to the disk: a step that is published must find them there.
@@ -86,7 +96,7 @@ impl Metrics {
         let line = json!({
             "step": number, "epoch": epoch, "loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr,
             "tokens": report.valid_tokens, "tokens_total": report.total_tokens, "tokens_per_second": rate,
-            "step_seconds": seconds, "peak_rss_bytes": peak, "comm_bytes": comm,
+            "step_seconds": seconds, "phase_seconds": step.phases, "peak_rss_bytes": peak, "comm_bytes": comm,
         });
         // One write, so that a kill leaves whole lines.
         file.write_all(format!("{line}\n").as_bytes())
@@ -106,7 +116,8 @@ impl Metrics {
             ),
         }
         self.done = number;
-        self.losses.push(report.loss);
+        self.history.losses.push(report.loss);
+        self.history.grad_norms.push(report.loss.map(|_| report.grad_norm));
         Ok(())
     }
 
@@ -115,18 +126,19 @@ impl Metrics {
         if self.file.is_none() {
             return Ok(());
         }
-        let last = self.losses.iter().flatten().last();
+        let History { losses, grad_norms } = self.history;
+        let last = losses.iter().flatten().last();
         let summary = json!({"global_step": self.done, "total_train_steps": self.total_steps,
-            "final_loss": last, "loss_history": self.losses});
+            "final_loss": last, "loss_history": losses, "grad_norm_history": grad_norms});
         let path = self.output.join(SUMMARY_FILE);
         std::fs::write(&path, summary.to_string()).map_err(|error| fault(&path, &error))
     }
 }
 
 /// Of the lines of `text`, those up to `step`: their length in bytes, the last step among them (0: none), and their
-/// losses. A line that is torn or is none of ours ends them.
-fn lines_up_to(step: usize, text: &[u8]) -> (usize, usize, Vec<Option<f64>>) {
-    let (mut length, mut last, mut losses) = (0, 0, Vec::new());
+/// history. A line that is torn or is none of ours ends them.
+fn lines_up_to(step: usize, text: &[u8]) -> (usize, usize, History) {
+    let (mut length, mut last, mut history) = (0, 0, History::default());
     for line in text.split_inclusive(|&byte| byte == b'\n') {
         let Ok(json) = serde_json::from_slice::<serde_json::Value>(line) else { break };
         let number = json["step"].as_u64().and_then(|number| usize::try_from(number).ok());
@@ -135,9 +147,10 @@ fn lines_up_to(step: usize, text: &[u8]) -> (usize, usize, Vec<Option<f64>>) {
             None => break,
         }
         length += line.len();
-        losses.push(json["loss"].as_f64());
+        history.losses.push(json["loss"].as_f64());
+        history.grad_norms.push(json["loss"].as_f64().and(json["grad_norm"].as_f64()));
     }
-    (length, last, losses)
+    (length, last, history)
 }
 
 /// Opens `path` for writing behind its first `length` bytes; the rest is cut off.
@@ -192,7 +205,11 @@ mod tests {
             std::fs::write(&path, &text).unwrap();
             let metrics = Metrics::open(output.path(), 9, Some(3)).unwrap();
             assert_eq!(std::fs::read_to_string(&path).unwrap(), kept, "{text}");
-            assert_eq!(metrics.losses.iter().flatten().copied().collect::<Vec<_>>(), losses, "{text}");
+            assert_eq!(
+                metrics.history.losses.iter().flatten().copied().collect::<Vec<_>>(),
+                losses,
+                "{text}"
+            );
         }
         Metrics::open(output.path(), 9, None).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "");
@@ -214,9 +231,17 @@ mod tests {
             for step in steps {
                 let received = Received::new();
                 let report = &report;
-                let seconds = 1.0;
+                let (seconds, phases) = (1.0, BTreeMap::new());
                 metrics
-                    .step(&StepMetrics { step, epoch: 0, report, seconds, peak_rss_bytes: 0, received })
+                    .step(&StepMetrics {
+                        step,
+                        epoch: 0,
+                        report,
+                        seconds,
+                        phases,
+                        peak_rss_bytes: 0,
+                        received,
+                    })
                     .unwrap();
             }
             metrics.finish().unwrap();
@@ -229,6 +254,8 @@ mod tests {
         let summary = std::fs::read_to_string(output.path().join(SUMMARY_FILE)).unwrap();
         let summary: serde_json::Value = serde_json::from_str(&summary).unwrap();
         assert_eq!(summary["global_step"], 4);
-        assert_eq!(summary["loss_history"].as_array().unwrap().len(), 4);
+        for history in ["loss_history", "grad_norm_history"] {
+            assert_eq!(summary[history].as_array().unwrap().len(), 4, "{history}");
+        }
     }
 }

@@ -5,7 +5,7 @@
 //! [`Run::execute`] is the loop.
 
 use super::{
-    Trainer,
+    StopSignals, Trainer,
     metrics::{Metrics, StepMetrics, peak_rss_bytes, received_since},
     resume::Start,
     save::{Progress, Saver},
@@ -43,6 +43,15 @@ use tch::Device;
 const VOCAB_CHUNK_BYTES: usize = 512 << 20;
 /// Steps that the loader prepares ahead.
 const LOADER_AHEAD: usize = 4;
+
+/// How a run that did not fail came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// All steps are made.
+    Done,
+    /// A signal asked for it: everything is saved, and the same command with `load_checkpoint_path: auto` goes on.
+    Stopped,
+}
 
 /// Everything that a run needs, read and validated.
 pub struct Run {
@@ -172,8 +181,8 @@ impl Run {
         LoraShape { rank: self.config.lora.lora_rank, alpha: self.config.lora.lora_alpha }
     }
 
-    /// Builds this rank's part of the model and trains it to the end.
-    pub fn execute(mut self, world: &World) -> Result<()> {
+    /// Builds this rank's part of the model and trains it to the end, or until `stop` is asked for on any rank.
+    pub fn execute(mut self, world: &World, stop: &StopSignals) -> Result<Ended> {
         let at = self.mesh.coordinates(world.rank());
         let everyone = world.group("world", 0);
         let shard = world.group("shard", at.replicate);
@@ -215,32 +224,54 @@ impl Run {
         let mut metrics = if rank == 0 { self.begin_output()? } else { Metrics::silent() };
         let mut saver = Saver::new(&self, rank)?;
         let loader = Loader::start(self.dataset.clone(), self.step_plans(rank), LOADER_AHEAD)?;
-        for (rows, stride) in loader.zip(self.strides()) {
+        let clock = trainer.model.clock.clone();
+        let mut steps = loader.zip(self.strides());
+        clock.take();
+        let mut begin = Instant::now();
+        loop {
+            let waiting = clock.phase("data");
+            let Some((rows, stride)) = steps.next() else { break };
             let rows = rows?;
-            let (begin, received) = (Instant::now(), world.ledger().totals());
+            let received = world.ledger().totals();
             let batches: Vec<Batch> = rows.micro_batches.iter().map(|rows| batch(rows, device)).collect();
+            drop(waiting);
             let report = trainer.step(&batches, rows.step)?;
-            let mut peak = [peak_rss_bytes() as f64];
-            trainer.world.all_reduce_host(&mut peak, Reduce::Max)?;
+            let mut agreed = [peak_rss_bytes() as f64, f64::from(u8::from(stop.asked()))];
+            trainer.world.all_reduce_host(&mut agreed, Reduce::Max)?;
+            let (peak, stopping) = (agreed[0] as u64, agreed[1] > 0.0);
             let done = rows.step + 1;
             metrics.step(&StepMetrics {
                 step: done,
                 epoch: rows.epoch,
                 report: &report,
                 seconds: begin.elapsed().as_secs_f64(),
-                peak_rss_bytes: peak[0] as u64,
+                phases: clock.take(),
+                peak_rss_bytes: peak,
                 received: received_since(&received, world.ledger()),
             })?;
             let every = |n: usize, count: usize| n > 0 && count.is_multiple_of(n);
             let ends_epoch = stride.ends_epoch() && every(train.save_epochs, stride.epoch + 1);
-            if every(train.save_steps, done) || ends_epoch || done == self.total_steps {
+            begin = Instant::now();
+            let last = done == self.total_steps;
+            if every(train.save_steps, done) || ends_epoch || last || stopping {
                 metrics.sync()?;
                 saver.save(&trainer, Progress { step: done, epoch: rows.epoch, position: stride.next })?;
                 // A resumed process gathers everything anew: so does this one, and both tell the same bytes.
                 trainer.model.forget_gathered()?;
+                // A save is in no step's time.
+                clock.take();
+                begin = Instant::now();
+            }
+            if stopping && !last {
+                if rank == 0 {
+                    let of = self.total_steps;
+                    tracing::warn!("stopped after step {done} of {of}, as a signal asked for: it is saved");
+                }
+                return Ok(Ended::Stopped);
             }
         }
-        metrics.finish()
+        metrics.finish()?;
+        Ok(Ended::Done)
     }
 
     /// Rank 0 begins the files of output_dir, and takes away what the user wants overwritten.

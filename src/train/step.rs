@@ -59,15 +59,19 @@ impl Trainer {
             return Ok(report);
         }
 
+        let clock = self.model.clock.clone();
         self.model.adapter.zero_gradients();
         let mut loss = [0.0];
         for batch in micro_batches {
             loss[0] += self.model.forward_backward(batch, 1.0 / valid)?.sum;
         }
+        let reducing = clock.phase("reduce");
         self.model.adapter.step_done()?;
         self.world.all_reduce_host(&mut loss, Reduce::Sum)?;
         report.loss = Some(loss[0] / valid);
 
+        drop(reducing);
+        let _updating = clock.phase("update");
         let clipped = ClippedNorm::new(global_norm(&self.model.adapter)?, self.max_grad_norm);
         report.grad_norm = clipped.norm;
         if clipped.norm.is_finite() {

@@ -6,7 +6,8 @@ pub mod tiny;
 use serde_json::{Value, json};
 use std::{
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
 };
 use xorl_dist::rng::Stream;
 
@@ -65,4 +66,27 @@ pub fn make_rows(path: &Path) {
 pub fn metrics(output: &Path) -> Vec<Value> {
     let text = std::fs::read_to_string(output.join("metrics.jsonl")).unwrap();
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// Polls until `found` has something.
+pub fn wait_for<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
+    let begin = Instant::now();
+    loop {
+        if let Some(value) = found() {
+            return value;
+        }
+        assert!(begin.elapsed() < Duration::from_secs(60), "{what} did not come");
+        std::thread::sleep(Duration::from_micros(100));
+    }
+}
+
+/// Starts a program of which only stderr is heard.
+pub fn started(mut command: Command) -> Child {
+    command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+/// Sends `signal` to a child that was not waited for.
+pub fn signal(process: u32, signal: i32) {
+    // SAFETY: kill(2) takes any numbers; the process is a child of this test that was not waited for.
+    unsafe { libc::kill(process as i32, signal) };
 }

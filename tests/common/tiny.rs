@@ -101,7 +101,7 @@ impl TinyRun {
     pub fn story(&self, out: &str) -> Vec<Value> {
         let mut lines = metrics(&self.at(out));
         for line in &mut lines {
-            for field in ["tokens_per_second", "step_seconds", "peak_rss_bytes"] {
+            for field in ["tokens_per_second", "step_seconds", "phase_seconds", "peak_rss_bytes"] {
                 line.as_object_mut().unwrap().remove(field);
             }
         }
