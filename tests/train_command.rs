@@ -218,3 +218,24 @@ fn mpi_wrong_input_ends_all_ranks_with_one_line() {
         assert!(!folder.path().join("out").exists(), "{arguments:?} wrote something");
     }
 }
+
+/// With `log_format: progress_bar` (the default) a terminal shows a bar, and a pipe gets lines.
+#[test]
+fn a_terminal_shows_a_bar() {
+    let run = common::tiny::TinyRun::new();
+    let on_terminal = |out: &str, more: &[&str]| {
+        let words = run.arguments(out, more);
+        let line = std::iter::once(env!("CARGO_BIN_EXE_xorl-dist").to_owned()).chain(words);
+        let mut script = std::process::Command::new("script");
+        script.args(["-qec", &line.collect::<Vec<_>>().join(" "), "/dev/null"]).env("TERM", "xterm");
+        let output = script.stdin(std::process::Stdio::null()).output().unwrap();
+        succeeded(&output);
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let seen = on_terminal("bar", &[]);
+    assert!(seen.contains("20/20 [") && seen.contains("loss=") && !seen.contains("[STEP"), "{seen}");
+    let seen = on_terminal("lines", &["--train.log_format", "structured"]);
+    assert!(seen.contains("[STEP 20/20] loss="), "{seen}");
+    let piped = run.run(1, "piped", &[]);
+    assert!(String::from_utf8_lossy(&piped.stdout).contains("[STEP 20/20] loss="), "{piped:?}");
+}

@@ -164,7 +164,7 @@ section! {
         /// Step directory to resume from, or `auto`: the newest whole one of this run_id, if any. null: start
         /// anew, which is refused where this run_id has steps.
         load_checkpoint_path: Option<LoadCheckpoint> = None;
-        /// A bar on a terminal (not built yet: lines too), or one structured line a step.
+        /// A bar where stderr is a terminal (lines elsewhere), or one structured line a step.
         log_format: LogFormat = LogFormat::ProgressBar;
         /// Must stay false: metrics go to metrics.jsonl.
         use_wandb: bool = false;

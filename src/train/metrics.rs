@@ -1,17 +1,20 @@
-//! What a run tells: `metrics.jsonl` (a line a step), a line a step on stdout, `training_metrics.json` at the end.
+//! What a run tells: `metrics.jsonl` (a line a step), a line a step on stdout or a bar on a terminal, `training_metrics.json` at the end.
 //! Rank 0 writes; the other ranks hold a [`Metrics`] that does nothing.
 
 use super::StepReport;
 use crate::{
     comm::{Ledger, Operation, Received},
+    config::LogFormat,
     error::{Error, Result},
 };
+use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::{Seek, SeekFrom, Write},
+    io::{IsTerminal, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 /// A line a step.
@@ -40,6 +43,8 @@ pub struct Metrics {
     output: PathBuf,
     file: Option<File>,
     total_steps: usize,
+    /// On a terminal, instead of a line a step.
+    bar: Option<ProgressBar>,
     /// Steps made, and what `metrics.jsonl` knows of them.
     done: usize,
     history: History,
@@ -55,12 +60,24 @@ struct History {
 impl Metrics {
     /// For a rank that does not write.
     pub fn silent() -> Self {
-        Self { output: PathBuf::new(), file: None, total_steps: 0, done: 0, history: History::default() }
+        Self {
+            output: PathBuf::new(),
+            file: None,
+            total_steps: 0,
+            bar: None,
+            done: 0,
+            history: History::default(),
+        }
     }
 
     /// Begins `metrics.jsonl` in `output` for a run of `total_steps`, or goes on behind the line of the step
     /// `resumed`: what follows it is cut off.
-    pub fn open(output: &Path, total_steps: usize, resumed: Option<usize>) -> Result<Self> {
+    pub fn open(
+        output: &Path,
+        total_steps: usize,
+        resumed: Option<usize>,
+        format: LogFormat,
+    ) -> Result<Self> {
         let path = output.join(METRICS_FILE);
         let (file, history) = match resumed {
             None => (File::create(&path), History::default()),
@@ -75,7 +92,9 @@ impl Metrics {
         };
         let file = file.map_err(|error| fault(&path, &error))?;
         let (output, done) = (output.to_owned(), resumed.unwrap_or(0));
-        Ok(Self { output, file: Some(file), total_steps, done, history })
+        let wanted = format == LogFormat::ProgressBar && std::io::stderr().is_terminal();
+        let bar = wanted.then(|| progress_bar(total_steps, done));
+        Ok(Self { output, file: Some(file), total_steps, bar, done, history })
     }
 
     /// Brings all lines to the disk: a step that is published must find them there.
@@ -106,14 +125,21 @@ impl Metrics {
             Some(_) if !report.non_finite.is_empty() => {
                 tracing::warn!("step {number} was skipped, not finite: {}", report.non_finite.join(", "));
             }
-            Some(loss) => println!(
-                "[STEP {number}/{}] loss={loss:.4} grad_norm={:.4} lr={:.3e} tokens_per_sec={rate:.0} time={seconds:.3} \
-                 peak_mem={:.2}GB",
-                self.total_steps,
-                report.grad_norm,
-                report.lr,
-                peak as f64 / 1e9
-            ),
+            Some(loss) => {
+                let told = format!(
+                    "loss={loss:.4} grad_norm={:.4} lr={:.3e} tokens_per_sec={rate:.0} time={seconds:.3} peak_mem={:.2}GB",
+                    report.grad_norm,
+                    report.lr,
+                    peak as f64 / 1e9
+                );
+                match &self.bar {
+                    Some(bar) => bar.set_message(told),
+                    None => println!("[STEP {number}/{}] {told}", self.total_steps),
+                }
+            }
+        }
+        if let Some(bar) = &self.bar {
+            bar.set_position(number as u64);
         }
         self.done = number;
         self.history.losses.push(report.loss);
@@ -126,6 +152,9 @@ impl Metrics {
         if self.file.is_none() {
             return Ok(());
         }
+        if let Some(bar) = &self.bar {
+            bar.finish();
+        }
         let History { losses, grad_norms } = self.history;
         let last = losses.iter().flatten().last();
         let summary = json!({"global_step": self.done, "total_train_steps": self.total_steps,
@@ -133,6 +162,14 @@ impl Metrics {
         let path = self.output.join(SUMMARY_FILE);
         std::fs::write(&path, summary.to_string()).map_err(|error| fault(&path, &error))
     }
+}
+
+/// A bar of `total` steps of which `done` are made.
+fn progress_bar(total: usize, done: usize) -> ProgressBar {
+    let style = ProgressStyle::with_template("{bar:24} {pos}/{len} [{elapsed}<{eta}] {msg}");
+    let bar =
+        ProgressBar::new(total as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.with_position(done as u64).with_elapsed(Duration::ZERO)
 }
 
 /// Of the lines of `text`, those up to `step`: their length in bytes, the last step among them (0: none), and their
@@ -203,7 +240,7 @@ mod tests {
             (String::new(), String::new(), vec![]),
         ] {
             std::fs::write(&path, &text).unwrap();
-            let metrics = Metrics::open(output.path(), 9, Some(3)).unwrap();
+            let metrics = Metrics::open(output.path(), 9, Some(3), LogFormat::Structured).unwrap();
             assert_eq!(std::fs::read_to_string(&path).unwrap(), kept, "{text}");
             assert_eq!(
                 metrics.history.losses.iter().flatten().copied().collect::<Vec<_>>(),
@@ -211,7 +248,7 @@ mod tests {
                 "{text}"
             );
         }
-        Metrics::open(output.path(), 9, None).unwrap();
+        Metrics::open(output.path(), 9, None, LogFormat::Structured).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "");
     }
 
@@ -227,7 +264,7 @@ mod tests {
             non_finite: Vec::new(),
         };
         let write = |resumed: Option<usize>, steps: std::ops::RangeInclusive<usize>| {
-            let mut metrics = Metrics::open(output.path(), 4, resumed).unwrap();
+            let mut metrics = Metrics::open(output.path(), 4, resumed, LogFormat::Structured).unwrap();
             for step in steps {
                 let received = Received::new();
                 let report = &report;

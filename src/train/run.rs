@@ -284,7 +284,7 @@ impl Run {
         let output = &self.config.train.output_dir;
         std::fs::write(output.join("config.yaml"), self.config.to_yaml())
             .map_err(|error| Error::Failure(format!("{}: {error}", output.display())))?;
-        Metrics::open(output, self.total_steps, resumed)
+        Metrics::open(output, self.total_steps, resumed, self.config.train.log_format)
     }
 
     /// The rows of every step that is left.
