@@ -4,7 +4,7 @@
 mod common;
 
 use common::{
-    failed, signal, started, succeeded,
+    failed, mpirun, ranks_of, signal, started, succeeded,
     tiny::{STEPS, TinyRun, differences},
     wait_for,
 };
@@ -106,10 +106,9 @@ fn mpi_a_rank_killed_while_saving_leaves_the_steps_before() {
 
 /// Ranks whose files may suddenly grow no more: an ordinary error of write(2) instead of a signal.
 fn forgiving(run: &TinyRun, out: &str) -> Command {
-    let mut command = Command::new("mpirun");
-    command.args(["--allow-run-as-root", "--oversubscribe", "-n", "2", "bash", "-c"]);
-    command.args(["trap '' XFSZ; exec \"$@\"", "--", env!("CARGO_BIN_EXE_xorl-dist")]);
-    command.args(run.arguments(out, &EVERY_STEP)).env("OMP_NUM_THREADS", "1");
+    let mut command = ranks_of(Path::new("bash"), 2);
+    command.args(["-c", "trap '' XFSZ; exec \"$@\"", "--", env!("CARGO_BIN_EXE_xorl-dist")]);
+    command.args(run.arguments(out, &EVERY_STEP));
     command
 }
 
@@ -247,10 +246,9 @@ fn two_runs_at_once_cannot_share_an_output_directory() {
 fn mpi_an_output_directory_that_ranks_do_not_share_is_refused() {
     let run = TinyRun::new();
     let program = env!("CARGO_BIN_EXE_xorl-dist");
-    let mut command = Command::new("mpirun");
-    command.args(["--allow-run-as-root", "--oversubscribe", "-n", "1", program]);
-    command.args(run.arguments("here", &[])).args([":", "-n", "1", program]);
-    let output = command.args(run.arguments("there", &[])).env("OMP_NUM_THREADS", "1").output().unwrap();
+    let mut command = mpirun();
+    command.args(["-n", "1", program]).args(run.arguments("here", &[])).args([":", "-n", "1", program]);
+    let output = command.args(run.arguments("there", &[])).output().unwrap();
     let line = failed(&output, 2);
     assert!(line.contains("there is not the directory that rank 0 writes"), "{line}");
     assert!(!run.at("here/metrics.jsonl").exists() && !run.at("there").exists());

@@ -17,14 +17,23 @@ pub fn python() -> PathBuf {
     std::env::var_os("XORL_ORACLE_PYTHON").map_or(venv, PathBuf::from)
 }
 
+/// mpirun as root and of more ranks than cores, which Open MPI allows only when told; MPICH does not read that.
+pub fn mpirun() -> Command {
+    let told =
+        ["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "OMPI_MCA_rmaps_base_oversubscribe"];
+    let mut command = Command::new("mpirun");
+    command.envs(told.map(|name| (name, "1"))).env("OMP_NUM_THREADS", "1");
+    command
+}
+
 /// `program` on `ranks` ranks of one thread each; one rank needs no launcher.
 pub fn ranks_of(program: &Path, ranks: usize) -> Command {
     let mut command = if ranks == 1 {
         Command::new(program)
     } else {
-        let mut mpirun = Command::new("mpirun");
-        mpirun.args(["--allow-run-as-root", "--oversubscribe", "-n", &ranks.to_string()]).arg(program);
-        mpirun
+        let mut launcher = mpirun();
+        launcher.args(["-n", &ranks.to_string()]).arg(program);
+        launcher
     };
     command.env("OMP_NUM_THREADS", "1");
     command
