@@ -1,5 +1,5 @@
-//! What a run tells: `metrics.jsonl` (a line a step), a line a step on stdout or a bar on a terminal, `training_metrics.json` at the end.
-//! Rank 0 writes; the other ranks hold a [`Metrics`] that does nothing.
+//! What a run tells: `metrics.jsonl` (a line a step), a line a step on stdout or a bar on a terminal,
+//! `training_metrics.json` at the end. Rank 0 writes; the other ranks hold a [`Metrics`] that does nothing.
 
 use super::StepReport;
 use crate::{

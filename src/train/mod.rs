@@ -1,5 +1,6 @@
 //! Training: the step ([`step`]), reading like the algorithm that it is, and the run around it ([`run`]): what it
-//! starts from (`resume`), what it saves (`save`), when it stops (`signals`) and what it tells, before it starts (`report`) and as it goes ([`metrics`]).
+//! starts from (`resume`), what it saves (`save`), when it stops (`signals`) and what it tells, before it starts
+//! (`report`) and as it goes ([`metrics`]).
 
 pub mod metrics;
 mod report;
