@@ -42,10 +42,15 @@ apt_install() {
 # --- tools
 command -v cargo >/dev/null || die "cargo is missing: install Rust 1.95 or newer from https://rustup.rs, then run this again"
 
+# What bindgen looks for; libclang-cpp, which comes with other LLVM packages, is another library.
 has_libclang() {
   [ -n "${LIBCLANG_PATH:-}" ] && return
-  compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null || compgen -G '/usr/lib/*/libclang*.so*' >/dev/null ||
-    compgen -G '/usr/lib64/libclang*.so*' >/dev/null || compgen -G '/usr/local/lib/libclang*.so*' >/dev/null
+  local dir
+  for dir in /usr/lib/llvm-*/lib /usr/lib/*-linux-gnu /usr/lib64 /usr/local/lib; do
+    compgen -G "$dir/libclang.so*" >/dev/null || compgen -G "$dir/libclang-[0-9]*.so*" >/dev/null || continue
+    return 0
+  done
+  return 1
 }
 packages=()
 command -v c++ >/dev/null || packages+=(build-essential)
