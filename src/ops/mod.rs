@@ -5,6 +5,7 @@
 //! another.
 
 pub mod attention;
+pub mod cpu;
 pub mod linear;
 pub mod norm;
 pub mod rope;

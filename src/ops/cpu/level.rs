@@ -1,0 +1,63 @@
+//! Instruction sets that kernels are compiled for, chosen at run time.
+
+use pulp::{
+    NullaryFnOnce,
+    x86::{V3, V4},
+};
+use std::cell::Cell;
+
+/// An instruction set, the least first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// What the program was compiled for. On x86-64 that has no fused multiply-add, which is then a slow call.
+    Portable,
+    /// AVX2 and FMA.
+    Avx2,
+    /// AVX-512 F, BW, CD, DQ, VL.
+    Avx512,
+}
+
+thread_local! {
+    static FORCED: Cell<Option<Level>> = const { Cell::new(None) };
+}
+
+impl Level {
+    /// The levels that this machine has.
+    pub fn available() -> impl Iterator<Item = Self> {
+        let has = |level: &Level| match level {
+            Level::Portable => true,
+            Level::Avx2 => V3::is_available(),
+            Level::Avx512 => V4::is_available(),
+        };
+        [Level::Portable, Level::Avx2, Level::Avx512].into_iter().filter(has)
+    }
+
+    /// The best level that this machine has, or what [`forced`](Self::forced) asks for.
+    pub fn current() -> Self {
+        FORCED.get().or_else(|| Self::available().last()).unwrap_or(Level::Portable)
+    }
+
+    /// Calls `f` with kernels started by this thread on this level, for tests and benches.
+    pub fn forced<R>(self, f: impl FnOnce() -> R) -> R {
+        let before = FORCED.replace(Some(self));
+        let result = f();
+        FORCED.set(before);
+        result
+    }
+
+    /// Calls `f`, compiled for this level; on a machine that lacks it, for what the machine has.
+    #[inline]
+    pub fn run<F: NullaryFnOnce>(self, f: F) -> F::Output {
+        if self == Level::Avx512
+            && let Some(simd) = V4::try_new()
+        {
+            return simd.vectorize(f);
+        }
+        if self >= Level::Avx2
+            && let Some(simd) = V3::try_new()
+        {
+            return simd.vectorize(f);
+        }
+        f.call()
+    }
+}
