@@ -5,11 +5,14 @@
 //! another.
 
 pub mod attention;
+pub mod buffers;
 pub mod cpu;
 pub mod linear;
 pub mod norm;
 pub mod rope;
 pub mod swiglu;
+
+pub use buffers::Buffer;
 
 #[cfg(test)]
 pub(crate) mod testing {

@@ -1,9 +1,8 @@
 //! Instruction sets that kernels are compiled for, chosen at run time.
 
-use pulp::{
-    NullaryFnOnce,
-    x86::{V3, V4},
-};
+use pulp::NullaryFnOnce;
+#[cfg(target_arch = "x86_64")]
+use pulp::x86::{V3, V4};
 use std::cell::Cell;
 
 /// An instruction set, the least first.
@@ -26,8 +25,12 @@ impl Level {
     pub fn available() -> impl Iterator<Item = Self> {
         let has = |level: &Level| match level {
             Level::Portable => true,
+            #[cfg(target_arch = "x86_64")]
             Level::Avx2 => V3::is_available(),
+            #[cfg(target_arch = "x86_64")]
             Level::Avx512 => V4::is_available(),
+            #[cfg(not(target_arch = "x86_64"))]
+            Level::Avx2 | Level::Avx512 => false,
         };
         [Level::Portable, Level::Avx2, Level::Avx512].into_iter().filter(has)
     }
@@ -48,11 +51,13 @@ impl Level {
     /// Calls `f`, compiled for this level; on a machine that lacks it, for what the machine has.
     #[inline]
     pub fn run<F: NullaryFnOnce>(self, f: F) -> F::Output {
+        #[cfg(target_arch = "x86_64")]
         if self == Level::Avx512
             && let Some(simd) = V4::try_new()
         {
             return simd.vectorize(f);
         }
+        #[cfg(target_arch = "x86_64")]
         if self >= Level::Avx2
             && let Some(simd) = V3::try_new()
         {
