@@ -88,7 +88,7 @@ fn greedy_round(
         let so_far = Tensor::from_slice(&positions).to_device(device) + 1;
         logits = model.logits_of(&batch, None, |layer, qkv, heads| {
             cache.store(layer, qkv, heads, &places);
-            cache.attend(layer, qkv, heads, &so_far, longest + new + 1)
+            cache.attend(layer, qkv, heads, &so_far, longest + new + 1).into()
         })?;
     }
     Ok(continuations)

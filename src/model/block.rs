@@ -7,6 +7,7 @@
 
 use super::layer::{LayerAdapters, LayerWeights, Linear};
 use crate::ops::{
+    Buffer,
     attention::{self, Documents, Heads},
     linear, norm, rope, swiglu,
 };
@@ -35,7 +36,7 @@ pub struct Saved {
     qk: Option<[(Tensor, Tensor); 2]>,
     /// After norm and rotation.
     qkv: Tensor,
-    attention: Tensor,
+    attention: Buffer,
     lse: Tensor,
     /// x plus the attention block's output.
     middle: Tensor,
@@ -84,7 +85,7 @@ impl BlockSpec {
         weights: &LayerWeights,
         adapters: &LayerAdapters,
         batch: &BatchContext,
-        attend: impl FnOnce(&Tensor, Heads) -> (Tensor, Tensor),
+        attend: impl FnOnce(&Tensor, Heads) -> (Buffer, Tensor),
     ) -> (Tensor, Saved) {
         let linear = |linear: Linear, x: &Tensor, width: i64| {
             let out = Tensor::empty([x.size()[0], width], (x.kind(), x.device()));

@@ -14,6 +14,7 @@ use crate::{
     lora::{LoraModule, Parameter, Site, init},
     loss::LinearCrossEntropy,
     ops::{
+        Buffer,
         attention::{self, Documents, Heads},
         norm,
         rope::RopeTable,
@@ -311,7 +312,7 @@ impl Transformer {
         unit: usize,
         x: &Tensor,
         context: &BatchContext,
-        attend: impl FnOnce(&Tensor, Heads) -> (Tensor, Tensor),
+        attend: impl FnOnce(&Tensor, Heads) -> (Buffer, Tensor),
     ) -> Result<(Tensor, Saved), ShardError> {
         let weights = self.plans[unit].bind(&self.layers, unit)?;
         let adapters = self.lora[unit].bind(&self.adapter, unit)?;
@@ -324,7 +325,7 @@ impl Transformer {
         &mut self,
         batch: &Batch,
         context: &BatchContext,
-        mut attend: impl FnMut(usize, &Tensor, Heads) -> (Tensor, Tensor),
+        mut attend: impl FnMut(usize, &Tensor, Heads) -> (Buffer, Tensor),
         mut keep: impl FnMut(Tensor, Saved),
     ) -> Result<Tensor, ShardError> {
         let _forward = self.clock.phase("forward");
@@ -412,7 +413,7 @@ impl Transformer {
         &mut self,
         batch: &Batch,
         rows: Option<&Tensor>,
-        mut attend: impl FnMut(usize, &Tensor, Heads) -> Tensor,
+        mut attend: impl FnMut(usize, &Tensor, Heads) -> Buffer,
     ) -> Result<Tensor, ShardError> {
         let _guard = tch::no_grad_guard();
         let context = self.context(batch);
@@ -432,6 +433,6 @@ impl Transformer {
 }
 
 /// Attention inside the documents of a batch.
-fn within(context: &BatchContext) -> impl Fn(usize, &Tensor, Heads) -> (Tensor, Tensor) {
+fn within(context: &BatchContext) -> impl Fn(usize, &Tensor, Heads) -> (Buffer, Tensor) {
     |_, qkv, heads| attention::forward(qkv, heads, &context.documents)
 }

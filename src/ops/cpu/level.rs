@@ -14,6 +14,8 @@ pub enum Level {
     Avx2,
     /// AVX-512 F, BW, CD, DQ, VL.
     Avx512,
+    /// That and AVX512-BF16.
+    Avx512Bf16,
 }
 
 thread_local! {
@@ -29,10 +31,12 @@ impl Level {
             Level::Avx2 => V3::is_available(),
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => V4::is_available(),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Bf16 => V4::is_available() && std::arch::is_x86_feature_detected!("avx512bf16"),
             #[cfg(not(target_arch = "x86_64"))]
-            Level::Avx2 | Level::Avx512 => false,
+            _ => false,
         };
-        [Level::Portable, Level::Avx2, Level::Avx512].into_iter().filter(has)
+        [Level::Portable, Level::Avx2, Level::Avx512, Level::Avx512Bf16].into_iter().filter(has)
     }
 
     /// The best level that this machine has, or what [`forced`](Self::forced) asks for.
@@ -52,7 +56,15 @@ impl Level {
     #[inline]
     pub fn run<F: NullaryFnOnce>(self, f: F) -> F::Output {
         #[cfg(target_arch = "x86_64")]
-        if self == Level::Avx512
+        if self == Level::Avx512Bf16
+            && std::arch::is_x86_feature_detected!("avx512bf16")
+            && V4::is_available()
+        {
+            // SAFETY: the machine has what `avx512_bf16` is compiled for.
+            return unsafe { avx512_bf16(f) };
+        }
+        #[cfg(target_arch = "x86_64")]
+        if self >= Level::Avx512
             && let Some(simd) = V4::try_new()
         {
             return simd.vectorize(f);
@@ -65,4 +77,13 @@ impl Level {
         }
         f.call()
     }
+}
+
+/// Calls `f`, compiled for AVX-512 with BF16.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(
+    enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16,fma,avx2,bmi1,bmi2,lzcnt,popcnt,f16c,movbe"
+)]
+fn avx512_bf16<F: NullaryFnOnce>(f: F) -> F::Output {
+    f.call()
 }

@@ -1,5 +1,6 @@
 //! What the CPU kernels of the operations are made of: the instruction set chosen at run time ([`level`]), element types
-//! and their arithmetic ([`element`]), libtorch's own threads ([`pool`]), and the rows of tensors ([`rows`]).
+//! and their arithmetic ([`element`]), libtorch's own threads ([`pool`]), the rows of tensors
+//! ([`rows`]), products of matrices in the cache ([`tile`]), and memory for those ([`scratch`]).
 //!
 //! A kernel is plain Rust over slices, marked `#[inline(always)]` and called inside [`Level::run`]: the compiler
 //! vectorises it once for each instruction set. Sums run in [`LANES`] lanes, so they do not depend on the set.
@@ -8,6 +9,8 @@ pub mod element;
 pub mod level;
 pub mod pool;
 pub mod rows;
+pub mod scratch;
+pub mod tile;
 
 pub use element::{Element, Real};
 pub use level::Level;

@@ -1,7 +1,7 @@
 //! The rows of host tensors, as slices that kernels work on.
 
 use super::{Element, Level, pool};
-use std::marker::PhantomData;
+use std::{marker::PhantomData, ops::Range};
 use tch::{Device, Tensor};
 
 /// Elements that are too few to be worth another thread.
@@ -72,6 +72,31 @@ impl<'a, E: Element> Rows<'a, E> {
         assert!(i < self.rows);
         // SAFETY: the row lies in the tensor, which is borrowed for 'a; the caller vouches for being alone.
         unsafe { std::slice::from_raw_parts_mut(self.first.add(i * self.stride), self.columns) }
+    }
+
+    /// Some columns of row `i`.
+    ///
+    /// # Safety
+    /// No `&mut` of these columns exists.
+    #[inline(always)]
+    pub unsafe fn part(&self, i: usize, columns: Range<usize>) -> &'a [E] {
+        assert!(i < self.rows && columns.start <= columns.end && columns.end <= self.columns);
+        // SAFETY: they lie in the tensor, which is borrowed for 'a; the caller vouches for no writer.
+        unsafe { std::slice::from_raw_parts(self.first.add(i * self.stride + columns.start), columns.len()) }
+    }
+
+    /// Some columns of row `i`, to write to.
+    ///
+    /// # Safety
+    /// No other reference to these columns exists.
+    #[inline(always)]
+    #[expect(clippy::mut_from_ref, reason = "the caller vouches for being the only one")]
+    pub unsafe fn part_mut(&self, i: usize, columns: Range<usize>) -> &'a mut [E] {
+        assert!(i < self.rows && columns.start <= columns.end && columns.end <= self.columns);
+        // SAFETY: they lie in the tensor, which is borrowed for 'a; the caller vouches for being alone.
+        unsafe {
+            std::slice::from_raw_parts_mut(self.first.add(i * self.stride + columns.start), columns.len())
+        }
     }
 }
 

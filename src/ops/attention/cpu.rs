@@ -1,0 +1,519 @@
+//! FlashAttention-2 (Dao, 2023) on the CPU: tiles of scores that stay in the cache, fp32 sums, no work above the diagonal,
+//! beyond a window or across documents.
+//!
+//! One task computes the query heads of one key-value head in one document, whose keys and values it packs once.
+
+use super::{Documents, Heads};
+use crate::ops::cpu::{
+    Element, LANES, Real, Rows, pool,
+    scratch::{Memory, Scratch, words},
+    tile::{Left, Machine, ROWS, multiply},
+};
+use pulp::NullaryFnOnce;
+use std::ops::Range;
+
+/// Queries and keys of a tile of scores.
+const TILE: usize = 64;
+
+/// A document's tokens and one of its key-value heads.
+struct Task {
+    tokens: Range<usize>,
+    head: usize,
+}
+
+/// Sizes that all tasks share.
+#[derive(Clone, Copy)]
+struct Shape {
+    query: usize,
+    key_value: usize,
+    dim: usize,
+    window: usize,
+    scale: f64,
+}
+
+impl Shape {
+    fn new(heads: Heads) -> Self {
+        Self {
+            query: heads.query as usize,
+            key_value: heads.key_value as usize,
+            dim: heads.dim as usize,
+            window: heads.window.map_or(usize::MAX, |window| window as usize),
+            scale: (heads.dim as f64).sqrt().recip(),
+        }
+    }
+
+    fn tasks(&self, documents: &Documents) -> Vec<Task> {
+        let heads =
+            |tokens: Range<usize>| (0..self.key_value).map(move |head| Task { tokens: tokens.clone(), head });
+        let mut tasks: Vec<Task> = documents.ranges().flat_map(heads).collect();
+        // The longest first, so that no thread begins one when the others are done.
+        tasks.sort_by_key(|task| std::cmp::Reverse(task.tokens.len()));
+        tasks
+    }
+
+    /// Query heads that attend to key-value head `head`.
+    fn group(&self, head: usize) -> Range<usize> {
+        let size = self.query / self.key_value;
+        head * size..(head + 1) * size
+    }
+
+    /// Columns of head `index` in fused q|k|v, and of query head `index` in the output.
+    fn columns(&self, index: usize) -> Range<usize> {
+        index * self.dim..(index + 1) * self.dim
+    }
+
+    /// Columns of a head's keys and values.
+    fn key_value_columns(&self, head: usize) -> [Range<usize>; 2] {
+        let first = self.query + head;
+        [self.columns(first), self.columns(first + self.key_value)]
+    }
+
+    /// Columns of a tile that is as wide as a head.
+    fn width(&self) -> usize {
+        self.dim.next_multiple_of(LANES)
+    }
+
+    /// The tiles of keys that queries `queries` of a document see.
+    fn tiles(&self, queries: &Range<usize>) -> Range<usize> {
+        let first = (queries.start + 1).saturating_sub(self.window);
+        first / TILE..queries.end.div_ceil(TILE)
+    }
+
+    /// Of the keys from `first` in a tile, those that query `i` sees.
+    fn seen(&self, i: usize, first: usize) -> Range<usize> {
+        let end = (i + 1).saturating_sub(first).min(TILE);
+        (i + 1).saturating_sub(self.window).saturating_sub(first).min(end)..end
+    }
+}
+
+/// Writes o `[tokens, query·dim]` and L (see [`super::forward`]) of q|k|v.
+pub fn forward<M: Machine>(
+    machine: M,
+    qkv: Rows<M::Stored>,
+    heads: Heads,
+    documents: &Documents,
+    out: Rows<M::Stored>,
+    lse: Rows<M::Number>,
+) {
+    let shape = &Shape::new(heads);
+    let tasks = shape.tasks(documents);
+    pool::tasks(tasks.len(), |i| machine.run(Forward::<M> { shape, task: &tasks[i], qkv, out, lse }));
+}
+
+/// Writes the gradient of q|k|v from that of o.
+pub fn backward<M: Machine>(
+    machine: M,
+    [d_out, qkv, out]: [Rows<M::Stored>; 3],
+    lse: Rows<M::Number>,
+    heads: Heads,
+    documents: &Documents,
+    d_qkv: Rows<M::Stored>,
+) {
+    let shape = &Shape::new(heads);
+    let tasks = shape.tasks(documents);
+    pool::tasks(tasks.len(), |i| {
+        machine.run(Backward::<M> { shape, task: &tasks[i], d_out, qkv, out, lse, d_qkv });
+    });
+}
+
+struct Forward<'a, M: Machine> {
+    shape: &'a Shape,
+    task: &'a Task,
+    qkv: Rows<'a, M::Stored>,
+    out: Rows<'a, M::Stored>,
+    lse: Rows<'a, M::Number>,
+}
+
+impl<M: Machine> NullaryFnOnce for Forward<'_, M> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { shape, task, qkv, out, lse } = self;
+        let (length, width) = (task.tokens.len(), shape.width());
+        let units = shape.dim.div_ceil(M::GROUP);
+        let padded = length.next_multiple_of(TILE);
+        let need = words::<M::Unit>(units * padded)
+            + words::<M::Unit>(padded / M::GROUP * width)
+            + words::<M::Unit>(TILE * units)
+            + words::<M::Unit>(TILE * TILE / M::GROUP)
+            + words::<M::Number>(TILE * TILE)
+            + words::<M::Number>(TILE * width)
+            + 2 * words::<M::Number>(TILE);
+        let mut memory = Memory::take(need);
+        let mut scratch = memory.scratch();
+        let [key_columns, value_columns] = shape.key_value_columns(task.head);
+        let keys = Source { rows: qkv, tokens: task.tokens.clone(), columns: key_columns };
+        let values = Source { columns: value_columns, ..keys.clone() };
+        let keys = keys.along_dim::<M>(&mut scratch);
+        let values = values.along_tokens::<M>(&mut scratch, padded, width);
+        let query: &mut [M::Unit] = scratch.cut(TILE * units);
+        let weights: &mut [M::Unit] = scratch.cut(TILE * TILE / M::GROUP);
+        let scores: &mut [M::Number] = scratch.cut(TILE * TILE);
+        let sums: &mut [M::Number] = scratch.cut(TILE * width);
+        let (maxima, totals): (&mut [M::Number], &mut [M::Number]) = (scratch.cut(TILE), scratch.cut(TILE));
+        let scale = M::Number::of(shape.scale);
+
+        for head in shape.group(task.head) {
+            for first in (0..length).step_by(TILE) {
+                let queries = first..length.min(first + TILE);
+                let rows = queries.len().next_multiple_of(ROWS);
+                let source = Source { rows: qkv, tokens: task.tokens.clone(), columns: shape.columns(head) };
+                source.rows_of::<M>(&queries, query, units);
+                sums.fill(M::Number::ZERO);
+                maxima.fill(M::Number::NEG_INFINITY);
+                totals.fill(M::Number::ZERO);
+                for tile in shape.tiles(&queries) {
+                    let left = Left { units: query, row: units, unit: 1 };
+                    let key_tile = &keys[tile * TILE * units..(tile + 1) * TILE * units];
+                    multiply::<M>(left, key_tile, &mut scores[..rows * TILE], TILE, false);
+                    for (r, i) in queries.clone().enumerate() {
+                        let row = &mut scores[r * TILE..(r + 1) * TILE];
+                        let seen = shape.seen(i, tile * TILE);
+                        hide(row, &seen, M::Number::NEG_INFINITY);
+                        let new = maximum(row).max(maxima[r]);
+                        // A row that has seen nothing yet has weights of zero, not NaN.
+                        let base = if new == M::Number::NEG_INFINITY { M::Number::ZERO } else { new };
+                        let total = exponentials(row, base, scale);
+                        let shrink = ((maxima[r] - base) * scale).exp();
+                        maxima[r] = new;
+                        totals[r] = totals[r].mul_add(shrink, total);
+                        if shrink != M::Number::ONE {
+                            for sum in &mut sums[r * width..(r + 1) * width] {
+                                *sum = *sum * shrink;
+                            }
+                        }
+                        pack_row::<M>(row, &mut weights[r * TILE / M::GROUP..(r + 1) * TILE / M::GROUP]);
+                    }
+                    weights[queries.len() * TILE / M::GROUP..rows * TILE / M::GROUP]
+                        .fill(bytemuck::Zeroable::zeroed());
+                    let left = Left { units: weights, row: TILE / M::GROUP, unit: 1 };
+                    let per_tile = TILE / M::GROUP * width;
+                    let value_tile = &values[tile * per_tile..(tile + 1) * per_tile];
+                    multiply::<M>(left, value_tile, &mut sums[..rows * width], width, true);
+                }
+                for (r, i) in queries.enumerate() {
+                    let inverse = M::Number::ONE / totals[r];
+                    // SAFETY: only this task has the columns of `head` in the rows of its document.
+                    let out = unsafe { out.part_mut(task.tokens.start + i, shape.columns(head)) };
+                    for (out, &sum) in out.iter_mut().zip(&sums[r * width..]) {
+                        *out = M::Stored::narrow(sum * inverse);
+                    }
+                    let at = lse_index(shape, task, head, i);
+                    // SAFETY: only this task has this place of L.
+                    let lse = unsafe { lse.part_mut(0, at..at + 1) };
+                    lse[0] = maxima[r].mul_add(scale, totals[r].ln());
+                }
+            }
+        }
+    }
+}
+
+struct Backward<'a, M: Machine> {
+    shape: &'a Shape,
+    task: &'a Task,
+    d_out: Rows<'a, M::Stored>,
+    qkv: Rows<'a, M::Stored>,
+    out: Rows<'a, M::Stored>,
+    lse: Rows<'a, M::Number>,
+    d_qkv: Rows<'a, M::Stored>,
+}
+
+impl<M: Machine> NullaryFnOnce for Backward<'_, M> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { shape, task, d_out, qkv, out, lse, d_qkv } = self;
+        let (length, width) = (task.tokens.len(), shape.width());
+        let units = shape.dim.div_ceil(M::GROUP);
+        let padded = length.next_multiple_of(TILE);
+        let tile_units = TILE * TILE / M::GROUP;
+        let need = 2 * words::<M::Unit>(units * padded)
+            + words::<M::Unit>(padded / M::GROUP * width)
+            + 2 * words::<M::Unit>(TILE * units)
+            + 2 * words::<M::Unit>(TILE / M::GROUP * width)
+            + 3 * words::<M::Unit>(tile_units)
+            + 2 * words::<M::Number>(TILE * TILE)
+            + 2 * words::<M::Number>(padded * width)
+            + words::<M::Number>(TILE * width);
+        let mut memory = Memory::take(need);
+        let mut scratch = memory.scratch();
+        let of = |rows, columns| Source { rows, tokens: task.tokens.clone(), columns };
+        let [key_columns, value_columns] = shape.key_value_columns(task.head);
+        let (key, value) = (of(qkv, key_columns.clone()), of(qkv, value_columns.clone()));
+        let keys_along_dim = key.along_dim::<M>(&mut scratch);
+        let values_along_dim = value.along_dim::<M>(&mut scratch);
+        let keys_along_tokens = key.along_tokens::<M>(&mut scratch, padded, width);
+        let [query, d_o]: [&mut [M::Unit]; 2] = [scratch.cut(TILE * units), scratch.cut(TILE * units)];
+        let d_scores_rows: &mut [M::Unit] = scratch.cut(tile_units);
+        let [weights, d_scores_across]: [&mut [M::Unit]; 2] =
+            [scratch.cut(tile_units), scratch.cut(tile_units)];
+        let [scores, d_weights]: [&mut [M::Number]; 2] = [scratch.cut(TILE * TILE), scratch.cut(TILE * TILE)];
+        let [d_keys, d_values]: [&mut [M::Number]; 2] =
+            [scratch.cut(padded * width), scratch.cut(padded * width)];
+        let d_query: &mut [M::Number] = scratch.cut(TILE * width);
+        let across: [&mut [M::Unit]; 2] =
+            [scratch.cut(TILE / M::GROUP * width), scratch.cut(TILE / M::GROUP * width)];
+        d_keys.fill(M::Number::ZERO);
+        d_values.fill(M::Number::ZERO);
+        let scale = M::Number::of(shape.scale);
+
+        for head in shape.group(task.head) {
+            let (q, d) = (of(qkv, shape.columns(head)), of(d_out, shape.columns(head)));
+            let o = of(out, shape.columns(head));
+            for first in (0..length).step_by(TILE) {
+                let queries = first..length.min(first + TILE);
+                let rows = queries.len().next_multiple_of(ROWS);
+                q.rows_of::<M>(&queries, query, units);
+                d.rows_of::<M>(&queries, d_o, units);
+                q.pairs_of::<M>(&queries, across[0], width);
+                d.pairs_of::<M>(&queries, across[1], width);
+                let mut dots = [M::Number::ZERO; TILE];
+                let mut lses = [M::Number::ZERO; TILE];
+                for (r, i) in queries.clone().enumerate() {
+                    dots[r] = dot(d.row(i), o.row(i));
+                    let at = lse_index(shape, task, head, i);
+                    // SAFETY: nothing writes to L here.
+                    lses[r] = unsafe { lse.part(0, at..at + 1) }[0];
+                }
+                d_query.fill(M::Number::ZERO);
+                for tile in shape.tiles(&queries) {
+                    let dims = tile * TILE * units..(tile + 1) * TILE * units;
+                    let left = |units_of| Left { units: units_of, row: units, unit: 1 };
+                    multiply::<M>(
+                        left(query),
+                        &keys_along_dim[dims.clone()],
+                        &mut scores[..rows * TILE],
+                        TILE,
+                        false,
+                    );
+                    multiply::<M>(
+                        left(d_o),
+                        &values_along_dim[dims],
+                        &mut d_weights[..rows * TILE],
+                        TILE,
+                        false,
+                    );
+                    for (r, i) in queries.clone().enumerate() {
+                        let row = r * TILE..(r + 1) * TILE;
+                        let seen = shape.seen(i, tile * TILE);
+                        let (p, d) = (&mut scores[row.clone()], &mut d_weights[row]);
+                        for (p, d) in p.iter_mut().zip(&mut *d) {
+                            *p = p.mul_add(scale, -lses[r]).exp();
+                            *d = (*d - dots[r]) * *p;
+                        }
+                        hide(p, &seen, M::Number::ZERO);
+                        hide(d, &seen, M::Number::ZERO);
+                        pack_row::<M>(d, &mut d_scores_rows[r * TILE / M::GROUP..(r + 1) * TILE / M::GROUP]);
+                    }
+                    // What lies behind the last query counts for nothing.
+                    scores[queries.len() * TILE..].fill(M::Number::ZERO);
+                    d_weights[queries.len() * TILE..].fill(M::Number::ZERO);
+                    d_scores_rows[queries.len() * TILE / M::GROUP..].fill(bytemuck::Zeroable::zeroed());
+                    pack_pairs::<M>(scores, weights);
+                    pack_pairs::<M>(d_weights, d_scores_across);
+
+                    let keys_of_tile = tile * TILE * width..(tile + 1) * TILE * width;
+                    let transposed = |units| Left { units, row: 1, unit: TILE };
+                    multiply::<M>(
+                        transposed(weights),
+                        across[1],
+                        &mut d_values[keys_of_tile.clone()],
+                        width,
+                        true,
+                    );
+                    multiply::<M>(
+                        transposed(d_scores_across),
+                        across[0],
+                        &mut d_keys[keys_of_tile],
+                        width,
+                        true,
+                    );
+                    let left = Left { units: d_scores_rows, row: TILE / M::GROUP, unit: 1 };
+                    let per_tile = TILE / M::GROUP * width;
+                    let key_tile = &keys_along_tokens[tile * per_tile..(tile + 1) * per_tile];
+                    multiply::<M>(left, key_tile, &mut d_query[..rows * width], width, true);
+                }
+                for (r, i) in queries.enumerate() {
+                    // SAFETY: only this task has the columns of `head` in the rows of its document.
+                    let target = unsafe { d_qkv.part_mut(task.tokens.start + i, shape.columns(head)) };
+                    for (target, &d) in target.iter_mut().zip(&d_query[r * width..]) {
+                        *target = M::Stored::narrow(d * scale);
+                    }
+                }
+            }
+        }
+        for i in 0..length {
+            let parts =
+                [(key_columns.clone(), &d_keys, scale), (value_columns.clone(), &d_values, M::Number::ONE)];
+            for (columns, d, scale) in parts {
+                // SAFETY: only this task has the columns of its key-value head in the rows of its document.
+                let target = unsafe { d_qkv.part_mut(task.tokens.start + i, columns) };
+                for (target, &d) in target.iter_mut().zip(&d[i * width..]) {
+                    *target = M::Stored::narrow(d * scale);
+                }
+            }
+        }
+    }
+}
+
+/// Where L of query `i` of a document and head `head` lies: by document, head, token.
+#[inline(always)]
+fn lse_index(shape: &Shape, task: &Task, head: usize, i: usize) -> usize {
+    task.tokens.start * shape.query + head * task.tokens.len() + i
+}
+
+/// One head of a document: `columns` of the rows `tokens` of a tensor that nothing writes to.
+#[derive(Clone)]
+struct Source<'a, E> {
+    rows: Rows<'a, E>,
+    tokens: Range<usize>,
+    columns: Range<usize>,
+}
+
+impl<'a, E: Element> Source<'a, E> {
+    #[inline(always)]
+    fn row(&self, i: usize) -> &'a [E] {
+        // SAFETY: the tensors that kernels read are not the ones that they write to.
+        unsafe { self.rows.part(self.tokens.start + i, self.columns.clone()) }
+    }
+
+    /// Tiles of units along the head's dimension, `[tiles][units][TILE]`: a right factor that is as wide as a tile.
+    #[inline(always)]
+    fn along_dim<'s, M: Machine<Stored = E>>(&self, scratch: &mut Scratch<'s>) -> &'s [M::Unit] {
+        let units = self.columns.len().div_ceil(M::GROUP);
+        let packed: &mut [M::Unit] = scratch.cut(units * self.tokens.len().next_multiple_of(TILE));
+        for (tile, packed) in packed.chunks_exact_mut(units * TILE).enumerate() {
+            for token in 0..TILE {
+                let i = tile * TILE + token;
+                if i < self.tokens.len() {
+                    units_of::<M>(self.row(i), |k, unit| packed[k * TILE + token] = unit);
+                } else {
+                    (0..units).for_each(|k| packed[k * TILE + token] = bytemuck::Zeroable::zeroed());
+                }
+            }
+        }
+        packed
+    }
+
+    /// Units along the tokens, `[padded / GROUP, width]`: a right factor that is as wide as a head.
+    #[inline(always)]
+    fn along_tokens<'s, M: Machine<Stored = E>>(
+        &self,
+        scratch: &mut Scratch<'s>,
+        padded: usize,
+        width: usize,
+    ) -> &'s [M::Unit] {
+        let packed: &mut [M::Unit] = scratch.cut(padded / M::GROUP * width);
+        self.pairs_of::<M>(&(0..self.tokens.len()), packed, width);
+        packed
+    }
+
+    /// The rows `range` in units along the head's dimension, `[range, units]`, zero behind them.
+    #[inline(always)]
+    fn rows_of<M: Machine<Stored = E>>(&self, range: &Range<usize>, packed: &mut [M::Unit], units: usize) {
+        for (i, packed) in range.clone().zip(packed.chunks_exact_mut(units)) {
+            units_of::<M>(self.row(i), |k, unit| packed[k] = unit);
+        }
+        packed[range.len() * units..].fill(bytemuck::Zeroable::zeroed());
+    }
+
+    /// The rows `range` in units along the tokens, `[.. / GROUP, width]`, zero behind and beside them.
+    #[inline(always)]
+    fn pairs_of<M: Machine<Stored = E>>(&self, range: &Range<usize>, packed: &mut [M::Unit], width: usize) {
+        let zero = E::narrow(E::Wide::ZERO);
+        for (n, packed) in packed.chunks_exact_mut(width).enumerate() {
+            let i = range.start + n * M::GROUP;
+            if i >= range.end {
+                packed.fill(bytemuck::Zeroable::zeroed());
+                continue;
+            }
+            let first = self.row(i);
+            if M::GROUP == 2 && i + 1 < range.end {
+                for ((unit, &a), &b) in packed.iter_mut().zip(first).zip(self.row(i + 1)) {
+                    *unit = M::stored(a, b);
+                }
+            } else {
+                for (unit, &a) in packed.iter_mut().zip(first) {
+                    *unit = M::stored(a, zero);
+                }
+            }
+            packed[first.len()..].fill(bytemuck::Zeroable::zeroed());
+        }
+    }
+}
+
+/// Calls `put(k, unit)` for the units of a row.
+#[inline(always)]
+fn units_of<M: Machine>(row: &[M::Stored], mut put: impl FnMut(usize, M::Unit)) {
+    let whole = row.chunks_exact(M::GROUP);
+    let zero = M::Stored::narrow(M::Number::ZERO);
+    if let &[last] = whole.remainder() {
+        put(row.len() / M::GROUP, M::stored(last, zero));
+    }
+    for (k, unit) in whole.enumerate() {
+        put(k, M::stored(unit[0], unit[M::GROUP - 1]));
+    }
+}
+
+/// Rounds a row of numbers to units along it.
+#[inline(always)]
+fn pack_row<M: Machine>(row: &[M::Number], packed: &mut [M::Unit]) {
+    for (unit, group) in packed.iter_mut().zip(row.chunks_exact(M::GROUP)) {
+        *unit = M::unit(group[0], group[M::GROUP - 1]);
+    }
+}
+
+/// Rounds a tile of numbers `[TILE, TILE]` to units along its rows: `[TILE / GROUP, TILE]`.
+#[inline(always)]
+fn pack_pairs<M: Machine>(tile: &[M::Number], packed: &mut [M::Unit]) {
+    for (packed, rows) in packed.chunks_exact_mut(TILE).zip(tile.chunks_exact(M::GROUP * TILE)) {
+        let (first, last) = (&rows[..TILE], &rows[(M::GROUP - 1) * TILE..]);
+        for ((unit, &a), &b) in packed.iter_mut().zip(first).zip(last) {
+            *unit = M::unit(a, b);
+        }
+    }
+}
+
+/// Sets what is not `seen` to `value`.
+#[inline(always)]
+fn hide<R: Real>(row: &mut [R], seen: &Range<usize>, value: R) {
+    row[..seen.start].fill(value);
+    row[seen.end..].fill(value);
+}
+
+#[inline(always)]
+fn maximum<R: Real>(row: &[R]) -> R {
+    let mut lanes = [R::NEG_INFINITY; LANES];
+    for chunk in row.chunks_exact(LANES) {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane = x.max(*lane);
+        }
+    }
+    lanes.into_iter().fold(R::NEG_INFINITY, R::max)
+}
+
+/// Turns each x into exp((x − base)·scale); returns their sum.
+#[inline(always)]
+fn exponentials<R: Real>(row: &mut [R], base: R, scale: R) -> R {
+    let mut lanes = [R::ZERO; LANES];
+    for chunk in row.chunks_exact_mut(LANES) {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *x = ((*x - base) * scale).exp();
+            *lane += *x;
+        }
+    }
+    lanes.into_iter().fold(R::ZERO, |sum, lane| sum + lane)
+}
+
+#[inline(always)]
+fn dot<E: Element>(a: &[E], b: &[E]) -> E::Wide {
+    let mut lanes = [E::Wide::ZERO; LANES];
+    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
+        for ((lane, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
+            *lane = a.wide().mul_add(b.wide(), *lane);
+        }
+    }
+    lanes.into_iter().fold(E::Wide::ZERO, |sum, lane| sum + lane)
+}

@@ -1,0 +1,297 @@
+//! Causal grouped-query attention over packed documents: no document attends to another, and no mask exists.
+//!
+//! forward   P = softmax(q·kᵀ/√d),  o = P·v,  L = logsumexp of each score row
+//! backward  FlashAttention-2 (Dao, 2023): dv = Pᵀ·do,  dS = P ∘ (do·vᵀ − rowsum(do∘o)),  dq = dS·k/√d,  dk = dSᵀ·q/√d
+//!
+//! On the CPU both are kernels of tiles ([`cpu`]); elsewhere libtorch's operations ([`formula`]).
+
+mod cpu;
+mod formula;
+
+use super::{
+    Buffer,
+    cpu::{
+        Level, Rows,
+        tile::{Machine, Plain},
+    },
+};
+use half::bf16;
+use std::ops::Range;
+use tch::{Device, Kind, Tensor};
+
+/// Documents of one flat batch, as runs of equal length.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Documents {
+    /// (first token, documents, tokens per document)
+    runs: Vec<(i64, i64, i64)>,
+}
+
+impl Documents {
+    /// From the lengths of the documents in order; empty ones are skipped.
+    pub fn new(lengths: &[usize]) -> Self {
+        let mut runs: Vec<(i64, i64, i64)> = Vec::new();
+        let mut start = 0;
+        for length in lengths.iter().map(|&length| length as i64).filter(|&length| length > 0) {
+            match runs.last_mut() {
+                Some((_, count, tokens)) if *tokens == length => *count += 1,
+                _ => runs.push((start, 1, length)),
+            }
+            start += length;
+        }
+        Self { runs }
+    }
+
+    /// The tokens of each document.
+    fn ranges(&self) -> impl Iterator<Item = Range<usize>> {
+        self.runs.iter().flat_map(|&(start, count, length)| {
+            (0..count).map(move |i| {
+                let first = (start + i * length) as usize;
+                first..first + length as usize
+            })
+        })
+    }
+}
+
+/// Widths of the fused q|k|v tensor.
+#[derive(Clone, Copy, Debug)]
+pub struct Heads {
+    pub query: i64,
+    pub key_value: i64,
+    pub dim: i64,
+    /// A query sees this many tokens, itself included; `None` for all before it.
+    pub window: Option<i64>,
+}
+
+/// o [tokens, query·dim] and L `[tokens·query]` fp32 (by document, head, token) from fused q|k|v
+/// [tokens, (query + 2·key_value)·dim].
+pub fn forward(qkv: &Tensor, heads: Heads, documents: &Documents) -> (Buffer, Tensor) {
+    let tokens = qkv.size()[0];
+    let out = Buffer::empty(&[tokens, heads.query * heads.dim], qkv.kind(), qkv.device());
+    let wide = if qkv.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+    let lse = Tensor::empty([tokens * heads.query], (wide, qkv.device()));
+    struct Forward<'a>(&'a Tensor, Heads, &'a Documents, &'a Tensor, &'a Tensor);
+    impl Kernel for Forward<'_> {
+        fn run<M: Machine>(self, machine: M) {
+            let Self(qkv, heads, documents, out, lse) = self;
+            cpu::forward(machine, Rows::of(qkv), heads, documents, Rows::of(out), Rows::of(lse));
+        }
+    }
+    match qkv.device() {
+        Device::Cpu => on_cpu(qkv.kind(), Forward(qkv, heads, documents, &out, &lse)),
+        _ => formula::forward(qkv, heads, documents, &out, &lse),
+    }
+    (out, lse)
+}
+
+/// The gradient of fused q|k|v from do [tokens, query·dim] and what forward gave.
+pub fn backward(
+    d_out: &Tensor,
+    qkv: &Tensor,
+    out: &Tensor,
+    lse: &Tensor,
+    heads: Heads,
+    documents: &Documents,
+) -> Buffer {
+    let d_qkv = Buffer::like(qkv);
+    struct Backward<'a>([&'a Tensor; 5], Heads, &'a Documents);
+    impl Kernel for Backward<'_> {
+        fn run<M: Machine>(self, machine: M) {
+            let Self([d_out, qkv, out, lse, d_qkv], heads, documents) = self;
+            let [d_out, qkv, out, d_qkv] = [d_out, qkv, out, d_qkv].map(Rows::of);
+            cpu::backward(machine, [d_out, qkv, out], Rows::of(lse), heads, documents, d_qkv);
+        }
+    }
+    match qkv.device() {
+        Device::Cpu => on_cpu(qkv.kind(), Backward([d_out, qkv, out, lse, &d_qkv], heads, documents)),
+        _ => formula::backward(d_out, qkv, out, lse, heads, documents, &d_qkv),
+    }
+    d_qkv
+}
+
+/// What runs on any machine that multiplies tiles.
+trait Kernel {
+    fn run<M: Machine>(self, machine: M);
+}
+
+/// Runs `kernel` on the best machine for tensors of `kind`.
+fn on_cpu(kind: Kind, kernel: impl Kernel) {
+    let level = Level::current();
+    match kind {
+        Kind::Double => kernel.run(Plain::<f64>::new(level)),
+        Kind::Float => kernel.run(Plain::<f32>::new(level)),
+        _ => {
+            #[cfg(target_arch = "x86_64")]
+            if let Some(pairs) = super::cpu::tile::Pairs::new(level) {
+                return kernel.run(pairs);
+            }
+            kernel.run(Plain::<bf16>::new(level));
+        }
+    }
+}
+
+/// Attention of one new token of each sequence over that sequence's cache, for generation: q [sequences, query, dim];
+/// k, v [sequences, places, key_value, dim], of which the first `lengths` `[sequences]` i64 count, the new token last.
+/// Returns o [sequences, query·dim].
+pub fn with_cache(q: &Tensor, k: &Tensor, v: &Tensor, lengths: &Tensor, heads: Heads) -> Tensor {
+    let (sequences, places) = (k.size()[0], k.size()[1]);
+    let shape = [sequences, heads.query * heads.dim];
+    if sequences == 0 {
+        return Tensor::empty(shape, (q.kind(), q.device()));
+    }
+    let age = lengths.unsqueeze(1) - 1 - Tensor::arange(places, (Kind::Int64, q.device()));
+    let mut hidden = age.lt(0);
+    if let Some(window) = heads.window {
+        hidden = hidden.logical_or(&age.ge(window));
+    }
+    let mask = Tensor::zeros([sequences, places], (q.kind(), q.device()));
+    let mask = mask.masked_fill(&hidden, f64::NEG_INFINITY).view([sequences, 1, 1, places]);
+    let (o, _) = Tensor::internal_scaled_dot_product_flash_attention_for_cpu(
+        &q.unsqueeze(2),
+        &k.transpose(1, 2),
+        &v.transpose(1, 2),
+        0.0,
+        false,
+        Some(&mask),
+        None,
+    );
+    o.reshape(shape)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{autograd, distance, leaf};
+
+    /// The textbook formula, one document and one head at a time.
+    fn reference(qkv: &Tensor, heads: Heads, lengths: &[usize]) -> Tensor {
+        let mut rows = Vec::new();
+        let mut start = 0;
+        for &length in lengths {
+            let length = length as i64;
+            let t = qkv.narrow(0, start, length).view([length, heads.query + 2 * heads.key_value, heads.dim]);
+            let position = Tensor::arange(length, (Kind::Int64, Device::Cpu));
+            let ahead = position.unsqueeze(1) - position.unsqueeze(0);
+            let hidden = ahead.lt(0).logical_or(&ahead.ge(heads.window.unwrap_or(i64::MAX)));
+            let columns: Vec<Tensor> = (0..heads.query)
+                .map(|h| {
+                    let kv = h / (heads.query / heads.key_value);
+                    let head = |i: i64| t.select(1, i);
+                    let scores = head(h).matmul(&head(heads.query + kv).tr()) / (heads.dim as f64).sqrt();
+                    let p = scores.masked_fill(&hidden, f64::NEG_INFINITY).softmax(-1, None);
+                    p.matmul(&head(heads.query + heads.key_value + kv))
+                })
+                .collect();
+            rows.push(Tensor::cat(&columns, 1));
+            start += length;
+        }
+        Tensor::cat(&rows, 0)
+    }
+
+    /// Output and gradient of `qkv` by autograd, in fp64.
+    fn expected(qkv: &Tensor, d_out: &Tensor, heads: Heads, lengths: &[usize]) -> [Tensor; 2] {
+        let qkv = qkv.to_kind(Kind::Double).copy().set_requires_grad(true);
+        let out = reference(&qkv, heads, lengths);
+        let gradient = autograd(&out, d_out, &[&qkv]).remove(0);
+        [out.detach(), gradient]
+    }
+
+    /// Output and gradient by the kernels.
+    fn ours(qkv: &Tensor, d_out: &Tensor, heads: Heads, lengths: &[usize]) -> [Buffer; 2] {
+        let documents = Documents::new(lengths);
+        let (out, lse) = forward(qkv, heads, &documents);
+        let d_qkv = backward(&d_out.to_kind(qkv.kind()), qkv, &out, &lse, heads, &documents);
+        [out, d_qkv]
+    }
+
+    /// Heads, windows and documents of every kind.
+    fn cases() -> Vec<(Heads, Vec<usize>)> {
+        let heads = |query, key_value, dim, window| Heads { query, key_value, dim, window };
+        vec![
+            (heads(4, 2, 8, None), vec![1]),
+            (heads(4, 2, 8, None), vec![5, 5, 1, 0, 9]),
+            (heads(4, 2, 8, Some(3)), vec![7, 2, 7]),
+            (heads(4, 2, 8, Some(64)), vec![70, 64]),
+            (heads(3, 1, 64, None), vec![65, 200, 64]),
+            (heads(2, 2, 80, Some(70)), vec![150, 193]),
+            (heads(2, 1, 6, Some(1)), vec![67]),
+            (heads(2, 1, 128, None), vec![3]),
+        ]
+    }
+
+    fn inputs((heads, lengths): &(Heads, Vec<usize>)) -> [Tensor; 2] {
+        let tokens = lengths.iter().sum::<usize>() as i64;
+        let normal = |width| Tensor::randn([tokens, width], (Kind::Double, Device::Cpu));
+        [normal((heads.query + 2 * heads.key_value) * heads.dim), normal(heads.query * heads.dim)]
+    }
+
+    #[test]
+    fn matches_autograd_at_every_level() {
+        let before = tch::get_num_threads();
+        for (i, case) in cases().iter().enumerate() {
+            tch::set_num_threads(1 + i as i32 % 3);
+            let (heads, lengths) = case;
+            let [qkv, d_out] = inputs(case);
+            let exact = expected(&qkv, &d_out, *heads, lengths);
+            // What bf16 holds, so that only the arithmetic is compared.
+            let [rounded, d_rounded] = [&qkv, &d_out].map(|t| t.to_kind(Kind::BFloat16));
+            let exact_of_rounded = expected(&rounded, &d_rounded.to_kind(Kind::Double), *heads, lengths);
+            for level in Level::available() {
+                let check = |kind: Kind, d_out: &Tensor, exact: &[Tensor; 2], tolerance: [f64; 2]| {
+                    let ours = level.forced(|| ours(&qkv.to_kind(kind), d_out, *heads, lengths));
+                    for ((ours, exact), tolerance) in ours.iter().zip(exact).zip(tolerance) {
+                        let off = distance(ours, exact);
+                        assert!(off <= tolerance, "{level:?} {kind:?} {heads:?} {lengths:?}: {off}");
+                    }
+                };
+                check(Kind::Double, &d_out, &exact, [1e-12, 1e-11]);
+                check(Kind::Float, &d_out, &exact, [1e-5, 1e-4]);
+                // Weights, their gradients and results are rounded to 8 bits; gradients are sums over the queries.
+                let largest = exact_of_rounded[1].abs().max().double_value(&[]);
+                check(Kind::BFloat16, &d_rounded, &exact_of_rounded, [0.02, 0.01 * largest.max(1.0)]);
+            }
+        }
+        tch::set_num_threads(before);
+    }
+
+    #[test]
+    fn other_devices_compute_the_same() {
+        for case in cases() {
+            let (heads, lengths) = &case;
+            let [qkv, d_out] = inputs(&case);
+            let exact = expected(&qkv, &d_out, *heads, lengths);
+            let documents = Documents::new(lengths);
+            let (out, d_qkv) = (d_out.empty_like(), qkv.empty_like());
+            let lse = Tensor::empty([qkv.size()[0] * heads.query], (Kind::Double, Device::Cpu));
+            formula::forward(&qkv, *heads, &documents, &out, &lse);
+            formula::backward(&d_out, &qkv, &out, &lse, *heads, &documents, &d_qkv);
+            for (ours, exact) in [out, d_qkv].iter().zip(&exact) {
+                assert!(distance(ours, exact) < 1e-11, "{lengths:?}: {}", distance(ours, exact));
+            }
+        }
+    }
+
+    #[test]
+    fn a_cache_continues_documents_of_different_lengths() {
+        let lengths = [9usize, 4, 1];
+        for window in [None, Some(3)] {
+            let heads = Heads { query: 4, key_value: 2, dim: 8, window };
+            let qkv = leaf(&[14, 64]).detach();
+            let whole = reference(&qkv, heads, &lengths);
+            let t = qkv.view([14, 8, 8]);
+            // What lies behind a sequence's end must not count.
+            let cache = Tensor::full([3, 12, 4, 8], 7.0, (Kind::Double, Device::Cpu));
+            let (mut last, mut end) = (Vec::new(), 0);
+            for (i, &length) in lengths.iter().enumerate() {
+                let own = t.narrow(0, end, length as i64).narrow(1, 4, 4);
+                cache.get(i as i64).narrow(0, 0, length as i64).copy_(&own);
+                end += length as i64;
+                last.push(end - 1);
+            }
+            let last = Tensor::from_slice(&last);
+            let q = t.narrow(1, 0, 4).index_select(0, &last);
+            let (k, v) = (cache.narrow(2, 0, 2), cache.narrow(2, 2, 2));
+            let o = with_cache(&q, &k, &v, &Tensor::from_slice(&[9i64, 4, 1]), heads);
+            assert!(distance(&o, &whole.index_select(0, &last)) < 1e-12, "{window:?}");
+        }
+    }
+}
