@@ -357,7 +357,7 @@ impl Transformer {
             pass.add_rows(&weight, first);
         }
         let losses = pass.finish(scale.unwrap_or(1.0));
-        let d_x = losses.d_x.map(|d| norm::backward(d.into(), x, &weight, &r, None));
+        let d_x = losses.d_x.map(|d| norm::backward(d, x, &weight, &r, None));
         Ok((MicroBatchLoss { sum: losses.sum, tokens: losses.tokens }, d_x))
     }
 

@@ -4,9 +4,11 @@
 //! is chosen in here, never in a block. Everything works on flat batches: `tokens` rows, documents one after
 //! another.
 
+pub mod adamw;
 pub mod attention;
 pub mod buffers;
 pub mod cpu;
+pub mod cross_entropy;
 pub mod linear;
 pub mod norm;
 pub mod rope;

@@ -42,10 +42,22 @@ pub trait Real:
 }
 
 /// The type in which a tensor's elements are stored.
-pub trait Element: Copy + Send + Sync + 'static {
+pub trait Stored: Copy + Send + Sync + 'static {
+    const KIND: Kind;
+}
+
+impl Stored for i64 {
+    const KIND: Kind = Kind::Int64;
+}
+
+impl Stored for bf16 {
+    const KIND: Kind = Kind::BFloat16;
+}
+
+/// A stored type that kernels compute with.
+pub trait Element: Stored {
     /// What it is computed in.
     type Wide: Real;
-    const KIND: Kind;
 
     fn wide(self) -> Self::Wide;
     /// Rounded to nearest, ties to even.
@@ -54,7 +66,6 @@ pub trait Element: Copy + Send + Sync + 'static {
 
 impl Element for bf16 {
     type Wide = f32;
-    const KIND: Kind = Kind::BFloat16;
 
     #[inline(always)]
     fn wide(self) -> f32 {
@@ -72,9 +83,12 @@ impl Element for bf16 {
 
 macro_rules! real {
     ($type:ident, $kind:expr, $exp:expr) => {
+        impl Stored for $type {
+            const KIND: Kind = $kind;
+        }
+
         impl Element for $type {
             type Wide = $type;
-            const KIND: Kind = $kind;
 
             #[inline(always)]
             fn wide(self) -> $type {

@@ -13,7 +13,7 @@ pub mod pool;
 pub mod rows;
 
 pub(crate) use element::dispatch;
-pub use element::{Element, Real};
+pub use element::{Element, Real, Stored};
 pub use lanes::LANES;
 pub use level::Level;
 pub use rows::{Rows, each_row, values};

@@ -1,6 +1,6 @@
 //! The rows of host tensors, as slices that kernels work on.
 
-use super::{Element, Level, pool};
+use super::{Element, Level, Stored, pool};
 use std::marker::PhantomData;
 use tch::{Device, Tensor};
 
@@ -28,11 +28,11 @@ pub struct Rows<'a, E> {
 }
 
 // SAFETY: a `Rows` is an address; `row` and `each_row` say who may use it how.
-unsafe impl<E: Element> Send for Rows<'_, E> {}
+unsafe impl<E: Stored> Send for Rows<'_, E> {}
 // SAFETY: as above.
-unsafe impl<E: Element> Sync for Rows<'_, E> {}
+unsafe impl<E: Stored> Sync for Rows<'_, E> {}
 
-impl<'a, E: Element> Rows<'a, E> {
+impl<'a, E: Stored> Rows<'a, E> {
     /// The rows of `tensor`, a vector being one row. A tensor that does not fit is a mistake of the caller.
     pub fn of(tensor: &'a Tensor) -> Self {
         assert_eq!((tensor.kind(), tensor.device()), (E::KIND, Device::Cpu), "a kernel's tensor");
@@ -117,8 +117,8 @@ impl<'a, E: Element> Rows<'a, E> {
     }
 }
 
-/// The values of a small host tensor, such as a weight that every row needs.
-pub fn values<E: Element>(tensor: &Tensor) -> Vec<E> {
+/// The values of a small host tensor, such as a weight that every row needs, as `E`.
+pub fn values<E: Stored>(tensor: &Tensor) -> Vec<E> {
     let vector = tensor.to_kind(E::KIND).contiguous().view([-1]);
     // SAFETY: nothing writes to `vector`: it is this function's own, or a view of a tensor that is only read meanwhile.
     unsafe { Rows::of(&vector).row(0) }.to_vec()
