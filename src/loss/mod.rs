@@ -159,6 +159,24 @@ mod tests {
     }
 
     #[test]
+    fn narrow_kinds_follow_fp64_for_every_chunking() {
+        for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 0.05)] {
+            let rounded = |shape: &[i64]| leaf(shape).detach().to_kind(kind);
+            let (x, weight) = (rounded(&[9, 16]), rounded(&[301, 16]));
+            let targets = Tensor::from_slice(&[3i64, -100, 0, 300, 7, -100, 4, 150, 149]);
+            let exact = pass(&x.to_kind(Kind::Double), &weight.to_kind(Kind::Double), &targets, (100, 301));
+            let d_exact = exact.d_x.expect("asked for");
+            for chunks in [(1, 150), (4, 301), (100, 301), (3, 100)] {
+                let ours = pass(&x, &weight, &targets, chunks);
+                let d_x = ours.d_x.expect("asked for");
+                assert_eq!((d_x.kind(), ours.tokens), (kind, 7));
+                let off = (ours.sum / exact.sum - 1.0).abs().max(distance(&d_x, &d_exact));
+                assert!(off < tolerance, "{kind:?} {chunks:?}: {off}");
+            }
+        }
+    }
+
+    #[test]
     fn confident_and_lost_tokens_keep_their_digits() {
         let weight = Tensor::from_slice(&[40.0f32, -40.0]).view([2, 1]);
         let x = Tensor::from_slice(&[1.0f32, 1.0]).view([2, 1]);

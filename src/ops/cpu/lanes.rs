@@ -31,18 +31,29 @@ pub fn sum<E: Element, const N: usize>(
 /// The largest element; −∞ of none. A NaN is passed over.
 #[inline(always)]
 pub fn maximum<E: Element>(row: &[E]) -> E::Wide {
-    // More lanes than a vector has: each maximum waits for the one before.
-    let mut lanes = [E::Wide::NEG_INFINITY; 4 * LANES];
-    let (chunks, tail) = row.as_chunks::<{ 4 * LANES }>();
-    for chunk in chunks {
-        for (lane, x) in lanes.iter_mut().zip(chunk) {
-            *lane = x.wide().max(*lane);
+    // Several vectors of lanes: each maximum waits for the one before.
+    let mut lanes = [[E::Wide::NEG_INFINITY; LANES]; 4];
+    let (vectors, tail) = row.as_chunks::<LANES>();
+    let (groups, rest) = vectors.as_chunks::<4>();
+    for group in groups {
+        for (lanes, vector) in lanes.iter_mut().zip(group) {
+            enlarge(lanes, vector);
         }
     }
-    for (lane, x) in lanes.iter_mut().zip(tail) {
-        *lane = x.wide().max(*lane);
+    for vector in rest {
+        enlarge(&mut lanes[0], vector);
     }
-    lanes.into_iter().fold(E::Wide::NEG_INFINITY, |most, x| x.max(most))
+    let most = lanes.as_flattened().iter().fold(E::Wide::NEG_INFINITY, |most, &x| x.max(most));
+    tail.iter().fold(most, |most, x| x.wide().max(most))
+}
+
+#[inline(always)]
+fn enlarge<E: Element>(lanes: &mut [E::Wide; LANES], vector: &[E; LANES]) {
+    // A value that is chosen and then stored stays in a register; a choice whether to store does not.
+    *lanes = std::array::from_fn(
+        #[inline(always)]
+        |i| vector[i].wide().max(lanes[i]),
+    );
 }
 
 /// Σ of partial sums, by halves.
@@ -51,7 +62,7 @@ pub fn total<W: Real>(mut lanes: [W; LANES]) -> W {
     let mut n = LANES / 2;
     while n > 0 {
         for i in 0..n {
-            lanes[i] = lanes[i] + lanes[i + n];
+            lanes[i] += lanes[i + n];
         }
         n /= 2;
     }

@@ -109,7 +109,6 @@ impl<'a, E: Stored> Rows<'a, E> {
     /// # Safety
     /// No other reference to the row exists.
     #[inline(always)]
-    #[expect(clippy::mut_from_ref, reason = "the caller vouches for being the only one")]
     pub unsafe fn row_mut(&self, i: usize) -> &'a mut [E] {
         let (start, columns) = self.at(i);
         // SAFETY: the row lies in the tensor, which is borrowed for 'a; the caller vouches for being alone.
