@@ -10,7 +10,11 @@
 //! one pass over the head gives both the loss and the hidden gradient. The target is left out of s and a, so a
 //! confident token (p_t near 1) loses no digits to cancellation.
 
-use tch::{Kind, Tensor};
+use crate::ops::{
+    Buffer,
+    cross_entropy::{self, Sums},
+};
+use tch::Tensor;
 
 /// The running sums of one pass over the head.
 pub struct LinearCrossEntropy {
@@ -23,11 +27,17 @@ pub struct LinearCrossEntropy {
     /// Shape of all hidden states.
     shape: Vec<i64>,
     chunk_tokens: i64,
-    maximum: Tensor,
-    sum: Tensor,
-    target_logit: Tensor,
-    /// a and w_t, each `[valid, hidden]`; `None` when no gradient is wanted.
-    gradient: Option<[Tensor; 2]>,
+    sums: Sums,
+    /// `None` when no gradient is wanted.
+    gradient: Option<Gradient>,
+}
+
+/// What the gradient is made of.
+struct Gradient {
+    /// a `[valid, hidden]`, once there is a row of the head: in compute dtype after the first ones, then fp32.
+    a: Option<Buffer>,
+    /// w_t `[valid, hidden]`, compute dtype.
+    w_t: Buffer,
 }
 
 /// What a pass over the head gives.
@@ -37,7 +47,7 @@ pub struct TokenLosses {
     /// How many they are.
     pub tokens: usize,
     /// d(scale·Σ ℓ)/dx `[tokens, hidden]` in x's dtype, zero where there is no loss.
-    pub d_x: Option<Tensor>,
+    pub d_x: Option<Buffer>,
 }
 
 impl LinearCrossEntropy {
@@ -47,71 +57,76 @@ impl LinearCrossEntropy {
         let index = targets.ge(0).nonzero().view([-1]);
         let shape = x.size();
         let (x, targets) = (x.index_select(0, &index), targets.index_select(0, &index));
-        let wide = if x.kind() == Kind::Double { Kind::Double } else { Kind::Float };
-        let column = |value: f64| Tensor::full([targets.size()[0], 1], value, (wide, x.device()));
-        let gradient = wants_gradient.then(|| [x.zeros_like().to_kind(wide), x.zeros_like()]);
-        let (maximum, sum, target_logit) = (column(f64::NEG_INFINITY), column(0.0), column(0.0));
-        let chunk_tokens = chunk_tokens.max(1) as i64;
-        Self { x, targets, index, shape, chunk_tokens, maximum, sum, target_logit, gradient }
+        let sums = Sums::new(targets.size()[0], x.kind(), x.device());
+        let gradient = wants_gradient.then(|| Gradient { a: None, w_t: Buffer::like(&x) });
+        Self { x, targets, index, shape, chunk_tokens: chunk_tokens.max(1) as i64, sums, gradient }
     }
 
     /// Takes in head rows `first..` of `weight` `[rows, hidden]`. Every row of the head comes exactly once.
     pub fn add_rows(&mut self, weight: &Tensor, first: usize) {
-        let valid = self.targets.size()[0];
+        let (valid, hidden) = (self.x.size()[0], self.x.size()[1]);
         let rows = weight.size()[0];
-        let mut start = 0;
-        while start < valid {
-            let n = self.chunk_tokens.min(valid - start);
+        let (kind, device) = (self.x.kind(), self.x.device());
+        let most = self.chunk_tokens.min(valid);
+        let logits = Buffer::empty(&[most, rows], kind, device);
+        // The first product is a already: it is kept whole, the others are added to it.
+        let before = self.gradient.as_mut().and_then(|gradient| gradient.a.take()).map(widened);
+        let kept = if before.is_some() { most } else { valid };
+        let product = self.gradient.as_ref().map(|_| Buffer::empty(&[kept, hidden], kind, device));
+        for start in (0..valid).step_by(self.chunk_tokens as usize) {
+            let n = most.min(valid - start);
             let part = |t: &Tensor| t.narrow(0, start, n);
-            let x = part(&self.x);
-            let (mut m, mut s) = (part(&self.maximum), part(&self.sum));
             let local = part(&self.targets) - first as i64;
-            let here = local.ge(0).logical_and(&local.lt(rows)).nonzero().view([-1]);
-            let target = local.index_select(0, &here);
-
-            let mut logits = x.mm(&weight.tr()).to_kind(m.kind());
-            let new_maximum = m.maximum(&logits.amax([1i64], true));
-            let at_target = [Some(here.shallow_clone()), Some(target.shallow_clone())];
-            let chosen = logits.index(&at_target).unsqueeze(1);
-            let _ = part(&self.target_logit).index_copy_(0, &here, &chosen);
-            let _ = logits.g_sub_(&new_maximum).exp_();
-            let zeros = chosen.zeros_like().squeeze_dim(1);
-            let _ = logits.index_put_(&at_target, &zeros, false);
-            let rescale = (&m - &new_maximum).exp();
-            let _ = s.g_mul_(&rescale).g_add_(&logits.sum_dim_intlist(1, true, None));
-            m.copy_(&new_maximum);
-            if let Some([a, w_t]) = &self.gradient {
-                let (mut a, mut w_t) = (part(a), part(w_t));
-                let product = logits.to_kind(x.kind()).mm(weight);
-                let _ = a.g_mul_(&rescale).g_add_(&product);
-                let _ = w_t.index_copy_(0, &here, &weight.index_select(0, &target));
+            let logits = logits.narrow(0, 0, n);
+            let _ = part(&self.x).mm_out(&logits, &weight.tr());
+            let rescale = self.sums.narrow(start, n).exponentials(&logits, &local);
+            let (Some(Gradient { w_t, .. }), Some(product)) = (&self.gradient, &product) else { continue };
+            let product = if before.is_some() { product.narrow(0, 0, n) } else { part(product) };
+            let _ = logits.mm_out(&product, weight);
+            if let Some(a) = &before {
+                cross_entropy::accumulate(&part(a), &rescale, &product);
             }
-            start += n;
+            let here = local.ge(0).logical_and(&local.lt(rows)).nonzero().view([-1]);
+            let chosen = weight.index_select(0, &local.index_select(0, &here));
+            let _ = part(w_t).index_copy_(0, &here, &chosen);
+        }
+        if let Some(gradient) = &mut self.gradient {
+            gradient.a = before.or(product);
         }
     }
 
     /// The losses, and the gradient times `scale` (1 ÷ valid tokens of the whole step).
     pub fn finish(self, scale: f64) -> TokenLosses {
-        // ℓ = log(1 + s·exp(m − l_t)) = softplus(log s + m − l_t): exact for confident and for lost tokens.
-        let losses = (self.sum.log() + &self.maximum - &self.target_logit).softplus();
-        let d_x = self.gradient.map(|[a, w_t]| {
-            let target = (&self.target_logit - &self.maximum).exp();
-            let total = &self.sum + target;
-            let other = &self.sum / &total;
-            let d_valid = (a / total - w_t * other) * scale;
-            let mut d_x = Tensor::zeros(&self.shape[..], (self.x.kind(), self.x.device()));
-            let _ = d_x.index_copy_(0, &self.index, &d_valid.to_kind(self.x.kind()));
+        let Self { x, index, shape, sums, gradient, .. } = self;
+        let d_x = gradient.map(|Gradient { a, w_t }| {
+            let mut d_x = Buffer::empty(&shape, x.kind(), x.device());
+            let _ = d_x.zero_();
+            if let Some(a) = a {
+                sums.gradient(&a, &w_t, scale);
+                let _ = d_x.index_copy_(0, &index, &a.to_kind(x.kind()));
+            }
             d_x
         });
-        let tokens = losses.numel();
-        TokenLosses { sum: losses.sum(Kind::Double).double_value(&[]), tokens, d_x }
+        TokenLosses { sum: sums.losses(), tokens: x.size()[0] as usize, d_x }
     }
+}
+
+/// `a` in the kind in which products are summed.
+fn widened(a: Buffer) -> Buffer {
+    let wide = cross_entropy::wide(a.kind());
+    if a.kind() == wide {
+        return a;
+    }
+    let mut sum = Buffer::empty(&a.size(), wide, a.device());
+    sum.copy_(&a);
+    sum
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::ops::testing::{autograd, distance, leaf};
+    use tch::Kind;
 
     fn pass(x: &Tensor, weight: &Tensor, targets: &Tensor, chunks: (usize, i64)) -> TokenLosses {
         let mut pass = LinearCrossEntropy::new(x, targets, chunks.0, true);
@@ -140,6 +155,24 @@ mod tests {
             assert_eq!(result.tokens, 5);
             let d_x = result.d_x.expect("asked for");
             assert!(distance(&d_x, &expected[0]) < 1e-13, "{chunks:?}: {}", distance(&d_x, &expected[0]));
+        }
+    }
+
+    #[test]
+    fn narrow_kinds_follow_fp64_for_every_chunking() {
+        for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 0.05)] {
+            let rounded = |shape: &[i64]| leaf(shape).detach().to_kind(kind);
+            let (x, weight) = (rounded(&[9, 16]), rounded(&[301, 16]));
+            let targets = Tensor::from_slice(&[3i64, -100, 0, 300, 7, -100, 4, 150, 149]);
+            let exact = pass(&x.to_kind(Kind::Double), &weight.to_kind(Kind::Double), &targets, (100, 301));
+            let d_exact = exact.d_x.expect("asked for");
+            for chunks in [(1, 150), (4, 301), (100, 301), (3, 100)] {
+                let ours = pass(&x, &weight, &targets, chunks);
+                let d_x = ours.d_x.expect("asked for");
+                assert_eq!((d_x.kind(), ours.tokens), (kind, 7));
+                let off = (ours.sum / exact.sum - 1.0).abs().max(distance(&d_x, &d_exact));
+                assert!(off < tolerance, "{kind:?} {chunks:?}: {off}");
+            }
         }
     }
 

@@ -67,13 +67,11 @@ impl BlockSpec {
         let [query, key] = self.query_key(qkv);
         let normalise = |x: &Tensor, weight: &Tensor| {
             let before = x.contiguous().copy();
-            let (y, r) = norm::forward(&before, weight, self.eps);
-            x.shallow_clone().copy_(&y);
+            let r = norm::forward_into(&before, weight, self.eps, x);
             (before, r)
         };
         let saved = weights.qk_norm.as_ref().map(|[q, k]| [normalise(&query, q), normalise(&key, k)]);
-        rope::forward(&query, cos, sin);
-        rope::forward(&key, cos, sin);
+        rope::forward(qkv, self.heads.query + self.heads.key_value, cos, sin);
         saved
     }
 
@@ -110,7 +108,7 @@ impl BlockSpec {
         (y, Saved { x, r_input, qk, qkv, attention, lse, middle, r_middle, gate_up, h })
     }
 
-    /// dx from dy `[tokens, hidden]`; adds the adapters' gradients.
+    /// dx from dy `[tokens, hidden]`; adds the adapters' gradients. What was saved is used up.
     pub fn backward(
         &self,
         d_y: &Tensor,
@@ -118,18 +116,17 @@ impl BlockSpec {
         weights: &LayerWeights,
         adapters: &LayerAdapters,
         batch: &BatchContext,
-    ) -> Tensor {
+    ) -> Buffer {
         let linear = |linear: Linear, d_y: &Tensor, x: &Tensor| {
             let h = saved.h[linear as usize].as_ref();
             linear::backward(d_y, x, h, weights.bases(linear), adapters.with_gradient(linear))
         };
         let d_activated = linear(Linear::Down, d_y, &swiglu::forward(&saved.gate_up));
-        let d_gate_up = swiglu::backward(&d_activated, &saved.gate_up);
+        let (d_gate_up, _) = swiglu::backward(d_activated.into(), saved.gate_up.shallow_clone().into());
         let normed = norm::recompute(&saved.middle, &weights.post_attention_norm, &saved.r_middle);
         let d_normed = linear(Linear::GateUp, &d_gate_up, &normed);
-        let mut d_middle =
-            norm::backward(&d_normed, &saved.middle, &weights.post_attention_norm, &saved.r_middle);
-        let _ = d_middle.g_add_(d_y);
+        let (weight, r) = (&weights.post_attention_norm, &saved.r_middle);
+        let d_middle = norm::backward(d_normed.into(), &saved.middle, weight, r, Some(d_y));
 
         let d_attention = linear(Linear::O, &d_middle, &saved.attention);
         let d_qkv = attention::backward(
@@ -140,18 +137,14 @@ impl BlockSpec {
             self.heads,
             &batch.documents,
         );
-        let d_query_key = self.query_key(&d_qkv);
-        for (i, d) in d_query_key.iter().enumerate() {
-            rope::backward(d, &batch.cos, &batch.sin);
-            if let (Some(norms), Some(saved)) = (&weights.qk_norm, &saved.qk) {
-                let (before, r) = &saved[i];
-                d.shallow_clone().copy_(&norm::backward(d, before, &norms[i], r));
+        rope::backward(&d_qkv, self.heads.query + self.heads.key_value, &batch.cos, &batch.sin);
+        if let (Some(norms), Some(saved)) = (&weights.qk_norm, &saved.qk) {
+            for ((d, weight), (before, r)) in self.query_key(&d_qkv).iter().zip(norms).zip(saved) {
+                norm::backward_into(d, before, weight, r);
             }
         }
         let normed = norm::recompute(&saved.x, &weights.input_norm, &saved.r_input);
         let d_normed = linear(Linear::Qkv, &d_qkv, &normed);
-        let mut d_x = norm::backward(&d_normed, &saved.x, &weights.input_norm, &saved.r_input);
-        let _ = d_x.g_add_(&d_middle);
-        d_x
+        norm::backward(d_normed.into(), &saved.x, &weights.input_norm, &saved.r_input, Some(&d_middle))
     }
 }

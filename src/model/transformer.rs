@@ -345,7 +345,7 @@ impl Transformer {
         x: &Tensor,
         batch: &Batch,
         scale: Option<f64>,
-    ) -> Result<(MicroBatchLoss, Option<Tensor>), ShardError> {
+    ) -> Result<(MicroBatchLoss, Option<Buffer>), ShardError> {
         let _loss = self.clock.phase("loss");
         self.final_norm.gather(0)?;
         let weight = self.final_norm.view(0, 0)?;
@@ -357,7 +357,7 @@ impl Transformer {
             pass.add_rows(&weight, first);
         }
         let losses = pass.finish(scale.unwrap_or(1.0));
-        let d_x = losses.d_x.map(|d| norm::backward(&d, x, &weight, &r));
+        let d_x = losses.d_x.map(|d| norm::backward(d, x, &weight, &r, None));
         Ok((MicroBatchLoss { sum: losses.sum, tokens: losses.tokens }, d_x))
     }
 

@@ -4,9 +4,11 @@
 //! is chosen in here, never in a block. Everything works on flat batches: `tokens` rows, documents one after
 //! another.
 
+pub mod adamw;
 pub mod attention;
 pub mod buffers;
 pub mod cpu;
+pub mod cross_entropy;
 pub mod linear;
 pub mod norm;
 pub mod rope;
@@ -18,7 +20,25 @@ pub use buffers::Buffer;
 pub(crate) mod testing {
     //! Helpers of the pairs' tests: fp64 inputs, autograd gradients, distances.
 
+    use super::cpu::Level;
     use tch::{Device, Kind, Tensor};
+
+    /// The kinds that kernels compute in, each with how far off it may be where results are about 1: half a unit in the
+    /// last place, and what sums of some thousand terms add to that.
+    pub const KINDS: [(Kind, f64); 3] =
+        [(Kind::Double, 1e-14), (Kind::Float, 1e-6), (Kind::BFloat16, 1.0 / 256.0)];
+
+    /// Calls `check` on every level that this machine has, with one thread and with several.
+    pub fn everywhere(check: impl Fn()) {
+        let before = tch::get_num_threads();
+        for level in Level::available() {
+            for threads in [1, 3] {
+                tch::set_num_threads(threads);
+                level.forced(&check);
+            }
+        }
+        tch::set_num_threads(before);
+    }
 
     /// Standard normal fp64 tensor that asks for a gradient.
     pub fn leaf(shape: &[i64]) -> Tensor {

@@ -2,56 +2,260 @@
 //!
 //! forward   r = (mean(x²) + eps)^-½,  y = w ∘ x · r
 //! backward  dx = r · (w∘dy) − x · r³/n · Σ(w∘dy∘x)
+//!
+//! x, y and their gradients are [..., n] in compute dtype, w `[n]`; r is [..., 1] fp32, or fp64 for fp64 inputs (tests).
+//! The last dimension is dense; q or k inside a fused q|k|v, [tokens, heads, dim], will do.
 
-use tch::{Kind, Tensor};
+use super::{
+    Buffer,
+    cpu::{Element, Real, Rows, dispatch, each_row, lanes, values},
+};
+use tch::{Device, Kind, Tensor};
 
-/// Kind in which statistics are taken: fp32, or fp64 for fp64 inputs (tests).
+/// y and r.
+pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> (Buffer, Tensor) {
+    let y = Buffer::like(x);
+    let r = forward_into(x, weight, eps, &y);
+    (y, r)
+}
+
+/// As [`forward`], with y written to `out`, which does not overlap x.
+pub fn forward_into(x: &Tensor, weight: &Tensor, eps: f64, out: &Tensor) -> Tensor {
+    if x.device() != Device::Cpu {
+        return torch::forward(x, weight, eps, out);
+    }
+    let mut shape = x.size();
+    shape.pop();
+    shape.push(1);
+    let r = Tensor::empty(shape, (wide(x), Device::Cpu));
+    dispatch!(x.kind(), E => rows::forward::<E>(x, weight, eps, out, &r));
+    r
+}
+
+/// y again from saved x and r, for a backward that did not keep it.
+pub fn recompute(x: &Tensor, weight: &Tensor, r: &Tensor) -> Buffer {
+    let y = Buffer::like(x);
+    if x.device() != Device::Cpu {
+        torch::normalise(x, weight, r, &y);
+        return y;
+    }
+    dispatch!(x.kind(), E => rows::recompute::<E>(x, weight, r, &y));
+    y
+}
+
+/// dx from dy, in its memory, and saved x, r; plus `add`, the gradient that reached x past the norm.
+pub fn backward(d_y: Buffer, x: &Tensor, weight: &Tensor, r: &Tensor, add: Option<&Tensor>) -> Buffer {
+    differentiate(&d_y, x, weight, r, add);
+    d_y
+}
+
+/// As [`backward`]: turns dy into dx where it is.
+pub fn backward_into(d: &Tensor, x: &Tensor, weight: &Tensor, r: &Tensor) {
+    differentiate(d, x, weight, r, None);
+}
+
+fn differentiate(d: &Tensor, x: &Tensor, weight: &Tensor, r: &Tensor, add: Option<&Tensor>) {
+    if x.device() != Device::Cpu {
+        return torch::backward(d, x, weight, r, add);
+    }
+    dispatch!(x.kind(), E => rows::backward::<E>(d, x, weight, r, add));
+}
+
+/// Kind in which statistics are taken.
 fn wide(x: &Tensor) -> Kind {
     if x.kind() == Kind::Double { Kind::Double } else { Kind::Float }
 }
 
-/// Normalises the last dimension of x [..., n] with weight w `[n]`; returns y in x's dtype and r [..., 1] fp32.
-pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
-    let wide_x = x.to_kind(wide(x));
-    let r = (wide_x.square().mean_dim(-1, true, None) + eps).rsqrt();
-    (normalised(&wide_x, weight, &r).to_kind(x.kind()), r)
+/// Kernels over the rows of host tensors.
+mod rows {
+    use super::*;
+
+    pub fn forward<E: Element>(x: &Tensor, weight: &Tensor, eps: f64, out: &Tensor, r: &Tensor) {
+        let (weight, eps) = (values(weight), E::Wide::of(eps));
+        each_row::<E, _, _, _>(
+            [Rows::of(x)],
+            [Rows::of(out)],
+            [Rows::of(r)],
+            #[inline(always)]
+            |_, [x], [y], [r]| {
+                r[0] = statistic(x, &weight, eps);
+                normalise(x, &weight, r[0], y);
+            },
+        );
+    }
+
+    pub fn recompute<E: Element>(x: &Tensor, weight: &Tensor, r: &Tensor, out: &Tensor) {
+        let weight = values(weight);
+        each_row::<E, _, _, _>(
+            [Rows::of(x)],
+            [Rows::of(out)],
+            [Rows::of(r)],
+            #[inline(always)]
+            |_, [x], [y], [r]| normalise(x, &weight, r[0], y),
+        );
+    }
+
+    pub fn backward<E: Element>(d: &Tensor, x: &Tensor, weight: &Tensor, r: &Tensor, add: Option<&Tensor>) {
+        let weight = values(weight);
+        let (x, d, r) = (Rows::of(x), Rows::of(d), Rows::of(r));
+        match add {
+            None => each_row::<E, _, _, _>(
+                [x],
+                [d],
+                [r],
+                #[inline(always)]
+                |_, [x], [d], [r]| gradient(d, x, &weight, r[0]),
+            ),
+            Some(add) => each_row::<E, _, _, _>(
+                [x, Rows::of(add)],
+                [d],
+                [r],
+                #[inline(always)]
+                |_, [x, add], [d], [r]| gradient_plus(d, x, &weight, r[0], add),
+            ),
+        }
+    }
+
+    /// r
+    #[inline(always)]
+    fn statistic<E: Element>(x: &[E], weight: &[E::Wide], eps: E::Wide) -> E::Wide {
+        let squares = lanes::sum(
+            [x],
+            weight,
+            #[inline(always)]
+            |[x], _| x * x,
+        );
+        E::Wide::ONE / (squares / E::Wide::of(x.len() as f64) + eps).sqrt()
+    }
+
+    #[inline(always)]
+    fn normalise<E: Element>(x: &[E], weight: &[E::Wide], r: E::Wide, y: &mut [E]) {
+        for ((y, x), &w) in y.iter_mut().zip(x).zip(weight) {
+            *y = E::narrow(x.wide() * r * w);
+        }
+    }
+
+    /// r³/n · Σ(w∘dy∘x)
+    #[inline(always)]
+    fn projection<E: Element>(d_y: &[E], x: &[E], weight: &[E::Wide], r: E::Wide) -> E::Wide {
+        let dot = lanes::sum(
+            [d_y, x],
+            weight,
+            #[inline(always)]
+            |[d, x], w| d * w * x,
+        );
+        r * r * r * dot / E::Wide::of(x.len() as f64)
+    }
+
+    #[inline(always)]
+    fn gradient<E: Element>(d: &mut [E], x: &[E], weight: &[E::Wide], r: E::Wide) {
+        let c = projection(d, x, weight, r);
+        for ((d, x), &w) in d.iter_mut().zip(x).zip(weight) {
+            *d = E::narrow(d.wide() * w * r - x.wide() * c);
+        }
+    }
+
+    #[inline(always)]
+    fn gradient_plus<E: Element>(d: &mut [E], x: &[E], weight: &[E::Wide], r: E::Wide, add: &[E]) {
+        let c = projection(d, x, weight, r);
+        for (((d, x), &w), add) in d.iter_mut().zip(x).zip(weight).zip(add) {
+            *d = E::narrow(d.wide() * w * r - x.wide() * c + add.wide());
+        }
+    }
 }
 
-/// y again from saved x and r, for a backward that did not keep it.
-pub fn recompute(x: &Tensor, weight: &Tensor, r: &Tensor) -> Tensor {
-    normalised(&x.to_kind(wide(x)), weight, r).to_kind(x.kind())
-}
+/// The same in libtorch's operations, for devices without kernels.
+mod torch {
+    use super::*;
 
-fn normalised(wide_x: &Tensor, weight: &Tensor, r: &Tensor) -> Tensor {
-    (wide_x * r).g_mul_(weight)
-}
+    pub fn forward(x: &Tensor, weight: &Tensor, eps: f64, out: &Tensor) -> Tensor {
+        let r = (x.to_kind(wide(x)).square().mean_dim(-1, true, None) + eps).rsqrt();
+        normalise(x, weight, &r, out);
+        r
+    }
 
-/// dx from dy [..., n] and saved x, r.
-pub fn backward(d_y: &Tensor, x: &Tensor, weight: &Tensor, r: &Tensor) -> Tensor {
-    let kind = wide(x);
-    let (wide_x, g) = (x.to_kind(kind), d_y.to_kind(kind) * weight);
-    let n = x.size().last().copied().unwrap_or(1) as f64;
-    let dot = (&g * &wide_x).sum_dim_intlist(-1, true, None);
-    let c = r.pow_tensor_scalar(3) * dot / n;
-    (g.g_mul(r) - wide_x * c).to_kind(x.kind())
+    pub fn normalise(x: &Tensor, weight: &Tensor, r: &Tensor, out: &Tensor) {
+        out.shallow_clone().copy_(&(x.to_kind(wide(x)) * r).g_mul_(weight));
+    }
+
+    pub fn backward(d: &Tensor, x: &Tensor, weight: &Tensor, r: &Tensor, add: Option<&Tensor>) {
+        let (wide_x, g) = (x.to_kind(wide(x)), d.to_kind(wide(x)) * weight);
+        let n = x.size().last().copied().unwrap_or(1) as f64;
+        let c = r.pow_tensor_scalar(3) * (&g * &wide_x).sum_dim_intlist(-1, true, None) / n;
+        let mut d_x = g * r - wide_x * c;
+        if let Some(add) = add {
+            let _ = d_x.g_add_(add);
+        }
+        d.shallow_clone().copy_(&d_x);
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::testing::{autograd, distance, leaf};
+    use crate::ops::testing::{KINDS, autograd, distance, everywhere, leaf};
+
+    /// x and d_y of a kind, with what autograd makes of their fp64 values: y, dx.
+    fn example(shape: &[i64], kind: Kind) -> ([Tensor; 3], [Tensor; 2]) {
+        let x = leaf(shape).detach().to_kind(kind).to_kind(Kind::Double).set_requires_grad(true);
+        let d_y = leaf(shape).detach().to_kind(kind).to_kind(Kind::Double);
+        let weight_kind = if kind == Kind::Double { kind } else { Kind::Float };
+        let w = leaf(&shape[shape.len() - 1..]).detach().to_kind(weight_kind).to_kind(Kind::Double);
+        let y = &x * (x.square().mean_dim(-1, true, None) + 1e-5).rsqrt() * &w;
+        let d_x = autograd(&y, &d_y, &[&x]).remove(0);
+        ([x.detach().to_kind(kind), w.to_kind(weight_kind), d_y.to_kind(kind)], [y.detach(), d_x])
+    }
 
     #[test]
     fn matches_autograd() {
-        for shape in [[1i64, 7], [5, 33], [0, 4]] {
-            let (x, w, d_y) = (leaf(&shape), leaf(&[shape[1]]), leaf(&shape).detach());
-            let reference = &x * (x.square().mean_dim(-1, true, None) + 1e-5).rsqrt() * &w;
-            let expected = autograd(&reference, &d_y, &[&x]);
-            let (y, r) = tch::no_grad(|| forward(&x, &w, 1e-5));
-            assert!(distance(&y, &reference) < 1e-12);
-            let d_x = tch::no_grad(|| backward(&d_y, &x, &w, &r));
-            assert!(distance(&d_x, &expected[0]) < 1e-11, "{}", distance(&d_x, &expected[0]));
-            assert!(distance(&tch::no_grad(|| recompute(&x, &w, &r)), &y) == 0.0);
+        for (kind, tolerance) in KINDS {
+            for shape in [&[1i64, 7][..], &[5, 33], &[0, 4], &[1, 1], &[90, 576], &[3, 2, 64]] {
+                let ([x, w, d_y], [y, d_x]) = example(shape, kind);
+                let add = d_y.neg();
+                let d_sum = &d_x + add.to_kind(Kind::Double);
+                let near = |ours: &Tensor, exact: &Tensor| {
+                    assert_eq!(ours.kind(), kind);
+                    let off = distance(ours, exact);
+                    assert!(off < tolerance * 8.0, "{kind:?} {shape:?}: {off}");
+                };
+                everywhere(|| {
+                    let (ours, r) = forward(&x, &w, 1e-5);
+                    assert_eq!(r.size()[..shape.len() - 1], shape[..shape.len() - 1]);
+                    near(&ours, &y);
+                    assert_eq!(distance(&recompute(&x, &w, &r), &ours), 0.0);
+                    near(&backward(d_y.copy().into(), &x, &w, &r, None), &d_x);
+                    near(&backward(d_y.copy().into(), &x, &w, &r, Some(&add)), &d_sum);
+                });
+                let (ours, d) = (x.empty_like(), d_y.copy());
+                let r = torch::forward(&x, &w, 1e-5, &ours);
+                near(&ours, &y);
+                torch::backward(&d, &x, &w, &r, None);
+                near(&d, &d_x);
+                let d = d_y.copy();
+                torch::backward(&d, &x, &w, &r, Some(&add));
+                near(&d, &d_sum);
+            }
+        }
+    }
+
+    #[test]
+    fn heads_inside_a_wider_tensor() {
+        for (kind, tolerance) in KINDS {
+            let ([x, w, d_y], [y, d_x]) = example(&[7, 3, 32], kind);
+            everywhere(|| {
+                let all = Tensor::full([7, 8, 32], 3.0, (kind, Device::Cpu));
+                let (mut inside, mut after) = (all.narrow(1, 2, 3), all.narrow(1, 5, 3));
+                inside.copy_(&x);
+                let r = forward_into(&inside, &w, 1e-5, &after);
+                assert!(distance(&after, &y) < tolerance * 8.0);
+                after.copy_(&d_y);
+                backward_into(&after, &inside, &w, &r);
+                assert!(distance(&after, &d_x) < tolerance * 8.0);
+                assert_eq!(
+                    (distance(&inside, &x), all.narrow(1, 0, 2).ne(3.0).any()),
+                    (0.0, Tensor::from(false))
+                );
+            });
         }
     }
 }

@@ -3,6 +3,7 @@
 //! forward   y₁ = x₁·cos − x₂·sin,  y₂ = x₂·cos + x₁·sin   with x = [x₁ | x₂]
 //! backward  the rotation by the opposite angle
 
+use super::cpu::{Element, Real, Rows, dispatch, each_row};
 use tch::{Device, Kind, Tensor};
 
 /// cos and sin of every position up to a length: [positions, head_dim / 2] fp32.
@@ -31,51 +32,119 @@ impl RopeTable {
     }
 }
 
-/// Rotates x [tokens, heads, head_dim] in place.
-pub fn forward(x: &Tensor, cos: &Tensor, sin: &Tensor) {
-    rotate(x, cos, sin, false);
+/// Rotates the first `heads` heads of each row of `qkv` [tokens, all heads·head_dim], q and k of q|k|v, in place. cos and
+/// sin [tokens, 1, head_dim / 2] are fp32, or fp64 for fp64 rows (tests).
+pub fn forward(qkv: &Tensor, heads: i64, cos: &Tensor, sin: &Tensor) {
+    rotate(qkv, heads, cos, sin, 1.0);
 }
 
-/// Turns the gradient of the rotated tensor [tokens, heads, head_dim] into that of its input, in place.
-pub fn backward(d_x: &Tensor, cos: &Tensor, sin: &Tensor) {
-    rotate(d_x, cos, sin, true);
+/// Turns the gradient of what [`forward`] gives into that of what it takes, in place.
+pub fn backward(d_qkv: &Tensor, heads: i64, cos: &Tensor, sin: &Tensor) {
+    rotate(d_qkv, heads, cos, sin, -1.0);
 }
 
-fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, reverse: bool) {
-    let half = x.size()[2] / 2;
-    let (mut first, mut second) = (x.narrow(2, 0, half), x.narrow(2, half, half));
-    let kind = cos.kind();
-    let (a, b) = (first.to_kind(kind), second.to_kind(kind));
-    let (b_sin, a_sin) = (&b * sin, &a * sin);
-    let (a_cos, b_cos) = (a * cos, b * cos);
-    if reverse {
-        first.copy_(&(a_cos + b_sin));
-        second.copy_(&(b_cos - a_sin));
-    } else {
-        first.copy_(&(a_cos - b_sin));
-        second.copy_(&(b_cos + a_sin));
+/// `direction` is 1 or −1: by the angle or the opposite one.
+fn rotate(x: &Tensor, heads: i64, cos: &Tensor, sin: &Tensor, direction: f64) {
+    if x.device() != Device::Cpu {
+        return torch::rotate(x, heads, cos, sin, direction);
+    }
+    dispatch!(x.kind(), E => rows::rotate::<E>(x, heads as usize, cos, sin, direction));
+}
+
+/// Kernels over the rows of host tensors.
+mod rows {
+    use super::*;
+
+    pub fn rotate<E: Element>(x: &Tensor, heads: usize, cos: &Tensor, sin: &Tensor, direction: f64) {
+        let (cos, sin) = (Rows::of(cos), Rows::of(sin));
+        let (half, direction) = (cos.columns(), E::Wide::of(direction));
+        each_row::<E, _, _, _>(
+            [],
+            [Rows::of(x)],
+            [cos, sin],
+            #[inline(always)]
+            |_, [], [row], [cos, sin]| {
+                for head in row[..heads * 2 * half].chunks_exact_mut(2 * half) {
+                    let (first, second) = head.split_at_mut(half);
+                    rotate_head(first, second, cos, sin, direction);
+                }
+            },
+        );
+    }
+
+    #[inline(always)]
+    fn rotate_head<E: Element>(
+        first: &mut [E],
+        second: &mut [E],
+        cos: &[E::Wide],
+        sin: &[E::Wide],
+        direction: E::Wide,
+    ) {
+        for (((first, second), &cos), &sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+            let (a, b, sin) = (first.wide(), second.wide(), sin * direction);
+            *first = E::narrow(a * cos - b * sin);
+            *second = E::narrow(b * cos + a * sin);
+        }
+    }
+}
+
+/// The same in libtorch's operations, for devices without kernels.
+mod torch {
+    use super::*;
+
+    pub fn rotate(x: &Tensor, heads: i64, cos: &Tensor, sin: &Tensor, direction: f64) {
+        let (tokens, half) = (x.size()[0], cos.size()[2]);
+        let x = x.narrow(1, 0, heads * 2 * half).view([tokens, heads, 2 * half]);
+        let (mut first, mut second) = (x.narrow(2, 0, half), x.narrow(2, half, half));
+        let (a, b, sin) = (first.to_kind(cos.kind()), second.to_kind(cos.kind()), sin * direction);
+        // Both before one is written: where the kinds are the same, a and b are what is written to.
+        let (y1, y2) = (&a * cos - &b * &sin, &b * cos + &a * &sin);
+        first.copy_(&y1);
+        second.copy_(&y2);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::testing::{autograd, distance, leaf};
+    use crate::ops::testing::{KINDS, autograd, distance, everywhere, leaf};
 
     #[test]
     fn matches_autograd() {
-        let (x, d_y) = (leaf(&[5, 3, 8]), leaf(&[5, 3, 8]).detach());
-        let angles = Tensor::randn([5, 1, 4], (Kind::Double, Device::Cpu));
-        let (cos, sin) = (angles.cos(), angles.sin());
-        let rotated_half = Tensor::cat(&[x.narrow(2, 4, 4).neg(), x.narrow(2, 0, 4)], 2);
-        let twice = |t: &Tensor| Tensor::cat(&[t, t], 2);
-        let reference = &x * twice(&cos) + rotated_half * twice(&sin);
-        let expected = autograd(&reference, &d_y, &[&x]);
-        let y = x.detach().copy();
-        forward(&y, &cos, &sin);
-        assert!(distance(&y, &reference) < 1e-12);
-        let d_x = d_y.copy();
-        backward(&d_x, &cos, &sin);
-        assert!(distance(&d_x, &expected[0]) < 1e-12);
+        for (kind, tolerance) in KINDS {
+            for (tokens, heads, dim) in [(5, 3, 8), (1, 1, 6), (0, 2, 4), (300, 5, 64), (7, 2, 128)] {
+                // Two heads of v follow, which stay as they are.
+                let rounded = |t: &Tensor| t.detach().to_kind(kind).to_kind(Kind::Double);
+                let shape = [tokens, heads + 2, dim];
+                let x = rounded(&leaf(&shape)).set_requires_grad(true);
+                let d_y = rounded(&leaf(&shape));
+                let wide = if kind == Kind::Double { kind } else { Kind::Float };
+                let angles = Tensor::randn([tokens, 1, dim / 2], (wide, Device::Cpu)) * 3.0;
+                let (cos, sin) = (angles.cos(), angles.sin());
+                let part = x.narrow(1, 0, heads);
+                let (a, b) = (part.narrow(2, 0, dim / 2), part.narrow(2, dim / 2, dim / 2));
+                let twice = |t: &Tensor| Tensor::cat(&[t, t], 2).to_kind(Kind::Double);
+                let rotated = &part * twice(&cos) + Tensor::cat(&[-b, a], 2) * twice(&sin);
+                let y = Tensor::cat(&[rotated, x.narrow(1, heads, 2)], 1);
+                let expected = autograd(&y, &d_y, &[&x]).remove(0);
+                let near = |ours: &Tensor, exact: &Tensor| {
+                    let off = distance(&ours.view(shape), exact);
+                    assert!(off < tolerance * 5.0, "{kind:?} {shape:?}: {off}");
+                };
+                let flat = |t: &Tensor| t.detach().to_kind(kind).copy().view([tokens, (heads + 2) * dim]);
+                everywhere(|| {
+                    let (ours, d) = (flat(&x), flat(&d_y));
+                    forward(&ours, heads, &cos, &sin);
+                    backward(&d, heads, &cos, &sin);
+                    near(&ours, &y);
+                    near(&d, &expected);
+                });
+                let (ours, d) = (flat(&x), flat(&d_y));
+                torch::rotate(&ours, heads, &cos, &sin, 1.0);
+                torch::rotate(&d, heads, &cos, &sin, -1.0);
+                near(&ours, &y);
+                near(&d, &expected);
+            }
+        }
     }
 }

@@ -5,6 +5,7 @@ pub mod schedule;
 
 use crate::{
     config,
+    ops::adamw::{State, Update},
     shard::{AdapterShards, ShardError},
 };
 use tch::{Kind, Tensor};
@@ -76,35 +77,35 @@ impl Optimizer {
         &self.moments
     }
 
-    /// Moves every master against its gradient times `coefficient` (from clipping) at learning rate `lr`.
+    /// Moves every master against its gradient times `coefficient` (from clipping) at learning rate `lr`, and the
+    /// compute copies with them.
     ///
-    /// AdamW (Loshchilov & Hutter, 2019) with decoupled decay, in torch's order of operations:
-    /// p ← p·(1 − lr·wd);  m ← β₁m + (1−β₁)g;  v ← β₂v + (1−β₂)g²;  p ← p − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + eps).
-    /// sgd: p ← p − lr·(g + wd·p).
+    /// AdamW: see [`crate::ops::adamw`]. sgd: p ← p − lr·(g + wd·p).
     pub fn step(&mut self, adapter: &mut AdapterShards, lr: f64, coefficient: f64) -> Result<(), ShardError> {
         let _guard = tch::no_grad_guard();
         self.updates += 1;
-        let Settings { kind, weight_decay, betas: (beta1, beta2), eps } = self.settings;
-        let correction = |beta: f64| 1.0 - beta.powf(self.updates as f64);
-        for unit in 0..adapter.len() {
-            let mut master = adapter.master(unit).shallow_clone();
-            let gradient = adapter.gradient(unit) * coefficient;
-            match kind {
-                config::Optimizer::Adamw => {
-                    let Moments { exp_avg, exp_avg_sq } = &mut self.moments[unit];
-                    let _ = master.g_mul_scalar_(1.0 - lr * weight_decay);
-                    let _ = exp_avg.g_mul_scalar_(beta1).g_add_(&(&gradient * (1.0 - beta1)));
-                    let _ = exp_avg_sq.g_mul_scalar_(beta2).g_add_(&(gradient.square() * (1.0 - beta2)));
-                    let denominator = exp_avg_sq.sqrt() / correction(beta2).sqrt() + eps;
-                    let _ = master.g_sub_(&(&*exp_avg / denominator * (lr / correction(beta1))));
+        let Settings { kind, weight_decay, betas, eps } = self.settings;
+        match kind {
+            config::Optimizer::Adamw => {
+                let update = Update { lr, weight_decay, betas, eps, count: self.updates, coefficient };
+                adapter.invalidate()?;
+                for (unit, Moments { exp_avg, exp_avg_sq }) in self.moments.iter().enumerate() {
+                    let Some(compute) = &adapter.compute(unit) else { continue };
+                    let state = State { master: adapter.master(unit), exp_avg, exp_avg_sq, compute };
+                    update.apply(adapter.gradient(unit), &state);
                 }
-                config::Optimizer::Sgd => {
+                Ok(())
+            }
+            config::Optimizer::Sgd => {
+                for unit in 0..adapter.len() {
+                    let mut master = adapter.master(unit).shallow_clone();
+                    let gradient = adapter.gradient(unit) * coefficient;
                     let update = (gradient + &master * weight_decay) * lr;
                     let _ = master.g_sub_(&update);
                 }
+                adapter.refresh()
             }
         }
-        adapter.refresh()
     }
 }
 
@@ -150,6 +151,7 @@ mod tests {
                 p[i] -= 0.01 * m_hat / (v_hat.sqrt() + 1e-8);
             }
         }
+        assert_eq!(&adapter.compute(0).unwrap(), adapter.master(0));
         let ours: Vec<f32> = adapter.master(0).narrow(0, 0, 3).try_into().unwrap();
         for (ours, expected) in ours.iter().zip(p) {
             assert!((f64::from(*ours) - expected).abs() < 1e-6, "{ours} {expected}");

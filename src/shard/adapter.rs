@@ -99,12 +99,23 @@ impl AdapterShards {
         &self.units[unit].gradient
     }
 
-    /// Makes the compute copies follow the masters, and what is gathered stale. After every change of a master.
+    /// The compute copy of this rank's piece of `unit`, from which it is gathered: `[piece elements]`. None where the
+    /// unit has no adapter.
+    pub fn compute(&self, unit: usize) -> Option<Tensor> {
+        let entry = self.ring.layout(unit).entries.first()?;
+        Some(self.ring.shard(unit).view_dtype(entry.spec.dtype.kind()))
+    }
+
+    /// Makes what is gathered stale, and waits for what is under way. Before every change of a compute copy.
+    pub fn invalidate(&mut self) -> Result<(), ShardError> {
+        self.ring.invalidate()
+    }
+
+    /// Makes the compute copies follow the masters, and what is gathered stale. After every change of a master alone.
     pub fn refresh(&mut self) -> Result<(), ShardError> {
-        self.ring.invalidate()?;
+        self.invalidate()?;
         for unit in 0..self.units.len() {
-            if let Some(entry) = self.ring.layout(unit).entries.first() {
-                let mut compute = self.ring.shard(unit).view_dtype(entry.spec.dtype.kind());
+            if let Some(mut compute) = self.compute(unit) {
                 compute.copy_(&self.units[unit].master);
             }
         }

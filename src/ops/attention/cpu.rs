@@ -5,7 +5,9 @@
 
 use super::{Documents, Heads};
 use crate::ops::cpu::{
-    Element, LANES, Real, Rows, pool,
+    Element, LANES, Real, Rows,
+    lanes::{maximum, total},
+    pool,
     scratch::{Memory, Scratch, words},
     tile::{Left, Machine, ROWS, multiply},
 };
@@ -174,10 +176,10 @@ impl<M: Machine> NullaryFnOnce for Forward<'_, M> {
                         let new = maximum(row).max(maxima[r]);
                         // A row that has seen nothing yet has weights of zero, not NaN.
                         let base = if new == M::Number::NEG_INFINITY { M::Number::ZERO } else { new };
-                        let total = exponentials(row, base, scale);
+                        let sum = exponentials(row, base, scale);
                         let shrink = ((maxima[r] - base) * scale).exp();
                         maxima[r] = new;
-                        totals[r] = totals[r].mul_add(shrink, total);
+                        totals[r] = totals[r].mul_add(shrink, sum);
                         if shrink != M::Number::ONE {
                             for sum in &mut sums[r * width..(r + 1) * width] {
                                 *sum = *sum * shrink;
@@ -483,17 +485,6 @@ fn hide<R: Real>(row: &mut [R], seen: &Range<usize>, value: R) {
     row[seen.end..].fill(value);
 }
 
-#[inline(always)]
-fn maximum<R: Real>(row: &[R]) -> R {
-    let mut lanes = [R::NEG_INFINITY; LANES];
-    for chunk in row.chunks_exact(LANES) {
-        for (lane, &x) in lanes.iter_mut().zip(chunk) {
-            *lane = x.max(*lane);
-        }
-    }
-    lanes.into_iter().fold(R::NEG_INFINITY, R::max)
-}
-
 /// Turns each x into exp((x − base)·scale); returns their sum.
 #[inline(always)]
 fn exponentials<R: Real>(row: &mut [R], base: R, scale: R) -> R {
@@ -504,7 +495,7 @@ fn exponentials<R: Real>(row: &mut [R], base: R, scale: R) -> R {
             *lane += *x;
         }
     }
-    lanes.into_iter().fold(R::ZERO, |sum, lane| sum + lane)
+    total(lanes)
 }
 
 #[inline(always)]
@@ -515,5 +506,5 @@ fn dot<E: Element>(a: &[E], b: &[E]) -> E::Wide {
             *lane = a.wide().mul_add(b.wide(), *lane);
         }
     }
-    lanes.into_iter().fold(E::Wide::ZERO, |sum, lane| sum + lane)
+    total(lanes)
 }

@@ -42,10 +42,22 @@ pub trait Real:
 }
 
 /// The type in which a tensor's elements are stored.
-pub trait Element: Copy + Send + Sync + 'static {
+pub trait Stored: Copy + Send + Sync + 'static {
+    const KIND: Kind;
+}
+
+impl Stored for i64 {
+    const KIND: Kind = Kind::Int64;
+}
+
+impl Stored for bf16 {
+    const KIND: Kind = Kind::BFloat16;
+}
+
+/// A stored type that kernels compute with.
+pub trait Element: Stored {
     /// What it is computed in.
     type Wide: Real;
-    const KIND: Kind;
 
     fn wide(self) -> Self::Wide;
     /// Rounded to nearest, ties to even.
@@ -54,7 +66,6 @@ pub trait Element: Copy + Send + Sync + 'static {
 
 impl Element for bf16 {
     type Wide = f32;
-    const KIND: Kind = Kind::BFloat16;
 
     #[inline(always)]
     fn wide(self) -> f32 {
@@ -72,9 +83,12 @@ impl Element for bf16 {
 
 macro_rules! real {
     ($type:ident, $kind:expr, $exp:expr) => {
+        impl Stored for $type {
+            const KIND: Kind = $kind;
+        }
+
         impl Element for $type {
             type Wide = $type;
-            const KIND: Kind = $kind;
 
             #[inline(always)]
             fn wide(self) -> $type {
@@ -146,19 +160,36 @@ fn exp_f32(x: f32) -> f32 {
     let p = p.mul_add(r, 0.5);
     let p = (p * r).mul_add(r, r) + 1.0;
     // 88.72 / ln 2 rounds to 128, an exponent too large by one: the factor is split in two.
-    let half = shifted.to_bits() as i32 & 1;
     let scale = |n: i32| f32::from_bits(((n + 127) << 23) as u32);
     let n = (shifted.to_bits() as i32) - (ROUND.to_bits() as i32);
-    let (low, high) = ((n - half) / 2, n - (n - half) / 2);
-    let e = p * scale(low) * scale(high);
-    if x < LOWEST {
-        0.0
-    } else if x.is_nan() {
-        x
-    } else {
-        e
-    }
+    let half = n >> 1;
+    // A NaN is one in p already.
+    let e = p * scale(half) * scale(n - half);
+    if x < LOWEST { 0.0 } else { e }
 }
+
+/// An expression with `E` the element type of a tensor kind: `dispatch!(kind, E => kernel::<E>(x))`. A kind that no
+/// kernel computes in is a mistake of the caller.
+macro_rules! dispatch {
+    ($kind:expr, $element:ident => $body:expr) => {
+        match $kind {
+            tch::Kind::BFloat16 => {
+                type $element = half::bf16;
+                $body
+            }
+            tch::Kind::Float => {
+                type $element = f32;
+                $body
+            }
+            tch::Kind::Double => {
+                type $element = f64;
+                $body
+            }
+            kind => panic!("no kernel computes in {kind:?}"),
+        }
+    };
+}
+pub(crate) use dispatch;
 
 #[cfg(test)]
 mod tests {

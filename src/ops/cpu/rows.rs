@@ -1,28 +1,38 @@
 //! The rows of host tensors, as slices that kernels work on.
 
-use super::{Element, Level, pool};
+use super::{Element, Level, Stored, pool};
 use std::{marker::PhantomData, ops::Range};
 use tch::{Device, Tensor};
 
 /// Elements that are too few to be worth another thread.
 const LEAST_ELEMENTS: usize = 1 << 14;
 
-/// A host tensor `[..., columns]` whose last dimension is dense and whose other dimensions are one stride.
+/// Elements of a piece of a flat vector: see [`Rows::pieces`].
+const PIECE_ELEMENTS: usize = 1 << 12;
+
+/// A host tensor `[..., columns]` whose last dimension is dense and whose other dimensions are at most two strides, as
+/// in `[tokens, heads, dim]`, some heads of a wider tensor.
 #[derive(Clone, Copy)]
 pub struct Rows<'a, E> {
     first: *mut E,
     rows: usize,
     columns: usize,
+    /// From a row to the next one.
     stride: usize,
+    /// After so many rows `outer_stride` counts from the first of them: all rows where there is one stride.
+    inner: usize,
+    outer_stride: usize,
+    /// Columns of the last row.
+    last: usize,
     tensor: PhantomData<&'a Tensor>,
 }
 
 // SAFETY: a `Rows` is an address; `row` and `each_row` say who may use it how.
-unsafe impl<E: Element> Send for Rows<'_, E> {}
+unsafe impl<E: Stored> Send for Rows<'_, E> {}
 // SAFETY: as above.
-unsafe impl<E: Element> Sync for Rows<'_, E> {}
+unsafe impl<E: Stored> Sync for Rows<'_, E> {}
 
-impl<'a, E: Element> Rows<'a, E> {
+impl<'a, E: Stored> Rows<'a, E> {
     /// The rows of `tensor`, a vector being one row. A tensor that does not fit is a mistake of the caller.
     pub fn of(tensor: &'a Tensor) -> Self {
         assert_eq!((tensor.kind(), tensor.device()), (E::KIND, Device::Cpu), "a kernel's tensor");
@@ -31,12 +41,30 @@ impl<'a, E: Element> Rows<'a, E> {
         assert!(columns <= 1 || strides.last() == Some(&1), "rows are dense: {size:?} {strides:?}");
         let outer = size.len().saturating_sub(1);
         let rows: usize = size[..outer].iter().map(|&n| n as usize).product();
-        let stride = if outer == 0 { columns } else { strides[outer - 1] as usize };
-        for i in 0..outer.saturating_sub(1) {
-            let dense = strides[i] == strides[i + 1] * size[i + 1];
-            assert!(rows <= 1 || size[i] == 1 || dense, "rows have one stride: {size:?} {strides:?}");
+        // (rows, stride), the innermost first; dimensions that are one stride become one.
+        let mut levels: Vec<(usize, usize)> = Vec::new();
+        for (n, stride) in (0..outer).rev().map(|i| (size[i] as usize, strides[i] as usize)) {
+            match levels.last_mut() {
+                _ if n == 1 => {}
+                Some((inner, inner_stride)) if stride == *inner * *inner_stride => *inner *= n,
+                _ => levels.push((n, stride)),
+            }
         }
-        Self { first: tensor.data_ptr().cast(), rows, columns, stride, tensor: PhantomData }
+        assert!(rows == 0 || levels.len() <= 2, "rows have at most two strides: {size:?} {strides:?}");
+        let (inner, stride) = levels.first().copied().unwrap_or((rows, columns));
+        let outer_stride = levels.get(1).map_or(0, |&(_, stride)| stride);
+        // What has no element may have no memory, but even an empty slice has an address.
+        let first = if tensor.numel() == 0 { std::ptr::dangling_mut() } else { tensor.data_ptr().cast() };
+        Self { first, rows, columns, stride, inner, outer_stride, last: columns, tensor: PhantomData }
+    }
+
+    /// A dense vector as rows, so that threads can share it; all vectors of a length are cut alike.
+    pub fn pieces(vector: &'a Tensor) -> Self {
+        let whole = Self::of(vector);
+        assert_eq!(whole.rows, 1, "pieces of a vector");
+        let (rows, columns) = (whole.columns.div_ceil(PIECE_ELEMENTS), PIECE_ELEMENTS);
+        let last = whole.columns - rows.saturating_sub(1) * columns;
+        Self { rows, columns, stride: columns, inner: rows, last, ..whole }
     }
 
     pub fn len(&self) -> usize {
@@ -51,15 +79,29 @@ impl<'a, E: Element> Rows<'a, E> {
         self.columns
     }
 
+    /// Where row `i` is, and its length.
+    #[inline(always)]
+    fn at(&self, i: usize) -> (*mut E, usize) {
+        assert!(i < self.rows);
+        let offset = if i < self.inner {
+            i * self.stride
+        } else {
+            i / self.inner * self.outer_stride + i % self.inner * self.stride
+        };
+        // SAFETY: row i < rows lies in the tensor, which is borrowed for 'a.
+        let start = unsafe { self.first.add(offset) };
+        (start, if i + 1 == self.rows { self.last } else { self.columns })
+    }
+
     /// Row `i`, which nothing may write to while the slice is in use.
     ///
     /// # Safety
     /// No `&mut` of the row exists.
     #[inline(always)]
     pub unsafe fn row(&self, i: usize) -> &'a [E] {
-        assert!(i < self.rows);
+        let (start, columns) = self.at(i);
         // SAFETY: the row lies in the tensor, which is borrowed for 'a; the caller vouches for no writer.
-        unsafe { std::slice::from_raw_parts(self.first.add(i * self.stride), self.columns) }
+        unsafe { std::slice::from_raw_parts(start, columns) }
     }
 
     /// Row `i`, to write to.
@@ -67,11 +109,10 @@ impl<'a, E: Element> Rows<'a, E> {
     /// # Safety
     /// No other reference to the row exists.
     #[inline(always)]
-    #[expect(clippy::mut_from_ref, reason = "the caller vouches for being the only one")]
     pub unsafe fn row_mut(&self, i: usize) -> &'a mut [E] {
-        assert!(i < self.rows);
+        let (start, columns) = self.at(i);
         // SAFETY: the row lies in the tensor, which is borrowed for 'a; the caller vouches for being alone.
-        unsafe { std::slice::from_raw_parts_mut(self.first.add(i * self.stride), self.columns) }
+        unsafe { std::slice::from_raw_parts_mut(start, columns) }
     }
 
     /// Some columns of row `i`.
@@ -80,9 +121,10 @@ impl<'a, E: Element> Rows<'a, E> {
     /// No `&mut` of these columns exists.
     #[inline(always)]
     pub unsafe fn part(&self, i: usize, columns: Range<usize>) -> &'a [E] {
-        assert!(i < self.rows && columns.start <= columns.end && columns.end <= self.columns);
-        // SAFETY: they lie in the tensor, which is borrowed for 'a; the caller vouches for no writer.
-        unsafe { std::slice::from_raw_parts(self.first.add(i * self.stride + columns.start), columns.len()) }
+        let (start, all) = self.at(i);
+        assert!(columns.start <= columns.end && columns.end <= all);
+        // SAFETY: they lie in row i of the tensor, which is borrowed for 'a; the caller vouches for no writer.
+        unsafe { std::slice::from_raw_parts(start.add(columns.start), columns.len()) }
     }
 
     /// Some columns of row `i`, to write to.
@@ -90,18 +132,24 @@ impl<'a, E: Element> Rows<'a, E> {
     /// # Safety
     /// No other reference to these columns exists.
     #[inline(always)]
-    #[expect(clippy::mut_from_ref, reason = "the caller vouches for being the only one")]
     pub unsafe fn part_mut(&self, i: usize, columns: Range<usize>) -> &'a mut [E] {
-        assert!(i < self.rows && columns.start <= columns.end && columns.end <= self.columns);
-        // SAFETY: they lie in the tensor, which is borrowed for 'a; the caller vouches for being alone.
-        unsafe {
-            std::slice::from_raw_parts_mut(self.first.add(i * self.stride + columns.start), columns.len())
-        }
+        let (start, all) = self.at(i);
+        assert!(columns.start <= columns.end && columns.end <= all);
+        // SAFETY: they lie in row i of the tensor, which is borrowed for 'a; the caller vouches for being alone.
+        unsafe { std::slice::from_raw_parts_mut(start.add(columns.start), columns.len()) }
     }
 }
 
-/// Calls `kernel(row, inputs, outputs, wide outputs)` for every row, on all threads and compiled for the current
-/// [`Level`]. All tensors have as many rows; an output must not overlap any other tensor of the call.
+/// The values of a small host tensor, such as a weight that every row needs, as `E`.
+pub fn values<E: Stored>(tensor: &Tensor) -> Vec<E> {
+    let vector = tensor.to_kind(E::KIND).contiguous().view([-1]);
+    // SAFETY: nothing writes to `vector`: it is this function's own, or a view of a tensor that is only read meanwhile.
+    unsafe { Rows::of(&vector).row(0) }.to_vec()
+}
+
+/// Calls `kernel(row, inputs, outputs, wide)` for every row, on all threads and compiled for the current [`Level`]. All
+/// tensors have as many rows; outputs and wide tensors, which may be read and written, must not overlap any other tensor
+/// of the call, nor may the rows of one.
 pub fn each_row<E: Element, const I: usize, const O: usize, const W: usize>(
     inputs: [Rows<E>; I],
     outputs: [Rows<E>; O],
@@ -111,7 +159,8 @@ pub fn each_row<E: Element, const I: usize, const O: usize, const W: usize>(
     let lengths = inputs.iter().chain(&outputs).map(|r| r.rows).chain(wide.iter().map(|r| r.rows));
     let rows = lengths.clone().next().unwrap_or(0);
     assert!(lengths.into_iter().all(|n| n == rows), "all tensors of a kernel have as many rows");
-    let columns: usize = inputs.iter().chain(&outputs).map(|r| r.columns).max().unwrap_or(1).max(1);
+    let columns: usize = inputs.iter().chain(&outputs).map(|r| r.columns).max().unwrap_or(1);
+    let columns = columns.max(wide.iter().map(|r| r.columns).max().unwrap_or(1)).max(1);
     let level = Level::current();
     pool::ranges(rows, LEAST_ELEMENTS.div_ceil(columns), |range| {
         level.run(
@@ -129,4 +178,57 @@ pub fn each_row<E: Element, const I: usize, const O: usize, const W: usize>(
             },
         );
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Kind;
+
+    /// Adds 1 + row to every element.
+    fn count(rows: Rows<f32>) {
+        each_row([], [rows], [], |i, [], [row], []| row.iter_mut().for_each(|x| *x += 1.0 + i as f32));
+    }
+
+    #[test]
+    fn rows_of_every_view() {
+        let all = || Tensor::zeros([5, 4, 3], (Kind::Float, Device::Cpu));
+        let views: [fn(&Tensor) -> Tensor; 7] = [
+            |t| t.shallow_clone(),
+            |t| t.narrow(1, 1, 2),
+            |t| t.narrow(1, 2, 1),
+            |t| t.narrow(2, 1, 2),
+            |t| t.narrow(0, 2, 0),
+            |t| t.get(3).get(2),
+            |t| t.narrow(1, 0, 2).narrow(0, 4, 1),
+        ];
+        for view in views {
+            let (ours, expected) = (all(), all());
+            count(Rows::of(&view(&ours)));
+            let mut target = view(&expected);
+            let rows = target.size().iter().rev().skip(1).product::<i64>();
+            let numbers = Tensor::arange(rows, (Kind::Float, Device::Cpu)) + 1;
+            let shape: Vec<i64> = target.size().iter().rev().skip(1).rev().copied().chain([1]).collect();
+            let _ = target.g_add_(&numbers.view(&shape[..]));
+            assert_eq!(ours, expected, "{:?} {:?}", target.size(), target.stride());
+        }
+    }
+
+    #[test]
+    fn pieces_tile_a_vector() {
+        for n in [0, 1, PIECE_ELEMENTS, 2 * PIECE_ELEMENTS + 7] {
+            let vector = Tensor::zeros([n as i64], (Kind::Float, Device::Cpu));
+            count(Rows::pieces(&vector));
+            let seen = values::<f32>(&vector);
+            assert_eq!(seen.len(), n);
+            assert!(seen.iter().enumerate().all(|(i, &x)| x == 1.0 + (i / PIECE_ELEMENTS) as f32));
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "at most two strides")]
+    fn three_strides_are_a_mistake() {
+        let tensor = Tensor::zeros([5, 4, 3, 2], (Kind::Float, Device::Cpu));
+        Rows::<f32>::of(&tensor.narrow(1, 0, 2).narrow(2, 0, 2));
+    }
 }

@@ -1,0 +1,169 @@
+//! AdamW (Loshchilov & Hutter, 2019) with decoupled decay over flat fp32 shards, in torch's order of operations:
+//!
+//! g ← c·g,  p ← p·(1 − lr·wd),  m ← β₁m + (1−β₁)g,  v ← β₂v + (1−β₂)g²,  p ← p − m / (√v/√(1−β₂ᵗ) + eps) · lr/(1−β₁ᵗ)
+//!
+//! p is also rounded to the compute dtype, in which it will be gathered. On the host all that is one pass.
+
+use super::cpu::{Element, Rows, each_row};
+use half::bf16;
+use tch::{Device, Kind, Tensor};
+
+/// What an update depends on besides the gradient.
+#[derive(Clone, Copy, Debug)]
+pub struct Update {
+    pub lr: f64,
+    pub weight_decay: f64,
+    pub betas: (f64, f64),
+    pub eps: f64,
+    /// t: the updates so far, this one included.
+    pub count: u64,
+    /// c, from clipping.
+    pub coefficient: f64,
+}
+
+/// What an update changes: flat tensors as long as the gradient.
+pub struct State<'a> {
+    /// p, fp32
+    pub master: &'a Tensor,
+    /// m, fp32
+    pub exp_avg: &'a Tensor,
+    /// v, fp32
+    pub exp_avg_sq: &'a Tensor,
+    /// p in compute dtype
+    pub compute: &'a Tensor,
+}
+
+impl Update {
+    /// Moves `state` against `gradient`, flat fp32, which stays as it is.
+    pub fn apply(&self, gradient: &Tensor, state: &State) {
+        match (gradient.device(), state.compute.kind()) {
+            (Device::Cpu, Kind::BFloat16) => rows::apply::<bf16>(self, gradient, state),
+            (Device::Cpu, Kind::Float) => rows::apply::<f32>(self, gradient, state),
+            _ => torch::apply(self, gradient, state),
+        }
+    }
+
+    /// 1 − βᵗ
+    fn correction(&self, beta: f64) -> f64 {
+        1.0 - beta.powf(self.count as f64)
+    }
+}
+
+/// Kernels over the pieces of host vectors.
+mod rows {
+    use super::*;
+
+    /// The factors of the formula, as a libtorch operation rounds its scalars.
+    struct Factors {
+        coefficient: f32,
+        decay: f32,
+        keep: (f32, f32),
+        take: (f32, f32),
+        root: f32,
+        eps: f32,
+        rate: f32,
+    }
+
+    pub fn apply<E: Element<Wide = f32>>(update: &Update, gradient: &Tensor, state: &State) {
+        let (beta1, beta2) = update.betas;
+        let factors = Factors {
+            coefficient: update.coefficient as f32,
+            decay: (1.0 - update.lr * update.weight_decay) as f32,
+            keep: (beta1 as f32, beta2 as f32),
+            take: ((1.0 - beta1) as f32, (1.0 - beta2) as f32),
+            root: update.correction(beta2).sqrt() as f32,
+            eps: update.eps as f32,
+            rate: (update.lr / update.correction(beta1)) as f32,
+        };
+        each_row::<E, _, _, _>(
+            [],
+            [Rows::pieces(state.compute)],
+            [gradient, state.master, state.exp_avg, state.exp_avg_sq].map(Rows::pieces),
+            #[inline(always)]
+            |_, [], [compute], [g, p, m, v]| step(&factors, g, p, m, v, compute),
+        );
+    }
+
+    #[inline(always)]
+    fn step<E: Element<Wide = f32>>(
+        f: &Factors,
+        g: &[f32],
+        p: &mut [f32],
+        m: &mut [f32],
+        v: &mut [f32],
+        compute: &mut [E],
+    ) {
+        for ((((&g, p), m), v), compute) in g.iter().zip(p).zip(m).zip(v).zip(compute) {
+            let g = g * f.coefficient;
+            *m = *m * f.keep.0 + g * f.take.0;
+            *v = *v * f.keep.1 + g * g * f.take.1;
+            *p = *p * f.decay - *m / (v.sqrt() / f.root + f.eps) * f.rate;
+            *compute = E::narrow(*p);
+        }
+    }
+}
+
+/// The same in libtorch's operations, for devices without kernels.
+mod torch {
+    use super::*;
+
+    pub fn apply(update: &Update, gradient: &Tensor, state: &State) {
+        let (beta1, beta2) = update.betas;
+        let gradient = gradient * update.coefficient;
+        let [mut p, mut m, mut v, mut compute] =
+            [state.master, state.exp_avg, state.exp_avg_sq, state.compute].map(Tensor::shallow_clone);
+        let _ = p.g_mul_scalar_(1.0 - update.lr * update.weight_decay);
+        let _ = m.g_mul_scalar_(beta1).g_add_(&(&gradient * (1.0 - beta1)));
+        let _ = v.g_mul_scalar_(beta2).g_add_(&(gradient.square() * (1.0 - beta2)));
+        let denominator = v.sqrt() / update.correction(beta2).sqrt() + update.eps;
+        let _ = p.g_sub_(&(m / denominator * (update.lr / update.correction(beta1))));
+        compute.copy_(&p);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{distance, everywhere, leaf};
+
+    #[test]
+    fn the_kernel_takes_libtorchs_steps() {
+        for kind in [Kind::BFloat16, Kind::Float] {
+            for n in [0, 1, 31, 10_000] {
+                let random = || leaf(&[n]).detach().to_kind(Kind::Float);
+                let (start, gradients) = (random(), [random(), random() * 1e-3, random() * 1e4]);
+                let run = |apply: &dyn Fn(&Update, &Tensor, &State)| {
+                    let (master, compute) = (start.copy(), start.zeros_like().to_kind(kind));
+                    let (exp_avg, exp_avg_sq) = (start.zeros_like(), start.zeros_like());
+                    let state = State {
+                        master: &master,
+                        exp_avg: &exp_avg,
+                        exp_avg_sq: &exp_avg_sq,
+                        compute: &compute,
+                    };
+                    for (i, gradient) in gradients.iter().enumerate() {
+                        let update = Update {
+                            lr: 0.01,
+                            weight_decay: 0.1,
+                            betas: (0.9, 0.95),
+                            eps: 1e-8,
+                            count: i as u64 + 1,
+                            coefficient: 0.7,
+                        };
+                        apply(&update, gradient, &state);
+                    }
+                    [master, exp_avg, exp_avg_sq, compute]
+                };
+                let expected = run(&torch::apply);
+                assert_eq!(distance(&expected[3], &expected[0].to_kind(kind)), 0.0);
+                everywhere(|| {
+                    let ours = run(&Update::apply);
+                    // libtorch's square root is not the nearest number always.
+                    assert!(ours[0].allclose(&expected[0], 2e-7, 1e-8, false), "{kind:?} {n}");
+                    assert_eq!(ours[1..3], expected[1..3], "{kind:?} {n}");
+                    assert_eq!(ours[3], ours[0].to_kind(kind), "{kind:?} {n}");
+                });
+            }
+        }
+    }
+}

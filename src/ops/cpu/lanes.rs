@@ -1,0 +1,86 @@
+//! Reductions of a row in [`LANES`] partial results, which an instruction set's vectors hold.
+
+use super::{Element, Real};
+
+/// Partial results of a reduction: a vector of AVX-512 in fp32.
+pub const LANES: usize = 16;
+
+/// Σ `term`(elements of `rows`, element of `weight`) over the columns.
+#[inline(always)]
+pub fn sum<E: Element, const N: usize>(
+    rows: [&[E]; N],
+    weight: &[E::Wide],
+    term: impl Fn([E::Wide; N], E::Wide) -> E::Wide,
+) -> E::Wide {
+    let mut lanes = [E::Wide::ZERO; LANES];
+    let (weights, weight_tail) = weight.as_chunks::<LANES>();
+    let chunks = rows.map(|row| &row[..weight.len()].as_chunks::<LANES>().0[..weights.len()]);
+    for (c, w) in weights.iter().enumerate() {
+        let chunk = chunks.map(|row| &row[c]);
+        for i in 0..LANES {
+            lanes[i] += term(chunk.map(|x| x[i].wide()), w[i]);
+        }
+    }
+    let tails = rows.map(|row| &row[weights.len() * LANES..weight.len()]);
+    for (i, &w) in weight_tail.iter().enumerate() {
+        lanes[i] += term(tails.map(|x| x[i].wide()), w);
+    }
+    total(lanes)
+}
+
+/// The largest element; −∞ of none. A NaN is passed over.
+#[inline(always)]
+pub fn maximum<E: Element>(row: &[E]) -> E::Wide {
+    // Several vectors of lanes: each maximum waits for the one before.
+    let mut lanes = [[E::Wide::NEG_INFINITY; LANES]; 4];
+    let (vectors, tail) = row.as_chunks::<LANES>();
+    let (groups, rest) = vectors.as_chunks::<4>();
+    for group in groups {
+        for (lanes, vector) in lanes.iter_mut().zip(group) {
+            enlarge(lanes, vector);
+        }
+    }
+    for vector in rest {
+        enlarge(&mut lanes[0], vector);
+    }
+    let most = lanes.as_flattened().iter().fold(E::Wide::NEG_INFINITY, |most, &x| x.max(most));
+    tail.iter().fold(most, |most, x| x.wide().max(most))
+}
+
+#[inline(always)]
+fn enlarge<E: Element>(lanes: &mut [E::Wide; LANES], vector: &[E; LANES]) {
+    // A value that is chosen and then stored stays in a register; a choice whether to store does not.
+    *lanes = std::array::from_fn(
+        #[inline(always)]
+        |i| vector[i].wide().max(lanes[i]),
+    );
+}
+
+/// Σ of partial sums, by halves.
+#[inline(always)]
+pub fn total<W: Real>(mut lanes: [W; LANES]) -> W {
+    let mut n = LANES / 2;
+    while n > 0 {
+        for i in 0..n {
+            lanes[i] += lanes[i + n];
+        }
+        n /= 2;
+    }
+    lanes[0]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reductions_take_in_every_column() {
+        for n in [0usize, 1, 15, 16, 63, 64, 65, 200] {
+            let row: Vec<f64> = (0..n).map(|i| ((i * 37) % 101) as f64 - 150.0).collect();
+            let weight: Vec<f64> = (0..n).map(|i| i as f64).collect();
+            let expected: f64 = row.iter().zip(&weight).map(|(x, w)| x * x * w).sum();
+            assert_eq!(sum([&row, &row], &weight, |[a, b], w| a * b * w), expected, "{n}");
+            assert_eq!(maximum(&row), row.iter().copied().fold(f64::NEG_INFINITY, f64::max), "{n}");
+        }
+    }
+}
