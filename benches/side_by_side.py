@@ -1,8 +1,8 @@
 """Drives benches/side_by_side.sh: gives the peer and us the same tokens and the same adapter, and runs them in turns.
 
 A step lasts from the end of the one before to its own end, saves aside. Of a run the median of its counted steps is taken, of
-the repeats the median run. Memory is VmHWM of the largest rank, and the largest sum of all ranks' PSS that was seen. Of the
-peer's ways the fastest counts; ours are held against the one with as many cores: both, or one. A core computes `batch` rows
+the repeats the median run. Memory is VmHWM of the largest rank, and the largest sum of all ranks' PSS that was seen in a
+short run of its own, because watching it costs speed. Of the peer's ways the fastest counts; ours are held against the one with as many cores: both, or one. A core computes `batch` rows
 a step, in 2 ranks, in 2 threads of one process or alone, so that all who have both cores see the same rows in every step.
 Fraction of peak: arithmetic that a step needs (nothing for what is computed twice) over what bf16 torch.mm reached with as
 many processes and threads right before the runs of that repeat. Comm: share of our steps spent in gathers and reductions.
@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -31,6 +32,8 @@ PEER = ROOT / 'benches/peer_fsdp2_peft.py'
 # Keeps what was freed inside the process: without it every step pays the page faults of its buffers again.
 TUNED_MALLOC = {'MALLOC_MMAP_THRESHOLD_': '4294967296', 'MALLOC_TRIM_THRESHOLD_': '17179869184', 'MALLOC_TOP_PAD_': '268435456'}
 METHODS = ['recompute_full_layer', 'selective', 'no_recompute']
+# Of a try of the peer's ways, of one of torch.compile (its second step may compile once more), of a run that is watched.
+TRY_STEPS, COMPILE_STEPS, WATCHED_STEPS = 3, 4, 3
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ class Material:
 
     def _tokens(self) -> None:
         vocabulary = json.loads((self.model / 'config.json').read_text())['vocab_size']
-        rows = max(self.steps, SEARCH_STEPS) * self.case.batch * 2
+        rows = max(self.steps, COMPILE_STEPS) * self.case.batch * 2
         ids = np.random.default_rng(self.args.seed).integers(3, min(vocabulary, 40000), (rows, self.case.seq))
         np.save(self.folder / 'tokens.npy', ids)
         lines = (json.dumps({'input_ids': row, 'labels': row}) + '\n' for row in ids.tolist())
@@ -138,10 +141,8 @@ class Material:
 
 # --- one run
 
-SEARCH_STEPS = 4
 
-
-def peer(material: Material, way: Way, steps: int, warmup: int, limit: float | None = None) -> dict:
+def peer(material: Material, way: Way, steps: int, warmup: int, watch: bool = False, limit: float | None = None) -> dict:
     case, layout = material.case, way.layout
     launch = [sys.executable]
     if layout.ranks > 1:
@@ -152,13 +153,14 @@ def peer(material: Material, way: Way, steps: int, warmup: int, limit: float | N
     command += [] if way.recompute else ['--no-recompute']
     command += ['--compile'] if way.compiled else []
     environment = {'OMP_NUM_THREADS': str(layout.threads), **(TUNED_MALLOC if way.tuned_malloc else {})}
-    done = run(command, environment, PEER, limit)
+    done = run(command, environment, PEER, watch, limit)
     found = json.loads(done.lines[-1][1])
     return {'tokens_per_second': found['tokens_per_second'], 'peak_rss_bytes': found['peak_rss_bytes'], 'pss_bytes': done.pss_bytes,
             'losses': found['losses'], 'comm_share': None, 'start_seconds': found['first_step_at'] - done.began}
 
 
-def start_ours(material: Material, method: Method, steps: int, cores: list[int] | None = None, job: int = 0) -> tuple[Process, Path]:
+def start_ours(material: Material, method: Method, steps: int, watch: bool = False, cores: list[int] | None = None,
+               job: int = 0) -> tuple[Process, Path]:
     """The process and its output_dir. With `cores`, each rank is bound to its own."""
     out = material.folder / f'ours-{job}'
     path = material.folder / f'run-{job}.json'
@@ -170,7 +172,7 @@ def start_ours(material: Material, method: Method, steps: int, cores: list[int] 
     elif cores:
         command = ['taskset', '-c', cores[0], *command]
     environment = {'OMP_NUM_THREADS': str(method.layout.threads)}
-    return Process(command, environment, material.args.binary), out
+    return Process(command, environment, material.args.binary, watch), out
 
 
 def config(material: Material, method: Method, steps: int, out: Path) -> dict:
@@ -216,8 +218,8 @@ def comm_share(step: dict) -> float:
     return (phases.get('gather', 0.0) + phases.get('reduce', 0.0)) / step['step_seconds']
 
 
-def ours(material: Material, method: Method, steps: int, warmup: int, cores: list[int] | None = None) -> dict:
-    process, out = start_ours(material, method, steps, cores)
+def ours(material: Material, method: Method, steps: int, warmup: int, watch: bool = False, cores: list[int] | None = None) -> dict:
+    process, out = start_ours(material, method, steps, watch, cores)
     return result_of_ours(process.wait(), out, warmup)
 
 
@@ -236,12 +238,11 @@ def search(material: Material, layouts: list[Layout]) -> list[dict]:
     tried = []
     for layout in layouts:
         ways = [Way(layout, recompute, tuned) for recompute, tuned in itertools.product((True, False), repeat=2)]
-        plain = [attempt(material, way, 3, 1) for way in ways]
+        plain = [attempt(material, way, TRY_STEPS, 1) for way in ways]
         tried += plain
         limit = material.args.compile_limit
         if limit > 0:
-            # Its second step may compile once more.
-            tried.append(attempt(material, replace(fastest(plain), compiled=True), SEARCH_STEPS, 2, limit))
+            tried.append(attempt(material, replace(fastest(plain), compiled=True), COMPILE_STEPS, 2, limit))
     return tried
 
 
@@ -249,8 +250,8 @@ def attempt(material: Material, way: Way, steps: int, warmup: int, limit: float 
     """Only what has a limit may fail."""
     entry = {'way': asdict(way), 'name': f'{way.layout}: {way}'}
     try:
-        found = peer(material, way, steps, warmup, limit)
-        entry |= {key: found[key] for key in ('tokens_per_second', 'peak_rss_bytes', 'pss_bytes')}
+        found = peer(material, way, steps, warmup, limit=limit)
+        entry |= {key: found[key] for key in ('tokens_per_second', 'peak_rss_bytes')}
         told = f'{found["tokens_per_second"]:.0f} tokens/s, {found["peak_rss_bytes"] / 1e6:.0f} MB'
     except Failed as failure:
         if limit is None:
@@ -273,11 +274,12 @@ def way_of(entry: dict) -> Way:
 
 
 class Turns:
-    """The runs of a case, by who ran; `peaks` holds the machine's FLOP/s of each repeat."""
+    """The runs of a case, by who ran, and what of memory was seen; `peaks` holds the FLOP/s of this repeat."""
 
     def __init__(self, material: Material, layouts: list[Layout]):
         self.material, self.layouts = material, layouts
         self.runs: dict[Way | Method, list[dict]] = {}
+        self.pss_bytes: dict[Way | Method, int] = {}
 
     def measure(self, peers: list[Way | None], methods: list[str]) -> None:
         two_cores, one_core = peers
@@ -305,8 +307,11 @@ class Turns:
         if who is None:
             return
         call = peer if isinstance(who, Way) else ours
+        if who not in self.pss_bytes:
+            # All that stays is there from the second step on.
+            self.pss_bytes[who] = call(self.material, who, WATCHED_STEPS, 0, watch=True)['pss_bytes']
         found = call(self.material, who, self.material.steps, self.material.args.warmup)
-        found['peak_flops'] = self.peaks[who.layout]
+        found |= {'peak_flops': self.peaks[who.layout], 'pss_bytes': self.pss_bytes[who]}
         self.runs.setdefault(who, []).append(found)
         say(f'    {who.layout}, {who.name}: {found["tokens_per_second"]:.1f} tokens/s')
 
@@ -330,7 +335,7 @@ def row(who: Way | Method, runs: list[dict], base: list[dict] | None, flops: flo
     found['max_loss_difference'] = max_difference(runs, base[0]['losses']) if base else None
     found['fraction_of_peak'] = statistics.median(flops * run['tokens_per_second'] / run['peak_flops'] for run in runs)
     found['comm_share'] = median(runs, 'comm_share') if runs[0]['comm_share'] is not None else None
-    found['runs'] = [{key: run[key] for key in ('tokens_per_second', 'peak_rss_bytes', 'pss_bytes', 'peak_flops')} for run in runs]
+    found['runs'] = [{key: run[key] for key in ('tokens_per_second', 'peak_rss_bytes', 'peak_flops')} for run in runs]
     found['losses'] = runs[0]['losses']
     return found
 
@@ -417,7 +422,7 @@ def measure_two_jobs(args, results: 'Results') -> None:
         together, apart = [], []
         for _ in range(args.repeats):
             say(f'2 ranks and two jobs, {method}')
-            together.append(ours(material, Method(TWO_RANKS, method), material.steps, args.warmup, cores))
+            together.append(ours(material, Method(TWO_RANKS, method), material.steps, args.warmup, cores=cores))
             apart.append(two_jobs(material, Method(ONE_CORE, method), cores))
         found[method] = {'ranks': median(together, 'tokens_per_second'), 'jobs': statistics.median(apart),
                          'comm_share': median(together, 'comm_share')}
@@ -433,7 +438,7 @@ def measure_two_jobs(args, results: 'Results') -> None:
 
 def two_jobs(material: Material, method: Method, cores: list[int]) -> float:
     """Tokens/s of both."""
-    started = [start_ours(material, method, material.steps, [core], job) for job, core in enumerate(cores)]
+    started = [start_ours(material, method, material.steps, cores=[core], job=job) for job, core in enumerate(cores)]
     done = run_together([process for process, _ in started])
     return sum(result_of_ours(process, out, material.args.warmup)['tokens_per_second']
                for process, (_, out) in zip(done, started))
@@ -528,6 +533,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args, began = arguments(), time.time()
+    # Asked to end, it ends what it has started too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit('side_by_side: stopped by a signal'))
     os.environ['TORCHINDUCTOR_CACHE_DIR'] = str(WORK / 'inductor')
     WORK.mkdir(parents=True, exist_ok=True)
     results = Results(args.out)
