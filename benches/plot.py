@@ -41,8 +41,8 @@ def rectangle(x: float, y: float, width: float, height: float, colour: str) -> s
 def legend(palette: dict[str, str], y: float) -> list[str]:
     parts, x = [], float(MARGIN)
     for name, colour in {'FSDP2 + PEFT, its fastest way': PEER, **{f'xorl-dist, {m}': c for m, c in palette.items()}}.items():
-        parts += [rectangle(x, y - 9, 10, 10, colour), text(x + 14, y, name)]
-        x += 32 + 6.0 * len(name)
+        parts += [rectangle(x, y - 9, 10, 10, colour), text(x + 14, y, name, 10)]
+        x += 30 + 5.4 * len(name)
     return parts
 
 
