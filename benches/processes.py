@@ -143,5 +143,5 @@ def read(path: Path) -> str:
 
 def first_error(text: str) -> str | None:
     """The line that names a Python exception, if there is one."""
-    found = re.search(r'^(?:\[rank\d+\]: ?)?((?:[\w.]+(?:Error|Exception|Unsupported)\b|error:).*)$', text, re.MULTILINE)
+    found = re.search(r'^(?:\[rank\d+\]: ?)?((?!.*ChildFailedError)(?:[\w.]+(?:Error|Exception|Unsupported)\b|error:).*)$', text, re.MULTILINE)
     return found[1][:200] if found else None
