@@ -2,8 +2,8 @@
 
 A step lasts from the end of the one before to its own end, saves aside. Of a run the median of its counted steps is taken, of
 the repeats the median run. Memory is VmHWM of the largest rank, and the largest sum of all ranks' PSS that was seen in a
-short run of its own, because watching it costs speed. Of the peer's ways the fastest counts; ours are held against the one with as many cores: both, or one. A core computes `batch` rows
-a step, in 2 ranks, in 2 threads of one process or alone, so that all who have both cores see the same rows in every step.
+short run of its own, because watching it costs speed. Of the peer's ways the fastest counts; ours are held against the one
+with as many cores: both, or one. A core computes `batch` rows a step, in 2 ranks, in 2 threads of one process or alone, so that all who have both cores see the same rows in every step.
 Fraction of peak: arithmetic that a step needs (nothing for what is computed twice) over what bf16 torch.mm reached with as
 many processes and threads right before the runs of that repeat. Comm: share of our steps spent in gathers and reductions.
 """
@@ -374,10 +374,10 @@ def print_case(name: str, result: dict) -> None:
     print(f'\n{name}: {result["model"]}, {result["batch"]} x {result["seq"]} tokens a core and step, r = {result["lora_rank"]}, bf16, '
           f'{result["steps"]} steps ({result["warmup"]} not counted), {result["repeats"]} runs each in turns, '
           f'{result["flops_per_token"] / 1e9:.3f} GFLOP a token\n{machine.line(result)}')
-    print(f'{"":<17}{"":<55}{"tokens/s":>9}{"ratio":>7}{"VmHWM":>9}{"ratio":>7}{"sum PSS":>9}{"ratio":>7}{"loss diff":>11}'
+    print(f'{"":<19}{"":<55}{"tokens/s":>9}{"ratio":>7}{"VmHWM":>9}{"ratio":>7}{"sum PSS":>9}{"ratio":>7}{"loss diff":>11}'
           f'{"of peak":>9}{"comm":>7}')
     for row in result['rows']:
-        print(f'{row["layout"]:<17}{row["name"]:<55}{row["tokens_per_second"]:>9.1f}{number(row["tokens_per_second_ratio"], 7)}'
+        print(f'{row["layout"]:<19}{row["name"]:<55}{row["tokens_per_second"]:>9.1f}{number(row["tokens_per_second_ratio"], 7)}'
               f'{row["peak_rss_bytes"] / 1e6:>6.0f} MB{number(row["peak_rss_bytes_ratio"], 7)}{row["pss_bytes"] / 1e6:>6.0f} MB'
               f'{number(row["pss_bytes_ratio"], 7)}{number(row["max_loss_difference"], 11, 5)}{row["fraction_of_peak"]:>9.3f}'
               f'{number(row["comm_share"], 7, 3)}')
