@@ -3,7 +3,8 @@
 A step lasts from the end of the one before to its own end, saves aside. Of a run the median of its counted steps is taken, of
 the repeats the median run. Memory is VmHWM of the largest rank, and the largest sum of all ranks' PSS that was seen in a
 short run of its own, because watching it costs speed. Of the peer's ways the fastest counts; ours are held against the one
-with as many cores: both, or one. A core computes `batch` rows a step, in 2 ranks, in 2 threads of one process or alone, so that all who have both cores see the same rows in every step.
+with as many cores: both, or one. A core computes `batch` rows a step, in 2 ranks, in 2 threads of
+one process or alone, so that all who have both cores see the same rows in every step.
 Fraction of peak: arithmetic that a step needs (nothing for what is computed twice) over what bf16 torch.mm reached with as
 many processes and threads right before the runs of that repeat. Comm: share of our steps spent in gathers and reductions.
 """
