@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
-# What is too long for ci/test.sh, by name. Each prints one JSON line last.
+# What is too long for ci/test.sh, by name.
 #
-#   ci/long.sh side_by_side    tokens/s, memory and losses beside PyTorch FSDP2 + PEFT, on SmolLM2
+#   ci/long.sh side_by_side    beside PyTorch FSDP2 + PEFT: tokens/s, memory, losses, in all cases (hours); its options may
+#                              follow, as --cases smollm2-2x512 --repeats 1
+#   ci/long.sh losses          20 losses of both, side by side
+#   ci/long.sh two_jobs        2 ranks beside two jobs of 1 rank at once
+#   ci/long.sh start           seconds from launch to the first step, both
 #   ci/long.sh quickstart      the quickstart, which ends with its score
 #   ci/long.sh real_size       one bf16 step of a random model with the shapes of Qwen2.5-1.5B, on 2 ranks
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in
   side_by_side) shift; exec benches/side_by_side.sh "$@" ;;
+  losses) shift; exec benches/side_by_side.sh --losses 20 "$@" ;;
+  two_jobs) shift; exec benches/side_by_side.sh --two-jobs "$@" ;;
+  start) shift; exec benches/side_by_side.sh --start "$@" ;;
   quickstart) exec launch/quickstart.sh ;;
   real_size)
     launch/setup.sh --no-tests
@@ -17,5 +24,5 @@ case "${1:-}" in
     mpirun -n 2 "${CARGO_TARGET_DIR:-target}/release/xorl-dist" --config tests/fixtures/qwen2_1_5b/run.yaml
     cat outputs/real_size/metrics.jsonl
     ;;
-  *) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+  *) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
 esac

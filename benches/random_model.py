@@ -1,0 +1,36 @@
+"""Makes a Hugging Face model directory of random bf16 weights in the shape of a Qwen3.
+
+    random_model.py NAME OUT_DIR      NAME is one of SHAPES; OUT_DIR appears whole or not at all
+"""
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+COMMON = dict(num_attention_heads=16, num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-6, max_position_embeddings=32768,
+              rope_theta=1e6, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+SHAPES = {
+    # Qwen3-0.6B with 24 of its 28 layers: 0.53 B parameters, 30 % of them in the embedding, which is the head too.
+    'qwen3-0.5b': dict(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=24, **COMMON),
+    # 1.02 B parameters, 2 GB, next to nothing in the embedding.
+    'qwen3-2gb': dict(vocab_size=32000, hidden_size=2048, intermediate_size=6144, num_hidden_layers=19, **COMMON),
+}
+
+
+def make(name: str, out: Path) -> None:
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    model = Qwen3ForCausalLM(Qwen3Config(dtype='bfloat16', **SHAPES[name]))
+    unfinished = out.with_name(out.name + '.tmp')
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    unfinished.rename(out)
+    print(f'{out}: {sum(parameter.numel() for parameter in model.parameters()) / 1e9:.2f} B parameters')
+
+
+if __name__ == '__main__':
+    if len(sys.argv) != 3 or sys.argv[1] not in SHAPES:
+        sys.exit(f'{__doc__}\nNAME: {" ".join(SHAPES)}')
+    make(sys.argv[1], Path(sys.argv[2]))
