@@ -44,6 +44,7 @@ impl LinearCrossEntropy {
     /// Starts a pass for x `[tokens, hidden]` and targets `[tokens]` i64, negative where there is no loss.
     /// Logits exist for at most `chunk_tokens` tokens at a time.
     pub fn new(x: &Tensor, targets: &Tensor, chunk_tokens: usize, wants_gradient: bool) -> Self {
+        let _span = crate::trace::operation("cross_entropy.new");
         let index = targets.ge(0).nonzero().view([-1]);
         let shape = x.size();
         let (x, targets) = (x.index_select(0, &index), targets.index_select(0, &index));
@@ -57,6 +58,7 @@ impl LinearCrossEntropy {
 
     /// Takes in head rows `first..` of `weight` `[rows, hidden]`. Every row of the head comes exactly once.
     pub fn add_rows(&mut self, weight: &Tensor, first: usize) {
+        let _span = crate::trace::operation("cross_entropy.add_rows");
         let valid = self.targets.size()[0];
         let rows = weight.size()[0];
         let mut start = 0;
@@ -92,6 +94,7 @@ impl LinearCrossEntropy {
 
     /// The losses, and the gradient times `scale` (1 ÷ valid tokens of the whole step).
     pub fn finish(self, scale: f64) -> TokenLosses {
+        let _span = crate::trace::operation("cross_entropy.finish");
         // ℓ = log(1 + s·exp(m − l_t)) = softplus(log s + m − l_t): exact for confident and for lost tokens.
         let losses = (self.sum.log() + &self.maximum - &self.target_logit).softplus();
         let d_x = self.gradient.map(|[a, w_t]| {

@@ -68,6 +68,7 @@ impl Heads {
 
 /// o [tokens, query·dim] and L `[tokens·query]` fp32 (by run, document, head, token) from fused q|k|v.
 pub fn forward(qkv: &Tensor, heads: Heads, documents: &Documents) -> (Tensor, Tensor) {
+    let _span = crate::trace::operation("attention.forward");
     let tokens = qkv.size()[0];
     let out = Tensor::empty([tokens, heads.query * heads.dim], (qkv.kind(), qkv.device()));
     let wide = if qkv.kind() == Kind::Double { Kind::Double } else { Kind::Float };
@@ -101,6 +102,7 @@ pub fn backward(
     heads: Heads,
     documents: &Documents,
 ) -> Tensor {
+    let _span = crate::trace::operation("attention.backward");
     let d_qkv = qkv.empty_like();
     for run in &documents.runs {
         let &(start, count, length) = run;
@@ -137,6 +139,7 @@ fn run_of(lse: &Tensor, heads: Heads, &(start, count, length): &(i64, i64, i64))
 /// k, v [sequences, places, key_value, dim], of which the first `lengths` `[sequences]` i64 count, the new token last.
 /// Returns o [sequences, query·dim].
 pub fn with_cache(q: &Tensor, k: &Tensor, v: &Tensor, lengths: &Tensor, heads: Heads) -> Tensor {
+    let _span = crate::trace::operation("attention.with_cache");
     let (sequences, places) = (k.size()[0], k.size()[1]);
     let shape = [sequences, heads.query * heads.dim];
     if sequences == 0 {

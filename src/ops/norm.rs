@@ -12,6 +12,7 @@ fn wide(x: &Tensor) -> Kind {
 
 /// Normalises the last dimension of x [..., n] with weight w `[n]`; returns y in x's dtype and r [..., 1] fp32.
 pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
+    let _span = crate::trace::operation("norm.forward");
     let wide_x = x.to_kind(wide(x));
     let r = (wide_x.square().mean_dim(-1, true, None) + eps).rsqrt();
     (normalised(&wide_x, weight, &r).to_kind(x.kind()), r)
@@ -19,6 +20,7 @@ pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
 
 /// y again from saved x and r, for a backward that did not keep it.
 pub fn recompute(x: &Tensor, weight: &Tensor, r: &Tensor) -> Tensor {
+    let _span = crate::trace::operation("norm.recompute");
     normalised(&x.to_kind(wide(x)), weight, r).to_kind(x.kind())
 }
 
@@ -28,6 +30,7 @@ fn normalised(wide_x: &Tensor, weight: &Tensor, r: &Tensor) -> Tensor {
 
 /// dx from dy [..., n] and saved x, r.
 pub fn backward(d_y: &Tensor, x: &Tensor, weight: &Tensor, r: &Tensor) -> Tensor {
+    let _span = crate::trace::operation("norm.backward");
     let kind = wide(x);
     let (wide_x, g) = (x.to_kind(kind), d_y.to_kind(kind) * weight);
     let n = x.size().last().copied().unwrap_or(1) as f64;

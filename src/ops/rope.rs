@@ -22,6 +22,7 @@ impl RopeTable {
 
     /// cos and sin of `positions` `[tokens]` i64, which are below `length`: each [tokens, 1, head_dim / 2].
     pub fn at(&mut self, positions: &Tensor, length: usize) -> (Tensor, Tensor) {
+        let _span = crate::trace::operation("rope.table");
         if (self.cos.size()[0] as usize) < length {
             let steps = Tensor::arange(length as i64, (Kind::Float, self.inv_freq.device()));
             let angles = steps.outer(&self.inv_freq);
@@ -33,11 +34,13 @@ impl RopeTable {
 
 /// Rotates x [tokens, heads, head_dim] in place.
 pub fn forward(x: &Tensor, cos: &Tensor, sin: &Tensor) {
+    let _span = crate::trace::operation("rope.forward");
     rotate(x, cos, sin, false);
 }
 
 /// Turns the gradient of the rotated tensor [tokens, heads, head_dim] into that of its input, in place.
 pub fn backward(d_x: &Tensor, cos: &Tensor, sin: &Tensor) {
+    let _span = crate::trace::operation("rope.backward");
     rotate(d_x, cos, sin, true);
 }
 

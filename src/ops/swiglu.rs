@@ -13,12 +13,14 @@ fn halves(gate_up: &Tensor) -> (Tensor, Tensor) {
 
 /// y [tokens, n] from gate|up [tokens, 2n].
 pub fn forward(gate_up: &Tensor) -> Tensor {
+    let _span = crate::trace::operation("swiglu.forward");
     let (gate, up) = halves(gate_up);
     gate.silu().g_mul_(&up).to_kind(gate_up.kind())
 }
 
 /// The gradient of gate|up [tokens, 2n] from dy [tokens, n].
 pub fn backward(d_y: &Tensor, gate_up: &Tensor) -> Tensor {
+    let _span = crate::trace::operation("swiglu.backward");
     let (gate, up) = halves(gate_up);
     let n = gate.size()[1];
     let d_y = d_y.to_kind(gate.kind());

@@ -82,6 +82,7 @@ impl Optimizer {
     /// p ← p·(1 − lr·wd);  m ← β₁m + (1−β₁)g;  v ← β₂v + (1−β₂)g²;  p ← p − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + eps).
     /// sgd: p ← p − lr·(g + wd·p).
     pub fn step(&mut self, adapter: &mut AdapterShards, lr: f64, coefficient: f64) -> Result<(), ShardError> {
+        let _span = crate::trace::operation("optimizer.step");
         let _guard = tch::no_grad_guard();
         self.updates += 1;
         let Settings { kind, weight_decay, betas: (beta1, beta2), eps } = self.settings;
