@@ -184,6 +184,7 @@ pub fn start() {
 pub fn finish() -> Option<Trace> {
     let (begin, wall) = ON.take()?;
     let Recording { spans, mut transfers, .. } = RECORDING.take();
+    // Those that are still under way.
     for transfer in transfers.iter_mut().filter(|transfer| transfer.duration.is_zero()) {
         transfer.duration = transfer.begin.elapsed();
     }
