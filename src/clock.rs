@@ -1,6 +1,7 @@
 //! Seconds by phase of a step. A phase inside another takes its time away from the outer one, so that the seconds of
-//! all phases add up to the time spent in any.
+//! all phases add up to the time spent in any. A trace has a span for each.
 
+use crate::trace::{self, Category, Span};
 use std::{cell::RefCell, collections::BTreeMap, rc::Rc, time::Instant};
 
 /// The stopwatch of one rank; clones share it.
@@ -17,7 +18,7 @@ struct Times {
 
 /// A phase that ends when this is dropped.
 #[must_use = "the phase ends when this is dropped"]
-pub struct Phase(Clock);
+pub struct Phase(Clock, #[expect(dead_code, reason = "ends when it is dropped")] Span);
 
 impl Clock {
     /// Begins `name`.
@@ -25,7 +26,7 @@ impl Clock {
         let mut times = self.0.borrow_mut();
         times.settle();
         times.open.push(name);
-        Phase(self.clone())
+        Phase(self.clone(), trace::span(Category::Phase, name))
     }
 
     /// Seconds by phase since the last call; a phase that is open goes on counting from now.

@@ -11,6 +11,7 @@ use crate::{
     model::hf_config,
     model::source::SourceError,
     shard::ShardError,
+    trace::TraceError,
 };
 
 /// What a command ends with when it does not succeed.
@@ -34,6 +35,8 @@ pub enum Error {
     Source(#[from] SourceError),
     #[error(transparent)]
     Target(#[from] TargetError),
+    #[error(transparent)]
+    Trace(#[from] TraceError),
     #[error("{0}")]
     Input(String),
     #[error("{0}")]
@@ -60,7 +63,7 @@ impl Error {
             }
             Error::Checkpoint(error) => error.exit_code(),
             Error::Comm(error) => error.exit_code(),
-            Error::Shard(_) | Error::Failure(_) => 1,
+            Error::Shard(_) | Error::Trace(_) | Error::Failure(_) => 1,
             Error::Elsewhere { code } => *code,
         }
     }

@@ -18,6 +18,7 @@
 //! - [`mesh`]: ranks to axes and every divisibility rule: pure
 //! - [`config`]: typed `run.yaml`, defaults, validation
 //! - [`clock`]: seconds by phase of a step
+//! - [`trace`]: spans of phases, operations and collectives, for Chrome's trace viewer
 //! - [`rng`]: counter-based random numbers keyed by name
 //! - [`dtype`]: element types of stored and gathered tensors
 //! - [`error`]: the one error type of the crate and its exit codes
@@ -40,6 +41,7 @@ pub mod optim;
 pub mod plan;
 pub mod rng;
 pub mod shard;
+pub mod trace;
 pub mod train;
 
 pub use error::{Error, Result};

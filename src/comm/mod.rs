@@ -3,6 +3,7 @@
 //! Every rank of a group calls the same collectives in the same order. Tensor collectives check dtype,
 //! contiguity and length before they call C. Reductions are sums in fp32; bf16 never crosses a reduction.
 
+mod booked;
 mod launcher;
 mod ledger;
 mod mpi;
@@ -154,7 +155,10 @@ impl World {
     /// The group of ranks that pass the same `color`, ordered by world rank. Collective over all ranks.
     pub fn group(&self, name: &str, color: usize) -> Rc<dyn Communicator> {
         match &self.mpi {
-            Some(runtime) => runtime.group(name, color, self.ledger.clone()),
+            Some(runtime) => {
+                let (inner, ledger) = (runtime.group(name, color), self.ledger.clone());
+                Rc::new(booked::Booked { inner, ledger })
+            }
             None => Rc::new(solo::Solo::new(name)),
         }
     }

@@ -3,9 +3,7 @@
 //! The fp32 reduce-scatter is pairwise exchange and add: `MPI_Reduce_scatter_block` was measured eight times
 //! slower with Open MPI 4.1. Gathers are byte copies, so MPI needs no bf16 type.
 
-use super::{
-    CommError, Communicator, Completion, Ledger, Operation, Pending, Reduce, bytes, check, launcher::Launch,
-};
+use super::{CommError, Communicator, Completion, Pending, Reduce, bytes, check, launcher::Launch};
 use mpi::{
     Threading,
     collective::SystemOperation,
@@ -13,7 +11,7 @@ use mpi::{
     topology::{Color, SimpleCommunicator},
     traits::{AsRaw, Communicator as _, CommunicatorCollectives as _},
 };
-use std::{ffi::c_void, mem::MaybeUninit, rc::Rc};
+use std::{ffi::c_void, mem::MaybeUninit};
 use tch::{Kind, Tensor};
 
 /// MPI, initialised for as long as this value lives.
@@ -48,12 +46,12 @@ impl Runtime {
         self.universe.world().size() as usize
     }
 
-    pub(super) fn group(&self, name: &str, color: usize, ledger: Ledger) -> Rc<dyn Communicator> {
+    pub(super) fn group(&self, name: &str, color: usize) -> Mpi {
         let color = Color::with_value(color as i32);
         let Some(comm) = self.universe.world().split_by_color(color) else {
             unreachable!("a rank that gives a color is in the group of that color");
         };
-        Rc::new(Mpi { comm, group: name.to_owned(), ledger })
+        Mpi { comm, group: name.to_owned() }
     }
 
     pub(super) fn abort(&self, code: i32) -> ! {
@@ -69,10 +67,9 @@ pub(super) fn library_version() -> String {
         .unwrap_or_else(|| "unknown MPI".into())
 }
 
-struct Mpi {
+pub(super) struct Mpi {
     comm: SimpleCommunicator,
     group: String,
-    ledger: Ledger,
 }
 
 impl Mpi {
@@ -151,7 +148,6 @@ impl Communicator for Mpi {
             )
         };
         self.ok(NAME, code)?;
-        self.ledger.record(Operation::AllGather, &self.group, bytes(output), self.size());
         // SAFETY: MPI_Iallgather succeeded, so it has written the request.
         let request = unsafe { request.assume_init() };
         let buffers = [input.shallow_clone(), output.shallow_clone()];
@@ -191,7 +187,6 @@ impl Communicator for Mpi {
             self.ok(NAME, code)?;
             let _ = sum.g_add_(&received);
         }
-        self.ledger.record(Operation::ReduceScatter, &self.group, bytes(input), size);
         Ok(())
     }
 
@@ -214,7 +209,6 @@ impl Communicator for Mpi {
             )
         };
         self.ok(NAME, code)?;
-        self.ledger.record(Operation::AllReduce, &self.group, bytes(values), self.size());
         Ok(())
     }
 

@@ -41,7 +41,7 @@ const ALWAYS_SHARDED: &str =
     "the base is always fully sharded; data_parallel_shard_size sets over how many ranks";
 const SAVING: &str = "a save is synchronous, published atomically and always in the PEFT layout";
 const METRICS: &str = "metrics go to metrics.jsonl in output_dir";
-const PROFILING: &str = "every step's phase times are in metrics.jsonl";
+const PROFILING: &str = "profile_steps traces steps, and every step's phase times are in metrics.jsonl";
 const NO_MUON: &str = "only muon reads it, which is not built";
 const NO_QLORA: &str = "only a quantised base reads it, which is not built";
 const NO_PIPELINE: &str = "there are no pipeline stages";

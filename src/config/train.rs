@@ -166,6 +166,10 @@ section! {
         load_checkpoint_path: Option<LoadCheckpoint> = None;
         /// A bar where stderr is a terminal (lines elsewhere), or one structured line a step.
         log_format: LogFormat = LogFormat::ProgressBar;
+        /// Trace this many steps, after two that warm up, into `{output_dir}/trace/{run_id}/rank_{N}.json`
+        /// (chrome://tracing, Perfetto) with a table of times beside it. An earlier trace of this run_id is removed.
+        /// 0: none.
+        profile_steps: usize = 0;
         /// Must stay false: metrics go to metrics.jsonl.
         use_wandb: bool = false;
     }

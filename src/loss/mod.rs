@@ -64,6 +64,7 @@ impl LinearCrossEntropy {
 
     /// Takes in head rows `first..` of `weight` `[rows, hidden]`. Every row of the head comes exactly once.
     pub fn add_rows(&mut self, weight: &Tensor, first: usize) {
+        let _span = crate::trace::operation("cross_entropy.add_rows");
         let (valid, hidden) = (self.x.size()[0], self.x.size()[1]);
         let rows = weight.size()[0];
         let (kind, device) = (self.x.kind(), self.x.device());
@@ -97,6 +98,7 @@ impl LinearCrossEntropy {
 
     /// The losses, and the gradient times `scale` (1 ÷ valid tokens of the whole step).
     pub fn finish(self, scale: f64) -> TokenLosses {
+        let _span = crate::trace::operation("cross_entropy.finish");
         let Self { x, index, shape, sums, gradient, .. } = self;
         let d_x = gradient.map(|Gradient { a, w_t }| {
             let mut d_x = Buffer::empty(&shape, x.kind(), x.device());

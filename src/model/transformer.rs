@@ -20,6 +20,7 @@ use crate::{
         rope::RopeTable,
     },
     shard::{AdapterShards, Ring, ShardError},
+    trace::{self, Category},
 };
 use std::{ops::Range, rc::Rc};
 use tch::{Device, Kind, Tensor};
@@ -332,6 +333,7 @@ impl Transformer {
         let mut x = self.embed(&batch.ids)?;
         let layers = self.layers.len();
         for unit in 0..layers {
+            let _layer = trace::span(Category::Phase, "layer.forward").with("unit", unit);
             self.gather(unit, Some(unit + 1).filter(|&next| next < layers))?;
             let (y, saved) = self.layer_forward(unit, &x, context, |qkv, heads| attend(unit, qkv, heads))?;
             keep(std::mem::replace(&mut x, y), saved);
@@ -377,9 +379,11 @@ impl Transformer {
         let Some(mut d_x) = d_x else { return Ok(loss) };
         while let Some(kept_here) = kept.pop() {
             let unit = kept.len();
+            let _layer = trace::span(Category::Phase, "layer.backward").with("unit", unit);
             self.gather(unit, unit.checked_sub(1))?;
             let saved = match kept_here {
                 Kept::Input(x) => {
+                    let _recompute = trace::span(Category::Phase, "layer.recompute").with("unit", unit);
                     let attend = |qkv: &Tensor, heads| within(&context)(unit, qkv, heads);
                     Box::new(self.layer_forward(unit, &x, &context, attend)?.1)
                 }

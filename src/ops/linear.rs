@@ -43,6 +43,7 @@ pub struct AdapterGradient {
 /// y `[tokens, out]` from x `[tokens, in]`, written to `out`; returns h `[tokens, Σ rank]` when there is an adapter.
 /// `bases` are the frozen layers whose outputs lie side by side in `out`: one, or the split parts of a projection.
 pub fn forward(x: &Tensor, bases: &[Base], adapter: Option<&Adapter>, out: &Tensor) -> Option<Tensor> {
+    let _span = crate::trace::operation("linear.forward");
     for (base, range) in with_columns(bases) {
         let mut out = columns(out, &range);
         match &base.bias {
@@ -71,6 +72,7 @@ pub fn backward(
     bases: &[Base],
     adapter: Option<(&Adapter, &AdapterGradient)>,
 ) -> Tensor {
+    let _span = crate::trace::operation("linear.backward");
     let mut d_x = Tensor::empty(x.size(), (x.kind(), x.device()));
     for (i, (base, range)) in with_columns(bases).enumerate() {
         let d_part = columns(d_y, &range);

@@ -21,6 +21,7 @@ pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> (Buffer, Tensor) {
 
 /// As [`forward`], with y written to `out`, which does not overlap x.
 pub fn forward_into(x: &Tensor, weight: &Tensor, eps: f64, out: &Tensor) -> Tensor {
+    let _span = crate::trace::operation("norm.forward");
     if x.device() != Device::Cpu {
         return torch::forward(x, weight, eps, out);
     }
@@ -34,6 +35,7 @@ pub fn forward_into(x: &Tensor, weight: &Tensor, eps: f64, out: &Tensor) -> Tens
 
 /// y again from saved x and r, for a backward that did not keep it.
 pub fn recompute(x: &Tensor, weight: &Tensor, r: &Tensor) -> Buffer {
+    let _span = crate::trace::operation("norm.recompute");
     let y = Buffer::like(x);
     if x.device() != Device::Cpu {
         torch::normalise(x, weight, r, &y);
@@ -45,12 +47,14 @@ pub fn recompute(x: &Tensor, weight: &Tensor, r: &Tensor) -> Buffer {
 
 /// dx from dy, in its memory, and saved x, r; plus `add`, the gradient that reached x past the norm.
 pub fn backward(d_y: Buffer, x: &Tensor, weight: &Tensor, r: &Tensor, add: Option<&Tensor>) -> Buffer {
+    let _span = crate::trace::operation("norm.backward");
     differentiate(&d_y, x, weight, r, add);
     d_y
 }
 
 /// As [`backward`]: turns dy into dx where it is.
 pub fn backward_into(d: &Tensor, x: &Tensor, weight: &Tensor, r: &Tensor) {
+    let _span = crate::trace::operation("norm.backward");
     differentiate(d, x, weight, r, None);
 }
 

@@ -35,11 +35,13 @@ impl RopeTable {
 /// Rotates the first `heads` heads of each row of `qkv` [tokens, all heads·head_dim], q and k of q|k|v, in place. cos and
 /// sin [tokens, 1, head_dim / 2] are fp32, or fp64 for fp64 rows (tests).
 pub fn forward(qkv: &Tensor, heads: i64, cos: &Tensor, sin: &Tensor) {
+    let _span = crate::trace::operation("rope.forward");
     rotate(qkv, heads, cos, sin, 1.0);
 }
 
 /// Turns the gradient of what [`forward`] gives into that of what it takes, in place.
 pub fn backward(d_qkv: &Tensor, heads: i64, cos: &Tensor, sin: &Tensor) {
+    let _span = crate::trace::operation("rope.backward");
     rotate(d_qkv, heads, cos, sin, -1.0);
 }
 

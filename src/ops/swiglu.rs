@@ -11,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 /// y [tokens, n] from gate|up [tokens, 2n].
 pub fn forward(gate_up: &Tensor) -> Buffer {
+    let _span = crate::trace::operation("swiglu.forward");
     let (tokens, n) = (gate_up.size()[0], gate_up.size()[1] / 2);
     let y = Buffer::empty(&[tokens, n], gate_up.kind(), gate_up.device());
     if gate_up.device() != Device::Cpu {
@@ -23,6 +24,7 @@ pub fn forward(gate_up: &Tensor) -> Buffer {
 
 /// The gradient of gate|up [tokens, 2n], in its memory, and y again, in that of dy [tokens, n].
 pub fn backward(d_y: Buffer, gate_up: Buffer) -> (Buffer, Buffer) {
+    let _span = crate::trace::operation("swiglu.backward");
     if gate_up.device() != Device::Cpu {
         torch::backward(&d_y, &gate_up);
     } else {

@@ -82,6 +82,7 @@ impl Optimizer {
     ///
     /// AdamW: see [`crate::ops::adamw`]. sgd: p ← p − lr·(g + wd·p).
     pub fn step(&mut self, adapter: &mut AdapterShards, lr: f64, coefficient: f64) -> Result<(), ShardError> {
+        let _span = crate::trace::operation("optimizer.step");
         let _guard = tch::no_grad_guard();
         self.updates += 1;
         let Settings { kind, weight_decay, betas, eps } = self.settings;

@@ -1,8 +1,9 @@
 //! Training: the step ([`step`]), reading like the algorithm that it is, and the run around it ([`run`]): what it
 //! starts from (`resume`), what it saves (`save`), when it stops (`signals`) and what it tells, before it starts
-//! (`report`) and as it goes ([`metrics`]).
+//! (`report`), as it goes ([`metrics`]) and of where its time goes (`profile`).
 
 pub mod metrics;
+mod profile;
 mod report;
 mod resume;
 pub mod run;

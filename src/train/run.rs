@@ -7,6 +7,7 @@
 use super::{
     StopSignals, Trainer,
     metrics::{Metrics, StepMetrics, peak_rss_bytes, received_since},
+    profile::Profile,
     resume::Start,
     save::{Progress, Saver},
 };
@@ -31,6 +32,7 @@ use crate::{
         transformer::{Batch, Transformer},
     },
     optim::{Optimizer, Schedule, Settings},
+    trace::{self, Category},
 };
 use std::{
     path::{Path, PathBuf},
@@ -223,12 +225,16 @@ impl Run {
         let rank = world.rank();
         let mut metrics = if rank == 0 { self.begin_output()? } else { Metrics::silent() };
         let mut saver = Saver::new(&self, rank)?;
+        let traces = train.output_dir.join("trace").join(&train.run_id);
+        let mut profile = Profile::new(train.profile_steps, &traces, &trainer)?;
         let loader = Loader::start(self.dataset.clone(), self.step_plans(rank), LOADER_AHEAD)?;
         let clock = trainer.model.clock.clone();
         let mut steps = loader.zip(self.strides());
         clock.take();
         let mut begin = Instant::now();
         loop {
+            profile.before_step();
+            let tracing_step = trace::span(Category::Step, "step");
             let waiting = clock.phase("data");
             let Some((rows, stride)) = steps.next() else { break };
             let rows = rows?;
@@ -240,6 +246,7 @@ impl Run {
             trainer.world.all_reduce_host(&mut agreed, Reduce::Max)?;
             let (peak, stopping) = (agreed[0] as u64, agreed[1] > 0.0);
             let done = rows.step + 1;
+            drop(tracing_step.with("step", done));
             metrics.step(&StepMetrics {
                 step: done,
                 epoch: rows.epoch,
@@ -251,9 +258,11 @@ impl Run {
             })?;
             let every = |n: usize, count: usize| n > 0 && count.is_multiple_of(n);
             let ends_epoch = stride.ends_epoch() && every(train.save_epochs, stride.epoch + 1);
-            begin = Instant::now();
             let last = done == self.total_steps;
+            profile.after_step(done, last || stopping)?;
+            begin = Instant::now();
             if every(train.save_steps, done) || ends_epoch || last || stopping {
+                let _saving = trace::span(Category::Phase, "save");
                 metrics.sync()?;
                 saver.save(&trainer, Progress { step: done, epoch: rows.epoch, position: stride.next })?;
                 // A resumed process gathers everything anew: so does this one, and both tell the same bytes.

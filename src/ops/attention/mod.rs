@@ -65,6 +65,7 @@ pub struct Heads {
 /// o [tokens, query·dim] and L `[tokens·query]` fp32 (by document, head, token) from fused q|k|v
 /// [tokens, (query + 2·key_value)·dim].
 pub fn forward(qkv: &Tensor, heads: Heads, documents: &Documents) -> (Buffer, Tensor) {
+    let _span = crate::trace::operation("attention.forward");
     let tokens = qkv.size()[0];
     let out = Buffer::empty(&[tokens, heads.query * heads.dim], qkv.kind(), qkv.device());
     let wide = if qkv.kind() == Kind::Double { Kind::Double } else { Kind::Float };
@@ -92,6 +93,7 @@ pub fn backward(
     heads: Heads,
     documents: &Documents,
 ) -> Buffer {
+    let _span = crate::trace::operation("attention.backward");
     let d_qkv = Buffer::like(qkv);
     struct Backward<'a>([&'a Tensor; 5], Heads, &'a Documents);
     impl Kernel for Backward<'_> {

@@ -1,0 +1,103 @@
+//! A communicator that enters what it does: received bytes into the ledger, times into the trace. The only place where
+//! either happens, whatever moves the bytes.
+//!
+//! In a trace, `bytes` are what the ledger counts, so host collectives have none. An all-gather is a transfer from its
+//! start to the end of its wait; waiting is a span of its own.
+
+use super::{CommError, Communicator, Completion, Ledger, Operation, Pending, Reduce, bytes};
+use crate::trace::{self, Category, Span, Transfer};
+use tch::Tensor;
+
+pub(super) struct Booked<C> {
+    pub inner: C,
+    pub ledger: Ledger,
+}
+
+impl<C: Communicator> Booked<C> {
+    fn span(&self, name: &'static str) -> Span {
+        trace::span(Category::Collective, name).with("group", self.group())
+    }
+
+    /// Bytes that this rank receives for a whole array of `bytes`.
+    fn received(&self, operation: Operation, bytes: usize) -> usize {
+        operation.received(bytes, self.size())
+    }
+
+    /// Does a blocking collective over a whole array of `bytes`.
+    fn book(
+        &self,
+        operation: Operation,
+        bytes: usize,
+        collective: impl FnOnce() -> Result<(), CommError>,
+    ) -> Result<(), CommError> {
+        let _span = self.span(operation.name()).with("bytes", self.received(operation, bytes));
+        collective()?;
+        self.ledger.record(operation, self.group(), bytes, self.size());
+        Ok(())
+    }
+}
+
+/// An all-gather that is traced until it is waited for.
+struct Traced {
+    pending: Pending,
+    group: String,
+    _transfer: Transfer,
+}
+
+impl Completion for Traced {
+    fn wait(self: Box<Self>) -> Result<(), CommError> {
+        let Self { pending, group, _transfer } = *self;
+        let _waiting = trace::span(Category::Collective, "all_gather.wait").with("group", group);
+        pending.wait()
+    }
+}
+
+impl<C: Communicator> Communicator for Booked<C> {
+    fn rank(&self) -> usize {
+        self.inner.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.inner.size()
+    }
+
+    fn group(&self) -> &str {
+        self.inner.group()
+    }
+
+    fn start_all_gather(&self, input: &Tensor, output: &Tensor) -> Result<Pending, CommError> {
+        let _starting = self.span("all_gather.start");
+        let whole = bytes(output);
+        let operation = Operation::AllGather;
+        let transfer = trace::transfer(operation.name(), self.group(), self.received(operation, whole));
+        let pending = self.inner.start_all_gather(input, output)?;
+        self.ledger.record(operation, self.group(), whole, self.size());
+        Ok(match transfer {
+            None => pending,
+            Some(_transfer) => Pending::new(Traced { pending, group: self.group().to_owned(), _transfer }),
+        })
+    }
+
+    fn reduce_scatter(&self, input: &Tensor, output: &Tensor) -> Result<(), CommError> {
+        self.book(Operation::ReduceScatter, bytes(input), || self.inner.reduce_scatter(input, output))
+    }
+
+    fn all_reduce(&self, values: &Tensor) -> Result<(), CommError> {
+        self.book(Operation::AllReduce, bytes(values), || self.inner.all_reduce(values))
+    }
+
+    fn all_reduce_host(&self, values: &mut [f64], how: Reduce) -> Result<(), CommError> {
+        let _span = self.span("all_reduce_host");
+        self.inner.all_reduce_host(values, how)
+    }
+
+    fn all_gather_host(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
+        let _span = self.span("all_gather_host");
+        self.inner.all_gather_host(bytes)
+    }
+
+    fn barrier(&self) -> Result<(), CommError> {
+        let _span = self.span("barrier");
+        self.inner.barrier()
+    }
+}
