@@ -74,7 +74,7 @@ fn broken_files_are_refused_at_the_right_place() {
         (
             train("gradient_checkpointing_method: some"),
             "run.yaml:6: train.gradient_checkpointing_method:",
-            "expected recompute_full_layer or no_recompute",
+            "expected recompute_full_layer, selective or no_recompute",
         ),
         (lora("lora_rank: 0"), "run.yaml:6: lora.lora_rank:", "at least 1, got 0"),
         (lora("lora_alpha: 0"), "run.yaml:6: lora.lora_alpha:", "a positive number"),

@@ -10,7 +10,7 @@ use std::{path::Path, process::Command};
 use tch::{Device, Tensor};
 use xorl_dist::{
     comm::World,
-    config::{Optimizer as OptimizerKind, ReduceGradients, TrainArgs},
+    config::{CheckpointingMethod, Optimizer as OptimizerKind, ReduceGradients, TrainArgs},
     dtype::DType,
     lora::{Parameter, targets::resolve},
     model::{
@@ -55,7 +55,7 @@ fn batch(rows: &Value) -> Batch {
 }
 
 /// The model of `directory` with its PEFT adapter, on this one rank.
-fn load(directory: &Path, run: &Value, recompute: bool, merge: bool) -> Transformer {
+fn load(directory: &Path, run: &Value, checkpointing: CheckpointingMethod, merge: bool) -> Transformer {
     let hf = HfModel::open(directory).unwrap();
     let source = SafetensorsSource::open(directory).unwrap();
     validate(&source, &hf.spec.tensors()).unwrap();
@@ -69,7 +69,7 @@ fn load(directory: &Path, run: &Value, recompute: bool, merge: bool) -> Transfor
         slots: 2,
         vocab_chunk_rows: 400,
         loss_chunk_tokens: 16,
-        recompute,
+        checkpointing,
         reduce: ReduceGradients::Step,
     };
     let (shard, replicate) = (world.group("shard", 0), world.group("replicate", 0));
@@ -100,7 +100,7 @@ fn reference(model: Option<&Path>) -> tempfile::TempDir {
 #[test]
 fn smollm2_equals_transformers_and_peft() {
     let out = reference(Some(&Path::new(env!("CARGO_MANIFEST_DIR")).join("models/smollm2")));
-    equals_reference(&out.path().join("smollm2"), true, true);
+    equals_reference(&out.path().join("smollm2"), CheckpointingMethod::RecomputeFullLayer, true);
 }
 
 #[test]
@@ -109,21 +109,25 @@ fn families_equal_transformers_and_peft() {
     let mut families = 0;
     for entry in std::fs::read_dir(out.path()).unwrap() {
         let directory = entry.unwrap().path();
-        for (recompute, merge) in [(false, true), (true, false)] {
-            equals_reference(&directory, recompute, merge);
+        for (checkpointing, merge) in [
+            (CheckpointingMethod::NoRecompute, true),
+            (CheckpointingMethod::RecomputeFullLayer, false),
+            (CheckpointingMethod::Selective, true),
+        ] {
+            equals_reference(&directory, checkpointing, merge);
         }
         families += 1;
     }
     assert_eq!(families, 6);
 }
 
-fn equals_reference(directory: &Path, recompute: bool, merge: bool) {
+fn equals_reference(directory: &Path, checkpointing: CheckpointingMethod, merge: bool) {
     let name = directory.file_name().unwrap().to_string_lossy().into_owned();
     let run: Value =
         serde_json::from_str(&std::fs::read_to_string(directory.join("expected.json")).unwrap()).unwrap();
     let bytes = std::fs::read(directory.join("expected.safetensors")).unwrap();
     let expected = SafeTensors::deserialize(&bytes).unwrap();
-    let mut model = load(directory, &run, recompute, merge);
+    let mut model = load(directory, &run, checkpointing, merge);
 
     let logits = model.logits(&batch(&run["steps"][0])).unwrap();
     let theirs: Vec<Tensor> =

@@ -12,7 +12,7 @@ use std::{collections::BTreeMap, path::Path};
 use tch::Device;
 use xorl_dist::{
     comm::{Received, World},
-    config::{Optimizer as OptimizerKind, ReduceGradients, TrainArgs},
+    config::{CheckpointingMethod, Optimizer as OptimizerKind, ReduceGradients, TrainArgs},
     dtype::DType,
     lora::targets::resolve,
     model::{
@@ -96,7 +96,11 @@ fn mpi_worker() {
         slots: number("slots"),
         vocab_chunk_rows: number("vocab_chunk_rows"),
         loss_chunk_tokens: 7,
-        recompute: case["recompute"].as_bool().unwrap(),
+        checkpointing: match case["checkpointing"].as_str().unwrap() {
+            "recompute_full_layer" => CheckpointingMethod::RecomputeFullLayer,
+            "selective" => CheckpointingMethod::Selective,
+            _ => CheckpointingMethod::NoRecompute,
+        },
         reduce: if case["reduce"] == "step" { ReduceGradients::Step } else { ReduceGradients::MicroBatch },
     };
     let targets: Vec<String> =
@@ -162,7 +166,7 @@ struct Case {
     slots: usize,
     micro_batch_rows: usize,
     vocab_chunk_rows: usize,
-    recompute: bool,
+    checkpointing: &'static str,
     merge: bool,
     reduce: &'static str,
     targets: &'static [&'static str],
@@ -177,7 +181,7 @@ const ONE: Case = Case {
     slots: 2,
     micro_batch_rows: ROWS,
     vocab_chunk_rows: VOCAB,
-    recompute: false,
+    checkpointing: "no_recompute",
     merge: true,
     reduce: "step",
     targets: SPLIT,
@@ -188,7 +192,7 @@ fn run(case: &Case) -> Vec<Value> {
     let directory = tempfile::tempdir().unwrap();
     let spec = json!({
         "replicas": case.replicas, "slots": case.slots, "micro_batch_rows": case.micro_batch_rows,
-        "vocab_chunk_rows": case.vocab_chunk_rows, "recompute": case.recompute, "merge": case.merge,
+        "vocab_chunk_rows": case.vocab_chunk_rows, "checkpointing": case.checkpointing, "merge": case.merge,
         "reduce": case.reduce, "targets": case.targets, "out": directory.path(),
     });
     let program = std::env::current_exe().unwrap();
@@ -258,7 +262,7 @@ fn mpi_three_ranks_that_divide_nothing_equal_one() {
         world: 3,
         micro_batch_rows: 1,
         slots: 1,
-        recompute: true,
+        checkpointing: "recompute_full_layer",
         vocab_chunk_rows: 100,
         ..ONE
     });
@@ -266,12 +270,25 @@ fn mpi_three_ranks_that_divide_nothing_equal_one() {
 
 #[test]
 fn mpi_four_ranks_of_which_some_are_idle_equal_one() {
-    equals_one_rank(Case { world: 4, micro_batch_rows: 1, slots: 3, reduce: "micro_batch", ..ONE });
+    equals_one_rank(Case {
+        world: 4,
+        micro_batch_rows: 1,
+        slots: 3,
+        checkpointing: "selective",
+        reduce: "micro_batch",
+        ..ONE
+    });
 }
 
 #[test]
 fn mpi_two_replicas_of_two_shards_equal_one() {
-    equals_one_rank(Case { world: 4, replicas: 2, micro_batch_rows: 1, recompute: true, ..ONE });
+    equals_one_rank(Case {
+        world: 4,
+        replicas: 2,
+        micro_batch_rows: 1,
+        checkpointing: "recompute_full_layer",
+        ..ONE
+    });
 }
 
 #[test]
@@ -288,5 +305,11 @@ fn mpi_fused_targets_and_split_gemms_equal_one() {
 
 #[test]
 fn mpi_micro_batches_on_one_rank_equal_one_batch() {
-    equals_one_rank(Case { micro_batch_rows: 1, recompute: true, merge: false, vocab_chunk_rows: 17, ..ONE });
+    equals_one_rank(Case {
+        micro_batch_rows: 1,
+        checkpointing: "recompute_full_layer",
+        merge: false,
+        vocab_chunk_rows: 17,
+        ..ONE
+    });
 }

@@ -11,7 +11,7 @@ use tch::{Device, Tensor};
 use xorl_dist::{
     checkpoint::peft,
     comm::World,
-    config::ReduceGradients,
+    config::{CheckpointingMethod, ReduceGradients},
     dtype::DType,
     lora::targets,
     model::{
@@ -68,7 +68,7 @@ fn our_logits_are_theirs(folder: &Path, step: &str) {
         slots: 1,
         vocab_chunk_rows: 100,
         loss_chunk_tokens: 64,
-        recompute: false,
+        checkpointing: CheckpointingMethod::NoRecompute,
         reduce: ReduceGradients::Step,
     };
     let lone = World::start().unwrap().group("world", 0);

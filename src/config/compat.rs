@@ -188,7 +188,7 @@ pub(super) const UNBUILT_VALUES: &[Unbuilt] = &[
     Unbuilt {
         field: "train.gradient_checkpointing_method",
         value: "recompute_before_dispatch",
-        reason: "not built; use recompute_full_layer or no_recompute",
+        reason: "not built; use recompute_full_layer, selective or no_recompute",
     },
 ];
 

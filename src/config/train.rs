@@ -33,6 +33,8 @@ choices! {
     pub enum CheckpointingMethod {
         /// Only the input of a layer is saved.
         RecomputeFullLayer = "recompute_full_layer",
+        /// All but the MLP's wide activations, which cost most bytes for the time that they save.
+        Selective = "selective",
         /// All that backward needs is saved.
         NoRecompute = "no_recompute",
     }
@@ -43,6 +45,29 @@ choices! {
         ProgressBar = "progress_bar",
         /// One `key=value` line a step.
         Structured = "structured",
+    }
+}
+
+impl CheckpointingMethod {
+    /// Whether the attention block's activations are kept.
+    pub fn keeps_attention(self) -> bool {
+        self != Self::RecomputeFullLayer
+    }
+
+    /// Whether the MLP's activations are kept.
+    pub fn keeps_mlp(self) -> bool {
+        self == Self::NoRecompute
+    }
+}
+
+impl TrainArgs {
+    /// What is saved for backward.
+    pub fn checkpointing(&self) -> CheckpointingMethod {
+        if self.enable_gradient_checkpointing {
+            self.gradient_checkpointing_method
+        } else {
+            CheckpointingMethod::NoRecompute
+        }
     }
 }
 
@@ -141,7 +166,8 @@ section! {
         enable_mixed_precision: bool = true;
         /// Compute activations again in backward, as `gradient_checkpointing_method` says.
         enable_gradient_checkpointing: bool = true;
-        /// `recompute_full_layer` keeps the input of each layer, `no_recompute` all that backward needs.
+        /// `recompute_full_layer` keeps the input of each layer, `selective` also what attention needs and gave but
+        /// not the MLP's wide activations, `no_recompute` all that backward needs.
         gradient_checkpointing_method: CheckpointingMethod = CheckpointingMethod::RecomputeFullLayer;
         /// Free a layer's gathered weights after its forward and gather them again for backward. null: true.
         /// false: every layer is gathered once and stays.

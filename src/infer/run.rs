@@ -4,7 +4,7 @@ use super::{Limits, greedy};
 use crate::{
     checkpoint::peft,
     comm::World,
-    config::ReduceGradients,
+    config::{CheckpointingMethod, ReduceGradients},
     data::{ChatTemplate, Prompt, Reference, Tokenizer},
     dtype::DType,
     error::{Error, Result},
@@ -125,7 +125,7 @@ impl Generation {
             slots: 2,
             vocab_chunk_rows: self.spec.vocab_size,
             loss_chunk_tokens: 256,
-            recompute: false,
+            checkpointing: CheckpointingMethod::NoRecompute,
             reduce: ReduceGradients::MicroBatch,
         };
         let no_sites = Vec::new();

@@ -6,7 +6,7 @@ use super::{
     layer::{LayerAdapterPlan, LayerPlan, projections},
 };
 use crate::{
-    config::ReduceGradients,
+    config::{CheckpointingMethod, ReduceGradients},
     dtype::DType,
     lora::{LORA_MAPPING, LoraModule, Site},
     shard::{EntrySpec, RegionLayout, adapter::align_bytes, layout::BASE_ALIGN},
@@ -25,8 +25,8 @@ pub struct Options {
     pub vocab_chunk_rows: usize,
     /// Tokens whose logits exist at a time.
     pub loss_chunk_tokens: usize,
-    /// Keep only each layer's input and compute the layer again in backward.
-    pub recompute: bool,
+    /// What of a layer is kept for backward; the rest is computed again.
+    pub checkpointing: CheckpointingMethod,
     pub reduce: ReduceGradients,
 }
 

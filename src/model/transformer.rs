@@ -3,7 +3,7 @@
 
 use super::{
     ModelSpec,
-    block::{BatchContext, BlockSpec, Saved},
+    block::{AttentionSaved, BatchContext, Block, BlockSpec, MlpSaved},
     blueprint::{Blueprint, LoraShape, Options},
     layer::{LayerAdapterPlan, LayerPlan},
     source::WeightSource,
@@ -99,10 +99,11 @@ pub struct MicroBatchLoss {
     pub tokens: usize,
 }
 
-/// A layer's input or everything that its backward needs.
-enum Kept {
-    Input(Tensor),
-    All(Box<Saved>),
+/// What is kept of a layer from forward to backward: its input `[tokens, hidden]` and what need not be computed again.
+struct Kept {
+    x: Buffer,
+    attention: Option<AttentionSaved>,
+    mlp: Option<MlpSaved>,
 }
 
 /// The sharded model with its adapter.
@@ -253,16 +254,6 @@ impl Transformer {
         self.set_adapter(|parameter, range| init::values(parameter, range, seed, b_std))
     }
 
-    fn block(&self, layer: usize) -> BlockSpec {
-        let heads = Heads {
-            query: self.spec.num_heads as i64,
-            key_value: self.spec.num_kv_heads as i64,
-            dim: self.spec.head_dim as i64,
-            window: self.spec.layer_windows[layer].map(|window| window as i64),
-        };
-        BlockSpec { heads, eps: self.spec.rms_norm_eps }
-    }
-
     fn context(&mut self, batch: &Batch) -> BatchContext {
         let (cos, sin) = self.rope.at(&batch.positions, batch.longest);
         BatchContext { documents: batch.documents.clone(), cos, sin }
@@ -308,35 +299,42 @@ impl Transformer {
         Ok(())
     }
 
-    fn layer_forward(
-        &self,
-        unit: usize,
-        x: &Tensor,
-        context: &BatchContext,
-        attend: impl FnOnce(&Tensor, Heads) -> (Buffer, Tensor),
-    ) -> Result<(Tensor, Saved), ShardError> {
-        let weights = self.plans[unit].bind(&self.layers, unit)?;
-        let adapters = self.lora[unit].bind(&self.adapter, unit)?;
-        Ok(self.block(unit).forward(x, &weights, &adapters, context, attend))
+    /// Layer `unit`, whose tensors are gathered, as it computes on a batch.
+    fn block<'a>(&self, unit: usize, batch: &'a BatchContext) -> Result<Block<'a>, ShardError> {
+        let heads = Heads {
+            query: self.spec.num_heads as i64,
+            key_value: self.spec.num_kv_heads as i64,
+            dim: self.spec.head_dim as i64,
+            window: self.spec.layer_windows[unit].map(|window| window as i64),
+        };
+        Ok(Block {
+            spec: BlockSpec { heads, eps: self.spec.rms_norm_eps },
+            weights: self.plans[unit].bind(&self.layers, unit)?,
+            adapters: self.lora[unit].bind(&self.adapter, unit)?,
+            batch,
+        })
     }
 
-    /// Hidden states after the last layer, calling `keep` with what each layer leaves for backward. `attend` is
-    /// the attention of a layer: see [`BlockSpec::forward`].
+    /// Hidden states after the last layer, calling `keep` with each layer's input and what it leaves for backward.
+    /// `attend` is the attention of a layer: see [`Block::attention`].
     fn forward_layers(
         &mut self,
         batch: &Batch,
         context: &BatchContext,
         mut attend: impl FnMut(usize, &Tensor, Heads) -> (Buffer, Tensor),
-        mut keep: impl FnMut(Tensor, Saved),
-    ) -> Result<Tensor, ShardError> {
+        mut keep: impl FnMut(Buffer, AttentionSaved, MlpSaved),
+    ) -> Result<Buffer, ShardError> {
         let _forward = self.clock.phase("forward");
-        let mut x = self.embed(&batch.ids)?;
+        let mut x = Buffer::from(self.embed(&batch.ids)?);
         let layers = self.layers.len();
         for unit in 0..layers {
             let _layer = trace::span(Category::Phase, "layer.forward").with("unit", unit);
             self.gather(unit, Some(unit + 1).filter(|&next| next < layers))?;
-            let (y, saved) = self.layer_forward(unit, &x, context, |qkv, heads| attend(unit, qkv, heads))?;
-            keep(std::mem::replace(&mut x, y), saved);
+            let block = self.block(unit, context)?;
+            let attention = block.attention(&x, |qkv, heads| attend(unit, qkv, heads));
+            let (mut mlp, activated) = block.mlp(&attention);
+            let y = block.output(&attention, &mut mlp, &activated);
+            keep(std::mem::replace(&mut x, y), attention, mlp);
         }
         Ok(x)
     }
@@ -368,30 +366,28 @@ impl Transformer {
     pub fn forward_backward(&mut self, batch: &Batch, scale: f64) -> Result<MicroBatchLoss, ShardError> {
         let _guard = tch::no_grad_guard();
         let context = self.context(batch);
-        let recompute = self.options.recompute;
+        let checkpointing = self.options.checkpointing;
         let mut kept = Vec::with_capacity(self.layers.len());
-        let x = self.forward_layers(batch, &context, within(&context), |input, saved| {
-            kept.push(if recompute { Kept::Input(input) } else { Kept::All(Box::new(saved)) });
+        let x = self.forward_layers(batch, &context, within(&context), |x, attention, mlp| {
+            let attention = checkpointing.keeps_attention().then_some(attention);
+            kept.push(Kept { x, attention, mlp: checkpointing.keeps_mlp().then_some(mlp) });
         })?;
         let (loss, d_x) = self.head_loss(&x, batch, Some(scale))?;
         drop(x);
         let _backward = self.clock.phase("backward");
         let Some(mut d_x) = d_x else { return Ok(loss) };
-        while let Some(kept_here) = kept.pop() {
+        while let Some(Kept { x, attention, mlp }) = kept.pop() {
             let unit = kept.len();
             let _layer = trace::span(Category::Phase, "layer.backward").with("unit", unit);
             self.gather(unit, unit.checked_sub(1))?;
-            let saved = match kept_here {
-                Kept::Input(x) => {
-                    let _recompute = trace::span(Category::Phase, "layer.recompute").with("unit", unit);
-                    let attend = |qkv: &Tensor, heads| within(&context)(unit, qkv, heads);
-                    Box::new(self.layer_forward(unit, &x, &context, attend)?.1)
-                }
-                Kept::All(saved) => saved,
-            };
-            let weights = self.plans[unit].bind(&self.layers, unit)?;
-            let adapters = self.lora[unit].bind(&self.adapter, unit)?;
-            d_x = self.block(unit).backward(&d_x, &saved, &weights, &adapters, &context);
+            let block = self.block(unit, &context)?;
+            let recompute = trace::span(Category::Phase, "layer.recompute").with("unit", unit);
+            let attention = attention
+                .unwrap_or_else(|| block.attention(&x, |qkv, heads| within(&context)(unit, qkv, heads)));
+            let mlp = mlp.unwrap_or_else(|| block.mlp_again(&attention));
+            drop(recompute);
+            d_x = block.backward(d_x, &x, attention, mlp);
+            drop(block);
             let _reducing = self.clock.phase("reduce");
             self.adapter.micro_batch_done(unit)?;
         }
@@ -402,7 +398,7 @@ impl Transformer {
     pub fn evaluate(&mut self, batch: &Batch) -> Result<MicroBatchLoss, ShardError> {
         let _guard = tch::no_grad_guard();
         let context = self.context(batch);
-        let x = self.forward_layers(batch, &context, within(&context), |_, _| ())?;
+        let x = self.forward_layers(batch, &context, within(&context), |_, _, _| ())?;
         Ok(self.head_loss(&x, batch, None)?.0)
     }
 
@@ -423,7 +419,7 @@ impl Transformer {
         let context = self.context(batch);
         let no_sums = Tensor::zeros([0], (Kind::Float, batch.ids.device()));
         let attend = |layer, qkv: &Tensor, heads| (attend(layer, qkv, heads), no_sums.shallow_clone());
-        let x = self.forward_layers(batch, &context, attend, |_, _| ())?;
+        let x = self.forward_layers(batch, &context, attend, |_, _, _| ())?;
         let x = rows.map_or_else(|| x.shallow_clone(), |rows| x.index_select(0, rows));
         self.final_norm.gather(0)?;
         let (normed, _) = norm::forward(&x, &self.final_norm.view(0, 0)?, self.spec.rms_norm_eps);

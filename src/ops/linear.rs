@@ -1,13 +1,14 @@
 //! A frozen linear layer with LoRA adapters on slices of its output (Hu et al., 2021).
 //!
-//! forward   h = x·Aᵀ,  y = x·W₀ᵀ + bias,  y[:, part] += s · h_part·B_partᵀ
-//! backward  g_part = s · dy[:, part]·B_part,  dx = dy·W₀ + g·A,  dA += gᵀ·x,  dB_part += s · dy[:, part]ᵀ·h_part
+//! forward   h = s · x·Aᵀ,  y = x·W₀ᵀ + bias,  y[:, part] += h_part·B_partᵀ
+//! backward  g_part = s · dy[:, part]·B_part,  dx = dy·W₀ + g·A,  dA += gᵀ·x,  dB_part += dy[:, part]ᵀ·h_part
 //!
 //! A is [Σ rank, in], the A's of all parts one below the other, so that one thin GEMM serves q, k and v. The
 //! frozen weight has no gradient. Parameter gradients are added in fp32.
 
+use super::Buffer;
 use std::ops::Range;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// Frozen weight [out, in] and bias `[out]`, in compute dtype.
 pub struct Base {
@@ -40,58 +41,84 @@ pub struct AdapterGradient {
     pub b: Vec<Tensor>,
 }
 
-/// y `[tokens, out]` from x `[tokens, in]`, written to `out`; returns h `[tokens, Σ rank]` when there is an adapter.
-/// `bases` are the frozen layers whose outputs lie side by side in `out`: one, or the split parts of a projection.
-pub fn forward(x: &Tensor, bases: &[Base], adapter: Option<&Adapter>, out: &Tensor) -> Option<Tensor> {
+/// y `[tokens, out]` from x `[tokens, in]`, plus `add` `[tokens, out]` (the residual branch), written to `out`; returns s·h
+/// `[tokens, Σ rank]` when there is an adapter. `bases` are the frozen layers whose outputs lie side by side in `out`: one,
+/// or the split parts of a projection.
+pub fn forward(
+    x: &Tensor,
+    bases: &[Base],
+    adapter: Option<&Adapter>,
+    add: Option<&Tensor>,
+    out: &Tensor,
+) -> Option<Buffer> {
     let _span = crate::trace::operation("linear.forward");
     for (base, range) in with_columns(bases) {
         let mut out = columns(out, &range);
-        match &base.bias {
-            Some(bias) => out.copy_(&bias.addmm(x, &base.weight.tr())),
-            None if bases.len() == 1 => {
-                let _ = x.mm_out(&out, &base.weight.tr());
-            }
-            None => out.copy_(&x.mm(&base.weight.tr())),
+        let weight = base.weight.tr();
+        // The sum starts from what is added, so that it costs no pass of its own and no rounding.
+        let start =
+            add.map(|add| columns(add, &range)).or_else(|| base.bias.as_ref().map(Tensor::shallow_clone));
+        let _ = match start {
+            Some(start) => start.addmm_out(&out, x, &weight),
+            None => x.mm_out(&out, &weight),
+        };
+        if let (Some(_), Some(bias)) = (add, &base.bias) {
+            let _ = out.g_add_(bias);
         }
     }
     let adapter = adapter?;
-    let h = x.mm(&adapter.a.tr());
+    let h = thin(x, adapter);
     for part in &adapter.parts {
-        let mut slice = columns(out, &part.out);
-        let scaled = columns(&h, &part.ranks) * adapter.scaling;
-        let _ = slice.addmm_(&scaled, &part.b.tr());
+        let _ = columns(out, &part.out).addmm_(&columns(&h, &part.ranks), &part.b.tr());
     }
     Some(h)
 }
 
-/// dx `[tokens, in]` from dy `[tokens, out]`, with the saved x and h; adds the adapter's gradients.
-pub fn backward(
+/// The adapters' part of a backward: see [`backward_parameters`].
+pub struct ThinGradient(Option<Buffer>);
+
+/// dx `[tokens, in]` from dy `[tokens, out]`, and g for [`backward_parameters`].
+pub fn backward_input(d_y: &Tensor, bases: &[Base], adapter: Option<&Adapter>) -> (Buffer, ThinGradient) {
+    let _span = crate::trace::operation("linear.backward_input");
+    let input = bases.first().map_or(0, |base| base.weight.size()[1]);
+    let mut d_x = Buffer::empty(&[d_y.size()[0], input], d_y.kind(), d_y.device());
+    for (i, (base, range)) in with_columns(bases).enumerate() {
+        let d_part = columns(d_y, &range);
+        let _ = if i == 0 { d_part.mm_out(&d_x, &base.weight) } else { d_x.addmm_(&d_part, &base.weight) };
+    }
+    let Some(adapter) = adapter else { return (d_x, ThinGradient(None)) };
+    let mut g = Buffer::empty(&[d_y.size()[0], adapter.a.size()[0]], d_y.kind(), d_y.device());
+    for part in &adapter.parts {
+        let _ = columns(d_y, &part.out).mm_out(&columns(&g, &part.ranks), &part.b);
+    }
+    let _ = g.g_mul_scalar_(adapter.scaling);
+    let _ = d_x.addmm_(&g, &adapter.a);
+    (d_x, ThinGradient(Some(g)))
+}
+
+/// Adds the adapters' gradients from dy, x, what [`forward`] returned and what [`backward_input`] did. Apart from that
+/// because x may become known only with dx, as SwiGLU's output does.
+pub fn backward_parameters(
     d_y: &Tensor,
     x: &Tensor,
     h: Option<&Tensor>,
-    bases: &[Base],
+    ThinGradient(g): &ThinGradient,
     adapter: Option<(&Adapter, &AdapterGradient)>,
-) -> Tensor {
-    let _span = crate::trace::operation("linear.backward");
-    let mut d_x = Tensor::empty(x.size(), (x.kind(), x.device()));
-    for (i, (base, range)) in with_columns(bases).enumerate() {
-        let d_part = columns(d_y, &range);
-        if i == 0 {
-            let _ = d_part.mm_out(&d_x, &base.weight);
-        } else {
-            let _ = d_x.addmm_(&d_part, &base.weight);
-        }
-    }
-    let (Some((adapter, gradient)), Some(h)) = (adapter, h) else { return d_x };
-    let g = h.empty_like();
+) {
+    let _span = crate::trace::operation("linear.backward_parameters");
+    let (Some((adapter, gradient)), Some(h), Some(g)) = (adapter, h, g) else { return };
     for (part, d_b) in adapter.parts.iter().zip(&gradient.b) {
-        let d_part = columns(d_y, &part.out) * adapter.scaling;
-        columns(&g, &part.ranks).copy_(&d_part.mm(&part.b));
-        add_product(d_b, &d_part.tr(), &columns(h, &part.ranks));
+        add_product(d_b, &columns(d_y, &part.out).tr(), &columns(h, &part.ranks));
     }
     add_product(&gradient.a, &g.tr(), x);
-    let _ = d_x.addmm_(&g, &adapter.a);
-    d_x
+}
+
+/// s·h `[tokens, Σ rank]` again, for a backward that did not keep it.
+pub fn thin(x: &Tensor, adapter: &Adapter) -> Buffer {
+    let mut h = Buffer::empty(&[x.size()[0], adapter.a.size()[0]], x.kind(), x.device());
+    let _ = x.mm_out(&h, &adapter.a.tr());
+    let _ = h.g_mul_scalar_(adapter.scaling);
+    h
 }
 
 /// Each base with its output columns.
@@ -113,7 +140,7 @@ fn add_product(sum: &Tensor, a: &Tensor, b: &Tensor) {
     if a.kind() == sum.kind() {
         let _ = sum.addmm_(a, b);
     } else {
-        let _ = sum.g_add_(&a.mm(b).to_kind(Kind::Float));
+        let _ = sum.g_add_(&a.mm(b));
     }
 }
 
@@ -121,6 +148,7 @@ fn add_product(sum: &Tensor, a: &Tensor, b: &Tensor) {
 mod tests {
     use super::*;
     use crate::ops::testing::{autograd, distance, leaf};
+    use tch::Kind;
 
     #[test]
     fn matches_autograd() {
@@ -133,6 +161,7 @@ mod tests {
             let q = h.narrow(1, 0, 2).matmul(&b_q.tr()) * 0.5;
             let v = h.narrow(1, 2, 3).matmul(&b_v.tr()) * 0.5;
             let k = Tensor::zeros([tokens, 3], (Kind::Double, x.device()));
+            let add = leaf(&[tokens, 10]).detach();
             let reference = x.matmul(&w.tr()) + &bias + Tensor::cat(&[q, k, v], 1);
             let expected = autograd(&reference, &d_y, &[&x, &a, &b_q, &b_v]);
 
@@ -148,10 +177,14 @@ mod tests {
                 let gradient =
                     AdapterGradient { a: a.zeros_like(), b: vec![b_q.zeros_like(), b_v.zeros_like()] };
                 let y = Tensor::zeros([tokens, 10], (Kind::Double, x.device()));
-                let h = forward(&x.detach(), &bases, Some(&adapter), &y);
+                let x = x.detach();
+                forward(&x, &bases, Some(&adapter), Some(&add), &y);
+                assert!(distance(&y, &(&reference + &add)) < 1e-12);
+                let h = forward(&x, &bases, Some(&adapter), None, &y);
                 assert!(distance(&y, &reference) < 1e-12);
-                let d_x = backward(&d_y, &x.detach(), h.as_ref(), &bases, Some((&adapter, &gradient)));
-                let ours = [&d_x, &gradient.a, &gradient.b[0], &gradient.b[1]];
+                let (d_x, g) = backward_input(&d_y, &bases, Some(&adapter));
+                backward_parameters(&d_y, &x, h.as_deref(), &g, Some((&adapter, &gradient)));
+                let ours = [&*d_x, &gradient.a, &gradient.b[0], &gradient.b[1]];
                 for (ours, theirs) in ours.into_iter().zip(&expected) {
                     assert!(distance(ours, theirs) < 1e-12, "{}", distance(ours, theirs));
                 }

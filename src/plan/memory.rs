@@ -14,6 +14,7 @@ use crate::{
     },
     shard::RegionLayout,
 };
+use std::ops::Range;
 
 /// VmHWM of a rank that trains next to nothing under mpirun: libtorch, MPI, tokenizer (measured, CPU).
 pub const LIBRARIES: usize = 165_000_000;
@@ -125,7 +126,7 @@ impl Held {
 struct Kept {
     /// From forward until backward comes to it.
     all: usize,
-    /// With recompute: of the layer that is computed again.
+    /// Of the layer that is computed again.
     again: usize,
 }
 
@@ -133,45 +134,47 @@ impl Kept {
     fn new(spec: &ModelSpec, blueprint: &Blueprint, options: &Options, batch: MicroBatch) -> Self {
         let c = options.compute.size();
         let (query, key_value) = (spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim);
-        let input = spec.hidden_size * c;
-        // Besides the input: q|k|v, attention's output and row sums, the middle, gate|up, two norms' statistics.
-        let widths = 2 * query + 2 * key_value + spec.hidden_size + 2 * spec.intermediate_size;
+        // q|k|v, attention's output and row sums, the middle, the first norm's statistics.
         let qk_norm =
             if spec.qk_norm { (query + key_value) * c + 4 * (spec.num_heads + spec.num_kv_heads) } else { 0 };
-        let rest = widths * c + 4 * (spec.num_heads + 2) + qk_norm;
-        let thin = |layer: &LayerAdapterPlan| {
-            layer.modules.iter().flatten().map(|module| module.rank() * module.sites.len()).sum::<usize>() * c
+        let attention =
+            (2 * query + 2 * key_value + spec.hidden_size) * c + 4 * (spec.num_heads + 1) + qk_norm;
+        // gate|up, the second norm's statistics.
+        let mlp = 2 * spec.intermediate_size * c + 4;
+        let thin = |layer: &LayerAdapterPlan, linears: Range<usize>| {
+            let modules = layer.modules[linears].iter().flatten();
+            modules.map(|module| module.rank() * module.sites.len()).sum::<usize>() * c
         };
-        let of_layer = blueprint.lora.iter().map(|layer| rest + thin(layer));
+        let of_layers = |kept: bool, rest: usize, linears: Range<usize>| {
+            let layers = blueprint.lora.iter().map(|layer| rest + thin(layer, linears.clone()));
+            if kept { (layers.sum(), 0) } else { (0, layers.max().unwrap_or(0)) }
+        };
+        let attention = of_layers(options.checkpointing.keeps_attention(), attention, 0..2);
+        let mlp = of_layers(options.checkpointing.keeps_mlp(), mlp, 2..4);
         // The embedding's output enters the first layer, the last one's leaves it.
-        let inputs = (spec.num_layers + 1) * input;
-        let (all, again) = if options.recompute {
-            (inputs, of_layer.max().unwrap_or(0))
-        } else {
-            (inputs + of_layer.sum::<usize>(), 0)
-        };
-        Self { all: all * batch.tokens, again: again * batch.tokens }
+        let inputs = (spec.num_layers + 1) * spec.hidden_size * c;
+        Self {
+            all: (inputs + attention.0 + mlp.0) * batch.tokens,
+            again: (attention.1 + mlp.1) * batch.tokens,
+        }
     }
 }
 
-/// The largest moment of the pass over the head: a chunk of logits in fp32 and in compute dtype, beside hidden
-/// states, their running gradient and the targets' rows.
+/// The largest moment of the pass over the head: a chunk of logits beside the normalised hidden states, those that
+/// carry loss, the sum over the vocabulary, the targets' rows, and the gradient; with several chunks of vocabulary the
+/// sum is fp32.
 fn loss_scratch(spec: &ModelSpec, options: &Options, batch: MicroBatch) -> usize {
     let c = options.compute.size();
     let rows = options.chunk_rows(spec.vocab_size);
-    let tokens = options.loss_chunk_tokens.min(batch.tokens);
-    let logits = tokens * rows * (4 + if c == 4 { 0 } else { c });
-    logits + batch.tokens * spec.hidden_size * (3 * c + 4)
+    let logits = options.loss_chunk_tokens.min(batch.tokens) * rows * c;
+    let sum = if rows < spec.vocab_size { 4 } else { 0 };
+    logits + batch.tokens * spec.hidden_size * (5 * c + sum)
 }
 
-/// The largest moment of a layer's backward: the slope of SwiGLU, in fp32, beside its input and output gradients;
-/// and the mask of a window where one is shorter than a document.
+/// The largest moment of a layer besides what it keeps: SwiGLU's output beside the gradient that comes in and a
+/// normalised input; and the tiles of attention, of each thread.
 fn layer_scratch(spec: &ModelSpec, options: &Options, batch: MicroBatch) -> usize {
-    let (c, wide) = (options.compute.size(), spec.intermediate_size);
-    // What is fp32 already is not copied to fp32.
-    let temporaries = if c == 4 { 5 } else { 8 };
-    let swiglu = (4 * temporaries + 3 * c) * wide + 2 * c * spec.hidden_size;
-    let windowed = spec.layer_windows.iter().flatten().any(|&window| window < batch.longest);
-    let mask = if windowed { batch.longest * batch.longest * (8 + 3 + 2 * c) } else { 0 };
-    (swiglu * batch.tokens).max(mask)
+    let c = options.compute.size();
+    let tiles = batch.longest * spec.head_dim * (3 * c + 2 * 4);
+    (spec.intermediate_size + 2 * spec.hidden_size) * c * batch.tokens + tiles
 }

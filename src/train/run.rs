@@ -15,7 +15,7 @@ use crate::{
     checkpoint::{output::OutputLock, steps},
     cli::DeviceChoice,
     comm::{Reduce, World},
-    config::{CheckpointingMethod, Override, Places, RunConfig},
+    config::{Override, Places, RunConfig},
     data::{
         Dataset, Loader, Row, StepPlan,
         deal::{self, Position, Stride, Walk},
@@ -168,8 +168,7 @@ impl Run {
             slots: if train.reshard_after_forward { train.ring_slots } else { self.spec.num_layers },
             vocab_chunk_rows: train.vocab_chunk_rows.unwrap_or(VOCAB_CHUNK_BYTES / row_bytes).max(1),
             loss_chunk_tokens: train.loss_chunk_tokens,
-            recompute: train.enable_gradient_checkpointing
-                && train.gradient_checkpointing_method == CheckpointingMethod::RecomputeFullLayer,
+            checkpointing: train.checkpointing(),
             reduce: train.reduce_gradients,
         }
     }
