@@ -5,6 +5,7 @@
 #                              follow, as --cases smollm2-2x512 --repeats 1
 #   ci/long.sh losses          20 losses of both, side by side
 #   ci/long.sh two_jobs        2 ranks beside two jobs of 1 rank at once
+#   ci/long.sh ops             every operation beside the machine's peak (minutes); criterion's options may follow
 #   ci/long.sh start           seconds from launch to the first step, both
 #   ci/long.sh quickstart      the quickstart, which ends with its score
 #   ci/long.sh real_size       one bf16 step of a random model with the shapes of Qwen2.5-1.5B, on 2 ranks
@@ -14,6 +15,7 @@ case "${1:-}" in
   side_by_side) shift; exec benches/side_by_side.sh "$@" ;;
   losses) shift; exec benches/side_by_side.sh --losses 20 "$@" ;;
   two_jobs) shift; exec benches/side_by_side.sh --two-jobs "$@" ;;
+  ops) shift; launch/setup.sh --no-tests; exec cargo bench --bench ops -- "$@" ;;
   start) shift; exec benches/side_by_side.sh --start "$@" ;;
   quickstart) exec launch/quickstart.sh ;;
   real_size)
@@ -24,5 +26,5 @@ case "${1:-}" in
     mpirun -n 2 "${CARGO_TARGET_DIR:-target}/release/xorl-dist" --config tests/fixtures/qwen2_1_5b/run.yaml
     cat outputs/real_size/metrics.jsonl
     ;;
-  *) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+  *) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
 esac

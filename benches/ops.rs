@@ -1,0 +1,161 @@
+//! Every operation of `xorl_dist::ops` in the shapes of SmolLM2-135M: bf16, 1024 tokens, LoRA with r = 16.
+//!
+//!   cargo bench --bench ops                                     all
+//!   cargo bench --bench ops -- 'attention|norm'                 what matches
+//!   cargo bench --bench ops -- --measurement-time 1             criterion's options
+//!   XORL_BENCH_LEVELS=all cargo bench --bench ops -- norm       norm and attention with every instruction set
+//!   OMP_NUM_THREADS=1 cargo bench --bench ops                   as one of several ranks runs
+//!
+//! Criterion calls a FLOP `elem`. The table at the end has the median of each, and its share of what libtorch reached at
+//! best on as many threads: in a product of bf16 matrices, or in moving as many bytes as the operation does, since most of
+//! these fit in the cache. A FLOP counts where the formula needs it: masked scores do not, P computed again does.
+//! Nothing else should run meanwhile: it would slow the medians, but hardly the best.
+
+mod measure;
+
+use measure::{Benches, Work, random};
+use tch::{Device::Cpu, Kind, Tensor};
+use xorl_dist::loss::LinearCrossEntropy;
+use xorl_dist::ops::attention::{self, Documents, Heads};
+use xorl_dist::ops::linear::{self, Adapter, AdapterGradient, Base, Part};
+use xorl_dist::ops::{Buffer, adamw, norm, rope, swiglu};
+
+const TOKENS: i64 = 1024;
+const HIDDEN: i64 = 576;
+const INTERMEDIATE: i64 = 1536;
+const VOCABULARY: i64 = 49152;
+const HEADS: Heads = Heads { query: 9, key_value: 3, dim: 64, window: None };
+const RANK: i64 = 16;
+/// Bytes of a bf16 number.
+const BF16: i64 = 2;
+
+fn main() {
+    // Only `cargo bench` says so; `cargo test --benches` has nothing to measure.
+    if !std::env::args().any(|argument| argument == "--bench") {
+        return;
+    }
+    let _guard = tch::no_grad_guard();
+    let mut benches = Benches::new();
+    norms(&mut benches);
+    ropes(&mut benches);
+    swiglus(&mut benches);
+    let (q, kv) = (HEADS.query * HEADS.dim, HEADS.key_value * HEADS.dim);
+    linears(&mut benches, "qkv", HIDDEN, &[q, kv, kv]);
+    linears(&mut benches, "o", q, &[HIDDEN]);
+    linears(&mut benches, "gate_up", HIDDEN, &[INTERMEDIATE, INTERMEDIATE]);
+    linears(&mut benches, "down", INTERMEDIATE, &[HIDDEN]);
+    attentions(&mut benches, "2x512", HEADS, &[512; 2]);
+    attentions(&mut benches, "1x2048", HEADS, &[2048]);
+    let large = Heads { query: 16, key_value: 8, dim: 128, window: None };
+    attentions(&mut benches, "2x512, 16/8 heads of 128", large, &[512; 2]);
+    cross_entropy(&mut benches);
+    adamw(&mut benches);
+    benches.finish();
+}
+
+fn norms(benches: &mut Benches) {
+    let [x, d_y, add] = [(); 3].map(|()| random(&[TOKENS, HIDDEN]));
+    let weight = Tensor::ones([HIDDEN], (Kind::Float, Cpu));
+    let r = norm::forward(&x, &weight, 1e-5).1;
+    let bytes = TOKENS * HIDDEN * BF16;
+    benches.run("norm/forward", Work::Copied(2 * bytes), || norm::forward(&x, &weight, 1e-5));
+    let backward = |d_y| norm::backward(d_y, &x, &weight, &r, Some(&add));
+    benches.run_on(|| copy(&d_y), "norm/backward", Work::InPlace(4 * bytes), backward);
+}
+
+/// In place, so on the same numbers again and again: a rotation leaves them as large as they are.
+fn ropes(benches: &mut Benches) {
+    let half = HEADS.dim / 2;
+    let rotated = HEADS.query + HEADS.key_value;
+    let qkv = random(&[TOKENS, (rotated + HEADS.key_value) * HEADS.dim]);
+    let inv_freq: Vec<f32> = (0..half).map(|i| 1e4f32.powf(-(i as f32) / half as f32)).collect();
+    let positions = Tensor::arange(TOKENS, (Kind::Int64, Cpu));
+    let (cos, sin) = rope::RopeTable::new(&inv_freq, Cpu).at(&positions, TOKENS as usize);
+    // q and k are read and written, cos and sin are read in fp32.
+    let work = Work::InPlace(TOKENS * (2 * rotated * HEADS.dim * BF16 + 2 * half * 4));
+    benches.run("rope/forward", work, || rope::forward(&qkv, rotated, &cos, &sin));
+    benches.run("rope/backward", work, || rope::backward(&qkv, rotated, &cos, &sin));
+}
+
+fn swiglus(benches: &mut Benches) {
+    let (gate_up, d_y) = (random(&[TOKENS, 2 * INTERMEDIATE]), random(&[TOKENS, INTERMEDIATE]));
+    let bytes = TOKENS * INTERMEDIATE * BF16;
+    benches.run("swiglu/forward", Work::Copied(3 * bytes), || swiglu::forward(&gate_up));
+    let inputs = || (copy(&d_y), copy(&gate_up));
+    let backward = |(d_y, gate_up)| swiglu::backward(d_y, gate_up);
+    benches.run_on(inputs, "swiglu/backward", Work::InPlace(6 * bytes), backward);
+}
+
+/// The layer `name` from `input` columns to those of `widths`, each with an adapter.
+fn linears(benches: &mut Benches, name: &str, input: i64, widths: &[i64]) {
+    let (mut parts, mut output, mut ranks) = (Vec::new(), 0, 0);
+    for width in widths {
+        let b = random(&[*width, RANK]);
+        parts.push(Part { out: output..output + width, ranks: ranks..ranks + RANK, b });
+        (output, ranks) = (output + width, ranks + RANK);
+    }
+    let adapter = Adapter { a: random(&[ranks, input]), parts, scaling: 2.0 };
+    let sum = |of: &Tensor| of.zeros_like().to_kind(Kind::Float);
+    let b = adapter.parts.iter().map(|part| sum(&part.b)).collect();
+    let gradient = AdapterGradient { a: sum(&adapter.a), b };
+    let bases = [Base { weight: random(&[output, input]), bias: None }];
+    let x = random(&[TOKENS, input]);
+    let [y, d_y, residual] = [(); 3].map(|()| random(&[TOKENS, output]));
+    // o and down add it.
+    let residual = (output == HIDDEN).then_some(&residual);
+
+    let thin = 2 * TOKENS * (input * ranks + output * RANK);
+    let all = Work::Products(2 * TOKENS * input * output + thin);
+    let forward = || linear::forward(&x, &bases, Some(&adapter), residual, &y);
+    let backward = || linear::backward_input(&d_y, &bases, Some(&adapter));
+    let (h, g) = (forward(), backward().1);
+    let gradients = Some((&adapter, &gradient));
+    benches.run(&format!("linear/forward {name}"), all, forward);
+    benches.run(&format!("linear/backward_input {name}"), all, backward);
+    benches.run(&format!("linear/backward_parameters {name}"), Work::Products(thin), || {
+        linear::backward_parameters(&d_y, &x, h.as_deref(), &g, gradients);
+    });
+}
+
+fn attentions(benches: &mut Benches, name: &str, heads: Heads, lengths: &[usize]) {
+    let (tokens, documents) = (lengths.iter().sum::<usize>() as i64, Documents::new(lengths));
+    let qkv = random(&[tokens, (heads.query + 2 * heads.key_value) * heads.dim]);
+    let d_out = random(&[tokens, heads.query * heads.dim]);
+    let scores = heads.query * lengths.iter().map(|&n| (n * (n + 1) / 2) as i64).sum::<i64>();
+    let products = |count: i64| Work::Products(count * 2 * scores * heads.dim);
+    let forward = || attention::forward(&qkv, heads, &documents);
+    let (out, lse) = forward();
+    let backward = || attention::backward(&d_out, &qkv, &out, &lse, heads, &documents);
+    benches.run(&format!("attention/forward {name}"), products(2), forward);
+    benches.run(&format!("attention/backward {name}"), products(5), backward);
+}
+
+/// The losses and the gradient of the hidden states, with the whole head at once as by default.
+fn cross_entropy(benches: &mut Benches) {
+    let (x, weight) = (random(&[TOKENS, HIDDEN]), random(&[VOCABULARY, HIDDEN]) * 0.02);
+    let targets = Tensor::randint(VOCABULARY, [TOKENS], (Kind::Int64, Cpu));
+    let work = Work::Products(2 * 2 * TOKENS * HIDDEN * VOCABULARY);
+    benches.run("cross_entropy/loss and gradient", work, || {
+        let mut pass = LinearCrossEntropy::new(&x, &targets, TOKENS as usize, true);
+        pass.add_rows(&weight, 0);
+        pass.finish(1.0 / TOKENS as f64)
+    });
+}
+
+fn adamw(benches: &mut Benches) {
+    let numbers = [(); 4].map(|()| random(&[4 << 20]).abs().to_kind(Kind::Float));
+    let ([gradient, master, exp_avg, exp_avg_sq], compute) = (&numbers.each_ref(), &random(&[4 << 20]));
+    let state = adamw::State { master, exp_avg, exp_avg_sq, compute };
+    let (lr, weight_decay, betas, eps) = (1e-4, 0.01, (0.9, 0.999), 1e-8);
+    let update = adamw::Update { lr, weight_decay, betas, eps, count: 10, coefficient: 0.5 };
+    // g is read, p, m and v are read and written, p is also written in bf16.
+    let work = Work::InPlace((4 << 20) * (4 + 3 * 8 + BF16));
+    benches.run("adamw/4M elements", work, || update.apply(gradient, &state));
+}
+
+/// `tensor` for an operation that takes the memory of its input.
+fn copy(tensor: &Tensor) -> Buffer {
+    let mut buffer = Buffer::like(tensor);
+    buffer.copy_(tensor);
+    buffer
+}
