@@ -3,7 +3,7 @@
 //! forward   P = softmax(q·kᵀ/√d),  o = P·v,  L = logsumexp of each score row
 //! backward  FlashAttention-2 (Dao, 2023): dv = Pᵀ·do,  dS = P ∘ (do·vᵀ − rowsum(do∘o)),  dq = dS·k/√d,  dk = dSᵀ·q/√d
 //!
-//! On the CPU both are kernels of tiles ([`cpu`]); elsewhere libtorch's operations ([`formula`]).
+//! On the CPU both are kernels of tiles (`cpu`); elsewhere libtorch's operations (`formula`).
 
 mod cpu;
 mod formula;
