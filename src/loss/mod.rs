@@ -11,7 +11,7 @@
 //! confident token (p_t near 1) loses no digits to cancellation.
 
 use crate::ops::{
-    Buffer,
+    self, Buffer,
     cross_entropy::{self, Sums},
 };
 use tch::Tensor;
@@ -115,7 +115,7 @@ impl LinearCrossEntropy {
 
 /// `a` in the kind in which products are summed.
 fn widened(a: Buffer) -> Buffer {
-    let wide = cross_entropy::wide(a.kind());
+    let wide = ops::wide(a.kind());
     if a.kind() == wide {
         return a;
     }

@@ -7,7 +7,10 @@
 //! accumulate    a ← a·e + p·W
 //! gradient      dx = scale / (s + exp(l_t − m)) · (a − s·w_t)
 
-use super::cpu::{Element, LANES, Real, Rows, dispatch, each_row, lanes, values};
+use super::{
+    cpu::{Element, LANES, Real, Rows, dispatch, each_row, lanes, values},
+    wide,
+};
 use tch::{Device, Kind, Tensor};
 
 /// The running sums of some tokens, each [tokens, 1] fp32, or fp64 for fp64 logits (tests).
@@ -73,11 +76,6 @@ pub fn accumulate(a: &Tensor, rescale: &Tensor, product: &Tensor) {
         return;
     }
     dispatch!(product.kind(), E => rows::accumulate::<E>(a, rescale, product));
-}
-
-/// The kind of the sums for hidden states of `kind`.
-pub fn wide(kind: Kind) -> Kind {
-    if kind == Kind::Double { kind } else { Kind::Float }
 }
 
 /// Kernels over the rows of host tensors.

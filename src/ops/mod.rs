@@ -16,6 +16,13 @@ pub mod swiglu;
 
 pub use buffers::Buffer;
 
+use tch::Kind;
+
+/// The kind in which sums and statistics of tensors of `kind` are taken: fp32, or fp64 for fp64 (tests).
+pub(crate) fn wide(kind: Kind) -> Kind {
+    if kind == Kind::Double { kind } else { Kind::Float }
+}
+
 #[cfg(test)]
 pub(crate) mod testing {
     //! Helpers of the pairs' tests: fp64 inputs, autograd gradients, distances.

@@ -9,8 +9,9 @@
 use super::{
     Buffer,
     cpu::{Element, Real, Rows, dispatch, each_row, lanes, values},
+    wide,
 };
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 /// y and r.
 pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> (Buffer, Tensor) {
@@ -28,7 +29,7 @@ pub fn forward_into(x: &Tensor, weight: &Tensor, eps: f64, out: &Tensor) -> Tens
     let mut shape = x.size();
     shape.pop();
     shape.push(1);
-    let r = Tensor::empty(shape, (wide(x), Device::Cpu));
+    let r = Tensor::empty(shape, (wide(x.kind()), Device::Cpu));
     dispatch!(x.kind(), E => rows::forward::<E>(x, weight, eps, out, &r));
     r
 }
@@ -63,11 +64,6 @@ fn differentiate(d: &Tensor, x: &Tensor, weight: &Tensor, r: &Tensor, add: Optio
         return torch::backward(d, x, weight, r, add);
     }
     dispatch!(x.kind(), E => rows::backward::<E>(d, x, weight, r, add));
-}
-
-/// Kind in which statistics are taken.
-fn wide(x: &Tensor) -> Kind {
-    if x.kind() == Kind::Double { Kind::Double } else { Kind::Float }
 }
 
 /// Kernels over the rows of host tensors.
@@ -173,17 +169,17 @@ mod torch {
     use super::*;
 
     pub fn forward(x: &Tensor, weight: &Tensor, eps: f64, out: &Tensor) -> Tensor {
-        let r = (x.to_kind(wide(x)).square().mean_dim(-1, true, None) + eps).rsqrt();
+        let r = (x.to_kind(wide(x.kind())).square().mean_dim(-1, true, None) + eps).rsqrt();
         normalise(x, weight, &r, out);
         r
     }
 
     pub fn normalise(x: &Tensor, weight: &Tensor, r: &Tensor, out: &Tensor) {
-        out.shallow_clone().copy_(&(x.to_kind(wide(x)) * r).g_mul_(weight));
+        out.shallow_clone().copy_(&(x.to_kind(wide(x.kind())) * r).g_mul_(weight));
     }
 
     pub fn backward(d: &Tensor, x: &Tensor, weight: &Tensor, r: &Tensor, add: Option<&Tensor>) {
-        let (wide_x, g) = (x.to_kind(wide(x)), d.to_kind(wide(x)) * weight);
+        let (wide_x, g) = (x.to_kind(wide(x.kind())), d.to_kind(wide(x.kind())) * weight);
         let n = x.size().last().copied().unwrap_or(1) as f64;
         let c = r.pow_tensor_scalar(3) * (&g * &wide_x).sum_dim_intlist(-1, true, None) / n;
         let mut d_x = g * r - wide_x * c;
@@ -198,6 +194,7 @@ mod torch {
 mod tests {
     use super::*;
     use crate::ops::testing::{KINDS, autograd, distance, everywhere, leaf};
+    use tch::Kind;
 
     /// x and d_y of a kind, with what autograd makes of their fp64 values: y, dx.
     fn example(shape: &[i64], kind: Kind) -> ([Tensor; 3], [Tensor; 2]) {

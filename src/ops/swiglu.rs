@@ -6,8 +6,9 @@
 use super::{
     Buffer,
     cpu::{Element, Real, Rows, dispatch, each_row},
+    wide,
 };
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 /// y [tokens, n] from gate|up [tokens, 2n].
 pub fn forward(gate_up: &Tensor) -> Buffer {
@@ -90,7 +91,7 @@ mod torch {
     use super::*;
 
     fn halves(gate_up: &Tensor) -> (Tensor, Tensor) {
-        let kind = if gate_up.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+        let kind = wide(gate_up.kind());
         let n = gate_up.size()[1] / 2;
         (gate_up.narrow(1, 0, n).to_kind(kind), gate_up.narrow(1, n, n).to_kind(kind))
     }
@@ -119,6 +120,7 @@ mod torch {
 mod tests {
     use super::*;
     use crate::ops::testing::{KINDS, autograd, distance, everywhere, leaf};
+    use tch::Kind;
 
     #[test]
     fn matches_autograd() {

@@ -14,6 +14,7 @@ use super::{
         Level, Rows,
         tile::{Machine, Plain},
     },
+    wide,
 };
 use half::bf16;
 use std::ops::Range;
@@ -68,8 +69,7 @@ pub fn forward(qkv: &Tensor, heads: Heads, documents: &Documents) -> (Buffer, Te
     let _span = crate::trace::operation("attention.forward");
     let tokens = qkv.size()[0];
     let out = Buffer::empty(&[tokens, heads.query * heads.dim], qkv.kind(), qkv.device());
-    let wide = if qkv.kind() == Kind::Double { Kind::Double } else { Kind::Float };
-    let lse = Tensor::empty([tokens * heads.query], (wide, qkv.device()));
+    let lse = Tensor::empty([tokens * heads.query], (wide(qkv.kind()), qkv.device()));
     struct Forward<'a>(&'a Tensor, Heads, &'a Documents, &'a Tensor, &'a Tensor);
     impl Kernel for Forward<'_> {
         fn run<M: Machine>(self, machine: M) {

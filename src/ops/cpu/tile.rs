@@ -183,26 +183,11 @@ pub fn multiply<M: Machine>(a: Left<M::Unit>, b: &[M::Unit], c: &mut [M::Number]
             // SAFETY: rows row..row + ROWS of a and c and the columns of b and c lie within, as asserted above;
             // `run` of the machine has called this.
             unsafe {
+                let (b, c) = (b.as_ptr().add(column), c.as_mut_ptr().add(row * columns + column));
                 if wide && M::COLUMNS == 4 {
-                    block::<M, 4>(
-                        a,
-                        row,
-                        sum,
-                        b.as_ptr().add(column),
-                        c.as_mut_ptr().add(row * columns + column),
-                        columns,
-                        add,
-                    );
+                    block::<M, 4>(a, row, sum, b, c, columns, add);
                 } else {
-                    block::<M, 1>(
-                        a,
-                        row,
-                        sum,
-                        b.as_ptr().add(column),
-                        c.as_mut_ptr().add(row * columns + column),
-                        columns,
-                        add,
-                    );
+                    block::<M, 1>(a, row, sum, b, c, columns, add);
                 }
             }
         }
