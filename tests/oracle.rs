@@ -132,9 +132,11 @@ fn equals_reference(directory: &Path, checkpointing: CheckpointingMethod, merge:
     let logits = model.logits(&batch(&run["steps"][0])).unwrap();
     let theirs: Vec<Tensor> =
         (0..3).map(|i| Tensor::from_slice(&floats(&expected, &format!("logits.{i}")))).collect();
-    let distance = (logits.view([-1]) - Tensor::cat(&theirs, 0)).abs().max().double_value(&[]);
-    // Both are fp32 that sum in different orders: a few units in the last place of logits of some tens.
-    assert!(distance < 2e-4, "{name}: logits {distance} apart");
+    let theirs = Tensor::cat(&theirs, 0);
+    let largest = theirs.abs().max().double_value(&[]);
+    let distance = (logits.view([-1]) - theirs).abs().max().double_value(&[]);
+    // Both are fp32: transformers' own logits of SmolLM2, up to 37, were measured 7e-5 to 9e-5 from its fp64 ones.
+    assert!(distance < (5e-6 * largest).max(1e-4), "{name}: logits {distance} apart");
 
     // The gradient of the first step, before any update.
     let first = batch(&run["steps"][0]);
@@ -172,7 +174,9 @@ fn equals_reference(directory: &Path, checkpointing: CheckpointingMethod, merge:
     }
     for (parameter, ours) in trainer.model.whole_adapter().unwrap() {
         let apart = relative(&ours, &floats(&expected, &format!("final.{}", key(&parameter))));
-        // AdamW divides by √v, which blows up the rounding of gradients near zero.
-        assert!(apart < 3e-4, "{name}: {} after 20 steps: {apart}", parameter.name);
+        // AdamW divides by √v, which blows up the rounding of gradients near zero: of this family, PEFT's own fp32 was
+        // measured 8e-5 from its fp64, of the others at most 5e-6.
+        let tolerance = if name == "llama_tied_with_biases" { 2e-4 } else { 1e-4 };
+        assert!(apart < tolerance, "{name}: {} after 20 steps: {apart}", parameter.name);
     }
 }

@@ -89,14 +89,15 @@ fn check(spans: Vec<Event>, transfers: &[Event], metrics: &[Value]) -> Vec<Event
         for (phase, seconds) in line["phase_seconds"].as_object().unwrap() {
             assert!(inside().any(|event| event.is("phase") && event.name == *phase), "{phase}: {seconds}");
         }
-        for operation in ["linear", "attention", "norm", "rope", "swiglu"] {
-            for (way, layer) in [("forward", "layer.forward"), ("backward", "layer.backward")] {
-                let name = format!("{operation}.{way}");
-                let layers = || inside().filter(|event| event.name == layer);
-                let found = inside()
-                    .any(|event| event.name.starts_with(&name) && layers().any(|l| l.contains(event)));
-                assert!(found, "{name} in no {layer}");
-            }
+        let forward = ["linear", "attention", "norm", "rope", "swiglu"].map(|of| format!("{of}.forward"));
+        let backward = ["attention", "norm", "rope", "swiglu"].map(|of| format!("{of}.backward"));
+        let linear = ["linear.backward_input", "linear.backward_parameters"].map(str::to_owned);
+        let forward = forward.into_iter().map(|name| ("layer.forward", name));
+        let backward = backward.into_iter().chain(linear).map(|name| ("layer.backward", name));
+        for (layer, name) in forward.chain(backward) {
+            let layers = || inside().filter(|event| event.name == layer);
+            let found = inside().any(|event| event.name == name && layers().any(|l| l.contains(event)));
+            assert!(found, "{name} in no {layer}");
         }
         for operation in ["cross_entropy.add_rows", "optimizer.step"] {
             assert!(inside().any(|event| event.name == operation && event.is("operation")), "{operation}");

@@ -12,7 +12,7 @@ use std::{collections::BTreeMap, path::Path};
 use tch::Device;
 use xorl_dist::{
     comm::{Received, World},
-    config::{CheckpointingMethod, Optimizer as OptimizerKind, ReduceGradients, TrainArgs},
+    config::{Optimizer as OptimizerKind, ReduceGradients, TrainArgs},
     dtype::DType,
     lora::targets::resolve,
     model::{
@@ -96,11 +96,7 @@ fn mpi_worker() {
         slots: number("slots"),
         vocab_chunk_rows: number("vocab_chunk_rows"),
         loss_chunk_tokens: 7,
-        checkpointing: match case["checkpointing"].as_str().unwrap() {
-            "recompute_full_layer" => CheckpointingMethod::RecomputeFullLayer,
-            "selective" => CheckpointingMethod::Selective,
-            _ => CheckpointingMethod::NoRecompute,
-        },
+        checkpointing: serde_json::from_value(case["checkpointing"].clone()).unwrap(),
         reduce: if case["reduce"] == "step" { ReduceGradients::Step } else { ReduceGradients::MicroBatch },
     };
     let targets: Vec<String> =
