@@ -12,6 +12,7 @@ use crate::config::{self, Override};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::infer::{Prompts, Request};
+use crate::ops::buffers;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
@@ -227,6 +228,7 @@ impl GenerateCli {
 /// # Errors
 /// Whatever stopped it; [`Error::exit_code`] is the exit code of the rank.
 pub fn run(command: Command) -> Result<ExitCode> {
+    buffers::return_large_blocks();
     match command {
         Command::Train(args) => train::run(&args),
         Command::Check(args) => check::run(&args),
