@@ -1,4 +1,4 @@
-"""Makes a Hugging Face model directory of random bf16 weights in the shape of a Qwen3.
+"""Makes a Hugging Face model directory of random bf16 weights in the shape of a Qwen3 or Qwen3-MoE.
 
     random_model.py NAME OUT_DIR      NAME is one of SHAPES; OUT_DIR appears whole or not at all
 """
@@ -7,22 +7,31 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-COMMON = dict(num_attention_heads=16, num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-6, max_position_embeddings=32768,
-              rope_theta=1e6, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+COMMON = dict(rms_norm_eps=1e-6, max_position_embeddings=32768, rope_theta=1e6, tie_word_embeddings=True, bos_token_id=1,
+              eos_token_id=2, pad_token_id=2)
+HEADS = dict(num_attention_heads=16, num_key_value_heads=8, head_dim=128)
 SHAPES = {
     # Qwen3-0.6B with 24 of its 28 layers: 0.53 B parameters, 30 % of them in the embedding, which is the head too.
-    'qwen3-0.5b': dict(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=24, **COMMON),
+    'qwen3-0.5b': dict(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=24, **HEADS),
     # 1.02 B parameters, 2 GB, next to nothing in the embedding.
-    'qwen3-2gb': dict(vocab_size=32000, hidden_size=2048, intermediate_size=6144, num_hidden_layers=19, **COMMON),
+    'qwen3-2gb': dict(vocab_size=32000, hidden_size=2048, intermediate_size=6144, num_hidden_layers=19, **HEADS),
+    # 0.23 B parameters in 32 experts a layer, of which a token meets 4.
+    'qwen3-moe-0.23b': dict(vocab_size=32000, hidden_size=512, intermediate_size=1024, num_hidden_layers=16, num_attention_heads=8,
+                            num_key_value_heads=4, head_dim=64, num_experts=32, num_experts_per_tok=4, moe_intermediate_size=256,
+                            norm_topk_prob=True),
 }
 
 
 def make(name: str, out: Path) -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    model = Qwen3ForCausalLM(Qwen3Config(dtype='bfloat16', **SHAPES[name]))
+    shape = COMMON | SHAPES[name]
+    if 'num_experts' in shape:
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(dtype='bfloat16', **shape))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(dtype='bfloat16', **shape))
     unfinished = out.with_name(out.name + '.tmp')
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)

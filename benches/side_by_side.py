@@ -72,6 +72,7 @@ CASES = {
     'smollm2-1x2048': Case('smollm2', 1, 2048, 6),
     'smollm2-2x2048': Case('smollm2', 2, 2048, 5),
     'qwen3-0.5b-1x512': Case('qwen3-0.5b', 1, 512, 6),
+    'qwen3-moe-2x512': Case('qwen3-moe-0.23b', 2, 512, 6),
     # Says whether the benchmark works, nothing else; not one of `all`.
     'smoke': Case('smollm2', 1, 64, 3),
 }
@@ -101,10 +102,16 @@ class Method:
     """How ours is run."""
     layout: Layout
     method: str
+    bf16: bool = True
 
     @property
     def name(self) -> str:
-        return f'xorl-dist ({self.method})'
+        return f'xorl-dist ({self.method}{"" if self.bf16 else ", fp32"})'
+
+
+# What of a model with experts is adapted, as PEFT's target_parameters and as our targets: gate and up of an expert by one.
+EXPERT_PARAMETERS = ['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']
+ATTENTION = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
 
 
 # --- what both are given
@@ -121,6 +128,8 @@ class Material:
             run([sys.executable, ROOT / 'benches/random_model.py', case.model, self.model])
         self.folder = WORK / f'{case.model}-{case.batch}x{case.seq}'
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.config = json.loads((self.model / 'config.json').read_text())
+        self.has_experts = bool(self.config.get('num_experts') or self.config.get('num_local_experts'))
         self.adapter = self._adapter()
         self._tokens()
 
@@ -129,15 +138,15 @@ class Material:
         adapter = WORK / f'{self.case.model}-adapter-r{rank}'
         if not adapter.exists():
             unfinished = adapter.with_suffix('.tmp')
+            targets = ['--targets', ','.join(ATTENTION), '--parameters', ','.join(EXPERT_PARAMETERS)] if self.has_experts else []
             run([sys.executable, ROOT / 'tests/oracle/peft_reference.py', 'make-adapter', self.model, unfinished,
-                 '--rank', rank, '--alpha', 2 * rank])
+                 '--rank', rank, '--alpha', 2 * rank, *targets])
             unfinished.rename(adapter)
         return adapter
 
     def _tokens(self) -> None:
-        vocabulary = json.loads((self.model / 'config.json').read_text())['vocab_size']
         rows = max(self.steps, COMPILE_STEPS) * self.case.batch * 2
-        ids = np.random.default_rng(self.args.seed).integers(3, min(vocabulary, 40000), (rows, self.case.seq))
+        ids = np.random.default_rng(self.args.seed).integers(3, min(self.config['vocab_size'], 40000), (rows, self.case.seq))
         np.save(self.folder / 'tokens.npy', ids)
         lines = (json.dumps({'input_ids': row, 'labels': row}) + '\n' for row in ids.tolist())
         (self.folder / 'tokens.jsonl').write_text(''.join(lines))
@@ -186,8 +195,10 @@ def config(material: Material, method: Method, steps: int, out: Path) -> dict:
                  'sample_packing_method': 'none', 'shuffle_merged_datasets': False, 'shuffle_before_merging_datasets': False},
         'train': {'output_dir': str(out), 'max_steps': steps, 'micro_batch_size': material.case.rows(method.layout),
                   'lr': material.args.lr, 'save_epochs': 0, 'enable_gradient_checkpointing': True,
-                  'gradient_checkpointing_method': method.method, 'log_format': 'structured'},
-        'lora': {'adapter_path': str(material.adapter)},
+                  'gradient_checkpointing_method': method.method, 'log_format': 'structured',
+                  'enable_mixed_precision': method.bf16},
+        'lora': {'adapter_path': str(material.adapter),
+                 'lora_target_modules': ATTENTION + ['gate_up_proj', 'down_proj'] if material.has_experts else None},
     }
 
 
@@ -357,7 +368,8 @@ def measure_case(name: str, args, results: 'Results') -> None:
     say(f'{name}: the peer\'s ways')
     stamp, material = machine.stamp(), Material(CASES[name], args)
     layouts = [LAYOUTS[layout] for layout in args.layouts]
-    tried = results.get('cases', name).get('search') if args.reuse_search else None
+    reused = {'same': name, None: None}.get(args.reuse_search, args.reuse_search)
+    tried = results.get('cases', reused).get('search') if reused else None
     tried = tried or search(material, layouts)
     two_cores = fastest(tried, *(layout for layout in layouts if layout != ONE_CORE))
     one_core = fastest(tried, ONE_CORE) if ONE_CORE in layouts else None
@@ -365,7 +377,7 @@ def measure_case(name: str, args, results: 'Results') -> None:
     turns.measure([two_cores if set(layouts) - {ONE_CORE} else None, one_core], args.methods)
     flops = flops_per_token(material)
     result = {**stamp, **asdict(material.case), 'steps': material.steps, 'warmup': args.warmup, 'repeats': args.repeats,
-              'lora_rank': args.rank, 'flops_per_token': flops, 'search': tried, 'rows': turns.rows(flops),
+              'lora_rank': args.rank, 'flops_per_token': flops, 'search': tried, 'search_of': reused or name, 'rows': turns.rows(flops),
               'seconds': round(time.time() - began)}
     results.put('cases', name, result)
     print_case(name, result)
@@ -392,11 +404,13 @@ def number(value: float | None, width: int, digits: int = 2) -> str:
 # --- other questions
 
 def measure_losses(args, results: 'Results') -> None:
-    """The same steps of both, on 2 ranks: only rounding should part them."""
+    """The same steps of both, on 2 ranks, and of ours in fp32, which tests/oracle.rs holds to transformers and PEFT in fp32: of both
+    only rounding parts them from it."""
     stamp, case = machine.stamp(), replace(CASES[MAIN], steps=args.losses)
     material = Material(case, argparse.Namespace(**{**vars(args), 'steps': None}))
     say(f'losses of {args.losses} steps')
-    who = [Way(TWO_RANKS, False, True), *(Method(TWO_RANKS, method) for method in args.methods)]
+    who = [Method(TWO_RANKS, 'no_recompute', bf16=False), Way(TWO_RANKS, False, True),
+           *(Method(TWO_RANKS, method) for method in args.methods)]
     losses = {}
     for one in who:
         found = (peer if isinstance(one, Way) else ours)(material, one, args.losses, 0)
@@ -526,7 +540,8 @@ def arguments() -> argparse.Namespace:
     how.add_argument('--warmup', type=int, default=2, help='steps of a run that do not count')
     how.add_argument('--repeats', type=int, default=3)
     how.add_argument('--compile-limit', type=float, default=300, metavar='SECONDS', help='for a try of torch.compile; 0: none')
-    how.add_argument('--reuse-search', action='store_true', help='take the peer\'s ways from the JSON where the case is in it')
+    how.add_argument('--reuse-search', nargs='?', const='same', choices=['same', *CASES], metavar='CASE',
+                     help='take the peer\'s ways from the JSON where the case is in it, or where CASE is')
     how.add_argument('--rank', type=int, default=16, help='of the adapter')
     how.add_argument('--lr', type=float, default=1e-4)
     how.add_argument('--seed', type=int, default=1)

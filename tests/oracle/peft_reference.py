@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """What transformers and PEFT compute for a model directory and rows of token ids: the truth that our tests compare with.
 
-    peft_reference.py make-adapter MODEL_DIR OUT_DIR [--rank 16] [--alpha 32] [--targets q_proj,…] [--seed 1] [--b-std 0.02]
+    peft_reference.py make-adapter MODEL_DIR OUT_DIR [--rank 16] [--alpha 32] [--targets q_proj,…]
+                                                   [--parameters mlp.experts.gate_up_proj,…] [--seed 1] [--b-std 0.02]
     peft_reference.py logits MODEL_DIR OUT --rows ROWS.jsonl [--adapter DIR]
     peft_reference.py grads  MODEL_DIR OUT --rows ROWS.jsonl --adapter DIR
     peft_reference.py train  MODEL_DIR OUT --rows ROWS.jsonl --adapter DIR --rows-per-step N [--steps N] [--lr LR[,LR…]]
@@ -87,6 +88,7 @@ def make_adapter(args) -> None:
     torch.manual_seed(args.seed)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(r=args.rank, lora_alpha=args.alpha, target_modules=args.targets.split(','),
+                                             target_parameters=args.parameters and args.parameters.split(','),
                                              task_type='CAUSAL_LM'))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -145,7 +147,7 @@ def main() -> None:
         return sub
 
     rows = dict(rows=dict(required=True), attention=dict(default='eager', choices=['eager', 'sdpa']))
-    command('make-adapter', rank=dict(type=int, default=16), alpha=dict(type=float, default=32), targets=dict(default=SPLIT),
+    command('make-adapter', rank=dict(type=int, default=16), alpha=dict(type=float, default=32), targets=dict(default=SPLIT), parameters={},
             seed=dict(type=int, default=1), b_std=dict(type=float, default=0.02))
     command('logits', adapter={}, **rows)
     command('grads', adapter=dict(required=True), **rows)
