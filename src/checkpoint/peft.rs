@@ -1,6 +1,6 @@
 //! Adapters in the form that HF PEFT loads: `adapter_config.json` and `adapter_model.safetensors`, fp32, with HF's
 //! split names also for fused targets: the shared A is written for each part and B is cut, which is exact. Those of routed
-//! experts are in the form of [`experts`].
+//! experts are in that of `target_parameters`, see `experts`.
 
 use super::{CheckpointError, experts, io};
 use crate::lora::{Site, targets::Projection};

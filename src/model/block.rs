@@ -67,7 +67,7 @@ pub struct MlpSaved {
 
 enum InnerSaved {
     Dense(GatedSaved),
-    Moe(MoeSaved),
+    Moe(Box<MoeSaved>),
 }
 
 impl MlpSaved {
@@ -118,7 +118,7 @@ impl Block<'_> {
         let (normed, r_middle) = norm::forward(&attention.middle, weight, self.spec.eps);
         let inner = match &self.layer.mlp {
             Mlp::Dense(mlp) => InnerSaved::Dense(mlp.forward(&normed, Share::all(normed.size()[0], None))),
-            Mlp::Moe(moe) => InnerSaved::Moe(moe.forward(&normed, chosen)),
+            Mlp::Moe(moe) => InnerSaved::Moe(Box::new(moe.forward(&normed, chosen))),
         };
         MlpSaved { r_middle, inner }
     }
@@ -152,7 +152,7 @@ impl Block<'_> {
             let normed = || norm::recompute(&middle, weight, &r_middle);
             let d_normed = match (&self.layer.mlp, inner) {
                 (Mlp::Dense(mlp), InnerSaved::Dense(saved)) => mlp.backward(&d_y, normed, saved).0,
-                (Mlp::Moe(moe), InnerSaved::Moe(saved)) => moe.backward(&d_y, normed(), saved),
+                (Mlp::Moe(moe), InnerSaved::Moe(saved)) => moe.backward(&d_y, normed(), *saved),
                 _ => unreachable!("saved by this layer"),
             };
             norm::backward(d_normed, &middle, weight, &r_middle, Some(&d_y))

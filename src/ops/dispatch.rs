@@ -1,8 +1,8 @@
 //! The way of tokens to their experts and back: rows of one tensor, sorted by expert, so that an expert's tokens are one
 //! slice.
 //!
-//! gather    rows[i] = x[token of row i]
-//! combine   y[t] = add[t] + Σ rows[i] over the rows i of token t, summed in fp32
+//! gather    row i = x of its token
+//! combine   y of a token = add + Σ of its rows, summed in fp32
 //!
 //! Each is the other's backward. Weights are applied before an expert's last matrix, see [`swiglu`](super::swiglu).
 
