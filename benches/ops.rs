@@ -17,7 +17,7 @@ use measure::{Benches, Work, random};
 use tch::{Device::Cpu, Kind, Tensor};
 use xorl_dist::loss::LinearCrossEntropy;
 use xorl_dist::ops::attention::{self, Documents, Heads};
-use xorl_dist::ops::linear::{self, Adapter, AdapterGradient, Base, Part};
+use xorl_dist::ops::linear::{self, Adapter, AdapterGradient, Base, Layers, Linear, Part};
 use xorl_dist::ops::{Buffer, adamw, norm, rope, swiglu};
 
 const TOKENS: i64 = 1024;
@@ -80,9 +80,9 @@ fn ropes(benches: &mut Benches) {
 fn swiglus(benches: &mut Benches) {
     let (gate_up, d_y) = (random(&[TOKENS, 2 * INTERMEDIATE]), random(&[TOKENS, INTERMEDIATE]));
     let bytes = TOKENS * INTERMEDIATE * BF16;
-    benches.run("swiglu/forward", Work::Copied(3 * bytes), || swiglu::forward(&gate_up));
+    benches.run("swiglu/forward", Work::Copied(3 * bytes), || swiglu::forward(&gate_up, None));
     let inputs = || (copy(&d_y), copy(&gate_up));
-    let backward = |(d_y, gate_up)| swiglu::backward(d_y, gate_up);
+    let backward = |(d_y, gate_up)| swiglu::backward(d_y, gate_up, None);
     benches.run_on(inputs, "swiglu/backward", Work::InPlace(6 * bytes), backward);
 }
 
@@ -98,22 +98,23 @@ fn linears(benches: &mut Benches, name: &str, input: i64, widths: &[i64]) {
     let sum = |of: &Tensor| of.zeros_like().to_kind(Kind::Float);
     let b = adapter.parts.iter().map(|part| sum(&part.b)).collect();
     let gradient = AdapterGradient { a: sum(&adapter.a), b };
-    let bases = [Base { weight: random(&[output, input]), bias: None }];
+    let bases = vec![Base { weight: random(&[output, input]), bias: None }];
+    let layer = [Linear { bases, adapter: Some((adapter, gradient)) }];
+    let layers = Layers { layers: &layer, borders: &[0, TOKENS] };
     let x = random(&[TOKENS, input]);
-    let [y, d_y, residual] = [(); 3].map(|()| random(&[TOKENS, output]));
+    let [d_y, residual] = [(); 2].map(|()| random(&[TOKENS, output]));
     // o and down add it.
     let residual = (output == HIDDEN).then_some(&residual);
 
     let thin = 2 * TOKENS * (input * ranks + output * RANK);
     let all = Work::Products(2 * TOKENS * input * output + thin);
-    let forward = || linear::forward(&x, &bases, Some(&adapter), residual, &y);
-    let backward = || linear::backward_input(&d_y, &bases, Some(&adapter));
-    let (h, g) = (forward(), backward().1);
-    let gradients = Some((&adapter, &gradient));
+    let forward = || linear::forward(&x, layers, residual);
+    let backward = || linear::backward_input(&d_y, layers);
+    let (h, g) = (forward().1, backward().1);
     benches.run(&format!("linear/forward {name}"), all, forward);
     benches.run(&format!("linear/backward_input {name}"), all, backward);
     benches.run(&format!("linear/backward_parameters {name}"), Work::Products(thin), || {
-        linear::backward_parameters(&d_y, &x, h.as_deref(), &g, gradients);
+        linear::backward_parameters(&d_y, &x, h.as_deref(), &g, layers);
     });
 }
 

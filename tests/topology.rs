@@ -16,7 +16,7 @@ use xorl_dist::{
     dtype::DType,
     lora::targets::resolve,
     model::{
-        ModelSpec, RopeScaling, RopeSpec,
+        ModelSpec, MoeNames, MoeSpec, QkNorm, RopeScaling, RopeSpec,
         blueprint::{Blueprint, LoraShape, Options, all_projections},
         source::RandomSource,
         transformer::{Batch, Transformer},
@@ -31,8 +31,18 @@ const STEPS: usize = 20;
 const ROWS: usize = 6;
 const VOCAB: usize = 1003;
 
-/// A Qwen3-like model whose sizes divide by nothing convenient.
-fn spec() -> ModelSpec {
+/// A Qwen3-like model whose sizes divide by nothing convenient; with experts in all layers but the first.
+fn spec(moe: bool) -> ModelSpec {
+    let names = MoeNames { block: "mlp", gate: "gate_proj", up: "up_proj", down: "down_proj" };
+    let moe = moe.then(|| MoeSpec {
+        layers: vec![false, true, true],
+        experts: 6,
+        top_k: 2,
+        normalise: true,
+        width: 28,
+        shared_width: Some(36),
+        names,
+    });
     ModelSpec {
         vocab_size: VOCAB,
         hidden_size: 40,
@@ -47,7 +57,9 @@ fn spec() -> ModelSpec {
         qkv_bias: true,
         o_bias: false,
         mlp_bias: false,
-        qk_norm: true,
+        qk_norm: Some(QkNorm::Head),
+        clip_qkv: None,
+        moe,
         layer_windows: vec![None, Some(5), None],
         initializer_range: 0.2,
     }
@@ -89,7 +101,7 @@ fn mpi_worker() {
     let shard = world.group("shard", rank / block);
     let replicate = world.group("replicate", rank % block);
 
-    let spec = spec();
+    let spec = spec(case["moe"].as_bool().unwrap());
     let options = Options {
         compute: DType::F32,
         merge: case["merge"].as_bool().unwrap(),
@@ -166,6 +178,7 @@ struct Case {
     merge: bool,
     reduce: &'static str,
     targets: &'static [&'static str],
+    moe: bool,
 }
 
 const SPLIT: &[&str] = &["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
@@ -181,6 +194,7 @@ const ONE: Case = Case {
     merge: true,
     reduce: "step",
     targets: SPLIT,
+    moe: false,
 };
 
 /// What every rank of a case saw.
@@ -189,7 +203,7 @@ fn run(case: &Case) -> Vec<Value> {
     let spec = json!({
         "replicas": case.replicas, "slots": case.slots, "micro_batch_rows": case.micro_batch_rows,
         "vocab_chunk_rows": case.vocab_chunk_rows, "checkpointing": case.checkpointing, "merge": case.merge,
-        "reduce": case.reduce, "targets": case.targets, "out": directory.path(),
+        "reduce": case.reduce, "targets": case.targets, "moe": case.moe, "out": directory.path(),
     });
     let program = std::env::current_exe().unwrap();
     let mut command = ranks_of(&program, case.world);
@@ -209,7 +223,7 @@ fn relative(a: f64, b: f64) -> f64 {
 
 /// Holds `case` against one rank with the same targets.
 fn equals_one_rank(case: Case) {
-    let one = run(&Case { targets: case.targets, ..ONE }).remove(0);
+    let one = run(&Case { targets: case.targets, moe: case.moe, ..ONE }).remove(0);
     let ranks = run(&case);
     for seen in &ranks {
         assert_eq!(seen["initial"], one["initial"], "initial adapters differ in their bits");
@@ -306,6 +320,38 @@ fn mpi_micro_batches_on_one_rank_equal_one_batch() {
         checkpointing: "recompute_full_layer",
         merge: false,
         vocab_chunk_rows: 17,
+        ..ONE
+    });
+}
+
+#[test]
+fn mpi_experts_on_two_ranks_equal_one() {
+    equals_one_rank(Case { world: 2, micro_batch_rows: 2, moe: true, checkpointing: "selective", ..ONE });
+}
+
+#[test]
+fn mpi_experts_on_three_ranks_equal_one() {
+    equals_one_rank(Case {
+        world: 3,
+        micro_batch_rows: 1,
+        slots: 1,
+        checkpointing: "recompute_full_layer",
+        reduce: "micro_batch",
+        moe: true,
+        ..ONE
+    });
+}
+
+#[test]
+fn mpi_experts_with_fused_targets_and_replicas_equal_one() {
+    equals_one_rank(Case {
+        world: 4,
+        replicas: 2,
+        micro_batch_rows: 1,
+        checkpointing: "recompute_full_layer",
+        merge: false,
+        targets: FUSED,
+        moe: true,
         ..ONE
     });
 }

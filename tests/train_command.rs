@@ -13,7 +13,6 @@ use xorl_dist::{
     comm::World,
     config::{CheckpointingMethod, ReduceGradients},
     dtype::DType,
-    lora::targets,
     model::{
         blueprint::{LoraShape, Options, all_projections},
         hf_config::HfModel,
@@ -22,14 +21,21 @@ use xorl_dist::{
     },
 };
 
-/// A tiny random Qwen3 model made by ours is not independent; transformers makes this one.
-fn make_model(directory: &Path) {
-    let script = "import sys, torch\nfrom transformers import Qwen3Config, Qwen3ForCausalLM\ntorch.manual_seed(3)\n\
-        c = Qwen3Config(vocab_size=503, hidden_size=48, intermediate_size=80, num_hidden_layers=2, \
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, initializer_range=0.15)\n\
-        Qwen3ForCausalLM(c).float().save_pretrained(sys.argv[1])";
-    let made = Command::new(python()).args(["-c", script]).arg(directory).status();
+/// A tiny random model made by ours is not independent; transformers makes this one, of an architecture with more of its
+/// config's fields.
+fn make_model(directory: &Path, architecture: &str, fields: &str) {
+    let script = format!(
+        "import sys, torch\nfrom transformers import {architecture}Config, {architecture}ForCausalLM\ntorch.manual_seed(3)\n\
+        c = {architecture}Config(vocab_size=503, hidden_size=48, intermediate_size=80, num_hidden_layers=2, \
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.15, {fields})\n\
+        {architecture}ForCausalLM(c).float().save_pretrained(sys.argv[1])"
+    );
+    let made = Command::new(python()).args(["-c", &script]).arg(directory).status();
     assert!(made.expect("launch/setup.sh makes .venv").success());
+}
+
+fn make_qwen3(directory: &Path) {
+    make_model(directory, "Qwen3", "head_dim=16");
 }
 
 fn config(folder: &Path, packing: &str) -> String {
@@ -59,8 +65,7 @@ fn our_logits_are_theirs(folder: &Path, step: &str) {
     let (directory, step) = (folder.join("model"), Path::new(step));
     let spec = HfModel::open(&directory).unwrap().spec;
     let config = peft::read_config(step).unwrap();
-    let all = targets::resolve(&all_projections(&spec), Some(&["all-linear".into()]), &[]).unwrap();
-    let sites = peft::adapted_sites(step, all).unwrap();
+    let sites = peft::adapted_sites(step, &config, &all_projections(&spec)).unwrap();
     let values = peft::read_values(step, &sites, config.r).unwrap();
     let options = Options {
         compute: DType::F32,
@@ -98,7 +103,7 @@ fn floats(file: &SafeTensors, name: &str) -> Vec<f32> {
 #[test]
 fn packed_and_unpacked_documents_give_the_same_gradient() {
     let folder = tempfile::tempdir().unwrap();
-    make_model(&folder.path().join("model"));
+    make_qwen3(&folder.path().join("model"));
     make_rows(&folder.path().join("rows.jsonl"));
     // One step of plain gradient descent over all documents, so long that the start is lost in it.
     let trained = |packing: &str| {
@@ -129,11 +134,57 @@ fn packed_and_unpacked_documents_give_the_same_gradient() {
     }
 }
 
+/// What PEFT reads of adapters on experts, on dense layers among them and on shared experts, is what was trained: every
+/// way in which a target can meet them.
+#[test]
+fn mpi_experts_are_trained_and_peft_computes_our_logits() {
+    let shared =
+        "num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=40";
+    let some_dense =
+        "head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, mlp_only_layers=[0]";
+    let (olmoe, mixtral) =
+        ("num_experts=4, num_experts_per_tok=3", "num_local_experts=4, num_experts_per_tok=1");
+    for (architecture, fields, targets, trained) in [
+        ("Qwen3Moe", some_dense, "null", 2 * 2 * 4 + 2 * 3 + 4),
+        ("Qwen2Moe", shared, "[q_proj, gate_up_proj, down_proj]", 2 * (2 + 4 + 2 * 3)),
+        ("Qwen2Moe", shared, "[up_proj, layers.1.*.down_proj]", 2 * (2 + 2) + 4),
+        ("Mixtral", mixtral, "[gate_proj]", 2 * 2),
+        ("Olmoe", olmoe, "['*.experts.gate_up_proj', o_proj]", 2 * (2 + 2)),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        make_model(&folder.path().join("model"), architecture, fields);
+        make_rows(&folder.path().join("rows.jsonl"));
+        let config = config(folder.path(), "none");
+        let yaml = std::fs::read_to_string(&config).unwrap();
+        std::fs::write(&config, yaml.replace("[qkv_proj, o_proj, gate_up_proj, down_proj]", targets))
+            .unwrap();
+        let two = folder.path().join("two");
+        let arguments = ["--config", &config, "--train.max_steps", "4"];
+        succeeded(&xorl(1, &arguments));
+        succeeded(&xorl(2, &[&arguments[..], &["--train.output_dir", two.to_str().unwrap()]].concat()));
+        for (one, two) in metrics(&folder.path().join("out")).iter().zip(metrics(&two)) {
+            for field in ["loss", "grad_norm"] {
+                let (a, b) = (one[field].as_f64().unwrap(), two[field].as_f64().unwrap());
+                assert!((a - b).abs() < 1e-5 * a, "{architecture} {field}: one rank {a}, two {b}");
+            }
+            assert_eq!(one["router"]["entropy"], two["router"]["entropy"], "{architecture}");
+            assert!(one["router"]["max_over_mean"].as_f64().unwrap() >= 1.0);
+        }
+        let step = two.join("weights/run/step_4");
+        let bytes = std::fs::read(step.join("adapter_model.safetensors")).unwrap();
+        let keys = SafeTensors::deserialize(&bytes).unwrap().len();
+        assert_eq!(keys, trained, "{architecture} {targets}");
+        let step = step.to_str().unwrap();
+        peft_loss(folder.path(), &folder.path().join("model"), step);
+        our_logits_are_theirs(folder.path(), step);
+    }
+}
+
 #[test]
 fn mpi_trains_saves_and_peft_computes_our_loss() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name).display().to_string();
-    make_model(&folder.path().join("model"));
+    make_qwen3(&folder.path().join("model"));
     make_rows(&folder.path().join("rows.jsonl"));
     let packed = config(folder.path(), "multipack");
     succeeded(&xorl(1, &["--config", &packed]));
@@ -193,7 +244,7 @@ fn mpi_trains_saves_and_peft_computes_our_loss() {
 #[test]
 fn mpi_wrong_input_ends_all_ranks_with_one_line() {
     let folder = tempfile::tempdir().unwrap();
-    make_model(&folder.path().join("model"));
+    make_qwen3(&folder.path().join("model"));
     make_rows(&folder.path().join("rows.jsonl"));
     let good = config(folder.path(), "none");
     let broken_rows = folder.path().join("broken.jsonl");

@@ -1,9 +1,10 @@
-//! What a run leaves behind that another program reads: PEFT adapter files ([`peft`]), the training state ([`state`])
+//! What a run leaves behind that another program reads: PEFT adapter files ([`peft`], of experts `experts`), the training state ([`state`])
 //! and how another world takes it over ([`reshard`]), the base in HF layout ([`base`]); steps that are published whole
 //! or not at all ([`publish`]), which of them there are ([`steps`]), and the lock on the place ([`output`]). Plain
 //! slices and paths: no ranks, no tensors.
 
 pub mod base;
+mod experts;
 pub mod output;
 pub mod peft;
 pub mod publish;

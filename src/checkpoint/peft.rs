@@ -1,12 +1,14 @@
 //! Adapters in the form that HF PEFT loads: `adapter_config.json` and `adapter_model.safetensors`, fp32, with HF's
-//! split names also for fused targets: the shared A is written for each part and B is cut, which is exact.
+//! split names also for fused targets: the shared A is written for each part and B is cut, which is exact. Those of routed
+//! experts are in that of `target_parameters`, see `experts`.
 
-use super::{CheckpointError, io};
-use crate::lora::Site;
+use super::{CheckpointError, experts, io};
+use crate::lora::{Site, targets::Projection};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet, HashMap},
     path::Path,
 };
@@ -19,8 +21,21 @@ pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 pub struct AdapterConfig {
     pub r: usize,
     pub lora_alpha: f64,
+    #[serde(default)]
     pub target_modules: Vec<String>,
+    /// Parameters that are adapted as a whole, as fused experts are.
+    #[serde(default, deserialize_with = "null_is_empty")]
+    pub target_parameters: Vec<String>,
+    /// r of what the patterns match.
+    #[serde(default)]
+    pub rank_pattern: BTreeMap<String, usize>,
+    #[serde(default)]
+    pub alpha_pattern: BTreeMap<String, f64>,
     pub base_model_name_or_path: Option<String>,
+}
+
+fn null_is_empty<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
 /// One adapter as a run trains it: an independent leaf, or a fused target of several leaves with one A.
@@ -32,6 +47,8 @@ pub struct LogicalAdapter {
     pub leaves: Vec<(String, usize)>,
     pub rank: usize,
     pub input: usize,
+    /// How many experts have such an adapter each: a leading dimension of A and B.
+    pub experts: Option<usize>,
     /// `[rank, input]`
     pub a: Vec<f32>,
     /// `[Σ widths, rank]`
@@ -43,12 +60,49 @@ impl LogicalAdapter {
     pub fn of(site: &Site, rank: usize) -> Self {
         let leaves = site.leaves.iter().map(|(leaf, width)| (leaf.to_string(), *width)).collect();
         let (a, b) = (Vec::new(), Vec::new());
-        Self { parent: site.parent.clone(), leaves, rank, input: site.input, a, b }
+        let experts = site.experts.map(|experts| experts.count);
+        Self { parent: site.parent.clone(), leaves, rank, input: site.input, experts, a, b }
+    }
+
+    /// Rows of B.
+    pub(super) fn output(&self) -> usize {
+        self.leaves.iter().map(|(_, width)| width).sum()
     }
 
     /// PEFT's keys of leaf `leaf`: lora_A and lora_B.
     fn keys(&self, leaf: &str) -> [String; 2] {
         ["lora_A", "lora_B"].map(|factor| format!("base_model.model.{}.{leaf}.{factor}.weight", self.parent))
+    }
+}
+
+impl AdapterConfig {
+    /// With what `adapters` need of targets and patterns.
+    pub fn new(r: usize, lora_alpha: f64, base: Option<String>, adapters: &[LogicalAdapter]) -> Self {
+        let groups = experts::groups(adapters);
+        let (mut modules, mut parameters) = (BTreeSet::new(), BTreeSet::new());
+        for adapter in adapters.iter().filter(|adapter| adapter.experts.is_none()) {
+            for (leaf, _) in &adapter.leaves {
+                match adapter.parent.split_once(".mlp") {
+                    // Beside fused experts, whose parameters have the same leaf names, PEFT drops MLPs that are targeted
+                    // as modules.
+                    Some((_, rest)) if !groups.is_empty() => {
+                        parameters.insert(format!("mlp{rest}.{leaf}.weight"))
+                    }
+                    _ => modules.insert(leaf.clone()),
+                };
+            }
+        }
+        parameters.extend(experts::parameters(&groups));
+        let patterns = experts::patterns(&groups);
+        Self {
+            r,
+            lora_alpha,
+            target_modules: modules.into_iter().collect(),
+            target_parameters: parameters.into_iter().collect(),
+            rank_pattern: patterns.iter().map(|(name, n)| (name.clone(), n * r)).collect(),
+            alpha_pattern: patterns.into_iter().map(|(name, n)| (name, n as f64 * lora_alpha)).collect(),
+            base_model_name_or_path: base,
+        }
     }
 }
 
@@ -60,36 +114,29 @@ pub fn write(
 ) -> Result<(), CheckpointError> {
     let mut json = serde_json::json!({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": false,
-        "inference_mode": true, "use_rslora": false, "use_dora": false, "rank_pattern": {}, "alpha_pattern": {},
-        "modules_to_save": null,
+        "inference_mode": true, "use_rslora": false, "use_dora": false, "modules_to_save": null,
     });
-    json["r"] = config.r.into();
-    json["lora_alpha"] = config.lora_alpha.into();
-    json["target_modules"] = config.target_modules.clone().into();
-    json["base_model_name_or_path"] = config.base_model_name_or_path.clone().into();
+    if let (Value::Object(all), Ok(Value::Object(own))) = (&mut json, serde_json::to_value(config)) {
+        all.extend(own);
+    }
+    if config.target_parameters.is_empty() {
+        json["target_parameters"] = Value::Null;
+    }
     let path = directory.join(CONFIG_FILE);
     let text = serde_json::to_string_pretty(&json).unwrap_or_default();
     std::fs::write(&path, text + "\n").map_err(io(&path))?;
 
     let path = directory.join(WEIGHTS_FILE);
-    let mut views: BTreeMap<String, TensorView> = BTreeMap::new();
-    for adapter in adapters {
-        let mut row = 0;
-        for (leaf, width) in &adapter.leaves {
-            // A B that is too short fails below, where its key is known.
-            let b = adapter.b.get(row * adapter.rank..(row + width) * adapter.rank).unwrap_or_default();
-            row += width;
-            let shapes = [vec![adapter.rank, adapter.input], vec![*width, adapter.rank]];
-            for ((key, shape), data) in adapter.keys(leaf).into_iter().zip(shapes).zip([&adapter.a[..], b]) {
-                let view = TensorView::new(Dtype::F32, shape, bytemuck::cast_slice(data));
-                let fault = |error: safetensors::SafeTensorError| CheckpointError::Mismatch {
-                    path: path.clone(),
-                    reason: format!("{key}: {error}"),
-                };
-                let view = view.map_err(fault)?;
-                views.insert(key, view);
-            }
-        }
+    let tensors = tensors(adapters);
+    let mut views: BTreeMap<&str, TensorView> = BTreeMap::new();
+    for (key, shape, values) in &tensors {
+        let fault = |error: safetensors::SafeTensorError| CheckpointError::Mismatch {
+            path: path.clone(),
+            reason: format!("{key}: {error}"),
+        };
+        let view =
+            TensorView::new(Dtype::F32, shape.to_vec(), bytemuck::cast_slice(values)).map_err(fault)?;
+        views.insert(key, view);
     }
     let metadata = [("format".to_owned(), "pt".to_owned())].into();
     let fault = |error: safetensors::SafeTensorError| CheckpointError::Format {
@@ -98,6 +145,28 @@ pub fn write(
     };
     let bytes = safetensors::serialize(views, Some(metadata)).map_err(fault)?;
     std::fs::write(&path, bytes).map_err(io(&path))
+}
+
+/// What the file holds: key, shape, values. An A or B that is too short is found out by its shape.
+fn tensors(adapters: &[LogicalAdapter]) -> Vec<(String, [usize; 2], Cow<'_, [f32]>)> {
+    let mut tensors = Vec::new();
+    for adapter in adapters.iter().filter(|adapter| adapter.experts.is_none()) {
+        let mut row = 0;
+        for (leaf, width) in &adapter.leaves {
+            let b = adapter.b.get(row * adapter.rank..(row + width) * adapter.rank).unwrap_or_default();
+            row += width;
+            let [key_a, key_b] = adapter.keys(leaf);
+            tensors.push((key_a, [adapter.rank, adapter.input], Cow::from(&adapter.a)));
+            tensors.push((key_b, [*width, adapter.rank], Cow::from(b)));
+        }
+    }
+    for group in experts::groups(adapters) {
+        let values = group.fuse(adapters).map(Cow::from);
+        for ((key, shape), values) in group.keys.clone().into_iter().zip(group.shapes()).zip(values) {
+            tensors.push((key, shape, values));
+        }
+    }
+    tensors
 }
 
 /// Reads adapter_config.json, refusing what changes the maths and is not built.
@@ -118,10 +187,16 @@ pub fn read_config(directory: &Path) -> Result<AdapterConfig, CheckpointError> {
     for field in ["use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"] {
         neutral(field, "false", &[false.into()])?;
     }
-    for field in ["rank_pattern", "alpha_pattern"] {
-        neutral(field, "one rank and alpha for all", &[serde_json::json!({})])?;
+    // Of independent adapters on the gate and up of experts: twice the rank, and the same scale.
+    for (field, of) in [("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")] {
+        let twice = json[of].as_f64().map(|value| 2.0 * value);
+        let ours =
+            |(pattern, value): (&String, &Value)| experts::is_pattern(pattern) && value.as_f64() == twice;
+        let ours = json[field].as_object().is_some_and(|map| map.iter().all(ours));
+        let allowed = if ours { json[field].clone() } else { Value::Null };
+        neutral(field, "one rank and alpha for all", &[allowed])?;
     }
-    for field in ["modules_to_save", "target_parameters", "trainable_token_indices"] {
+    for field in ["modules_to_save", "trainable_token_indices"] {
         neutral(field, "none", &[serde_json::json!([])])?;
     }
     serde_json::from_value(json).map_err(|error| format(error.to_string()))
@@ -136,24 +211,38 @@ pub fn read(directory: &Path, adapters: &mut [LogicalAdapter]) -> Result<(), Che
     let file = SafeTensors::deserialize(&bytes).map_err(|error| format(error.to_string()))?;
     let mut surplus: BTreeSet<String> = file.names().into_iter().map(|name| name.to_owned()).collect();
     let mut faults = Vec::new();
-    for adapter in adapters {
+    let mut take = |key: &str, shape: [usize; 2], faults: &mut Vec<String>| {
+        surplus.remove(key);
+        let Ok(view) = file.tensor(key) else {
+            faults.push(format!("{key} is missing"));
+            return None;
+        };
+        if view.shape() != shape {
+            faults.push(format!("{key} is {:?}, expected {shape:?}", view.shape()));
+            return None;
+        }
+        let values = floats(&view);
+        if values.is_none() {
+            faults.push(format!("{key} is {:?}, expected F32, BF16 or F16", view.dtype()));
+        }
+        values
+    };
+    for group in experts::groups(adapters) {
+        let [shape_a, shape_b] = group.shapes();
+        let [key_a, key_b] = &group.keys;
+        let (a, b) = (take(key_a, shape_a, &mut faults), take(key_b, shape_b, &mut faults));
+        if let (Some(a), Some(b)) = (a, b)
+            && let Some(found) = group.split(&a, &b, adapters)
+        {
+            faults.push(format!("{key_b} has {found} where no adapter of this run has an element"));
+        }
+    }
+    for adapter in adapters.iter_mut().filter(|adapter| adapter.experts.is_none()) {
         let (mut first_a, mut b): (Option<Vec<f32>>, Vec<f32>) = (None, Vec::new());
         for (leaf, width) in &adapter.leaves {
             let shapes = [[adapter.rank, adapter.input], [*width, adapter.rank]];
             for (factor, (key, shape)) in adapter.keys(leaf).into_iter().zip(shapes).enumerate() {
-                surplus.remove(&key);
-                let Ok(view) = file.tensor(&key) else {
-                    faults.push(format!("{key} is missing"));
-                    continue;
-                };
-                if view.shape() != shape {
-                    faults.push(format!("{key} is {:?}, expected {shape:?}", view.shape()));
-                    continue;
-                }
-                let Some(values) = floats(&view) else {
-                    faults.push(format!("{key} is {:?}, expected F32, BF16 or F16", view.dtype()));
-                    continue;
-                };
+                let Some(values) = take(&key, shape, &mut faults) else { continue };
                 match (factor, &first_a) {
                     (0, None) => first_a = Some(values),
                     (0, Some(a)) if *a != values => {
@@ -176,8 +265,34 @@ pub fn read(directory: &Path, adapters: &mut [LogicalAdapter]) -> Result<(), Che
     }
 }
 
-/// A and B of the adapter in `directory` by logical parameter name (`….q_proj.lora_A`), for the adapters on `sites`.
-/// See [`read`].
+/// The adapters on `sites` with the values that `value` has of each logical parameter (`….q_proj.lora_A`, of experts
+/// `….experts.3.up_proj.lora_A`); empty where it has none.
+pub fn adapters(
+    sites: &[Site],
+    rank: usize,
+    mut value: impl FnMut(&str) -> Option<Vec<f32>>,
+) -> Vec<LogicalAdapter> {
+    let mut all = |site: &Site, factor: &str| -> Vec<f32> {
+        let names = paths(site).into_iter().map(|path| format!("{path}.{factor}"));
+        names.flat_map(|name| value(&name).unwrap_or_default()).collect()
+    };
+    let with_values = |site| {
+        let (a, b) = (all(site, "lora_A"), all(site, "lora_B"));
+        LogicalAdapter { a, b, ..LogicalAdapter::of(site, rank) }
+    };
+    sites.iter().map(with_values).collect()
+}
+
+/// What a site's adapters are called: one, or one of each expert.
+fn paths(site: &Site) -> Vec<String> {
+    match site.experts {
+        None => vec![site.path()],
+        Some(experts) => (0..experts.count).map(|expert| site.expert_path(expert)).collect(),
+    }
+}
+
+/// A and B of the adapter in `directory` by logical parameter name, for the adapters on `sites`. See [`adapters`] for the
+/// names, and [`read`].
 pub fn read_values(
     directory: &Path,
     sites: &[Site],
@@ -185,25 +300,51 @@ pub fn read_values(
 ) -> Result<HashMap<String, Vec<f32>>, CheckpointError> {
     let mut adapters: Vec<_> = sites.iter().map(|site| LogicalAdapter::of(site, rank)).collect();
     read(directory, &mut adapters)?;
-    let named = sites.iter().zip(adapters).flat_map(|(site, adapter)| {
-        let path = site.path();
-        [(format!("{path}.lora_A"), adapter.a), (format!("{path}.lora_B"), adapter.b)]
-    });
-    Ok(named.collect())
+    let mut named = HashMap::new();
+    for (site, adapter) in sites.iter().zip(adapters) {
+        let paths = paths(site);
+        for (factor, values) in [("lora_A", adapter.a), ("lora_B", adapter.b)] {
+            let each = values.len() / paths.len();
+            let parts = values.chunks_exact(each.max(1));
+            named.extend(
+                paths.iter().zip(parts).map(|(path, part)| (format!("{path}.{factor}"), part.to_vec())),
+            );
+        }
+    }
+    Ok(named)
 }
 
-/// Those of `sites` that the adapter in `directory` adapts, by the keys of its file: what PEFT's `target_modules` mean
-/// depends on patterns, the keys do not.
-pub fn adapted_sites(directory: &Path, sites: Vec<Site>) -> Result<Vec<Site>, CheckpointError> {
+/// The sites on `projections` that the adapter in `directory` adapts. Of linear layers the keys of its file tell: what
+/// PEFT's `target_modules` mean depends on patterns, the keys do not. Of experts it is `target_parameters`, whose keys do not
+/// name them; gate and up of one rank are one adapter on both.
+pub fn adapted_sites(
+    directory: &Path,
+    config: &AdapterConfig,
+    projections: &[Projection],
+) -> Result<Vec<Site>, CheckpointError> {
     let path = directory.join(WEIGHTS_FILE);
     let bytes = std::fs::read(&path).map_err(io(&path))?;
     let file = SafeTensors::deserialize(&bytes)
         .map_err(|error| CheckpointError::Format { path, reason: error.to_string() })?;
-    let adapted = |site: &Site| {
-        let adapter = LogicalAdapter::of(site, 0);
-        adapter.leaves.iter().any(|(leaf, _)| adapter.keys(leaf).iter().any(|key| file.tensor(key).is_ok()))
+    let independent = |site: &Site| config.rank_pattern.keys().any(|p| experts::matches(p, &site.parent));
+    let adapted = |site: &Site, leaf: bool| {
+        if site.experts.is_none() {
+            let adapter = LogicalAdapter::of(site, 0);
+            let mut keys = adapter.leaves.iter().flat_map(|(leaf, _)| adapter.keys(leaf));
+            return leaf && keys.any(|key| file.tensor(&key).is_ok());
+        }
+        let (parameter, ours) = match site.name {
+            "down_proj" => ("down_proj", leaf),
+            _ => ("gate_up_proj", leaf == independent(site)),
+        };
+        let key = format!(".{}.{parameter}", site.parent);
+        ours && config.target_parameters.iter().any(|target| key.ends_with(&format!(".{target}")))
     };
-    Ok(sites.into_iter().filter(adapted).collect())
+    let sites = projections.iter().flat_map(|projection| {
+        let leaves = projection.leaf_sites().into_iter().map(|site| (site, true));
+        leaves.chain(projection.fused_site().map(|site| (site, false)))
+    });
+    Ok(sites.filter(|(site, leaf)| adapted(site, *leaf)).map(|(site, _)| site).collect())
 }
 
 /// A tensor's values in fp32.
@@ -232,6 +373,7 @@ mod tests {
                 leaves: leaves(&[("q_proj", 4), ("k_proj", 2), ("v_proj", 2)]),
                 rank: 2,
                 input: 3,
+                experts: None,
                 a: values(6, 0.5),
                 b: values(16, 100.0),
             },
@@ -240,6 +382,7 @@ mod tests {
                 leaves: leaves(&[("down_proj", 3)]),
                 rank: 2,
                 input: 5,
+                experts: None,
                 a: values(10, -3.0),
                 b: values(6, 7.0),
             },
@@ -248,7 +391,8 @@ mod tests {
 
     fn config() -> AdapterConfig {
         let target_modules = ["q_proj", "k_proj", "v_proj", "down_proj"].map(str::to_owned).to_vec();
-        AdapterConfig { r: 2, lora_alpha: 4.0, target_modules, base_model_name_or_path: Some("base".into()) }
+        let base_model_name_or_path = Some("base".into());
+        AdapterConfig { target_modules, base_model_name_or_path, ..AdapterConfig::new(2, 4.0, None, &[]) }
     }
 
     fn empty() -> Vec<LogicalAdapter> {

@@ -8,7 +8,7 @@ use crate::{
     data::{ChatTemplate, Prompt, Reference, Tokenizer},
     dtype::DType,
     error::{Error, Result},
-    lora::{Site, targets},
+    lora::Site,
     model::{
         ModelSpec,
         blueprint::{LoraShape, Options, all_projections},
@@ -72,8 +72,7 @@ struct StoredAdapter {
 impl StoredAdapter {
     fn read(directory: &Path, spec: &ModelSpec) -> Result<Self> {
         let config = peft::read_config(directory)?;
-        let all = targets::resolve(&all_projections(spec), Some(&["all-linear".to_owned()]), &[])?;
-        let sites = peft::adapted_sites(directory, all)?;
+        let sites = peft::adapted_sites(directory, &config, &all_projections(spec))?;
         let values = peft::read_values(directory, &sites, config.r)?;
         Ok(Self { sites, shape: LoraShape { rank: config.r, alpha: config.lora_alpha }, values })
     }

@@ -7,5 +7,5 @@ pub mod init;
 pub mod module;
 pub mod targets;
 
-pub use module::{LORA_MAPPING, LoraLinear, LoraModule, Parameter};
-pub use targets::{Site, SiteKind, TargetError};
+pub use module::{LORA_MAPPING, LoraLinear, LoraModule, MoeExpertsLora, Parameter};
+pub use targets::{Experts, Site, SiteKind, TargetError};

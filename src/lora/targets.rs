@@ -10,6 +10,16 @@ use wildmatch::WildMatch;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SiteKind {
     Linear,
+    /// A linear layer of every expert.
+    Experts,
+}
+
+/// The experts of a layer that each have a linear layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Experts {
+    pub count: usize,
+    /// How many a token goes to.
+    pub top_k: usize,
 }
 
 /// Leaves that one fused target covers: q, k, v of an attention, gate and up of an MLP, or a single projection.
@@ -23,9 +33,11 @@ pub struct Projection {
     pub leaves: Vec<(&'static str, usize)>,
     /// Width of the input.
     pub input: usize,
+    /// Of routed experts: each has such a projection.
+    pub experts: Option<Experts>,
 }
 
-/// One adapter: A `[rank, input]`, B `[Σ leaf widths, rank]`.
+/// One adapter: A `[rank, input]`, B `[Σ leaf widths, rank]`; or one of each expert.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Site {
     pub kind: SiteKind,
@@ -37,6 +49,30 @@ pub struct Site {
     /// First output column, counted over the projection's leaves.
     pub first: usize,
     pub input: usize,
+    pub experts: Option<Experts>,
+}
+
+impl Projection {
+    /// The sites of its leaves, in output order.
+    pub fn leaf_sites(&self) -> Vec<Site> {
+        let mut first = 0;
+        let site = |&(leaf, width): &(&'static str, usize)| {
+            first += width;
+            self.site(leaf, vec![(leaf, width)], first - width)
+        };
+        self.leaves.iter().map(site).collect()
+    }
+
+    /// The site of its fused target.
+    pub fn fused_site(&self) -> Option<Site> {
+        self.fused.map(|name| self.site(name, self.leaves.clone(), 0))
+    }
+
+    fn site(&self, name: &'static str, leaves: Vec<(&'static str, usize)>, first: usize) -> Site {
+        let kind = if self.experts.is_some() { SiteKind::Experts } else { SiteKind::Linear };
+        let (parent, input, experts) = (self.parent.clone(), self.input, self.experts);
+        Site { kind, parent, name, leaves, first, input, experts }
+    }
 }
 
 impl Site {
@@ -45,14 +81,24 @@ impl Site {
         format!("{}.{}", self.parent, self.name)
     }
 
+    /// Dotted path of one expert's: `model.layers.3.mlp.experts.7.up_proj`.
+    pub fn expert_path(&self, expert: usize) -> String {
+        format!("{}.{expert}.{}", self.parent, self.name)
+    }
+
     /// Width of the output.
     pub fn output(&self) -> usize {
         self.leaves.iter().map(|(_, width)| width).sum()
     }
 
-    /// Trainable parameters: A and B.
+    /// Trainable parameters: A and B, of all experts.
     pub fn parameters(&self, rank: usize) -> usize {
-        rank * (self.input + self.output())
+        self.experts.map_or(1, |experts| experts.count) * rank * (self.input + self.output())
+    }
+
+    /// The parameters that a token meets.
+    pub fn parameters_met(&self, rank: usize) -> usize {
+        self.experts.map_or(1, |experts| experts.top_k) * rank * (self.input + self.output())
     }
 }
 
@@ -100,29 +146,16 @@ pub fn resolve(
             }
             any
         };
-        let fused = projection.fused.filter(|name| wanted(name, true));
-        let mut first = 0;
-        let site = |name, leaves, first| Site {
-            kind: SiteKind::Linear,
-            parent: projection.parent.clone(),
-            name,
-            leaves,
-            first,
-            input: projection.input,
-        };
-        for &(leaf, width) in &projection.leaves {
-            if wanted(leaf, false) {
-                let leaf_site = site(leaf, vec![(leaf, width)], first);
-                if let Some(fused) = fused {
-                    return Err(TargetError::Twice { path: leaf_site.path(), fused });
+        let fused = projection.fused_site().filter(|site| wanted(site.name, true));
+        for leaf in projection.leaf_sites() {
+            if wanted(leaf.name, false) {
+                if let Some(fused) = &fused {
+                    return Err(TargetError::Twice { path: leaf.path(), fused: fused.name });
                 }
-                sites.push(leaf_site);
+                sites.push(leaf);
             }
-            first += width;
         }
-        if let Some(name) = fused {
-            sites.push(site(name, projection.leaves.clone(), 0));
-        }
+        sites.extend(fused);
     }
     if let Some(target) = matched.iter().position(|matched| !matched) {
         return Err(TargetError::NoMatch { target: targets[target].clone(), known: known(projections) });
@@ -217,6 +250,7 @@ mod tests {
                 fused,
                 leaves: leaves.to_vec(),
                 input,
+                experts: None,
             };
             [
                 projection("self_attn", Some("qkv_proj"), &[("q_proj", 8), ("k_proj", 4), ("v_proj", 4)], 6),

@@ -1,18 +1,22 @@
 //! A decoder layer: forward, backward, and what it saves between the two.
 //!
-//! u = x + O(attention(rope(qkv(norm(x))))),  y = u + down(swiglu(gate_up(norm(u))))
+//! u = x + O(attention(rope(qkv(norm(x))))),  y = u + mlp(norm(u))
 //!
-//! Saved: r of both norms, q|k|v as attention saw them, its output and row sums, u, gate|up, and the thin LoRA
+//! Saved: r of both norms, q|k|v as attention saw them, its output and row sums, u, what the MLP saves, and the thin LoRA
 //! activations; the caller keeps x. What of it is not kept is computed again, see
 //! [`CheckpointingMethod`](crate::config::CheckpointingMethod). The normalised inputs and the SwiGLU output are always
 //! computed again. Nothing saved refers to a slot. Backward gives up each saved tensor with its last use.
 
-use super::layer::{LayerAdapters, LayerWeights, Linear};
+use super::{
+    layer::{Layer, Mlp},
+    mlp::{GatedSaved, Share},
+    moe::MoeSaved,
+};
 use crate::ops::{
     Buffer,
     attention::{self, Documents, Heads},
-    linear::{self, ThinGradient},
-    norm, rope, swiglu,
+    linear::{self, Layers},
+    norm, rope,
 };
 use tch::Tensor;
 
@@ -29,12 +33,16 @@ pub struct BatchContext {
 pub struct BlockSpec {
     pub heads: Heads,
     pub eps: f64,
+    /// q, k and v are cut off at ± this before the rotation.
+    pub clip_qkv: Option<f64>,
 }
 
 /// What backward needs of the attention block.
 pub struct AttentionSaved {
     r_input: Tensor,
     qk: Option<UnnormedQk>,
+    /// Where q|k|v was cut off: bool, as q|k|v.
+    clipped: Option<Tensor>,
     /// After norm and rotation.
     qkv: Buffer,
     out: Buffer,
@@ -54,16 +62,28 @@ struct UnnormedQk {
 /// What backward needs of the MLP.
 pub struct MlpSaved {
     r_middle: Tensor,
-    gate_up: Buffer,
-    h_gate_up: Option<Buffer>,
-    h_down: Option<Buffer>,
+    inner: InnerSaved,
+}
+
+enum InnerSaved {
+    Dense(GatedSaved),
+    Moe(Box<MoeSaved>),
+}
+
+impl MlpSaved {
+    /// What a router chose, and its experts made of that.
+    pub fn moe(&self) -> Option<&MoeSaved> {
+        match &self.inner {
+            InnerSaved::Dense(_) => None,
+            InnerSaved::Moe(saved) => Some(saved),
+        }
+    }
 }
 
 /// A layer with all that it computes with.
 pub struct Block<'a> {
     pub spec: BlockSpec,
-    pub weights: LayerWeights,
-    pub adapters: LayerAdapters,
+    pub layer: Layer,
     pub batch: &'a BatchContext,
 }
 
@@ -75,98 +95,93 @@ impl Block<'_> {
         x: &Tensor,
         attend: impl FnOnce(&Tensor, Heads) -> (Buffer, Tensor),
     ) -> AttentionSaved {
-        let (normed, r_input) = norm::forward(x, &self.weights.input_norm, self.spec.eps);
-        let (qkv, h_qkv) = self.linear(Linear::Qkv, &normed, None);
+        let (normed, r_input) = norm::forward(x, &self.layer.input_norm, self.spec.eps);
+        let rows = [0, x.size()[0]];
+        let all = |layers| Layers { layers, borders: &rows };
+        let (mut qkv, h_qkv) = linear::forward(&normed, all(&self.layer.qkv), None);
         drop(normed);
-        let qk = self.weights.qk_norm.as_ref().map(|weights| self.normalise_qk(&qkv, weights));
+        let qk = self.layer.qk_norm.as_ref().map(|weights| self.normalise_qk(&qkv, weights));
+        let clipped = self.spec.clip_qkv.map(|most| {
+            let clipped = qkv.abs().gt(most);
+            let _ = qkv.clamp_(-most, most);
+            clipped
+        });
         rope::forward(&qkv, self.rotated_heads(), &self.batch.cos, &self.batch.sin);
         let (out, lse) = attend(&qkv, self.spec.heads);
-        let (middle, h_o) = self.linear(Linear::O, &out, Some(x));
-        AttentionSaved { r_input, qk, qkv, out, lse, middle, h_qkv, h_o }
+        let (middle, h_o) = linear::forward(&out, all(&self.layer.o), Some(x));
+        AttentionSaved { r_input, qk, clipped, qkv, out, lse, middle, h_qkv, h_o }
     }
 
-    /// The MLP up to its last matrix, and SwiGLU's output that goes into that.
-    pub fn mlp(&self, attention: &AttentionSaved) -> (MlpSaved, Buffer) {
-        let (normed, r_middle) =
-            norm::forward(&attention.middle, &self.weights.post_attention_norm, self.spec.eps);
-        let (gate_up, h_gate_up) = self.linear(Linear::GateUp, &normed, None);
-        drop(normed);
-        let activated = swiglu::forward(&gate_up);
-        (MlpSaved { r_middle, gate_up, h_gate_up, h_down: None }, activated)
+    /// The MLP up to its last matrix; [`output`](Self::output) follows. `chosen` replays a router's earlier choice.
+    pub fn mlp(&self, attention: &AttentionSaved, chosen: Option<&Tensor>) -> MlpSaved {
+        let weight = &self.layer.post_attention_norm;
+        let (normed, r_middle) = norm::forward(&attention.middle, weight, self.spec.eps);
+        let inner = match &self.layer.mlp {
+            Mlp::Dense(mlp) => InnerSaved::Dense(mlp.forward(&normed, Share::all(normed.size()[0], None))),
+            Mlp::Moe(moe) => InnerSaved::Moe(Box::new(moe.forward(&normed, chosen))),
+        };
+        MlpSaved { r_middle, inner }
     }
 
     /// y `[tokens, hidden]`: the MLP's last matrix and the residual.
-    pub fn output(&self, attention: &AttentionSaved, mlp: &mut MlpSaved, activated: &Tensor) -> Buffer {
-        let (y, h_down) = self.linear(Linear::Down, activated, Some(&attention.middle));
-        mlp.h_down = h_down;
-        y
+    pub fn output(&self, attention: &AttentionSaved, mlp: &mut MlpSaved) -> Buffer {
+        match (&self.layer.mlp, &mut mlp.inner) {
+            (Mlp::Dense(mlp), InnerSaved::Dense(saved)) => mlp.output(saved, Some(&attention.middle)),
+            (Mlp::Moe(moe), InnerSaved::Moe(saved)) => moe.output(saved, &attention.middle),
+            _ => unreachable!("saved by this layer"),
+        }
     }
 
     /// The MLP as far as backward needs it.
-    pub fn mlp_again(&self, attention: &AttentionSaved) -> MlpSaved {
-        let (mut mlp, activated) = self.mlp(attention);
-        mlp.h_down = self.adapters.adapter(Linear::Down).map(|adapter| linear::thin(&activated, adapter));
-        mlp
+    pub fn mlp_again(&self, attention: &AttentionSaved, chosen: Option<&Tensor>) -> MlpSaved {
+        let mut saved = self.mlp(attention, chosen);
+        match (&self.layer.mlp, &mut saved.inner) {
+            (Mlp::Dense(mlp), InnerSaved::Dense(saved)) => mlp.skip_output(saved),
+            (Mlp::Moe(moe), InnerSaved::Moe(saved)) => moe.skip_output(saved),
+            _ => unreachable!("saved by this layer"),
+        }
+        saved
     }
 
     /// dx from dy `[tokens, hidden]` and x; adds the adapters' gradients.
     pub fn backward(&self, d_y: Buffer, x: &Tensor, attention: AttentionSaved, mlp: MlpSaved) -> Buffer {
-        let MlpSaved { r_middle, gate_up, h_gate_up, h_down } = mlp;
-        let (d_activated, g) = self.backward_input(Linear::Down, &d_y);
-        let (d_gate_up, activated) = swiglu::backward(d_activated, gate_up);
-        self.backward_parameters(Linear::Down, &d_y, &activated, h_down, &g);
-        drop(activated);
-
-        let AttentionSaved { r_input, qk, qkv, out, lse, middle, h_qkv, h_o } = attention;
+        let AttentionSaved { r_input, qk, clipped, qkv, out, lse, middle, h_qkv, h_o } = attention;
         let d_middle = {
-            let weight = &self.weights.post_attention_norm;
-            let (d_normed, g) = self.backward_input(Linear::GateUp, &d_gate_up);
-            let normed = norm::recompute(&middle, weight, &r_middle);
-            self.backward_parameters(Linear::GateUp, &d_gate_up, &normed, h_gate_up, &g);
+            let MlpSaved { r_middle, inner } = mlp;
+            let weight = &self.layer.post_attention_norm;
+            let normed = || norm::recompute(&middle, weight, &r_middle);
+            let d_normed = match (&self.layer.mlp, inner) {
+                (Mlp::Dense(mlp), InnerSaved::Dense(saved)) => mlp.backward(&d_y, normed, saved).0,
+                (Mlp::Moe(moe), InnerSaved::Moe(saved)) => moe.backward(&d_y, normed(), *saved),
+                _ => unreachable!("saved by this layer"),
+            };
             norm::backward(d_normed, &middle, weight, &r_middle, Some(&d_y))
         };
-        drop((d_y, d_gate_up, middle));
+        drop((d_y, middle));
 
-        let (d_out, g) = self.backward_input(Linear::O, &d_middle);
-        self.backward_parameters(Linear::O, &d_middle, &out, h_o, &g);
-        let d_qkv = attention::backward(&d_out, &qkv, &out, &lse, self.spec.heads, &self.batch.documents);
+        let rows = [0, x.size()[0]];
+        let all = |layers| Layers { layers, borders: &rows };
+        let o = all(&self.layer.o);
+        let (d_out, g) = linear::backward_input(&d_middle, o);
+        linear::backward_parameters(&d_middle, &out, h_o.as_deref(), &g, o);
+        let mut d_qkv = attention::backward(&d_out, &qkv, &out, &lse, self.spec.heads, &self.batch.documents);
         drop((d_out, out, qkv));
         rope::backward(&d_qkv, self.rotated_heads(), &self.batch.cos, &self.batch.sin);
-        if let (Some(weights), Some(UnnormedQk { qk, r })) = (&self.weights.qk_norm, qk) {
-            let both = self.spec.query_key(&d_qkv).into_iter().zip(self.spec.query_key(&qk));
+        if let Some(clipped) = clipped {
+            let _ = d_qkv.masked_fill_(&clipped, 0.0);
+        }
+        if let (Some(weights), Some(UnnormedQk { qk, r })) = (&self.layer.qk_norm, qk) {
+            let both = self.normed_parts(&d_qkv, weights).into_iter().zip(self.normed_parts(&qk, weights));
             for (((d, x), weight), r) in both.zip(weights).zip(&r) {
                 norm::backward_into(&d, &x, weight, r);
             }
         }
-        let weight = &self.weights.input_norm;
-        let (d_normed, g) = self.backward_input(Linear::Qkv, &d_qkv);
+        let weight = &self.layer.input_norm;
+        let layer = all(&self.layer.qkv);
+        let (d_normed, g) = linear::backward_input(&d_qkv, layer);
         let normed = norm::recompute(x, weight, &r_input);
-        self.backward_parameters(Linear::Qkv, &d_qkv, &normed, h_qkv, &g);
+        linear::backward_parameters(&d_qkv, &normed, h_qkv.as_deref(), &g, layer);
         norm::backward(d_normed, x, weight, &r_input, Some(&d_middle))
-    }
-
-    /// A linear layer's output `[tokens, its width]` plus `add`, and its thin LoRA activations.
-    fn linear(&self, linear: Linear, x: &Tensor, add: Option<&Tensor>) -> (Buffer, Option<Buffer>) {
-        let bases = self.weights.bases(linear);
-        let width = bases.iter().map(|base| base.weight.size()[0]).sum();
-        let out = Buffer::empty(&[x.size()[0], width], x.kind(), x.device());
-        let h = linear::forward(x, bases, self.adapters.adapter(linear), add, &out);
-        (out, h)
-    }
-
-    fn backward_input(&self, linear: Linear, d_y: &Tensor) -> (Buffer, ThinGradient) {
-        linear::backward_input(d_y, self.weights.bases(linear), self.adapters.adapter(linear))
-    }
-
-    fn backward_parameters(
-        &self,
-        linear: Linear,
-        d_y: &Tensor,
-        x: &Tensor,
-        h: Option<Buffer>,
-        g: &ThinGradient,
-    ) {
-        linear::backward_parameters(d_y, x, h.as_deref(), g, self.adapters.with_gradient(linear));
     }
 
     /// Normalises q and k of `qkv` in place.
@@ -174,22 +189,25 @@ impl Block<'_> {
         let width = self.rotated_heads() * self.spec.heads.dim;
         let mut qk = Buffer::empty(&[qkv.size()[0], width], qkv.kind(), qkv.device());
         qk.copy_(&qkv.narrow(1, 0, width));
-        let [q, k] = self.spec.query_key(&qk);
-        let [q_out, k_out] = self.spec.query_key(qkv);
+        let [q, k] = self.normed_parts(&qk, weights);
+        let [q_out, k_out] = self.normed_parts(qkv, weights);
         let r = [(q, q_out, &weights[0]), (k, k_out, &weights[1])]
             .map(|(x, out, weight)| norm::forward_into(&x, weight, self.spec.eps, &out));
         UnnormedQk { qk, r }
     }
 
+    /// q and k of `qkv` or `qk`, each as rows of its norm's width: `[tokens, heads, dim]`, or `[tokens, 1, heads·dim]`.
+    fn normed_parts(&self, qkv: &Tensor, weights: &[Tensor; 2]) -> [Tensor; 2] {
+        let Heads { query, key_value, dim, .. } = self.spec.heads;
+        [(0, query * dim, &weights[0]), (query * dim, key_value * dim, &weights[1])].map(
+            |(first, columns, weight)| {
+                let width = weight.size()[0];
+                qkv.narrow(1, first, columns).unflatten(1, [columns / width, width])
+            },
+        )
+    }
+
     fn rotated_heads(&self) -> i64 {
         self.spec.heads.query + self.spec.heads.key_value
-    }
-}
-
-impl BlockSpec {
-    /// q and k of `qkv` or `qk`, each `[tokens, heads, dim]`.
-    fn query_key(&self, qkv: &Tensor) -> [Tensor; 2] {
-        let all = qkv.view([qkv.size()[0], qkv.size()[1] / self.heads.dim, self.heads.dim]);
-        [all.narrow(1, 0, self.heads.query), all.narrow(1, self.heads.query, self.heads.key_value)]
     }
 }

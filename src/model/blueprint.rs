@@ -8,7 +8,7 @@ use super::{
 use crate::{
     config::{CheckpointingMethod, ReduceGradients},
     dtype::DType,
-    lora::{LORA_MAPPING, LoraModule, Site},
+    lora::{LORA_MAPPING, Site},
     shard::{EntrySpec, RegionLayout, adapter::align_bytes, layout::BASE_ALIGN},
 };
 
@@ -106,7 +106,7 @@ fn adapter_of(
 ) -> (LayerAdapterPlan, Vec<EntrySpec>) {
     let mut specs = Vec::new();
     let mut adapters = LayerAdapterPlan::default();
-    for (projection, module) in plan.projections.iter().zip(&mut adapters.modules) {
+    for projection in &plan.projections {
         let belongs = |site: &&Site| {
             site.parent == projection.parent
                 && projection.leaves.iter().any(|leaf| leaf.0 == site.leaves[0].0)
@@ -114,11 +114,9 @@ fn adapter_of(
         let own: Vec<Site> = sites.iter().filter(belongs).cloned().collect();
         let constructor =
             own.first().and_then(|site| LORA_MAPPING.iter().find(|(kind, _)| *kind == site.kind));
-        if let Some((_, constructor)) = constructor {
-            let adapter = constructor(own, lora.rank, lora.alpha, specs.len());
-            specs.extend(adapter.entries(dtype));
-            *module = Some(adapter);
-        }
+        let module = constructor.map(|(_, constructor)| constructor(own, lora.rank, lora.alpha, specs.len()));
+        specs.extend(module.iter().flat_map(|module| module.entries(dtype)));
+        adapters.modules.push(module);
     }
     (adapters, specs)
 }

@@ -129,6 +129,34 @@ impl Fields {
         size.map(|n| Some(n as usize)).ok_or_else(|| self.fault(field, "a positive integer", value))
     }
 
+    /// Whether `field` is there and not null.
+    pub fn has(&self, field: &str) -> bool {
+        self.get(field).is_some()
+    }
+
+    /// A list of numbers from 0 up, empty when absent or null.
+    pub fn indices(&self, field: &str) -> Result<Vec<usize>, ConfigError> {
+        let Some(value) = self.get(field) else { return Ok(Vec::new()) };
+        let numbers = value.as_array().map(|values| values.iter().map(|n| n.as_u64().map(|n| n as usize)));
+        let numbers = numbers.and_then(|numbers| numbers.collect::<Option<_>>());
+        numbers.ok_or_else(|| self.fault(field, "a list of layer numbers", value))
+    }
+
+    /// A positive number, or `None` when absent or null.
+    pub fn optional_positive(&self, field: &str) -> Result<Option<f64>, ConfigError> {
+        self.positive(&self.map, field)
+    }
+
+    /// Refuses `field` unless it is absent, null or `neutral`.
+    pub fn neutral(&self, field: &str, neutral: f64) -> Result<(), ConfigError> {
+        match self.get(field) {
+            Some(value) if value.as_f64() != Some(neutral) => {
+                Err(self.fault(field, format!("{neutral:?} (anything else is not built)"), value))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// A boolean, `default` when absent or null.
     pub fn flag(&self, field: &str, default: bool) -> Result<bool, ConfigError> {
         let Some(value) = self.get(field) else { return Ok(default) };
@@ -264,6 +292,10 @@ impl HfModel {
         }
         let num_layers = fields.size("num_hidden_layers")?;
         let traits = (family.traits)(fields, num_layers)?;
+        if let Some(moe) = traits.moe.as_ref().filter(|moe| moe.top_k > moe.experts) {
+            let expected = format!("at most the {} experts", moe.experts);
+            return Err(fields.fault("num_experts_per_tok", expected, &Value::from(moe.top_k)));
+        }
         let spec = ModelSpec {
             vocab_size: fields.size("vocab_size")?,
             hidden_size,
@@ -279,6 +311,8 @@ impl HfModel {
             o_bias: traits.o_bias,
             mlp_bias: traits.mlp_bias,
             qk_norm: traits.qk_norm,
+            clip_qkv: traits.clip_qkv,
+            moe: traits.moe,
             layer_windows: traits.layer_windows,
             initializer_range: fields.positive(&fields.map, "initializer_range")?.unwrap_or(0.02),
         };
@@ -367,7 +401,11 @@ mod tests {
             ("hidden_size", json!("wide"), "positive integer"),
             ("vocab_size", json!(null), "missing"),
             ("logit_softcap", json!(30.0), "logit_softcap"),
-            ("model_type", json!("mamba"), "llama, mistral, qwen2, qwen3"),
+            (
+                "model_type",
+                json!("mamba"),
+                "llama, mistral, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe",
+            ),
             ("head_dim", json!(127), "even"),
         ];
         for (field, value, word) in cases {

@@ -1,25 +1,33 @@
 //! What a decoder layer is made of: its base tensors, its projections, and where each lies in its region. Pure:
-//! names and shapes; [`LayerPlan::bind`] then turns a gathered unit into weights.
+//! names and shapes; [`LayerPlan::bind`] then turns a gathered unit into a layer.
 
-use super::spec::ModelSpec;
+use super::{
+    mlp::GatedMlp,
+    moe::{Moe, SharedExpert},
+    spec::{ModelSpec, MoeNames, MoeSpec},
+};
 use crate::{
     dtype::DType,
-    lora::{LoraLinear, targets::Projection},
-    ops::linear::{Adapter, AdapterGradient, Base},
+    lora::{
+        LoraModule,
+        targets::{Experts, Projection},
+    },
+    ops::{
+        linear::{Base, Linear},
+        routing::TopK,
+    },
     shard::{AdapterShards, EntrySpec, Ring, ShardError, Span},
 };
 use tch::Tensor;
 
-/// The linear layers of a decoder layer, in the order of [`LayerPlan::projections`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Linear {
-    Qkv,
-    O,
-    GateUp,
-    Down,
-}
-
-const LINEARS: [Linear; 4] = [Linear::Qkv, Linear::O, Linear::GateUp, Linear::Down];
+// Places in [`LayerPlan::projections`], and of their adapters.
+const QKV: usize = 0;
+const O: usize = 1;
+/// Of the dense MLP, or of the routed experts.
+const GATE_UP: usize = 2;
+const DOWN: usize = 3;
+const SHARED_GATE_UP: usize = 4;
+const SHARED_DOWN: usize = 5;
 
 /// Where a linear layer's frozen tensors lie: (weight entry, bias entry) of each GEMM.
 type BaseEntries = Vec<(usize, Option<usize>)>;
@@ -29,29 +37,124 @@ type BaseEntries = Vec<(usize, Option<usize>)>;
 pub struct LayerPlan {
     pub specs: Vec<EntrySpec>,
     pub projections: Vec<Projection>,
-    linears: [BaseEntries; 4],
+    qkv: BaseEntries,
+    o: BaseEntries,
+    mlp: MlpPlan,
     input_norm: usize,
     post_attention_norm: usize,
     /// q_norm, k_norm
     qk_norm: Option<[usize; 2]>,
 }
 
+#[derive(Clone, Debug)]
+enum MlpPlan {
+    Dense(GatedPlan),
+    Moe {
+        router: usize,
+        choice: TopK,
+        /// `[experts, 2 · width, hidden]` and `[experts, hidden, width]`
+        experts: [usize; 2],
+        shared: Option<(GatedPlan, usize)>,
+    },
+}
+
+#[derive(Clone, Debug)]
+struct GatedPlan {
+    gate_up: BaseEntries,
+    down: BaseEntries,
+}
+
 /// The projections of layer `index`.
 pub fn projections(spec: &ModelSpec, index: usize) -> Vec<Projection> {
     let (q, kv) = (spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim);
-    let (hidden, wide) = (spec.hidden_size, spec.intermediate_size);
+    let hidden = spec.hidden_size;
     let projection = |parent: &str, fused, leaves: &[(&'static str, usize)], input| Projection {
         parent: format!("model.layers.{index}.{parent}"),
         fused,
         leaves: leaves.to_vec(),
         input,
+        experts: None,
     };
-    vec![
+    let gated = |parent: &str, wide| {
+        [
+            projection(parent, Some("gate_up_proj"), &[("gate_proj", wide), ("up_proj", wide)], hidden),
+            projection(parent, None, &[("down_proj", hidden)], wide),
+        ]
+    };
+    let mut all = vec![
         projection("self_attn", Some("qkv_proj"), &[("q_proj", q), ("k_proj", kv), ("v_proj", kv)], hidden),
         projection("self_attn", None, &[("o_proj", hidden)], q),
-        projection("mlp", Some("gate_up_proj"), &[("gate_proj", wide), ("up_proj", wide)], hidden),
-        projection("mlp", None, &[("down_proj", hidden)], wide),
-    ]
+    ];
+    match spec.moe_of(index) {
+        None => all.extend(gated("mlp", spec.intermediate_size)),
+        Some(moe) => {
+            let experts = Some(Experts { count: moe.experts, top_k: moe.top_k });
+            let routed = gated("mlp.experts", moe.width);
+            all.extend(routed.map(|projection| Projection { experts, ..projection }));
+            all.extend(moe.shared_width.into_iter().flat_map(|wide| gated("mlp.shared_expert", wide)));
+        }
+    }
+    all
+}
+
+/// Collects the entries of a region.
+struct Entries {
+    specs: Vec<EntrySpec>,
+    compute: DType,
+    /// One GEMM for q, k, v and one for gate, up.
+    merge: bool,
+}
+
+impl Entries {
+    fn push(&mut self, entry: EntrySpec) -> usize {
+        self.specs.push(entry);
+        self.specs.len() - 1
+    }
+
+    /// A tensor of the model files, whole.
+    fn whole(&mut self, name: &str, tensor: String, shape: &[usize], dtype: DType) -> usize {
+        self.push(EntrySpec::whole(name, tensor, shape, dtype))
+    }
+
+    fn linear(&mut self, projection: &Projection, biased: bool) -> BaseEntries {
+        let all = &projection.leaves[..];
+        let gemms: Vec<_> = if self.merge { vec![all] } else { all.chunks(1).collect() };
+        let mut gemm = |leaves| {
+            let weight = self.push(stacked(projection, leaves, "weight", projection.input, self.compute));
+            let bias = biased.then(|| self.push(stacked(projection, leaves, "bias", 1, self.compute)));
+            (weight, bias)
+        };
+        gemms.into_iter().map(&mut gemm).collect()
+    }
+
+    fn gated(&mut self, projections: &[Projection], biased: bool) -> GatedPlan {
+        GatedPlan {
+            gate_up: self.linear(&projections[0], biased),
+            down: self.linear(&projections[1], biased),
+        }
+    }
+
+    /// `matrices` `[rows, columns]` of every expert, those of an expert one below the other: one GEMM serves them.
+    fn experts(
+        &mut self,
+        block: &str,
+        moe: &MoeSpec,
+        matrices: &[&str],
+        [rows, columns]: [usize; 2],
+    ) -> usize {
+        let names = (0..moe.experts).flat_map(|expert| matrices.iter().map(move |matrix| (expert, matrix)));
+        let spans = names.map(|(expert, matrix)| Span {
+            tensor: format!("{block}.experts.{expert}.{matrix}.weight"),
+            start: 0,
+            elements: rows * columns,
+        });
+        self.push(EntrySpec {
+            name: format!("experts.{}", matrices.join("|")),
+            shape: vec![moe.experts, matrices.len() * rows, columns],
+            dtype: self.compute,
+            spans: spans.collect(),
+        })
+    }
 }
 
 impl LayerPlan {
@@ -59,48 +162,91 @@ impl LayerPlan {
     /// gate, up into one GEMM each.
     pub fn new(spec: &ModelSpec, index: usize, compute: DType, merge: bool) -> Self {
         let projections = projections(spec, index);
-        let biased = |linear| match linear {
-            Linear::Qkv => spec.qkv_bias,
-            Linear::O => spec.o_bias,
-            Linear::GateUp | Linear::Down => spec.mlp_bias,
+        let (hidden, layer) = (spec.hidden_size, format!("model.layers.{index}"));
+        let mut entries = Entries { specs: Vec::new(), compute, merge };
+        let qkv = entries.linear(&projections[QKV], spec.qkv_bias);
+        let o = entries.linear(&projections[O], spec.o_bias);
+        let mlp = match spec.moe_of(index) {
+            None => MlpPlan::Dense(entries.gated(&projections[GATE_UP..], spec.mlp_bias)),
+            Some(moe) => {
+                let MoeNames { block, gate, up, down } = moe.names;
+                let block = format!("{layer}.{block}");
+                let router = format!("{block}.gate.weight");
+                let router = entries.whole("router", router, &[moe.experts, hidden], compute);
+                let gate_up = entries.experts(&block, moe, &[gate, up], [moe.width, hidden]);
+                let down = entries.experts(&block, moe, &[down], [hidden, moe.width]);
+                let shared = moe.shared_width.map(|_| {
+                    let gate = format!("{block}.shared_expert_gate.weight");
+                    let mlp = entries.gated(&projections[SHARED_GATE_UP..], false);
+                    (mlp, entries.whole("shared gate", gate, &[1, hidden], compute))
+                });
+                let choice = TopK { k: moe.top_k as i64, normalise: moe.normalise };
+                MlpPlan::Moe { router, choice, experts: [gate_up, down], shared }
+            }
         };
-        let mut specs = Vec::new();
-        let mut push = |entry: EntrySpec| {
-            specs.push(entry);
-            specs.len() - 1
-        };
-        let linears = std::array::from_fn(|i| {
-            let projection = &projections[i];
-            let leaves: Vec<&[(&'static str, usize)]> =
-                if merge { vec![&projection.leaves[..]] } else { projection.leaves.chunks(1).collect() };
-            let gemm = |leaves: &[(&'static str, usize)]| {
-                let weight = push(stacked(projection, leaves, "weight", projection.input, compute));
-                let bias = biased(LINEARS[i]).then(|| push(stacked(projection, leaves, "bias", 1, compute)));
-                (weight, bias)
-            };
-            leaves.into_iter().map(gemm).collect()
-        });
-        let mut norm = |name: &str, width| {
-            let tensor = format!("model.layers.{index}.{name}.weight");
-            push(EntrySpec::whole(name, tensor, &[width], DType::F32))
-        };
-        let input_norm = norm("input_layernorm", spec.hidden_size);
-        let post_attention_norm = norm("post_attention_layernorm", spec.hidden_size);
-        let qk_norm = spec
-            .qk_norm
-            .then(|| ["q_norm", "k_norm"].map(|n| norm(&format!("self_attn.{n}"), spec.head_dim)));
-        Self { specs, projections, linears, input_norm, post_attention_norm, qk_norm }
+        let mut norm =
+            |name: &str, width| entries.whole(name, format!("{layer}.{name}.weight"), &[width], DType::F32);
+        let input_norm = norm("input_layernorm", hidden);
+        let post_attention_norm = norm("post_attention_layernorm", hidden);
+        let qk_norm =
+            spec.qk_norm_widths().map(|[q, k]| [norm("self_attn.q_norm", q), norm("self_attn.k_norm", k)]);
+        let specs = entries.specs;
+        Self { specs, projections, qkv, o, mlp, input_norm, post_attention_norm, qk_norm }
     }
 
-    /// The weights of a gathered unit, as views of its slot.
-    pub fn bind(&self, ring: &Ring, unit: usize) -> Result<LayerWeights, ShardError> {
+    /// A gathered unit with its gathered adapters, as views of its slots.
+    pub fn bind(
+        &self,
+        ring: &Ring,
+        unit: usize,
+        lora: &LayerAdapterPlan,
+        shards: &AdapterShards,
+    ) -> Result<Layer, ShardError> {
         let view = |entry| ring.view(unit, entry);
-        let base = |&(weight, bias): &(usize, Option<usize>)| {
-            Ok::<_, ShardError>(Base { weight: view(weight)?, bias: bias.map(view).transpose()? })
+        // One linear layer for each of `bases`, with the adapters of projection `place`.
+        let linears = |bases: Vec<Vec<Base>>, place: usize| {
+            let adapters =
+                lora.modules[place].as_ref().map(|module| module.bind(shards, unit)).transpose()?;
+            let mut adapters = adapters.into_iter().flatten();
+            let with_adapter = |bases| Linear { bases, adapter: adapters.next() };
+            Ok::<_, ShardError>(bases.into_iter().map(with_adapter).collect::<Vec<_>>())
         };
-        let bases = |i: usize| self.linears[i].iter().map(base).collect::<Result<Vec<_>, _>>();
-        Ok(LayerWeights {
-            bases: [bases(0)?, bases(1)?, bases(2)?, bases(3)?],
+        let linear = |entries: &BaseEntries, place| {
+            let base = |&(weight, bias): &(usize, Option<usize>)| {
+                Ok::<_, ShardError>(Base { weight: view(weight)?, bias: bias.map(view).transpose()? })
+            };
+            linears(vec![entries.iter().map(base).collect::<Result<_, _>>()?], place)
+        };
+        let gated = |plan: &GatedPlan, gate_up, down| {
+            Ok::<_, ShardError>(GatedMlp {
+                gate_up: linear(&plan.gate_up, gate_up)?,
+                down: linear(&plan.down, down)?,
+            })
+        };
+        let experts = |entry, place| {
+            let weights = view(entry)?;
+            let base = |expert| vec![Base { weight: weights.select(0, expert), bias: None }];
+            linears((0..weights.size()[0]).map(base).collect(), place)
+        };
+        let mlp = match &self.mlp {
+            MlpPlan::Dense(plan) => Mlp::Dense(gated(plan, GATE_UP, DOWN)?),
+            MlpPlan::Moe { router, choice, experts: [gate_up, down], shared } => Mlp::Moe(Moe {
+                router: view(*router)?,
+                choice: *choice,
+                experts: GatedMlp { gate_up: experts(*gate_up, GATE_UP)?, down: experts(*down, DOWN)? },
+                shared: match shared {
+                    Some((plan, gate)) => {
+                        let mlp = gated(plan, SHARED_GATE_UP, SHARED_DOWN)?;
+                        Some(SharedExpert { mlp, gate: view(*gate)? })
+                    }
+                    None => None,
+                },
+            }),
+        };
+        Ok(Layer {
+            qkv: linear(&self.qkv, QKV)?,
+            o: linear(&self.o, O)?,
+            mlp,
             input_norm: view(self.input_norm)?,
             post_attention_norm: view(self.post_attention_norm)?,
             qk_norm: self.qk_norm.map(|[q, k]| Ok::<_, ShardError>([view(q)?, view(k)?])).transpose()?,
@@ -127,51 +273,28 @@ fn stacked(
     EntrySpec { name: format!("{}.{kind}", names.join("|")), shape, dtype, spans: spans.collect() }
 }
 
-/// A whole decoder layer's frozen tensors.
-pub struct LayerWeights {
-    bases: [Vec<Base>; 4],
+/// A whole decoder layer: frozen tensors and adapters, with where the gradients of these go.
+pub struct Layer {
+    /// One linear layer, as `o`; a slice so that it is called as experts are.
+    pub qkv: Vec<Linear>,
+    pub o: Vec<Linear>,
+    pub mlp: Mlp,
     /// `[hidden]` fp32
     pub input_norm: Tensor,
     /// `[hidden]` fp32
     pub post_attention_norm: Tensor,
-    /// q and k: `[head_dim]` fp32
+    /// q and k: `[head_dim]` fp32, or all heads' widths
     pub qk_norm: Option<[Tensor; 2]>,
 }
 
-impl LayerWeights {
-    pub fn bases(&self, linear: Linear) -> &[Base] {
-        &self.bases[linear as usize]
-    }
+/// What follows the attention.
+pub enum Mlp {
+    Dense(GatedMlp),
+    Moe(Moe),
 }
 
-/// The adapters of one decoder layer, by linear layer.
-#[derive(Clone, Debug, Default)]
+/// The adapters of one decoder layer, by projection.
+#[derive(Debug, Default)]
 pub struct LayerAdapterPlan {
-    pub modules: [Option<LoraLinear>; 4],
-}
-
-impl LayerAdapterPlan {
-    /// The gathered adapters of `unit`, and where their gradients go.
-    pub fn bind(&self, shards: &AdapterShards, unit: usize) -> Result<LayerAdapters, ShardError> {
-        let bind = |module: &LoraLinear| {
-            Ok::<_, ShardError>((module.bind(shards, unit)?, module.gradient(shards, unit)))
-        };
-        let [a, b, c, d] = self.modules.each_ref().map(|module| module.as_ref().map(bind).transpose());
-        Ok(LayerAdapters { adapters: [a?, b?, c?, d?] })
-    }
-}
-
-/// Whole adapters of a decoder layer with their gradients.
-pub struct LayerAdapters {
-    adapters: [Option<(Adapter, AdapterGradient)>; 4],
-}
-
-impl LayerAdapters {
-    pub fn adapter(&self, linear: Linear) -> Option<&Adapter> {
-        self.adapters[linear as usize].as_ref().map(|(adapter, _)| adapter)
-    }
-
-    pub fn with_gradient(&self, linear: Linear) -> Option<(&Adapter, &AdapterGradient)> {
-        self.adapters[linear as usize].as_ref().map(|(adapter, gradient)| (adapter, gradient))
-    }
+    pub modules: Vec<Option<Box<dyn LoraModule>>>,
 }

@@ -5,8 +5,11 @@ pub mod blueprint;
 pub mod family;
 pub mod hf_config;
 pub mod layer;
+pub mod mlp;
+pub mod moe;
+pub mod router_load;
 pub mod source;
 pub mod spec;
 pub mod transformer;
 
-pub use spec::{ModelSpec, RopeScaling, RopeSpec};
+pub use spec::{ModelSpec, MoeNames, MoeSpec, QkNorm, RopeScaling, RopeSpec};

@@ -6,12 +6,13 @@ use super::{
     block::{AttentionSaved, BatchContext, Block, BlockSpec, MlpSaved},
     blueprint::{Blueprint, LoraShape, Options},
     layer::{LayerAdapterPlan, LayerPlan},
+    router_load::RouterLoad,
     source::WeightSource,
 };
 use crate::{
     clock::Clock,
     comm::Communicator,
-    lora::{LoraModule, Parameter, Site, init},
+    lora::{Parameter, Site, init},
     loss::LinearCrossEntropy,
     ops::{
         Buffer,
@@ -99,11 +100,13 @@ pub struct MicroBatchLoss {
     pub tokens: usize,
 }
 
-/// What is kept of a layer from forward to backward: its input `[tokens, hidden]` and what need not be computed again.
+/// What is kept of a layer from forward to backward: its input `[tokens, hidden]`, what need not be computed again, and
+/// the experts of each token, so that what is computed again goes to the same.
 struct Kept {
     x: Buffer,
     attention: Option<AttentionSaved>,
     mlp: Option<MlpSaved>,
+    chosen: Option<Tensor>,
 }
 
 /// The sharded model with its adapter.
@@ -118,6 +121,7 @@ pub struct Transformer {
     final_norm: Ring,
     pub adapter: AdapterShards,
     rope: RopeTable,
+    router_load: RouterLoad,
     /// Seconds of forward, loss, backward and gather.
     pub clock: Clock,
 }
@@ -145,6 +149,7 @@ impl Transformer {
             device,
         );
         let rope = RopeTable::new(&spec.rope.inv_freq(spec.head_dim), device);
+        let router_load = no_load(&spec);
         Self {
             layers: ring("layers", regions.layers, options.slots),
             vocab: ring("vocabulary", regions.vocab, 1),
@@ -155,6 +160,7 @@ impl Transformer {
             lora,
             adapter,
             rope,
+            router_load,
             clock: Clock::default(),
         }
     }
@@ -186,7 +192,7 @@ impl Transformer {
     /// The logical adapter parameters of each unit.
     pub fn parameters(&self) -> Vec<Vec<Parameter>> {
         let of = |plan: &LayerAdapterPlan| {
-            plan.modules.iter().flatten().flat_map(LoraModule::parameters).collect()
+            plan.modules.iter().flatten().flat_map(|module| module.parameters()).collect()
         };
         self.lora.iter().map(of).collect()
     }
@@ -254,6 +260,12 @@ impl Transformer {
         self.set_adapter(|parameter, range| init::values(parameter, range, seed, b_std))
     }
 
+    /// What the routers did since this was last called.
+    pub fn take_router_load(&mut self) -> RouterLoad {
+        let fresh = no_load(&self.spec);
+        std::mem::replace(&mut self.router_load, fresh)
+    }
+
     fn context(&mut self, batch: &Batch) -> BatchContext {
         let (cos, sin) = self.rope.at(&batch.positions, batch.longest);
         BatchContext { documents: batch.documents.clone(), cos, sin }
@@ -308,9 +320,8 @@ impl Transformer {
             window: self.spec.layer_windows[unit].map(|window| window as i64),
         };
         Ok(Block {
-            spec: BlockSpec { heads, eps: self.spec.rms_norm_eps },
-            weights: self.plans[unit].bind(&self.layers, unit)?,
-            adapters: self.lora[unit].bind(&self.adapter, unit)?,
+            spec: BlockSpec { heads, eps: self.spec.rms_norm_eps, clip_qkv: self.spec.clip_qkv },
+            layer: self.plans[unit].bind(&self.layers, unit, &self.lora[unit], &self.adapter)?,
             batch,
         })
     }
@@ -332,8 +343,8 @@ impl Transformer {
             self.gather(unit, Some(unit + 1).filter(|&next| next < layers))?;
             let block = self.block(unit, context)?;
             let attention = block.attention(&x, |qkv, heads| attend(unit, qkv, heads));
-            let (mut mlp, activated) = block.mlp(&attention);
-            let y = block.output(&attention, &mut mlp, &activated);
+            let mut mlp = block.mlp(&attention, None);
+            let y = block.output(&attention, &mut mlp);
             keep(std::mem::replace(&mut x, y), attention, mlp);
         }
         Ok(x)
@@ -368,15 +379,22 @@ impl Transformer {
         let context = self.context(batch);
         let checkpointing = self.options.checkpointing;
         let mut kept = Vec::with_capacity(self.layers.len());
+        let (mut router_load, mut layers_with_experts) = (std::mem::take(&mut self.router_load), 0);
         let x = self.forward_layers(batch, &context, within(&context), |x, attention, mlp| {
+            let chosen = mlp.moe().map(|moe| {
+                router_load.add(layers_with_experts, moe);
+                layers_with_experts += 1;
+                moe.chosen().shallow_clone()
+            });
             let attention = checkpointing.keeps_attention().then_some(attention);
-            kept.push(Kept { x, attention, mlp: checkpointing.keeps_mlp().then_some(mlp) });
+            kept.push(Kept { x, attention, mlp: checkpointing.keeps_mlp().then_some(mlp), chosen });
         })?;
+        self.router_load = router_load;
         let (loss, d_x) = self.head_loss(&x, batch, Some(scale))?;
         drop(x);
         let _backward = self.clock.phase("backward");
         let Some(mut d_x) = d_x else { return Ok(loss) };
-        while let Some(Kept { x, attention, mlp }) = kept.pop() {
+        while let Some(Kept { x, attention, mlp, chosen }) = kept.pop() {
             let unit = kept.len();
             let _layer = trace::span(Category::Phase, "layer.backward").with("unit", unit);
             self.gather(unit, unit.checked_sub(1))?;
@@ -384,7 +402,7 @@ impl Transformer {
             let recompute = trace::span(Category::Phase, "layer.recompute").with("unit", unit);
             let attention = attention
                 .unwrap_or_else(|| block.attention(&x, |qkv, heads| within(&context)(unit, qkv, heads)));
-            let mlp = mlp.unwrap_or_else(|| block.mlp_again(&attention));
+            let mlp = mlp.unwrap_or_else(|| block.mlp_again(&attention, chosen.as_ref()));
             drop(recompute);
             d_x = block.backward(d_x, &x, attention, mlp);
             drop(block);
@@ -430,6 +448,12 @@ impl Transformer {
         }
         Ok(Tensor::cat(&columns, 1))
     }
+}
+
+/// The sums of a step that has not begun.
+fn no_load(spec: &ModelSpec) -> RouterLoad {
+    let layers = (0..spec.num_layers).filter(|&layer| spec.moe_of(layer).is_some()).count();
+    RouterLoad::new(layers, spec.moe.as_ref().map_or(0, |moe| moe.experts))
 }
 
 /// Attention inside the documents of a batch.

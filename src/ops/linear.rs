@@ -1,10 +1,14 @@
-//! A frozen linear layer with LoRA adapters on slices of its output (Hu et al., 2021).
+//! Frozen linear layers with LoRA adapters on slices of their output (Hu et al., 2021): one that all rows go through, or
+//! one for each group of rows, as routed experts are.
 //!
 //! forward   h = s · x·Aᵀ,  y = x·W₀ᵀ + bias,  y[:, part] += h_part·B_partᵀ
 //! backward  g_part = s · dy[:, part]·B_part,  dx = dy·W₀ + g·A,  dA += gᵀ·x,  dB_part += dy[:, part]ᵀ·h_part
 //!
 //! A is [Σ rank, in], the A's of all parts one below the other, so that one thin GEMM serves q, k and v. The
 //! frozen weight has no gradient. Parameter gradients are added in fp32.
+//!
+//! The groups are slices of the same tensors, one GEMM each: nothing is padded or copied, and a group without rows costs
+//! nothing. libtorch's grouped GEMM was measured no faster.
 
 use super::Buffer;
 use std::ops::Range;
@@ -41,59 +45,127 @@ pub struct AdapterGradient {
     pub b: Vec<Tensor>,
 }
 
-/// y `[tokens, out]` from x `[tokens, in]`, plus `add` `[tokens, out]` (the residual branch), written to `out`; returns s·h
-/// `[tokens, Σ rank]` when there is an adapter. `bases` are the frozen layers whose outputs lie side by side in `out`: one,
-/// or the split parts of a projection.
-pub fn forward(
-    x: &Tensor,
-    bases: &[Base],
-    adapter: Option<&Adapter>,
-    add: Option<&Tensor>,
-    out: &Tensor,
-) -> Option<Buffer> {
+/// A linear layer. `bases` are the frozen ones whose outputs lie side by side in its own: one, or the split parts of a
+/// projection.
+pub struct Linear {
+    pub bases: Vec<Base>,
+    pub adapter: Option<(Adapter, AdapterGradient)>,
+}
+
+impl Linear {
+    /// Width of the output.
+    pub fn output(&self) -> i64 {
+        self.bases.iter().map(|base| base.weight.size()[0]).sum()
+    }
+
+    /// Width of the input.
+    pub fn input(&self) -> i64 {
+        self.bases.first().map_or(0, |base| base.weight.size()[1])
+    }
+
+    fn adapter(&self) -> Option<&Adapter> {
+        self.adapter.as_ref().map(|(adapter, _)| adapter)
+    }
+}
+
+/// Layers with the rows that go through each: layer i computes rows `borders[i]..borders[i + 1]`. All have the same
+/// widths, and all have an adapter or none has.
+#[derive(Clone, Copy)]
+pub struct Layers<'a> {
+    pub layers: &'a [Linear],
+    pub borders: &'a [i64],
+}
+
+impl<'a> Layers<'a> {
+    /// Each layer that has rows, with them.
+    fn with_rows(self) -> impl Iterator<Item = (&'a Linear, Range<i64>)> {
+        let ranges = self.borders.windows(2).map(|pair| pair[0]..pair[1]);
+        self.layers.iter().zip(ranges).filter(|(_, rows)| !rows.is_empty())
+    }
+
+    /// Σ rank of the adapters of a layer.
+    fn ranks(self) -> Option<i64> {
+        self.layers.first()?.adapter().map(|adapter| adapter.a.size()[0])
+    }
+
+    /// `[rows, Σ rank]` beside `x`.
+    fn thin_like(self, x: &Tensor) -> Option<Buffer> {
+        self.ranks().map(|ranks| Buffer::empty(&[x.size()[0], ranks], x.kind(), x.device()))
+    }
+}
+
+/// y `[rows, out]` from x `[rows, in]`, plus `add` `[rows, out]` (the residual branch), and s·h `[rows, Σ rank]` where there
+/// are adapters.
+pub fn forward(x: &Tensor, layers: Layers, add: Option<&Tensor>) -> (Buffer, Option<Buffer>) {
     let _span = crate::trace::operation("linear.forward");
-    for (base, range) in with_columns(bases) {
-        let mut out = columns(out, &range);
-        let weight = base.weight.tr();
-        // The sum starts from what is added, so that it costs no pass of its own and no rounding.
-        let start =
-            add.map(|add| columns(add, &range)).or_else(|| base.bias.as_ref().map(Tensor::shallow_clone));
-        let _ = match start {
-            Some(start) => start.addmm_out(&out, x, &weight),
-            None => x.mm_out(&out, &weight),
-        };
-        if let (Some(_), Some(bias)) = (add, &base.bias) {
-            let _ = out.g_add_(bias);
+    let width = layers.layers.first().map_or(0, Linear::output);
+    let y = Buffer::empty(&[x.size()[0], width], x.kind(), x.device());
+    for (layer, rows) in layers.with_rows() {
+        let (x, y, add) = (rows_of(x, &rows), rows_of(&y, &rows), add.map(|add| rows_of(add, &rows)));
+        for (base, range) in with_columns(&layer.bases) {
+            let mut y = columns(&y, &range);
+            let weight = base.weight.tr();
+            // The sum starts from what is added, so that it costs no pass of its own and no rounding.
+            let added = add.as_ref().map(|add| columns(add, &range));
+            let _ = match added.or_else(|| base.bias.as_ref().map(Tensor::shallow_clone)) {
+                Some(start) => start.addmm_out(&y, &x, &weight),
+                None => x.mm_out(&y, &weight),
+            };
+            if let (Some(_), Some(bias)) = (&add, &base.bias) {
+                let _ = y.g_add_(bias);
+            }
         }
     }
-    let adapter = adapter?;
-    let h = thin(x, adapter);
-    for part in &adapter.parts {
-        let _ = columns(out, &part.out).addmm_(&columns(&h, &part.ranks), &part.b.tr());
+    let h = thin(x, layers);
+    if let Some(h) = &h {
+        for (layer, rows) in layers.with_rows() {
+            let (y, h) = (rows_of(&y, &rows), rows_of(h, &rows));
+            for part in layer.adapter().iter().flat_map(|adapter| &adapter.parts) {
+                let _ = columns(&y, &part.out).addmm_(&columns(&h, &part.ranks), &part.b.tr());
+            }
+        }
     }
+    (y, h)
+}
+
+/// s·h `[rows, Σ rank]`; again, for a backward that did not keep it.
+pub fn thin(x: &Tensor, layers: Layers) -> Option<Buffer> {
+    let mut h = layers.thin_like(x)?;
+    let mut scaling = 1.0;
+    for (layer, rows) in layers.with_rows() {
+        let Some(adapter) = layer.adapter() else { continue };
+        let _ = rows_of(x, &rows).mm_out(&rows_of(&h, &rows), &adapter.a.tr());
+        scaling = adapter.scaling;
+    }
+    let _ = h.g_mul_scalar_(scaling);
     Some(h)
 }
 
 /// The adapters' part of a backward: see [`backward_parameters`].
 pub struct ThinGradient(Option<Buffer>);
 
-/// dx `[tokens, in]` from dy `[tokens, out]`, and g for [`backward_parameters`].
-pub fn backward_input(d_y: &Tensor, bases: &[Base], adapter: Option<&Adapter>) -> (Buffer, ThinGradient) {
+/// dx `[rows, in]` from dy `[rows, out]`, and g for [`backward_parameters`].
+pub fn backward_input(d_y: &Tensor, layers: Layers) -> (Buffer, ThinGradient) {
     let _span = crate::trace::operation("linear.backward_input");
-    let input = bases.first().map_or(0, |base| base.weight.size()[1]);
-    let mut d_x = Buffer::empty(&[d_y.size()[0], input], d_y.kind(), d_y.device());
-    for (i, (base, range)) in with_columns(bases).enumerate() {
-        let d_part = columns(d_y, &range);
-        let _ = if i == 0 { d_part.mm_out(&d_x, &base.weight) } else { d_x.addmm_(&d_part, &base.weight) };
+    let input = layers.layers.first().map_or(0, Linear::input);
+    let d_x = Buffer::empty(&[d_y.size()[0], input], d_y.kind(), d_y.device());
+    let g = layers.thin_like(d_y);
+    for (layer, rows) in layers.with_rows() {
+        let (d_y, mut d_x) = (rows_of(d_y, &rows), rows_of(&d_x, &rows));
+        for (i, (base, range)) in with_columns(&layer.bases).enumerate() {
+            let d_part = columns(&d_y, &range);
+            let _ =
+                if i == 0 { d_part.mm_out(&d_x, &base.weight) } else { d_x.addmm_(&d_part, &base.weight) };
+        }
+        let (Some(adapter), Some(g)) = (layer.adapter(), &g) else { continue };
+        let mut g = rows_of(g, &rows);
+        for part in &adapter.parts {
+            let _ = columns(&d_y, &part.out).mm_out(&columns(&g, &part.ranks), &part.b);
+        }
+        let _ = g.g_mul_scalar_(adapter.scaling);
+        let _ = d_x.addmm_(&g, &adapter.a);
     }
-    let Some(adapter) = adapter else { return (d_x, ThinGradient(None)) };
-    let mut g = Buffer::empty(&[d_y.size()[0], adapter.a.size()[0]], d_y.kind(), d_y.device());
-    for part in &adapter.parts {
-        let _ = columns(d_y, &part.out).mm_out(&columns(&g, &part.ranks), &part.b);
-    }
-    let _ = g.g_mul_scalar_(adapter.scaling);
-    let _ = d_x.addmm_(&g, &adapter.a);
-    (d_x, ThinGradient(Some(g)))
+    (d_x, ThinGradient(g))
 }
 
 /// Adds the adapters' gradients from dy, x, what [`forward`] returned and what [`backward_input`] did. Apart from that
@@ -103,22 +175,18 @@ pub fn backward_parameters(
     x: &Tensor,
     h: Option<&Tensor>,
     ThinGradient(g): &ThinGradient,
-    adapter: Option<(&Adapter, &AdapterGradient)>,
+    layers: Layers,
 ) {
     let _span = crate::trace::operation("linear.backward_parameters");
-    let (Some((adapter, gradient)), Some(h), Some(g)) = (adapter, h, g) else { return };
-    for (part, d_b) in adapter.parts.iter().zip(&gradient.b) {
-        add_product(d_b, &columns(d_y, &part.out).tr(), &columns(h, &part.ranks));
+    let (Some(h), Some(g)) = (h, g) else { return };
+    for (layer, rows) in layers.with_rows() {
+        let Some((adapter, gradient)) = &layer.adapter else { continue };
+        let [d_y, x, h, g] = [d_y, x, h, g].map(|tensor| rows_of(tensor, &rows));
+        for (part, d_b) in adapter.parts.iter().zip(&gradient.b) {
+            add_product(d_b, &columns(&d_y, &part.out).tr(), &columns(&h, &part.ranks));
+        }
+        add_product(&gradient.a, &g.tr(), &x);
     }
-    add_product(&gradient.a, &g.tr(), x);
-}
-
-/// s·h `[tokens, Σ rank]` again, for a backward that did not keep it.
-pub fn thin(x: &Tensor, adapter: &Adapter) -> Buffer {
-    let mut h = Buffer::empty(&[x.size()[0], adapter.a.size()[0]], x.kind(), x.device());
-    let _ = x.mm_out(&h, &adapter.a.tr());
-    let _ = h.g_mul_scalar_(adapter.scaling);
-    h
 }
 
 /// Each base with its output columns.
@@ -128,6 +196,10 @@ fn with_columns(bases: &[Base]) -> impl Iterator<Item = (&Base, Range<i64>)> {
         *end += base.weight.size()[0];
         Some((base, start..*end))
     })
+}
+
+fn rows_of(x: &Tensor, range: &Range<i64>) -> Tensor {
+    x.narrow(0, range.start, range.end - range.start)
 }
 
 fn columns(x: &Tensor, range: &Range<i64>) -> Tensor {
@@ -150,42 +222,75 @@ mod tests {
     use crate::ops::testing::{autograd, distance, leaf};
     use tch::Kind;
 
+    /// q and v of a fused q|k|v of widths 4, 3, 3, with ranks 2 and 3; k has no adapter.
+    struct Exact {
+        w: Tensor,
+        bias: Tensor,
+        a: Tensor,
+        b: [Tensor; 2],
+    }
+
+    impl Exact {
+        fn new() -> Self {
+            Self { w: leaf(&[10, 6]), bias: leaf(&[10]), a: leaf(&[5, 6]), b: [leaf(&[4, 2]), leaf(&[3, 3])] }
+        }
+
+        fn forward(&self, x: &Tensor) -> Tensor {
+            let h = x.matmul(&self.a.tr());
+            let q = h.narrow(1, 0, 2).matmul(&self.b[0].tr()) * 0.5;
+            let v = h.narrow(1, 2, 3).matmul(&self.b[1].tr()) * 0.5;
+            let k = Tensor::zeros([x.size()[0], 3], (Kind::Double, x.device()));
+            x.matmul(&self.w.tr()) + &self.bias + Tensor::cat(&[q, k, v], 1)
+        }
+
+        fn leaves(&self) -> [&Tensor; 3] {
+            [&self.a, &self.b[0], &self.b[1]]
+        }
+
+        /// Ours with the same values, its base whole or split.
+        fn ours(&self, split: bool) -> Linear {
+            let (w, bias) = (self.w.detach(), self.bias.detach());
+            let rows = |(from, n)| Base { weight: w.narrow(0, from, n), bias: Some(bias.narrow(0, from, n)) };
+            let bases = if split { vec![(0, 4), (4, 3), (7, 3)] } else { vec![(0, 10)] };
+            let [b_q, b_v] = self.b.each_ref().map(Tensor::detach);
+            let gradient =
+                AdapterGradient { a: self.a.zeros_like(), b: vec![b_q.zeros_like(), b_v.zeros_like()] };
+            let parts =
+                vec![Part { out: 0..4, ranks: 0..2, b: b_q }, Part { out: 7..10, ranks: 2..5, b: b_v }];
+            let adapter = Adapter { a: self.a.detach(), parts, scaling: 0.5 };
+            Linear { bases: bases.into_iter().map(rows).collect(), adapter: Some((adapter, gradient)) }
+        }
+    }
+
     #[test]
     fn matches_autograd() {
-        // q and v of a fused q|k|v of widths 4, 3, 3, with ranks 2 and 3; k has no adapter.
-        for tokens in [0i64, 1, 5] {
-            let (x, w, bias) = (leaf(&[tokens, 6]), leaf(&[10, 6]), leaf(&[10]));
-            let (a, b_q, b_v) = (leaf(&[5, 6]), leaf(&[4, 2]), leaf(&[3, 3]));
+        // One layer for all rows, and groups of which some are empty.
+        for borders in [vec![0, 0], vec![0, 1], vec![0, 5], vec![0, 2, 2, 7], vec![0, 0, 3, 4, 4]] {
+            let tokens = *borders.last().unwrap();
+            let exact: Vec<Exact> = borders[1..].iter().map(|_| Exact::new()).collect();
+            let (x, add) = (leaf(&[tokens, 6]), leaf(&[tokens, 10]).detach());
             let d_y = leaf(&[tokens, 10]).detach();
-            let h = x.matmul(&a.tr());
-            let q = h.narrow(1, 0, 2).matmul(&b_q.tr()) * 0.5;
-            let v = h.narrow(1, 2, 3).matmul(&b_v.tr()) * 0.5;
-            let k = Tensor::zeros([tokens, 3], (Kind::Double, x.device()));
-            let add = leaf(&[tokens, 10]).detach();
-            let reference = x.matmul(&w.tr()) + &bias + Tensor::cat(&[q, k, v], 1);
-            let expected = autograd(&reference, &d_y, &[&x, &a, &b_q, &b_v]);
+            let part = |(layer, pair): (&Exact, &[i64])| layer.forward(&rows_of(&x, &(pair[0]..pair[1])));
+            let parts: Vec<Tensor> = exact.iter().zip(borders.windows(2)).map(part).collect();
+            let reference = Tensor::cat(&parts, 0);
+            let leaves: Vec<&Tensor> =
+                std::iter::once(&x).chain(exact.iter().flat_map(Exact::leaves)).collect();
+            let expected = autograd(&reference, &d_y, &leaves);
 
             let _guard = tch::no_grad_guard();
-            let (w, bias) = (w.detach(), bias.detach());
-            let rows = |from, n| Base { weight: w.narrow(0, from, n), bias: Some(bias.narrow(0, from, n)) };
-            let parts = vec![
-                Part { out: 0..4, ranks: 0..2, b: b_q.detach() },
-                Part { out: 7..10, ranks: 2..5, b: b_v.detach() },
-            ];
-            let adapter = Adapter { a: a.detach(), parts, scaling: 0.5 };
-            for bases in [vec![rows(0, 10)], vec![rows(0, 4), rows(4, 3), rows(7, 3)]] {
-                let gradient =
-                    AdapterGradient { a: a.zeros_like(), b: vec![b_q.zeros_like(), b_v.zeros_like()] };
-                let y = Tensor::zeros([tokens, 10], (Kind::Double, x.device()));
+            for split in [false, true] {
+                let ours: Vec<Linear> = exact.iter().map(|layer| layer.ours(split)).collect();
+                let layers = Layers { layers: &ours, borders: &borders };
                 let x = x.detach();
-                forward(&x, &bases, Some(&adapter), Some(&add), &y);
-                assert!(distance(&y, &(&reference + &add)) < 1e-12);
-                let h = forward(&x, &bases, Some(&adapter), None, &y);
+                assert!(distance(&forward(&x, layers, Some(&add)).0, &(&reference + &add)) < 1e-12);
+                let (y, h) = forward(&x, layers, None);
                 assert!(distance(&y, &reference) < 1e-12);
-                let (d_x, g) = backward_input(&d_y, &bases, Some(&adapter));
-                backward_parameters(&d_y, &x, h.as_deref(), &g, Some((&adapter, &gradient)));
-                let ours = [&*d_x, &gradient.a, &gradient.b[0], &gradient.b[1]];
-                for (ours, theirs) in ours.into_iter().zip(&expected) {
+                let (d_x, g) = backward_input(&d_y, layers);
+                backward_parameters(&d_y, &x, h.as_deref(), &g, layers);
+                let gradients =
+                    ours.iter().filter_map(|layer| layer.adapter.as_ref()).map(|(_, gradient)| gradient);
+                let found = gradients.flat_map(|gradient| std::iter::once(&gradient.a).chain(&gradient.b));
+                for (ours, theirs) in std::iter::once(&*d_x).chain(found).zip(&expected) {
                     assert!(distance(ours, theirs) < 1e-12, "{}", distance(ours, theirs));
                 }
             }

@@ -9,9 +9,11 @@ pub mod attention;
 pub mod buffers;
 pub mod cpu;
 pub mod cross_entropy;
+pub mod dispatch;
 pub mod linear;
 pub mod norm;
 pub mod rope;
+pub mod routing;
 pub mod swiglu;
 
 pub use buffers::Buffer;

@@ -1,22 +1,29 @@
 //! Arithmetic of a training step.
 
-use crate::{lora::Site, model::ModelSpec};
+use crate::{
+    lora::Site,
+    model::{ModelSpec, MoeSpec},
+};
 
 /// Floating-point operations that a token of a document of `length` tokens costs in forward and backward:
 ///
-/// 4 · frozen matrix parameters (head included, embedding lookup not: y and dx, no dW) + 6 · LoRA parameters
+/// 4 · frozen matrix parameters (of experts those that it goes to; head included, embedding lookup not: y and dx, no dW) + 6 · LoRA parameters
 /// + 6 · length · heads · head_dim a layer for causal attention. What is computed twice does not count twice.
 pub fn flops_per_token(spec: &ModelSpec, sites: &[Site], rank: usize, length: usize) -> f64 {
     let matrices = spec.tensors().into_iter().filter(|(_, shape)| shape.len() == 2);
     let frozen: usize = matrices.map(|(_, shape)| shape.iter().product::<usize>()).sum();
+    // A token meets only those experts that it goes to.
+    let unmet = |moe: &MoeSpec| 3 * (moe.experts - moe.top_k) * moe.width * spec.hidden_size;
+    let unmet: usize = (0..spec.num_layers).filter_map(|layer| spec.moe_of(layer)).map(unmet).sum();
     // Tied, the embedding's matrix is the head's; otherwise the lookup multiplies nothing.
     let lookup = if spec.tie_word_embeddings { 0 } else { spec.vocab_size * spec.hidden_size };
-    let lora: usize = sites.iter().map(|site| site.parameters(rank)).sum();
+    let lora: usize = sites.iter().map(|site| site.parameters_met(rank)).sum();
     let length = length as f64;
     // A query sees s/2 tokens on average; with a window of w, w·(1 − w/2s).
     let windows = spec.layer_windows.iter().map(|window| window.map_or(length, |w| (w as f64).min(length)));
     let seen: f64 = windows.map(|window| window * (2.0 - window / length)).sum();
-    4.0 * (frozen - lookup) as f64 + 6.0 * (lora as f64 + seen * (spec.num_heads * spec.head_dim) as f64)
+    4.0 * (frozen - unmet - lookup) as f64
+        + 6.0 * (lora as f64 + seen * (spec.num_heads * spec.head_dim) as f64)
 }
 
 #[cfg(test)]
@@ -24,7 +31,7 @@ mod tests {
     use super::*;
     use crate::{
         lora::targets::resolve,
-        model::{RopeScaling, RopeSpec, blueprint::all_projections},
+        model::{QkNorm, RopeScaling, RopeSpec, blueprint::all_projections},
     };
 
     #[test]
@@ -43,7 +50,9 @@ mod tests {
             qkv_bias: true,
             o_bias: false,
             mlp_bias: false,
-            qk_norm: true,
+            qk_norm: Some(QkNorm::Head),
+            clip_qkv: None,
+            moe: None,
             layer_windows: vec![None, None],
             initializer_range: 0.2,
         };

@@ -6,9 +6,8 @@
 
 use crate::{
     config,
-    lora::LoraModule,
     model::{
-        ModelSpec,
+        ModelSpec, QkNorm,
         blueprint::{Blueprint, Options},
         layer::LayerAdapterPlan,
     },
@@ -133,31 +132,57 @@ struct Kept {
 impl Kept {
     fn new(spec: &ModelSpec, blueprint: &Blueprint, options: &Options, batch: MicroBatch) -> Self {
         let c = options.compute.size();
-        let (query, key_value) = (spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim);
-        // q|k|v, attention's output and row sums, the middle, the first norm's statistics.
-        let qk_norm =
-            if spec.qk_norm { (query + key_value) * c + 4 * (spec.num_heads + spec.num_kv_heads) } else { 0 };
-        let attention =
-            (2 * query + 2 * key_value + spec.hidden_size) * c + 4 * (spec.num_heads + 1) + qk_norm;
-        // gate|up, the second norm's statistics.
-        let mlp = 2 * spec.intermediate_size * c + 4;
-        let thin = |layer: &LayerAdapterPlan, linears: Range<usize>| {
-            let modules = layer.modules[linears].iter().flatten();
-            modules.map(|module| module.rank() * module.sites.len()).sum::<usize>() * c
-        };
-        let of_layers = |kept: bool, rest: usize, linears: Range<usize>| {
-            let layers = blueprint.lora.iter().map(|layer| rest + thin(layer, linears.clone()));
+        let layers = || blueprint.lora.iter().enumerate();
+        let of_layers = |kept: bool, of: fn(&ModelSpec, usize, &LayerAdapterPlan, usize) -> usize| {
+            let layers = layers().map(|(layer, plan)| of(spec, layer, plan, c));
             if kept { (layers.sum(), 0) } else { (0, layers.max().unwrap_or(0)) }
         };
-        let attention = of_layers(options.checkpointing.keeps_attention(), attention, 0..2);
-        let mlp = of_layers(options.checkpointing.keeps_mlp(), mlp, 2..4);
+        let keeps_mlp = options.checkpointing.keeps_mlp();
+        let attention = of_layers(options.checkpointing.keeps_attention(), kept_of_attention);
+        let mlp = of_layers(keeps_mlp, kept_of_mlp);
         // The embedding's output enters the first layer, the last one's leaves it.
         let inputs = (spec.num_layers + 1) * spec.hidden_size * c;
+        // What a router chose is kept in any case.
+        let chosen =
+            layers().filter_map(|(layer, _)| spec.moe_of(layer)).map(|moe| 8 * moe.top_k).sum::<usize>();
+        let chosen = if keeps_mlp { 0 } else { chosen };
         Self {
-            all: (inputs + attention.0 + mlp.0) * batch.tokens,
+            all: (inputs + chosen + attention.0 + mlp.0) * batch.tokens,
             again: (attention.1 + mlp.1) * batch.tokens,
         }
     }
+}
+
+/// Bytes a token of the thin LoRA activations of some projections.
+fn thin(plan: &LayerAdapterPlan, projections: Range<usize>, c: usize) -> usize {
+    let modules = plan.modules.iter().take(projections.end).skip(projections.start).flatten();
+    modules.map(|module| module.ranks()).sum::<usize>() * c
+}
+
+/// Bytes a token: q|k|v, attention's output and row sums, the middle, the first norm's statistics, q|k before its norm,
+/// where it was cut off.
+fn kept_of_attention(spec: &ModelSpec, _layer: usize, plan: &LayerAdapterPlan, c: usize) -> usize {
+    let (query, key_value) = (spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim);
+    let statistics = match spec.qk_norm {
+        None => None,
+        Some(QkNorm::Head) => Some(spec.num_heads + spec.num_kv_heads),
+        Some(QkNorm::All) => Some(2),
+    };
+    let qk_norm = statistics.map_or(0, |count| (query + key_value) * c + 4 * count);
+    let clipped = if spec.clip_qkv.is_some() { query + 2 * key_value } else { 0 };
+    let rest = (2 * query + 2 * key_value + spec.hidden_size) * c + 4 * (spec.num_heads + 1);
+    rest + qk_norm + clipped + thin(plan, 0..2, c)
+}
+
+/// Bytes a token: gate|up, the second norm's statistics; of experts a row each with its scale, which row is whose, and
+/// all that the router computed.
+fn kept_of_mlp(spec: &ModelSpec, layer: usize, plan: &LayerAdapterPlan, c: usize) -> usize {
+    let gated = |width: usize, projections| 2 * width * c + thin(plan, projections, c);
+    let Some(moe) = spec.moe_of(layer) else { return 4 + gated(spec.intermediate_size, 2..4) };
+    let row = gated(moe.width, 2..4) + 4 + 3 * 8;
+    let router = moe.top_k * (8 + 4) + 4 * moe.experts;
+    let shared = moe.shared_width.map_or(0, |width| 4 + gated(width, 4..6));
+    4 + moe.top_k * row + router + shared
 }
 
 /// The largest moment of the pass over the head: a chunk of logits beside the normalised hidden states, those that
@@ -172,9 +197,14 @@ fn loss_scratch(spec: &ModelSpec, options: &Options, batch: MicroBatch) -> usize
 }
 
 /// The largest moment of a layer besides what it keeps: SwiGLU's output beside the gradient that comes in and a
-/// normalised input; and the tiles of attention, of each thread.
+/// normalised input, with experts once more for the rows of each of theirs; and the tiles of attention, of each thread.
 fn layer_scratch(spec: &ModelSpec, options: &Options, batch: MicroBatch) -> usize {
     let c = options.compute.size();
     let tiles = batch.longest * spec.head_dim * (3 * c + 2 * 4);
-    (spec.intermediate_size + 2 * spec.hidden_size) * c * batch.tokens + tiles
+    let hidden = 2 * spec.hidden_size;
+    let token = |layer| match spec.moe_of(layer) {
+        None => spec.intermediate_size + hidden,
+        Some(moe) => hidden + (moe.top_k * (moe.width + hidden)).max(moe.shared_width.unwrap_or(0)),
+    };
+    (0..spec.num_layers).map(token).max().unwrap_or(0) * c * batch.tokens + tiles
 }

@@ -6,6 +6,7 @@ use crate::{
     comm::{Ledger, Operation, Received},
     config::LogFormat,
     error::{Error, Result},
+    model::router_load::RouterReport,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
@@ -112,11 +113,15 @@ impl Metrics {
             comm.insert(format!("{}/{group}", operation.name()), (*bytes).into());
         }
         let rate = report.total_tokens as f64 / seconds;
-        let line = json!({
+        let mut line = json!({
             "step": number, "epoch": epoch, "loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr,
             "tokens": report.valid_tokens, "tokens_total": report.total_tokens, "tokens_per_second": rate,
             "step_seconds": seconds, "phase_seconds": step.phases, "peak_rss_bytes": peak, "comm_bytes": comm,
         });
+        if let Some(RouterReport { max_over_mean, entropy, aux_loss }) = report.router {
+            line["router"] =
+                json!({"max_over_mean": max_over_mean, "entropy": entropy, "aux_loss": aux_loss});
+        }
         // One write, so that a kill leaves whole lines.
         file.write_all(format!("{line}\n").as_bytes())
             .map_err(|error| fault(&self.output.join(METRICS_FILE), &error))?;
@@ -261,6 +266,7 @@ mod tests {
             lr: 0.1,
             valid_tokens: 0,
             total_tokens: 4,
+            router: None,
             non_finite: Vec::new(),
         };
         let write = |resumed: Option<usize>, steps: std::ops::RangeInclusive<usize>| {

@@ -17,7 +17,6 @@ use crate::{
     config::LoadCheckpoint,
     data::deal::Position,
     error::{Error, Result, agree, from_first},
-    lora::LoraModule,
     model::{blueprint::Blueprint, source},
     optim::{Optimizer, Schedule},
     shard::{AdapterShards, ShardError},
@@ -66,7 +65,7 @@ pub(super) fn adapter_layout(blueprint: &Blueprint) -> Vec<UnitLayout> {
     let units = blueprint.lora.iter().zip(&blueprint.regions.adapter);
     let unit = |(plan, region): (&crate::model::layer::LayerAdapterPlan, &crate::shard::RegionLayout)| {
         let size = region.entries.first().map_or(1, |entry| entry.spec.dtype.size());
-        let parameters = plan.modules.iter().flatten().flat_map(LoraModule::parameters);
+        let parameters = plan.modules.iter().flatten().flat_map(|module| module.parameters());
         let placed = parameters.map(|parameter| PlacedParameter {
             first: region.entries[parameter.entry].offset / size + parameter.first,
             name: parameter.name,

@@ -5,7 +5,7 @@
 use super::{Run, Trainer, resume::adapter_layout};
 use crate::{
     checkpoint::{
-        self, AdapterConfig, CheckpointError, LogicalAdapter, StepWriter, TrainerState,
+        self, AdapterConfig, CheckpointError, StepWriter, TrainerState,
         base::BaseFiles,
         publish::KnownHashes,
         reshard::{self, UnitLayout},
@@ -122,25 +122,9 @@ impl<'a> Saver<'a> {
         let (sites, lora) = (&self.run.sites, &self.run.config.lora);
         let mut whole: HashMap<String, Vec<f32>> =
             whole.into_iter().map(|(parameter, values)| (parameter.name, values)).collect();
-        let mut take = |name: String| whole.remove(&name).unwrap_or_default();
-        let adapters: Vec<LogicalAdapter> = sites
-            .iter()
-            .map(|site| LogicalAdapter {
-                a: take(format!("{}.lora_A", site.path())),
-                b: take(format!("{}.lora_B", site.path())),
-                ..LogicalAdapter::of(site, lora.lora_rank)
-            })
-            .collect();
-        let leaves = adapters.iter().flat_map(|adapter| adapter.leaves.iter().map(|(leaf, _)| leaf.clone()));
-        let mut target_modules: Vec<String> = leaves.collect();
-        target_modules.sort();
-        target_modules.dedup();
-        let config = AdapterConfig {
-            r: lora.lora_rank,
-            lora_alpha: lora.lora_alpha,
-            target_modules,
-            base_model_name_or_path: base.map(|path| path.display().to_string()),
-        };
+        let adapters = checkpoint::peft::adapters(sites, lora.lora_rank, |name| whole.remove(name));
+        let base = base.map(|path| path.display().to_string());
+        let config = AdapterConfig::new(lora.lora_rank, lora.lora_alpha, base, &adapters);
         Ok(checkpoint::peft::write(directory, &config, &adapters)?)
     }
 

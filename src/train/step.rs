@@ -5,7 +5,10 @@
 
 use crate::{
     comm::{Communicator, Reduce},
-    model::transformer::{Batch, Transformer},
+    model::{
+        router_load::{RouterLoad, RouterReport},
+        transformer::{Batch, Transformer},
+    },
     optim::{ClippedNorm, Optimizer, Schedule, global_norm},
     shard::ShardError,
 };
@@ -23,6 +26,8 @@ pub struct StepReport {
     pub valid_tokens: u64,
     /// All tokens that were computed.
     pub total_tokens: u64,
+    /// What the routers did, in a model with experts.
+    pub router: Option<RouterReport>,
     /// Parameters whose gradient was not finite. Not empty: no rank updated anything.
     pub non_finite: Vec<String>,
 }
@@ -52,6 +57,7 @@ impl Trainer {
             lr,
             valid_tokens: valid as u64,
             total_tokens: total as u64,
+            router: None,
             non_finite: Vec::new(),
         };
         if valid == 0.0 {
@@ -69,6 +75,11 @@ impl Trainer {
         self.model.adapter.step_done()?;
         self.world.all_reduce_host(&mut loss, Reduce::Sum)?;
         report.loss = Some(loss[0] / valid);
+        if let Some(moe) = self.model.spec().moe.clone() {
+            let mut sums = self.model.take_router_load().sums();
+            self.world.all_reduce_host(&mut sums, Reduce::Sum)?;
+            report.router = RouterLoad::report(&sums, moe.experts, moe.top_k);
+        }
 
         drop(reducing);
         let _updating = clock.phase("update");

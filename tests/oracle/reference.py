@@ -3,18 +3,22 @@ us against.
 
     python reference.py OUT_DIR [MODEL_DIR]
 
-Per family, or for that model, one directory: the model in HF form, a PEFT adapter with random A and B, and expected.safetensors with
-the logits of the first rows, the LoRA gradients of the first step, the losses, the gradient norms and the adapter
-after 20 AdamW steps with clipping. fp32, eager attention, one thread.
+Per family, or for that model, one directory: the model in HF form, a PEFT adapter with random A and B in adapter/, expected.safetensors
+with the logits of the first rows, and in expected.json losses and gradient norms of 20 AdamW steps with clipping. gradient/ and final/
+hold the LoRA gradients of the first step and the adapter after the last, in the form of the adapter. fp32, eager attention, one thread.
+
+Of a mixture of experts the smallest distance of a token's last chosen logit from the first that was not chosen is given too: rounding must
+not choose for it.
 """
-import json, sys
+import json, shutil, sys
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config,
-                          Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MixtralConfig,
+                          MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig,
+                          Qwen2MoeForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM)
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
@@ -34,6 +38,21 @@ MODELS = {
     'qwen2_sliding': (Qwen2ForCausalLM, Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=6,
                                                     max_window_layers=1)),
     'qwen3_wide_heads': (Qwen3ForCausalLM, Qwen3Config(**COMMON, head_dim=32)),
+}
+EXPERTS = COMMON | dict(num_experts_per_tok=2)
+QWEN3_MOE = COMMON | dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=40, mlp_only_layers=[1], norm_topk_prob=True,
+                          head_dim=32)
+QWEN2_MOE = COMMON | dict(num_experts=6, num_experts_per_tok=1, moe_intermediate_size=40, shared_expert_intermediate_size=56,
+                          decoder_sparse_step=2)
+# `independent`: gate and up of the experts are adapters of their own; otherwise one, as PEFT's target_parameters are.
+MIXTURES = {
+    'qwen3_moe': (Qwen3MoeForCausalLM, Qwen3MoeConfig(**QWEN3_MOE), False),
+    'qwen3_moe_independent': (Qwen3MoeForCausalLM, Qwen3MoeConfig(**QWEN3_MOE | dict(norm_topk_prob=False)), True),
+    'mixtral': (MixtralForCausalLM, MixtralConfig(**EXPERTS, num_local_experts=4), False),
+    'olmoe_clipped': (OlmoeForCausalLM, OlmoeConfig(**EXPERTS, num_experts=8, clip_qkv=1.5), False),
+    'olmoe_independent': (OlmoeForCausalLM, OlmoeConfig(**EXPERTS | dict(num_experts_per_tok=3), num_experts=6), True),
+    'qwen2_moe_independent': (Qwen2MoeForCausalLM, Qwen2MoeConfig(**QWEN2_MOE), True),
+    'qwen2_moe': (Qwen2MoeForCausalLM, Qwen2MoeConfig(**QWEN2_MOE | dict(norm_topk_prob=True, num_experts_per_tok=2)), False),
 }
 
 
@@ -66,40 +85,95 @@ def random_model(architecture, config):
         for key, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 parameter.copy_(torch.randn_like(parameter) * 0.1 + (0.0 if key.endswith('bias') else 1.0))
+            elif key.endswith('mlp.gate.weight'):
+                # Some families start routers at zero; wide ones choose clearly.
+                parameter.normal_(std=0.5)
     return model
 
 
-def write(directory, model, lr):
+def adapter_config(model, independent):
+    """The seven projections; beside experts, MLPs only as parameters, or PEFT drops them."""
+    names = [name for name, _ in model.named_parameters()]
+    if not any('mlp.experts.' in name for name in names):
+        return LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=SPLIT, task_type='CAUSAL_LM')
+    fused = ['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']
+    linear = {name.split('.', 3)[3] for name in names if '.mlp.' in name and name.endswith('_proj.weight')}
+    twice = {'.*experts\\.gate_up_proj': 2} if independent else {}
+    return LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=SPLIT[:4], target_parameters=fused + sorted(linear), task_type='CAUSAL_LM',
+                      rank_pattern={key: n * RANK for key, n in twice.items()},
+                      alpha_pattern={key: n * ALPHA for key, n in twice.items()})
+
+
+def off_diagonal(model, trained, independent):
+    """Of adapters of twice the rank, where gate's rows of B meet up's ranks and the other way round: (B, mask)."""
+    masks = {}
+    for name, parameter in trained.items() if independent else ():
+        if name.endswith('mlp.experts.base_layer.lora_B.weight'):
+            experts = getattr(model.config, 'num_experts', None) or model.config.num_local_experts
+            mask = torch.zeros_like(parameter).view(2, -1, 2, RANK * experts)
+            mask[0, :, 1], mask[1, :, 0] = 1, 1
+            masks[name] = mask.view_as(parameter).bool()
+    return masks
+
+
+class Margins:
+    """The smallest margin of any router's choice."""
+
+    def __init__(self, model):
+        self.least = float('inf')
+        for name, module in model.named_modules():
+            if name.endswith('mlp.gate'):
+                module.register_forward_hook(self._look)
+
+    def _look(self, router, _, output):
+        logits, chosen = output[0].log(), router.top_k
+        best = logits.topk(chosen + 1, dim=-1).values
+        self.least = min(self.least, (best[:, chosen - 1] - best[:, chosen]).min().item())
+
+
+def write_adapter(directory, tensors):
+    directory.mkdir()
+    save_file({name: tensor.detach().clone() for name, tensor in tensors.items()}, directory / 'adapter_model.safetensors')
+
+
+def write(directory, model, lr, independent=False):
     model.save_pretrained(directory)
     vocab_size = model.config.vocab_size
-    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=SPLIT, task_type='CAUSAL_LM'))
+    margins = Margins(model)
+    model = get_peft_model(model, adapter_config(model, independent))
+    trained = {k.replace('.default', ''): p for k, p in model.named_parameters() if p.requires_grad}
+    masks = off_diagonal(model, trained, independent)
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
+        for key, parameter in trained.items():
             if 'lora_B' in key:
                 parameter.normal_(std=0.05)
+            if key in masks:
+                parameter[masks[key]] = 0
     model.save_pretrained(directory / 'adapter')
-    trained = {k.replace('.default', ''): p for k, p in model.named_parameters() if p.requires_grad}
 
-    expected = {}
+    logits = {}
     for i, (ids, _) in enumerate(rows_of(0, vocab_size)):
-        expected[f'logits.{i}'] = model(input_ids=ids[None]).logits[0].detach().contiguous()
+        logits[f'logits.{i}'] = model(input_ids=ids[None]).logits[0].detach().contiguous()
+    save_file(logits, directory / 'expected.safetensors')
     optimizer = torch.optim.AdamW(trained.values(), lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=DECAY)
     losses, norms = [], []
     for step in range(STEPS):
         optimizer.zero_grad()
         loss = step_loss(model, rows_of(step, vocab_size))
         loss.backward()
+        for key, mask in masks.items():
+            trained[key].grad[mask] = 0
         if step == 0:
-            expected |= {f'gradient.{k}': p.grad.clone() for k, p in trained.items()}
+            write_adapter(directory / 'gradient', {k: p.grad for k, p in trained.items()})
         norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), MAX_NORM).item())
         optimizer.step()
         losses.append(loss.item())
-    expected |= {f'final.{k}': p.detach().clone() for k, p in trained.items()}
-    save_file(expected, directory / 'expected.safetensors')
+    write_adapter(directory / 'final', trained)
     steps = [[[ids.tolist(), labels.tolist()] for ids, labels in rows_of(step, vocab_size)] for step in range(STEPS)]
-    run = dict(losses=losses, norms=norms, steps=steps, rank=RANK, alpha=ALPHA, lr=lr, weight_decay=DECAY,
-               max_norm=MAX_NORM)
+    run = dict(losses=losses, norms=norms, steps=steps, rank=RANK, alpha=ALPHA, lr=lr, weight_decay=DECAY, max_norm=MAX_NORM,
+               margin=margins.least if margins.least < float('inf') else None)
     (directory / 'expected.json').write_text(json.dumps(run))
+    return margins.least
 
 
 if __name__ == '__main__':
@@ -107,6 +181,14 @@ if __name__ == '__main__':
     for path in map(Path, sys.argv[2:]):
         torch.manual_seed(7)
         write(out / path.name, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation='eager'), 1e-4)
-    for name, (architecture, config) in MODELS.items() if len(sys.argv) == 2 else ():
+    alone = len(sys.argv) == 2
+    for name, (architecture, config) in MODELS.items() if alone else ():
         torch.manual_seed(sum(map(ord, name)))
         write(out / name, random_model(architecture, config), 1e-3)
+    for name, (architecture, config, independent) in MIXTURES.items() if alone else ():
+        # Another seed where rounding might choose.
+        for attempt in range(5):
+            torch.manual_seed(sum(map(ord, name)) + attempt)
+            shutil.rmtree(out / name, ignore_errors=True)
+            if write(out / name, random_model(architecture, config), 1e-3, independent) > 1e-4:
+                break

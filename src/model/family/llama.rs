@@ -14,8 +14,8 @@ pub const FAMILY: Family = Family {
             qkv_bias: bias,
             o_bias: bias,
             mlp_bias,
-            qk_norm: false,
             layer_windows: vec![None; layers],
+            ..Traits::default()
         })
     },
 };

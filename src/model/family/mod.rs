@@ -2,10 +2,17 @@
 
 mod llama;
 mod mistral;
+mod mixtral;
+mod olmoe;
 mod qwen2;
+mod qwen2_moe;
 mod qwen3;
+mod qwen3_moe;
 
-use super::hf_config::{ConfigError, Fields};
+use super::{
+    MoeNames, MoeSpec, QkNorm,
+    hf_config::{ConfigError, Fields},
+};
 
 /// A family of HF models.
 #[derive(Debug)]
@@ -26,13 +33,34 @@ pub struct Traits {
     pub qkv_bias: bool,
     pub o_bias: bool,
     pub mlp_bias: bool,
-    pub qk_norm: bool,
+    pub qk_norm: Option<QkNorm>,
+    pub clip_qkv: Option<f64>,
     pub layer_windows: Vec<Option<usize>>,
+    pub moe: Option<MoeSpec>,
 }
 
 /// Every family that is built.
-pub const FAMILIES: &[Family] = &[llama::FAMILY, mistral::FAMILY, qwen2::FAMILY, qwen3::FAMILY];
+pub const FAMILIES: &[Family] = &[
+    llama::FAMILY,
+    mistral::FAMILY,
+    mixtral::FAMILY,
+    olmoe::FAMILY,
+    qwen2::FAMILY,
+    qwen2_moe::FAMILY,
+    qwen3::FAMILY,
+    qwen3_moe::FAMILY,
+];
 
-/// Attention and MLP, the default targets of dense decoders.
+/// What Qwen, and all who followed it, call the tensors of a mixture of experts.
+const MOE_NAMES: MoeNames = MoeNames { block: "mlp", gate: "gate_proj", up: "up_proj", down: "down_proj" };
+
+/// Which layers have experts, from `decoder_sparse_step` and `mlp_only_layers`.
+fn sparse_layers(fields: &Fields, layers: usize) -> Result<Vec<bool>, ConfigError> {
+    let step = fields.optional_size("decoder_sparse_step")?.unwrap_or(1);
+    let dense = fields.indices("mlp_only_layers")?;
+    Ok((0..layers).map(|layer| !dense.contains(&layer) && (layer + 1).is_multiple_of(step)).collect())
+}
+
+/// Attention and MLP, the default targets; a name selects dense layers and experts alike.
 const ATTENTION_AND_MLP: &[&str] =
     &["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];

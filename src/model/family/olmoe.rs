@@ -1,0 +1,40 @@
+//! OLMoE: an RMSNorm over all heads of q and of k together, `clip_qkv` after it; every layer has `num_experts` experts as
+//! wide as `intermediate_size`.
+
+use super::{ATTENTION_AND_MLP, Family, MOE_NAMES, Traits};
+use crate::model::{MoeSpec, QkNorm};
+
+pub const FAMILY: Family = Family {
+    model_type: "olmoe",
+    fields: &[
+        "attention_bias",
+        "clip_qkv",
+        "norm_topk_prob",
+        "num_experts",
+        "num_experts_per_tok",
+        "output_router_logits",
+        "router_aux_loss_coef",
+    ],
+    default_targets: ATTENTION_AND_MLP,
+    traits: |fields, layers| {
+        let bias = fields.flag("attention_bias", false)?;
+        let moe = MoeSpec {
+            layers: vec![true; layers],
+            experts: fields.size("num_experts")?,
+            top_k: fields.size("num_experts_per_tok")?,
+            normalise: fields.flag("norm_topk_prob", false)?,
+            width: fields.size("intermediate_size")?,
+            shared_width: None,
+            names: MOE_NAMES,
+        };
+        Ok(Traits {
+            qkv_bias: bias,
+            o_bias: bias,
+            qk_norm: Some(QkNorm::All),
+            clip_qkv: fields.optional_positive("clip_qkv")?,
+            layer_windows: vec![None; layers],
+            moe: Some(moe),
+            ..Traits::default()
+        })
+    },
+};

@@ -1,0 +1,116 @@
+//! A mixture of experts: a router sends each token to some of the experts, whose outputs are summed by its weights;
+//! beside them there may be one that every token goes to, times a sigmoid (Qwen2-MoE).
+//!
+//! y = Σ w_e · expert_e(x) over the chosen e,  + σ(x·gᵀ) · shared(x)
+//!
+//! Both weights go into the MLPs as the scale of their rows. Router and gate are frozen, yet x gets a gradient through them.
+
+use super::mlp::{GatedMlp, GatedSaved, Share};
+use crate::ops::{
+    Buffer,
+    dispatch::Assignment,
+    routing::{self, Routing, TopK},
+    wide,
+};
+use tch::Tensor;
+
+/// The weights of a layer's mixture.
+pub struct Moe {
+    /// `[experts, hidden]`
+    pub router: Tensor,
+    pub choice: TopK,
+    pub experts: GatedMlp,
+    pub shared: Option<SharedExpert>,
+}
+
+/// The expert that every token goes to.
+pub struct SharedExpert {
+    pub mlp: GatedMlp,
+    /// `[1, hidden]`
+    pub gate: Tensor,
+}
+
+/// What backward needs.
+pub struct MoeSaved {
+    routing: Routing,
+    assignment: Assignment,
+    experts: GatedSaved,
+    shared: Option<GatedSaved>,
+}
+
+impl MoeSaved {
+    /// The experts of each token `[tokens, k]` i64.
+    pub fn chosen(&self) -> &Tensor {
+        &self.routing.experts
+    }
+
+    /// `[tokens, experts]`
+    pub fn probabilities(&self) -> &Tensor {
+        &self.routing.probabilities
+    }
+
+    /// Where the rows of each expert begin, and the end: `[experts + 1]`.
+    pub fn borders(&self) -> &[i64] {
+        self.assignment.borders()
+    }
+}
+
+impl Moe {
+    /// Up to the experts' last matrices, of x `[tokens, hidden]`; [`output`](Self::output) or
+    /// [`skip_output`](Self::skip_output) follows. `chosen` replays the choice of an earlier pass.
+    pub fn forward(&self, x: &Tensor, chosen: Option<&Tensor>) -> MoeSaved {
+        let routing = routing::forward(x, &self.router, self.choice, chosen);
+        let assignment = Assignment::new(&routing.experts, self.experts.gate_up.len());
+        let borders = assignment.borders().to_vec();
+        let share = Share { borders, scale: Some(assignment.by_row(&routing.weights)) };
+        let experts = self.experts.forward(&assignment.gather(x), share);
+        let shared = self.shared.as_ref().map(|shared| {
+            let scale = x.mm(&shared.gate.tr()).to_kind(wide(x.kind())).sigmoid();
+            shared.mlp.forward(x, Share::all(x.size()[0], Some(scale)))
+        });
+        MoeSaved { routing, assignment, experts, shared }
+    }
+
+    /// y `[tokens, hidden]`, plus `add`.
+    pub fn output(&self, saved: &mut MoeSaved, add: &Tensor) -> Buffer {
+        let rows = self.experts.output(&mut saved.experts, None);
+        let y = saved.assignment.combine(&rows, Some(add));
+        match self.shared.as_ref().zip(saved.shared.as_mut()) {
+            Some((shared, saved)) => shared.mlp.output(saved, Some(&y)),
+            None => y,
+        }
+    }
+
+    /// What backward needs of the last matrices, where y is known already.
+    pub fn skip_output(&self, saved: &mut MoeSaved) {
+        self.experts.skip_output(&mut saved.experts);
+        if let Some((shared, saved)) = self.shared.as_ref().zip(saved.shared.as_mut()) {
+            shared.mlp.skip_output(saved);
+        }
+    }
+
+    /// dx from dy `[tokens, hidden]` and x; adds the adapters' gradients.
+    pub fn backward(&self, d_y: &Tensor, x: Buffer, saved: MoeSaved) -> Buffer {
+        let MoeSaved { routing, assignment, experts, shared } = saved;
+        let d_rows = assignment.gather(d_y);
+        let (d_gathered, d_scale) = self.experts.backward(&d_rows, || assignment.gather(&x), experts);
+        drop(d_rows);
+        let mut d_x = assignment.combine(&d_gathered, None);
+        drop(d_gathered);
+        if let Some(d_scale) = d_scale {
+            let d_weights = assignment.by_choice(&d_scale);
+            routing::backward(&d_weights, &routing, &self.router, self.choice, &d_x);
+        }
+        if let Some((shared, saved)) = self.shared.as_ref().zip(shared) {
+            let scale = saved.scale().map(Tensor::shallow_clone);
+            let (d_shared, d_scale) = shared.mlp.backward(d_y, || x, saved);
+            let _ = d_x.g_add_(&d_shared);
+            if let Some((scale, d_scale)) = scale.zip(d_scale) {
+                let slope: Tensor = &scale * (1.0 - &scale);
+                let d_logit: Tensor = d_scale * slope;
+                let _ = d_x.addmm_(&d_logit.to_kind(shared.gate.kind()), &shared.gate);
+            }
+        }
+        d_x
+    }
+}

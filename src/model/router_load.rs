@@ -1,0 +1,94 @@
+//! How evenly the routers of a step spread its tokens: sums over the tokens of each layer, and what is made of them.
+
+use super::moe::MoeSaved;
+use tch::Kind;
+
+/// Sums of one step: of each layer with experts how often each was chosen, then the sum of each one's probability.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RouterLoad {
+    layers: Vec<[Vec<f64>; 2]>,
+}
+
+/// What a step's routers did, over all layers with experts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RouterReport {
+    /// Tokens of the busiest expert over the mean of its layer, in the layer where that is most.
+    pub max_over_mean: f64,
+    /// Of the distribution of choices over the experts of a layer, in nats, mean over the layers; even is ln(experts).
+    pub entropy: f64,
+    /// E · Σ f·P over the experts, with f the share of tokens that choose one and P its mean probability, over all layers
+    /// together: transformers' `load_balancing_loss_func` (after Fedus et al., 2021) without its coefficient. No gradient
+    /// of it is taken.
+    pub aux_loss: f64,
+}
+
+impl RouterLoad {
+    /// Of `layers` layers with `experts` experts each.
+    pub fn new(layers: usize, experts: usize) -> Self {
+        Self { layers: vec![[vec![0.0; experts], vec![0.0; experts]]; layers] }
+    }
+
+    /// Adds what layer `layer`, counted among those with experts, did with a micro-batch.
+    pub fn add(&mut self, layer: usize, saved: &MoeSaved) {
+        let [choices, probabilities] = &mut self.layers[layer];
+        for (sum, pair) in choices.iter_mut().zip(saved.borders().windows(2)) {
+            *sum += (pair[1] - pair[0]) as f64;
+        }
+        let all = saved.probabilities().sum_dim_intlist(0, false, Kind::Double);
+        for (expert, sum) in probabilities.iter_mut().enumerate() {
+            *sum += all.double_value(&[expert as i64]);
+        }
+    }
+
+    /// All sums, to be added to those of other ranks in place; empty for a model without experts.
+    pub fn sums(&self) -> Vec<f64> {
+        self.layers.iter().flatten().flatten().copied().collect()
+    }
+
+    /// Of sums over all ranks, where each token makes `top_k` choices; `None` without experts or tokens.
+    pub fn report(sums: &[f64], experts: usize, top_k: usize) -> Option<RouterReport> {
+        let layers: Vec<_> =
+            sums.chunks_exact((2 * experts).max(1)).map(|layer| layer.split_at(experts)).collect();
+        let choices: f64 = layers.iter().flat_map(|(choices, _)| *choices).sum();
+        if choices == 0.0 {
+            return None;
+        }
+        let tokens = choices / top_k as f64;
+        let (mut max_over_mean, mut entropy) = (0f64, 0.0);
+        let mut over_layers = vec![[0.0; 2]; experts];
+        for (choices, probabilities) in &layers {
+            let total: f64 = choices.iter().sum();
+            let most = choices.iter().fold(0f64, |most, &n| most.max(n));
+            max_over_mean = max_over_mean.max(most * experts as f64 / total);
+            let shares = choices.iter().map(|n| n / total).filter(|&share| share > 0.0);
+            entropy -= shares.map(|share| share * share.ln()).sum::<f64>() / layers.len() as f64;
+            for (sum, (n, p)) in over_layers.iter_mut().zip(choices.iter().zip(*probabilities)) {
+                *sum = [sum[0] + n, sum[1] + p];
+            }
+        }
+        let products = over_layers.iter().map(|[n, p]| n / tokens * (p / tokens));
+        Some(RouterReport { max_over_mean, entropy, aux_loss: experts as f64 * products.sum::<f64>() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn even_and_uneven_loads() {
+        // Two layers of 4 experts, 6 tokens of 2 choices each.
+        let even = [3.0, 3.0, 3.0, 3.0, 1.5, 1.5, 1.5, 1.5].repeat(2);
+        let report = RouterLoad::report(&even, 4, 2).unwrap();
+        assert_eq!((report.max_over_mean, report.aux_loss), (1.0, 2.0));
+        assert!((report.entropy - 4f64.ln()).abs() < 1e-15);
+        let one = [vec![6.0, 6.0, 0.0, 0.0, 3.0, 3.0, 0.0, 0.0], even[..8].to_vec()].concat();
+        let report = RouterLoad::report(&one, 4, 2).unwrap();
+        assert_eq!(report.max_over_mean, 2.0);
+        assert!((report.entropy - 1.5 * 2f64.ln()).abs() < 1e-15);
+        // f = (9, 9, 3, 3) / 12, P = (4.5, 4.5, 1.5, 1.5) / 12.
+        assert!((report.aux_loss - 4.0 * 2.0 * (9.0 * 4.5 + 3.0 * 1.5) / 144.0).abs() < 1e-15);
+        assert_eq!(RouterLoad::report(&[0.0; 8], 4, 2), None);
+        assert_eq!(RouterLoad::report(&[], 0, 1), None);
+    }
+}

@@ -1,0 +1,91 @@
+//! The router of a mixture of experts: which experts each token goes to, and with what weights (Shazeer et al., 2017; the
+//! softmax over all experts comes first, as in Mixtral and Qwen).
+//!
+//! forward   p = softmax(x·Wᵀ) in fp32,  (w, e) = the k largest of p,  divided by their sum where the family says so
+//! backward  dl = q ∘ (dw at e − Σ dw ∘ w),  dx += dl·W,  with q = p, or w at e and 0 elsewhere where w was divided
+//!
+//! W [experts, hidden] is frozen.
+
+use super::wide;
+use tch::{Kind, Tensor};
+
+/// What becomes of each token.
+pub struct Routing {
+    /// `[tokens, k]` i64
+    pub experts: Tensor,
+    /// `[tokens, k]` fp32, or fp64 for fp64 inputs (tests)
+    pub weights: Tensor,
+    /// `[tokens, experts]`, of the kind of the weights
+    pub probabilities: Tensor,
+}
+
+/// How a router chooses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TopK {
+    pub k: i64,
+    /// Whether the weights of a token are divided by their sum.
+    pub normalise: bool,
+}
+
+/// The routing of x `[tokens, hidden]`. With `chosen` `[tokens, k]` the experts are those: what is computed again must go
+/// where it went before, whatever rounding did meanwhile.
+pub fn forward(x: &Tensor, weight: &Tensor, choice: TopK, chosen: Option<&Tensor>) -> Routing {
+    let _span = crate::trace::operation("routing.forward");
+    let probabilities = x.mm(&weight.tr()).softmax(-1, wide(x.kind()));
+    let (weights, experts) = match chosen {
+        Some(experts) => (probabilities.gather(1, experts, false), experts.shallow_clone()),
+        None => probabilities.topk(choice.k, -1, true, true),
+    };
+    let weights =
+        if choice.normalise { &weights / weights.sum_dim_intlist(-1, true, None::<Kind>) } else { weights };
+    Routing { experts, weights, probabilities }
+}
+
+/// Adds the gradient of x to `d_x` `[tokens, hidden]`, from that of the weights `[tokens, k]`.
+pub fn backward(d_weights: &Tensor, routing: &Routing, weight: &Tensor, choice: TopK, d_x: &Tensor) {
+    let _span = crate::trace::operation("routing.backward");
+    let Routing { experts, weights, probabilities } = routing;
+    let spread = |values: &Tensor| probabilities.zeros_like().scatter(1, experts, values);
+    let mean = (d_weights * weights).sum_dim_intlist(-1, true, None::<Kind>);
+    let chosen = if choice.normalise { spread(weights) } else { probabilities.shallow_clone() };
+    let d_logits = chosen * (spread(d_weights) - mean);
+    let _ = d_x.shallow_clone().addmm_(&d_logits.to_kind(weight.kind()), weight);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{autograd, distance, leaf};
+
+    #[test]
+    fn matches_autograd() {
+        for (tokens, experts, k) in [(0, 4, 2), (1, 1, 1), (7, 5, 3), (6, 4, 4)] {
+            for normalise in [false, true] {
+                let choice = TopK { k, normalise };
+                let (x, weight) = (leaf(&[tokens, 6]), leaf(&[experts, 6]).detach());
+                let (largest, chosen) =
+                    x.matmul(&weight.tr()).softmax(-1, Kind::Double).topk(k, -1, true, true);
+                let expected = if normalise {
+                    &largest / largest.sum_dim_intlist(-1, true, None::<Kind>)
+                } else {
+                    largest
+                };
+                let d_weights = leaf(&[tokens, k]).detach();
+                let d_expected = autograd(&expected, &d_weights, &[&x]).remove(0);
+
+                let _guard = tch::no_grad_guard();
+                let x = x.detach();
+                let routing = forward(&x, &weight, choice, None);
+                assert_eq!(routing.experts, chosen);
+                assert!(distance(&routing.weights, &expected) < 1e-14);
+                let d_x = x.ones_like();
+                backward(&d_weights, &routing, &weight, choice, &d_x);
+                assert!(distance(&(d_x - 1.0), &d_expected) < 1e-13);
+
+                let other = (&chosen + 1).remainder(experts);
+                let again = forward(&x, &weight, choice, Some(&other));
+                assert_eq!(again.experts, other, "what was chosen before is what counts");
+            }
+        }
+    }
+}
