@@ -14,7 +14,7 @@ use xorl_dist::{
     comm::{Received, World},
     config::{Optimizer as OptimizerKind, ReduceGradients, TrainArgs},
     dtype::DType,
-    lora::targets::resolve,
+    lora::{Site, targets::resolve},
     model::{
         ModelSpec, MoeNames, MoeSpec, QkNorm, RopeScaling, RopeSpec,
         blueprint::{Blueprint, LoraShape, Options, all_projections},
@@ -113,7 +113,10 @@ fn mpi_worker() {
     };
     let targets: Vec<String> =
         case["targets"].as_array().unwrap().iter().map(|t| t.as_str().unwrap().into()).collect();
-    let sites = resolve(&all_projections(&spec), Some(&targets), &[]).unwrap();
+    let mut sites = resolve(&all_projections(&spec), Some(&targets), &[]).unwrap();
+    if case["hybrid"].as_bool().unwrap() {
+        sites = sites.into_iter().map(Site::hybrid).collect();
+    }
     let lora = LoraShape { rank: 3, alpha: 6.0 };
     let mut model = Transformer::new(spec.clone(), &sites, lora, options, &shard, &replicate, Device::Cpu);
     model.load(&RandomSource::new(spec.tensors(), spec.initializer_range, 1)).unwrap();
@@ -179,6 +182,7 @@ struct Case {
     reduce: &'static str,
     targets: &'static [&'static str],
     moe: bool,
+    hybrid: bool,
 }
 
 const SPLIT: &[&str] = &["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
@@ -195,6 +199,7 @@ const ONE: Case = Case {
     reduce: "step",
     targets: SPLIT,
     moe: false,
+    hybrid: false,
 };
 
 /// What every rank of a case saw.
@@ -203,7 +208,8 @@ fn run(case: &Case) -> Vec<Value> {
     let spec = json!({
         "replicas": case.replicas, "slots": case.slots, "micro_batch_rows": case.micro_batch_rows,
         "vocab_chunk_rows": case.vocab_chunk_rows, "checkpointing": case.checkpointing, "merge": case.merge,
-        "reduce": case.reduce, "targets": case.targets, "moe": case.moe, "out": directory.path(),
+        "reduce": case.reduce, "targets": case.targets, "moe": case.moe,
+        "hybrid": case.hybrid, "out": directory.path(),
     });
     let program = std::env::current_exe().unwrap();
     let mut command = ranks_of(&program, case.world);
@@ -223,7 +229,7 @@ fn relative(a: f64, b: f64) -> f64 {
 
 /// Holds `case` against one rank with the same targets.
 fn equals_one_rank(case: Case) {
-    let one = run(&Case { targets: case.targets, moe: case.moe, ..ONE }).remove(0);
+    let one = run(&Case { targets: case.targets, moe: case.moe, hybrid: case.hybrid, ..ONE }).remove(0);
     let ranks = run(&case);
     for seen in &ranks {
         assert_eq!(seen["initial"], one["initial"], "initial adapters differ in their bits");
@@ -343,7 +349,7 @@ fn mpi_experts_on_three_ranks_equal_one() {
 }
 
 #[test]
-fn mpi_experts_with_fused_targets_and_replicas_equal_one() {
+fn mpi_experts_that_share_factors_over_replicas_equal_one() {
     equals_one_rank(Case {
         world: 4,
         replicas: 2,
@@ -352,6 +358,7 @@ fn mpi_experts_with_fused_targets_and_replicas_equal_one() {
         merge: false,
         targets: FUSED,
         moe: true,
+        hybrid: true,
         ..ONE
     });
 }

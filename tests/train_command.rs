@@ -144,12 +144,13 @@ fn mpi_experts_are_trained_and_peft_computes_our_logits() {
         "head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, mlp_only_layers=[0]";
     let (olmoe, mixtral) =
         ("num_experts=4, num_experts_per_tok=3", "num_local_experts=4, num_experts_per_tok=1");
-    for (architecture, fields, targets, trained) in [
-        ("Qwen3Moe", some_dense, "null", 2 * 2 * 4 + 2 * 3 + 4),
-        ("Qwen2Moe", shared, "[q_proj, gate_up_proj, down_proj]", 2 * (2 + 4 + 2 * 3)),
-        ("Qwen2Moe", shared, "[up_proj, layers.1.*.down_proj]", 2 * (2 + 2) + 4),
-        ("Mixtral", mixtral, "[gate_proj]", 2 * 2),
-        ("Olmoe", olmoe, "['*.experts.gate_up_proj', o_proj]", 2 * (2 + 2)),
+    for (architecture, fields, hybrid, targets, trained) in [
+        ("Qwen3Moe", some_dense, "false", "null", 2 * 2 * 4 + 2 * 3 + 4),
+        ("Qwen3Moe", some_dense, "true", "null", 2 * 2 * 4 + 2 * 3 + 4),
+        ("Qwen2Moe", shared, "true", "[q_proj, gate_up_proj, down_proj]", 2 * (2 + 4 + 2 * 3)),
+        ("Qwen2Moe", shared, "false", "[up_proj, layers.1.*.down_proj]", 2 * (2 + 2) + 4),
+        ("Mixtral", mixtral, "false", "[gate_proj]", 2 * 2),
+        ("Olmoe", olmoe, "false", "['*.experts.gate_up_proj', o_proj]", 2 * (2 + 2)),
     ] {
         let folder = tempfile::tempdir().unwrap();
         make_model(&folder.path().join("model"), architecture, fields);
@@ -159,7 +160,8 @@ fn mpi_experts_are_trained_and_peft_computes_our_logits() {
         std::fs::write(&config, yaml.replace("[qkv_proj, o_proj, gate_up_proj, down_proj]", targets))
             .unwrap();
         let two = folder.path().join("two");
-        let arguments = ["--config", &config, "--train.max_steps", "4"];
+        let arguments =
+            ["--config", &config, "--train.max_steps", "4", "--lora.moe_hybrid_shared_lora", hybrid];
         succeeded(&xorl(1, &arguments));
         succeeded(&xorl(2, &[&arguments[..], &["--train.output_dir", two.to_str().unwrap()]].concat()));
         for (one, two) in metrics(&folder.path().join("out")).iter().zip(metrics(&two)) {

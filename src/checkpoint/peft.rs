@@ -3,7 +3,7 @@
 //! experts are in that of `target_parameters`, see `experts`.
 
 use super::{CheckpointError, experts, io};
-use crate::lora::{Site, targets::Projection};
+use crate::lora::{Factor, Site, targets::Projection};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -266,33 +266,37 @@ pub fn read(directory: &Path, adapters: &mut [LogicalAdapter]) -> Result<(), Che
 }
 
 /// The adapters on `sites` with the values that `value` has of each logical parameter (`….q_proj.lora_A`, of experts
-/// `….experts.3.up_proj.lora_A`); empty where it has none.
+/// `….experts.3.up_proj.lora_A`); empty where it has none. A factor that experts share is written for each of them, which
+/// is exact.
 pub fn adapters(
     sites: &[Site],
     rank: usize,
     mut value: impl FnMut(&str) -> Option<Vec<f32>>,
 ) -> Vec<LogicalAdapter> {
-    let mut all = |site: &Site, factor: &str| -> Vec<f32> {
-        let names = paths(site).into_iter().map(|path| format!("{path}.{factor}"));
-        names.flat_map(|name| value(&name).unwrap_or_default()).collect()
+    let mut all = |site: &Site, factor| -> Vec<f32> {
+        let names = parameters(site, factor);
+        let copies = site.experts.filter(|_| site.shared == Some(factor)).map_or(1, |experts| experts.count);
+        let values: Vec<f32> = names.iter().flat_map(|name| value(name).unwrap_or_default()).collect();
+        values.repeat(copies)
     };
     let with_values = |site| {
-        let (a, b) = (all(site, "lora_A"), all(site, "lora_B"));
+        let (a, b) = (all(site, Factor::A), all(site, Factor::B));
         LogicalAdapter { a, b, ..LogicalAdapter::of(site, rank) }
     };
     sites.iter().map(with_values).collect()
 }
 
-/// What a site's adapters are called: one, or one of each expert.
-fn paths(site: &Site) -> Vec<String> {
-    match site.experts {
-        None => vec![site.path()],
-        Some(experts) => (0..experts.count).map(|expert| site.expert_path(expert)).collect(),
-    }
+/// What the copies of a site's factor are called.
+fn parameters(site: &Site, factor: Factor) -> Vec<String> {
+    let suffix = match factor {
+        Factor::A => "lora_A",
+        Factor::B => "lora_B",
+    };
+    (0..site.copies(factor)).map(|copy| format!("{}.{suffix}", site.path_of(factor, copy))).collect()
 }
 
 /// A and B of the adapter in `directory` by logical parameter name, for the adapters on `sites`. See [`adapters`] for the
-/// names, and [`read`].
+/// names, and [`read`]. A factor that experts share has to be the same for all of them, bit for bit.
 pub fn read_values(
     directory: &Path,
     sites: &[Site],
@@ -302,13 +306,16 @@ pub fn read_values(
     read(directory, &mut adapters)?;
     let mut named = HashMap::new();
     for (site, adapter) in sites.iter().zip(adapters) {
-        let paths = paths(site);
-        for (factor, values) in [("lora_A", adapter.a), ("lora_B", adapter.b)] {
-            let each = values.len() / paths.len();
-            let parts = values.chunks_exact(each.max(1));
-            named.extend(
-                paths.iter().zip(parts).map(|(path, part)| (format!("{path}.{factor}"), part.to_vec())),
-            );
+        for (factor, values) in [(Factor::A, adapter.a), (Factor::B, adapter.b)] {
+            let experts = site.experts.map_or(1, |experts| experts.count);
+            let mut copies = values.chunks_exact((values.len() / experts).max(1));
+            let names = parameters(site, factor);
+            named.extend(names.iter().cloned().zip(copies.by_ref().map(<[f32]>::to_vec)));
+            if copies.any(|copy| copy != named[&names[0]]) {
+                let path = directory.join(WEIGHTS_FILE);
+                let reason = format!("{} differs between experts, but this run's share it", names[0]);
+                return Err(CheckpointError::Mismatch { path, reason });
+            }
         }
     }
     Ok(named)

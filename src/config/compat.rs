@@ -159,7 +159,6 @@ pub(super) const REFUSED: &[Refused] = &[
     refused("lora.exclude_modules", &["[]", "null"], "a quantised base is not built"),
     refused("lora.enable_aqn", &["false"], "a quantised base is not built"),
     refused("lora.merge_lora_interval", &["0"], "merging into the base during training is not built"),
-    refused("lora.moe_hybrid_shared_lora", &["false"], "shared expert factors are not built"),
     refused("lora.lora_target_manifest", &["null"], "name the targets in lora_target_modules"),
     refused("lora.lora_b_init_seed", &["0"], "B is drawn from train.seed"),
     refused("lora.lora_export_format", &["peft"], "only the PEFT layout is built"),

@@ -17,6 +17,9 @@ section! {
         lora_target_modules: Option<Vec<String>> = None => NonEmpty;
         /// Standard deviation that B starts with. 0: B starts at zero, so training starts at the base model.
         lora_b_init_std: f64 = 0.0 => NonNegative;
+        /// Experts share the A of gate_proj, up_proj and gate_up_proj, and the B of down_proj; the other factor is each
+        /// expert's own.
+        moe_hybrid_shared_lora: bool = false;
         /// Compute q, k, v and gate, up as separate GEMMs. Results and adapter keys stay the same.
         unfuse_for_lora: bool = false;
         /// Checkpoints hold the adapter, not the base model. false: the base too, in `model/`, hard-linked where

@@ -2,7 +2,7 @@
 //! N(0, std). A value is a function of (seed, parameter name, index), never of rank, shard or order, so every
 //! topology starts from the same bits.
 
-use super::module::{Factor, Parameter};
+use super::{module::Parameter, targets::Factor};
 use crate::rng::Stream;
 use std::ops::Range;
 

@@ -8,4 +8,4 @@ pub mod module;
 pub mod targets;
 
 pub use module::{LORA_MAPPING, LoraLinear, LoraModule, MoeExpertsLora, Parameter};
-pub use targets::{Experts, Site, SiteKind, TargetError};
+pub use targets::{Experts, Factor, Site, SiteKind, TargetError};

@@ -1,19 +1,12 @@
 //! What an adapter is made of: the tensors it puts into its unit's adapter region, and its logical parameters.
 
-use super::targets::{Site, SiteKind};
+use super::targets::{Factor, Site, SiteKind};
 use crate::{
     dtype::DType,
     ops::linear::{Adapter, AdapterGradient, Part},
     shard::{AdapterShards, EntrySpec, ShardError},
 };
 use tch::Tensor;
-
-/// Which factor of the product a parameter is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Factor {
-    A,
-    B,
-}
 
 /// One logical parameter: the unit of naming, initialisation and export, however it is stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,11 +88,11 @@ impl LoraModule for LoraLinear {
     }
 
     fn entries(&self, dtype: DType) -> Vec<EntrySpec> {
-        self.0.entries(dtype, &[])
+        self.0.entries(dtype)
     }
 
     fn parameters(&self) -> Vec<Parameter> {
-        self.0.parameters(0, Site::path)
+        self.0.parameters()
     }
 
     fn bind(
@@ -108,12 +101,12 @@ impl LoraModule for LoraLinear {
         unit: usize,
     ) -> Result<Vec<(Adapter, AdapterGradient)>, ShardError> {
         let tensors = self.0.tensors(shards, unit)?;
-        Ok(vec![self.0.adapter(&tensors, self.scaling(), Tensor::shallow_clone)])
+        Ok(vec![self.0.adapter(&tensors, self.scaling(), None)])
     }
 }
 
-/// Adapters on slices of the output of every expert of a layer, those of expert e apart from all others: A
-/// `[experts, Σ rank, in]`, each B `[experts, out, rank]`.
+/// Adapters on slices of the output of every expert of a layer: A `[experts, Σ rank, in]`, each B `[experts, out, rank]`,
+/// those of expert e apart from all others; without the leading dimension where a factor is shared.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MoeExpertsLora {
     stack: Stack,
@@ -139,12 +132,11 @@ impl LoraModule for MoeExpertsLora {
     }
 
     fn entries(&self, dtype: DType) -> Vec<EntrySpec> {
-        self.stack.entries(dtype, &[self.experts])
+        self.stack.entries(dtype)
     }
 
     fn parameters(&self) -> Vec<Parameter> {
-        let of = |expert| self.stack.parameters(expert, |site| site.expert_path(expert));
-        (0..self.experts).flat_map(of).collect()
+        self.stack.parameters()
     }
 
     fn bind(
@@ -153,13 +145,13 @@ impl LoraModule for MoeExpertsLora {
         unit: usize,
     ) -> Result<Vec<(Adapter, AdapterGradient)>, ShardError> {
         let tensors = self.stack.tensors(shards, unit)?;
-        let of = |expert| self.stack.adapter(&tensors, self.scaling(), |all| all.select(0, expert));
+        let of = |expert| self.stack.adapter(&tensors, self.scaling(), Some(expert));
         Ok((0..self.experts as i64).map(of).collect())
     }
 }
 
-/// The sites on one projection: A is the first entry, the B of site i the (1 + i)-th. There may be several layers of them,
-/// numbered by a leading dimension.
+/// The sites on one projection: A is the first entry, the B of site i the (1 + i)-th. All share the same factor, or none
+/// does; of what experts do not share each has a copy, numbered by a leading dimension.
 #[derive(Clone, Debug, PartialEq)]
 struct Stack {
     sites: Vec<Site>,
@@ -173,43 +165,48 @@ impl Stack {
         self.rank * self.sites.len()
     }
 
-    fn entries(&self, dtype: DType, leading: &[usize]) -> Vec<EntrySpec> {
-        let Some(first) = self.sites.first() else { return Vec::new() };
-        let entry = |name: String, shape: [usize; 2]| EntrySpec {
-            name,
-            shape: [leading, &shape].concat(),
-            dtype,
-            spans: Vec::new(),
-        };
-        let a = entry(format!("{}.lora_A", first.path()), [self.ranks(), first.input]);
-        let b = self
-            .sites
-            .iter()
-            .map(|site| entry(format!("{}.lora_B", site.path()), [site.output(), self.rank]));
-        std::iter::once(a).chain(b).collect()
+    /// Whether `factor` has a leading dimension.
+    fn is_copied(&self, factor: Factor) -> bool {
+        self.sites.first().is_some_and(|site| site.experts.is_some() && site.shared != Some(factor))
     }
 
-    /// The parameters of layer `layer`, which calls a site `path`.
-    fn parameters(&self, layer: usize, path: impl Fn(&Site) -> String) -> Vec<Parameter> {
-        let parameters = |(i, site): (usize, &Site)| {
-            let path = path(site);
-            let a = Parameter {
-                name: format!("{path}.lora_A"),
-                factor: Factor::A,
-                shape: [self.rank, site.input],
-                entry: self.first_entry,
-                first: (layer * self.sites.len() + i) * self.rank * site.input,
-            };
-            let b = Parameter {
-                name: format!("{path}.lora_B"),
-                factor: Factor::B,
-                shape: [site.output(), self.rank],
-                entry: self.first_entry + 1 + i,
-                first: layer * site.output() * self.rank,
-            };
-            [a, b]
+    fn entries(&self, dtype: DType) -> Vec<EntrySpec> {
+        let Some(first) = self.sites.first() else { return Vec::new() };
+        let entry = |name: String, factor, shape: [usize; 2]| {
+            let leading = self.is_copied(factor).then(|| first.copies(factor));
+            let shape = leading.into_iter().chain(shape).collect();
+            EntrySpec { name, shape, dtype, spans: Vec::new() }
         };
-        self.sites.iter().enumerate().flat_map(parameters).collect()
+        let a = entry(format!("{}.lora_A", first.path()), Factor::A, [self.ranks(), first.input]);
+        let b = |site: &Site| entry(format!("{}.lora_B", site.path()), Factor::B, [site.output(), self.rank]);
+        std::iter::once(a).chain(self.sites.iter().map(b)).collect()
+    }
+
+    /// Every copy of A and B, site by site.
+    fn parameters(&self) -> Vec<Parameter> {
+        let (rank, first_entry) = (self.rank, self.first_entry);
+        let mut parameters = Vec::new();
+        for (i, site) in self.sites.iter().enumerate() {
+            for copy in 0..site.copies(Factor::A) {
+                parameters.push(Parameter {
+                    name: format!("{}.lora_A", site.path_of(Factor::A, copy)),
+                    factor: Factor::A,
+                    shape: [rank, site.input],
+                    entry: first_entry,
+                    first: (copy * self.sites.len() + i) * rank * site.input,
+                });
+            }
+            for copy in 0..site.copies(Factor::B) {
+                parameters.push(Parameter {
+                    name: format!("{}.lora_B", site.path_of(Factor::B, copy)),
+                    factor: Factor::B,
+                    shape: [site.output(), rank],
+                    entry: first_entry + 1 + i,
+                    first: copy * site.output() * rank,
+                });
+            }
+        }
+        parameters
     }
 
     /// All entries of `unit`, gathered, and their gradients.
@@ -219,18 +216,22 @@ impl Stack {
         entries.map(of).collect()
     }
 
-    /// The layer that `pick` takes from each of `tensors`.
+    /// The adapter of one linear layer: of `copy`, where there are several.
     fn adapter(
         &self,
         tensors: &[[Tensor; 2]],
         scaling: f64,
-        pick: impl Fn(&Tensor) -> Tensor,
+        copy: Option<i64>,
     ) -> (Adapter, AdapterGradient) {
-        let [a, d_a] = tensors[0].each_ref().map(&pick);
+        let pick = |factor, tensors: &[Tensor; 2]| match copy {
+            Some(copy) if self.is_copied(factor) => tensors.each_ref().map(|all| all.select(0, copy)),
+            _ => tensors.each_ref().map(Tensor::shallow_clone),
+        };
+        let [a, d_a] = pick(Factor::A, &tensors[0]);
         let mut adapter = Adapter { a, parts: Vec::new(), scaling };
         let mut gradient = AdapterGradient { a: d_a, b: Vec::new() };
         for (i, (site, tensors)) in self.sites.iter().zip(&tensors[1..]).enumerate() {
-            let [b, d_b] = tensors.each_ref().map(&pick);
+            let [b, d_b] = pick(Factor::B, tensors);
             let (out, rank) = (site.first as i64, self.rank as i64);
             let ranks = i as i64 * rank..(i as i64 + 1) * rank;
             adapter.parts.push(Part { out: out..out + site.output() as i64, ranks, b });

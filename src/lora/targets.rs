@@ -50,6 +50,15 @@ pub struct Site {
     pub first: usize,
     pub input: usize,
     pub experts: Option<Experts>,
+    /// The factor that all experts share.
+    pub shared: Option<Factor>,
+}
+
+/// One of the two factors of the product B·A.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Factor {
+    A,
+    B,
 }
 
 impl Projection {
@@ -71,7 +80,7 @@ impl Projection {
     fn site(&self, name: &'static str, leaves: Vec<(&'static str, usize)>, first: usize) -> Site {
         let kind = if self.experts.is_some() { SiteKind::Experts } else { SiteKind::Linear };
         let (parent, input, experts) = (self.parent.clone(), self.input, self.experts);
-        Site { kind, parent, name, leaves, first, input, experts }
+        Site { kind, parent, name, leaves, first, input, experts, shared: None }
     }
 }
 
@@ -81,9 +90,26 @@ impl Site {
         format!("{}.{}", self.parent, self.name)
     }
 
-    /// Dotted path of one expert's: `model.layers.3.mlp.experts.7.up_proj`.
-    pub fn expert_path(&self, expert: usize) -> String {
-        format!("{}.{expert}.{}", self.parent, self.name)
+    /// The same with a factor that all experts share, if there are experts: the side of the hidden states, A of what reads
+    /// them and B of what is added to them (xorl's `moe_hybrid_shared_lora`).
+    pub fn hybrid(self) -> Self {
+        let shared = if self.name == "down_proj" { Factor::B } else { Factor::A };
+        Self { shared: self.experts.map(|_| shared), ..self }
+    }
+
+    /// How many there are of a factor: of each expert one, unless it is shared.
+    pub fn copies(&self, factor: Factor) -> usize {
+        let experts = self.experts.filter(|_| self.shared != Some(factor));
+        experts.map_or(1, |experts| experts.count)
+    }
+
+    /// Dotted path of copy `copy` of a factor: `model.layers.3.mlp.experts.7.up_proj`, `….experts.shared.up_proj`.
+    pub fn path_of(&self, factor: Factor, copy: usize) -> String {
+        match self.experts {
+            None => self.path(),
+            Some(_) if self.shared == Some(factor) => format!("{}.shared.{}", self.parent, self.name),
+            Some(_) => format!("{}.{copy}.{}", self.parent, self.name),
+        }
     }
 
     /// Width of the output.
@@ -93,10 +119,10 @@ impl Site {
 
     /// Trainable parameters: A and B, of all experts.
     pub fn parameters(&self, rank: usize) -> usize {
-        self.experts.map_or(1, |experts| experts.count) * rank * (self.input + self.output())
+        rank * (self.copies(Factor::A) * self.input + self.copies(Factor::B) * self.output())
     }
 
-    /// The parameters that a token meets.
+    /// The parameters that a token meets, as often as it does.
     pub fn parameters_met(&self, rank: usize) -> usize {
         self.experts.map_or(1, |experts| experts.top_k) * rank * (self.input + self.output())
     }
@@ -295,6 +321,23 @@ mod tests {
         let sites = resolve(&projections(), None, &["qkv_proj"]).unwrap();
         assert_eq!((sites[0].first, sites[0].output()), (0, 16));
         assert_eq!(parameters_by_name(&sites, 2)["qkv_proj"], 12 * 2 * (6 + 16));
+    }
+
+    #[test]
+    fn experts_may_share_the_side_of_the_hidden_states() {
+        let experts = Some(Experts { count: 5, top_k: 2 });
+        let parent = "model.layers.0.mlp.experts".to_owned();
+        let of =
+            |projection: &Projection| Projection { experts, parent: parent.clone(), ..projection.clone() };
+        let projections: Vec<_> = projections()[2..4].iter().map(of).collect();
+        let sites = resolve(&projections, None, &["up_proj", "down_proj"]).unwrap();
+        assert_eq!(sites.iter().map(|site| site.parameters(2)).collect::<Vec<_>>(), [5 * 2 * 16; 2]);
+        let sites: Vec<Site> = sites.into_iter().map(Site::hybrid).collect();
+        // up: A [2, 6] shared, B [10, 2] of each; down: A [2, 10] of each, B [6, 2] shared.
+        assert_eq!(sites.iter().map(|site| site.parameters(2)).collect::<Vec<_>>(), [12 + 5 * 20; 2]);
+        assert_eq!(sites[0].path_of(Factor::A, 0), "model.layers.0.mlp.experts.shared.up_proj");
+        assert_eq!(sites[1].path_of(Factor::A, 3), "model.layers.0.mlp.experts.3.down_proj");
+        assert_eq!((sites[1].copies(Factor::A), sites[1].copies(Factor::B)), (5, 1));
     }
 
     #[test]

@@ -98,6 +98,15 @@ impl Run {
         let targets = config.lora.lora_target_modules.as_deref();
         let sites = targets::resolve(&all_projections(&spec), targets, hf.family.default_targets)
             .map_err(|error| refused("lora.lora_target_modules", &error.to_string()))?;
+        let sites = if config.lora.moe_hybrid_shared_lora {
+            if sites.iter().all(|site| site.experts.is_none()) {
+                let reason = "no routed expert is adapted, so nothing could be shared";
+                return Err(refused("lora.moe_hybrid_shared_lora", reason));
+            }
+            sites.into_iter().map(Site::hybrid).collect()
+        } else {
+            sites
+        };
 
         let tokenizer = config.model.tokenizer();
         let pad = hf.pad_token_id.or(hf.eos_token_ids.first().copied()).unwrap_or(0);

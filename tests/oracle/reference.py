@@ -44,15 +44,18 @@ QWEN3_MOE = COMMON | dict(num_experts=8, num_experts_per_tok=3, moe_intermediate
                           head_dim=32)
 QWEN2_MOE = COMMON | dict(num_experts=6, num_experts_per_tok=1, moe_intermediate_size=40, shared_expert_intermediate_size=56,
                           decoder_sparse_step=2)
-# `independent`: gate and up of the experts are adapters of their own; otherwise one, as PEFT's target_parameters are.
+# `independent` in the name: gate and up of the experts are adapters of their own; otherwise one, as PEFT's target_parameters are.
+# `hybrid`: experts share A of gate and up, and B of down.
 MIXTURES = {
-    'qwen3_moe': (Qwen3MoeForCausalLM, Qwen3MoeConfig(**QWEN3_MOE), False),
-    'qwen3_moe_independent': (Qwen3MoeForCausalLM, Qwen3MoeConfig(**QWEN3_MOE | dict(norm_topk_prob=False)), True),
-    'mixtral': (MixtralForCausalLM, MixtralConfig(**EXPERTS, num_local_experts=4), False),
-    'olmoe_clipped': (OlmoeForCausalLM, OlmoeConfig(**EXPERTS, num_experts=8, clip_qkv=1.5), False),
-    'olmoe_independent': (OlmoeForCausalLM, OlmoeConfig(**EXPERTS | dict(num_experts_per_tok=3), num_experts=6), True),
-    'qwen2_moe_independent': (Qwen2MoeForCausalLM, Qwen2MoeConfig(**QWEN2_MOE), True),
-    'qwen2_moe': (Qwen2MoeForCausalLM, Qwen2MoeConfig(**QWEN2_MOE | dict(norm_topk_prob=True, num_experts_per_tok=2)), False),
+    'qwen3_moe': (Qwen3MoeForCausalLM, Qwen3MoeConfig(**QWEN3_MOE)),
+    'qwen3_moe_independent': (Qwen3MoeForCausalLM, Qwen3MoeConfig(**QWEN3_MOE | dict(norm_topk_prob=False))),
+    'qwen3_moe_hybrid': (Qwen3MoeForCausalLM, Qwen3MoeConfig(**QWEN3_MOE)),
+    'mixtral': (MixtralForCausalLM, MixtralConfig(**EXPERTS, num_local_experts=4)),
+    'olmoe_clipped': (OlmoeForCausalLM, OlmoeConfig(**EXPERTS, num_experts=8, clip_qkv=1.5)),
+    'olmoe_independent': (OlmoeForCausalLM, OlmoeConfig(**EXPERTS | dict(num_experts_per_tok=3), num_experts=6)),
+    'qwen2_moe_independent': (Qwen2MoeForCausalLM, Qwen2MoeConfig(**QWEN2_MOE)),
+    'qwen2_moe_independent_hybrid': (Qwen2MoeForCausalLM, Qwen2MoeConfig(**QWEN2_MOE)),
+    'qwen2_moe': (Qwen2MoeForCausalLM, Qwen2MoeConfig(**QWEN2_MOE | dict(norm_topk_prob=True, num_experts_per_tok=2))),
 }
 
 
@@ -104,13 +107,48 @@ def adapter_config(model, independent):
                       alpha_pattern={key: n * ALPHA for key, n in twice.items()})
 
 
+def experts_of(model):
+    return getattr(model.config, 'num_experts', None) or model.config.num_local_experts
+
+
+class Tied:
+    """The factors that experts share: one parameter each, of which PEFT's holds a copy for every expert."""
+
+    def __init__(self, model, trained, hybrid):
+        self.trained, self.experts, self.shared = trained, experts_of(model) if hybrid else 0, {}
+        for name, parameter in trained.items() if hybrid else ():
+            if name.endswith(('experts.base_layer.lora_A.weight', 'experts.lora_B.weight')):
+                self.shared[name] = torch.nn.Parameter(self._by_expert(name, parameter.detach())[0].clone())
+        self.copy()
+
+    def _by_expert(self, name, tensor):
+        """`[experts, ...]`: A is expert by expert, B has the experts of a rank side by side."""
+        if 'lora_A' in name:
+            return tensor.view(self.experts, -1, tensor.shape[1])
+        return tensor.view(tensor.shape[0], -1, self.experts).permute(2, 0, 1)
+
+    def parameters(self):
+        return [self.shared.get(name, parameter) for name, parameter in self.trained.items()]
+
+    @torch.no_grad()
+    def copy(self):
+        for name, parameter in self.shared.items():
+            self._by_expert(name, self.trained[name]).copy_(parameter.expand(self.experts, -1, -1))
+
+    def sum_gradients(self):
+        """A shared parameter's gradient is the sum of its copies', which then all show it."""
+        for name, parameter in self.shared.items():
+            copies = self._by_expert(name, self.trained[name].grad)
+            parameter.grad = copies.sum(0)
+            copies.copy_(parameter.grad.expand(self.experts, -1, -1))
+
+
 def off_diagonal(model, trained, independent):
     """Of adapters of twice the rank, where gate's rows of B meet up's ranks and the other way round: (B, mask)."""
     masks = {}
     for name, parameter in trained.items() if independent else ():
         if name.endswith('mlp.experts.base_layer.lora_B.weight'):
-            experts = getattr(model.config, 'num_experts', None) or model.config.num_local_experts
-            mask = torch.zeros_like(parameter).view(2, -1, 2, RANK * experts)
+            mask = torch.zeros_like(parameter).view(2, -1, 2, RANK * experts_of(model))
             mask[0, :, 1], mask[1, :, 0] = 1, 1
             masks[name] = mask.view_as(parameter).bool()
     return masks
@@ -136,10 +174,11 @@ def write_adapter(directory, tensors):
     save_file({name: tensor.detach().clone() for name, tensor in tensors.items()}, directory / 'adapter_model.safetensors')
 
 
-def write(directory, model, lr, independent=False):
+def write(directory, model, lr):
     model.save_pretrained(directory)
     vocab_size = model.config.vocab_size
     margins = Margins(model)
+    independent, hybrid = 'independent' in directory.name, 'hybrid' in directory.name
     model = get_peft_model(model, adapter_config(model, independent))
     trained = {k.replace('.default', ''): p for k, p in model.named_parameters() if p.requires_grad}
     masks = off_diagonal(model, trained, independent)
@@ -149,24 +188,27 @@ def write(directory, model, lr, independent=False):
                 parameter.normal_(std=0.05)
             if key in masks:
                 parameter[masks[key]] = 0
+    tied = Tied(model, trained, hybrid)
     model.save_pretrained(directory / 'adapter')
 
     logits = {}
     for i, (ids, _) in enumerate(rows_of(0, vocab_size)):
         logits[f'logits.{i}'] = model(input_ids=ids[None]).logits[0].detach().contiguous()
     save_file(logits, directory / 'expected.safetensors')
-    optimizer = torch.optim.AdamW(trained.values(), lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=DECAY)
+    optimizer = torch.optim.AdamW(tied.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=DECAY)
     losses, norms = [], []
     for step in range(STEPS):
-        optimizer.zero_grad()
+        model.zero_grad()
         loss = step_loss(model, rows_of(step, vocab_size))
         loss.backward()
         for key, mask in masks.items():
             trained[key].grad[mask] = 0
+        tied.sum_gradients()
         if step == 0:
             write_adapter(directory / 'gradient', {k: p.grad for k, p in trained.items()})
-        norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), MAX_NORM).item())
+        norms.append(torch.nn.utils.clip_grad_norm_(tied.parameters(), MAX_NORM).item())
         optimizer.step()
+        tied.copy()
         losses.append(loss.item())
     write_adapter(directory / 'final', trained)
     steps = [[[ids.tolist(), labels.tolist()] for ids, labels in rows_of(step, vocab_size)] for step in range(STEPS)]
@@ -185,10 +227,10 @@ if __name__ == '__main__':
     for name, (architecture, config) in MODELS.items() if alone else ():
         torch.manual_seed(sum(map(ord, name)))
         write(out / name, random_model(architecture, config), 1e-3)
-    for name, (architecture, config, independent) in MIXTURES.items() if alone else ():
+    for name, (architecture, config) in MIXTURES.items() if alone else ():
         # Another seed where rounding might choose.
         for attempt in range(5):
             torch.manual_seed(sum(map(ord, name)) + attempt)
             shutil.rmtree(out / name, ignore_errors=True)
-            if write(out / name, random_model(architecture, config), 1e-3, independent) > 1e-4:
+            if write(out / name, random_model(architecture, config), 1e-3) > 1e-4:
                 break
