@@ -49,9 +49,9 @@ impl MoeSaved {
         &self.routing.probabilities
     }
 
-    /// Where the rows of each expert begin, and the end: `[experts + 1]`.
-    pub fn borders(&self) -> &[i64] {
-        self.assignment.borders()
+    /// How often each expert was chosen: `[experts]`.
+    pub fn counts(&self) -> &[i64] {
+        self.assignment.counts()
     }
 }
 

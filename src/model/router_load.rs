@@ -31,8 +31,8 @@ impl RouterLoad {
     /// Adds what layer `layer`, counted among those with experts, did with a micro-batch.
     pub fn add(&mut self, layer: usize, saved: &MoeSaved) {
         let [choices, probabilities] = &mut self.layers[layer];
-        for (sum, pair) in choices.iter_mut().zip(saved.borders().windows(2)) {
-            *sum += (pair[1] - pair[0]) as f64;
+        for (sum, &count) in choices.iter_mut().zip(saved.counts()) {
+            *sum += count as f64;
         }
         let all = saved.probabilities().sum_dim_intlist(0, false, Kind::Double);
         for (expert, sum) in probabilities.iter_mut().enumerate() {

@@ -5,24 +5,36 @@
 //! combine   y of a token = add + Σ of its rows, summed in fp32
 //!
 //! Each is the other's backward. Weights are applied before an expert's last matrix, see [`swiglu`](super::swiglu).
+//!
+//! Each expert's slice is filled up with rows of zeros to a multiple of [`GRAIN`]: a zero row stays zero through a gated MLP,
+//! forward and backward, and adds nothing to a gradient. Without it nearly every expert of every layer and step would have a
+//! GEMM of a new shape, for each of which oneDNN compiles a kernel and keeps it.
 
 use super::{
     Buffer,
     cpu::{Element, Real, Rows, dispatch, each_row, values},
     wide,
 };
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
+
+/// Rows of an expert are a multiple of this.
+pub const GRAIN: i64 = 32;
+
+/// In place of a token or a choice, of a row that is nobody's.
+const NOBODY: i64 = -1;
 
 /// Which row is which token's.
 pub struct Assignment {
-    /// The token of each row: `[rows]` i64, by expert, then by token.
+    /// The token of each row: `[rows]` i64, by expert, then by token; or [`NOBODY`].
     tokens: Tensor,
-    /// Which of all tokens' choices each row is: `[rows]` i64.
+    /// Which of all tokens' choices each row is: `[rows]` i64, or [`NOBODY`].
     choices: Tensor,
     /// The row of each choice: `[tokens, k]` i64.
     rows: Tensor,
     /// Expert e has rows `borders[e]..borders[e + 1]`.
     borders: Vec<i64>,
+    /// How often each expert was chosen.
+    counts: Vec<i64>,
 }
 
 /// Columns that are summed at a time.
@@ -32,15 +44,30 @@ impl Assignment {
     /// Of `chosen` `[tokens, k]` i64, each an expert below `experts`.
     pub fn new(chosen: &Tensor, experts: usize) -> Self {
         let k = chosen.size()[1];
-        let flat = chosen.reshape([-1]);
-        let choices = flat.argsort_stable(true, 0, false);
-        let numbers = Tensor::arange(choices.size()[0], (Kind::Int64, chosen.device()));
-        let rows = choices.empty_like().index_copy(0, &choices, &numbers).view_as(chosen);
-        let counts = flat.bincount(None::<&Tensor>, experts as i64);
-        let ends = values::<i64>(&counts.cumsum(0, Kind::Int64).to_device(Device::Cpu));
-        let borders = std::iter::once(0).chain(ends).collect();
-        let tokens = choices.divide_scalar_mode(k, "floor");
-        Self { tokens, choices, rows, borders }
+        let of_choice = values::<i64>(&chosen.to_device(Device::Cpu));
+        let mut counts = vec![0; experts];
+        for &expert in &of_choice {
+            counts[expert as usize] += 1;
+        }
+        let ends = counts.iter().scan(0, |end, &count: &i64| {
+            *end += (count as u64).next_multiple_of(GRAIN as u64) as i64;
+            Some(*end)
+        });
+        let borders: Vec<i64> = std::iter::once(0).chain(ends).collect();
+        let mut next = borders.clone();
+        let mut choices = vec![NOBODY; borders[experts] as usize];
+        let mut rows = Vec::with_capacity(of_choice.len());
+        for (choice, &expert) in of_choice.iter().enumerate() {
+            let row = &mut next[expert as usize];
+            choices[*row as usize] = choice as i64;
+            rows.push(*row);
+            *row += 1;
+        }
+        let tokens: Vec<i64> =
+            choices.iter().map(|&choice| if choice == NOBODY { NOBODY } else { choice / k }).collect();
+        let on_device = |values: &[i64]| Tensor::from_slice(values).to_device(chosen.device());
+        let rows = on_device(&rows).view_as(chosen);
+        Self { tokens: on_device(&tokens), choices: on_device(&choices), rows, borders, counts }
     }
 
     /// Where each expert's rows begin, and the end: `[experts + 1]`.
@@ -48,11 +75,20 @@ impl Assignment {
         &self.borders
     }
 
+    /// How often each expert was chosen: `[experts]`.
+    pub fn counts(&self) -> &[i64] {
+        &self.counts
+    }
+
     /// `[rows, n]` from x `[tokens, n]`.
     pub fn gather(&self, x: &Tensor) -> Buffer {
         let _span = crate::trace::operation("dispatch.gather");
         let rows = Buffer::empty(&[self.tokens.size()[0], x.size()[1]], x.kind(), x.device());
-        let _ = x.index_select_out(&rows, 0, &self.tokens);
+        if x.device() != Device::Cpu {
+            rows.shallow_clone().copy_(&pick(x, &self.tokens));
+        } else {
+            dispatch!(x.kind(), E => self.gather_rows::<E>(x, &rows));
+        }
         rows
     }
 
@@ -70,12 +106,27 @@ impl Assignment {
 
     /// `[rows, 1]` from what each choice has, `[tokens, k]`.
     pub fn by_row(&self, by_choice: &Tensor) -> Tensor {
-        by_choice.reshape([-1]).index_select(0, &self.choices).unsqueeze(1)
+        pick(&by_choice.reshape([-1, 1]), &self.choices)
     }
 
     /// `[tokens, k]` from what each row has, `[rows, 1]`.
     pub fn by_choice(&self, by_row: &Tensor) -> Tensor {
         by_row.reshape([-1]).index_select(0, &self.rows.reshape([-1])).view_as(&self.rows)
+    }
+
+    fn gather_rows<E: Element>(&self, x: &Tensor, rows: &Tensor) {
+        let (x, at) = (Rows::<E>::of(x), values::<i64>(&self.tokens));
+        each_row::<E, _, _, _>(
+            [],
+            [Rows::of(rows)],
+            [],
+            #[inline(always)]
+            |row, [], [out], []| match usize::try_from(at[row]) {
+                // SAFETY: nothing writes to x while `rows`, another tensor, is written.
+                Ok(token) => out.copy_from_slice(unsafe { x.row(token) }),
+                Err(_) => out.fill(E::narrow(E::Wide::ZERO)),
+            },
+        );
     }
 
     fn combine_rows<E: Element>(&self, rows: &Tensor, add: Option<&Tensor>, y: &Tensor) {
@@ -109,6 +160,15 @@ impl Assignment {
     }
 }
 
+/// Rows `at` of x `[n, columns]`, zeros where that is [`NOBODY`].
+fn pick(x: &Tensor, at: &Tensor) -> Tensor {
+    if x.size()[0] == 0 {
+        return Tensor::zeros([at.size()[0], x.size()[1]], (x.kind(), x.device()));
+    }
+    let nobody = at.lt(0).unsqueeze(1);
+    x.index_select(0, &at.clamp_min(0)).masked_fill_(&nobody, 0.0)
+}
+
 /// y = add + Σ of the rows `at`.
 #[inline(always)]
 fn sum<E: Element>(rows: &Rows<E>, at: &[i64], add: Option<&[E]>, y: &mut [E]) {
@@ -131,6 +191,7 @@ fn sum<E: Element>(rows: &Rows<E>, at: &[i64], add: Option<&[E]>, y: &mut [E]) {
 mod tests {
     use super::*;
     use crate::ops::testing::{KINDS, distance, everywhere, leaf};
+    use tch::Kind;
 
     /// Experts of 5 tokens, two each, of which expert 2 has none.
     fn assignment() -> Assignment {
@@ -138,14 +199,23 @@ mod tests {
         Assignment::new(&Tensor::from_slice(&chosen).view([5, 2]), 4)
     }
 
+    /// A slice of `GRAIN` rows.
+    fn slice(of: &[i64]) -> Vec<i64> {
+        of.iter().copied().chain(std::iter::repeat(NOBODY)).take(GRAIN as usize).collect()
+    }
+
     #[test]
     fn rows_are_sorted_by_expert_then_by_token() {
         let assignment = assignment();
-        assert_eq!(assignment.borders(), [0, 3, 6, 6, 10]);
-        assert_eq!(values::<i64>(&assignment.tokens), [0, 2, 3, 1, 2, 4, 0, 1, 3, 4]);
+        assert_eq!(assignment.counts(), [3, 3, 0, 4]);
+        assert_eq!(assignment.borders(), [0, GRAIN, 2 * GRAIN, 2 * GRAIN, 3 * GRAIN]);
+        let expected = [slice(&[0, 2, 3]), slice(&[1, 2, 4]), slice(&[0, 1, 3, 4])].concat();
+        assert_eq!(values::<i64>(&assignment.tokens), expected);
         let by_choice = Tensor::arange(10, (Kind::Int64, Device::Cpu)).view([5, 2]);
         let by_row = assignment.by_row(&by_choice);
-        assert_eq!(values::<i64>(&by_row.view([-1])), [1, 4, 7, 2, 5, 9, 0, 3, 6, 8]);
+        let zeros = |of: &[i64]| slice(of).into_iter().map(|choice| choice.max(0)).collect::<Vec<_>>();
+        let expected = [zeros(&[1, 4, 7]), zeros(&[2, 5, 9]), zeros(&[0, 3, 6, 8])].concat();
+        assert_eq!(values::<i64>(&by_row.view([-1])), expected);
         assert_eq!(assignment.by_choice(&by_row), by_choice);
     }
 
@@ -156,27 +226,36 @@ mod tests {
         let x = leaf(&[0, 7]).detach();
         assert_eq!(none.gather(&x).size(), [0, 7]);
         assert_eq!(none.combine(&none.gather(&x), Some(&x)).size(), [0, 7]);
+        assert_eq!(none.by_row(&leaf(&[0, 2]).detach()).size(), [0, 1]);
     }
 
     #[test]
     fn each_is_the_others_adjoint() {
         let assignment = assignment();
+        let count = 3 * GRAIN;
+        // The tokens' rows as a matrix: gather is its product with x, combine that of its transpose.
+        let matrix = Tensor::zeros([count, 5], (Kind::Double, Device::Cpu));
+        for (row, token) in values::<i64>(&assignment.tokens).into_iter().enumerate().filter(|(_, t)| *t >= 0)
+        {
+            let _ = matrix.get(row as i64).get(token).fill_(1.0);
+        }
         for (kind, tolerance) in KINDS {
             for n in [1i64, COLUMNS as i64, 200] {
                 let [x, rows, add] =
-                    [[5, n], [10, n], [5, n]].map(|shape| leaf(&shape).detach().to_kind(kind));
-                let [exact_rows, exact_add] = [&rows, &add].map(|tensor| tensor.to_kind(Kind::Double));
-                let sums =
-                    exact_rows.zeros_like().narrow(0, 0, 5).index_add(0, &assignment.tokens, &exact_rows);
+                    [[5, n], [count, n], [5, n]].map(|shape| leaf(&shape).detach().to_kind(kind));
+                let exact = |tensor: &Tensor| tensor.to_kind(Kind::Double);
+                let gathered = matrix.matmul(&exact(&x));
+                let sums = matrix.tr().matmul(&exact(&rows));
                 everywhere(|| {
-                    assert_eq!(*assignment.gather(&x), x.index_select(0, &assignment.tokens));
+                    assert_eq!(distance(&assignment.gather(&x), &gathered), 0.0);
                     assert!(distance(&assignment.combine(&rows, None), &sums) < 8.0 * tolerance);
                     let plus = assignment.combine(&rows, Some(&add));
-                    assert!(distance(&plus, &(&sums + &exact_add)) < 8.0 * tolerance);
+                    assert!(distance(&plus, &(&sums + exact(&add))) < 8.0 * tolerance);
                 });
+                assert_eq!(distance(&pick(&x, &assignment.tokens), &gathered), 0.0);
                 let y = add.empty_like();
                 assignment.combine_torch(&rows, Some(&add), &y);
-                assert!(distance(&y, &(&sums + &exact_add)) < 8.0 * tolerance);
+                assert!(distance(&y, &(&sums + exact(&add))) < 8.0 * tolerance);
             }
         }
     }

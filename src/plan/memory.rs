@@ -175,7 +175,7 @@ fn kept_of_attention(spec: &ModelSpec, _layer: usize, plan: &LayerAdapterPlan, c
 }
 
 /// Bytes a token: gate|up, the second norm's statistics; of experts a row each with its scale, which row is whose, and
-/// all that the router computed.
+/// all that the router computed. The rows that fill up an expert's slice are not known before and not counted.
 fn kept_of_mlp(spec: &ModelSpec, layer: usize, plan: &LayerAdapterPlan, c: usize) -> usize {
     let gated = |width: usize, projections| 2 * width * c + thin(plan, projections, c);
     let Some(moe) = spec.moe_of(layer) else { return 4 + gated(spec.intermediate_size, 2..4) };
