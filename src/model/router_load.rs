@@ -1,12 +1,16 @@
 //! How evenly the routers of a step spread its tokens: sums over the tokens of each layer, and what is made of them.
 
-use super::moe::MoeSaved;
-use tch::Kind;
+use super::{ModelSpec, moe::MoeSaved};
+use crate::ops::cpu::values;
+use tch::{Device, Kind};
 
-/// Sums of one step: of each layer with experts how often each was chosen, then the sum of each one's probability.
+/// Sums of one step.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RouterLoad {
-    layers: Vec<[Vec<f64>; 2]>,
+    experts: usize,
+    top_k: usize,
+    /// Of each layer with experts how often each was chosen, then the sum of each one's probability.
+    sums: Vec<f64>,
 }
 
 /// What a step's routers did, over all layers with experts.
@@ -23,37 +27,39 @@ pub struct RouterReport {
 }
 
 impl RouterLoad {
-    /// Of `layers` layers with `experts` experts each.
-    pub fn new(layers: usize, experts: usize) -> Self {
-        Self { layers: vec![[vec![0.0; experts], vec![0.0; experts]]; layers] }
+    /// Of a step of `spec` that has not begun.
+    pub fn new(spec: &ModelSpec) -> Self {
+        let Some(moe) = &spec.moe else { return Self::default() };
+        let layers = moe.layers.iter().filter(|&&sparse| sparse).count();
+        Self { experts: moe.experts, top_k: moe.top_k, sums: vec![0.0; layers * 2 * moe.experts] }
     }
 
     /// Adds what layer `layer`, counted among those with experts, did with a micro-batch.
     pub fn add(&mut self, layer: usize, saved: &MoeSaved) {
-        let [choices, probabilities] = &mut self.layers[layer];
-        for (sum, &count) in choices.iter_mut().zip(saved.counts()) {
-            *sum += count as f64;
-        }
-        let all = saved.probabilities().sum_dim_intlist(0, false, Kind::Double);
-        for (expert, sum) in probabilities.iter_mut().enumerate() {
-            *sum += all.double_value(&[expert as i64]);
+        let sums = &mut self.sums[layer * 2 * self.experts..][..2 * self.experts];
+        let probabilities = saved.probabilities().sum_dim_intlist(0, false, Kind::Double);
+        let probabilities = values::<f64>(&probabilities.to_device(Device::Cpu));
+        let counts = saved.counts().iter().map(|&count| count as f64);
+        for (sum, x) in sums.iter_mut().zip(counts.chain(probabilities)) {
+            *sum += x;
         }
     }
 
     /// All sums, to be added to those of other ranks in place; empty for a model without experts.
-    pub fn sums(&self) -> Vec<f64> {
-        self.layers.iter().flatten().flatten().copied().collect()
+    pub fn sums_mut(&mut self) -> &mut [f64] {
+        &mut self.sums
     }
 
-    /// Of sums over all ranks, where each token makes `top_k` choices; `None` without experts or tokens.
-    pub fn report(sums: &[f64], experts: usize, top_k: usize) -> Option<RouterReport> {
+    /// Of sums over all ranks; `None` without experts or tokens.
+    pub fn report(&self) -> Option<RouterReport> {
+        let experts = self.experts;
         let layers: Vec<_> =
-            sums.chunks_exact((2 * experts).max(1)).map(|layer| layer.split_at(experts)).collect();
+            self.sums.chunks_exact((2 * experts).max(1)).map(|layer| layer.split_at(experts)).collect();
         let choices: f64 = layers.iter().flat_map(|(choices, _)| *choices).sum();
         if choices == 0.0 {
             return None;
         }
-        let tokens = choices / top_k as f64;
+        let tokens = choices / self.top_k as f64;
         let (mut max_over_mean, mut entropy) = (0f64, 0.0);
         let mut over_layers = vec![[0.0; 2]; experts];
         for (choices, probabilities) in &layers {
@@ -75,20 +81,24 @@ impl RouterLoad {
 mod tests {
     use super::*;
 
+    fn report_of(sums: &[f64], experts: usize, top_k: usize) -> Option<RouterReport> {
+        RouterLoad { experts, top_k, sums: sums.to_vec() }.report()
+    }
+
     #[test]
     fn even_and_uneven_loads() {
         // Two layers of 4 experts, 6 tokens of 2 choices each.
         let even = [3.0, 3.0, 3.0, 3.0, 1.5, 1.5, 1.5, 1.5].repeat(2);
-        let report = RouterLoad::report(&even, 4, 2).unwrap();
+        let report = report_of(&even, 4, 2).unwrap();
         assert_eq!((report.max_over_mean, report.aux_loss), (1.0, 2.0));
         assert!((report.entropy - 4f64.ln()).abs() < 1e-15);
         let one = [vec![6.0, 6.0, 0.0, 0.0, 3.0, 3.0, 0.0, 0.0], even[..8].to_vec()].concat();
-        let report = RouterLoad::report(&one, 4, 2).unwrap();
+        let report = report_of(&one, 4, 2).unwrap();
         assert_eq!(report.max_over_mean, 2.0);
         assert!((report.entropy - 1.5 * 2f64.ln()).abs() < 1e-15);
         // f = (9, 9, 3, 3) / 12, P = (4.5, 4.5, 1.5, 1.5) / 12.
         assert!((report.aux_loss - 4.0 * 2.0 * (9.0 * 4.5 + 3.0 * 1.5) / 144.0).abs() < 1e-15);
-        assert_eq!(RouterLoad::report(&[0.0; 8], 4, 2), None);
-        assert_eq!(RouterLoad::report(&[], 0, 1), None);
+        assert_eq!(report_of(&[0.0; 8], 4, 2), None);
+        assert_eq!(report_of(&[], 0, 1), None);
     }
 }

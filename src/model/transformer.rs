@@ -149,7 +149,7 @@ impl Transformer {
             device,
         );
         let rope = RopeTable::new(&spec.rope.inv_freq(spec.head_dim), device);
-        let router_load = no_load(&spec);
+        let router_load = RouterLoad::new(&spec);
         Self {
             layers: ring("layers", regions.layers, options.slots),
             vocab: ring("vocabulary", regions.vocab, 1),
@@ -262,7 +262,7 @@ impl Transformer {
 
     /// What the routers did since this was last called.
     pub fn take_router_load(&mut self) -> RouterLoad {
-        let fresh = no_load(&self.spec);
+        let fresh = RouterLoad::new(&self.spec);
         std::mem::replace(&mut self.router_load, fresh)
     }
 
@@ -448,12 +448,6 @@ impl Transformer {
         }
         Ok(Tensor::cat(&columns, 1))
     }
-}
-
-/// The sums of a step that has not begun.
-fn no_load(spec: &ModelSpec) -> RouterLoad {
-    let layers = (0..spec.num_layers).filter(|&layer| spec.moe_of(layer).is_some()).count();
-    RouterLoad::new(layers, spec.moe.as_ref().map_or(0, |moe| moe.experts))
 }
 
 /// Attention inside the documents of a batch.

@@ -31,7 +31,7 @@ mod tests {
     use super::*;
     use crate::{
         lora::targets::resolve,
-        model::{QkNorm, RopeScaling, RopeSpec, blueprint::all_projections},
+        model::{MoeNames, QkNorm, RopeScaling, RopeSpec, blueprint::all_projections},
     };
 
     #[test]
@@ -64,6 +64,18 @@ mod tests {
         assert_eq!(flops_per_token(&spec, &sites, 5, 10), expected(10 + 10));
         spec.tie_word_embeddings = false;
         assert_eq!(flops_per_token(&spec, &sites, 5, 10), expected(10 + 10));
+        // With 5 experts of width 3 in layer 1, of which a token meets 2: less a dense MLP, more a router and those two.
+        let mut moe = spec.clone();
+        let names = MoeNames { block: "mlp", gate: "gate_proj", up: "up_proj", down: "down_proj" };
+        let (experts, top_k, width) = (5, 2, 3);
+        let layers = vec![false, true];
+        moe.moe = Some(MoeSpec { layers, experts, top_k, normalise: true, width, shared_width: None, names });
+        let met = frozen - 3 * 128 + 5 * 8 + 2 * 3 * (3 * 8);
+        let without_lora = (4 * met + 6 * 12 * 20) as f64;
+        assert_eq!(flops_per_token(&moe, &[], 5, 10), without_lora);
+        let down = resolve(&all_projections(&moe), Some(&["*.experts.down_proj".to_owned()]), &[]).unwrap();
+        // Of two experts: A [5, 3] and B [8, 5].
+        assert_eq!(flops_per_token(&moe, &down, 5, 10), without_lora + (6 * 2 * 5 * (3 + 8)) as f64);
         // The queries of 10 tokens see 1, 2, 3, 4, 5, 5, 5, 5, 5, 5 = 40; the formula, in the mean, 37.5.
         spec.layer_windows = vec![Some(5), Some(50)];
         assert_eq!(flops_per_token(&spec, &sites, 5, 10), expected(0) + 6.0 * 12.0 * (7.5 + 10.0));

@@ -6,7 +6,7 @@
 use crate::{
     comm::{Communicator, Reduce},
     model::{
-        router_load::{RouterLoad, RouterReport},
+        router_load::RouterReport,
         transformer::{Batch, Transformer},
     },
     optim::{ClippedNorm, Optimizer, Schedule, global_norm},
@@ -75,10 +75,10 @@ impl Trainer {
         self.model.adapter.step_done()?;
         self.world.all_reduce_host(&mut loss, Reduce::Sum)?;
         report.loss = Some(loss[0] / valid);
-        if let Some(moe) = self.model.spec().moe.clone() {
-            let mut sums = self.model.take_router_load().sums();
-            self.world.all_reduce_host(&mut sums, Reduce::Sum)?;
-            report.router = RouterLoad::report(&sums, moe.experts, moe.top_k);
+        let mut load = self.model.take_router_load();
+        if !load.sums_mut().is_empty() {
+            self.world.all_reduce_host(load.sums_mut(), Reduce::Sum)?;
+            report.router = load.report();
         }
 
         drop(reducing);

@@ -51,14 +51,23 @@ pub const FAMILIES: &[Family] = &[
     qwen3_moe::FAMILY,
 ];
 
-/// What Qwen, and all who followed it, call the tensors of a mixture of experts.
-const MOE_NAMES: MoeNames = MoeNames { block: "mlp", gate: "gate_proj", up: "up_proj", down: "down_proj" };
-
-/// Which layers have experts, from `decoder_sparse_step` and `mlp_only_layers`.
-fn sparse_layers(fields: &Fields, layers: usize) -> Result<Vec<bool>, ConfigError> {
+/// The experts of Qwen's kind, whose width is the field `width`; `decoder_sparse_step` and `mlp_only_layers`, where a family
+/// has them, leave some layers dense.
+fn mixture(fields: &Fields, layers: usize, width: &str) -> Result<MoeSpec, ConfigError> {
     let step = fields.optional_size("decoder_sparse_step")?.unwrap_or(1);
     let dense = fields.indices("mlp_only_layers")?;
-    Ok((0..layers).map(|layer| !dense.contains(&layer) && (layer + 1).is_multiple_of(step)).collect())
+    let sparse = |layer: usize| !dense.contains(&layer) && (layer + 1).is_multiple_of(step);
+    // transformers writes the one or the other.
+    let experts = fields.optional_size("num_local_experts")?;
+    Ok(MoeSpec {
+        layers: (0..layers).map(sparse).collect(),
+        experts: experts.map_or_else(|| fields.size("num_experts"), Ok)?,
+        top_k: fields.size("num_experts_per_tok")?,
+        normalise: fields.flag("norm_topk_prob", false)?,
+        width: fields.size(width)?,
+        shared_width: None,
+        names: MoeNames { block: "mlp", gate: "gate_proj", up: "up_proj", down: "down_proj" },
+    })
 }
 
 /// Attention and MLP, the default targets; a name selects dense layers and experts alike.

@@ -1,8 +1,8 @@
 //! OLMoE: an RMSNorm over all heads of q and of k together, `clip_qkv` after it; every layer has `num_experts` experts as
 //! wide as `intermediate_size`.
 
-use super::{ATTENTION_AND_MLP, Family, MOE_NAMES, Traits};
-use crate::model::{MoeSpec, QkNorm};
+use super::{ATTENTION_AND_MLP, Family, Traits, mixture};
+use crate::model::QkNorm;
 
 pub const FAMILY: Family = Family {
     model_type: "olmoe",
@@ -18,15 +18,7 @@ pub const FAMILY: Family = Family {
     default_targets: ATTENTION_AND_MLP,
     traits: |fields, layers| {
         let bias = fields.flag("attention_bias", false)?;
-        let moe = MoeSpec {
-            layers: vec![true; layers],
-            experts: fields.size("num_experts")?,
-            top_k: fields.size("num_experts_per_tok")?,
-            normalise: fields.flag("norm_topk_prob", false)?,
-            width: fields.size("intermediate_size")?,
-            shared_width: None,
-            names: MOE_NAMES,
-        };
+        let moe = mixture(fields, layers, "intermediate_size")?;
         Ok(Traits {
             qkv_bias: bias,
             o_bias: bias,

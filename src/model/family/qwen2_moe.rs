@@ -2,7 +2,7 @@
 //! `decoder_sparse_step` and `mlp_only_layers` leave some layers dense. Without `layer_types`, a model that slides does so
 //! in every second layer up to `max_window_layers`, from the first on.
 
-use super::{ATTENTION_AND_MLP, Family, MOE_NAMES, Traits, sparse_layers};
+use super::{ATTENTION_AND_MLP, Family, Traits, mixture};
 use crate::model::MoeSpec;
 
 pub const FAMILY: Family = Family {
@@ -34,15 +34,8 @@ pub const FAMILY: Family = Family {
             let last = fields.optional_size("max_window_layers")?.unwrap_or(layers);
             (0..layers).map(|layer| window.filter(|_| layer % 2 == 0 && layer < last)).collect()
         };
-        let moe = MoeSpec {
-            layers: sparse_layers(fields, layers)?,
-            experts: fields.size("num_experts")?,
-            top_k: fields.size("num_experts_per_tok")?,
-            normalise: fields.flag("norm_topk_prob", false)?,
-            width: fields.size("moe_intermediate_size")?,
-            shared_width: Some(fields.size("shared_expert_intermediate_size")?),
-            names: MOE_NAMES,
-        };
+        let shared_width = Some(fields.size("shared_expert_intermediate_size")?);
+        let moe = MoeSpec { shared_width, ..mixture(fields, layers, "moe_intermediate_size")? };
         let qkv_bias = fields.flag("qkv_bias", true)?;
         Ok(Traits { qkv_bias, layer_windows, moe: Some(moe), ..Traits::default() })
     },
