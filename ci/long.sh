@@ -8,6 +8,7 @@
 #   ci/long.sh ops             every operation beside the machine's peak (minutes); criterion's options may follow
 #   ci/long.sh start           seconds from launch to the first step, both
 #   ci/long.sh quickstart      the quickstart, which ends with its score
+#   ci/long.sh topologies      experts in every topology of up to 4 ranks, in every way to compute, against one rank
 #   ci/long.sh real_size       one bf16 step of a random model with the shapes of Qwen2.5-1.5B, on 2 ranks
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,6 +19,11 @@ case "${1:-}" in
   ops) shift; launch/setup.sh --no-tests; exec cargo bench --bench ops -- "$@" ;;
   start) shift; exec benches/side_by_side.sh --start "$@" ;;
   quickstart) exec launch/quickstart.sh ;;
+  topologies)
+    launch/setup.sh --no-tests
+    export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+    exec cargo test --quiet --test experts -- --ignored --nocapture every_topology
+    ;;
   real_size)
     launch/setup.sh --no-tests
     cargo build --release --quiet
@@ -26,5 +32,5 @@ case "${1:-}" in
     mpirun -n 2 "${CARGO_TARGET_DIR:-target}/release/xorl-dist" --config tests/fixtures/qwen2_1_5b/run.yaml
     cat outputs/real_size/metrics.jsonl
     ;;
-  *) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+  *) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
 esac

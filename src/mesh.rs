@@ -121,6 +121,11 @@ impl Mesh {
         Ok(Self { replicate, shard, sequence, expert })
     }
 
+    /// All of `ranks` in one block, each with all experts.
+    pub fn one_block(ranks: usize) -> Self {
+        Self { replicate: 1, shard: ranks.max(1), sequence: 1, expert: 1 }
+    }
+
     /// Number of ranks.
     pub fn world(&self) -> usize {
         self.replicate * self.block()

@@ -159,7 +159,7 @@ fn broken_files_are_refused_at_the_right_place() {
         ),
         (train("tensor_parallel_size: 2"), "run.yaml:6: train.tensor_parallel_size:", "2 is refused"),
         (train("ulysses_parallel_size: 4"), "run.yaml:6: train.ulysses_parallel_size:", "4 is refused"),
-        (train("expert_parallel_size: 8"), "run.yaml:6: train.expert_parallel_size:", "8 is refused"),
+        (train("expert_parallel_size: 0"), "run.yaml:6: train.expert_parallel_size:", "at least 1"),
         (
             train("optimizer: muon"),
             "run.yaml:6: train.optimizer:",

@@ -21,6 +21,7 @@ use xorl_dist::{
         transformer::{Batch, Transformer},
     },
     optim::{Optimizer, Schedule, Settings},
+    shard::Groups,
     train::Trainer,
 };
 
@@ -84,8 +85,8 @@ fn load(
         checkpointing,
         reduce: ReduceGradients::Step,
     };
-    let (shard, replicate) = (world.group("shard", 0), world.group("replicate", 0));
-    let mut model = Transformer::new(hf.spec, &sites, lora, options, &shard, &replicate, Device::Cpu);
+    let groups = Groups::one_block(&world);
+    let mut model = Transformer::new(hf.spec, &sites, lora, options, &groups, Device::Cpu);
     model.load(&source).unwrap();
     let values = adapter(&path, &sites, run);
     assert_eq!(
@@ -158,8 +159,9 @@ fn equals_reference(directory: &Path, checkpointing: CheckpointingMethod, merge:
     model.forward_backward(&first, 1.0 / first.valid_tokens() as f64).unwrap();
     let gradients = adapter(&directory.join("gradient"), &sites, &run);
     for (unit, parameters) in model.parameters().into_iter().enumerate() {
-        let flat = Vec::<f32>::try_from(model.adapter.gradient(unit)).unwrap();
         for parameter in parameters {
+            let gradient = model.adapter.of(parameter.region).gradient(unit);
+            let flat = Vec::<f32>::try_from(gradient).unwrap();
             let ours = &flat[model.elements(unit, &parameter)];
             let apart = relative(ours, &gradients[&parameter.name]);
             assert!(apart < 1e-4, "{name}: gradient of {}: {apart}", parameter.name);

@@ -14,7 +14,10 @@ const AUTO: [&str; 2] = ["--train.load_checkpoint_path", "auto"];
 
 /// Runs 20 steps on `ranks` ranks, and again from its step 10: nothing may differ.
 fn second_half_is_bit_identical(ranks: usize, more: &[&str]) {
-    let run = TinyRun::new();
+    second_half_of(&TinyRun::new(), ranks, more);
+}
+
+fn second_half_of(run: &TinyRun, ranks: usize, more: &[&str]) {
     succeeded(&run.run(ranks, "whole", more));
     run.interrupted("whole", "half", 10);
     succeeded(&run.run(ranks, "half", &[&AUTO[..], more].concat()));
@@ -68,6 +71,13 @@ fn mpi_resumed_with_replicas_is_bit_identical() {
     second_half_is_bit_identical(4, &more);
 }
 
+#[test]
+fn mpi_resumed_with_experts_over_ranks_is_bit_identical() {
+    let over = ["--train.expert_parallel_size", "2", "--lora.moe_hybrid_shared_lora", "true"];
+    let more = [&over[..], &["--train.global_batch_size", "7"]].concat();
+    second_half_of(&TinyRun::of_experts(), 4, &more);
+}
+
 /// The end of `out` agrees with that of `reference` as two topologies of one run do.
 fn within_tolerance(run: &TinyRun, reference: &str, out: &str) {
     let (expected, found) = (run.story(reference), run.story(out));
@@ -109,6 +119,26 @@ fn mpi_resumed_in_another_world_is_the_same_run() {
         run.interrupted(from, out, 10);
         succeeded(&run.run(ranks, out, &[&AUTO[..], more].concat()));
         within_tolerance(&run, "one", out);
+    }
+}
+
+#[test]
+fn mpi_experts_resumed_over_other_ranks_are_the_same_run() {
+    let run = TinyRun::of_experts();
+    let rows = ["--train.global_batch_size", "4"];
+    succeeded(&run.run(1, "one", &rows));
+    let over = |over| ["--train.expert_parallel_size", over];
+    for (from, ranks, experts_over) in [("four", 4, "2"), ("three", 3, "3")] {
+        succeeded(&run.run(ranks, from, &[&rows[..], &over(experts_over)].concat()));
+        within_tolerance(&run, "one", from);
+    }
+    for (from, ranks, experts_over) in
+        [("one", 4, "2"), ("four", 3, "3"), ("three", 4, "4"), ("four", 1, "1")]
+    {
+        let out = format!("{from} to {ranks}");
+        run.interrupted(from, &out, 10);
+        succeeded(&run.run(ranks, &out, &[&AUTO[..], &over(experts_over)].concat()));
+        within_tolerance(&run, "one", &out);
     }
 }
 
@@ -274,8 +304,9 @@ fn mpi_broken_state_files_are_refused_in_one_line() {
         (state, cut(state), false, "bytes,"),
         (state, cut(state), true, "EOF"),
         (state, b"[]".to_vec(), true, "no format"),
-        (state, stated("\"format\": 1", "\"format\": 9"), true, "format 9"),
+        (state, stated("\"format\": 2", "\"format\": 9"), true, "format 9"),
         (state, stated("\"shards\": 2", "\"shards\": 1"), true, "reaches past"),
+        (state, stated("\"expert_groups\": 1", "\"expert_groups\": 3"), true, "3 groups of experts over 2"),
         (state, stated("\"updates\": 5", "\"updates\": -5"), true, "invalid value"),
         (state, stated("\"step\": 5", "\"step\": 6"), true, "the state of step 6"),
         (pieces, flipped(pieces), false, "SHA-256 differs"),

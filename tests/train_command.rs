@@ -19,6 +19,7 @@ use xorl_dist::{
         source::SafetensorsSource,
         transformer::{Batch, Transformer},
     },
+    shard::Groups,
 };
 
 /// A tiny random model made by ours is not independent; transformers makes this one, of an architecture with more of its
@@ -76,9 +77,9 @@ fn our_logits_are_theirs(folder: &Path, step: &str) {
         checkpointing: CheckpointingMethod::NoRecompute,
         reduce: ReduceGradients::Step,
     };
-    let lone = World::start().unwrap().group("world", 0);
+    let groups = Groups::one_block(&World::start().unwrap());
     let lora = LoraShape { rank: config.r, alpha: config.lora_alpha };
-    let mut model = Transformer::new(spec, &sites, lora, options, &lone, &lone, Device::Cpu);
+    let mut model = Transformer::new(spec, &sites, lora, options, &groups, Device::Cpu);
     model.load(&SafetensorsSource::open(&directory).unwrap()).unwrap();
     model.set_adapter(|parameter, range| values[&parameter.name][range].to_vec()).unwrap();
     let bytes = std::fs::read(folder.join("logits.safetensors")).unwrap();
@@ -163,7 +164,8 @@ fn mpi_experts_are_trained_and_peft_computes_our_logits() {
         let arguments =
             ["--config", &config, "--train.max_steps", "4", "--lora.moe_hybrid_shared_lora", hybrid];
         succeeded(&xorl(1, &arguments));
-        succeeded(&xorl(2, &[&arguments[..], &["--train.output_dir", two.to_str().unwrap()]].concat()));
+        let over_two = ["--train.output_dir", two.to_str().unwrap(), "--train.expert_parallel_size", "2"];
+        succeeded(&xorl(2, &[&arguments[..], &over_two].concat()));
         for (one, two) in metrics(&folder.path().join("out")).iter().zip(metrics(&two)) {
             for field in ["loss", "grad_norm"] {
                 let (a, b) = (one[field].as_f64().unwrap(), two[field].as_f64().unwrap());
@@ -179,6 +181,9 @@ fn mpi_experts_are_trained_and_peft_computes_our_logits() {
         let step = step.to_str().unwrap();
         peft_loss(folder.path(), &folder.path().join("model"), step);
         our_logits_are_theirs(folder.path(), step);
+        let over_five = ["check", "--config", &config, "--ranks", "5", "--train.expert_parallel_size", "5"];
+        let line = failed(&xorl(1, &over_five), 2);
+        assert!(line.contains("5 does not divide the model's"), "{architecture}: {line}");
     }
 }
 
@@ -257,6 +262,7 @@ fn mpi_wrong_input_ends_all_ranks_with_one_line() {
         (&["--model.model_path", "/nowhere"], "/nowhere"),
         (&["--lora.lora_target_modules", "w1"], "w1 matches nothing"),
         (&["--train.data_parallel_shard_size", "3"], "3"),
+        (&["--train.expert_parallel_size", "2"], "has no experts to divide"),
         (&["--train.lr", "fast"], "fast"),
         (&["--train.laerning_rate", "1"], "laerning_rate"),
         (&["--data.datasets", &datasets], "broken.jsonl:2"),

@@ -6,7 +6,7 @@
 use super::{
     CheckpointError, io,
     publish::{Manifest, sync},
-    reshard::{self, Move, UnitLayout},
+    reshard::{self, Cut, Move, UnitLayout},
     steps,
 };
 use crate::{config::Optimizer, data::deal::Position, optim::Schedule};
@@ -22,8 +22,8 @@ use std::{
 /// The folder in a step.
 pub const FOLDER: &str = "training_state";
 const STATE_FILE: &str = "training_state/trainer_state.json";
-/// Changes when older programs could not read it.
-const FORMAT: u32 = 1;
+/// Changes when older programs could not read it: since 2 experts may be divided over groups.
+const FORMAT: u32 = 2;
 
 /// Where a run stands after a step, and what it was, so that another one cannot take it for its own.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -126,8 +126,10 @@ impl TrainerState {
         let json: serde_json::Value =
             serde_json::from_str(&text).map_err(|error| format(error.to_string()))?;
         match json["format"].as_u64() {
-            Some(known) if known == u64::from(FORMAT) => {}
-            Some(other) => return Err(format(format!("format {other} is not known here, only {FORMAT}"))),
+            Some(known) if (1..=u64::from(FORMAT)).contains(&known) => {}
+            Some(other) => {
+                return Err(format(format!("format {other} is not known here, only 1 to {FORMAT}")));
+            }
             None => return Err(format("it has no format".into())),
         }
         let state: Self = serde_json::from_value(json).map_err(|error| format(error.to_string()))?;
@@ -145,11 +147,16 @@ impl TrainerState {
         if self.shards > self.world {
             return Err(format!("{} shards of {} ranks", self.shards, self.world));
         }
-        reshard::check(&self.units, self.shards)?;
+        reshard::check(self.cut())?;
         match self.piece_files().find(|file| !manifest.lists(file)) {
             Some(file) => Err(format!("it needs {file}, which is not in the step")),
             None => Ok(()),
         }
+    }
+
+    /// Its units, as they are cut.
+    pub fn cut(&self) -> Cut<'_> {
+        Cut { units: &self.units, shards: self.shards }
     }
 
     /// The files with the pieces of all shards, in a step.
@@ -195,13 +202,13 @@ pub fn write_pieces(
 pub fn read_pieces(
     step: &Path,
     state: &TrainerState,
-    own: &[UnitLayout],
+    own: Cut,
     shard: usize,
 ) -> Result<Vec<UnitPieces>, CheckpointError> {
     let unfit = |reason| CheckpointError::Unfit { path: step.to_owned(), reason };
-    let moves = reshard::plan(&state.units, own, shard).map_err(unfit)?;
+    let moves = reshard::plan(state.cut(), own, shard).map_err(unfit)?;
     let mut units: Vec<_> =
-        own.iter().map(|unit| UnitPieces::zeros(unit.piece, state.has_moments())).collect();
+        own.units.iter().map(|unit| UnitPieces::zeros(unit.piece, state.has_moments())).collect();
     for stored in 0..state.shards {
         let from_here: Vec<&Move> = moves.iter().filter(|part| part.shard == stored).collect();
         if !from_here.is_empty() {
@@ -272,7 +279,8 @@ mod tests {
         let placed = |name: &str, shape, first| PlacedParameter { name: name.into(), shape, first };
         let parameters = vec![placed("a", [2, 5], 0), placed("b", [3, 2], 12)];
         let piece = 18usize.next_multiple_of(4 * shards) / shards;
-        vec![UnitLayout { piece, parameters }, UnitLayout { piece: 0, parameters: vec![] }]
+        let unit = |piece, parameters| UnitLayout { piece, expert_groups: 1, parameters };
+        vec![unit(piece, parameters), unit(0, vec![])]
     }
 
     fn state(world: usize) -> TrainerState {
@@ -330,7 +338,7 @@ mod tests {
             let read = TrainerState::read(&step).unwrap();
             assert_eq!(read, state(from), "every bit of every number survives the text");
             for shard in 0..to {
-                let own = read_pieces(&step, &read, &units(to), shard).unwrap();
+                let own = read_pieces(&step, &read, Cut { units: &units(to), shards: to }, shard).unwrap();
                 assert_eq!(own, pieces(&units(to), shard), "{from} to {to}, shard {shard}");
             }
         }
@@ -350,7 +358,7 @@ mod tests {
             write_pieces(step, 0, 1, &masters(pieces(&units(1), 0))).unwrap();
         });
         let read = TrainerState::read(&step).unwrap();
-        let own = read_pieces(&step, &read, &units(1), 0).unwrap();
+        let own = read_pieces(&step, &read, Cut { units: &units(1), shards: 1 }, 0).unwrap();
         assert_eq!(own, masters(pieces(&units(1), 0)));
     }
 
@@ -370,7 +378,8 @@ mod tests {
             assert!(message.contains("trainer_state.json") && message.contains(words), "{field}: {message}");
             assert_eq!(message.lines().count(), 1);
         };
-        said("/format", json!(2), "format 2 is not known");
+        said("/format", json!(3), "format 3 is not known");
+        said("/units/0/expert_groups", json!(0), "0 groups of experts over 2 shards");
         said("/format", json!("one"), "no format");
         said("/step", json!(-1), "invalid value");
         said("/step", json!(null), "invalid type");
@@ -407,7 +416,7 @@ mod tests {
                 fs::write(&path, bytes).unwrap();
             });
             // Values, or one typed error of the user's: never a panic, whatever a file claims.
-            let read = TrainerState::read(&step).and_then(|state| read_pieces(&step, &state, &units(1), 0));
+            let read = TrainerState::read(&step).and_then(|state| read_pieces(&step, &state, Cut { units: &units(1), shards: 1 }, 0));
             if let Err(error) = read {
                 prop_assert_eq!(error.exit_code(), 2);
                 prop_assert_eq!(error.to_string().lines().count(), 1);

@@ -32,7 +32,7 @@ impl<C: Communicator> Booked<C> {
     ) -> Result<(), CommError> {
         let _span = self.span(operation.name()).with("bytes", self.received(operation, bytes));
         collective()?;
-        self.ledger.record(operation, self.group(), bytes, self.size());
+        self.ledger.record(operation, self.group(), self.received(operation, bytes));
         Ok(())
     }
 }
@@ -71,7 +71,7 @@ impl<C: Communicator> Communicator for Booked<C> {
         let operation = Operation::AllGather;
         let transfer = trace::transfer(operation.name(), self.group(), self.received(operation, whole));
         let pending = self.inner.start_all_gather(input, output)?;
-        self.ledger.record(operation, self.group(), whole, self.size());
+        self.ledger.record(operation, self.group(), self.received(operation, whole));
         Ok(match transfer {
             None => pending,
             Some(_transfer) => Pending::new(Traced { pending, group: self.group().to_owned(), _transfer }),
@@ -80,6 +80,19 @@ impl<C: Communicator> Communicator for Booked<C> {
 
     fn reduce_scatter(&self, input: &Tensor, output: &Tensor) -> Result<(), CommError> {
         self.book(Operation::ReduceScatter, bytes(input), || self.inner.reduce_scatter(input, output))
+    }
+
+    fn all_to_all(
+        &self,
+        input: &Tensor,
+        sent: &[usize],
+        output: &Tensor,
+        received: &[usize],
+    ) -> Result<(), CommError> {
+        let all = received.iter().sum::<usize>();
+        let of_others = all - received.get(self.rank()).copied().unwrap_or(0);
+        let bytes = bytes(output) / all.max(1) * of_others;
+        self.book(Operation::AllToAll, bytes, || self.inner.all_to_all(input, sent, output, received))
     }
 
     fn all_reduce(&self, values: &Tensor) -> Result<(), CommError> {

@@ -8,6 +8,7 @@ pub enum Operation {
     AllGather,
     ReduceScatter,
     AllReduce,
+    AllToAll,
 }
 
 impl Operation {
@@ -16,15 +17,18 @@ impl Operation {
             Operation::AllGather => "all_gather",
             Operation::ReduceScatter => "reduce_scatter",
             Operation::AllReduce => "all_reduce",
+            Operation::AllToAll => "all_to_all",
         }
     }
 
     /// Bytes that a rank receives for a whole array of `bytes` over `ranks`: (N-1)/N of it, and twice that for
-    /// an all-reduce, which is a reduce-scatter followed by an all-gather.
+    /// an all-reduce, which is a reduce-scatter followed by an all-gather. The array of an all-to-all is what the
+    /// other ranks send to this one.
     pub const fn received(self, bytes: usize, ranks: usize) -> usize {
         match self {
             Operation::AllGather | Operation::ReduceScatter => bytes / ranks * (ranks - 1),
             Operation::AllReduce => 2 * bytes * (ranks - 1) / ranks,
+            Operation::AllToAll => bytes,
         }
     }
 }
@@ -37,10 +41,9 @@ pub type Received = BTreeMap<(Operation, String), u64>;
 pub struct Ledger(Rc<RefCell<Received>>);
 
 impl Ledger {
-    /// Enters one collective over a whole array of `bytes`.
-    pub fn record(&self, operation: Operation, group: &str, bytes: usize, ranks: usize) {
-        let received = operation.received(bytes, ranks) as u64;
-        *self.0.borrow_mut().entry((operation, group.to_owned())).or_default() += received;
+    /// Enters one collective in which this rank has `received` bytes.
+    pub fn record(&self, operation: Operation, group: &str, received: usize) {
+        *self.0.borrow_mut().entry((operation, group.to_owned())).or_default() += received as u64;
     }
 
     /// Everything received so far.

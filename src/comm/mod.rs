@@ -100,6 +100,16 @@ pub trait Communicator {
     /// Sums `input` `[size × n]` fp32 over the ranks and leaves piece `rank` in `output` `[n]` fp32.
     fn reduce_scatter(&self, input: &Tensor, output: &Tensor) -> Result<(), CommError>;
 
+    /// Sends `sent[r]` rows of `input` `[Σ sent, n]` to each rank r, in rank order, and leaves in `output`
+    /// `[Σ received, n]` what came, by rank: `received[r]` rows of rank r, which has to send as many. Any dtype.
+    fn all_to_all(
+        &self,
+        input: &Tensor,
+        sent: &[usize],
+        output: &Tensor,
+        received: &[usize],
+    ) -> Result<(), CommError>;
+
     /// Sums `values` fp32 over the ranks in place; every rank ends with the same bits.
     fn all_reduce(&self, values: &Tensor) -> Result<(), CommError>;
 
@@ -159,7 +169,7 @@ impl World {
                 let (inner, ledger) = (runtime.group(name, color), self.ledger.clone());
                 Rc::new(booked::Booked { inner, ledger })
             }
-            None => Rc::new(solo::Solo::new(name)),
+            None => solo(name),
         }
     }
 
@@ -170,6 +180,11 @@ impl World {
             None => std::process::exit(code),
         }
     }
+}
+
+/// A group of this process alone: nothing moves.
+pub fn solo(name: &str) -> Rc<dyn Communicator> {
+    Rc::new(solo::Solo::new(name))
 }
 
 /// The version line of the MPI library that this binary is linked to.
@@ -203,6 +218,26 @@ fn check(
         return Err(CommError::Length { operation, group: group.into(), what, actual, expected });
     }
     Ok(())
+}
+
+/// Checks the buffers of an all-to-all of `size` ranks; bytes of a row.
+fn check_rows(
+    group: &str,
+    size: usize,
+    [input, output]: [&Tensor; 2],
+    [sent, received]: [&[usize]; 2],
+) -> Result<usize, CommError> {
+    const NAME: &str = "all_to_all";
+    let row = input.size().iter().skip(1).product::<i64>() as usize * input.kind().elt_size_in_bytes();
+    let kind = Some(input.kind());
+    for (what, tensor, rows) in [("input", input, sent), ("output", output, received)] {
+        if rows.len() != size {
+            let (actual, expected) = (rows.len() * row, size * row);
+            return Err(CommError::Length { operation: NAME, group: group.into(), what, actual, expected });
+        }
+        check(NAME, group, what, tensor, kind, rows.iter().sum::<usize>() * row)?;
+    }
+    Ok(row)
 }
 
 fn bytes(tensor: &Tensor) -> usize {

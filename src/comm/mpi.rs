@@ -1,9 +1,11 @@
 //! MPI, for ranks whose tensors are in host memory. All calls come from the thread that started MPI.
 //!
 //! The fp32 reduce-scatter is pairwise exchange and add: `MPI_Reduce_scatter_block` was measured eight times
-//! slower with Open MPI 4.1. Gathers are byte copies, so MPI needs no bf16 type.
+//! slower with Open MPI 4.1. The all-to-all is pairwise too: `MPI_Alltoallv` counts and places in C ints. Gathers are byte copies, so MPI needs no bf16 type.
 
-use super::{CommError, Communicator, Completion, Pending, Reduce, bytes, check, launcher::Launch};
+use super::{
+    CommError, Communicator, Completion, Pending, Reduce, bytes, check, check_rows, launcher::Launch,
+};
 use mpi::{
     Threading,
     collective::SystemOperation,
@@ -93,6 +95,35 @@ impl Mpi {
         }
         Err(CommError::TooLarge { operation, group: self.group.clone(), bytes })
     }
+
+    /// Sends `sent` to rank `to` while `received` is filled by rank `from`.
+    fn exchange(
+        &self,
+        operation: &'static str,
+        (sent, to): (&Tensor, usize),
+        (received, from): (&Tensor, usize),
+    ) -> Result<(), CommError> {
+        let (send_count, send_type) = self.count(operation, bytes(sent))?;
+        let (receive_count, receive_type) = self.count(operation, bytes(received))?;
+        // SAFETY: callers pass contiguous host memory that does not overlap; its lengths are those counted.
+        let code = unsafe {
+            ffi::MPI_Sendrecv(
+                sent.data_ptr() as *const c_void,
+                send_count,
+                send_type,
+                to as i32,
+                0,
+                received.data_ptr(),
+                receive_count,
+                receive_type,
+                from as i32,
+                0,
+                self.comm.as_raw(),
+                ffi::RSMPI_STATUS_IGNORE,
+            )
+        };
+        self.ok(operation, code)
+    }
 }
 
 /// A non-blocking all-gather in flight.
@@ -160,32 +191,42 @@ impl Communicator for Mpi {
         check(NAME, &self.group, "output", output, Some(Kind::Float), bytes(output))?;
         check(NAME, &self.group, "input", input, Some(Kind::Float), bytes(output) * size)?;
         let n = output.numel();
-        let (count, datatype) = self.count(NAME, n * 4)?;
         let piece = |peer: usize| input.narrow(0, (peer * n) as i64, n as i64);
         let mut sum = output.shallow_clone();
         sum.copy_(&piece(rank));
         let received = Tensor::empty([n as i64], (Kind::Float, output.device()));
         for distance in 1..size {
             let (to, from) = ((rank + distance) % size, (rank + size - distance) % size);
-            // SAFETY: the sent piece and `received` are contiguous host memory of n floats each and do not overlap.
-            let code = unsafe {
-                ffi::MPI_Sendrecv(
-                    piece(to).data_ptr() as *const c_void,
-                    count,
-                    datatype,
-                    to as i32,
-                    0,
-                    received.data_ptr(),
-                    count,
-                    datatype,
-                    from as i32,
-                    0,
-                    self.comm.as_raw(),
-                    ffi::RSMPI_STATUS_IGNORE,
-                )
-            };
-            self.ok(NAME, code)?;
+            self.exchange(NAME, (&piece(to), to), (&received, from))?;
             let _ = sum.g_add_(&received);
+        }
+        Ok(())
+    }
+
+    fn all_to_all(
+        &self,
+        input: &Tensor,
+        sent: &[usize],
+        output: &Tensor,
+        received: &[usize],
+    ) -> Result<(), CommError> {
+        let (rank, size) = (self.rank(), self.size());
+        let row = check_rows(&self.group, size, [input, output], [sent, received])?;
+        // The rows of `all` that are of or for `peer`.
+        let part = |all: &Tensor, rows: &[usize], peer: usize| {
+            all.narrow(0, rows[..peer].iter().sum::<usize>() as i64, rows[peer] as i64)
+        };
+        let own = part(input, sent, rank);
+        if own.size() != part(output, received, rank).size() {
+            let (actual, expected) = (sent[rank] * row, received[rank] * row);
+            let (operation, group, what) = ("all_to_all", self.group.clone(), "own rows");
+            return Err(CommError::Length { operation, group, what, actual, expected });
+        }
+        part(output, received, rank).copy_(&own);
+        for distance in 1..size {
+            let (to, from) = ((rank + distance) % size, (rank + size - distance) % size);
+            let outgoing = (&part(input, sent, to), to);
+            self.exchange("all_to_all", outgoing, (&part(output, received, from), from))?;
         }
         Ok(())
     }

@@ -146,7 +146,7 @@ pub(super) const REFUSED: &[Refused] = &[
     refused("train.tensor_parallel_size", &["1"], TOPOLOGY),
     refused("train.pipeline_parallel_size", &["1"], TOPOLOGY),
     refused("train.ringattn_parallel_size", &["1"], TOPOLOGY),
-    refused("train.ep_outside", &["false"], "expert parallelism is not built"),
+    refused("train.ep_outside", &["false"], "experts are divided over ranks that share a copy of the base"),
     refused("train.fsdp_reduce_dtype", &["fp32", "float32"], "adapter gradients are reduced in fp32"),
     refused("train.no_decay_modules", &["[]", "null"], ONE_DECAY),
     refused("train.no_decay_params", &["[]", "null"], ONE_DECAY),

@@ -40,10 +40,6 @@ pub(super) fn validate(config: &mut RunConfig, places: &Places) -> Result<(), Co
         let reason = "sequence parallelism is not built; leave it at 1";
         return refuse("train.ulysses_parallel_size", train.ulysses_parallel_size.to_string(), reason);
     }
-    if train.expert_parallel_size > 1 {
-        let reason = "expert parallelism is not built; leave it at 1";
-        return refuse("train.expert_parallel_size", train.expert_parallel_size.to_string(), reason);
-    }
     if train.use_wandb {
         let reason = "not built; metrics go to metrics.jsonl in output_dir";
         return refuse("train.use_wandb", "true".into(), reason);

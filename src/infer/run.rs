@@ -16,6 +16,7 @@ use crate::{
         source::{SafetensorsSource, WeightSource, validate},
         transformer::{Batch, MicroBatchLoss, Transformer},
     },
+    shard::Groups,
 };
 use serde_json::{Value, json};
 use std::{
@@ -116,8 +117,7 @@ impl Generation {
     /// Continues the prompts on all ranks, the base sharded over them; rank 0 writes.
     pub fn execute(self, world: &World) -> Result<()> {
         let (rank, ranks) = (world.rank(), world.size());
-        let shard = world.group("shard", 0);
-        let replicate = world.group("replicate", rank);
+        let groups = Groups::one_block(world);
         let options = Options {
             compute: self.compute,
             merge: true,
@@ -132,8 +132,7 @@ impl Generation {
             self.adapter.as_ref().map_or((&no_sites, LoraShape { rank: 1, alpha: 1.0 }), |adapter| {
                 (&adapter.sites, adapter.shape)
             });
-        let mut model =
-            Transformer::new(self.spec.clone(), sites, shape, options, &shard, &replicate, Device::Cpu);
+        let mut model = Transformer::new(self.spec.clone(), sites, shape, options, &groups, Device::Cpu);
         model.load(&self.source as &dyn WeightSource)?;
         if let Some(adapter) = &self.adapter {
             model.set_adapter(|parameter, range| adapter.values[&parameter.name][range].to_vec())?;
@@ -142,7 +141,7 @@ impl Generation {
         // Prompt i is rank (i mod ranks)'s.
         let own: Vec<usize> = (rank..self.prompts.len()).step_by(ranks).collect();
         let ids: Vec<&[i64]> = own.iter().map(|&i| &self.prompts[i].ids[..]).collect();
-        let continuations = greedy(&mut model, shard.as_ref(), &ids, &self.limits)?;
+        let continuations = greedy(&mut model, groups.shard.as_ref(), &ids, &self.limits)?;
         let scored = self.prompts.iter().any(|prompt| prompt.reference.is_some());
         let mut lines = Vec::new();
         let mut own = own.into_iter().zip(continuations);
@@ -159,7 +158,7 @@ impl Generation {
             }
         }
         let mut all = Vec::new();
-        for part in shard.all_gather_host(Value::from(lines).to_string().as_bytes())? {
+        for part in groups.shard.all_gather_host(Value::from(lines).to_string().as_bytes())? {
             let part: Vec<Value> = serde_json::from_slice(&part)
                 .map_err(|error| Error::Failure(format!("what a rank generated did not arrive: {error}")))?;
             all.extend(part);

@@ -23,12 +23,15 @@ pub fn values(parameter: &Parameter, range: Range<usize>, seed: u64, b_std: f64)
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::shard::Region;
 
     fn parameter(factor: Factor) -> Parameter {
         Parameter {
             name: "model.layers.0.mlp.up_proj.lora_A".into(),
             factor,
             shape: [64, 100],
+            region: Region::Dense,
+            group: 0,
             entry: 0,
             first: 0,
         }

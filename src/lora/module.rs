@@ -4,7 +4,7 @@ use super::targets::{Factor, Site, SiteKind};
 use crate::{
     dtype::DType,
     ops::linear::{Adapter, AdapterGradient, Part},
-    shard::{AdapterShards, EntrySpec, ShardError},
+    shard::{Adapters, EntrySpec, Region, ShardError},
 };
 use tch::Tensor;
 
@@ -16,16 +16,41 @@ pub struct Parameter {
     pub factor: Factor,
     /// A `[rank, in]`, B `[out, rank]`.
     pub shape: [usize; 2],
-    /// Where it is stored: the entry of the unit's region, and its first element there.
+    /// Where it is stored: in which region of its unit, of which group of experts (0 in dense regions), the entry there,
+    /// and its first element in that.
+    pub region: Region,
+    pub group: usize,
     pub entry: usize,
     pub first: usize,
 }
 
+/// Where the entries of a module start in each region of its unit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FirstEntries {
+    pub dense: usize,
+    pub experts: usize,
+}
+
+impl FirstEntries {
+    fn of(self, region: Region) -> usize {
+        match region {
+            Region::Dense => self.dense,
+            Region::Experts => self.experts,
+        }
+    }
+}
+
 /// A low-rank adapter of one module of the base: a linear layer, or several that share rows, as experts do.
 pub trait LoraModule: std::fmt::Debug {
-    /// The adapter of the sites that share one base module, whose entries start at `first_entry` of the unit's
-    /// region.
-    fn from_sites(sites: Vec<Site>, rank: usize, alpha: f64, first_entry: usize) -> Self
+    /// The adapter of the sites that share one base module, whose entries start at `first`. A rank has the experts of one
+    /// of `expert_groups`.
+    fn from_sites(
+        sites: Vec<Site>,
+        rank: usize,
+        alpha: f64,
+        expert_groups: usize,
+        first: FirstEntries,
+    ) -> Self
     where
         Self: Sized;
     fn rank(&self) -> usize;
@@ -36,21 +61,17 @@ pub trait LoraModule: std::fmt::Debug {
     }
     /// Σ rank of the adapters that a row goes through.
     fn ranks(&self) -> usize;
-    /// What it puts into its unit's region, to be gathered in `dtype`.
-    fn entries(&self, dtype: DType) -> Vec<EntrySpec>;
-    /// Its logical parameters.
+    /// What it puts into its unit's regions, to be gathered in `dtype`.
+    fn entries(&self, dtype: DType) -> Vec<(Region, EntrySpec)>;
+    /// Its logical parameters, of all groups of experts.
     fn parameters(&self) -> Vec<Parameter>;
     /// The gathered adapters of `unit` as the operation takes them, and where their gradients go: one for each linear
-    /// layer of the module.
-    fn bind(
-        &self,
-        shards: &AdapterShards,
-        unit: usize,
-    ) -> Result<Vec<(Adapter, AdapterGradient)>, ShardError>;
+    /// layer that this rank has of the module.
+    fn bind(&self, adapters: &Adapters, unit: usize) -> Result<Vec<(Adapter, AdapterGradient)>, ShardError>;
 }
 
-/// Makes the adapter of one base module.
-type Constructor = fn(Vec<Site>, usize, f64, usize) -> Box<dyn LoraModule>;
+/// Makes the adapter of one base module; see [`LoraModule::from_sites`].
+type Constructor = fn(Vec<Site>, usize, f64, usize, FirstEntries) -> Box<dyn LoraModule>;
 
 /// Which module class adapts which kind of site.
 pub const LORA_MAPPING: &[(SiteKind, Constructor)] =
@@ -60,9 +81,10 @@ fn boxed<M: LoraModule + 'static>(
     sites: Vec<Site>,
     rank: usize,
     alpha: f64,
-    first_entry: usize,
+    expert_groups: usize,
+    first: FirstEntries,
 ) -> Box<dyn LoraModule> {
-    Box::new(M::from_sites(sites, rank, alpha, first_entry))
+    Box::new(M::from_sites(sites, rank, alpha, expert_groups, first))
 }
 
 /// Adapters on slices of one projection's output. Their A's are one tensor `[Σ rank, in]`, so that one thin GEMM
@@ -71,8 +93,14 @@ fn boxed<M: LoraModule + 'static>(
 pub struct LoraLinear(Stack);
 
 impl LoraModule for LoraLinear {
-    fn from_sites(sites: Vec<Site>, rank: usize, alpha: f64, first_entry: usize) -> Self {
-        Self(Stack { sites, rank, alpha, first_entry })
+    fn from_sites(
+        sites: Vec<Site>,
+        rank: usize,
+        alpha: f64,
+        expert_groups: usize,
+        first: FirstEntries,
+    ) -> Self {
+        Self(Stack { sites, rank, alpha, expert_groups, first })
     }
 
     fn rank(&self) -> usize {
@@ -87,7 +115,7 @@ impl LoraModule for LoraLinear {
         self.0.ranks()
     }
 
-    fn entries(&self, dtype: DType) -> Vec<EntrySpec> {
+    fn entries(&self, dtype: DType) -> Vec<(Region, EntrySpec)> {
         self.0.entries(dtype)
     }
 
@@ -95,58 +123,54 @@ impl LoraModule for LoraLinear {
         self.0.parameters()
     }
 
-    fn bind(
-        &self,
-        shards: &AdapterShards,
-        unit: usize,
-    ) -> Result<Vec<(Adapter, AdapterGradient)>, ShardError> {
-        let tensors = self.0.tensors(shards, unit)?;
+    fn bind(&self, adapters: &Adapters, unit: usize) -> Result<Vec<(Adapter, AdapterGradient)>, ShardError> {
+        let tensors = self.0.tensors(adapters, unit)?;
         Ok(vec![self.0.adapter(&tensors, self.scaling(), None)])
     }
 }
 
 /// Adapters on slices of the output of every expert of a layer: A `[experts, Σ rank, in]`, each B `[experts, out, rank]`,
-/// those of expert e apart from all others; without the leading dimension where a factor is shared.
+/// those of expert e apart from all others; without the leading dimension where a factor is shared. A rank has the leading
+/// part of its own group of experts.
 #[derive(Clone, Debug, PartialEq)]
-pub struct MoeExpertsLora {
-    stack: Stack,
-    experts: usize,
-}
+pub struct MoeExpertsLora(Stack);
 
 impl LoraModule for MoeExpertsLora {
-    fn from_sites(sites: Vec<Site>, rank: usize, alpha: f64, first_entry: usize) -> Self {
-        let experts = sites.first().and_then(|site| site.experts).map_or(0, |experts| experts.count);
-        Self { stack: Stack { sites, rank, alpha, first_entry }, experts }
+    fn from_sites(
+        sites: Vec<Site>,
+        rank: usize,
+        alpha: f64,
+        expert_groups: usize,
+        first: FirstEntries,
+    ) -> Self {
+        Self(Stack { sites, rank, alpha, expert_groups, first })
     }
 
     fn rank(&self) -> usize {
-        self.stack.rank
+        self.0.rank
     }
 
     fn alpha(&self) -> f64 {
-        self.stack.alpha
+        self.0.alpha
     }
 
     fn ranks(&self) -> usize {
-        self.stack.ranks()
+        self.0.ranks()
     }
 
-    fn entries(&self, dtype: DType) -> Vec<EntrySpec> {
-        self.stack.entries(dtype)
+    fn entries(&self, dtype: DType) -> Vec<(Region, EntrySpec)> {
+        self.0.entries(dtype)
     }
 
     fn parameters(&self) -> Vec<Parameter> {
-        self.stack.parameters()
+        self.0.parameters()
     }
 
-    fn bind(
-        &self,
-        shards: &AdapterShards,
-        unit: usize,
-    ) -> Result<Vec<(Adapter, AdapterGradient)>, ShardError> {
-        let tensors = self.stack.tensors(shards, unit)?;
-        let of = |expert| self.stack.adapter(&tensors, self.scaling(), Some(expert));
-        Ok((0..self.experts as i64).map(of).collect())
+    fn bind(&self, adapters: &Adapters, unit: usize) -> Result<Vec<(Adapter, AdapterGradient)>, ShardError> {
+        let tensors = self.0.tensors(adapters, unit)?;
+        let experts = self.0.sites.first().and_then(|site| site.experts).map_or(0, |experts| experts.count);
+        let of = |expert| self.0.adapter(&tensors, self.scaling(), Some(expert));
+        Ok((0..(experts / self.0.expert_groups) as i64).map(of).collect())
     }
 }
 
@@ -157,7 +181,8 @@ struct Stack {
     sites: Vec<Site>,
     rank: usize,
     alpha: f64,
-    first_entry: usize,
+    expert_groups: usize,
+    first: FirstEntries,
 }
 
 impl Stack {
@@ -170,12 +195,30 @@ impl Stack {
         self.sites.first().is_some_and(|site| site.experts.is_some() && site.shared != Some(factor))
     }
 
-    fn entries(&self, dtype: DType) -> Vec<EntrySpec> {
+    /// Where `factor` is stored: what each expert has of its own goes to the ranks that have that expert.
+    fn region(&self, factor: Factor) -> Region {
+        if self.is_copied(factor) { Region::Experts } else { Region::Dense }
+    }
+
+    /// The entry of A.
+    fn entry_of_a(&self) -> (Region, usize) {
+        let region = self.region(Factor::A);
+        (region, self.first.of(region))
+    }
+
+    /// The entry of the B of site `site`.
+    fn entry_of_b(&self, site: usize) -> (Region, usize) {
+        let region = self.region(Factor::B);
+        let behind_a = usize::from(region == self.region(Factor::A));
+        (region, self.first.of(region) + behind_a + site)
+    }
+
+    fn entries(&self, dtype: DType) -> Vec<(Region, EntrySpec)> {
         let Some(first) = self.sites.first() else { return Vec::new() };
         let entry = |name: String, factor, shape: [usize; 2]| {
-            let leading = self.is_copied(factor).then(|| first.copies(factor));
+            let leading = self.is_copied(factor).then(|| first.copies(factor) / self.expert_groups);
             let shape = leading.into_iter().chain(shape).collect();
-            EntrySpec { name, shape, dtype, spans: Vec::new() }
+            (self.region(factor), EntrySpec { name, shape, dtype, spans: Vec::new() })
         };
         let a = entry(format!("{}.lora_A", first.path()), Factor::A, [self.ranks(), first.input]);
         let b = |site: &Site| entry(format!("{}.lora_B", site.path()), Factor::B, [site.output(), self.rank]);
@@ -184,36 +227,38 @@ impl Stack {
 
     /// Every copy of A and B, site by site.
     fn parameters(&self) -> Vec<Parameter> {
-        let (rank, first_entry) = (self.rank, self.first_entry);
+        let rank = self.rank;
         let mut parameters = Vec::new();
         for (i, site) in self.sites.iter().enumerate() {
-            for copy in 0..site.copies(Factor::A) {
-                parameters.push(Parameter {
-                    name: format!("{}.lora_A", site.path_of(Factor::A, copy)),
-                    factor: Factor::A,
-                    shape: [rank, site.input],
-                    entry: first_entry,
-                    first: (copy * self.sites.len() + i) * rank * site.input,
-                });
-            }
-            for copy in 0..site.copies(Factor::B) {
-                parameters.push(Parameter {
-                    name: format!("{}.lora_B", site.path_of(Factor::B, copy)),
-                    factor: Factor::B,
-                    shape: [site.output(), rank],
-                    entry: first_entry + 1 + i,
-                    first: copy * site.output() * rank,
-                });
-            }
+            let mut copies = |factor, shape: [usize; 2], (region, entry), places: usize, place: usize| {
+                let count = site.copies(factor);
+                // Of a factor that is shared, or of a dense layer, there is one.
+                let each = count.div_ceil(self.expert_groups);
+                let letter = if factor == Factor::A { "A" } else { "B" };
+                parameters.extend((0..count).map(|copy| Parameter {
+                    name: format!("{}.lora_{letter}", site.path_of(factor, copy)),
+                    factor,
+                    shape,
+                    region,
+                    group: copy / each,
+                    entry,
+                    first: (copy % each * places + place) * shape[0] * shape[1],
+                }));
+            };
+            copies(Factor::A, [rank, site.input], self.entry_of_a(), self.sites.len(), i);
+            copies(Factor::B, [site.output(), rank], self.entry_of_b(i), 1, 0);
         }
         parameters
     }
 
     /// All entries of `unit`, gathered, and their gradients.
-    fn tensors(&self, shards: &AdapterShards, unit: usize) -> Result<Vec<[Tensor; 2]>, ShardError> {
-        let entries = self.first_entry..=self.first_entry + self.sites.len();
-        let of = |entry| Ok([shards.view(unit, entry)?, shards.gradient_view(unit, entry)]);
-        entries.map(of).collect()
+    fn tensors(&self, adapters: &Adapters, unit: usize) -> Result<Vec<[Tensor; 2]>, ShardError> {
+        let of = |(region, entry)| {
+            let shards = adapters.of(region);
+            Ok([shards.view(unit, entry)?, shards.gradient_view(unit, entry)])
+        };
+        let bs = (0..self.sites.len()).map(|site| self.entry_of_b(site));
+        std::iter::once(self.entry_of_a()).chain(bs).map(of).collect()
     }
 
     /// The adapter of one linear layer: of `copy`, where there are several.

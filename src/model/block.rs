@@ -12,11 +12,14 @@ use super::{
     mlp::{GatedSaved, Share},
     moe::MoeSaved,
 };
-use crate::ops::{
-    Buffer,
-    attention::{self, Documents, Heads},
-    linear::{self, Layers},
-    norm, rope,
+use crate::{
+    ops::{
+        Buffer,
+        attention::{self, Documents, Heads},
+        linear::{self, Layers},
+        norm, rope,
+    },
+    shard::ShardError,
 };
 use tch::Tensor;
 
@@ -113,46 +116,56 @@ impl Block<'_> {
     }
 
     /// The MLP up to its last matrix; [`output`](Self::output) follows. `chosen` replays a router's earlier choice.
-    pub fn mlp(&self, attention: &AttentionSaved, chosen: Option<&Tensor>) -> MlpSaved {
+    pub fn mlp(&self, attention: &AttentionSaved, chosen: Option<&Tensor>) -> Result<MlpSaved, ShardError> {
         let weight = &self.layer.post_attention_norm;
         let (normed, r_middle) = norm::forward(&attention.middle, weight, self.spec.eps);
         let inner = match &self.layer.mlp {
             Mlp::Dense(mlp) => InnerSaved::Dense(mlp.forward(&normed, Share::all(normed.size()[0], None))),
-            Mlp::Moe(moe) => InnerSaved::Moe(Box::new(moe.forward(&normed, chosen))),
+            Mlp::Moe(moe) => InnerSaved::Moe(Box::new(moe.forward(&normed, chosen)?)),
         };
-        MlpSaved { r_middle, inner }
+        Ok(MlpSaved { r_middle, inner })
     }
 
     /// y `[tokens, hidden]`: the MLP's last matrix and the residual.
-    pub fn output(&self, attention: &AttentionSaved, mlp: &mut MlpSaved) -> Buffer {
+    pub fn output(&self, attention: &AttentionSaved, mlp: &mut MlpSaved) -> Result<Buffer, ShardError> {
         match (&self.layer.mlp, &mut mlp.inner) {
-            (Mlp::Dense(mlp), InnerSaved::Dense(saved)) => mlp.output(saved, Some(&attention.middle)),
+            (Mlp::Dense(mlp), InnerSaved::Dense(saved)) => Ok(mlp.output(saved, Some(&attention.middle))),
             (Mlp::Moe(moe), InnerSaved::Moe(saved)) => moe.output(saved, &attention.middle),
             _ => unreachable!("saved by this layer"),
         }
     }
 
     /// The MLP as far as backward needs it.
-    pub fn mlp_again(&self, attention: &AttentionSaved, chosen: Option<&Tensor>) -> MlpSaved {
-        let mut saved = self.mlp(attention, chosen);
+    pub fn mlp_again(
+        &self,
+        attention: &AttentionSaved,
+        chosen: Option<&Tensor>,
+    ) -> Result<MlpSaved, ShardError> {
+        let mut saved = self.mlp(attention, chosen)?;
         match (&self.layer.mlp, &mut saved.inner) {
             (Mlp::Dense(mlp), InnerSaved::Dense(saved)) => mlp.skip_output(saved),
             (Mlp::Moe(moe), InnerSaved::Moe(saved)) => moe.skip_output(saved),
             _ => unreachable!("saved by this layer"),
         }
-        saved
+        Ok(saved)
     }
 
     /// dx from dy `[tokens, hidden]` and x; adds the adapters' gradients.
-    pub fn backward(&self, d_y: Buffer, x: &Tensor, attention: AttentionSaved, mlp: MlpSaved) -> Buffer {
+    pub fn backward(
+        &self,
+        d_y: Buffer,
+        x: &Tensor,
+        attention: AttentionSaved,
+        mlp: MlpSaved,
+    ) -> Result<Buffer, ShardError> {
         let AttentionSaved { r_input, qk, clipped, qkv, out, lse, middle, h_qkv, h_o } = attention;
         let d_middle = {
             let MlpSaved { r_middle, inner } = mlp;
             let weight = &self.layer.post_attention_norm;
             let normed = || norm::recompute(&middle, weight, &r_middle);
             let d_normed = match (&self.layer.mlp, inner) {
-                (Mlp::Dense(mlp), InnerSaved::Dense(saved)) => mlp.backward(&d_y, normed, saved).0,
-                (Mlp::Moe(moe), InnerSaved::Moe(saved)) => moe.backward(&d_y, normed(), *saved),
+                (Mlp::Dense(mlp), InnerSaved::Dense(saved)) => mlp.backward(&d_y, || Ok(normed()), saved)?.0,
+                (Mlp::Moe(moe), InnerSaved::Moe(saved)) => moe.backward(&d_y, normed(), *saved)?,
                 _ => unreachable!("saved by this layer"),
             };
             norm::backward(d_normed, &middle, weight, &r_middle, Some(&d_y))
@@ -181,7 +194,7 @@ impl Block<'_> {
         let (d_normed, g) = linear::backward_input(&d_qkv, layer);
         let normed = norm::recompute(x, weight, &r_input);
         linear::backward_parameters(&d_qkv, &normed, h_qkv.as_deref(), &g, layer);
-        norm::backward(d_normed, x, weight, &r_input, Some(&d_middle))
+        Ok(norm::backward(d_normed, x, weight, &r_input, Some(&d_middle)))
     }
 
     /// Normalises q and k of `qkv` in place.

@@ -8,8 +8,9 @@ use super::{
 use crate::{
     config::{CheckpointingMethod, ReduceGradients},
     dtype::DType,
-    lora::{LORA_MAPPING, Site},
-    shard::{EntrySpec, RegionLayout, adapter::align_bytes, layout::BASE_ALIGN},
+    lora::{FirstEntries, LORA_MAPPING, Site},
+    mesh::Mesh,
+    shard::{EntrySpec, Region, RegionLayout, adapter::align_bytes, layout::BASE_ALIGN},
 };
 
 /// How a model is cut and computed; nothing here changes the result beyond rounding.
@@ -44,12 +45,15 @@ pub struct LoraShape {
     pub alpha: f64,
 }
 
-/// Regions of a model, cut over `shards`: what both the rings and the byte formulas are made from.
+/// Regions of a model as one rank has them: what both the rings and the byte formulas are made from. Those of experts, one
+/// a layer, are empty where there are none.
 pub struct Regions {
     pub layers: Vec<RegionLayout>,
+    pub experts: Vec<RegionLayout>,
     pub vocab: Vec<RegionLayout>,
     pub final_norm: RegionLayout,
     pub adapter: Vec<RegionLayout>,
+    pub expert_adapter: Vec<RegionLayout>,
 }
 
 /// Everything about a sharded model that needs no tensor.
@@ -60,14 +64,34 @@ pub struct Blueprint {
 }
 
 impl Blueprint {
-    /// Plans `spec` with adapters on `sites`, cut over `shards` ranks.
-    pub fn new(spec: &ModelSpec, sites: &[Site], lora: LoraShape, options: &Options, shards: usize) -> Self {
-        let plans: Vec<LayerPlan> =
-            (0..spec.num_layers).map(|i| LayerPlan::new(spec, i, options.compute, options.merge)).collect();
-        let region = |name: String, specs, align| RegionLayout::new(name, specs, shards, align);
-        let layers = plans.iter().enumerate();
-        let layers =
-            layers.map(|(i, plan)| region(format!("layer {i}"), plan.specs.clone(), BASE_ALIGN)).collect();
+    /// Plans what rank `rank` of `mesh` has of `spec` with adapters on `sites`. The mesh divides the experts of `spec`:
+    /// [`Mesh::experts_of`] says so.
+    pub fn new(
+        spec: &ModelSpec,
+        sites: &[Site],
+        lora: LoraShape,
+        options: &Options,
+        mesh: &Mesh,
+        rank: usize,
+    ) -> Self {
+        let experts = spec.moe.as_ref().and_then(|moe| mesh.experts_of(rank, moe.experts).ok());
+        let experts = experts.unwrap_or_default();
+        let plan = |i| LayerPlan::new(spec, i, options.compute, options.merge, experts.clone());
+        let plans: Vec<LayerPlan> = (0..spec.num_layers).map(plan).collect();
+        let cut = |name: String, specs, region, align| {
+            let shards = match region {
+                Region::Dense => mesh.block(),
+                Region::Experts => mesh.block() / mesh.expert(),
+            };
+            RegionLayout::new(name, specs, shards, align)
+        };
+        let region = |name: String, specs, align| cut(name, specs, Region::Dense, align);
+        let (mut layers, mut experts) = (Vec::new(), Vec::new());
+        for (i, plan) in plans.iter().enumerate() {
+            layers.push(region(format!("layer {i}"), plan.specs.clone(), BASE_ALIGN));
+            let name = format!("experts of layer {i}");
+            experts.push(cut(name, plan.expert_specs.clone(), Region::Experts, BASE_ALIGN));
+        }
 
         let rows = options.chunk_rows(spec.vocab_size);
         let chunk = |tensor: &str, first: usize| {
@@ -82,14 +106,21 @@ impl Blueprint {
         let norm = EntrySpec::whole("norm", FINAL_NORM.into(), &[spec.hidden_size], DType::F32);
         let final_norm = region("final norm".into(), vec![norm], BASE_ALIGN);
 
-        let mut adapter = Vec::new();
+        let (mut adapter, mut expert_adapter) = (Vec::new(), Vec::new());
         let mut adapters = Vec::new();
+        let align = align_bytes(options.compute);
         for (i, plan) in plans.iter().enumerate() {
-            let (plan, specs) = adapter_of(plan, sites, lora, options.compute);
+            let (plan, entries) = adapter_of(plan, sites, lora, options.compute, mesh.expert());
             adapters.push(plan);
-            adapter.push(region(format!("adapter of layer {i}"), specs, align_bytes(options.compute)));
+            let of = |region| -> Vec<EntrySpec> {
+                entries.iter().filter(|entry| entry.0 == region).map(|entry| entry.1.clone()).collect()
+            };
+            adapter.push(region(format!("adapter of layer {i}"), of(Region::Dense), align));
+            let name = format!("adapter of the experts of layer {i}");
+            expert_adapter.push(cut(name, of(Region::Experts), Region::Experts, align));
         }
-        Self { plans, lora: adapters, regions: Regions { layers, vocab, final_norm, adapter } }
+        let regions = Regions { layers, experts, vocab, final_norm, adapter, expert_adapter };
+        Self { plans, lora: adapters, regions }
     }
 }
 
@@ -103,8 +134,9 @@ fn adapter_of(
     sites: &[Site],
     lora: LoraShape,
     dtype: DType,
-) -> (LayerAdapterPlan, Vec<EntrySpec>) {
-    let mut specs = Vec::new();
+    expert_groups: usize,
+) -> (LayerAdapterPlan, Vec<(Region, EntrySpec)>) {
+    let mut entries: Vec<(Region, EntrySpec)> = Vec::new();
     let mut adapters = LayerAdapterPlan::default();
     for projection in &plan.projections {
         let belongs = |site: &&Site| {
@@ -114,11 +146,14 @@ fn adapter_of(
         let own: Vec<Site> = sites.iter().filter(belongs).cloned().collect();
         let constructor =
             own.first().and_then(|site| LORA_MAPPING.iter().find(|(kind, _)| *kind == site.kind));
-        let module = constructor.map(|(_, constructor)| constructor(own, lora.rank, lora.alpha, specs.len()));
-        specs.extend(module.iter().flat_map(|module| module.entries(dtype)));
+        let count = |region| entries.iter().filter(|entry| entry.0 == region).count();
+        let first = FirstEntries { dense: count(Region::Dense), experts: count(Region::Experts) };
+        let module =
+            constructor.map(|(_, constructor)| constructor(own, lora.rank, lora.alpha, expert_groups, first));
+        entries.extend(module.iter().flat_map(|module| module.entries(dtype)));
         adapters.modules.push(module);
     }
-    (adapters, specs)
+    (adapters, entries)
 }
 
 /// All projections of a model, in unit order: what targets are resolved against.

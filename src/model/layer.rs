@@ -4,7 +4,7 @@
 use super::{
     mlp::GatedMlp,
     moe::{Moe, SharedExpert},
-    spec::{ModelSpec, MoeNames, MoeSpec},
+    spec::{ModelSpec, MoeNames},
 };
 use crate::{
     dtype::DType,
@@ -16,8 +16,9 @@ use crate::{
         linear::{Base, Linear},
         routing::TopK,
     },
-    shard::{AdapterShards, EntrySpec, Ring, ShardError, Span},
+    shard::{Adapters, EntrySpec, Exchange, Ring, ShardError, Span},
 };
+use std::ops::Range;
 use tch::Tensor;
 
 // Places in [`LayerPlan::projections`], and of their adapters.
@@ -32,10 +33,12 @@ const SHARED_DOWN: usize = 5;
 /// Where a linear layer's frozen tensors lie: (weight entry, bias entry) of each GEMM.
 type BaseEntries = Vec<(usize, Option<usize>)>;
 
-/// Entries of one decoder layer's region.
+/// Entries of one decoder layer's regions.
 #[derive(Clone, Debug)]
 pub struct LayerPlan {
     pub specs: Vec<EntrySpec>,
+    /// Of the region of the experts that a rank has.
+    pub expert_specs: Vec<EntrySpec>,
     pub projections: Vec<Projection>,
     qkv: BaseEntries,
     o: BaseEntries,
@@ -52,7 +55,7 @@ enum MlpPlan {
     Moe {
         router: usize,
         choice: TopK,
-        /// `[experts, 2 · width, hidden]` and `[experts, hidden, width]`
+        /// In the experts' region: `[experts, 2 · width, hidden]` and `[experts, hidden, width]`
         experts: [usize; 2],
         shared: Option<(GatedPlan, usize)>,
     },
@@ -134,15 +137,16 @@ impl Entries {
         }
     }
 
-    /// `matrices` `[rows, columns]` of every expert, those of an expert one below the other: one GEMM serves them.
+    /// `matrices` `[rows, columns]` of each of `experts`, those of an expert one below the other: one GEMM serves them.
     fn experts(
         &mut self,
         block: &str,
-        moe: &MoeSpec,
+        experts: &Range<usize>,
         matrices: &[&str],
         [rows, columns]: [usize; 2],
     ) -> usize {
-        let names = (0..moe.experts).flat_map(|expert| matrices.iter().map(move |matrix| (expert, matrix)));
+        let of_expert = |expert| matrices.iter().map(move |matrix| (expert, matrix));
+        let names = experts.clone().flat_map(of_expert);
         let spans = names.map(|(expert, matrix)| Span {
             tensor: format!("{block}.experts.{expert}.{matrix}.weight"),
             start: 0,
@@ -150,7 +154,7 @@ impl Entries {
         });
         self.push(EntrySpec {
             name: format!("experts.{}", matrices.join("|")),
-            shape: vec![moe.experts, matrices.len() * rows, columns],
+            shape: vec![experts.len(), matrices.len() * rows, columns],
             dtype: self.compute,
             spans: spans.collect(),
         })
@@ -158,12 +162,13 @@ impl Entries {
 }
 
 impl LayerPlan {
-    /// The plan of layer `index`: matrices in `compute` dtype, norm weights in fp32. `merge` fuses q, k, v and
-    /// gate, up into one GEMM each.
-    pub fn new(spec: &ModelSpec, index: usize, compute: DType, merge: bool) -> Self {
+    /// The plan of layer `index` with `experts` of its routed ones: matrices in `compute` dtype, norm weights in fp32.
+    /// `merge` fuses q, k, v and gate, up into one GEMM each.
+    pub fn new(spec: &ModelSpec, index: usize, compute: DType, merge: bool, experts: Range<usize>) -> Self {
         let projections = projections(spec, index);
         let (hidden, layer) = (spec.hidden_size, format!("model.layers.{index}"));
         let mut entries = Entries { specs: Vec::new(), compute, merge };
+        let mut routed = Entries { specs: Vec::new(), compute, merge };
         let qkv = entries.linear(&projections[QKV], spec.qkv_bias);
         let o = entries.linear(&projections[O], spec.o_bias);
         let mlp = match spec.moe_of(index) {
@@ -173,8 +178,8 @@ impl LayerPlan {
                 let block = format!("{layer}.{block}");
                 let router = format!("{block}.gate.weight");
                 let router = entries.whole("router", router, &[moe.experts, hidden], compute);
-                let gate_up = entries.experts(&block, moe, &[gate, up], [moe.width, hidden]);
-                let down = entries.experts(&block, moe, &[down], [hidden, moe.width]);
+                let gate_up = routed.experts(&block, &experts, &[gate, up], [moe.width, hidden]);
+                let down = routed.experts(&block, &experts, &[down], [hidden, moe.width]);
                 let shared = moe.shared_width.map(|_| {
                     let gate = format!("{block}.shared_expert_gate.weight");
                     let mlp = entries.gated(&projections[SHARED_GATE_UP..], false);
@@ -190,23 +195,25 @@ impl LayerPlan {
         let post_attention_norm = norm("post_attention_layernorm", hidden);
         let qk_norm =
             spec.qk_norm_widths().map(|[q, k]| [norm("self_attn.q_norm", q), norm("self_attn.k_norm", k)]);
-        let specs = entries.specs;
-        Self { specs, projections, qkv, o, mlp, input_norm, post_attention_norm, qk_norm }
+        let (specs, expert_specs) = (entries.specs, routed.specs);
+        Self { specs, expert_specs, projections, qkv, o, mlp, input_norm, post_attention_norm, qk_norm }
     }
 
-    /// A gathered unit with its gathered adapters, as views of its slots.
+    /// A gathered unit with its gathered adapters, as views of its slots in `layers` and `experts`, the rings of the two
+    /// regions. Rows go to the experts of other ranks by `exchange`.
     pub fn bind(
         &self,
-        ring: &Ring,
+        [layers, experts]: [&Ring; 2],
         unit: usize,
         lora: &LayerAdapterPlan,
-        shards: &AdapterShards,
+        adapters: &Adapters,
+        exchange: Option<&Exchange>,
     ) -> Result<Layer, ShardError> {
-        let view = |entry| ring.view(unit, entry);
+        let view = |entry| layers.view(unit, entry);
         // One linear layer for each of `bases`, with the adapters of projection `place`.
         let linears = |bases: Vec<Vec<Base>>, place: usize| {
             let adapters =
-                lora.modules[place].as_ref().map(|module| module.bind(shards, unit)).transpose()?;
+                lora.modules[place].as_ref().map(|module| module.bind(adapters, unit)).transpose()?;
             let mut adapters = adapters.into_iter().flatten();
             let with_adapter = |bases| Linear { bases, adapter: adapters.next() };
             Ok::<_, ShardError>(bases.into_iter().map(with_adapter).collect::<Vec<_>>())
@@ -223,8 +230,8 @@ impl LayerPlan {
                 down: linear(&plan.down, down)?,
             })
         };
-        let experts = |entry, place| {
-            let weights = view(entry)?;
+        let routed = |entry, place| {
+            let weights = experts.view(unit, entry)?;
             let base = |expert| vec![Base { weight: weights.select(0, expert), bias: None }];
             linears((0..weights.size()[0]).map(base).collect(), place)
         };
@@ -233,7 +240,8 @@ impl LayerPlan {
             MlpPlan::Moe { router, choice, experts: [gate_up, down], shared } => Mlp::Moe(Moe {
                 router: view(*router)?,
                 choice: *choice,
-                experts: GatedMlp { gate_up: experts(*gate_up, GATE_UP)?, down: experts(*down, DOWN)? },
+                experts: GatedMlp { gate_up: routed(*gate_up, GATE_UP)?, down: routed(*down, DOWN)? },
+                exchange: exchange.cloned(),
                 shared: match shared {
                     Some((plan, gate)) => {
                         let mlp = gated(plan, SHARED_GATE_UP, SHARED_DOWN)?;

@@ -9,6 +9,7 @@ use crate::ops::{
     linear::{self, Layers, Linear},
     swiglu,
 };
+use crate::shard::ShardError;
 use tch::Tensor;
 
 /// The two matrices, of one MLP or of each expert.
@@ -86,9 +87,9 @@ impl GatedMlp {
     pub fn backward(
         &self,
         d_y: &Tensor,
-        x: impl FnOnce() -> Buffer,
+        x: impl FnOnce() -> Result<Buffer, ShardError>,
         saved: GatedSaved,
-    ) -> (Buffer, Option<Tensor>) {
+    ) -> Result<(Buffer, Option<Tensor>), ShardError> {
         let GatedSaved { share, gate_up, h_gate_up, h_down, activated: _ } = saved;
         let (d_activated, g) = linear::backward_input(d_y, share.of(&self.down));
         let gradients = swiglu::backward(d_activated, gate_up, share.scale.as_ref());
@@ -97,7 +98,7 @@ impl GatedMlp {
         drop(activated);
         let layers = share.of(&self.gate_up);
         let (d_x, g) = linear::backward_input(&d_gate_up, layers);
-        linear::backward_parameters(&d_gate_up, &x(), h_gate_up.as_deref(), &g, layers);
-        (d_x, d_scale)
+        linear::backward_parameters(&d_gate_up, &*x()?, h_gate_up.as_deref(), &g, layers);
+        Ok((d_x, d_scale))
     }
 }

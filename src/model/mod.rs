@@ -2,6 +2,7 @@
 
 pub mod block;
 pub mod blueprint;
+pub mod dispatch;
 pub mod family;
 pub mod hf_config;
 pub mod layer;

@@ -5,12 +5,17 @@
 //!
 //! Both weights go into the MLPs as the scale of their rows. Router and gate are frozen, yet x gets a gradient through them.
 
-use super::mlp::{GatedMlp, GatedSaved, Share};
-use crate::ops::{
-    Buffer,
-    dispatch::Assignment,
-    routing::{self, Routing, TopK},
-    wide,
+use super::{
+    dispatch::Dispatch,
+    mlp::{GatedMlp, GatedSaved, Share},
+};
+use crate::{
+    ops::{
+        Buffer,
+        routing::{self, Routing, TopK},
+        wide,
+    },
+    shard::{Exchange, ShardError},
 };
 use tch::Tensor;
 
@@ -19,7 +24,10 @@ pub struct Moe {
     /// `[experts, hidden]`
     pub router: Tensor,
     pub choice: TopK,
+    /// Those that this rank has.
     pub experts: GatedMlp,
+    /// The way to those of other ranks.
+    pub exchange: Option<Exchange>,
     pub shared: Option<SharedExpert>,
 }
 
@@ -33,7 +41,9 @@ pub struct SharedExpert {
 /// What backward needs.
 pub struct MoeSaved {
     routing: Routing,
-    assignment: Assignment,
+    dispatch: Dispatch,
+    /// What came to this rank's experts from others, which would be dear to carry again.
+    rows: Option<Buffer>,
     experts: GatedSaved,
     shared: Option<GatedSaved>,
 }
@@ -49,36 +59,39 @@ impl MoeSaved {
         &self.routing.probabilities
     }
 
-    /// How often each expert was chosen: `[experts]`.
+    /// How often each expert was chosen by this rank's tokens: `[experts]`.
     pub fn counts(&self) -> &[i64] {
-        self.assignment.counts()
+        self.dispatch.counts()
     }
 }
 
 impl Moe {
     /// Up to the experts' last matrices, of x `[tokens, hidden]`; [`output`](Self::output) or
     /// [`skip_output`](Self::skip_output) follows. `chosen` replays the choice of an earlier pass.
-    pub fn forward(&self, x: &Tensor, chosen: Option<&Tensor>) -> MoeSaved {
+    pub fn forward(&self, x: &Tensor, chosen: Option<&Tensor>) -> Result<MoeSaved, ShardError> {
         let routing = routing::forward(x, &self.router, self.choice, chosen);
-        let assignment = Assignment::new(&routing.experts, self.experts.gate_up.len());
-        let borders = assignment.borders().to_vec();
-        let share = Share { borders, scale: Some(assignment.by_row(&routing.weights)) };
-        let experts = self.experts.forward(&assignment.gather(x), share);
+        let experts = self.router.size()[0] as usize;
+        let dispatch = Dispatch::new(&routing.experts, experts, self.exchange.as_ref())?;
+        let borders = dispatch.borders().to_vec();
+        let share = Share { borders, scale: Some(dispatch.by_row(&routing.weights)?) };
+        let rows = dispatch.gather(x)?;
+        let experts = self.experts.forward(&rows, share);
         let shared = self.shared.as_ref().map(|shared| {
             let scale = x.mm(&shared.gate.tr()).to_kind(wide(x.kind())).sigmoid();
             shared.mlp.forward(x, Share::all(x.size()[0], Some(scale)))
         });
-        MoeSaved { routing, assignment, experts, shared }
+        let rows = dispatch.is_remote().then_some(rows);
+        Ok(MoeSaved { routing, dispatch, rows, experts, shared })
     }
 
     /// y `[tokens, hidden]`, plus `add`.
-    pub fn output(&self, saved: &mut MoeSaved, add: &Tensor) -> Buffer {
+    pub fn output(&self, saved: &mut MoeSaved, add: &Tensor) -> Result<Buffer, ShardError> {
         let rows = self.experts.output(&mut saved.experts, None);
-        let y = saved.assignment.combine(&rows, Some(add));
-        match self.shared.as_ref().zip(saved.shared.as_mut()) {
+        let y = saved.dispatch.combine(&rows, Some(add))?;
+        Ok(match self.shared.as_ref().zip(saved.shared.as_mut()) {
             Some((shared, saved)) => shared.mlp.output(saved, Some(&y)),
             None => y,
-        }
+        })
     }
 
     /// What backward needs of the last matrices, where y is known already.
@@ -90,20 +103,21 @@ impl Moe {
     }
 
     /// dx from dy `[tokens, hidden]` and x; adds the adapters' gradients.
-    pub fn backward(&self, d_y: &Tensor, x: Buffer, saved: MoeSaved) -> Buffer {
-        let MoeSaved { routing, assignment, experts, shared } = saved;
-        let d_rows = assignment.gather(d_y);
-        let (d_gathered, d_scale) = self.experts.backward(&d_rows, || assignment.gather(&x), experts);
+    pub fn backward(&self, d_y: &Tensor, x: Buffer, saved: MoeSaved) -> Result<Buffer, ShardError> {
+        let MoeSaved { routing, dispatch, rows, experts, shared } = saved;
+        let d_rows = dispatch.gather(d_y)?;
+        let again = || rows.map_or_else(|| dispatch.gather(&x), Ok);
+        let (d_gathered, d_scale) = self.experts.backward(&d_rows, again, experts)?;
         drop(d_rows);
-        let mut d_x = assignment.combine(&d_gathered, None);
+        let mut d_x = dispatch.combine(&d_gathered, None)?;
         drop(d_gathered);
         if let Some(d_scale) = d_scale {
-            let d_weights = assignment.by_choice(&d_scale);
+            let d_weights = dispatch.by_choice(&d_scale)?;
             routing::backward(&d_weights, &routing, &self.router, self.choice, &d_x);
         }
         if let Some((shared, saved)) = self.shared.as_ref().zip(shared) {
             let scale = saved.scale().map(Tensor::shallow_clone);
-            let (d_shared, d_scale) = shared.mlp.backward(d_y, || x, saved);
+            let (d_shared, d_scale) = shared.mlp.backward(d_y, || Ok(x), saved)?;
             let _ = d_x.g_add_(&d_shared);
             if let Some((scale, d_scale)) = scale.zip(d_scale) {
                 let slope: Tensor = &scale * (1.0 - &scale);
@@ -111,6 +125,6 @@ impl Moe {
                 let _ = d_x.addmm_(&d_logit.to_kind(shared.gate.kind()), &shared.gate);
             }
         }
-        d_x
+        Ok(d_x)
     }
 }

@@ -11,7 +11,6 @@ use super::{
 };
 use crate::{
     clock::Clock,
-    comm::Communicator,
     lora::{Parameter, Site, init},
     loss::LinearCrossEntropy,
     ops::{
@@ -20,10 +19,10 @@ use crate::{
         norm,
         rope::RopeTable,
     },
-    shard::{AdapterShards, Ring, ShardError},
+    shard::{Adapters, Exchange, Groups, Region, Ring, ShardError},
     trace::{self, Category},
 };
-use std::{ops::Range, rc::Rc};
+use std::{collections::BTreeMap, ops::Range};
 use tch::{Device, Kind, Tensor};
 
 /// One flat micro-batch: documents one after another, no padding between them.
@@ -116,10 +115,13 @@ pub struct Transformer {
     plans: Vec<LayerPlan>,
     lora: Vec<LayerAdapterPlan>,
     layers: Ring,
+    /// The experts of each layer that this rank computes.
+    experts: Ring,
+    exchange: Option<Exchange>,
     /// Embedding chunks, then head chunks unless the two are tied.
     vocab: Ring,
     final_norm: Ring,
-    pub adapter: AdapterShards,
+    pub adapter: Adapters,
     rope: RopeTable,
     router_load: RouterLoad,
     /// Seconds of forward, loss, backward and gather.
@@ -134,17 +136,17 @@ impl Transformer {
         sites: &[Site],
         lora: LoraShape,
         options: Options,
-        shard: &Rc<dyn Communicator>,
-        replicate: &Rc<dyn Communicator>,
+        groups: &Groups,
         device: Device,
     ) -> Self {
-        let Blueprint { plans, lora, regions } = Blueprint::new(&spec, sites, lora, &options, shard.size());
-        let ring = |name, layouts, slots| Ring::new(name, layouts, slots, shard.clone(), device);
-        let adapter = AdapterShards::new(
+        let Blueprint { plans, lora, regions } =
+            Blueprint::new(&spec, sites, lora, &options, &groups.mesh, groups.rank);
+        let ring = |name, layouts, slots| Ring::new(name, layouts, slots, groups.shard.clone(), device);
+        let adapter = Adapters::new(
             regions.adapter,
+            regions.expert_adapter,
             options.slots,
-            shard.clone(),
-            replicate.clone(),
+            groups,
             options.reduce,
             device,
         );
@@ -152,6 +154,14 @@ impl Transformer {
         let router_load = RouterLoad::new(&spec);
         Self {
             layers: ring("layers", regions.layers, options.slots),
+            experts: Ring::new(
+                "experts",
+                regions.experts,
+                options.slots,
+                groups.expert_shard.clone(),
+                device,
+            ),
+            exchange: Exchange::over(&groups.expert),
             vocab: ring("vocabulary", regions.vocab, 1),
             final_norm: ring("final norm", vec![regions.final_norm], 1),
             spec,
@@ -175,7 +185,7 @@ impl Transformer {
 
     /// Reads this rank's pieces of the base, and nothing else.
     pub fn load(&self, source: &dyn WeightSource) -> Result<(), ShardError> {
-        for ring in [&self.layers, &self.vocab, &self.final_norm] {
+        for ring in [&self.layers, &self.experts, &self.vocab, &self.final_norm] {
             ring.load(source)?;
         }
         Ok(())
@@ -183,7 +193,7 @@ impl Transformer {
 
     /// Forgets what the slots hold, so that the next step gathers what the first one of a new process gathers.
     pub fn forget_gathered(&mut self) -> Result<(), ShardError> {
-        for ring in [&mut self.layers, &mut self.vocab, &mut self.final_norm] {
+        for ring in [&mut self.layers, &mut self.experts, &mut self.vocab, &mut self.final_norm] {
             ring.invalidate()?;
         }
         self.adapter.refresh()
@@ -199,7 +209,8 @@ impl Transformer {
 
     /// Where `parameter` lies in `unit`'s flat element space.
     pub fn elements(&self, unit: usize, parameter: &Parameter) -> Range<usize> {
-        let start = self.adapter.elements(unit, parameter.entry).start + parameter.first;
+        let Parameter { region, group, entry, first, .. } = *parameter;
+        let start = self.adapter.of(region).elements(unit, group, entry).start + first;
         start..start + parameter.shape[0] * parameter.shape[1]
     }
 
@@ -208,7 +219,8 @@ impl Transformer {
         let all = self.parameters().into_iter().enumerate();
         all.flat_map(|(unit, parameters)| parameters.into_iter().map(move |parameter| (unit, parameter)))
             .filter_map(|(unit, parameter)| {
-                let (all, owned) = (self.elements(unit, &parameter), self.adapter.owned(unit));
+                let owned = self.adapter.of(parameter.region).owned(unit);
+                let all = self.elements(unit, &parameter);
                 let own = all.start.max(owned.start)..all.end.min(owned.end);
                 (!own.is_empty()).then_some((unit, parameter, all, own))
             })
@@ -222,19 +234,20 @@ impl Transformer {
         let owned: Vec<_> = self.owned_parameters().collect();
         for (unit, parameter, all, own) in owned {
             let new = values(&parameter, own.start - all.start..own.end - all.start);
-            self.adapter.set_master(unit, own, &new);
+            self.adapter.of_mut(parameter.region).set_master(unit, own, &new);
         }
         self.adapter.refresh()
     }
 
     /// Parameters of which this rank owns a gradient element that is not finite.
     pub fn non_finite_gradients(&self) -> Vec<String> {
-        let not_finite = |unit: usize, own: &Range<usize>| {
-            let at = (own.start - self.adapter.owned(unit).start) as i64;
-            let finite = self.adapter.gradient(unit).narrow(0, at, own.len() as i64).isfinite().all();
+        let not_finite = |(unit, parameter, _, own): &(usize, Parameter, Range<usize>, Range<usize>)| {
+            let shards = self.adapter.of(parameter.region);
+            let at = (own.start - shards.owned(*unit).start) as i64;
+            let finite = shards.gradient(*unit).narrow(0, at, own.len() as i64).isfinite().all();
             finite.int64_value(&[]) == 0
         };
-        let broken = self.owned_parameters().filter(|(unit, _, _, own)| not_finite(*unit, own));
+        let broken = self.owned_parameters().filter(not_finite);
         broken.map(|(_, parameter, _, _)| parameter.name).collect()
     }
 
@@ -242,13 +255,15 @@ impl Transformer {
     pub fn whole_adapter(&self) -> Result<Vec<(Parameter, Vec<f32>)>, ShardError> {
         let mut whole = Vec::new();
         for (unit, parameters) in self.parameters().into_iter().enumerate() {
-            if parameters.is_empty() {
-                continue;
+            let mut flat = BTreeMap::new();
+            for region in [Region::Dense, Region::Experts] {
+                if parameters.iter().any(|parameter| parameter.region == region) {
+                    flat.insert(region, self.adapter.of(region).whole_master(unit)?);
+                }
             }
-            let flat = self.adapter.whole_master(unit)?;
             for parameter in parameters {
                 let at = self.elements(unit, &parameter);
-                let values = flat.narrow(0, at.start as i64, at.len() as i64);
+                let values = flat[&parameter.region].narrow(0, at.start as i64, at.len() as i64);
                 whole.push((parameter, Vec::<f32>::try_from(values)?));
             }
         }
@@ -303,9 +318,11 @@ impl Transformer {
     fn gather(&mut self, unit: usize, next: Option<usize>) -> Result<(), ShardError> {
         let _gathering = self.clock.phase("gather");
         self.layers.gather(unit)?;
+        self.experts.gather(unit)?;
         self.adapter.gather(unit)?;
         if let Some(next) = next {
             self.layers.prefetch_beside(next, unit)?;
+            self.experts.prefetch_beside(next, unit)?;
             self.adapter.prefetch_beside(next, unit)?;
         }
         Ok(())
@@ -321,7 +338,13 @@ impl Transformer {
         };
         Ok(Block {
             spec: BlockSpec { heads, eps: self.spec.rms_norm_eps, clip_qkv: self.spec.clip_qkv },
-            layer: self.plans[unit].bind(&self.layers, unit, &self.lora[unit], &self.adapter)?,
+            layer: self.plans[unit].bind(
+                [&self.layers, &self.experts],
+                unit,
+                &self.lora[unit],
+                &self.adapter,
+                self.exchange.as_ref(),
+            )?,
             batch,
         })
     }
@@ -343,8 +366,8 @@ impl Transformer {
             self.gather(unit, Some(unit + 1).filter(|&next| next < layers))?;
             let block = self.block(unit, context)?;
             let attention = block.attention(&x, |qkv, heads| attend(unit, qkv, heads));
-            let mut mlp = block.mlp(&attention, None);
-            let y = block.output(&attention, &mut mlp);
+            let mut mlp = block.mlp(&attention, None)?;
+            let y = block.output(&attention, &mut mlp)?;
             keep(std::mem::replace(&mut x, y), attention, mlp);
         }
         Ok(x)
@@ -402,9 +425,9 @@ impl Transformer {
             let recompute = trace::span(Category::Phase, "layer.recompute").with("unit", unit);
             let attention = attention
                 .unwrap_or_else(|| block.attention(&x, |qkv, heads| within(&context)(unit, qkv, heads)));
-            let mlp = mlp.unwrap_or_else(|| block.mlp_again(&attention, chosen.as_ref()));
+            let mlp = mlp.map_or_else(|| block.mlp_again(&attention, chosen.as_ref()), Ok)?;
             drop(recompute);
-            d_x = block.backward(d_x, &x, attention, mlp);
+            d_x = block.backward(d_x, &x, attention, mlp)?;
             drop(block);
             let _reducing = self.clock.phase("reduce");
             self.adapter.micro_batch_done(unit)?;

@@ -6,7 +6,7 @@
 //!
 //! Each is the other's backward. Weights are applied before an expert's last matrix, see [`swiglu`](super::swiglu).
 //!
-//! Each expert's slice is filled up with rows of zeros to a multiple of [`GRAIN`]: a zero row stays zero through a gated MLP,
+//! Each expert's slice is filled up with rows of zeros to a multiple of [`GRAIN`] before it computes: a zero row stays zero through a gated MLP,
 //! forward and backward, and adds nothing to a gradient. Without it nearly every expert of every layer and step would have a
 //! GEMM of a new shape, for each of which oneDNN compiles a kernel and keeps it.
 
@@ -17,7 +17,7 @@ use super::{
 };
 use tch::{Device, Tensor};
 
-/// Rows of an expert are a multiple of this.
+/// What rows of an expert are a multiple of where they are computed.
 pub const GRAIN: i64 = 32;
 
 /// In place of a token or a choice, of a row that is nobody's.
@@ -41,8 +41,8 @@ pub struct Assignment {
 const COLUMNS: usize = 64;
 
 impl Assignment {
-    /// Of `chosen` `[tokens, k]` i64, each an expert below `experts`.
-    pub fn new(chosen: &Tensor, experts: usize) -> Self {
+    /// Of `chosen` `[tokens, k]` i64, each an expert below `experts`; rows of an expert are a multiple of `grain`.
+    pub fn new(chosen: &Tensor, experts: usize, grain: i64) -> Self {
         let k = chosen.size()[1];
         let of_choice = values::<i64>(&chosen.to_device(Device::Cpu));
         let mut counts = vec![0; experts];
@@ -50,7 +50,7 @@ impl Assignment {
             counts[expert as usize] += 1;
         }
         let ends = counts.iter().scan(0, |end, &count: &i64| {
-            *end += (count as u64).next_multiple_of(GRAIN as u64) as i64;
+            *end += (count as u64).next_multiple_of(grain as u64) as i64;
             Some(*end)
         });
         let borders: Vec<i64> = std::iter::once(0).chain(ends).collect();
@@ -80,10 +80,15 @@ impl Assignment {
         &self.counts
     }
 
+    /// All rows.
+    pub fn rows(&self) -> i64 {
+        self.tokens.size()[0]
+    }
+
     /// `[rows, n]` from x `[tokens, n]`.
     pub fn gather(&self, x: &Tensor) -> Buffer {
         let _span = crate::trace::operation("dispatch.gather");
-        let rows = Buffer::empty(&[self.tokens.size()[0], x.size()[1]], x.kind(), x.device());
+        let rows = Buffer::empty(&[self.rows(), x.size()[1]], x.kind(), x.device());
         if x.device() != Device::Cpu {
             rows.shallow_clone().copy_(&pick(x, &self.tokens));
         } else {
@@ -196,7 +201,7 @@ mod tests {
     /// Experts of 5 tokens, two each, of which expert 2 has none.
     fn assignment() -> Assignment {
         let chosen = [3i64, 0, 1, 3, 0, 1, 3, 0, 3, 1];
-        Assignment::new(&Tensor::from_slice(&chosen).view([5, 2]), 4)
+        Assignment::new(&Tensor::from_slice(&chosen).view([5, 2]), 4, GRAIN)
     }
 
     /// A slice of `GRAIN` rows.
@@ -221,7 +226,7 @@ mod tests {
 
     #[test]
     fn no_token_is_no_row() {
-        let none = Assignment::new(&Tensor::zeros([0, 2], (Kind::Int64, Device::Cpu)), 3);
+        let none = Assignment::new(&Tensor::zeros([0, 2], (Kind::Int64, Device::Cpu)), 3, GRAIN);
         assert_eq!(none.borders(), [0; 4]);
         let x = leaf(&[0, 7]).detach();
         assert_eq!(none.gather(&x).size(), [0, 7]);

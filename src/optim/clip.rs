@@ -1,12 +1,13 @@
 //! One global gradient norm, each logical parameter counted once whatever its placement.
 //!
-//! Adapters are cut over the shard group and copied across replicas, so the squares of the pieces add up over the
-//! shard group and over nothing else. Padding is zero.
+//! Adapters are cut over a block, those of experts over the ranks of it that have them, and copied across replicas. So no
+//! two ranks of a block own the same element, and the squares of the pieces add up over a block and over nothing else.
+//! Padding is zero.
 
 use super::sum_of_squares;
 use crate::{
     comm::Reduce,
-    shard::{AdapterShards, ShardError},
+    shard::{Adapters, ShardError},
 };
 
 /// The norm before clipping and what gradients are multiplied with.
@@ -25,10 +26,10 @@ impl ClippedNorm {
     }
 }
 
-/// The L2 norm of the whole adapter's reduced gradient. Collective over the shard group.
-pub fn global_norm(adapter: &AdapterShards) -> Result<f64, ShardError> {
-    let mut squares = [(0..adapter.len()).map(|unit| sum_of_squares(adapter.gradient(unit))).sum()];
-    adapter.shard_group().all_reduce_host(&mut squares, Reduce::Sum)?;
+/// The L2 norm of the whole adapter's reduced gradient. Collective over a block.
+pub fn global_norm(adapter: &Adapters) -> Result<f64, ShardError> {
+    let mut squares = [adapter.owned().map(|owned| sum_of_squares(owned.gradient)).sum()];
+    adapter.block().all_reduce_host(&mut squares, Reduce::Sum)?;
     Ok(squares[0].sqrt())
 }
 

@@ -6,7 +6,7 @@ pub mod schedule;
 use crate::{
     config,
     ops::adamw::{State, Update},
-    shard::{AdapterShards, ShardError},
+    shard::{Adapters, Owned, ShardError},
 };
 use tch::{Kind, Tensor};
 
@@ -29,7 +29,7 @@ impl Settings {
     }
 }
 
-/// First and second moment of one unit's piece, flat fp32 `[piece elements]`.
+/// First and second moment of one piece, flat fp32 `[piece elements]`.
 pub struct Moments {
     pub exp_avg: Tensor,
     pub exp_avg_sq: Tensor,
@@ -38,7 +38,7 @@ pub struct Moments {
 /// The optimizer of a whole adapter. Moments live with the piece that they belong to.
 pub struct Optimizer {
     settings: Settings,
-    /// One per unit; none for sgd.
+    /// One for each piece that this rank owns; none for sgd.
     moments: Vec<Moments>,
     /// Updates made so far, which AdamW's bias correction counts.
     updates: u64,
@@ -46,13 +46,14 @@ pub struct Optimizer {
 
 impl Optimizer {
     /// A fresh optimizer for `adapter`.
-    pub fn new(settings: Settings, adapter: &AdapterShards) -> Self {
-        let fresh = |unit| {
-            let master = adapter.master(unit);
-            Moments { exp_avg: master.zeros_like(), exp_avg_sq: master.zeros_like() }
+    pub fn new(settings: Settings, adapter: &Adapters) -> Self {
+        let fresh = |Owned { master, .. }: Owned| Moments {
+            exp_avg: master.zeros_like(),
+            exp_avg_sq: master.zeros_like(),
         };
-        let units = if settings.kind == config::Optimizer::Adamw { adapter.len() } else { 0 };
-        Self { settings, moments: (0..units).map(fresh).collect(), updates: 0 }
+        let keeps_moments = settings.kind == config::Optimizer::Adamw;
+        let moments = if keeps_moments { adapter.owned().map(fresh).collect() } else { Vec::new() };
+        Self { settings, moments, updates: 0 }
     }
 
     pub fn updates(&self) -> u64 {
@@ -64,15 +65,15 @@ impl Optimizer {
         self.updates = updates;
     }
 
-    /// For a resume: the moments of `unit`, each as long as this rank's piece; nothing for sgd.
-    pub fn set_moments(&mut self, unit: usize, exp_avg: &[f32], exp_avg_sq: &[f32]) {
-        if let Some(own) = self.moments.get_mut(unit) {
+    /// For a resume: the moments of piece `piece`, each as long as that; nothing for sgd.
+    pub fn set_moments(&mut self, piece: usize, exp_avg: &[f32], exp_avg_sq: &[f32]) {
+        if let Some(own) = self.moments.get_mut(piece) {
             own.exp_avg.copy_(&Tensor::from_slice(exp_avg));
             own.exp_avg_sq.copy_(&Tensor::from_slice(exp_avg_sq));
         }
     }
 
-    /// The moments, one per unit; empty for sgd.
+    /// The moments, one for each piece that this rank owns; empty for sgd.
     pub fn moments(&self) -> &[Moments] {
         &self.moments
     }
@@ -81,7 +82,7 @@ impl Optimizer {
     /// compute copies with them.
     ///
     /// AdamW: see [`crate::ops::adamw`]. sgd: p ← p − lr·(g + wd·p).
-    pub fn step(&mut self, adapter: &mut AdapterShards, lr: f64, coefficient: f64) -> Result<(), ShardError> {
+    pub fn step(&mut self, adapter: &mut Adapters, lr: f64, coefficient: f64) -> Result<(), ShardError> {
         let _span = crate::trace::operation("optimizer.step");
         let _guard = tch::no_grad_guard();
         self.updates += 1;
@@ -90,17 +91,17 @@ impl Optimizer {
             config::Optimizer::Adamw => {
                 let update = Update { lr, weight_decay, betas, eps, count: self.updates, coefficient };
                 adapter.invalidate()?;
-                for (unit, Moments { exp_avg, exp_avg_sq }) in self.moments.iter().enumerate() {
-                    let Some(compute) = &adapter.compute(unit) else { continue };
-                    let state = State { master: adapter.master(unit), exp_avg, exp_avg_sq, compute };
-                    update.apply(adapter.gradient(unit), &state);
+                for (owned, Moments { exp_avg, exp_avg_sq }) in adapter.owned().zip(&self.moments) {
+                    let Some(compute) = &owned.compute else { continue };
+                    update
+                        .apply(owned.gradient, &State { master: owned.master, exp_avg, exp_avg_sq, compute });
                 }
                 Ok(())
             }
             config::Optimizer::Sgd => {
-                for unit in 0..adapter.len() {
-                    let mut master = adapter.master(unit).shallow_clone();
-                    let gradient = adapter.gradient(unit) * coefficient;
+                for Owned { master, gradient, .. } in adapter.owned() {
+                    let mut master = master.shallow_clone();
+                    let gradient = gradient * coefficient;
                     let update = (gradient + &master * weight_decay) * lr;
                     let _ = master.g_sub_(&update);
                 }
@@ -122,7 +123,7 @@ mod tests {
         comm::World,
         config::ReduceGradients,
         dtype::DType,
-        shard::{EntrySpec, RegionLayout, adapter::align_bytes},
+        shard::{EntrySpec, Groups, Region, RegionLayout, adapter::align_bytes},
     };
     use tch::Device;
 
@@ -131,17 +132,17 @@ mod tests {
         let spec = EntrySpec { name: "a".into(), shape: vec![3], dtype: DType::F32, spans: Vec::new() };
         let layout = RegionLayout::new("unit", vec![spec], 1, align_bytes(DType::F32));
         let world = World::start().unwrap();
-        let (shard, replicate) = (world.group("shard", 0), world.group("replicate", 0));
-        let mut adapter =
-            AdapterShards::new(vec![layout], 1, shard, replicate, ReduceGradients::Step, Device::Cpu);
+        let groups = Groups::one_block(&world);
+        let mut adapter = Adapters::new(vec![layout], vec![], 1, &groups, ReduceGradients::Step, Device::Cpu);
         let start = [1.0f32, -2.0, 0.5];
-        adapter.set_master(0, 0..3, &start);
+        adapter.of_mut(Region::Dense).set_master(0, 0..3, &start);
         let settings = Settings::new(config::Optimizer::Adamw, 0.1);
         let mut optimizer = Optimizer::new(settings, &adapter);
         let (mut p, mut m, mut v) = (start.map(f64::from), [0.0f64; 3], [0.0f64; 3]);
         for t in 1..=5 {
             let gradient = [0.3 * t as f32, -0.1, 2.0];
-            adapter.gradient(0).narrow(0, 0, 3).copy_(&Tensor::from_slice(&gradient));
+            let dense = adapter.of(Region::Dense);
+            dense.gradient(0).narrow(0, 0, 3).copy_(&Tensor::from_slice(&gradient));
             optimizer.step(&mut adapter, 0.01, 0.5).unwrap();
             for i in 0..3 {
                 let g = f64::from(gradient[i]) * 0.5;
@@ -152,8 +153,9 @@ mod tests {
                 p[i] -= 0.01 * m_hat / (v_hat.sqrt() + 1e-8);
             }
         }
-        assert_eq!(&adapter.compute(0).unwrap(), adapter.master(0));
-        let ours: Vec<f32> = adapter.master(0).narrow(0, 0, 3).try_into().unwrap();
+        let dense = adapter.of(Region::Dense);
+        assert_eq!(&dense.compute(0).unwrap(), dense.master(0));
+        let ours: Vec<f32> = dense.master(0).narrow(0, 0, 3).try_into().unwrap();
         for (ours, expected) in ours.iter().zip(p) {
             assert!((f64::from(*ours) - expected).abs() < 1e-6, "{ours} {expected}");
         }

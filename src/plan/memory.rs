@@ -8,7 +8,7 @@ use crate::{
     config,
     model::{
         ModelSpec, QkNorm,
-        blueprint::{Blueprint, Options},
+        blueprint::{Blueprint, Options, Regions},
         layer::LayerAdapterPlan,
     },
     shard::RegionLayout,
@@ -57,30 +57,31 @@ impl Memory {
         batch: MicroBatch,
     ) -> Self {
         let regions = &blueprint.regions;
-        let shards = regions.final_norm.shards;
-        let of = |layouts: &[RegionLayout]| Held::new(layouts);
-        let (layers, vocab, adapter) = (of(&regions.layers), of(&regions.vocab), of(&regions.adapter));
+        let base = [&regions.layers, &regions.experts].map(|layouts| Held::new(layouts));
+        let adapters = [&regions.adapter, &regions.expert_adapter].map(|layouts| Held::new(layouts));
+        let [vocab, norm] = [&regions.vocab[..], std::slice::from_ref(&regions.final_norm)].map(Held::new);
         let whole_at_a_time = options.slots.clamp(1, regions.layers.len().max(1));
         let fp32 = |bytes: usize| bytes / options.compute.size() * size_of::<f32>();
+        let pieces = |held: &[Held]| held.iter().map(|held| held.pieces).sum::<usize>();
+        let whole = |held: &[Held]| held.iter().map(|held| held.in_slots(whole_at_a_time)).sum::<usize>();
         let moments = match optimizer {
             config::Optimizer::Adamw => 2,
             config::Optimizer::Sgd => 0,
         };
-        let unreduced = match options.reduce {
-            _ if shards == 1 => 0,
-            config::ReduceGradients::Step => adapter.pieces * shards,
-            config::ReduceGradients::MicroBatch => adapter.largest,
+        let unreduced = |held: &Held| match options.reduce {
+            _ if held.shards == 1 => 0,
+            config::ReduceGradients::Step => held.pieces * held.shards,
+            config::ReduceGradients::MicroBatch => held.largest,
         };
-        let ring = |slots: usize, largest: usize| if shards == 1 { 0 } else { slots * largest };
-        let norm = regions.final_norm.padded;
+        let gradients = pieces(&adapters) + adapters.iter().map(unreduced).sum::<usize>();
 
         let kept = Kept::new(spec, blueprint, options, batch);
         Self {
-            base: layers.pieces + vocab.pieces + regions.final_norm.piece_bytes(),
-            slots: ring(whole_at_a_time, layers.largest) + ring(1, vocab.largest) + ring(1, norm),
-            adapter: adapter.pieces + ring(whole_at_a_time, adapter.largest),
-            optimizer: (1 + moments) * fp32(adapter.pieces),
-            gradients: fp32(adapter.pieces + unreduced),
+            base: pieces(&base) + vocab.pieces + norm.pieces,
+            slots: whole(&base) + vocab.in_slots(1) + norm.in_slots(1),
+            adapter: pieces(&adapters) + whole(&adapters),
+            optimizer: (1 + moments) * fp32(pieces(&adapters)),
+            gradients: fp32(gradients),
             activations: kept.all,
             scratch: loss_scratch(spec, options, batch).max(kept.again + layer_scratch(spec, options, batch)),
             libraries: LIBRARIES,
@@ -112,12 +113,20 @@ struct Held {
     pieces: usize,
     /// The largest region, whole.
     largest: usize,
+    /// Ranks that they are cut over.
+    shards: usize,
 }
 
 impl Held {
     fn new(layouts: &[RegionLayout]) -> Self {
         let pieces = layouts.iter().map(RegionLayout::piece_bytes).sum();
-        Self { pieces, largest: layouts.iter().map(|layout| layout.padded).max().unwrap_or(0) }
+        let largest = layouts.iter().map(|layout| layout.padded).max().unwrap_or(0);
+        Self { pieces, largest, shards: layouts.first().map_or(1, |layout| layout.shards) }
+    }
+
+    /// Of `slots` slots, which a lone rank does not need.
+    fn in_slots(&self, slots: usize) -> usize {
+        if self.shards == 1 { 0 } else { slots * self.largest }
     }
 }
 
@@ -132,6 +141,10 @@ struct Kept {
 impl Kept {
     fn new(spec: &ModelSpec, blueprint: &Blueprint, options: &Options, batch: MicroBatch) -> Self {
         let c = options.compute.size();
+        // Of rows that come from other ranks those of x are kept too.
+        let Regions { layers, experts, .. } = &blueprint.regions;
+        let shards = |layouts: &[RegionLayout]| layouts.first().map_or(1, |layout| layout.shards);
+        let travels = shards(layers) > shards(experts);
         let layers = || blueprint.lora.iter().enumerate();
         let of_layers = |kept: bool, of: fn(&ModelSpec, usize, &LayerAdapterPlan, usize) -> usize| {
             let layers = layers().map(|(layer, plan)| of(spec, layer, plan, c));
@@ -139,7 +152,7 @@ impl Kept {
         };
         let keeps_mlp = options.checkpointing.keeps_mlp();
         let attention = of_layers(options.checkpointing.keeps_attention(), kept_of_attention);
-        let mlp = of_layers(keeps_mlp, kept_of_mlp);
+        let mlp = of_layers(keeps_mlp, if travels { kept_of_mlp_and_rows } else { kept_of_mlp });
         // The embedding's output enters the first layer, the last one's leaves it.
         let inputs = (spec.num_layers + 1) * spec.hidden_size * c;
         // What a router chose is kept in any case.
@@ -172,6 +185,12 @@ fn kept_of_attention(spec: &ModelSpec, _layer: usize, plan: &LayerAdapterPlan, c
     let clipped = if spec.clip_qkv.is_some() { query + 2 * key_value } else { 0 };
     let rest = (2 * query + 2 * key_value + spec.hidden_size) * c + 4 * (spec.num_heads + 1);
     rest + qk_norm + clipped + thin(plan, 0..2, c)
+}
+
+/// The same where experts are divided over ranks: as many rows come as go, if the routers choose evenly.
+fn kept_of_mlp_and_rows(spec: &ModelSpec, layer: usize, plan: &LayerAdapterPlan, c: usize) -> usize {
+    let rows = spec.moe_of(layer).map_or(0, |moe| moe.top_k * spec.hidden_size * c);
+    kept_of_mlp(spec, layer, plan, c) + rows
 }
 
 /// Bytes a token: gate|up, the second norm's statistics; of experts a row each with its scale, which row is whose, and

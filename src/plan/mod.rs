@@ -6,7 +6,7 @@ pub mod memory;
 pub mod traffic;
 
 pub use memory::{Memory, MicroBatch};
-pub use traffic::Traffic;
+pub use traffic::{Traffic, Travellers};
 
 use crate::comm::Received;
 use std::{collections::BTreeMap, fmt};
@@ -27,6 +27,8 @@ pub struct Plan {
     pub first_step: Received,
     /// Received in every step after it.
     pub step: Received,
+    /// Received by expert parallelism in a step, if the routers choose evenly and every micro-batch is the largest.
+    pub all_to_all: usize,
     /// Floating-point operations, for a document as long as the longest row.
     pub flops_per_token: f64,
 }
@@ -54,6 +56,10 @@ impl fmt::Display for Plan {
             let later = self.step.get(key).copied().unwrap_or(0);
             let name = format!("{}/{group}", operation.name());
             writeln!(f, "  {name:<32} {later:>14}   {first} in the first step")?;
+        }
+        if self.all_to_all > 0 {
+            let (name, bytes) = ("all_to_all/expert", self.all_to_all);
+            writeln!(f, "  {name:<32} {bytes:>14}   at most, if the routers choose evenly")?;
         }
         writeln!(f, "arithmetic: {:.3} GFLOP a token, forward and backward", self.flops_per_token / 1e9)
     }

@@ -15,61 +15,84 @@ use crate::{
     shard::RegionLayout,
 };
 
+/// Rows that travel between a rank and the others of its expert group.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Travellers {
+    /// Choices of other ranks' tokens that fall on this rank's experts.
+    pub come: usize,
+    /// Choices of this rank's tokens that fall on other ranks' experts.
+    pub go: usize,
+}
+
 /// What the traffic of a model depends on.
 pub struct Traffic<'a> {
     pub spec: &'a ModelSpec,
     pub options: &'a Options,
-    /// Cut over the shard group.
     pub regions: &'a Regions,
     /// Copies of the base.
     pub replicas: usize,
 }
 
 impl Traffic<'_> {
-    /// Bytes of one step of `micro_batches` in which some token carried loss and the adapter was updated. `warm`: the
+    /// Bytes of one step of `micro_batches` in which some token carried loss and the adapter was updated, but for what
+    /// depends on the routers' choices: [`all_to_all`](Self::all_to_all). `warm`: the
     /// slots hold what a step before left in them, as in every step but the first and those after a save.
     pub fn step(&self, micro_batches: usize, warm: bool) -> Received {
-        let passes = (0..micro_batches).map(|i| self.gathers(warm || i > 0, i > 0));
-        let gathered = passes.sum::<usize>();
-        let Regions { adapter, .. } = self.regions;
+        let Regions { layers, experts, adapter, expert_adapter, .. } = self.regions;
+        let passes = || (0..micro_batches).map(|i| (warm || i > 0, i > 0));
+        let both = |base, adapter, (warm_base, warm_adapter)| {
+            let slots = self.options.slots;
+            there_and_back(base, slots, warm_base) + there_and_back(adapter, slots, warm_adapter)
+        };
+        let dense = passes().map(|warm| both(layers, adapter, warm) + self.vocab_and_norm(warm.0)).sum();
+        let of_experts = passes().map(|warm| both(experts, expert_adapter, warm)).sum();
         let reductions = match self.options.reduce {
             ReduceGradients::Step => 1,
             ReduceGradients::MicroBatch => micro_batches,
         };
-        let shards = self.regions.final_norm.shards;
-        let scattered: usize = adapter
-            .iter()
-            .map(|region| Operation::ReduceScatter.received(self.fp32_bytes(region), shards))
-            .sum();
-        let replicated: usize = adapter
-            .iter()
-            .map(|region| Operation::AllReduce.received(self.fp32_bytes(region) / shards, self.replicas))
-            .sum();
+        let scattered = |regions: &[RegionLayout]| {
+            let received = |region| Operation::ReduceScatter.received(self.fp32_bytes(region), region.shards);
+            reductions * regions.iter().map(received).sum::<usize>()
+        };
+        let replicated = |region: &RegionLayout| {
+            Operation::AllReduce.received(self.fp32_bytes(region) / region.shards, self.replicas)
+        };
         let all = [
-            (Operation::AllGather, "shard", gathered),
-            (Operation::ReduceScatter, "shard", scattered * reductions),
-            (Operation::AllReduce, "replicate", replicated),
+            (Operation::AllGather, "shard", dense),
+            (Operation::AllGather, "expert_shard", of_experts),
+            (Operation::ReduceScatter, "shard", scattered(adapter)),
+            (Operation::ReduceScatter, "expert_shard", scattered(expert_adapter)),
+            (Operation::AllReduce, "replicate", adapter.iter().chain(expert_adapter).map(replicated).sum()),
         ];
         let moved = all.into_iter().filter(|(_, _, bytes)| *bytes > 0);
         moved.map(|(operation, group, bytes)| ((operation, group.to_owned()), bytes as u64)).collect()
     }
 
-    /// Received by the gathers of one micro-batch: `base` and `adapter` say whether those slots hold what the
+    /// Received by expert parallelism for one layer and micro-batch of which `rows` come and go.
+    ///
+    /// There go the rows of x, each with its weight, and in backward those of dy; back come those of y, and dx each with
+    /// the gradient of its weight. What is computed again sends x and weights again, and not y.
+    pub fn all_to_all(&self, rows: Travellers) -> usize {
+        let row = self.spec.hidden_size * self.options.compute.size();
+        let weight = size_of::<f32>();
+        let again = if self.options.checkpointing.keeps_mlp() { 0 } else { row + weight };
+        rows.come * (row + weight + again + row) + rows.go * (row + row + weight)
+    }
+
+    /// Received by a step's gathers of vocabulary and final norm for one micro-batch. `warm`: their slots hold what the
     /// micro-batch before left in them.
-    fn gathers(&self, base: bool, adapter: bool) -> usize {
-        let Regions { layers, vocab, final_norm, adapter: adapters } = self.regions;
-        let slots = self.options.slots;
+    fn vocab_and_norm(&self, warm: bool) -> usize {
+        let Regions { vocab, final_norm, .. } = self.regions;
         let embedding_chunks = self.spec.vocab_size.div_ceil(self.options.chunk_rows(self.spec.vocab_size));
         let vocab = if embedding_chunks == 1 && vocab.len() == 1 {
             // Tied and in one chunk: it never leaves its slot.
-            if base { 0 } else { received(&vocab[0]) }
+            if warm { 0 } else { received(&vocab[0]) }
         } else {
             // The embedding's chunks, then the head's: each is pushed out by the next.
             let tied = if vocab.len() == embedding_chunks { 2 } else { 1 };
             tied * vocab.iter().map(received).sum::<usize>()
         };
-        let norm = if base { 0 } else { received(final_norm) };
-        there_and_back(layers, slots, base) + there_and_back(adapters, slots, adapter) + vocab + norm
+        vocab + if warm { 0 } else { received(final_norm) }
     }
 
     fn fp32_bytes(&self, adapter: &RegionLayout) -> usize {

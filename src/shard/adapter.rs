@@ -2,10 +2,10 @@
 //! dtype through a [`Ring`] like the base.
 //!
 //! Per unit one flat element space, the same for masters, moments and gradients; its offsets do not depend on
-//! the world. Gradients accumulate in fp32 and are reduce-scattered in fp32 inside the shard group, then summed
-//! over the replicas.
+//! the world. That of experts lies one group of experts after another, each cut over the ranks that have it. Gradients
+//! accumulate in fp32 and are reduce-scattered in fp32 inside the shard group, then summed over the replicas.
 
-use super::{RegionLayout, Ring, ShardError};
+use super::{Groups, Region, RegionLayout, Ring, ShardError};
 use crate::{comm::Communicator, config::ReduceGradients, dtype::DType};
 use std::{ops::Range, rc::Rc};
 use tch::{Device, Kind, Tensor};
@@ -18,16 +18,128 @@ struct Unit {
     master: Tensor,
     /// The reduced gradient of this rank's piece, summed over micro-batches.
     gradient: Tensor,
-    /// The gradient of the whole unit, before it is reduced: `[all elements]`. A lone rank's is `gradient`.
+    /// The gradient of the whole region, before it is reduced: `[all elements]`. A lone rank's is `gradient`.
     full: Option<Tensor>,
 }
 
-/// The adapters of all units.
+/// What this rank owns of one region.
+pub struct Owned<'a> {
+    /// fp32 `[piece elements]`
+    pub master: &'a Tensor,
+    /// Reduced, fp32 `[piece elements]`
+    pub gradient: &'a Tensor,
+    /// The copy from which the region is gathered, in compute dtype `[piece elements]`; `None` where there is no adapter.
+    pub compute: Option<Tensor>,
+}
+
+/// The adapters of all units: what a block shares, and what belongs to single experts.
+pub struct Adapters {
+    dense: AdapterShards,
+    experts: AdapterShards,
+}
+
+impl Adapters {
+    /// Zero adapters over the layouts of both regions; see [`AdapterShards`].
+    pub fn new(
+        dense: Vec<RegionLayout>,
+        experts: Vec<RegionLayout>,
+        slots: usize,
+        groups: &Groups,
+        reduce: ReduceGradients,
+        device: Device,
+    ) -> Self {
+        let shards = |layouts, region| AdapterShards::new(layouts, slots, groups, region, reduce, device);
+        Self { dense: shards(dense, Region::Dense), experts: shards(experts, Region::Experts) }
+    }
+
+    pub fn of(&self, region: Region) -> &AdapterShards {
+        match region {
+            Region::Dense => &self.dense,
+            Region::Experts => &self.experts,
+        }
+    }
+
+    pub fn of_mut(&mut self, region: Region) -> &mut AdapterShards {
+        match region {
+            Region::Dense => &mut self.dense,
+            Region::Experts => &mut self.experts,
+        }
+    }
+
+    fn both(&mut self) -> [&mut AdapterShards; 2] {
+        [&mut self.dense, &mut self.experts]
+    }
+
+    /// What this rank owns: the dense region of every unit, then the experts' of every unit.
+    pub fn owned(&self) -> impl Iterator<Item = Owned<'_>> {
+        [&self.dense, &self.experts].into_iter().flat_map(|shards| {
+            (0..shards.len()).map(|unit| Owned {
+                master: shards.master(unit),
+                gradient: shards.gradient(unit),
+                compute: shards.compute(unit),
+            })
+        })
+    }
+
+    /// The ranks that own all of it between them, no element twice.
+    pub fn block(&self) -> &Rc<dyn Communicator> {
+        &self.dense.block
+    }
+
+    /// Makes what is gathered stale, and waits for what is under way. Before every change of a compute copy.
+    pub fn invalidate(&mut self) -> Result<(), ShardError> {
+        self.both().into_iter().try_for_each(|shards| shards.ring.invalidate())
+    }
+
+    /// Makes the compute copies follow the masters, and what is gathered stale. After every change of a master alone.
+    pub fn refresh(&mut self) -> Result<(), ShardError> {
+        self.invalidate()?;
+        for Owned { master, compute, .. } in self.owned() {
+            if let Some(mut compute) = compute {
+                compute.copy_(master);
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes `unit`'s adapters whole; see [`Ring::gather`].
+    pub fn gather(&mut self, unit: usize) -> Result<(), ShardError> {
+        self.both().into_iter().try_for_each(|shards| shards.ring.gather(unit))
+    }
+
+    /// See [`Ring::prefetch_beside`].
+    pub fn prefetch_beside(&mut self, unit: usize, current: usize) -> Result<(), ShardError> {
+        self.both().into_iter().try_for_each(|shards| shards.ring.prefetch_beside(unit, current))
+    }
+
+    /// Before a step: all gradients are zero.
+    pub fn zero_gradients(&mut self) {
+        self.both().into_iter().for_each(AdapterShards::zero_gradients);
+    }
+
+    /// After `unit`'s backward of a micro-batch: with `reduce_gradients: micro_batch`, its gradient is reduced
+    /// and added to this rank's pieces.
+    pub fn micro_batch_done(&mut self, unit: usize) -> Result<(), ShardError> {
+        self.both().into_iter().try_for_each(|shards| shards.micro_batch_done(unit))
+    }
+
+    /// After the last micro-batch: every rank has the gradient of its pieces, summed over all ranks.
+    pub fn step_done(&mut self) -> Result<(), ShardError> {
+        self.both().into_iter().try_for_each(|shards| shards.step_done())
+    }
+}
+
+/// The adapters of all units in one of their regions.
 pub struct AdapterShards {
     units: Vec<Unit>,
     ring: Ring,
     shard: Rc<dyn Communicator>,
     replicate: Rc<dyn Communicator>,
+    /// All ranks that own a part of the flat spaces.
+    block: Rc<dyn Communicator>,
+    /// Into how many groups of experts a flat space is divided, and which of them this rank has.
+    expert_groups: usize,
+    expert_group: usize,
     /// `micro_batch`: the one buffer that every unit's backward fills in turn, as large as the largest unit.
     scratch: Option<Tensor>,
 }
@@ -35,14 +147,22 @@ pub struct AdapterShards {
 impl AdapterShards {
     /// Zero adapters over `layouts` (compute dtype, aligned to [`ADAPTER_ALIGN`] elements), with as many slots as
     /// the base ring has.
-    pub fn new(
+    fn new(
         layouts: Vec<RegionLayout>,
         slots: usize,
-        shard: Rc<dyn Communicator>,
-        replicate: Rc<dyn Communicator>,
+        groups: &Groups,
+        region: Region,
         reduce: ReduceGradients,
         device: Device,
     ) -> Self {
+        let (mesh, block) = (&groups.mesh, groups.shard.clone());
+        let (shard, expert_groups, expert_group) = match region {
+            Region::Dense => (block.clone(), 1, 0),
+            Region::Experts => {
+                (groups.expert_shard.clone(), mesh.expert(), mesh.coordinates(groups.rank).expert)
+            }
+        };
+        let replicate = groups.replicate.clone();
         let lone = shard.size() == 1;
         let zeros = |n: usize| Tensor::zeros([n as i64], (Kind::Float, device));
         let elements =
@@ -56,7 +176,7 @@ impl AdapterShards {
         let largest = layouts.iter().map(elements).max().unwrap_or(0);
         let scratch = (!lone && reduce == ReduceGradients::MicroBatch).then(|| zeros(largest));
         let ring = Ring::new("adapter", layouts, slots, shard.clone(), device);
-        Self { units, ring, shard, replicate, scratch }
+        Self { units, ring, shard, replicate, block, expert_groups, expert_group, scratch }
     }
 
     pub fn len(&self) -> usize {
@@ -71,21 +191,18 @@ impl AdapterShards {
         self.ring.layout(unit)
     }
 
-    /// The group over which the adapters are cut.
-    pub fn shard_group(&self) -> &Rc<dyn Communicator> {
-        &self.shard
-    }
-
     /// Element range of `unit`'s flat space that this rank owns.
     pub fn owned(&self, unit: usize) -> Range<usize> {
         let n = self.units[unit].master.numel();
-        self.shard.rank() * n..(self.shard.rank() + 1) * n
+        let piece = self.expert_group * self.shard.size() + self.shard.rank();
+        piece * n..(piece + 1) * n
     }
 
-    /// Where entry `entry` lies in `unit`'s flat element space.
-    pub fn elements(&self, unit: usize, entry: usize) -> Range<usize> {
+    /// Where entry `entry` of the experts' group `group` (0 in dense regions) lies in `unit`'s flat element space.
+    pub fn elements(&self, unit: usize, group: usize, entry: usize) -> Range<usize> {
         let entry = &self.ring.layout(unit).entries[entry];
-        let start = entry.offset / entry.spec.dtype.size();
+        let first = group * self.units[unit].master.numel() * self.shard.size();
+        let start = first + entry.offset / entry.spec.dtype.size();
         start..start + entry.elements()
     }
 
@@ -106,32 +223,6 @@ impl AdapterShards {
         Some(self.ring.shard(unit).view_dtype(entry.spec.dtype.kind()))
     }
 
-    /// Makes what is gathered stale, and waits for what is under way. Before every change of a compute copy.
-    pub fn invalidate(&mut self) -> Result<(), ShardError> {
-        self.ring.invalidate()
-    }
-
-    /// Makes the compute copies follow the masters, and what is gathered stale. After every change of a master alone.
-    pub fn refresh(&mut self) -> Result<(), ShardError> {
-        self.invalidate()?;
-        for unit in 0..self.units.len() {
-            if let Some(mut compute) = self.compute(unit) {
-                compute.copy_(&self.units[unit].master);
-            }
-        }
-        Ok(())
-    }
-
-    /// Makes `unit`'s adapter whole; see [`Ring::gather`].
-    pub fn gather(&mut self, unit: usize) -> Result<(), ShardError> {
-        if self.layout(unit).padded == 0 { Ok(()) } else { self.ring.gather(unit) }
-    }
-
-    /// See [`Ring::prefetch_beside`].
-    pub fn prefetch_beside(&mut self, unit: usize, current: usize) -> Result<(), ShardError> {
-        if self.layout(unit).padded == 0 { Ok(()) } else { self.ring.prefetch_beside(unit, current) }
-    }
-
     /// Entry `entry` of `unit`, gathered, in compute dtype.
     pub fn view(&self, unit: usize, entry: usize) -> Result<Tensor, ShardError> {
         self.ring.view(unit, entry)
@@ -141,22 +232,20 @@ impl AdapterShards {
     pub fn gradient_view(&self, unit: usize, entry: usize) -> Tensor {
         let own = &self.units[unit];
         let flat = own.full.as_ref().or(self.scratch.as_ref()).unwrap_or(&own.gradient);
-        let range = self.elements(unit, entry);
+        // Of this rank's own group of experts, which is what it computes.
+        let range = self.elements(unit, 0, entry);
         let shape: Vec<i64> = self.layout(unit).entries[entry].spec.shape.iter().map(|&n| n as i64).collect();
         flat.narrow(0, range.start as i64, range.len() as i64).view(&shape[..])
     }
 
-    /// Before a step: all gradients are zero.
-    pub fn zero_gradients(&mut self) {
+    fn zero_gradients(&mut self) {
         let buffers = self.units.iter_mut().flat_map(|unit| [Some(&mut unit.gradient), unit.full.as_mut()]);
         for buffer in buffers.chain([self.scratch.as_mut()]).flatten() {
             let _ = buffer.zero_();
         }
     }
 
-    /// After `unit`'s backward of a micro-batch: with `reduce_gradients: micro_batch`, its gradient is reduced
-    /// and added to this rank's piece.
-    pub fn micro_batch_done(&mut self, unit: usize) -> Result<(), ShardError> {
+    fn micro_batch_done(&mut self, unit: usize) -> Result<(), ShardError> {
         let Some(scratch) = &mut self.scratch else { return Ok(()) };
         let own = &mut self.units[unit];
         let n = own.gradient.numel() as i64;
@@ -171,8 +260,7 @@ impl AdapterShards {
         Ok(())
     }
 
-    /// After the last micro-batch: every rank has the gradient of its piece, summed over all ranks.
-    pub fn step_done(&mut self) -> Result<(), ShardError> {
+    fn step_done(&mut self) -> Result<(), ShardError> {
         for unit in &self.units {
             if unit.gradient.numel() == 0 {
                 continue;
@@ -199,20 +287,18 @@ impl AdapterShards {
         }
     }
 
-    /// The whole fp32 masters of `unit` `[elements]`, on every rank of the shard group. Collective.
+    /// The whole fp32 masters of `unit` `[elements]`, those of all experts, on every rank of the block. Collective.
     pub fn whole_master(&self, unit: usize) -> Result<Tensor, ShardError> {
-        self.whole(&self.units[unit].master)
-    }
-
-    /// The whole of a flat fp32 piece `[elements]`, on every rank of the shard group. Collective.
-    pub fn whole(&self, piece: &Tensor) -> Result<Tensor, ShardError> {
-        if self.shard.size() == 1 {
+        let piece = &self.units[unit].master;
+        if self.block.size() == 1 {
             return Ok(piece.shallow_clone());
         }
-        let output =
-            Tensor::empty([(piece.numel() * self.shard.size()) as i64], (Kind::Float, piece.device()));
-        self.shard.all_gather(piece, &output)?;
-        Ok(output)
+        let (n, ranks) = (piece.numel() as i64, self.block.size() as i64);
+        let output = Tensor::empty([ranks * n], (Kind::Float, piece.device()));
+        self.block.all_gather(piece, &output)?;
+        // A rank's group of experts is its number modulo their count; the flat space has group after group.
+        let groups = self.expert_groups as i64;
+        Ok(output.view([ranks / groups, groups, n]).transpose(0, 1).reshape([-1]))
     }
 }
 

@@ -11,6 +11,15 @@ use std::ops::Range;
 /// Alignment of a tensor in a base region (bytes): a cache line, and what vector loads like.
 pub const BASE_ALIGN: usize = 64;
 
+/// Which of the two regions of a unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Region {
+    /// Cut over a block.
+    Dense,
+    /// What belongs to single experts: cut over the ranks of a block that have the same ones.
+    Experts,
+}
+
 /// A run of a region's tensor that comes from one tensor of the model files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Span {

@@ -98,9 +98,9 @@ impl Ring {
         Ok(())
     }
 
-    /// Starts making `unit` whole, unless it is whole or on its way.
+    /// Starts making `unit` whole, unless it is whole or on its way. A unit without bytes leaves its slot alone.
     pub fn prefetch(&mut self, unit: usize) -> Result<(), ShardError> {
-        let Some(index) = self.slot_of(unit) else { return Ok(()) };
+        let Some(index) = self.slot_of(unit).filter(|_| self.layouts[unit].padded > 0) else { return Ok(()) };
         let slot = &mut self.slots[index];
         if slot.unit == Some(unit) {
             return Ok(());

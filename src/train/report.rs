@@ -4,7 +4,7 @@ use super::Run;
 use crate::{
     data::deal,
     lora::targets,
-    plan::{Memory, MicroBatch, Plan, Traffic, compute::flops_per_token},
+    plan::{Memory, MicroBatch, Plan, Traffic, Travellers, compute::flops_per_token},
 };
 
 impl Run {
@@ -22,6 +22,12 @@ impl Run {
             regions: &blueprint.regions,
             replicas: self.mesh.replicate(),
         };
+        let experts_over = self.mesh.expert();
+        let travels = |layer| {
+            let rows = self.spec.moe_of(layer).map_or(0, |moe| moe.top_k * batch.tokens);
+            let abroad = rows * (experts_over - 1) / experts_over;
+            traffic.all_to_all(Travellers { come: abroad, go: abroad })
+        };
         let rank = self.config.lora.lora_rank;
         Plan {
             frozen: self.spec.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum(),
@@ -31,6 +37,7 @@ impl Run {
             memory: Memory::new(&self.spec, &blueprint, &options, train.optimizer, batch),
             first_step: traffic.step(micro_batches, false),
             step: traffic.step(micro_batches, true),
+            all_to_all: micro_batches * (0..self.spec.num_layers).map(travels).sum::<usize>(),
             flops_per_token: flops_per_token(&self.spec, &self.sites, rank, longest),
         }
     }

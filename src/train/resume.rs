@@ -9,7 +9,7 @@ use crate::{
         self, CheckpointError, TrainerState,
         output::{OutputLock, SharedToken},
         publish::verify,
-        reshard::{PlacedParameter, UnitLayout},
+        reshard::{Cut, PlacedParameter, UnitLayout},
         state::{UnitPieces, read_pieces},
         steps,
     },
@@ -17,14 +17,16 @@ use crate::{
     config::LoadCheckpoint,
     data::deal::Position,
     error::{Error, Result, agree, from_first},
-    model::{blueprint::Blueprint, source},
+    mesh::Mesh,
+    model::{blueprint::Blueprint, layer::LayerAdapterPlan, source},
     optim::{Optimizer, Schedule},
-    shard::{AdapterShards, ShardError},
+    shard::{Adapters, Region, RegionLayout, ShardError},
 };
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
 };
+use tch::Tensor;
 
 /// What the adapter and the optimizer start from.
 pub(super) enum Start {
@@ -46,34 +48,34 @@ pub(super) struct Resumed {
 
 impl Resumed {
     /// Moves the pieces into this rank's masters and moments.
-    pub fn restore(
-        &mut self,
-        adapter: &mut AdapterShards,
-        optimizer: &mut Optimizer,
-    ) -> Result<(), ShardError> {
-        for (unit, pieces) in std::mem::take(&mut self.pieces).into_iter().enumerate() {
-            adapter.set_master(unit, adapter.owned(unit), &pieces.master);
-            optimizer.set_moments(unit, &pieces.exp_avg, &pieces.exp_avg_sq);
+    pub fn restore(&mut self, adapter: &mut Adapters, optimizer: &mut Optimizer) -> Result<(), ShardError> {
+        let stored = std::mem::take(&mut self.pieces);
+        for (i, (owned, pieces)) in adapter.owned().zip(stored).enumerate() {
+            owned.master.shallow_clone().copy_(&Tensor::from_slice(&pieces.master));
+            optimizer.set_moments(i, &pieces.exp_avg, &pieces.exp_avg_sq);
         }
         optimizer.set_updates(self.state.optimizer.updates);
         adapter.refresh()
     }
 }
 
-/// What lies where in the flat space of each unit's adapter, and how that is cut.
-pub(super) fn adapter_layout(blueprint: &Blueprint) -> Vec<UnitLayout> {
-    let units = blueprint.lora.iter().zip(&blueprint.regions.adapter);
-    let unit = |(plan, region): (&crate::model::layer::LayerAdapterPlan, &crate::shard::RegionLayout)| {
-        let size = region.entries.first().map_or(1, |entry| entry.spec.dtype.size());
+/// What lies where in the flat spaces of the adapter, and how these are cut over the block: the dense region of every layer,
+/// then the experts' of every layer, as ranks own them.
+pub(super) fn adapter_layout(blueprint: &Blueprint, mesh: &Mesh) -> Vec<UnitLayout> {
+    let unit = |(plan, layout): (&LayerAdapterPlan, &RegionLayout), region, expert_groups| {
+        let size = layout.entries.first().map_or(1, |entry| entry.spec.dtype.size());
         let parameters = plan.modules.iter().flatten().flat_map(|module| module.parameters());
-        let placed = parameters.map(|parameter| PlacedParameter {
-            first: region.entries[parameter.entry].offset / size + parameter.first,
-            name: parameter.name,
-            shape: parameter.shape,
+        let placed = parameters.filter(|parameter| parameter.region == region).map(|parameter| {
+            let in_group = layout.entries[parameter.entry].offset / size + parameter.first;
+            let first = parameter.group * (layout.padded / size) + in_group;
+            PlacedParameter { name: parameter.name, shape: parameter.shape, first }
         });
-        UnitLayout { piece: region.piece_bytes() / size, parameters: placed.collect() }
+        UnitLayout { piece: layout.piece_bytes() / size, expert_groups, parameters: placed.collect() }
     };
-    units.map(unit).collect()
+    let Blueprint { lora, regions, .. } = blueprint;
+    let dense = lora.iter().zip(&regions.adapter).map(|layer| unit(layer, Region::Dense, 1));
+    let experts = lora.iter().zip(&regions.expert_adapter);
+    dense.chain(experts.map(|layer| unit(layer, Region::Experts, mesh.expert()))).collect()
 }
 
 impl Run {
@@ -164,8 +166,9 @@ impl Run {
         let state = TrainerState::read(path)?;
         let unfit = |reason| CheckpointError::Unfit { path: path.to_owned(), reason };
         self.same_beginning(&state).map_err(unfit)?;
-        let units = adapter_layout(&self.blueprint());
-        let pieces = read_pieces(path, &state, &units, self.mesh.coordinates(rank).shard)?;
+        let units = adapter_layout(&self.blueprint(), &self.mesh);
+        let own = Cut { units: &units, shards: self.mesh.block() };
+        let pieces = read_pieces(path, &state, own, rank % self.mesh.block())?;
         if rank == 0 && source::digest(self.source.as_ref())? != state.base {
             return Err(unfit("the base is another one than it was trained on".into()).into());
         }

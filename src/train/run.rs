@@ -32,6 +32,7 @@ use crate::{
         transformer::{Batch, Transformer},
     },
     optim::{Optimizer, Schedule, Settings},
+    shard::Groups,
     trace::{self, Category},
 };
 use std::{
@@ -90,6 +91,14 @@ impl Run {
         let mesh = Mesh::new(world, MeshSizes::from(&config.train))?;
         let hf = HfModel::open(&config.model.hf_config())?;
         let spec = hf.spec;
+        let experts = spec.moe.as_ref().map(|moe| moe.experts);
+        if experts.is_none() && mesh.expert() > 1 {
+            return Err(refused(
+                "train.expert_parallel_size",
+                "this model has no experts to divide; leave it at 1",
+            ));
+        }
+        mesh.experts_of(0, experts.unwrap_or_default())?;
         let source: Box<dyn WeightSource> = match &config.model.model_path {
             Some(directory) => Box::new(SafetensorsSource::open(directory)?),
             None => Box::new(RandomSource::new(spec.tensors(), spec.initializer_range, config.train.seed)),
@@ -156,10 +165,11 @@ impl Run {
             Some(resumed) => format!("on from {}", resumed.path.display()),
         };
         format!(
-            "{} ranks (replicate {} × shard {}); {} rows, {} steps of {} rows, {begins}; {total} trainable parameters: {}",
+            "{} ranks (replicate {} × shard {}, experts over {}); {} rows, {} steps of {} rows, {begins}; {total} trainable parameters: {}",
             self.mesh.world(),
             self.mesh.replicate(),
             self.mesh.shard(),
+            self.mesh.expert(),
             self.walk.rows,
             self.total_steps,
             self.walk.global_batch,
@@ -182,9 +192,9 @@ impl Run {
         }
     }
 
-    /// The model without its tensors.
+    /// The model without its tensors, as rank 0 has it: others have other experts, as many.
     pub(super) fn blueprint(&self) -> Blueprint {
-        Blueprint::new(&self.spec, &self.sites, self.lora_shape(), &self.options(), self.mesh.block())
+        Blueprint::new(&self.spec, &self.sites, self.lora_shape(), &self.options(), &self.mesh, 0)
     }
 
     fn lora_shape(&self) -> LoraShape {
@@ -193,13 +203,7 @@ impl Run {
 
     /// Builds this rank's part of the model and trains it to the end, or until `stop` is asked for on any rank.
     pub fn execute(mut self, world: &World, stop: &StopSignals) -> Result<Ended> {
-        let at = self.mesh.coordinates(world.rank());
-        let everyone = world.group("world", 0);
-        let shard = world.group("shard", at.replicate);
-        let replicate = world.group(
-            "replicate",
-            self.mesh.shard_group(world.rank()).iter().position(|&r| r == world.rank()).unwrap_or(0),
-        );
+        let groups = Groups::new(world, self.mesh);
         let (lora, train) = (&self.config.lora, &self.config.train);
         let device = Device::Cpu;
         let mut model = Transformer::new(
@@ -207,8 +211,7 @@ impl Run {
             &self.sites,
             self.lora_shape(),
             self.options(),
-            &shard,
-            &replicate,
+            &groups,
             device,
         );
         model.load(self.source.as_ref())?;
@@ -226,7 +229,7 @@ impl Run {
         }
         let schedule = Schedule::new(train, self.total_steps);
         let mut trainer =
-            Trainer { model, optimizer, schedule, max_grad_norm: train.max_grad_norm, world: everyone };
+            Trainer { model, optimizer, schedule, max_grad_norm: train.max_grad_norm, world: groups.world };
 
         // Nothing is written or taken away before every rank is ready to train.
         trainer.world.barrier()?;

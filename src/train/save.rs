@@ -16,7 +16,7 @@ use crate::{
     error::{Result, agree, from_first},
     lora::Parameter,
     model::source,
-    shard::{AdapterShards, ShardError},
+    shard::{Owned, ShardError},
 };
 use std::{
     collections::HashMap,
@@ -49,7 +49,7 @@ pub(super) struct Saver<'a> {
 impl<'a> Saver<'a> {
     pub(super) fn new(run: &'a Run, rank: usize) -> Result<Self> {
         let model = run.resumed().map(|resumed| resumed.path.join(checkpoint::base::FOLDER));
-        let units = adapter_layout(&run.blueprint());
+        let units = adapter_layout(&run.blueprint(), &run.mesh);
         let base = if rank == 0 { source::digest(run.source.as_ref())? } else { String::new() };
         let (known, model) = (KnownHashes::default(), model.filter(|path| path.is_dir()));
         Ok(Self { run, rank, units, known, base, model })
@@ -82,7 +82,7 @@ impl<'a> Saver<'a> {
         let run = self.run;
         let mut writer = StepWriter::begin(&run.run_dir, at.step)?;
         let state = self.state(trainer, at)?;
-        reshard::check(&state.units, state.shards).map_err(|reason| CheckpointError::Mismatch {
+        reshard::check(state.cut()).map_err(|reason| CheckpointError::Mismatch {
             path: writer.directory().to_owned(),
             reason: format!("its shards do not tile its shapes: {reason}"),
         })?;
@@ -156,9 +156,11 @@ impl<'a> Saver<'a> {
         if mesh.coordinates(self.rank).replicate > 0 {
             return Ok(());
         }
-        let (adapter, moments) = (&trainer.model.adapter, trainer.optimizer.moments());
-        let unit = |unit| pieces_of(adapter, unit, moments.get(unit).map(|m| [&m.exp_avg, &m.exp_avg_sq]));
-        let units: Vec<UnitPieces> = (0..adapter.len()).map(unit).collect::<Result<_, ShardError>>()?;
+        let moments = trainer.optimizer.moments();
+        let mut units: Vec<UnitPieces> = Vec::new();
+        for (i, owned) in trainer.model.adapter.owned().enumerate() {
+            units.push(pieces_of(&owned, moments.get(i).map(|m| [&m.exp_avg, &m.exp_avg_sq]))?);
+        }
         Ok(write_pieces(step, self.rank, mesh.world(), &units)?)
     }
 
@@ -185,16 +187,12 @@ impl<'a> Saver<'a> {
     }
 }
 
-/// What this rank owns of `unit`, with the two moments where the optimizer keeps them.
-fn pieces_of(
-    adapter: &AdapterShards,
-    unit: usize,
-    moments: Option<[&Tensor; 2]>,
-) -> Result<UnitPieces, ShardError> {
+/// What this rank owns of a region, with the two moments where the optimizer keeps them.
+fn pieces_of(owned: &Owned, moments: Option<[&Tensor; 2]>) -> Result<UnitPieces, ShardError> {
     let floats = |tensor: &Tensor| Vec::<f32>::try_from(tensor);
     let [exp_avg, exp_avg_sq] = match moments {
         Some([first, second]) => [floats(first)?, floats(second)?],
         None => [Vec::new(), Vec::new()],
     };
-    Ok(UnitPieces { master: floats(adapter.master(unit))?, exp_avg, exp_avg_sq })
+    Ok(UnitPieces { master: floats(owned.master)?, exp_avg, exp_avg_sq })
 }

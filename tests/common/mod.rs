@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "every test program compiles its own copy")]
 
 pub mod tiny;
+pub mod topology;
 
 use serde_json::{Value, json};
 use std::{

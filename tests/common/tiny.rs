@@ -23,10 +23,22 @@ impl TinyRun {
     /// 20 steps of 4 rows over three epochs of 30 rows, a step saved every 5: everything that a resume has to keep is
     /// in use.
     pub fn new() -> Self {
+        Self::of(&json!({"model_type": "qwen3"}), "layers.1.mlp.down_proj")
+    }
+
+    /// The same with 12 experts in the second of two layers.
+    pub fn of_experts() -> Self {
+        let model = json!({"model_type": "qwen3_moe", "num_experts": 12, "num_experts_per_tok": 2, "norm_topk_prob": true,
+            "moe_intermediate_size": 24, "mlp_only_layers": [0], "decoder_sparse_step": 1});
+        Self::of(&model, "down_proj")
+    }
+
+    fn of(more: &Value, last_target: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let model = json!({"model_type": "qwen3", "vocab_size": 503, "hidden_size": 48, "intermediate_size": 80,
+        let mut model = json!({ "vocab_size": 503, "hidden_size": 48, "intermediate_size": 80,
             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
             "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "initializer_range": 0.15, "tie_word_embeddings": false});
+        model.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         fs::write(folder.path().join("config.json"), model.to_string()).unwrap();
         make_rows(&folder.path().join("rows.jsonl"));
         let at = folder.path().display();
@@ -36,7 +48,7 @@ impl TinyRun {
             \x20 max_steps: {STEPS}\n  micro_batch_size: 2\n  gradient_accumulation_steps: 2\n  save_steps: 5\n\
             \x20 save_epochs: 0\n  lr: 5e-3\n  lr_decay_style: cosine\n  lr_warmup_ratio: 0.2\n  weight_decay: 0.01\n\
             \x20 max_grad_norm: 0.5\n  enable_mixed_precision: false\nlora:\n  lora_rank: 4\n  lora_alpha: 8\n\
-            \x20 lora_b_init_std: 0.05\n  lora_target_modules: [q_proj, v_proj, o_proj, gate_up_proj, layers.1.mlp.down_proj]\n"
+            \x20 lora_b_init_std: 0.05\n  lora_target_modules: [q_proj, v_proj, o_proj, gate_up_proj, {last_target}]\n"
         );
         fs::write(folder.path().join("run.yaml"), yaml).unwrap();
         Self { folder }

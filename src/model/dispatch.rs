@@ -1,0 +1,99 @@
+//! The tokens of this rank at the experts that they go to, wherever these are: sorted by expert, carried to the rank that
+//! has it, sorted again; and what becomes of them back to the tokens, summed.
+
+use crate::{
+    ops::{
+        Buffer,
+        dispatch::{Assignment, GRAIN},
+    },
+    shard::{Exchange, Route, ShardError},
+};
+use tch::Tensor;
+
+/// Which row of an expert is which token's, for one choice.
+pub struct Dispatch {
+    /// Of this rank's tokens to all experts.
+    assignment: Assignment,
+    /// With expert parallelism, what follows.
+    remote: Option<Remote>,
+}
+
+/// Rows that come from all ranks to the experts of this one.
+struct Remote {
+    route: Route,
+    /// Of the rows that come to this rank's experts.
+    assignment: Assignment,
+}
+
+impl Dispatch {
+    /// Of `chosen` `[tokens, k]` i64, each one of `experts`. Collective over the ranks of `exchange`.
+    pub fn new(chosen: &Tensor, experts: usize, exchange: Option<&Exchange>) -> Result<Self, ShardError> {
+        let Some(exchange) = exchange else {
+            return Ok(Self { assignment: Assignment::new(chosen, experts, GRAIN), remote: None });
+        };
+        // No padding travels.
+        let assignment = Assignment::new(chosen, experts, 1);
+        let route = exchange.route(assignment.counts())?;
+        let local = Tensor::from_slice(route.experts()).to_device(chosen.device()).view([-1, 1]);
+        let remote = Remote { assignment: Assignment::new(&local, exchange.share(experts), GRAIN), route };
+        Ok(Self { assignment, remote: Some(remote) })
+    }
+
+    /// How often each of all experts was chosen by this rank's tokens: `[experts]`.
+    pub fn counts(&self) -> &[i64] {
+        self.assignment.counts()
+    }
+
+    /// Where the rows of each of this rank's experts begin, and the end.
+    pub fn borders(&self) -> &[i64] {
+        self.remote.as_ref().map_or(&self.assignment, |remote| &remote.assignment).borders()
+    }
+
+    /// Whether rows travel between ranks.
+    pub fn is_remote(&self) -> bool {
+        self.remote.is_some()
+    }
+
+    /// The rows of this rank's experts `[rows, n]`, from x `[tokens, n]` of all ranks. Collective.
+    pub fn gather(&self, x: &Tensor) -> Result<Buffer, ShardError> {
+        let rows = self.assignment.gather(x);
+        let Some(remote) = &self.remote else { return Ok(rows) };
+        Ok(remote.assignment.gather(&*remote.there(&rows)?))
+    }
+
+    /// `[tokens, n]` from what this rank's experts made of their rows, `[rows, n]`, plus `add` `[tokens, n]`. Collective.
+    pub fn combine(&self, rows: &Tensor, add: Option<&Tensor>) -> Result<Buffer, ShardError> {
+        let Some(remote) = &self.remote else { return Ok(self.assignment.combine(rows, add)) };
+        let back = remote.back(&remote.assignment.combine(rows, None), self.assignment.rows())?;
+        Ok(self.assignment.combine(&back, add))
+    }
+
+    /// `[rows, 1]` from what each choice has, `[tokens, k]`. Collective.
+    pub fn by_row(&self, by_choice: &Tensor) -> Result<Tensor, ShardError> {
+        let rows = self.assignment.by_row(by_choice);
+        let Some(remote) = &self.remote else { return Ok(rows) };
+        Ok(remote.assignment.by_row(&*remote.there(&rows)?))
+    }
+
+    /// `[tokens, k]` from what each row has, `[rows, 1]`. Collective.
+    pub fn by_choice(&self, by_row: &Tensor) -> Result<Tensor, ShardError> {
+        let Some(remote) = &self.remote else { return Ok(self.assignment.by_choice(by_row)) };
+        let back = remote.back(&remote.assignment.by_choice(by_row), self.assignment.rows())?;
+        Ok(self.assignment.by_choice(&back))
+    }
+}
+
+impl Remote {
+    fn there(&self, rows: &Tensor) -> Result<Buffer, ShardError> {
+        let count = self.route.experts().len() as i64;
+        let arrived = Buffer::empty(&[count, rows.size()[1]], rows.kind(), rows.device());
+        self.route.there(rows, &arrived)?;
+        Ok(arrived)
+    }
+
+    fn back(&self, rows: &Tensor, count: i64) -> Result<Buffer, ShardError> {
+        let arrived = Buffer::empty(&[count, rows.size()[1]], rows.kind(), rows.device());
+        self.route.back(rows, &arrived)?;
+        Ok(arrived)
+    }
+}

@@ -1,0 +1,63 @@
+//! The groups of ranks that this rank is in, one communicator each, as the [`Mesh`] lays them out.
+
+use crate::{
+    comm::{Communicator, World, solo},
+    mesh::Mesh,
+};
+use std::rc::Rc;
+
+/// This rank and its groups.
+#[derive(Clone)]
+pub struct Groups {
+    pub mesh: Mesh,
+    pub rank: usize,
+    /// All ranks.
+    pub world: Rc<dyn Communicator>,
+    /// The ranks of a block: dense regions are cut over them.
+    pub shard: Rc<dyn Communicator>,
+    /// The ranks of other blocks that hold the same pieces.
+    pub replicate: Rc<dyn Communicator>,
+    /// The ranks that own all experts between them and exchange tokens.
+    pub expert: Rc<dyn Communicator>,
+    /// The ranks of a block with the same experts: expert regions are cut over them.
+    pub expert_shard: Rc<dyn Communicator>,
+}
+
+impl Groups {
+    /// Collective over all ranks of `world`, of which `mesh` has as many.
+    pub fn new(world: &World, mesh: Mesh) -> Self {
+        let rank = world.rank();
+        // A group is told by the rank that comes first in it.
+        let group = |name, members: fn(&Mesh, usize) -> Vec<usize>| {
+            world.group(name, members(&mesh, rank).first().copied().unwrap_or_default())
+        };
+        Self {
+            mesh,
+            rank,
+            world: world.group("world", 0),
+            shard: group("shard", Mesh::shard_group),
+            replicate: group("replicate", Mesh::replicate_group),
+            expert: group("expert", Mesh::expert_group),
+            expert_shard: group("expert_shard", Mesh::expert_shard_group),
+        }
+    }
+
+    /// Groups of this process alone, however many there are.
+    pub fn alone() -> Self {
+        let alone = || solo("alone");
+        Self {
+            mesh: Mesh::one_block(1),
+            rank: 0,
+            world: alone(),
+            shard: alone(),
+            replicate: alone(),
+            expert: alone(),
+            expert_shard: alone(),
+        }
+    }
+
+    /// One block of all ranks, each with all experts.
+    pub fn one_block(world: &World) -> Self {
+        Self::new(world, Mesh::one_block(world.size()))
+    }
+}

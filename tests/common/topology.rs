@@ -1,0 +1,538 @@
+//! Tiny models trained in fp32 over ranks, held against one rank: what topology tests share.
+//!
+//! Each case starts its own test binary under mpirun; its ranks run [`worker`], which trains and leaves what it saw in a
+//! file. A test program that uses this has a test `mpi_worker` that calls it.
+
+use super::ranks_of;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use std::{collections::BTreeMap, path::Path, rc::Rc};
+use tch::{Device, Tensor};
+use xorl_dist::{
+    comm::{CommError, Communicator, Operation, Pending, Received, Reduce, World},
+    config::{CheckpointingMethod, Optimizer as OptimizerKind, ReduceGradients, TrainArgs},
+    dtype::DType,
+    lora::{Site, targets::resolve},
+    mesh::{Mesh, MeshSizes},
+    model::{
+        ModelSpec, MoeNames, MoeSpec, QkNorm, RopeScaling, RopeSpec,
+        blueprint::{Blueprint, LoraShape, Options, all_projections},
+        source::{RandomSource, SourceError, TensorMeta, WeightSource},
+        transformer::{Batch, Transformer},
+    },
+    optim::{Optimizer, Schedule, Settings},
+    plan::{Traffic, Travellers},
+    rng::Stream,
+    shard::Groups,
+    train::{Trainer, metrics::received_since},
+};
+
+pub const STEPS: usize = 20;
+pub const ROWS: usize = 6;
+/// Gradients are clipped to it.
+const LIMIT: f64 = 0.1;
+pub const VOCAB: usize = 1003;
+/// Divided by every expert-parallel size of the tests.
+const EXPERTS: usize = 12;
+
+/// A named topology and how it computes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Case {
+    pub world: usize,
+    pub replicas: usize,
+    /// Ranks over which the experts are divided.
+    pub experts_over: usize,
+    pub slots: usize,
+    pub micro_batch_rows: usize,
+    pub vocab_chunk_rows: usize,
+    pub checkpointing: CheckpointingMethod,
+    pub merge: bool,
+    pub reduce: ReduceGradients,
+    pub targets: Vec<String>,
+    pub moe: bool,
+    pub hybrid: bool,
+    pub data: Data,
+    pub fault: Option<Fault>,
+}
+
+/// What rows are made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Data {
+    /// Random tokens, of which two thirds have a loss.
+    Random,
+    /// The same token again and again: every token of a layer goes to the same experts, and most experts get none.
+    OneToken,
+    /// As `Random`, but rows of odd number have no loss.
+    OddRowsSilent,
+    /// As `Random`, of a model in which the experts of the second half have a tenth of the gradient of the others.
+    UnevenExperts,
+}
+
+/// What a rank does wrong on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Fault {
+    /// Gradients of what all ranks have are not summed over them.
+    SkipsDenseSum,
+    /// Gradients of experts count twice.
+    CountsExpertsTwice,
+    /// Every rank clips by the norm of its own pieces.
+    ClipsByOwnNorm,
+    /// The last row that comes to a rank's experts is lost.
+    LosesOneRow,
+}
+
+pub fn split() -> Vec<String> {
+    names(&["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+}
+
+pub fn fused() -> Vec<String> {
+    names(&["qkv_proj", "o_proj", "gate_up_proj", "layers.[0-1].mlp.*down_proj"])
+}
+
+pub fn names(of: &[&str]) -> Vec<String> {
+    of.iter().map(|name| name.to_string()).collect()
+}
+
+impl Case {
+    /// One rank that computes everything at once.
+    pub fn one() -> Self {
+        Self {
+            world: 1,
+            replicas: 1,
+            experts_over: 1,
+            slots: 2,
+            micro_batch_rows: ROWS,
+            vocab_chunk_rows: VOCAB,
+            checkpointing: CheckpointingMethod::NoRecompute,
+            merge: true,
+            reduce: ReduceGradients::Step,
+            targets: split(),
+            moe: false,
+            hybrid: false,
+            data: Data::Random,
+            fault: None,
+        }
+    }
+
+    /// The same training on one rank.
+    pub fn on_one_rank(&self) -> Self {
+        let Self { targets, moe, hybrid, data, .. } = self.clone();
+        Self { targets, moe, hybrid, data, ..Self::one() }
+    }
+
+    fn mesh(&self) -> Mesh {
+        let sizes =
+            MeshSizes { replicate: self.replicas as i64, shard: -1, sequence: 1, expert: self.experts_over };
+        Mesh::new(self.world, sizes).unwrap()
+    }
+
+    fn options(&self) -> Options {
+        Options {
+            compute: DType::F32,
+            merge: self.merge,
+            slots: self.slots,
+            vocab_chunk_rows: self.vocab_chunk_rows,
+            loss_chunk_tokens: 7,
+            checkpointing: self.checkpointing,
+            reduce: self.reduce,
+        }
+    }
+}
+
+/// A Qwen3-like model whose sizes divide by nothing convenient; with experts in all layers but the first.
+fn spec(moe: bool) -> ModelSpec {
+    let names = MoeNames { block: "mlp", gate: "gate_proj", up: "up_proj", down: "down_proj" };
+    let moe = moe.then(|| MoeSpec {
+        layers: vec![false, true, true],
+        experts: EXPERTS,
+        top_k: 2,
+        normalise: true,
+        width: 28,
+        shared_width: Some(36),
+        names,
+    });
+    ModelSpec {
+        vocab_size: VOCAB,
+        hidden_size: 40,
+        intermediate_size: 72,
+        num_layers: 3,
+        num_heads: 4,
+        num_kv_heads: 2,
+        head_dim: 16,
+        rms_norm_eps: 1e-6,
+        rope: RopeSpec { theta: 10000.0, scaling: RopeScaling::None },
+        tie_word_embeddings: false,
+        qkv_bias: true,
+        o_bias: false,
+        mlp_bias: false,
+        qk_norm: Some(QkNorm::Head),
+        clip_qkv: None,
+        moe,
+        layer_windows: vec![None, Some(5), None],
+        initializer_range: 0.2,
+    }
+}
+
+/// Random weights, those of the experts' down projections larger in the first half and smaller in the second.
+struct UnevenSource(RandomSource);
+
+impl WeightSource for UnevenSource {
+    fn names(&self) -> Vec<String> {
+        self.0.names()
+    }
+
+    fn meta(&self, name: &str) -> Option<TensorMeta> {
+        self.0.meta(name)
+    }
+
+    fn read(
+        &self,
+        name: &str,
+        range: std::ops::Range<usize>,
+        dtype: DType,
+        out: &mut [u8],
+    ) -> Result<(), SourceError> {
+        self.0.read(name, range, dtype, out)?;
+        let expert = name.split_once("experts.").and_then(|(_, rest)| rest.split('.').next()?.parse().ok());
+        if let Some(expert) = expert.filter(|_: &usize| name.contains("down_proj")) {
+            assert_eq!(dtype, DType::F32);
+            let factor = if expert < EXPERTS / 2 { 3.0 } else { 0.1 };
+            bytemuck::cast_slice_mut::<u8, f32>(out).iter_mut().for_each(|x| *x *= factor);
+        }
+        Ok(())
+    }
+
+    fn bytes_read(&self) -> u64 {
+        self.0.bytes_read()
+    }
+}
+
+fn load(model: &Transformer, data: Data) {
+    let spec = model.spec();
+    let random = RandomSource::new(spec.tensors(), spec.initializer_range, 1);
+    match data {
+        Data::UnevenExperts => model.load(&UnevenSource(random)).unwrap(),
+        _ => model.load(&random).unwrap(),
+    }
+}
+
+/// Row `row` of step `step`: ids, labels and document lengths, the same in every topology. Lengths differ, so
+/// ranks get unequal numbers of tokens.
+fn row(step: usize, row: usize, data: Data) -> (Vec<i64>, Vec<i64>, Vec<usize>) {
+    let stream = Stream::new(5, &format!("row {step} {row}"));
+    let lengths = vec![3 + (row * 5 + step) % 7, 1 + row % 4];
+    let n: usize = lengths.iter().sum();
+    let id = |i: usize| if data == Data::OneToken { 77 } else { stream.below(i as u64, VOCAB as u64) as i64 };
+    let ids: Vec<i64> = (0..n).map(id).collect();
+    let silent = |i: usize| match data {
+        Data::OddRowsSilent if row % 2 == 1 => true,
+        _ => (i + row).is_multiple_of(3),
+    };
+    let labels = ids.iter().enumerate().map(|(i, &id)| if silent(i) { -100 } else { id }).collect();
+    (ids, labels, lengths)
+}
+
+fn batch(step: usize, rows: &[usize], data: Data) -> Batch {
+    let (mut ids, mut labels, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
+    for &index in rows {
+        let (i, l, d) = row(step, index, data);
+        ids.extend(i);
+        labels.extend(l);
+        lengths.extend(d);
+    }
+    Batch::new(&ids, &labels, &lengths, Device::Cpu)
+}
+
+/// A communicator that does something wrong.
+struct Faulty {
+    inner: Rc<dyn Communicator>,
+    fault: Fault,
+}
+
+impl Communicator for Faulty {
+    fn rank(&self) -> usize {
+        self.inner.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.inner.size()
+    }
+
+    fn group(&self) -> &str {
+        self.inner.group()
+    }
+
+    fn start_all_gather(&self, input: &Tensor, output: &Tensor) -> Result<Pending, CommError> {
+        self.inner.start_all_gather(input, output)
+    }
+
+    fn reduce_scatter(&self, input: &Tensor, output: &Tensor) -> Result<(), CommError> {
+        self.inner.reduce_scatter(input, output)?;
+        let mut output = output.shallow_clone();
+        match self.fault {
+            Fault::SkipsDenseSum => {
+                let n = output.numel() as i64;
+                output.copy_(&input.narrow(0, self.rank() as i64 * n, n));
+            }
+            Fault::CountsExpertsTwice => drop(output.g_mul_scalar_(2.0)),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn all_to_all(
+        &self,
+        input: &Tensor,
+        sent: &[usize],
+        output: &Tensor,
+        received: &[usize],
+    ) -> Result<(), CommError> {
+        self.inner.all_to_all(input, sent, output, received)?;
+        let rows = output.size()[0];
+        if self.fault == Fault::LosesOneRow && rows > 0 {
+            let _ = output.get(rows - 1).zero_();
+        }
+        Ok(())
+    }
+
+    fn all_reduce(&self, values: &Tensor) -> Result<(), CommError> {
+        self.inner.all_reduce(values)
+    }
+
+    fn all_reduce_host(&self, values: &mut [f64], how: Reduce) -> Result<(), CommError> {
+        let own = values.to_vec();
+        self.inner.all_reduce_host(values, how)?;
+        if self.fault == Fault::ClipsByOwnNorm {
+            values.copy_from_slice(&own);
+        }
+        Ok(())
+    }
+
+    fn all_gather_host(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
+        self.inner.all_gather_host(bytes)
+    }
+
+    fn barrier(&self) -> Result<(), CommError> {
+        self.inner.barrier()
+    }
+}
+
+/// Breaks the group that `fault` is about.
+fn break_groups(groups: &mut Groups, fault: Fault) {
+    let broken = match fault {
+        Fault::SkipsDenseSum | Fault::ClipsByOwnNorm => &mut groups.shard,
+        Fault::CountsExpertsTwice => &mut groups.expert_shard,
+        Fault::LosesOneRow => &mut groups.expert,
+    };
+    *broken = Rc::new(Faulty { inner: broken.clone(), fault });
+}
+
+/// How often this rank's tokens chose each expert, [micro-batch][layer with experts][expert], by a model that is whole on
+/// this rank.
+fn choices(lone: &mut Transformer, trained: &Transformer, batches: &[Batch]) -> Vec<Vec<Vec<f64>>> {
+    let values: BTreeMap<String, Vec<f32>> = trained
+        .whole_adapter()
+        .unwrap()
+        .into_iter()
+        .map(|(parameter, values)| (parameter.name, values))
+        .collect();
+    lone.set_adapter(|parameter, range| values[&parameter.name][range].to_vec()).unwrap();
+    let of_batch = |batch: &Batch| {
+        lone.forward_backward(batch, 1.0).unwrap();
+        let mut load = lone.take_router_load();
+        let layers = load.sums_mut().chunks_exact(2 * EXPERTS);
+        layers.map(|layer| layer[..EXPERTS].to_vec()).collect()
+    };
+    batches.iter().map(of_batch).collect()
+}
+
+/// The rows that travel to and from this rank, for each micro-batch and layer.
+fn travellers(groups: &Groups, own: &[Vec<Vec<f64>>]) -> Vec<Travellers> {
+    let bytes = serde_json::to_vec(own).unwrap();
+    let all = groups.expert.all_gather_host(&bytes).unwrap();
+    let all: Vec<Vec<Vec<Vec<f64>>>> = all.iter().map(|own| serde_json::from_slice(own).unwrap()).collect();
+    let (rank, each) = (groups.expert.rank(), EXPERTS / groups.expert.size());
+    let mine = rank * each..(rank + 1) * each;
+    let mut travellers = Vec::new();
+    for (micro, layers) in own.iter().enumerate() {
+        for (layer, counts) in layers.iter().enumerate() {
+            let home: f64 = counts[mine.clone()].iter().sum();
+            let go = counts.iter().sum::<f64>() - home;
+            let here: f64 = all.iter().map(|rank| rank[micro][layer][mine.clone()].iter().sum::<f64>()).sum();
+            travellers.push(Travellers { come: (here - home) as usize, go: go as usize });
+        }
+    }
+    travellers
+}
+
+/// One rank of a case. Does nothing unless a case started it.
+pub fn worker() {
+    let Ok(case) = std::env::var("XORL_TEST_CASE") else { return };
+    let case: Case = serde_json::from_str(&case).unwrap();
+    let world = World::start().unwrap();
+    let (rank, size) = (world.rank(), world.size());
+    let mesh = case.mesh();
+    let mut groups = Groups::new(&world, mesh);
+    if let Some(fault) = case.fault {
+        break_groups(&mut groups, fault);
+    }
+
+    let spec = spec(case.moe);
+    let options = case.options();
+    let mut sites = resolve(&all_projections(&spec), Some(&case.targets), &[]).unwrap();
+    if case.hybrid {
+        sites = sites.into_iter().map(Site::hybrid).collect();
+    }
+    let lora = LoraShape { rank: 3, alpha: 6.0 };
+    let new = |groups: &Groups| {
+        let mut model = Transformer::new(spec.clone(), &sites, lora, options, groups, Device::Cpu);
+        load(&model, case.data);
+        model.init_adapter(3, 0.05).unwrap();
+        model
+    };
+    let model = new(&groups);
+    let mut lone = (case.experts_over > 1).then(|| new(&Groups::alone()));
+    let initial = digest(&model);
+    let optimizer = Optimizer::new(Settings::new(OptimizerKind::Adamw, 0.01), &model.adapter);
+    let args = TrainArgs { lr: 2e-3, ..TrainArgs::default() };
+    let schedule = Schedule::new(&args, STEPS);
+    let mut trainer =
+        Trainer { model, optimizer, schedule, max_grad_norm: LIMIT, world: groups.world.clone() };
+
+    // What every step has to receive: base and adapter regions as the ring needs them, and of gradients only the
+    // adapter's. The first step finds empty slots.
+    let regions = Blueprint::new(&spec, &sites, lora, &options, &mesh, rank).regions;
+    let traffic = Traffic { spec: &spec, options: &options, regions: &regions, replicas: case.replicas };
+    let mut received = Received::new();
+    let mut reports = Vec::new();
+    let mut norms = Vec::new();
+    for step in 0..STEPS {
+        // Rows in turn to the ranks, then cut into micro-batches: as many on every rank.
+        let (own, micro): (Vec<usize>, _) =
+            ((0..ROWS).filter(|row| row % size == rank).collect(), case.micro_batch_rows);
+        let count = ROWS.div_ceil(size).div_ceil(micro);
+        let of = |m: usize| own.get(m * micro..(m * micro + micro).min(own.len())).unwrap_or(&[]);
+        let batches: Vec<Batch> = (0..count).map(|m| batch(step, of(m), case.data)).collect();
+        let mut expected = traffic.step(count, step > 0);
+        if let Some(lone) = &mut lone {
+            let own = choices(lone, &trainer.model, &batches);
+            let bytes: usize =
+                travellers(&groups, &own).into_iter().map(|rows| traffic.all_to_all(rows)).sum();
+            expected.insert((Operation::AllToAll, "expert".into()), bytes as u64);
+        }
+        let before = world.ledger().totals();
+        let report = trainer.step(&batches, step).unwrap();
+        let mut seen = received_since(&before, world.ledger());
+        if case.experts_over > 1 {
+            seen.entry((Operation::AllToAll, "expert".into())).or_default();
+        }
+        if case.fault.is_none() {
+            assert_eq!(seen, expected, "rank {rank}, step {step}");
+        }
+        for (key, bytes) in seen {
+            *received.entry(key).or_default() += bytes;
+        }
+        reports.push(json!([report.loss.unwrap(), report.grad_norm, report.valid_tokens]));
+        let squares =
+            trainer.model.adapter.owned().map(|owned| owned.gradient.square().sum(None).double_value(&[]));
+        norms.push(squares.sum::<f64>().sqrt());
+    }
+    let adapter: Vec<Value> =
+        trainer.model.whole_adapter().unwrap().into_iter().map(|(p, v)| json!([p.name, v])).collect();
+    let received: BTreeMap<&str, u64> = received.iter().map(|((op, _), bytes)| (op.name(), *bytes)).collect();
+    let seen = json!({
+        "initial": initial, "steps": reports, "adapter": adapter, "received": received, "norms": norms
+    });
+    let out = std::env::var("XORL_TEST_OUT").unwrap();
+    std::fs::write(Path::new(&out).join(format!("{rank}.json")), seen.to_string()).unwrap();
+}
+
+/// SHA-256 over the bits of all adapter parameters.
+fn digest(model: &Transformer) -> String {
+    use sha2::Digest;
+    let mut hash = sha2::Sha256::new();
+    for (parameter, values) in model.whole_adapter().unwrap() {
+        hash.update(parameter.name.as_bytes());
+        hash.update(bytemuck::cast_slice::<f32, u8>(&values));
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// What every rank of a case saw.
+pub fn run(case: &Case) -> Vec<Value> {
+    let directory = tempfile::tempdir().unwrap();
+    let program = std::env::current_exe().unwrap();
+    let mut command = ranks_of(&program, case.world);
+    command.args(["--exact", "mpi_worker", "--nocapture", "--test-threads=1"]);
+    command
+        .env("XORL_TEST_CASE", serde_json::to_string(case).unwrap())
+        .env("XORL_TEST_OUT", directory.path());
+    let output = command.output().unwrap();
+    let text =
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{case:?}: {text}");
+    let read = |rank: usize| std::fs::read_to_string(directory.path().join(format!("{rank}.json"))).unwrap();
+    (0..case.world).map(|rank| serde_json::from_str(&read(rank)).unwrap()).collect()
+}
+
+fn relative(a: f64, b: f64) -> f64 {
+    (a - b).abs() / b.abs()
+}
+
+/// Where what a rank saw parts from what one rank alone saw, if it does.
+pub fn difference(seen: &Value, one: &Value) -> Option<String> {
+    if seen["initial"] != one["initial"] {
+        return Some("initial adapters differ in their bits".into());
+    }
+    for step in 0..STEPS {
+        for (column, what) in ["loss", "grad norm"].iter().enumerate() {
+            let [ours, theirs] = [seen, one].map(|seen| seen["steps"][step][column].as_f64().unwrap());
+            if relative(ours, theirs) >= 1e-5 {
+                return Some(format!("{what} of step {step}: {ours}, one rank {theirs}"));
+            }
+        }
+        let [ours, theirs] = [seen, one].map(|seen| &seen["steps"][step][2]);
+        if ours != theirs {
+            return Some(format!("valid tokens of step {step}: {ours}, one rank {theirs}"));
+        }
+    }
+    let [ours, theirs] = [seen, one].map(|seen| seen["adapter"].as_array().unwrap());
+    assert_eq!(ours.len(), theirs.len());
+    for (ours, theirs) in ours.iter().zip(theirs) {
+        assert_eq!(ours[0], theirs[0]);
+        let floats = |v: &Value| -> Vec<f64> {
+            v[1].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+        };
+        let (a, b) = (floats(ours), floats(theirs));
+        let norm = |v: &[f64]| v.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let apart: Vec<f64> = a.iter().zip(&b).map(|(a, b)| a - b).collect();
+        if norm(&apart) / norm(&b) >= 1e-4 {
+            return Some(format!("{}: {} apart", ours[0], norm(&apart) / norm(&b)));
+        }
+    }
+    None
+}
+
+/// Holds `case` against what `one` rank alone saw.
+pub fn equals(case: &Case, one: &Value) {
+    let ranks = run(case);
+    for seen in &ranks {
+        assert_eq!(difference(seen, one), None, "{case:?}");
+    }
+    // Clipping was active, or the test would not see a wrong norm.
+    assert!(one["steps"][0][1].as_f64().unwrap() > LIMIT, "norm {}", one["steps"][0][1]);
+    // Each rank has held its ledger against the formula; a single rank moves nothing.
+    assert_eq!(one["received"], json!({}));
+    for seen in &ranks {
+        let moves = |operation: &str| seen["received"][operation].is_u64();
+        assert_eq!(moves("all_gather"), case.world > case.replicas);
+        assert_eq!(moves("all_reduce"), case.replicas > 1);
+        assert_eq!(moves("all_to_all"), case.experts_over > 1);
+    }
+}
+
+/// Holds `case` against one rank with the same targets and data.
+pub fn equals_one_rank(case: Case) {
+    let one = run(&case.on_one_rank()).remove(0);
+    equals(&case, &one);
+}
