@@ -135,8 +135,8 @@ fn packed_and_unpacked_documents_give_the_same_gradient() {
     }
 }
 
-/// What PEFT reads of adapters on experts, on dense layers among them and on shared experts, is what was trained: every
-/// way in which a target can meet them.
+/// What is read of adapters on experts, on dense layers among them and on shared experts, is what was trained: every way in
+/// which a target can meet them, in every format, by PEFT where it knows that.
 #[test]
 fn mpi_experts_are_trained_and_peft_computes_our_logits() {
     let shared =
@@ -145,14 +145,18 @@ fn mpi_experts_are_trained_and_peft_computes_our_logits() {
         "head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, mlp_only_layers=[0]";
     let (olmoe, mixtral) =
         ("num_experts=4, num_experts_per_tok=3", "num_local_experts=4, num_experts_per_tok=1");
-    for (architecture, fields, hybrid, targets, trained) in [
-        ("Qwen3Moe", some_dense, "false", "null", 2 * 2 * 4 + 2 * 3 + 4),
-        ("Qwen3Moe", some_dense, "true", "null", 2 * 2 * 4 + 2 * 3 + 4),
-        ("Qwen2Moe", shared, "true", "[q_proj, gate_up_proj, down_proj]", 2 * (2 + 4 + 2 * 3)),
-        ("Qwen2Moe", shared, "false", "[up_proj, layers.1.*.down_proj]", 2 * (2 + 2) + 4),
-        ("Mixtral", mixtral, "false", "[gate_proj]", 2 * 2),
-        ("Olmoe", olmoe, "false", "['*.experts.gate_up_proj', o_proj]", 2 * (2 + 2)),
-    ] {
+    let (outer, apart) = ("sglang_shared_outer", "per_expert");
+    // The last are the tensors of the file: in PEFT's format, and in others.
+    type Case<'a> = (&'a str, &'a str, &'a str, &'a str, usize, &'a [(&'a str, usize)]);
+    let cases: [Case; 6] = [
+        ("Qwen3Moe", some_dense, "false", "null", 2 * 2 * 4 + 2 * 3 + 4, &[]),
+        ("Qwen3Moe", some_dense, "true", "null", 26, &[(apart, 22 + 2 * 3 * 4), (outer, 22 + 2 * 3)]),
+        ("Qwen2Moe", shared, "true", "[q_proj, gate_up_proj, down_proj]", 24, &[(outer, 16 + 2 * 2 * 3)]),
+        ("Qwen2Moe", shared, "false", "[up_proj, layers.1.*.down_proj]", 12, &[(apart, 6 + 2 * 3 * 6)]),
+        ("Mixtral", mixtral, "false", "[gate_proj]", 2 * 2, &[]),
+        ("Olmoe", olmoe, "false", "['*.experts.gate_up_proj', o_proj]", 2 * (2 + 2), &[]),
+    ];
+    for (architecture, fields, hybrid, targets, trained, formats) in cases {
         let folder = tempfile::tempdir().unwrap();
         make_model(&folder.path().join("model"), architecture, fields);
         make_rows(&folder.path().join("rows.jsonl"));
@@ -174,13 +178,32 @@ fn mpi_experts_are_trained_and_peft_computes_our_logits() {
             assert_eq!(one["router"]["entropy"], two["router"]["entropy"], "{architecture}");
             assert!(one["router"]["max_over_mean"].as_f64().unwrap() >= 1.0);
         }
-        let step = two.join("weights/run/step_4");
-        let bytes = std::fs::read(step.join("adapter_model.safetensors")).unwrap();
-        let keys = SafeTensors::deserialize(&bytes).unwrap().len();
-        assert_eq!(keys, trained, "{architecture} {targets}");
-        let step = step.to_str().unwrap();
-        peft_loss(folder.path(), &folder.path().join("model"), step);
-        our_logits_are_theirs(folder.path(), step);
+        let reads = |step: &Path, tensors: usize| {
+            let bytes = std::fs::read(step.join("adapter_model.safetensors")).unwrap();
+            let keys = SafeTensors::deserialize(&bytes).unwrap().len();
+            assert_eq!(keys, tensors, "{architecture} {targets} {step:?}");
+            let step = step.to_str().unwrap();
+            let loss = peft_loss(folder.path(), &folder.path().join("model"), step);
+            our_logits_are_theirs(folder.path(), step);
+            loss
+        };
+        let loss = reads(&two.join("weights/run/step_4"), trained);
+        for (format, tensors) in formats {
+            let out = folder.path().join(format);
+            let more = ["--train.output_dir", out.to_str().unwrap(), "--lora.lora_export_format", format];
+            succeeded(&xorl(2, &[&arguments[..], &more].concat()));
+            let step = out.join("weights/run/step_4");
+            let again = reads(&step, *tensors);
+            assert!((again - loss).abs() < 1e-5 * loss, "{architecture} {format}: {again}, PEFT {loss}");
+            // A run that starts from it begins where that one ended.
+            let from = ["--lora.adapter_path", step.to_str().unwrap(), "--train.output_dir"];
+            let next = folder.path().join("next");
+            succeeded(&xorl(
+                1,
+                &[&arguments[..], &from, &[next.to_str().unwrap(), "--train.overwrite", "true"]].concat(),
+            ));
+            assert!(metrics(&next)[0]["loss"].as_f64().unwrap() < metrics(&out)[0]["loss"].as_f64().unwrap());
+        }
         let over_five = ["check", "--config", &config, "--ranks", "5", "--train.expert_parallel_size", "5"];
         let line = failed(&xorl(1, &over_five), 2);
         assert!(line.contains("5 does not divide the model's"), "{architecture}: {line}");

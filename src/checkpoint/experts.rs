@@ -195,6 +195,7 @@ mod tests {
             rank: 2,
             input,
             experts: Some(3),
+            shared: None,
             a: values(3 * 2 * input, from),
             b: values(3 * output * 2, -from),
         }

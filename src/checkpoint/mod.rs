@@ -1,4 +1,4 @@
-//! What a run leaves behind that another program reads: PEFT adapter files ([`peft`], of experts `experts`), the training state ([`state`])
+//! What a run leaves behind that another program reads: adapter files ([`peft`], their tensors in `stored`, of PEFT's experts in `experts`), the training state ([`state`])
 //! and how another world takes it over ([`reshard`]), the base in HF layout ([`base`]); steps that are published whole
 //! or not at all ([`publish`]), which of them there are ([`steps`]), and the lock on the place ([`output`]). Plain
 //! slices and paths: no ranks, no tensors.
@@ -11,6 +11,7 @@ pub mod publish;
 pub mod reshard;
 pub mod state;
 pub mod steps;
+mod stored;
 
 use std::path::{Path, PathBuf};
 

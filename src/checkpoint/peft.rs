@@ -1,9 +1,12 @@
 //! Adapters in the form that HF PEFT loads: `adapter_config.json` and `adapter_model.safetensors`, fp32, with HF's
-//! split names also for fused targets: the shared A is written for each part and B is cut, which is exact. Those of routed
-//! experts are in that of `target_parameters`, see `experts`.
+//! split names also for fused targets. Those of routed experts are in that of `target_parameters` (see `experts`), or as
+//! serving stacks want them (see `stored`).
 
-use super::{CheckpointError, experts, io};
-use crate::lora::{Factor, Site, targets::Projection};
+use super::{CheckpointError, experts, io, stored::Layout};
+use crate::{
+    config::ExportFormat,
+    lora::{Factor, Site, targets::Projection},
+};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -49,6 +52,8 @@ pub struct LogicalAdapter {
     pub input: usize,
     /// How many experts have such an adapter each: a leading dimension of A and B.
     pub experts: Option<usize>,
+    /// The factor that is the same for all experts.
+    pub shared: Option<Factor>,
     /// `[rank, input]`
     pub a: Vec<f32>,
     /// `[Σ widths, rank]`
@@ -61,26 +66,30 @@ impl LogicalAdapter {
         let leaves = site.leaves.iter().map(|(leaf, width)| (leaf.to_string(), *width)).collect();
         let (a, b) = (Vec::new(), Vec::new());
         let experts = site.experts.map(|experts| experts.count);
-        Self { parent: site.parent.clone(), leaves, rank, input: site.input, experts, a, b }
+        let (parent, shared) = (site.parent.clone(), site.shared);
+        Self { parent, leaves, rank, input: site.input, experts, shared, a, b }
     }
 
     /// Rows of B.
     pub(super) fn output(&self) -> usize {
         self.leaves.iter().map(|(_, width)| width).sum()
     }
-
-    /// PEFT's keys of leaf `leaf`: lora_A and lora_B.
-    fn keys(&self, leaf: &str) -> [String; 2] {
-        ["lora_A", "lora_B"].map(|factor| format!("base_model.model.{}.{leaf}.{factor}.weight", self.parent))
-    }
 }
 
 impl AdapterConfig {
-    /// With what `adapters` need of targets and patterns.
-    pub fn new(r: usize, lora_alpha: f64, base: Option<String>, adapters: &[LogicalAdapter]) -> Self {
-        let groups = experts::groups(adapters);
+    /// With what `adapters` need of targets and patterns in `format`.
+    pub fn new(
+        r: usize,
+        lora_alpha: f64,
+        base: Option<String>,
+        adapters: &[LogicalAdapter],
+        format: ExportFormat,
+    ) -> Self {
+        let groups = groups_of(adapters, format);
         let (mut modules, mut parameters) = (BTreeSet::new(), BTreeSet::new());
-        for adapter in adapters.iter().filter(|adapter| adapter.experts.is_none()) {
+        let as_modules =
+            |adapter: &&LogicalAdapter| adapter.experts.is_none() || format != ExportFormat::Peft;
+        for adapter in adapters.iter().filter(as_modules) {
             for (leaf, _) in &adapter.leaves {
                 match adapter.parent.split_once(".mlp") {
                     // Beside fused experts, whose parameters have the same leaf names, PEFT drops MLPs that are targeted
@@ -106,11 +115,17 @@ impl AdapterConfig {
     }
 }
 
-/// Writes both files into `directory`.
+/// The adapters of experts that PEFT's `target_parameters` hold, if `format` is that.
+fn groups_of(adapters: &[LogicalAdapter], format: ExportFormat) -> Vec<experts::Group> {
+    if format == ExportFormat::Peft { experts::groups(adapters) } else { Vec::new() }
+}
+
+/// Writes both files into `directory`, and looks whether all of the adapter is there.
 pub fn write(
     directory: &Path,
     config: &AdapterConfig,
     adapters: &[LogicalAdapter],
+    format: ExportFormat,
 ) -> Result<(), CheckpointError> {
     let mut json = serde_json::json!({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": false,
@@ -127,15 +142,14 @@ pub fn write(
     std::fs::write(&path, text + "\n").map_err(io(&path))?;
 
     let path = directory.join(WEIGHTS_FILE);
-    let tensors = tensors(adapters);
+    let tensors = tensors(adapters, format);
     let mut views: BTreeMap<&str, TensorView> = BTreeMap::new();
     for (key, shape, values) in &tensors {
         let fault = |error: safetensors::SafeTensorError| CheckpointError::Mismatch {
             path: path.clone(),
             reason: format!("{key}: {error}"),
         };
-        let view =
-            TensorView::new(Dtype::F32, shape.to_vec(), bytemuck::cast_slice(values)).map_err(fault)?;
+        let view = TensorView::new(Dtype::F32, shape.clone(), bytemuck::cast_slice(values)).map_err(fault)?;
         views.insert(key, view);
     }
     let metadata = [("format".to_owned(), "pt".to_owned())].into();
@@ -144,26 +158,67 @@ pub fn write(
         reason: error.to_string(),
     };
     let bytes = safetensors::serialize(views, Some(metadata)).map_err(fault)?;
-    std::fs::write(&path, bytes).map_err(io(&path))
+    std::fs::write(&path, bytes).map_err(io(&path))?;
+    check_written(&path, adapters, format)
+}
+
+/// Whether the file at `path` has the tensors of `adapters` and no others, and every parameter as often as they need it:
+/// an adapter of which a part was lost loads, and does nothing there.
+fn check_written(
+    path: &Path,
+    adapters: &[LogicalAdapter],
+    format: ExportFormat,
+) -> Result<(), CheckpointError> {
+    let mismatch = |reason: String| CheckpointError::Mismatch { path: path.to_owned(), reason };
+    let bytes = std::fs::read(path).map_err(io(path))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|error| mismatch(error.to_string()))?;
+    let mut expected: BTreeSet<String> = BTreeSet::new();
+    let mut count = 0;
+    for adapter in adapters {
+        let (parts, experts) = (adapter.leaves.len(), adapter.experts.unwrap_or(1));
+        // Of each leaf its own A and its rows of B; of what experts share one copy where the format has room for that.
+        let copies = |factor| match format {
+            ExportFormat::SglangSharedOuter if adapter.shared == Some(factor) => 1,
+            _ => experts,
+        };
+        count += match (adapter.experts, format) {
+            (Some(_), ExportFormat::Peft) => 0,
+            _ => {
+                adapter.rank
+                    * (copies(Factor::A) * parts * adapter.input + copies(Factor::B) * adapter.output())
+            }
+        };
+        expected.extend(Layout::from(format).tensors(adapter).into_iter().map(|stored| stored.key));
+    }
+    for group in groups_of(adapters, format) {
+        count += group.shapes().iter().map(|[rows, columns]| rows * columns).sum::<usize>();
+        expected.extend(group.keys);
+    }
+    let found: BTreeSet<String> = file.names().into_iter().map(|name| name.to_owned()).collect();
+    if let Some(key) = expected.symmetric_difference(&found).next() {
+        let what = if found.contains(key) { "surplus" } else { "missing" };
+        return Err(mismatch(format!("{key} is {what} in what was written")));
+    }
+    let written: usize = file.iter().map(|(_, view)| view.data().len()).sum();
+    if written != count * size_of::<f32>() {
+        return Err(mismatch(format!("{written} bytes were written of {}", count * size_of::<f32>())));
+    }
+    Ok(())
 }
 
 /// What the file holds: key, shape, values. An A or B that is too short is found out by its shape.
-fn tensors(adapters: &[LogicalAdapter]) -> Vec<(String, [usize; 2], Cow<'_, [f32]>)> {
+fn tensors(adapters: &[LogicalAdapter], format: ExportFormat) -> Vec<(String, Vec<usize>, Cow<'_, [f32]>)> {
     let mut tensors = Vec::new();
-    for adapter in adapters.iter().filter(|adapter| adapter.experts.is_none()) {
-        let mut row = 0;
-        for (leaf, width) in &adapter.leaves {
-            let b = adapter.b.get(row * adapter.rank..(row + width) * adapter.rank).unwrap_or_default();
-            row += width;
-            let [key_a, key_b] = adapter.keys(leaf);
-            tensors.push((key_a, [adapter.rank, adapter.input], Cow::from(&adapter.a)));
-            tensors.push((key_b, [*width, adapter.rank], Cow::from(b)));
+    for adapter in adapters {
+        for stored in Layout::from(format).tensors(adapter) {
+            let values = stored.values(adapter);
+            tensors.push((stored.key, stored.shape, values));
         }
     }
-    for group in experts::groups(adapters) {
+    for group in groups_of(adapters, format) {
         let values = group.fuse(adapters).map(Cow::from);
         for ((key, shape), values) in group.keys.clone().into_iter().zip(group.shapes()).zip(values) {
-            tensors.push((key, shape, values));
+            tensors.push((key, shape.to_vec(), values));
         }
     }
     tensors
@@ -202,8 +257,8 @@ pub fn read_config(directory: &Path) -> Result<AdapterConfig, CheckpointError> {
     serde_json::from_value(json).map_err(|error| format(error.to_string()))
 }
 
-/// Fills A and B of `adapters` from the adapter in `directory`. Every key must be there, in shape, and no other;
-/// leaves of a fused target need the same A, bit for bit.
+/// Fills A and B of `adapters` from the adapter in `directory`, in whichever format it is. Every key must be there, in
+/// shape, and no other; leaves of a fused target need the same A, bit for bit.
 pub fn read(directory: &Path, adapters: &mut [LogicalAdapter]) -> Result<(), CheckpointError> {
     let path = directory.join(WEIGHTS_FILE);
     let bytes = std::fs::read(&path).map_err(io(&path))?;
@@ -211,7 +266,8 @@ pub fn read(directory: &Path, adapters: &mut [LogicalAdapter]) -> Result<(), Che
     let file = SafeTensors::deserialize(&bytes).map_err(|error| format(error.to_string()))?;
     let mut surplus: BTreeSet<String> = file.names().into_iter().map(|name| name.to_owned()).collect();
     let mut faults = Vec::new();
-    let mut take = |key: &str, shape: [usize; 2], faults: &mut Vec<String>| {
+    let layout = Layout::of(file.names());
+    let mut take = |key: &str, shape: &[usize], faults: &mut Vec<String>| {
         surplus.remove(key);
         let Ok(view) = file.tensor(key) else {
             faults.push(format!("{key} is missing"));
@@ -227,35 +283,33 @@ pub fn read(directory: &Path, adapters: &mut [LogicalAdapter]) -> Result<(), Che
         }
         values
     };
-    for group in experts::groups(adapters) {
+    for group in groups_of(adapters, layout.format) {
         let [shape_a, shape_b] = group.shapes();
         let [key_a, key_b] = &group.keys;
-        let (a, b) = (take(key_a, shape_a, &mut faults), take(key_b, shape_b, &mut faults));
+        let (a, b) = (take(key_a, &shape_a, &mut faults), take(key_b, &shape_b, &mut faults));
         if let (Some(a), Some(b)) = (a, b)
             && let Some(found) = group.split(&a, &b, adapters)
         {
             faults.push(format!("{key_b} has {found} where no adapter of this run has an element"));
         }
     }
-    for adapter in adapters.iter_mut().filter(|adapter| adapter.experts.is_none()) {
-        let (mut first_a, mut b): (Option<Vec<f32>>, Vec<f32>) = (None, Vec::new());
-        for (leaf, width) in &adapter.leaves {
-            let shapes = [[adapter.rank, adapter.input], [*width, adapter.rank]];
-            for (factor, (key, shape)) in adapter.keys(leaf).into_iter().zip(shapes).enumerate() {
-                let Some(values) = take(&key, shape, &mut faults) else { continue };
-                match (factor, &first_a) {
-                    (0, None) => first_a = Some(values),
-                    (0, Some(a)) if *a != values => {
-                        faults.push(format!(
-                            "{key} differs from its neighbours, but the target is fused and has one A"
-                        ));
-                    }
-                    (0, Some(_)) => (),
-                    _ => b.extend(values),
-                }
-            }
+    for adapter in adapters {
+        let tensors = layout.tensors(adapter);
+        if !tensors.is_empty() {
+            let experts = adapter.experts.unwrap_or(1);
+            adapter.a = vec![0.0; experts * adapter.rank * adapter.input];
+            adapter.b = vec![0.0; experts * adapter.output() * adapter.rank];
         }
-        (adapter.a, adapter.b) = (first_a.unwrap_or_default(), b);
+        for stored in tensors {
+            let Some(values) = take(&stored.key, &stored.shape, &mut faults) else { continue };
+            if stored.repeats && *stored.values(adapter) != *values {
+                let key = &stored.key;
+                faults.push(format!(
+                    "{key} differs from its neighbours, but the target is fused and has one A"
+                ));
+            }
+            stored.fill(&values, adapter);
+        }
     }
     faults.extend(surplus.into_iter().map(|key| format!("{key} is surplus")));
     if faults.is_empty() {
@@ -321,9 +375,9 @@ pub fn read_values(
     Ok(named)
 }
 
-/// The sites on `projections` that the adapter in `directory` adapts. Of linear layers the keys of its file tell: what
-/// PEFT's `target_modules` mean depends on patterns, the keys do not. Of experts it is `target_parameters`, whose keys do not
-/// name them; gate and up of one rank are one adapter on both.
+/// The sites on `projections` that the adapter in `directory` adapts. The keys of its file tell: what PEFT's
+/// `target_modules` mean depends on patterns, the keys do not. Of experts in PEFT's format it is `target_parameters`, whose
+/// keys do not name them; gate and up of one rank are one adapter on both.
 pub fn adapted_sites(
     directory: &Path,
     config: &AdapterConfig,
@@ -333,25 +387,31 @@ pub fn adapted_sites(
     let bytes = std::fs::read(&path).map_err(io(&path))?;
     let file = SafeTensors::deserialize(&bytes)
         .map_err(|error| CheckpointError::Format { path, reason: error.to_string() })?;
+    let layout = Layout::of(file.names());
     let independent = |site: &Site| config.rank_pattern.keys().any(|p| experts::matches(p, &site.parent));
-    let adapted = |site: &Site, leaf: bool| {
-        if site.experts.is_none() {
-            let adapter = LogicalAdapter::of(site, 0);
-            let mut keys = adapter.leaves.iter().flat_map(|(leaf, _)| adapter.keys(leaf));
-            return leaf && keys.any(|key| file.tensor(&key).is_ok());
+    let adapted = |site: Site, leaf: bool| {
+        if site.experts.is_none() || layout.format != ExportFormat::Peft {
+            let tensors = layout.tensors(&LogicalAdapter::of(&site, 0));
+            let mut found = tensors.iter().filter_map(|stored| file.tensor(&stored.key).ok()).peekable();
+            // What all experts share is stacked with a leading dimension of 1.
+            let one = |view: TensorView| view.shape().len() == 3 && view.shape()[0] == 1;
+            let shares = site.experts.is_some() && (layout.shared_once || found.clone().any(one));
+            let adapted = leaf && found.peek().is_some();
+            return adapted.then(|| if shares { site.hybrid() } else { site });
         }
         let (parameter, ours) = match site.name {
             "down_proj" => ("down_proj", leaf),
-            _ => ("gate_up_proj", leaf == independent(site)),
+            _ => ("gate_up_proj", leaf == independent(&site)),
         };
         let key = format!(".{}.{parameter}", site.parent);
-        ours && config.target_parameters.iter().any(|target| key.ends_with(&format!(".{target}")))
+        let listed = config.target_parameters.iter().any(|target| key.ends_with(&format!(".{target}")));
+        (ours && listed).then_some(site)
     };
     let sites = projections.iter().flat_map(|projection| {
         let leaves = projection.leaf_sites().into_iter().map(|site| (site, true));
         leaves.chain(projection.fused_site().map(|site| (site, false)))
     });
-    Ok(sites.filter(|(site, leaf)| adapted(site, *leaf)).map(|(site, _)| site).collect())
+    Ok(sites.filter_map(|(site, leaf)| adapted(site, leaf)).collect())
 }
 
 /// A tensor's values in fp32.
@@ -381,6 +441,7 @@ mod tests {
                 rank: 2,
                 input: 3,
                 experts: None,
+                shared: None,
                 a: values(6, 0.5),
                 b: values(16, 100.0),
             },
@@ -390,6 +451,7 @@ mod tests {
                 rank: 2,
                 input: 5,
                 experts: None,
+                shared: None,
                 a: values(10, -3.0),
                 b: values(6, 7.0),
             },
@@ -399,7 +461,11 @@ mod tests {
     fn config() -> AdapterConfig {
         let target_modules = ["q_proj", "k_proj", "v_proj", "down_proj"].map(str::to_owned).to_vec();
         let base_model_name_or_path = Some("base".into());
-        AdapterConfig { target_modules, base_model_name_or_path, ..AdapterConfig::new(2, 4.0, None, &[]) }
+        AdapterConfig {
+            target_modules,
+            base_model_name_or_path,
+            ..AdapterConfig::new(2, 4.0, None, &[], ExportFormat::Peft)
+        }
     }
 
     fn empty() -> Vec<LogicalAdapter> {
@@ -409,7 +475,7 @@ mod tests {
     #[test]
     fn fused_targets_are_written_split_and_come_back() {
         let directory = tempfile::tempdir().unwrap();
-        write(directory.path(), &config(), &adapters()).unwrap();
+        write(directory.path(), &config(), &adapters(), ExportFormat::Peft).unwrap();
         let bytes = std::fs::read(directory.path().join(WEIGHTS_FILE)).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();
         assert_eq!(file.len(), 8);
@@ -426,7 +492,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let mut other = adapters();
         other[1].leaves[0].0 = "up_proj".into();
-        write(directory.path(), &config(), &other).unwrap();
+        write(directory.path(), &config(), &other, ExportFormat::Peft).unwrap();
         let message = read(directory.path(), &mut empty()).unwrap_err().to_string();
         for part in ["mlp.down_proj.lora_A.weight is missing", "mlp.up_proj.lora_B.weight is surplus"] {
             assert!(message.contains(part), "{part} in {message}");
@@ -443,7 +509,7 @@ mod tests {
             })
             .chain([adapters()[1].clone()])
             .collect();
-        write(directory.path(), &config(), &split).unwrap();
+        write(directory.path(), &config(), &split, ExportFormat::Peft).unwrap();
         let message = read(directory.path(), &mut empty()).unwrap_err().to_string();
         assert!(message.contains("k_proj.lora_A.weight differs"), "{message}");
     }
@@ -459,7 +525,7 @@ mod tests {
             ("modules_to_save", serde_json::json!(["lm_head"])),
             ("peft_type", "IA3".into()),
         ] {
-            write(directory.path(), &config(), &[]).unwrap();
+            write(directory.path(), &config(), &[], ExportFormat::Peft).unwrap();
             let path = directory.path().join(CONFIG_FILE);
             let mut json: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
             json[field] = value;

@@ -39,7 +39,7 @@ const KERNELS: &str = "kernels are chosen by the device";
 const LOADER: &str = "one loader thread per rank feeds the step";
 const ALWAYS_SHARDED: &str =
     "the base is always fully sharded; data_parallel_shard_size sets over how many ranks";
-const SAVING: &str = "a save is synchronous, published atomically and always in the PEFT layout";
+const SAVING: &str = "a save is synchronous, published atomically and in lora.lora_export_format";
 const METRICS: &str = "metrics go to metrics.jsonl in output_dir";
 const PROFILING: &str = "profile_steps traces steps, and every step's phase times are in metrics.jsonl";
 const NO_MUON: &str = "only muon reads it, which is not built";
@@ -161,7 +161,6 @@ pub(super) const REFUSED: &[Refused] = &[
     refused("lora.merge_lora_interval", &["0"], "merging into the base during training is not built"),
     refused("lora.lora_target_manifest", &["null"], "name the targets in lora_target_modules"),
     refused("lora.lora_b_init_seed", &["0"], "B is drawn from train.seed"),
-    refused("lora.lora_export_format", &["peft"], "only the PEFT layout is built"),
     refused("distill.enable_distillation", &["false"], "distillation is not built"),
     refused("data.datasets.name", &["null"], LOCAL_DATA),
     refused("data.datasets.split", &["null", "train"], LOCAL_DATA),
@@ -184,6 +183,11 @@ pub(super) const UNBUILT_VALUES: &[Unbuilt] = &[
     Unbuilt { field: "train.optimizer", value: "muon", reason: NO_OPTIMIZER },
     Unbuilt { field: "train.optimizer", value: "signsgd", reason: NO_OPTIMIZER },
     Unbuilt { field: "train.optimizer", value: "distsignsgd", reason: NO_OPTIMIZER },
+    Unbuilt {
+        field: "lora.lora_export_format",
+        value: "dsv4_expert_banks",
+        reason: "not built; use peft, per_expert or sglang_shared_outer",
+    },
     Unbuilt {
         field: "train.gradient_checkpointing_method",
         value: "recompute_before_dispatch",

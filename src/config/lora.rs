@@ -1,7 +1,20 @@
 //! Section `lora`.
 
 use super::section::section;
+use super::value::choices;
 use std::path::PathBuf;
+
+choices! {
+    /// How checkpoints keep the adapters of routed experts.
+    pub enum ExportFormat {
+        /// For PEFT on transformers' fused experts.
+        Peft = "peft",
+        /// One A and B of each expert.
+        PerExpert = "per_expert",
+        /// Stacked, with what experts share once.
+        SglangSharedOuter = "sglang_shared_outer",
+    }
+}
 
 section! {
     /// Section `lora`: the adapter, which is all that is trained.
@@ -25,7 +38,10 @@ section! {
         /// Checkpoints hold the adapter, not the base model. false: the base too, in `model/`, hard-linked where
         /// possible.
         save_lora_only: bool = true;
-        /// A PEFT adapter directory to start from, with a fresh optimizer. A resume does not read it.
+        /// How checkpoints keep the adapters of routed experts: `peft` for PEFT's target_parameters, `per_expert` with an A
+        /// and B of each expert, `sglang_shared_outer` stacked, which needs moe_hybrid_shared_lora. All else is the same.
+        lora_export_format: ExportFormat = ExportFormat::Peft;
+        /// An adapter directory to start from, in any of these formats, with a fresh optimizer. A resume does not read it.
         adapter_path: Option<PathBuf> = None;
     }
 }

@@ -21,7 +21,7 @@ pub use data::{DataArgs, DatasetArgs, DatasetType, PackingMethod};
 pub use error::{ConfigError, Place, Places, Problem};
 pub use help::{help, schema_table};
 pub use load::{Loaded, Override, load, load_yaml};
-pub use lora::LoraArgs;
+pub use lora::{ExportFormat, LoraArgs};
 pub use model::ModelArgs;
 pub use section::FieldInfo;
 pub use train::{

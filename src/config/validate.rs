@@ -2,7 +2,7 @@
 //! stands in its declaration.
 
 use super::error::{ConfigError, Places, Problem};
-use super::{LrDecayStyle, PackingMethod, RunConfig};
+use super::{ExportFormat, LrDecayStyle, PackingMethod, RunConfig};
 
 /// Settles the defaults that depend on another field, then checks what needs more than one field.
 pub(super) fn validate(config: &mut RunConfig, places: &Places) -> Result<(), ConfigError> {
@@ -43,6 +43,10 @@ pub(super) fn validate(config: &mut RunConfig, places: &Places) -> Result<(), Co
     if train.use_wandb {
         let reason = "not built; metrics go to metrics.jsonl in output_dir";
         return refuse("train.use_wandb", "true".into(), reason);
+    }
+    if lora.lora_export_format == ExportFormat::SglangSharedOuter && !lora.moe_hybrid_shared_lora {
+        let words = "sglang_shared_outer holds what experts share: set lora.moe_hybrid_shared_lora, or use per_expert";
+        return conflict("lora.lora_export_format", words.into());
     }
     if !lora.enable_lora {
         let reason = "the base is frozen by design, so nothing would be trained";

@@ -124,8 +124,9 @@ impl<'a> Saver<'a> {
             whole.into_iter().map(|(parameter, values)| (parameter.name, values)).collect();
         let adapters = checkpoint::peft::adapters(sites, lora.lora_rank, |name| whole.remove(name));
         let base = base.map(|path| path.display().to_string());
-        let config = AdapterConfig::new(lora.lora_rank, lora.lora_alpha, base, &adapters);
-        Ok(checkpoint::peft::write(directory, &config, &adapters)?)
+        let format = lora.lora_export_format;
+        let config = AdapterConfig::new(lora.lora_rank, lora.lora_alpha, base, &adapters, format);
+        Ok(checkpoint::peft::write(directory, &config, &adapters, format)?)
     }
 
     fn state(&self, trainer: &Trainer, at: Progress) -> Result<TrainerState> {
