@@ -40,10 +40,20 @@ fn main() {
     ropes(&mut benches);
     swiglus(&mut benches);
     let (q, kv) = (HEADS.query * HEADS.dim, HEADS.key_value * HEADS.dim);
-    linears(&mut benches, "qkv", HIDDEN, &[q, kv, kv]);
-    linears(&mut benches, "o", q, &[HIDDEN]);
-    linears(&mut benches, "gate_up", HIDDEN, &[INTERMEDIATE, INTERMEDIATE]);
-    linears(&mut benches, "down", INTERMEDIATE, &[HIDDEN]);
+    let all = [0, TOKENS];
+    linears(&mut benches, "qkv", HIDDEN, &[q, kv, kv], &all);
+    linears(&mut benches, "o", q, &[HIDDEN], &all);
+    linears(&mut benches, "gate_up", HIDDEN, &[INTERMEDIATE, INTERMEDIATE], &all);
+    linears(&mut benches, "down", INTERMEDIATE, &[HIDDEN], &all);
+    // Experts of the random Qwen3-MoE of benches/random_model.py, and of Qwen3-30B-A3B.
+    for rows in [32, 64, 128] {
+        let borders: Vec<i64> = (0..=32).map(|expert| expert * rows).collect();
+        linears(&mut benches, &format!("gate_up of 32 experts, {rows} rows each"), 512, &[256; 2], &borders);
+        linears(&mut benches, &format!("down of 32 experts, {rows} rows each"), 256, &[512], &borders);
+    }
+    let borders: Vec<i64> = (0..=16).map(|expert| expert * 64).collect();
+    linears(&mut benches, "gate_up of 16 experts, 64 rows each, 30B-A3B", 2048, &[768; 2], &borders);
+    linears(&mut benches, "down of 16 experts, 64 rows each, 30B-A3B", 768, &[2048], &borders);
     attentions(&mut benches, "2x512", HEADS, &[512; 2]);
     attentions(&mut benches, "1x2048", HEADS, &[2048]);
     let large = Heads { query: 16, key_value: 8, dim: 128, window: None };
@@ -86,8 +96,31 @@ fn swiglus(benches: &mut Benches) {
     benches.run_on(inputs, "swiglu/backward", Work::InPlace(6 * bytes), backward);
 }
 
-/// The layer `name` from `input` columns to those of `widths`, each with an adapter.
-fn linears(benches: &mut Benches, name: &str, input: i64, widths: &[i64]) {
+/// The layers `name` from `input` columns to those of `widths`, each with an adapter; one for each group of rows.
+fn linears(benches: &mut Benches, name: &str, input: i64, widths: &[i64], borders: &[i64]) {
+    let layers: Vec<Linear> = borders[1..].iter().map(|_| layer(input, widths)).collect();
+    let layers = Layers { layers: &layers, borders };
+    let (rows, output) = (borders[borders.len() - 1], widths.iter().sum::<i64>());
+    let ranks = RANK * widths.len() as i64;
+    let x = random(&[rows, input]);
+    let [d_y, residual] = [(); 2].map(|()| random(&[rows, output]));
+    // o and down add it.
+    let residual = (output == HIDDEN).then_some(&residual);
+
+    let thin = 2 * rows * (input * ranks + output * RANK);
+    let all = Work::Products(2 * rows * input * output + thin);
+    let forward = || linear::forward(&x, layers, residual);
+    let backward = || linear::backward_input(&d_y, layers);
+    let (h, g) = (forward().1, backward().1);
+    benches.run(&format!("linear/forward {name}"), all, forward);
+    benches.run(&format!("linear/backward_input {name}"), all, backward);
+    benches.run(&format!("linear/backward_parameters {name}"), Work::Products(thin), || {
+        linear::backward_parameters(&d_y, &x, h.as_deref(), &g, layers);
+    });
+}
+
+/// A layer from `input` columns to those of `widths`, each with an adapter.
+fn layer(input: i64, widths: &[i64]) -> Linear {
     let (mut parts, mut output, mut ranks) = (Vec::new(), 0, 0);
     for width in widths {
         let b = random(&[*width, RANK]);
@@ -98,24 +131,10 @@ fn linears(benches: &mut Benches, name: &str, input: i64, widths: &[i64]) {
     let sum = |of: &Tensor| of.zeros_like().to_kind(Kind::Float);
     let b = adapter.parts.iter().map(|part| sum(&part.b)).collect();
     let gradient = AdapterGradient { a: sum(&adapter.a), b };
-    let bases = vec![Base { weight: random(&[output, input]), bias: None }];
-    let layer = [Linear { bases, adapter: Some((adapter, gradient)) }];
-    let layers = Layers { layers: &layer, borders: &[0, TOKENS] };
-    let x = random(&[TOKENS, input]);
-    let [d_y, residual] = [(); 2].map(|()| random(&[TOKENS, output]));
-    // o and down add it.
-    let residual = (output == HIDDEN).then_some(&residual);
-
-    let thin = 2 * TOKENS * (input * ranks + output * RANK);
-    let all = Work::Products(2 * TOKENS * input * output + thin);
-    let forward = || linear::forward(&x, layers, residual);
-    let backward = || linear::backward_input(&d_y, layers);
-    let (h, g) = (forward().1, backward().1);
-    benches.run(&format!("linear/forward {name}"), all, forward);
-    benches.run(&format!("linear/backward_input {name}"), all, backward);
-    benches.run(&format!("linear/backward_parameters {name}"), Work::Products(thin), || {
-        linear::backward_parameters(&d_y, &x, h.as_deref(), &g, layers);
-    });
+    Linear {
+        bases: vec![Base { weight: random(&[output, input]), bias: None }],
+        adapter: Some((adapter, gradient)),
+    }
 }
 
 fn attentions(benches: &mut Benches, name: &str, heads: Heads, lengths: &[usize]) {

@@ -71,6 +71,39 @@ fn models_of_8b_and_70b_on_8_ranks_from_their_configuration_alone() {
     }
 }
 
+/// Qwen3-30B-A3B with 16 experts on each of 8 ranks.
+#[test]
+fn experts_over_8_ranks_from_their_configuration_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = format!("config_path: {}", root().join("tests/fixtures/qwen3_30b_a3b").display());
+    let run = write_run(folder.path(), &model, "  expert_parallel_size: 8\n");
+    let report = check(&run, 8, &[]);
+    // Qwen's own count. An expert has three matrices of 768 × 2048; of 16 on all linear layers each has three adapters.
+    let (frozen, of_expert, adapters) = (30_532_122_624u64, 3 * 768 * 2048, 3 * 16 * (768 + 2048));
+    let attention = 16 * ((2048 + 4096) + 2 * (2048 + 512) + (4096 + 2048));
+    let (experts, attentions) = (48 * 128 * adapters, 48 * attention);
+    let trainable = experts + attentions;
+    assert!(report.contains(&format!("parameters: {frozen} frozen, {trainable} trainable")), "{report}");
+    assert!(report.contains("experts over 8"), "{report}");
+    // bf16, an eighth a rank.
+    let base = figure(&report, "base shards");
+    let least = frozen * 2 / 8;
+    assert!(base >= least && base < least + least / 1000, "{base}, at least {least}");
+    // Of two layers only what is no expert is gathered; the experts of a layer that a rank has are its own.
+    let layer = 2 * ((frozen - 2 * 151_936 * 2048) / 48 - 128 * of_expert);
+    let slots = figure(&report, "gathered layers and vocabulary");
+    let expected = 2 * layer + (512 << 20);
+    assert!(slots.abs_diff(expected) < expected / 100, "{slots}, expected {expected}");
+    assert_eq!(figure(&report, "adapter masters and moments"), trainable * 12 / 8);
+    // Gradients of experts are where they belong already.
+    assert_eq!(figure(&report, "reduce_scatter/shard"), attentions * 4 / 8 * 7);
+    assert!(!report.contains("expert_shard"), "{report}");
+    // 1024 tokens of 8 choices, seven eighths of which travel: there x (twice, as it is computed again) and dy, back y and
+    // dx; with a weight and its gradient.
+    let rows = 48 * 1024 * 8 / 8 * 7;
+    assert_eq!(figure(&report, "all_to_all/expert"), rows * (5 * 2 * 2048 + 3 * 4));
+}
+
 #[test]
 fn what_would_stop_a_run_stops_the_check() {
     let folder = tempfile::tempdir().unwrap();
