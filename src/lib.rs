@@ -13,7 +13,7 @@
 //! - [`lora`]: targets, initialisation, modules and their registry
 //! - [`ops`]: operations as explicit forward/backward pairs
 //! - [`data`]: sources, chat template, tokenise, pack, deterministic order, loader
-//! - [`shard`]: who owns which byte of which tensor; stores, ring, adapter shards
+//! - [`shard`]: who owns which byte of which tensor; ring, adapter shards, groups of ranks, the way of rows to their experts
 //! - [`comm`]: communicators (solo, MPI), launcher checks, ledger of bytes
 //! - [`mesh`]: ranks to axes and every divisibility rule: pure
 //! - [`config`]: typed `run.yaml`, defaults, validation

@@ -18,6 +18,7 @@ pub(super) fn run(args: &RunArgs) -> Result<ExitCode> {
             let everyone = world.group("world", 0);
             let run = Run::prepare(&args.config_path, &args.overrides, args.device, world.size());
             let mut run = agree(&*everyone, run)?;
+            run.same_on_all_ranks(&*everyone)?;
             run.settle(&*everyone)?;
             Ok((run, stop))
         },

@@ -1,7 +1,8 @@
 //! Training: the step ([`step`]), reading like the algorithm that it is, and the run around it ([`run`]): what it
-//! starts from (`resume`), what it saves (`save`), when it stops (`signals`) and what it tells, before it starts
+//! starts from (`resume`), whether all ranks run the same (`identity`), what it saves (`save`), when it stops (`signals`) and what it tells, before it starts
 //! (`report`), as it goes ([`metrics`]) and of where its time goes (`profile`).
 
+mod identity;
 pub mod metrics;
 mod profile;
 mod report;

@@ -1,0 +1,116 @@
+//! Whether all ranks are about to do the same: one program, one configuration, one model, the same data. A rank with an old
+//! binary or another copy of a file would train, and nobody would know on what.
+
+use super::Run;
+use crate::{
+    comm::Communicator,
+    error::{Error, Result, agree},
+    model::source,
+};
+use object::Object;
+use serde::{Deserialize, Serialize};
+
+/// What a rank is about to run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Identity {
+    /// Version, and the linker's number of this very build.
+    program: String,
+    /// Resolved, as YAML.
+    config: String,
+    /// [`source::digest`]
+    model: String,
+    /// [`crate::data::Dataset::fingerprint`]
+    data: String,
+}
+
+impl Run {
+    /// Compares what the ranks have prepared. Collective.
+    ///
+    /// # Errors
+    /// Of the first rank that differs from rank 0, what in; [`Error::Elsewhere`] on the others.
+    pub fn same_on_all_ranks(&self, world: &dyn Communicator) -> Result<()> {
+        let own = agree(world, self.identity())?;
+        let all = world.all_gather_host(&serde_json::to_vec(&own).unwrap_or_default())?;
+        let first = all.first().and_then(|bytes| serde_json::from_slice(bytes).ok());
+        let differs = first.and_then(|first| own.difference(&first));
+        let verdict = match differs {
+            None => Ok(()),
+            Some(what) => Err(Error::Input(format!("rank {} {what}", world.rank()))),
+        };
+        agree(world, verdict)
+    }
+
+    fn identity(&self) -> Result<Identity> {
+        Ok(Identity {
+            program: format!("{} {}", env!("CARGO_PKG_VERSION"), build_id().unwrap_or_default()),
+            config: self.config.to_yaml(),
+            model: source::digest(self.source.as_ref())?,
+            data: self.dataset.fingerprint().to_owned(),
+        })
+    }
+}
+
+impl Identity {
+    /// In what a rank differs from the `first`, for after its number.
+    fn difference(&self, first: &Self) -> Option<String> {
+        if self.program != first.program {
+            let (own, first) = (&self.program, &first.program);
+            return Some(format!(
+                "runs another xorl-dist ({own}) than rank 0 ({first}): start one on all hosts"
+            ));
+        }
+        if self.config != first.config {
+            let pairs = self.config.lines().zip(first.config.lines());
+            let differing = pairs.into_iter().find(|(own, first)| own != first);
+            let (own, first) = differing.map_or(("more", "less"), |(own, first)| (own.trim(), first.trim()));
+            return Some(format!("has another configuration than rank 0: `{own}`, not `{first}`"));
+        }
+        if self.model != first.model {
+            return Some("sees other model files than rank 0: give all hosts the same".into());
+        }
+        (self.data != first.data).then(|| "sees other data than rank 0: give all hosts the same".into())
+    }
+}
+
+/// What the linker made of all that is in this program; `None` where it was told not to.
+fn build_id() -> Option<String> {
+    let file = std::fs::File::open("/proc/self/exe").ok()?;
+    // SAFETY: a program that runs is not written to.
+    let map = unsafe { memmap2::Mmap::map(&file) }.ok()?;
+    let program = object::File::parse(&*map).ok()?;
+    Some(program.build_id().ok()??.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_thing_that_differs_is_named() {
+        let first = Identity {
+            program: "0.1.0 ab".into(),
+            config: "train:\n  lr: 1e-4\n  seed: 42\n".into(),
+            model: "m".into(),
+            data: "d".into(),
+        };
+        assert_eq!(first.difference(&first), None);
+        let with = |change: &dyn Fn(&mut Identity)| {
+            let mut own = first.clone();
+            change(&mut own);
+            own.difference(&first).unwrap()
+        };
+        assert!(
+            with(&|own| own.program = "0.1.0 cd".into())
+                .contains("another xorl-dist (0.1.0 cd) than rank 0 (0.1.0 ab)")
+        );
+        let config = with(&|own| own.config = own.config.replace("1e-4", "2e-4"));
+        assert!(config.contains("`lr: 2e-4`, not `lr: 1e-4`"), "{config}");
+        assert!(with(&|own| own.model = "n".into()).contains("other model files"));
+        assert!(with(&|own| own.data = "e".into()).contains("other data"));
+    }
+
+    #[test]
+    fn this_program_has_a_number() {
+        assert!(build_id().is_some_and(|id| id.len() >= 16));
+    }
+}
