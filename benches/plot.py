@@ -20,7 +20,8 @@ PANELS = [('tokens/s (longer is better)', 'tokens_per_second', lambda value: f'{
 def bars(case: dict) -> list[dict]:
     """The peer and our methods on 2 ranks."""
     return [row for row in case['rows']
-            if row['cores'] == 2 and (row['system'] == 'peer' or row['how']['layout'] == {'ranks': 2, 'threads': 1})]
+            if row['cores'] == 2 and (row['system'] == 'peer' or row['how']['layout'] == {'ranks': 2, 'threads': 1}
+                                      and row['how'].get('experts_over', 1) == 1)]
 
 
 def colours(cases: dict) -> dict[str, str]:

@@ -103,10 +103,13 @@ class Method:
     layout: Layout
     method: str
     bf16: bool = True
+    # Ranks over which experts are divided.
+    experts_over: int = 1
 
     @property
     def name(self) -> str:
-        return f'xorl-dist ({self.method}{"" if self.bf16 else ", fp32"})'
+        over = f', ep {self.experts_over}' if self.experts_over > 1 else ''
+        return f'xorl-dist ({self.method}{over}{"" if self.bf16 else ", fp32"})'
 
 
 # What of a model with experts is adapted, as PEFT's target_parameters and as our targets: gate and up of an expert by one.
@@ -196,7 +199,7 @@ def config(material: Material, method: Method, steps: int, out: Path) -> dict:
         'train': {'output_dir': str(out), 'max_steps': steps, 'micro_batch_size': material.case.rows(method.layout),
                   'lr': material.args.lr, 'save_epochs': 0, 'enable_gradient_checkpointing': True,
                   'gradient_checkpointing_method': method.method, 'log_format': 'structured',
-                  'enable_mixed_precision': method.bf16},
+                  'enable_mixed_precision': method.bf16, 'expert_parallel_size': method.experts_over},
         'lora': {'adapter_path': str(material.adapter),
                  'lora_target_modules': ATTENTION + ['gate_up_proj', 'down_proj'] if material.has_experts else None},
     }
@@ -304,7 +307,8 @@ class Turns:
             self._take(two_cores)
             if TWO_RANKS in self.layouts:
                 for method in methods:
-                    self._take(Method(TWO_RANKS, method))
+                    for experts_over in (1, 2) if self.material.has_experts else (1,):
+                        self._take(Method(TWO_RANKS, method, experts_over=experts_over))
             best = self._best(methods)
             if TWO_THREADS in self.layouts:
                 self._take(Method(TWO_THREADS, best))
