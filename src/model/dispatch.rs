@@ -4,7 +4,7 @@
 use crate::{
     ops::{
         Buffer,
-        dispatch::{Assignment, GRAIN},
+        dispatch::{Assignment, exact, filled},
     },
     shard::{Exchange, Route, ShardError},
 };
@@ -29,13 +29,13 @@ impl Dispatch {
     /// Of `chosen` `[tokens, k]` i64, each one of `experts`. Collective over the ranks of `exchange`.
     pub fn new(chosen: &Tensor, experts: usize, exchange: Option<&Exchange>) -> Result<Self, ShardError> {
         let Some(exchange) = exchange else {
-            return Ok(Self { assignment: Assignment::new(chosen, experts, GRAIN), remote: None });
+            return Ok(Self { assignment: Assignment::new(chosen, experts, filled), remote: None });
         };
         // No padding travels.
-        let assignment = Assignment::new(chosen, experts, 1);
+        let assignment = Assignment::new(chosen, experts, exact);
         let route = exchange.route(assignment.counts())?;
         let local = Tensor::from_slice(route.experts()).to_device(chosen.device()).view([-1, 1]);
-        let remote = Remote { assignment: Assignment::new(&local, exchange.share(experts), GRAIN), route };
+        let remote = Remote { assignment: Assignment::new(&local, exchange.share(experts), filled), route };
         Ok(Self { assignment, remote: Some(remote) })
     }
 

@@ -6,7 +6,7 @@
 //!
 //! Each is the other's backward. Weights are applied before an expert's last matrix, see [`swiglu`](super::swiglu).
 //!
-//! Each expert's slice is filled up with rows of zeros to a multiple of [`GRAIN`] before it computes: a zero row stays zero through a gated MLP,
+//! Each expert's slice is filled up with rows of zeros before it computes ([`filled`]): a zero row stays zero through a gated MLP,
 //! forward and backward, and adds nothing to a gradient. Without it nearly every expert of every layer and step would have a
 //! GEMM of a new shape, for each of which oneDNN compiles a kernel and keeps it.
 
@@ -18,7 +18,19 @@ use super::{
 use tch::{Device, Tensor};
 
 /// What rows of an expert are a multiple of where they are computed.
-pub const GRAIN: i64 = 32;
+const GRAIN: i64 = 32;
+
+/// Rows with which `count` are computed: a multiple of an eighth of the next power of two, and of 32. At most a quarter more
+/// from 128 up, in the mean a twelfth, and few numbers of rows in all: of each oneDNN keeps megabytes.
+pub fn filled(count: i64) -> i64 {
+    let eighth = (count as u64).next_power_of_two() as i64 / 8;
+    (count as u64).next_multiple_of(eighth.max(GRAIN) as u64) as i64
+}
+
+/// Rows with which `count` travel.
+pub fn exact(count: i64) -> i64 {
+    count
+}
 
 /// In place of a token or a choice, of a row that is nobody's.
 const NOBODY: i64 = -1;
@@ -41,8 +53,8 @@ pub struct Assignment {
 const COLUMNS: usize = 64;
 
 impl Assignment {
-    /// Of `chosen` `[tokens, k]` i64, each an expert below `experts`; rows of an expert are a multiple of `grain`.
-    pub fn new(chosen: &Tensor, experts: usize, grain: i64) -> Self {
+    /// Of `chosen` `[tokens, k]` i64, each an expert below `experts`, who has `rows(count)` rows for `count` choices.
+    pub fn new(chosen: &Tensor, experts: usize, rows: fn(i64) -> i64) -> Self {
         let k = chosen.size()[1];
         let of_choice = values::<i64>(&chosen.to_device(Device::Cpu));
         let mut counts = vec![0; experts];
@@ -50,7 +62,7 @@ impl Assignment {
             counts[expert as usize] += 1;
         }
         let ends = counts.iter().scan(0, |end, &count: &i64| {
-            *end += (count as u64).next_multiple_of(grain as u64) as i64;
+            *end += rows(count);
             Some(*end)
         });
         let borders: Vec<i64> = std::iter::once(0).chain(ends).collect();
@@ -201,7 +213,7 @@ mod tests {
     /// Experts of 5 tokens, two each, of which expert 2 has none.
     fn assignment() -> Assignment {
         let chosen = [3i64, 0, 1, 3, 0, 1, 3, 0, 3, 1];
-        Assignment::new(&Tensor::from_slice(&chosen).view([5, 2]), 4, GRAIN)
+        Assignment::new(&Tensor::from_slice(&chosen).view([5, 2]), 4, filled)
     }
 
     /// A slice of `GRAIN` rows.
@@ -225,8 +237,16 @@ mod tests {
     }
 
     #[test]
+    fn few_numbers_of_rows_are_computed_and_hardly_more_than_needed() {
+        assert_eq!([0, 1, 32, 33, 256, 257, 513].map(filled), [0, 32, 32, 64, 256, 320, 640]);
+        let distinct: std::collections::BTreeSet<i64> = (0..4096).map(filled).collect();
+        assert!(distinct.len() < 30, "{}", distinct.len());
+        assert!((128..9999).all(|count| filled(count) >= count && filled(count) * 4 <= count * 5));
+    }
+
+    #[test]
     fn no_token_is_no_row() {
-        let none = Assignment::new(&Tensor::zeros([0, 2], (Kind::Int64, Device::Cpu)), 3, GRAIN);
+        let none = Assignment::new(&Tensor::zeros([0, 2], (Kind::Int64, Device::Cpu)), 3, filled);
         assert_eq!(none.borders(), [0; 4]);
         let x = leaf(&[0, 7]).detach();
         assert_eq!(none.gather(&x).size(), [0, 7]);

@@ -2,7 +2,6 @@
 
 use super::Run;
 use crate::{
-    data::deal,
     lora::targets,
     plan::{Memory, MicroBatch, Plan, Traffic, Travellers, compute::flops_per_token},
 };
@@ -14,8 +13,7 @@ impl Run {
         let train = &self.config.train;
         let longest = self.dataset.summary().longest_row;
         let batch = MicroBatch { tokens: train.micro_batch_size * longest, longest };
-        let micro_batches =
-            deal::micro_batches(self.walk.global_batch, self.mesh.data_parallel(), train.micro_batch_size);
+        let micro_batches = self.micro_batches();
         let traffic = Traffic {
             spec: &self.spec,
             options: &options,

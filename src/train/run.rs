@@ -15,7 +15,7 @@ use crate::{
     checkpoint::{output::OutputLock, steps},
     cli::DeviceChoice,
     comm::{Reduce, World},
-    config::{Override, Places, RunConfig},
+    config::{Override, Places, ReduceGradients, RunConfig},
     data::{
         Dataset, Loader, Row, StepPlan,
         deal::{self, Position, Stride, Walk},
@@ -188,8 +188,19 @@ impl Run {
             vocab_chunk_rows: train.vocab_chunk_rows.unwrap_or(VOCAB_CHUNK_BYTES / row_bytes).max(1),
             loss_chunk_tokens: train.loss_chunk_tokens,
             checkpointing: train.checkpointing(),
-            reduce: train.reduce_gradients,
+            // A step of one micro-batch has nothing to sum up first: no full gradient needs to be kept.
+            reduce: if self.micro_batches() == 1 {
+                ReduceGradients::MicroBatch
+            } else {
+                train.reduce_gradients
+            },
         }
+    }
+
+    /// Micro-batches of a whole step.
+    pub(super) fn micro_batches(&self) -> usize {
+        let micro = self.config.train.micro_batch_size;
+        deal::micro_batches(self.walk.global_batch, self.mesh.data_parallel(), micro)
     }
 
     /// The model without its tensors, as rank 0 has it: others have other experts, as many.
