@@ -48,6 +48,20 @@ fn main() {
     // Experts of the random Qwen3-MoE of benches/random_model.py, and of Qwen3-30B-A3B.
     for rows in [32, 64, 128] {
         let borders: Vec<i64> = (0..=32).map(|expert| expert * rows).collect();
+        frozen(
+            &mut benches,
+            &format!("gate_up of 32 experts, {rows} rows each, no adapter"),
+            512,
+            512,
+            &borders,
+        );
+        frozen(
+            &mut benches,
+            &format!("down of 32 experts, {rows} rows each, no adapter"),
+            256,
+            512,
+            &borders,
+        );
         linears(&mut benches, &format!("gate_up of 32 experts, {rows} rows each"), 512, &[256; 2], &borders);
         linears(&mut benches, &format!("down of 32 experts, {rows} rows each"), 256, &[512], &borders);
     }
@@ -117,6 +131,20 @@ fn linears(benches: &mut Benches, name: &str, input: i64, widths: &[i64], border
     benches.run(&format!("linear/backward_parameters {name}"), Work::Products(thin), || {
         linear::backward_parameters(&d_y, &x, h.as_deref(), &g, layers);
     });
+}
+
+/// The layers `name` without adapters: the grouped product alone.
+fn frozen(benches: &mut Benches, name: &str, input: i64, output: i64, borders: &[i64]) {
+    let layers: Vec<Linear> = borders[1..]
+        .iter()
+        .map(|_| Linear { bases: vec![Base { weight: random(&[output, input]), bias: None }], adapter: None })
+        .collect();
+    let layers = Layers { layers: &layers, borders };
+    let rows = borders[borders.len() - 1];
+    let (x, d_y) = (random(&[rows, input]), random(&[rows, output]));
+    let work = Work::Products(2 * rows * input * output);
+    benches.run(&format!("linear/forward {name}"), work, || linear::forward(&x, layers, None));
+    benches.run(&format!("linear/backward_input {name}"), work, || linear::backward_input(&d_y, layers));
 }
 
 /// A layer from `input` columns to those of `widths`, each with an adapter.
