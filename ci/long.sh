@@ -9,6 +9,7 @@
 #   ci/long.sh start           seconds from launch to the first step, both
 #   ci/long.sh quickstart      the quickstart, which ends with its score
 #   ci/long.sh topologies      experts in every topology of up to 4 ranks, in every way to compute, against one rank
+#   ci/long.sh watchdog        a rank of 4 killed, and a rank stopped, at 20 moments each
 #   ci/long.sh real_size       one bf16 step of a random model with the shapes of Qwen2.5-1.5B, on 2 ranks
 #   ci/long.sh real_moe        the same with two layers of the shapes of Qwen3-30B-A3B, 64 experts on each rank
 set -euo pipefail
@@ -25,6 +26,11 @@ case "${1:-}" in
     export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
     exec cargo test --quiet --test experts -- --ignored --nocapture every_topology
     ;;
+  watchdog)
+    launch/setup.sh --no-tests
+    export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+    exec cargo test --quiet --test watchdog -- --ignored --nocapture --test-threads 1
+    ;;
   real_size | real_moe)
     launch/setup.sh --no-tests
     cargo build --release --quiet
@@ -34,5 +40,5 @@ case "${1:-}" in
     mpirun -n 2 "${CARGO_TARGET_DIR:-target}/release/xorl-dist" --config "tests/fixtures/$model/run.yaml"
     cat "outputs/$1/metrics.jsonl"
     ;;
-  *) sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+  *) sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
 esac

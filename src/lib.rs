@@ -14,7 +14,7 @@
 //! - [`ops`]: operations as explicit forward/backward pairs
 //! - [`data`]: sources, chat template, tokenise, pack, deterministic order, loader
 //! - [`shard`]: who owns which byte of which tensor; ring, adapter shards, groups of ranks, the way of rows to their experts
-//! - [`comm`]: communicators (solo, MPI), launcher checks, ledger of bytes
+//! - [`comm`]: communicators (solo, MPI), launcher checks, ledger of bytes, control mesh and watchdog
 //! - [`mesh`]: ranks to axes and every divisibility rule: pure
 //! - [`config`]: typed `run.yaml`, defaults, validation
 //! - [`clock`]: seconds by phase of a step

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{
-    failed, mpirun, ranks_of, signal, started, succeeded,
+    failed, mpirun, rank_process, ranks_of, signal, started, succeeded,
     tiny::{STEPS, TinyRun, differences},
     wait_for,
 };
@@ -32,21 +32,6 @@ fn names(folder: &Path) -> Vec<String> {
 /// The hidden directories of steps that are being written, or were abandoned.
 fn hidden(run: &Path) -> Vec<String> {
     names(run).into_iter().filter(|name| name.starts_with(".tmp-")).collect()
-}
-
-/// The process of rank `rank`, somewhere below `launcher`.
-fn rank_process(launcher: u32, rank: usize) -> Option<u32> {
-    let children = fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).ok()?;
-    children.split_whitespace().filter_map(|child| child.parse().ok()).find_map(|child: u32| {
-        let environment = fs::read(format!("/proc/{child}/environ")).ok()?;
-        let rank = rank.to_string();
-        let is_rank = environment.split(|&byte| byte == 0).any(|variable| {
-            ["OMPI_COMM_WORLD_RANK=", "PMI_RANK="]
-                .iter()
-                .any(|name| variable == format!("{name}{rank}").as_bytes())
-        });
-        if is_rank { Some(child) } else { rank_process(child, rank.parse().ok()?) }
-    })
 }
 
 /// Kills a run of `ranks` ranks in the middle of a save until it has left something half written; what was published

@@ -3,9 +3,9 @@
 
 mod common;
 
-use common::{signal, started, succeeded, tiny::TinyRun, tiny::differences, wait_for};
+use common::{mpirun, signal, started, succeeded, tiny::TinyRun, tiny::differences, wait_for};
 use serde_json::Value;
-use std::{fs, io::Read};
+use std::{fs, io::Read, path::Path, process::Command};
 
 const LONG: usize = 300;
 /// Long enough to be met while it runs; nothing is saved but where it stops and at its end.
@@ -30,11 +30,16 @@ fn course(run: &TinyRun, out: &str) -> Vec<Value> {
 }
 
 fn stops_and_goes_on(ranks: usize, signals: &[i32]) {
+    stops_and_goes_on_under(ranks, signals, |run, out| run.command(ranks, out, &RUN));
+}
+
+/// `start` makes the run of `ranks` ranks that is sent the signals.
+fn stops_and_goes_on_under(ranks: usize, signals: &[i32], start: impl Fn(&TinyRun, &str) -> Command) {
     let run = TinyRun::new();
     succeeded(&run.run(ranks, "whole", &RUN));
     for &number in signals {
         let out = format!("signal {number}");
-        let mut child = started(run.command(ranks, &out, &RUN));
+        let mut child = started(start(&run, &out));
         let lines =
             || fs::read_to_string(run.at(&out).join("metrics.jsonl")).unwrap_or_default().lines().count();
         wait_for("the fifth step", || (lines() >= 5).then_some(()));
@@ -61,4 +66,37 @@ fn one_process_stops_for_usr1_term_and_int() {
 #[test]
 fn mpi_usr1_to_mpirun_stops_all_ranks() {
     stops_and_goes_on(2, &[libc::SIGUSR1]);
+}
+
+#[test]
+fn mpi_the_launch_script_passes_on_usr1_term_and_int() {
+    stops_and_goes_on_under(2, &[libc::SIGUSR1, libc::SIGTERM, libc::SIGINT], |run, out| {
+        let mut script = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("launch/mpirun.sh"));
+        script
+            .args(["-n", "2"])
+            .args(run.arguments(out, &RUN))
+            .env("XORL_DIST", env!("CARGO_BIN_EXE_xorl-dist"));
+        script
+    });
+}
+
+/// mpirun alone leaves its ranks no time to save: nothing is published, and nothing is torn.
+#[test]
+fn mpi_term_to_mpirun_alone_saves_nothing_and_tears_nothing() {
+    let run = TinyRun::new();
+    for number in [libc::SIGTERM, libc::SIGINT] {
+        let out = format!("signal {number}");
+        let mut launcher = mpirun();
+        launcher.args(["-n", "2", env!("CARGO_BIN_EXE_xorl-dist")]).args(run.arguments(&out, &RUN));
+        let mut child = started(launcher);
+        let lines =
+            || fs::read_to_string(run.at(&out).join("metrics.jsonl")).unwrap_or_default().lines().count();
+        wait_for("the fifth step", || (lines() >= 5).then_some(()));
+        signal(child.id(), number);
+        let status = child.wait().unwrap();
+        assert!(!status.success() && status.code() != Some(75), "{status:?}");
+        assert_eq!(run.steps(&out), Vec::<usize>::new());
+        succeeded(&run.run(2, &out, &RUN));
+        assert_eq!(run.steps(&out), [LONG]);
+    }
 }

@@ -1,21 +1,30 @@
-//! A communicator that enters what it does: received bytes into the ledger, times into the trace. The only place where
-//! either happens, whatever moves the bytes.
+//! A communicator that enters what it does: received bytes into the ledger, times into the trace, where the rank is into the
+//! control mesh. The only place where any of it happens, whatever moves the bytes.
 //!
 //! In a trace, `bytes` are what the ledger counts, so host collectives have none. An all-gather is a transfer from its
 //! start to the end of its wait; waiting is a span of its own.
 
-use super::{CommError, Communicator, Completion, Ledger, Operation, Pending, Reduce, bytes};
+use super::{
+    CommError, Communicator, Completion, Ledger, Operation, Pending, Reduce, bytes,
+    control::{GroupWatch, Within},
+};
 use crate::trace::{self, Category, Span, Transfer};
 use tch::Tensor;
 
 pub(super) struct Booked<C> {
     pub inner: C,
     pub ledger: Ledger,
+    pub watch: GroupWatch,
 }
 
 impl<C: Communicator> Booked<C> {
     fn span(&self, name: &'static str) -> Span {
         trace::span(Category::Collective, name).with("group", self.group())
+    }
+
+    /// A collective of host values.
+    fn host(&self, name: &'static str) -> (Span, Within) {
+        (self.span(name), self.watch.enter(name))
     }
 
     /// Bytes that this rank receives for a whole array of `bytes`.
@@ -31,6 +40,7 @@ impl<C: Communicator> Booked<C> {
         collective: impl FnOnce() -> Result<(), CommError>,
     ) -> Result<(), CommError> {
         let _span = self.span(operation.name()).with("bytes", self.received(operation, bytes));
+        let _within = self.watch.enter(operation.name());
         collective()?;
         self.ledger.record(operation, self.group(), self.received(operation, bytes));
         Ok(())
@@ -38,16 +48,18 @@ impl<C: Communicator> Booked<C> {
 }
 
 /// An all-gather that is traced until it is waited for.
-struct Traced {
+struct Started {
     pending: Pending,
     group: String,
-    _transfer: Transfer,
+    watch: GroupWatch,
+    _transfer: Option<Transfer>,
 }
 
-impl Completion for Traced {
+impl Completion for Started {
     fn wait(self: Box<Self>) -> Result<(), CommError> {
-        let Self { pending, group, _transfer } = *self;
+        let Self { pending, group, watch, _transfer } = *self;
         let _waiting = trace::span(Category::Collective, "all_gather.wait").with("group", group);
+        let _within = watch.wait();
         pending.wait()
     }
 }
@@ -69,13 +81,12 @@ impl<C: Communicator> Communicator for Booked<C> {
         let _starting = self.span("all_gather.start");
         let whole = bytes(output);
         let operation = Operation::AllGather;
-        let transfer = trace::transfer(operation.name(), self.group(), self.received(operation, whole));
+        let _transfer = trace::transfer(operation.name(), self.group(), self.received(operation, whole));
+        self.watch.start(operation.name());
         let pending = self.inner.start_all_gather(input, output)?;
         self.ledger.record(operation, self.group(), self.received(operation, whole));
-        Ok(match transfer {
-            None => pending,
-            Some(_transfer) => Pending::new(Traced { pending, group: self.group().to_owned(), _transfer }),
-        })
+        let (group, watch) = (self.group().to_owned(), self.watch.clone());
+        Ok(Pending::new(Started { pending, group, watch, _transfer }))
     }
 
     fn reduce_scatter(&self, input: &Tensor, output: &Tensor) -> Result<(), CommError> {
@@ -100,17 +111,17 @@ impl<C: Communicator> Communicator for Booked<C> {
     }
 
     fn all_reduce_host(&self, values: &mut [f64], how: Reduce) -> Result<(), CommError> {
-        let _span = self.span("all_reduce_host");
+        let _host = self.host("all_reduce_host");
         self.inner.all_reduce_host(values, how)
     }
 
     fn all_gather_host(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
-        let _span = self.span("all_gather_host");
+        let _host = self.host("all_gather_host");
         self.inner.all_gather_host(bytes)
     }
 
     fn barrier(&self) -> Result<(), CommError> {
-        let _span = self.span("barrier");
+        let _host = self.host("barrier");
         self.inner.barrier()
     }
 }

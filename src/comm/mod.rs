@@ -4,6 +4,7 @@
 //! contiguity and length before they call C. Reductions are sums in fp32; bf16 never crosses a reduction.
 
 mod booked;
+pub mod control;
 mod launcher;
 mod ledger;
 mod mpi;
@@ -12,6 +13,7 @@ mod solo;
 use std::rc::Rc;
 use tch::{Kind, Tensor};
 
+pub use control::Watcher;
 pub use ledger::{Ledger, Operation, Received};
 
 /// Why ranks could not be started or a collective could not be entered.
@@ -130,6 +132,8 @@ pub trait Communicator {
 
 /// The processes of this run: MPI when a launcher started us, a lone process otherwise.
 pub struct World {
+    /// Ends before MPI does.
+    control: Option<control::Control>,
     mpi: Option<mpi::Runtime>,
     launcher: launcher::Launch,
     ledger: Ledger,
@@ -141,7 +145,8 @@ impl World {
         let launcher = launcher::detect(|name| std::env::var(name).ok());
         let ledger = Ledger::default();
         let mpi = if launcher.is_lone() { None } else { Some(mpi::Runtime::start(&launcher)?) };
-        Ok(Self { mpi, launcher, ledger })
+        let control = mpi.as_ref().map(|mpi| control::Control::open(&mpi.group("control", 0))).transpose()?;
+        Ok(Self { control, mpi, launcher, ledger })
     }
 
     pub fn rank(&self) -> usize {
@@ -164,17 +169,25 @@ impl World {
 
     /// The group of ranks that pass the same `color`, ordered by world rank. Collective over all ranks.
     pub fn group(&self, name: &str, color: usize) -> Rc<dyn Communicator> {
-        match &self.mpi {
-            Some(runtime) => {
+        match (&self.mpi, &self.control) {
+            (Some(runtime), Some(control)) => {
                 let (inner, ledger) = (runtime.group(name, color), self.ledger.clone());
-                Rc::new(booked::Booked { inner, ledger })
+                Rc::new(booked::Booked { inner, ledger, watch: control.group(name, color) })
             }
-            None => solo(name),
+            _ => solo(name),
         }
+    }
+
+    /// What a run tells the watchdog of itself.
+    pub fn watcher(&self) -> Watcher {
+        self.control.as_ref().map_or_else(Watcher::default, control::Control::watcher)
     }
 
     /// Ends all ranks at once with `code`. What the failing rank had to say must be on stderr already.
     pub fn abort(&self, code: i32) -> ! {
+        if let Some(control) = &self.control {
+            control.close();
+        }
         match &self.mpi {
             Some(runtime) => runtime.abort(code),
             None => std::process::exit(code),

@@ -160,7 +160,8 @@ section! {
         data_parallel_shard_size: i64 = -1 => SizeOrRest;
         /// Ranks that share a sequence. Only 1 is built.
         ulysses_parallel_size: usize = 1 => OneOrMore;
-        /// Ranks that share the experts of a layer. Only 1 is built.
+        /// Ranks over which the experts of a layer are divided, and to which tokens travel: it divides the ranks of a copy of
+        /// the base, and the experts. 1: experts are sharded and gathered like the rest.
         expert_parallel_size: usize = 1 => OneOrMore;
         /// Compute in bf16; masters, moments, reductions and loss stay fp32. false: all in fp32.
         enable_mixed_precision: bool = true;
@@ -175,7 +176,7 @@ section! {
         /// Layers that are whole on a rank at a time. With 2 the next is gathered while one computes.
         ring_slots: usize = 2 => OneOrMore;
         /// When adapter gradients are reduced: once a `step` (less traffic) or after each `micro_batch` (less
-        /// memory).
+        /// memory). The same where a step is one micro-batch.
         reduce_gradients: ReduceGradients = ReduceGradients::Step;
         /// Rows of the embedding and the head gathered at a time. null: as many as 512 MiB hold.
         vocab_chunk_rows: Option<usize> = None => OneOrMore;
@@ -196,6 +197,9 @@ section! {
         /// (chrome://tracing, Perfetto) with a table of times beside it. An earlier trace of this run_id is removed.
         /// 0: none.
         profile_steps: usize = 0;
+        /// Seconds for which a rank may be silent, or keep others waiting in a collective, before all ranks end with a line that
+        /// names it. Loading, data and saving take as long as they take.
+        comm_timeout_s: usize = 600 => OneOrMore;
         /// Must stay false: metrics go to metrics.jsonl.
         use_wandb: bool = false;
     }

@@ -38,7 +38,7 @@ use crate::{
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 use tch::Device;
 
@@ -214,7 +214,9 @@ impl Run {
 
     /// Builds this rank's part of the model and trains it to the end, or until `stop` is asked for on any rank.
     pub fn execute(mut self, world: &World, stop: &StopSignals) -> Result<Ended> {
-        let groups = Groups::new(world, self.mesh);
+        let (groups, watcher) = (Groups::new(world, self.mesh), world.watcher());
+        watcher.set_timeout(Duration::from_secs(self.config.train.comm_timeout_s as u64));
+        watcher.set_output(&self.config.train.output_dir);
         let (lora, train) = (&self.config.lora, &self.config.train);
         let device = Device::Cpu;
         let mut model = Transformer::new(
@@ -257,12 +259,13 @@ impl Run {
         loop {
             profile.before_step();
             let tracing_step = trace::span(Category::Step, "step");
-            let waiting = clock.phase("data");
+            let waiting = (clock.phase("data"), watcher.slow("data"));
             let Some((rows, stride)) = steps.next() else { break };
             let rows = rows?;
             let received = world.ledger().totals();
             let batches: Vec<Batch> = rows.micro_batches.iter().map(|rows| batch(rows, device)).collect();
             drop(waiting);
+            watcher.step(rows.step + 1);
             let report = trainer.step(&batches, rows.step)?;
             let mut agreed = [peak_rss_bytes() as f64, f64::from(u8::from(stop.asked()))];
             trainer.world.all_reduce_host(&mut agreed, Reduce::Max)?;
@@ -284,7 +287,7 @@ impl Run {
             profile.after_step(done, last || stopping)?;
             begin = Instant::now();
             if every(train.save_steps, done) || ends_epoch || last || stopping {
-                let _saving = trace::span(Category::Phase, "save");
+                let _saving = (trace::span(Category::Phase, "save"), watcher.slow("save"));
                 metrics.sync()?;
                 saver.save(&trainer, Progress { step: done, epoch: rows.epoch, position: stride.next })?;
                 // A resumed process gathers everything anew: so does this one, and both tell the same bytes.
@@ -301,6 +304,7 @@ impl Run {
                 return Ok(Ended::Stopped);
             }
         }
+        let _ending = watcher.slow("end");
         metrics.finish()?;
         Ok(Ended::Done)
     }

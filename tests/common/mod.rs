@@ -100,3 +100,18 @@ pub fn signal(process: u32, signal: i32) {
     // SAFETY: kill(2) takes any numbers; the process is a child of this test that was not waited for.
     unsafe { libc::kill(process as i32, signal) };
 }
+
+/// The process of rank `rank`, somewhere below `launcher`.
+pub fn rank_process(launcher: u32, rank: usize) -> Option<u32> {
+    let children = std::fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).ok()?;
+    children.split_whitespace().filter_map(|child| child.parse().ok()).find_map(|child: u32| {
+        let environment = std::fs::read(format!("/proc/{child}/environ")).ok()?;
+        let rank = rank.to_string();
+        let is_rank = environment.split(|&byte| byte == 0).any(|variable| {
+            ["OMPI_COMM_WORLD_RANK=", "PMI_RANK="]
+                .iter()
+                .any(|name| variable == format!("{name}{rank}").as_bytes())
+        });
+        if is_rank { Some(child) } else { rank_process(child, rank.parse().ok()?) }
+    })
+}
