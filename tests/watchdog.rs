@@ -52,8 +52,8 @@ impl Running {
         let exists = |process: &u32| fs::exists(format!("/proc/{process}")).unwrap();
         loop {
             let ended = self.child.try_wait().unwrap();
-            if ended.is_some() && !self.processes.iter().any(exists) {
-                assert!(!ended.unwrap().success(), "a run that lost a rank is no success");
+            if let Some(status) = ended.filter(|_| !self.processes.iter().any(exists)) {
+                assert!(!status.success(), "a run that lost a rank is no success");
                 break;
             }
             if begin.elapsed() > limit {

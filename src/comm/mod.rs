@@ -4,7 +4,7 @@
 //! contiguity and length before they call C. Reductions are sums in fp32; bf16 never crosses a reduction.
 
 mod booked;
-pub mod control;
+mod control;
 mod launcher;
 mod ledger;
 mod mpi;
@@ -13,7 +13,7 @@ mod solo;
 use std::rc::Rc;
 use tch::{Kind, Tensor};
 
-pub use control::Watcher;
+pub use control::{Slow, Watcher};
 pub use ledger::{Ledger, Operation, Received};
 
 /// Why ranks could not be started or a collective could not be entered.

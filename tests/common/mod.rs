@@ -79,13 +79,18 @@ pub fn metrics(output: &Path) -> Vec<Value> {
 }
 
 /// Polls until `found` has something.
-pub fn wait_for<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
+pub fn wait_for<T>(what: &str, found: impl FnMut() -> Option<T>) -> T {
+    wait_for_at_most(Duration::from_secs(60), what, found)
+}
+
+/// The same with a limit of its own.
+pub fn wait_for_at_most<T>(limit: Duration, what: &str, mut found: impl FnMut() -> Option<T>) -> T {
     let begin = Instant::now();
     loop {
         if let Some(value) = found() {
             return value;
         }
-        assert!(begin.elapsed() < Duration::from_secs(60), "{what} did not come");
+        assert!(begin.elapsed() < limit, "{what} did not come");
         std::thread::sleep(Duration::from_micros(100));
     }
 }

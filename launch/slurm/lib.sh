@@ -1,0 +1,43 @@
+# What the batch scripts share; they source it. Not a program.
+#
+# A job's run is called slurm-JOB (or slurm-JOB_TASK) and lives in OUT (outputs/slurm-JOB): checkpoints, metrics, and slurm.log,
+# what the ranks say. A job that is requeued keeps its number, so it finds its newest whole step and goes on by itself.
+
+# xorl_run srun|mpirun CONFIG [--section.field VALUE]...
+#
+# Ends with the run's code. 75, saved and stopped: when slurm's warning (SIGUSR1) was the reason, the job is requeued.
+xorl_run() {
+  local launcher=$1 config=$2
+  shift 2
+  local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
+  job=slurm-${job:-$SLURM_JOB_ID}
+  local out=${OUT:-outputs/$job} program=${XORL_DIST:-}
+  [ -n "$program" ] || program=$([ -x target/release/xorl-dist ] && echo "$PWD/target/release/xorl-dist" || command -v xorl-dist)
+  mkdir -p "$out"
+  export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
+  local run=("$program" --config "$config" --train.output_dir "$out" --train.run_id "$job"
+    --train.load_checkpoint_path auto --train.log_format structured "$@")
+
+  # In the background: bash acts on a signal only between commands, or while it waits.
+  set -m
+  case $launcher in
+    # One dead task must not leave the others waiting; MPI starts over PMIx.
+    srun) srun --mpi=pmix --kill-on-bad-exit=1 --output "$out/slurm.log" --open-mode=append "${run[@]}" & ;;
+    mpirun) XORL_DIST=$program launch/mpirun.sh -n "$SLURM_NTASKS" "${run[@]:1}" >>"$out/slurm.log" 2>&1 & ;;
+  esac
+  local pid=$! warned=0 code
+  set +m
+  trap 'warned=1; echo "$job: SIGUSR1: saving, then requeued"; kill -USR1 $pid 2>/dev/null' USR1
+  trap 'echo "$job: SIGTERM: saving"; kill -USR1 $pid 2>/dev/null' TERM
+  while :; do
+    wait $pid && code=0 || code=$?
+    kill -0 $pid 2>/dev/null || break
+  done
+  trap - USR1 TERM
+  wait $pid 2>/dev/null && code=0 || { local last=$?; [ $last = 127 ] || code=$last; }
+  echo "$job: ended with $code"
+  if [ "$code" = 75 ] && [ $warned = 1 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+  return "$code"
+}
