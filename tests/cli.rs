@@ -16,7 +16,7 @@ fn given(field: &str, values: &[&str]) -> Override {
 }
 
 fn run_args(overrides: Vec<Override>, device: DeviceChoice) -> RunArgs {
-    RunArgs { config_path: "run.yaml".into(), overrides, device }
+    RunArgs { config_path: "run.yaml".into(), overrides, device, debug: false }
 }
 
 #[test]

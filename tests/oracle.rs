@@ -84,6 +84,7 @@ fn load(
         loss_chunk_tokens: 16,
         checkpointing,
         reduce: ReduceGradients::Step,
+        debug: false,
     };
     let groups = Groups::one_block(&world);
     let mut model = Transformer::new(hf.spec, &sites, lora, options, &groups, Device::Cpu);

@@ -76,6 +76,7 @@ fn our_logits_are_theirs(folder: &Path, step: &str) {
         loss_chunk_tokens: 64,
         checkpointing: CheckpointingMethod::NoRecompute,
         reduce: ReduceGradients::Step,
+        debug: false,
     };
     let groups = Groups::one_block(&World::start().unwrap());
     let lora = LoraShape { rank: config.r, alpha: config.lora_alpha };

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 /// but to stdout.
 pub(super) fn run(args: &CheckArgs) -> Result<ExitCode> {
     on_all_ranks(
+        false,
         |world| {
             let CheckArgs { run, ranks } = args;
             let ranks = ranks.unwrap_or(world.size());

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 /// Carries the command out on this rank.
 pub(super) fn run(args: &GenerateArgs) -> Result<ExitCode> {
     on_all_ranks(
+        false,
         |_| {
             if args.device == DeviceChoice::Cuda {
                 return Err(Error::Input(

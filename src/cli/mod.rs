@@ -62,6 +62,8 @@ pub struct RunArgs {
     /// In the order of the command line; of a repeated field the last counts.
     pub overrides: Vec<Override>,
     pub device: DeviceChoice,
+    /// Looks at everything: see `--debug`.
+    pub debug: bool,
 }
 
 /// What `check` is given.
@@ -95,6 +97,10 @@ struct Cli {
     /// Where ranks compute
     #[arg(long, global = true, value_enum, default_value_t)]
     device: DeviceChoice,
+    /// Train slowly and look at everything: shapes, sizes and collectives are logged, values of every layer have to be finite,
+    /// and a layer's weights are no numbers when it has computed
+    #[arg(long, global = true)]
+    debug: bool,
     /// Print the versions of xorl-dist, tch, libtorch, MPI, CUDA and NCCL as found
     #[arg(short = 'V', long)]
     version: bool,
@@ -179,8 +185,9 @@ pub fn parse(args: impl IntoIterator<Item = impl Into<OsString>>) -> Result<Comm
         Err(error) if error.kind() == ErrorKind::DisplayHelp => return Ok(Command::Help(error.to_string())),
         Err(error) => return Err(usage(&error)),
     };
-    let Cli { command, config, device, version } = Cli::from_arg_matches(&matches).map_err(|e| usage(&e))?;
-    let run_args = |config_path| RunArgs { config_path, overrides, device };
+    let Cli { command, config, device, debug, version } =
+        Cli::from_arg_matches(&matches).map_err(|e| usage(&e))?;
+    let run_args = |config_path| RunArgs { config_path, overrides, device, debug };
     match (command, config) {
         _ if version => Ok(Command::Version),
         (None, None) => {

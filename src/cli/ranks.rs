@@ -8,13 +8,19 @@ use std::{io::Write, process::ExitCode};
 
 /// Joins the ranks, lets each `prepare` (nothing written) and, when all could, `execute`. A fault that
 /// is found while preparing ends all ranks with one line; a rank that fails later says so and takes the others with it.
+/// `debug`: every rank logs all that it has to say.
 pub(super) fn on_all_ranks<P>(
+    debug: bool,
     prepare: impl FnOnce(&World) -> Result<P>,
     execute: impl FnOnce(P, &World) -> Result<ExitCode>,
 ) -> Result<ExitCode> {
     let world = World::start()?;
     let rank = world.rank();
-    let level = if rank == 0 { "info" } else { "warn" };
+    let level = match rank {
+        _ if debug => "debug",
+        0 => "info",
+        _ => "warn",
+    };
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
     // A second initialisation is refused, and harmless.
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();

@@ -126,6 +126,7 @@ impl Generation {
             loss_chunk_tokens: 256,
             checkpointing: CheckpointingMethod::NoRecompute,
             reduce: ReduceGradients::MicroBatch,
+            debug: false,
         };
         let no_sites = Vec::new();
         let (sites, shape) =

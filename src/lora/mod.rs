@@ -7,5 +7,5 @@ pub mod init;
 pub mod module;
 pub mod targets;
 
-pub use module::{FirstEntries, LORA_MAPPING, LoraLinear, LoraModule, MoeExpertsLora, Parameter};
+pub use module::{FirstEntries, LORA_MAPPING, LoraLinear, LoraModule, MoeExpertsLora, Parameter, Stack};
 pub use targets::{Experts, Factor, Site, SiteKind, TargetError};

@@ -42,49 +42,49 @@ impl FirstEntries {
 
 /// A low-rank adapter of one module of the base: a linear layer, or several that share rows, as experts do.
 pub trait LoraModule: std::fmt::Debug {
-    /// The adapter of the sites that share one base module, whose entries start at `first`. A rank has the experts of one
-    /// of `expert_groups`.
-    fn from_sites(
-        sites: Vec<Site>,
-        rank: usize,
-        alpha: f64,
-        expert_groups: usize,
-        first: FirstEntries,
-    ) -> Self
+    /// The adapter of the sites that share one base module.
+    fn from_sites(stack: Stack) -> Self
     where
         Self: Sized;
-    fn rank(&self) -> usize;
-    fn alpha(&self) -> f64;
+    /// The sites, and what they put where.
+    fn stack(&self) -> &Stack;
+    /// The gathered adapters of `unit` as the operation takes them, and where their gradients go: one for each linear
+    /// layer that this rank has of the module.
+    fn bind(&self, adapters: &Adapters, unit: usize) -> Result<Vec<(Adapter, AdapterGradient)>, ShardError>;
+
+    fn rank(&self) -> usize {
+        self.stack().rank
+    }
+    fn alpha(&self) -> f64 {
+        self.stack().alpha
+    }
     /// What B·A is multiplied with.
     fn scaling(&self) -> f64 {
         self.alpha() / self.rank() as f64
     }
     /// Σ rank of the adapters that a row goes through.
-    fn ranks(&self) -> usize;
+    fn ranks(&self) -> usize {
+        self.rank() * self.stack().sites.len()
+    }
     /// What it puts into its unit's regions, to be gathered in `dtype`.
-    fn entries(&self, dtype: DType) -> Vec<(Region, EntrySpec)>;
+    fn entries(&self, dtype: DType) -> Vec<(Region, EntrySpec)> {
+        self.stack().entries(dtype)
+    }
     /// Its logical parameters, of all groups of experts.
-    fn parameters(&self) -> Vec<Parameter>;
-    /// The gathered adapters of `unit` as the operation takes them, and where their gradients go: one for each linear
-    /// layer that this rank has of the module.
-    fn bind(&self, adapters: &Adapters, unit: usize) -> Result<Vec<(Adapter, AdapterGradient)>, ShardError>;
+    fn parameters(&self) -> Vec<Parameter> {
+        self.stack().parameters()
+    }
 }
 
 /// Makes the adapter of one base module; see [`LoraModule::from_sites`].
-type Constructor = fn(Vec<Site>, usize, f64, usize, FirstEntries) -> Box<dyn LoraModule>;
+type Constructor = fn(Stack) -> Box<dyn LoraModule>;
 
 /// Which module class adapts which kind of site.
 pub const LORA_MAPPING: &[(SiteKind, Constructor)] =
     &[(SiteKind::Linear, boxed::<LoraLinear>), (SiteKind::Experts, boxed::<MoeExpertsLora>)];
 
-fn boxed<M: LoraModule + 'static>(
-    sites: Vec<Site>,
-    rank: usize,
-    alpha: f64,
-    expert_groups: usize,
-    first: FirstEntries,
-) -> Box<dyn LoraModule> {
-    Box::new(M::from_sites(sites, rank, alpha, expert_groups, first))
+fn boxed<M: LoraModule + 'static>(stack: Stack) -> Box<dyn LoraModule> {
+    Box::new(M::from_sites(stack))
 }
 
 /// Adapters on slices of one projection's output. Their A's are one tensor `[Σ rank, in]`, so that one thin GEMM
@@ -93,34 +93,12 @@ fn boxed<M: LoraModule + 'static>(
 pub struct LoraLinear(Stack);
 
 impl LoraModule for LoraLinear {
-    fn from_sites(
-        sites: Vec<Site>,
-        rank: usize,
-        alpha: f64,
-        expert_groups: usize,
-        first: FirstEntries,
-    ) -> Self {
-        Self(Stack { sites, rank, alpha, expert_groups, first })
+    fn from_sites(stack: Stack) -> Self {
+        Self(stack)
     }
 
-    fn rank(&self) -> usize {
-        self.0.rank
-    }
-
-    fn alpha(&self) -> f64 {
-        self.0.alpha
-    }
-
-    fn ranks(&self) -> usize {
-        self.0.ranks()
-    }
-
-    fn entries(&self, dtype: DType) -> Vec<(Region, EntrySpec)> {
-        self.0.entries(dtype)
-    }
-
-    fn parameters(&self) -> Vec<Parameter> {
-        self.0.parameters()
+    fn stack(&self) -> &Stack {
+        &self.0
     }
 
     fn bind(&self, adapters: &Adapters, unit: usize) -> Result<Vec<(Adapter, AdapterGradient)>, ShardError> {
@@ -136,34 +114,12 @@ impl LoraModule for LoraLinear {
 pub struct MoeExpertsLora(Stack);
 
 impl LoraModule for MoeExpertsLora {
-    fn from_sites(
-        sites: Vec<Site>,
-        rank: usize,
-        alpha: f64,
-        expert_groups: usize,
-        first: FirstEntries,
-    ) -> Self {
-        Self(Stack { sites, rank, alpha, expert_groups, first })
+    fn from_sites(stack: Stack) -> Self {
+        Self(stack)
     }
 
-    fn rank(&self) -> usize {
-        self.0.rank
-    }
-
-    fn alpha(&self) -> f64 {
-        self.0.alpha
-    }
-
-    fn ranks(&self) -> usize {
-        self.0.ranks()
-    }
-
-    fn entries(&self, dtype: DType) -> Vec<(Region, EntrySpec)> {
-        self.0.entries(dtype)
-    }
-
-    fn parameters(&self) -> Vec<Parameter> {
-        self.0.parameters()
+    fn stack(&self) -> &Stack {
+        &self.0
     }
 
     fn bind(&self, adapters: &Adapters, unit: usize) -> Result<Vec<(Adapter, AdapterGradient)>, ShardError> {
@@ -177,19 +133,17 @@ impl LoraModule for MoeExpertsLora {
 /// The sites on one projection: A is the first entry, the B of site i the (1 + i)-th. All share the same factor, or none
 /// does; of what experts do not share each has a copy, numbered by a leading dimension.
 #[derive(Clone, Debug, PartialEq)]
-struct Stack {
-    sites: Vec<Site>,
-    rank: usize,
-    alpha: f64,
-    expert_groups: usize,
-    first: FirstEntries,
+pub struct Stack {
+    pub sites: Vec<Site>,
+    pub rank: usize,
+    pub alpha: f64,
+    /// A rank has the experts of one of so many groups.
+    pub expert_groups: usize,
+    /// Where its entries start.
+    pub first: FirstEntries,
 }
 
 impl Stack {
-    fn ranks(&self) -> usize {
-        self.rank * self.sites.len()
-    }
-
     /// Whether `factor` has a leading dimension.
     fn is_copied(&self, factor: Factor) -> bool {
         self.sites.first().is_some_and(|site| site.experts.is_some() && site.shared != Some(factor))
@@ -220,7 +174,8 @@ impl Stack {
             let shape = leading.into_iter().chain(shape).collect();
             (self.region(factor), EntrySpec { name, shape, dtype, spans: Vec::new() })
         };
-        let a = entry(format!("{}.lora_A", first.path()), Factor::A, [self.ranks(), first.input]);
+        let a =
+            entry(format!("{}.lora_A", first.path()), Factor::A, [self.rank * self.sites.len(), first.input]);
         let b = |site: &Site| entry(format!("{}.lora_B", site.path()), Factor::B, [site.output(), self.rank]);
         std::iter::once(a).chain(self.sites.iter().map(b)).collect()
     }

@@ -8,7 +8,7 @@ use super::{
 use crate::{
     config::{CheckpointingMethod, ReduceGradients},
     dtype::DType,
-    lora::{FirstEntries, LORA_MAPPING, Site},
+    lora::{FirstEntries, LORA_MAPPING, Site, Stack},
     mesh::Mesh,
     shard::{EntrySpec, Region, RegionLayout, adapter::align_bytes, layout::BASE_ALIGN},
 };
@@ -29,6 +29,8 @@ pub struct Options {
     /// What of a layer is kept for backward; the rest is computed again.
     pub checkpointing: CheckpointingMethod,
     pub reduce: ReduceGradients,
+    /// Looks at what every layer computes, and takes away its weights when it has: slow.
+    pub debug: bool,
 }
 
 impl Options {
@@ -148,8 +150,8 @@ fn adapter_of(
             own.first().and_then(|site| LORA_MAPPING.iter().find(|(kind, _)| *kind == site.kind));
         let count = |region| entries.iter().filter(|entry| entry.0 == region).count();
         let first = FirstEntries { dense: count(Region::Dense), experts: count(Region::Experts) };
-        let module =
-            constructor.map(|(_, constructor)| constructor(own, lora.rank, lora.alpha, expert_groups, first));
+        let stack = Stack { sites: own, rank: lora.rank, alpha: lora.alpha, expert_groups, first };
+        let module = constructor.map(|(_, constructor)| constructor(stack));
         entries.extend(module.iter().flat_map(|module| module.entries(dtype)));
         adapters.modules.push(module);
     }

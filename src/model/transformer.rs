@@ -368,9 +368,29 @@ impl Transformer {
             let attention = block.attention(&x, |qkv, heads| attend(unit, qkv, heads));
             let mut mlp = block.mlp(&attention, None)?;
             let y = block.output(&attention, &mut mlp)?;
+            drop(block);
+            self.examine(unit, "forward", &y)?;
             keep(std::mem::replace(&mut x, y), attention, mlp);
         }
         Ok(x)
+    }
+
+    /// For debugging: says what layer `unit` made, refuses what is not finite, and takes away the layer's weights.
+    fn examine(&mut self, unit: usize, pass: &'static str, made: &Tensor) -> Result<(), ShardError> {
+        if !self.options.debug {
+            return Ok(());
+        }
+        self.layers.poison(unit);
+        self.experts.poison(unit);
+        self.adapter.poison(unit);
+        let finite = made.isfinite();
+        let (of, found) = (made.numel(), finite.sum(Kind::Int64).int64_value(&[]) as usize);
+        let largest = if of == 0 { 0.0 } else { made.abs().max().double_value(&[]) };
+        tracing::debug!("layer {unit}, {pass}: {:?} {:?}, largest {largest}", made.size(), made.kind());
+        if found < of {
+            return Err(ShardError::NotFinite { layer: unit, pass, count: of - found, of });
+        }
+        Ok(())
     }
 
     /// The pass over the head: losses, and the gradient of the hidden states `scale·Σ ℓ` if wanted.
@@ -429,6 +449,7 @@ impl Transformer {
             drop(recompute);
             d_x = block.backward(d_x, &x, attention, mlp)?;
             drop(block);
+            self.examine(unit, "backward", &d_x)?;
             let _reducing = self.clock.phase("reduce");
             self.adapter.micro_batch_done(unit)?;
         }

@@ -112,6 +112,11 @@ impl Adapters {
         self.both().into_iter().try_for_each(|shards| shards.ring.prefetch_beside(unit, current))
     }
 
+    /// See [`Ring::poison`].
+    pub fn poison(&mut self, unit: usize) {
+        self.both().into_iter().for_each(|shards| shards.ring.poison(unit));
+    }
+
     /// Before a step: all gradients are zero.
     pub fn zero_gradients(&mut self) {
         self.both().into_iter().for_each(AdapterShards::zero_gradients);

@@ -27,6 +27,8 @@ pub enum ShardError {
     WrongUnit { ring: &'static str, wanted: String, held: String },
     #[error("rank {from} of the expert group counts its rows in {actual} bytes, expected {expected} (a bug)")]
     Counts { from: usize, actual: usize, expected: usize },
+    #[error("layer {layer}, {pass}: {count} of {of} values are not finite")]
+    NotFinite { layer: usize, pass: &'static str, count: usize, of: usize },
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),
 }

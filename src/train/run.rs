@@ -73,6 +73,7 @@ pub struct Run {
     pub(super) start: Start,
     /// Rank 0's, as long as the run lasts.
     pub(super) lock: Option<OutputLock>,
+    debug: bool,
 }
 
 impl Run {
@@ -149,7 +150,13 @@ impl Run {
             run_dir,
             start: Start::Fresh,
             lock: None,
+            debug: false,
         })
+    }
+
+    /// Looks at everything as it trains.
+    pub fn set_debug(&mut self, debug: bool) {
+        self.debug = debug;
     }
 
     /// What a lone reader of the log wants to know before the first step.
@@ -194,6 +201,7 @@ impl Run {
             } else {
                 train.reduce_gradients
             },
+            debug: self.debug,
         }
     }
 

@@ -135,6 +135,7 @@ impl Case {
             loss_chunk_tokens: 7,
             checkpointing: self.checkpointing,
             reduce: self.reduce,
+            debug: false,
         }
     }
 }

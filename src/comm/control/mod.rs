@@ -256,6 +256,7 @@ impl GroupWatch {
         group.entered += 1;
         operation.clone_into(&mut group.operation);
         let (name, number) = (group.name.clone(), group.entered);
+        tracing::debug!("{operation} #{number} over {name}");
         if local.flight.len() == KEPT {
             local.flight.pop_front();
         }

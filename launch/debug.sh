@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# A few steps of a run in one process, looked at closely: every layer's shapes and sizes and every collective are logged, the
+# first value that is not finite ends it with the layer's number. Nothing of the run itself is touched.
+#
+#   launch/debug.sh run.yaml [--section.field VALUE]...       3 steps; --train.max_steps says how many
+#   RANKS=2 launch/debug.sh run.yaml                          on two ranks, each layer's weights no numbers when it has computed
+#
+# XORL_DIST=FILE names the program; else the release build of this checkout, or xorl-dist on PATH.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+[ $# -gt 0 ] || { sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+config=$1
+shift
+program=${XORL_DIST:-}
+for candidate in "${CARGO_TARGET_DIR:-$here/target}/release/xorl-dist" "$(command -v xorl-dist || true)"; do
+  [ -n "$program" ] || [ ! -x "$candidate" ] || program=$candidate
+done
+[ -n "$program" ] || { echo "debug.sh: no xorl-dist: cargo build --release, or XORL_DIST=FILE" >&2; exit 2; }
+out=$(mktemp -d "${TMPDIR:-/tmp}/xorl-debug.XXXXXX")
+echo "debug.sh: results go to $out" >&2
+run=(--debug --config "$config" --train.output_dir "$out" --train.max_steps 3 --train.load_checkpoint_path null
+  --train.log_format structured "$@")
+if [ "${RANKS:-1}" = 1 ]; then exec "$program" "${run[@]}"; fi
+XORL_DIST=$program exec "$here/launch/mpirun.sh" -n "$RANKS" "${run[@]}"
