@@ -230,11 +230,17 @@ fn two_runs_at_once_cannot_share_an_output_directory() {
 #[test]
 fn mpi_an_output_directory_that_ranks_do_not_share_is_refused() {
     let run = TinyRun::new();
-    let program = env!("CARGO_BIN_EXE_xorl-dist");
     let mut command = mpirun();
-    command.args(["-n", "1", program]).args(run.arguments("here", &[])).args([":", "-n", "1", program]);
-    let output = command.args(run.arguments("there", &[])).output().unwrap();
-    let line = failed(&output, 2);
-    assert!(line.contains("there is not the directory that rank 0 writes"), "{line}");
-    assert!(!run.at("here/metrics.jsonl").exists() && !run.at("there").exists());
+    // The same relative path, from a folder of its own for each rank.
+    for (rank, folder) in ["here", "there"].iter().enumerate() {
+        fs::create_dir(run.at(folder)).unwrap();
+        if rank > 0 {
+            command.arg(":");
+        }
+        command.args(["-n", "1", "-wdir"]).arg(run.at(folder)).arg(env!("CARGO_BIN_EXE_xorl-dist"));
+        command.arg("--config").arg(run.at("run.yaml")).args(["--train.output_dir", "out"]);
+    }
+    let line = failed(&command.output().unwrap(), 2);
+    assert!(line.contains("out is not the directory that rank 0 writes"), "{line}");
+    assert!(!run.at("here/out/metrics.jsonl").exists() && !run.at("there/out").exists());
 }

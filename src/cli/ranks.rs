@@ -24,6 +24,9 @@ pub(super) fn on_all_ranks<P>(
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
     // A second initialisation is refused, and harmless.
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    if let Some(warning) = world.warning() {
+        tracing::warn!("{warning}");
+    }
     if std::env::var_os("OMP_NUM_THREADS").is_none() {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         tch::set_num_threads((cores / world.size()).max(1) as i32);

@@ -178,6 +178,11 @@ impl World {
         }
     }
 
+    /// What the user should know of how the ranks were joined.
+    pub fn warning(&self) -> Option<&str> {
+        self.control.as_ref()?.warning.as_deref()
+    }
+
     /// What a run tells the watchdog of itself.
     pub fn watcher(&self) -> Watcher {
         self.control.as_ref().map_or_else(Watcher::default, control::Control::watcher)

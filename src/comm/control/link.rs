@@ -61,8 +61,17 @@ enum FromFirst {
     Bye,
 }
 
-/// Connects the ranks and starts this rank's thread; `None` where it stays unwatched. Collective.
-pub(super) fn open(world: &dyn Communicator, shared: &Shared) -> Result<Option<JoinHandle<()>>, CommError> {
+/// What became of the mesh on this rank.
+#[derive(Default)]
+pub(super) struct Opened {
+    /// None where the rank stays unwatched.
+    pub thread: Option<JoinHandle<()>>,
+    /// What rank 0 has to tell the user.
+    pub warning: Option<String>,
+}
+
+/// Connects the ranks and starts this rank's thread. Collective.
+pub(super) fn open(world: &dyn Communicator, shared: &Shared) -> Result<Opened, CommError> {
     let rank = world.rank();
     let listener = if rank == 0 { listen().ok() } else { None };
     let invitation =
@@ -71,8 +80,8 @@ pub(super) fn open(world: &dyn Communicator, shared: &Shared) -> Result<Option<J
     let invitation: Option<Invitation> = all.first().and_then(|bytes| serde_json::from_slice(bytes).ok());
     let shared = shared.clone();
     let Some(invitation) = invitation else {
-        tracing::warn!("no port for the control mesh: ranks that hang will not be noticed");
-        return Ok(None);
+        let warning = "no port for the control mesh: ranks that hang will not be noticed";
+        return Ok(Opened { thread: None, warning: (rank == 0).then(|| warning.to_owned()) });
     };
     if let Some((listener, invitation)) = listener {
         // Others connect while this rank already waits for them, so that nobody waits for the end of the gather below.
@@ -81,17 +90,19 @@ pub(super) fn open(world: &dyn Communicator, shared: &Shared) -> Result<Option<J
         world.all_gather_host(&[])?;
         let lines = gathering.join().unwrap_or_default();
         let absent = size - 1 - lines.len();
-        if absent > 0 {
-            tracing::warn!(
+        let warning = (absent > 0).then(|| {
+            format!(
                 "{absent} ranks cannot reach the control port of rank 0: if they hang, it will not be noticed"
-            );
-        }
+            )
+        });
         let first = First { shared, peers: lines, spoke: Instant::now() };
-        return Ok(spawn(move || first.run()));
+        return Ok(Opened { thread: spawn(move || first.run()), warning });
     }
     let line = join(&invitation, rank);
     world.all_gather_host(&[])?;
-    Ok(line.and_then(|line| spawn(move || Follower { rank, first: invitation, line, shared }.run())))
+    let thread =
+        line.and_then(|line| spawn(move || Follower { rank, first: invitation, line, shared }.run()));
+    Ok(Opened { thread, warning: None })
 }
 
 fn spawn(run: impl FnOnce() + Send + 'static) -> Option<JoinHandle<()>> {
@@ -167,6 +178,8 @@ fn join(invitation: &Invitation, rank: usize) -> Option<Line> {
             }
             std::thread::sleep(Duration::from_millis(2));
         }
+        // It may have been taken in all the same.
+        line.say(&ToFirst::Bye);
         None
     })
 }

@@ -134,16 +134,17 @@ fn now() -> f64 {
 /// This rank's part of the mesh; nothing for a lone process.
 pub struct Control {
     shared: Shared,
+    /// Why somebody is not watched; nobody can be told before there is a log.
+    pub(super) warning: Option<String>,
 }
 
 impl Control {
-    /// Opens the mesh over all ranks of `world`. Collective. Ranks that cannot reach rank 0 go on unwatched, with a
-    /// warning.
+    /// Opens the mesh over all ranks of `world`. Collective. Ranks that cannot reach rank 0 go on unwatched.
     pub(super) fn open(world: &dyn Communicator) -> Result<Self, CommError> {
         let shared = Shared::new();
-        let thread = link::open(world, &shared)?;
+        let link::Opened { thread, warning } = link::open(world, &shared)?;
         shared.lock().thread = thread;
-        Ok(Self { shared })
+        Ok(Self { shared, warning })
     }
 
     /// What the run tells the watchdog.
@@ -294,7 +295,7 @@ mod tests {
 
     #[test]
     fn a_rank_tells_where_it_is() {
-        let control = Control { shared: Shared::new() };
+        let control = Control { shared: Shared::new(), warning: None };
         let (world, shard) = (control.group("world", 0), control.group("shard", 3));
         let watcher = control.watcher();
         assert_eq!(control.shared.status().slow.as_deref(), Some("start"));
@@ -316,7 +317,7 @@ mod tests {
     #[test]
     fn the_last_collectives_are_written() {
         let folder = tempfile::tempdir().unwrap();
-        let control = Control { shared: Shared::new() };
+        let control = Control { shared: Shared::new(), warning: None };
         let shard = control.group("shard", 0);
         control.watcher().set_output(folder.path());
         (0..KEPT + 5).for_each(|_| drop(shard.enter("all_gather")));
