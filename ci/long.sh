@@ -10,6 +10,7 @@
 #   ci/long.sh quickstart      the quickstart, which ends with its score
 #   ci/long.sh topologies      experts in every topology of up to 4 ranks, in every way to compute, against one rank
 #   ci/long.sh watchdog        a rank of 4 killed, and a rank stopped, at 20 moments each
+#   ci/long.sh hosts           two hosts, which are network namespaces, against one; and their cable cut (root, Open MPI)
 #   ci/long.sh real_size       one bf16 step of a random model with the shapes of Qwen2.5-1.5B, on 2 ranks
 #   ci/long.sh real_moe        the same with two layers of the shapes of Qwen3-30B-A3B, 64 experts on each rank
 set -euo pipefail
@@ -31,6 +32,10 @@ case "${1:-}" in
     export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
     exec cargo test --quiet --test watchdog -- --ignored --nocapture --test-threads 1
     ;;
+  hosts)
+    launch/setup.sh --no-tests
+    exec cargo test --quiet --test hosts -- --ignored --nocapture
+    ;;
   real_size | real_moe)
     launch/setup.sh --no-tests
     cargo build --release --quiet
@@ -40,5 +45,5 @@ case "${1:-}" in
     mpirun -n 2 "${CARGO_TARGET_DIR:-target}/release/xorl-dist" --config "tests/fixtures/$model/run.yaml"
     cat "outputs/$1/metrics.jsonl"
     ;;
-  *) sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+  *) sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
 esac
