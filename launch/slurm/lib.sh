@@ -28,7 +28,8 @@ xorl_run() {
   local pid=$! warned=0 code
   set +m
   trap 'warned=1; echo "$job: SIGUSR1: saving, then requeued"; kill -USR1 $pid 2>/dev/null' USR1
-  trap 'echo "$job: SIGTERM: saving"; kill -USR1 $pid 2>/dev/null' TERM
+  # Slurm sends it to the ranks too; one more would reach a srun that is ending, and end them.
+  trap 'echo "$job: SIGTERM: the ranks save"' TERM
   while :; do
     wait $pid && code=0 || code=$?
     kill -0 $pid 2>/dev/null || break

@@ -15,7 +15,7 @@ pub(super) fn run(args: &RunArgs) -> Result<ExitCode> {
     on_all_ranks(
         args.debug,
         |world| {
-            let stop = StopSignals::listen(world.leaves_signals())?;
+            let stop = StopSignals::listen(world.leaves_signals(), world.is_by_hand())?;
             let everyone = world.group("world", 0);
             let run = Run::prepare(&args.config_path, &args.overrides, args.device, world.size());
             let mut run = agree(&*everyone, run)?;

@@ -31,6 +31,11 @@ impl Launch {
         matches!(self.found, None | Some((_, Some(0 | 1))))
     }
 
+    /// No launcher at all.
+    pub(super) fn is_by_hand(self) -> bool {
+        self.found.is_none()
+    }
+
     /// Whether signals come to a rank as they are sent: it was started by hand or by srun. mpirun takes TERM and INT
     /// for itself, and kills its ranks about a second later.
     pub(super) fn leaves_signals(self) -> bool {
@@ -56,7 +61,8 @@ mod tests {
 
     #[test]
     fn a_process_without_launcher_is_alone() {
-        assert!(launch(&[]).is_lone());
+        assert!(launch(&[]).is_lone() && launch(&[]).is_by_hand());
+        assert!(!launch(&[("SLURM_STEP_NUM_TASKS", "1")]).is_by_hand());
         assert!(launch(&[("OMPI_COMM_WORLD_SIZE", "1")]).is_lone());
         assert!(launch(&[("SLURM_STEP_NUM_TASKS", "1")]).is_lone());
         assert!(!launch(&[("PMIX_RANK", "0")]).is_lone());

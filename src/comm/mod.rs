@@ -162,6 +162,11 @@ impl World {
         self.launcher.leaves_signals()
     }
 
+    /// Whether no launcher started this process.
+    pub fn is_by_hand(&self) -> bool {
+        self.launcher.is_by_hand()
+    }
+
     /// The bytes that collectives of any group have received.
     pub fn ledger(&self) -> &Ledger {
         &self.ledger

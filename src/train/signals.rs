@@ -15,13 +15,16 @@ use std::sync::{
 pub struct StopSignals(Arc<AtomicBool>);
 
 impl StopSignals {
-    /// Listens from now on. `terminal`: also to SIGTERM and SIGINT, of which a second one ends the process at once.
-    pub fn listen(terminal: bool) -> Result<Self> {
+    /// Listens from now on. `ours`: also to SIGTERM and SIGINT. `by_hand`: a second one of these ends the process at once, for
+    /// whoever is impatient; slurm, which kills later anyway, may send one from two sides.
+    pub fn listen(ours: bool, by_hand: bool) -> Result<Self> {
         let asked = Arc::new(AtomicBool::new(false));
         let failed = |error| Error::Failure(format!("listening to signals: {error}"));
-        for signal in if terminal { &[SIGTERM, SIGINT][..] } else { &[] } {
-            // Before the flag is registered, so that the first signal finds it unset.
-            flag::register_conditional_shutdown(*signal, 128 + signal, asked.clone()).map_err(failed)?;
+        for signal in if ours { &[SIGTERM, SIGINT][..] } else { &[] } {
+            if by_hand {
+                // Before the flag is registered, so that the first signal finds it unset.
+                flag::register_conditional_shutdown(*signal, 128 + signal, asked.clone()).map_err(failed)?;
+            }
             flag::register(*signal, asked.clone()).map_err(failed)?;
         }
         flag::register(SIGUSR1, asked.clone()).map_err(failed)?;
