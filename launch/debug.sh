@@ -8,14 +8,11 @@
 # XORL_DIST=FILE names the program; else the release build of this checkout, or xorl-dist on PATH.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+. "$here/launch/lib.sh"
 [ $# -gt 0 ] || { sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 config=$1
 shift
-program=${XORL_DIST:-}
-for candidate in "${CARGO_TARGET_DIR:-$here/target}/release/xorl-dist" "$(command -v xorl-dist || true)"; do
-  [ -n "$program" ] || [ ! -x "$candidate" ] || program=$candidate
-done
-[ -n "$program" ] || { echo "debug.sh: no xorl-dist: cargo build --release, or XORL_DIST=FILE" >&2; exit 2; }
+program=$(xorl_program "$here")
 out=$(mktemp -d "${TMPDIR:-/tmp}/xorl-debug.XXXXXX")
 echo "debug.sh: results go to $out" >&2
 run=(--debug --config "$config" --train.output_dir "$out" --train.max_steps 3 --train.load_checkpoint_path null

@@ -13,6 +13,7 @@
 # ends them at once. XORL_DIST=FILE names the program; else the release build of this checkout, or xorl-dist on PATH.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+. "$here/launch/lib.sh"
 
 die() { echo "mpirun.sh: $*" >&2; exit 2; }
 usage() { sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
@@ -34,11 +35,7 @@ ranks=${ranks:-$cores}
 [ $# -gt 0 ] || die "nothing to run: give --config run.yaml"
 command -v mpirun >/dev/null || die "mpirun is missing: launch/setup.sh installs one"
 
-program=${XORL_DIST:-}
-for candidate in "${CARGO_TARGET_DIR:-$here/target}/release/xorl-dist" "$(command -v xorl-dist || true)"; do
-  [ -n "$program" ] || [ ! -x "$candidate" ] || program=$candidate
-done
-[ -n "$program" ] || die "no xorl-dist: cargo build --release, or XORL_DIST=FILE"
+program=$(xorl_program "$here")
 
 # --- threads and cores of a rank; with several hosts, of hosts that are like this one
 here_ranks=$ranks
@@ -96,12 +93,4 @@ trap 'stop TERM' TERM
 trap 'stop INT' INT
 trap 'kill -USR1 "$pid" 2>/dev/null || true' USR1
 
-code=0
-while :; do
-  wait "$pid" && code=0 || code=$?
-  # A signal ends the wait, not the ranks.
-  kill -0 "$pid" 2>/dev/null || break
-done
-# What came together with a signal was the signal's number.
-wait "$pid" 2>/dev/null && code=0 || { last=$?; [ $last = 127 ] || code=$last; }
-exit "$code"
+wait_through_signals "$pid"

@@ -1,7 +1,9 @@
-# What the batch scripts share; they source it. Not a program.
+# What the batch scripts share; they source it, in the root of the checkout. Not a program.
 #
 # A job's run is called slurm-JOB (or slurm-JOB_TASK) and lives in OUT (outputs/slurm-JOB): checkpoints, metrics, and slurm.log,
 # what the ranks say. A job that is requeued keeps its number, so it finds its newest whole step and goes on by itself.
+
+. launch/lib.sh
 
 # xorl_run srun|mpirun CONFIG [--section.field VALUE]...
 #
@@ -11,8 +13,8 @@ xorl_run() {
   shift 2
   local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
   job=slurm-${job:-$SLURM_JOB_ID}
-  local out=${OUT:-outputs/$job} program=${XORL_DIST:-}
-  [ -n "$program" ] || program=$([ -x target/release/xorl-dist ] && echo "$PWD/target/release/xorl-dist" || command -v xorl-dist)
+  local out=${OUT:-outputs/$job} program
+  program=$(xorl_program "$PWD")
   mkdir -p "$out"
   export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
   local run=("$program" --config "$config" --train.output_dir "$out" --train.run_id "$job"
@@ -30,12 +32,8 @@ xorl_run() {
   trap 'warned=1; echo "$job: SIGUSR1: saving, then requeued"; kill -USR1 $pid 2>/dev/null' USR1
   # Slurm sends it to the ranks too; one more would reach a srun that is ending, and end them.
   trap 'echo "$job: SIGTERM: the ranks save"' TERM
-  while :; do
-    wait $pid && code=0 || code=$?
-    kill -0 $pid 2>/dev/null || break
-  done
+  wait_through_signals $pid && code=0 || code=$?
   trap - USR1 TERM
-  wait $pid 2>/dev/null && code=0 || { local last=$?; [ $last = 127 ] || code=$last; }
   echo "$job: ended with $code"
   if [ "$code" = 75 ] && [ $warned = 1 ]; then
     scontrol requeue "$SLURM_JOB_ID"

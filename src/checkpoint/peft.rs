@@ -170,8 +170,10 @@ fn check_written(
     format: ExportFormat,
 ) -> Result<(), CheckpointError> {
     let mismatch = |reason: String| CheckpointError::Mismatch { path: path.to_owned(), reason };
-    let bytes = std::fs::read(path).map_err(io(path))?;
-    let file = SafeTensors::deserialize(&bytes).map_err(|error| mismatch(error.to_string()))?;
+    let file = std::fs::File::open(path).map_err(io(path))?;
+    // SAFETY: this process has just written it, and nobody else writes in its hidden directory. Only its header is read.
+    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io(path))?;
+    let file = SafeTensors::deserialize(&map).map_err(|error| mismatch(error.to_string()))?;
     let mut expected: BTreeSet<String> = BTreeSet::new();
     let mut count = 0;
     for adapter in adapters {

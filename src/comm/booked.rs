@@ -5,7 +5,7 @@
 //! start to the end of its wait; waiting is a span of its own.
 
 use super::{
-    CommError, Communicator, Completion, Ledger, Operation, Pending, Reduce, bytes,
+    CommError, Communicator, Completion, Ledger, Operation, Parts, Pending, Reduce, bytes,
     control::{GroupWatch, Within},
 };
 use crate::trace::{self, Category, Span, Transfer};
@@ -93,17 +93,12 @@ impl<C: Communicator> Communicator for Booked<C> {
         self.book(Operation::ReduceScatter, bytes(input), || self.inner.reduce_scatter(input, output))
     }
 
-    fn all_to_all(
-        &self,
-        input: &Tensor,
-        sent: &[usize],
-        output: &Tensor,
-        received: &[usize],
-    ) -> Result<(), CommError> {
-        let all = received.iter().sum::<usize>();
-        let of_others = all - received.get(self.rank()).copied().unwrap_or(0);
+    fn all_to_all(&self, sent: Parts, received: Parts) -> Result<(), CommError> {
+        let (output, counts) = received;
+        let all = counts.iter().sum::<usize>();
+        let of_others = all - counts.get(self.rank()).copied().unwrap_or(0);
         let bytes = bytes(output) / all.max(1) * of_others;
-        self.book(Operation::AllToAll, bytes, || self.inner.all_to_all(input, sent, output, received))
+        self.book(Operation::AllToAll, bytes, || self.inner.all_to_all(sent, received))
     }
 
     fn all_reduce(&self, values: &Tensor) -> Result<(), CommError> {

@@ -87,6 +87,9 @@ impl Drop for Pending {
     }
 }
 
+/// Rows `[Σ counts, n]` in rank order, so many for each rank of a group, or from each.
+pub type Parts<'a> = (&'a Tensor, &'a [usize]);
+
 /// The collectives of one group of ranks.
 pub trait Communicator {
     /// This process's rank in the group.
@@ -102,15 +105,9 @@ pub trait Communicator {
     /// Sums `input` `[size × n]` fp32 over the ranks and leaves piece `rank` in `output` `[n]` fp32.
     fn reduce_scatter(&self, input: &Tensor, output: &Tensor) -> Result<(), CommError>;
 
-    /// Sends `sent[r]` rows of `input` `[Σ sent, n]` to each rank r, in rank order, and leaves in `output`
-    /// `[Σ received, n]` what came, by rank: `received[r]` rows of rank r, which has to send as many. Any dtype.
-    fn all_to_all(
-        &self,
-        input: &Tensor,
-        sent: &[usize],
-        output: &Tensor,
-        received: &[usize],
-    ) -> Result<(), CommError>;
+    /// Sends each rank its rows of `sent`, and leaves in `received` the rows that came from each, which has to send as
+    /// many. Any dtype.
+    fn all_to_all(&self, sent: Parts, received: Parts) -> Result<(), CommError>;
 
     /// Sums `values` fp32 over the ranks in place; every rank ends with the same bits.
     fn all_reduce(&self, values: &Tensor) -> Result<(), CommError>;
@@ -244,16 +241,11 @@ fn check(
 }
 
 /// Checks the buffers of an all-to-all of `size` ranks; bytes of a row.
-fn check_rows(
-    group: &str,
-    size: usize,
-    [input, output]: [&Tensor; 2],
-    [sent, received]: [&[usize]; 2],
-) -> Result<usize, CommError> {
+fn check_rows(group: &str, size: usize, sent: Parts, received: Parts) -> Result<usize, CommError> {
     const NAME: &str = "all_to_all";
+    let (input, kind) = (sent.0, Some(sent.0.kind()));
     let row = input.size().iter().skip(1).product::<i64>() as usize * input.kind().elt_size_in_bytes();
-    let kind = Some(input.kind());
-    for (what, tensor, rows) in [("input", input, sent), ("output", output, received)] {
+    for (what, (tensor, rows)) in [("input", sent), ("output", received)] {
         if rows.len() != size {
             let (actual, expected) = (rows.len() * row, size * row);
             return Err(CommError::Length { operation: NAME, group: group.into(), what, actual, expected });

@@ -4,7 +4,7 @@
 //! slower with Open MPI 4.1. The all-to-all is pairwise too: `MPI_Alltoallv` counts and places in C ints. Gathers are byte copies, so MPI needs no bf16 type.
 
 use super::{
-    CommError, Communicator, Completion, Pending, Reduce, bytes, check, check_rows, launcher::Launch,
+    CommError, Communicator, Completion, Parts, Pending, Reduce, bytes, check, check_rows, launcher::Launch,
 };
 use mpi::{
     Threading,
@@ -203,30 +203,23 @@ impl Communicator for Mpi {
         Ok(())
     }
 
-    fn all_to_all(
-        &self,
-        input: &Tensor,
-        sent: &[usize],
-        output: &Tensor,
-        received: &[usize],
-    ) -> Result<(), CommError> {
+    fn all_to_all(&self, sent: Parts, received: Parts) -> Result<(), CommError> {
         let (rank, size) = (self.rank(), self.size());
-        let row = check_rows(&self.group, size, [input, output], [sent, received])?;
+        let row = check_rows(&self.group, size, sent, received)?;
         // The rows of `all` that are of or for `peer`.
-        let part = |all: &Tensor, rows: &[usize], peer: usize| {
+        let part = |(all, rows): Parts, peer: usize| {
             all.narrow(0, rows[..peer].iter().sum::<usize>() as i64, rows[peer] as i64)
         };
-        let own = part(input, sent, rank);
-        if own.size() != part(output, received, rank).size() {
-            let (actual, expected) = (sent[rank] * row, received[rank] * row);
+        let own = part(sent, rank);
+        if own.size() != part(received, rank).size() {
+            let (actual, expected) = (sent.1[rank] * row, received.1[rank] * row);
             let (operation, group, what) = ("all_to_all", self.group.clone(), "own rows");
             return Err(CommError::Length { operation, group, what, actual, expected });
         }
-        part(output, received, rank).copy_(&own);
+        part(received, rank).copy_(&own);
         for distance in 1..size {
             let (to, from) = ((rank + distance) % size, (rank + size - distance) % size);
-            let outgoing = (&part(input, sent, to), to);
-            self.exchange("all_to_all", outgoing, (&part(output, received, from), from))?;
+            self.exchange("all_to_all", (&part(sent, to), to), (&part(received, from), from))?;
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! The group of one rank: nothing moves, so nothing is recorded.
 
-use super::{CommError, Communicator, Pending, Reduce, bytes, check, check_rows};
+use super::{CommError, Communicator, Parts, Pending, Reduce, bytes, check, check_rows};
 use tch::{Kind, Tensor};
 
 pub(super) struct Solo {
@@ -38,15 +38,9 @@ impl Communicator for Solo {
         Ok(())
     }
 
-    fn all_to_all(
-        &self,
-        input: &Tensor,
-        sent: &[usize],
-        output: &Tensor,
-        received: &[usize],
-    ) -> Result<(), CommError> {
-        check_rows(&self.group, 1, [input, output], [sent, received])?;
-        output.shallow_clone().copy_(input);
+    fn all_to_all(&self, sent: Parts, received: Parts) -> Result<(), CommError> {
+        check_rows(&self.group, 1, sent, received)?;
+        received.0.shallow_clone().copy_(sent.0);
         Ok(())
     }
 

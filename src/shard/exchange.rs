@@ -72,12 +72,12 @@ impl Route {
     /// Sends `rows` `[sent, n]`, sorted by expert, to their experts; `arrived` `[received, n]` are then those that are for
     /// this rank's, in the order of [`experts`](Self::experts). Collective.
     pub fn there(&self, rows: &Tensor, arrived: &Tensor) -> Result<(), CommError> {
-        self.comm.all_to_all(rows, &self.sent, arrived, &self.received)
+        self.comm.all_to_all((rows, &self.sent), (arrived, &self.received))
     }
 
     /// The reverse of [`there`](Self::there): `arrived` `[sent, n]` are then what became of this rank's own rows.
     /// Collective.
     pub fn back(&self, rows: &Tensor, arrived: &Tensor) -> Result<(), CommError> {
-        self.comm.all_to_all(rows, &self.received, arrived, &self.sent)
+        self.comm.all_to_all((rows, &self.received), (arrived, &self.sent))
     }
 }

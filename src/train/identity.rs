@@ -31,8 +31,10 @@ impl Run {
     pub fn same_on_all_ranks(&self, world: &dyn Communicator) -> Result<()> {
         let own = agree(world, self.identity())?;
         let all = world.all_gather_host(&serde_json::to_vec(&own).unwrap_or_default())?;
-        let first = all.first().and_then(|bytes| serde_json::from_slice(bytes).ok());
-        let differs = first.and_then(|first| own.difference(&first));
+        let first = all.first().and_then(|bytes| serde_json::from_slice::<Identity>(bytes).ok());
+        // What says it in another way is another program.
+        let another = || Some("runs another xorl-dist than rank 0: start one on all hosts".to_owned());
+        let differs = first.map_or_else(another, |first| own.difference(&first));
         let verdict = match differs {
             None => Ok(()),
             Some(what) => Err(Error::Input(format!("rank {} {what}", world.rank()))),

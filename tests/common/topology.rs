@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use std::{collections::BTreeMap, path::Path, rc::Rc};
 use tch::{Device, Tensor};
 use xorl_dist::{
-    comm::{CommError, Communicator, Operation, Pending, Received, Reduce, World},
+    comm::{CommError, Communicator, Operation, Parts, Pending, Received, Reduce, World},
     config::{CheckpointingMethod, Optimizer as OptimizerKind, ReduceGradients, TrainArgs},
     dtype::DType,
     lora::{Site, targets::resolve},
@@ -281,14 +281,9 @@ impl Communicator for Faulty {
         Ok(())
     }
 
-    fn all_to_all(
-        &self,
-        input: &Tensor,
-        sent: &[usize],
-        output: &Tensor,
-        received: &[usize],
-    ) -> Result<(), CommError> {
-        self.inner.all_to_all(input, sent, output, received)?;
+    fn all_to_all(&self, sent: Parts, received: Parts) -> Result<(), CommError> {
+        self.inner.all_to_all(sent, received)?;
+        let output = received.0;
         let rows = output.size()[0];
         if self.fault == Fault::LosesOneRow && rows > 0 {
             let _ = output.get(rows - 1).zero_();

@@ -1,6 +1,6 @@
 //! Whether all ranks have to end, and because of whom. Pure.
 
-use super::Status;
+use super::{Group, Status};
 use std::{fmt::Write, time::Duration};
 
 /// A rank as rank 0 sees it.
@@ -61,19 +61,12 @@ impl Peer {
     /// Where it was last seen.
     fn last(&self) -> String {
         let Status { step, slow, groups, inside } = &self.status;
+        let of = |group: &Group| format!("{} #{} over {}", group.operation, group.entered, group.name);
+        let all: Vec<String> = groups.iter().filter(|group| group.entered > 0).map(of).collect();
         let mut text = match inside.as_ref().and_then(|inside| groups.get(inside.group)) {
-            Some(group) => format!("it is in {} #{} over {}", group.operation, group.entered, group.name),
-            None => {
-                let entered = groups.iter().filter(|group| group.entered > 0);
-                let of = |group: &super::Group| {
-                    format!("{} #{} over {}", group.operation, group.entered, group.name)
-                };
-                let all: Vec<String> = entered.map(of).collect();
-                match all.is_empty() {
-                    true => "it has entered no collective".to_owned(),
-                    false => format!("it last entered {}", all.join(", ")),
-                }
-            }
+            Some(group) => format!("it is in {}", of(group)),
+            None if all.is_empty() => "it has entered no collective".to_owned(),
+            None => format!("it last entered {}", all.join(", ")),
         };
         let _ = match slow {
             Some(what) => write!(text, ", in {what}"),
@@ -85,7 +78,7 @@ impl Peer {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Group, Inside};
+    use super::super::Inside;
     use super::*;
 
     const TIMEOUT: Duration = Duration::from_secs(100);
