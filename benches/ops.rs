@@ -166,7 +166,8 @@ fn layer(input: i64, widths: &[i64]) -> Linear {
 }
 
 fn attentions(benches: &mut Benches, name: &str, heads: Heads, lengths: &[usize]) {
-    let (tokens, documents) = (lengths.iter().sum::<usize>() as i64, Documents::new(lengths));
+    let (tokens, documents) =
+        (lengths.iter().sum::<usize>() as i64, Documents::new(lengths, tch::Device::Cpu));
     let qkv = random(&[tokens, (heads.query + 2 * heads.key_value) * heads.dim]);
     let d_out = random(&[tokens, heads.query * heads.dim]);
     let scores = heads.query * lengths.iter().map(|&n| (n * (n + 1) / 2) as i64).sum::<i64>();

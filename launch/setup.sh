@@ -97,6 +97,12 @@ elif ! is_our_torch .venv/torch; then
   fi
 fi
 
+# The wheel of NCCL has it as libnccl.so.2 alone; programs that load it at run time ask for libnccl.so.
+nccl=$(realpath -m "$(readlink -f "${LIBTORCH:-.venv/torch}")/../nvidia/nccl/lib")
+if [ -e "$nccl/libnccl.so.2" ] && [ ! -e "$nccl/libnccl.so" ]; then
+  ln -s libnccl.so.2 "$nccl/libnccl.so" || say "could not link $nccl/libnccl.so: GPU ranks need it"
+fi
+
 # --- Python packages of the quickstart and the tests; a marker holds what was installed last
 pip_once() { # NAME WANT PIP_ARGUMENTS...
   local marker=.venv/.$1 want=$2

@@ -6,6 +6,7 @@ use crate::{
     comm::{CommError, Communicator},
     config::ConfigError,
     data::DataError,
+    device::DeviceError,
     lora::TargetError,
     mesh::MeshError,
     model::hf_config,
@@ -27,6 +28,8 @@ pub enum Error {
     Comm(#[from] CommError),
     #[error(transparent)]
     Data(#[from] DataError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     #[error(transparent)]
     HfConfig(#[from] hf_config::ConfigError),
     #[error(transparent)]
@@ -63,6 +66,7 @@ impl Error {
             }
             Error::Checkpoint(error) => error.exit_code(),
             Error::Comm(error) => error.exit_code(),
+            Error::Device(error) => error.exit_code(),
             Error::Shard(_) | Error::Trace(_) | Error::Failure(_) => 1,
             Error::Elsewhere { code } => *code,
         }

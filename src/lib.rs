@@ -14,7 +14,8 @@
 //! - [`ops`]: operations as explicit forward/backward pairs
 //! - [`data`]: sources, chat template, tokenise, pack, deterministic order, loader
 //! - [`shard`]: who owns which byte of which tensor; ring, adapter shards, groups of ranks, the way of rows to their experts
-//! - [`comm`]: communicators (solo, MPI), launcher checks, ledger of bytes, control mesh and watchdog
+//! - [`comm`]: communicators (solo, MPI, NCCL), launcher checks, ledger of bytes, control mesh and watchdog
+//! - [`device`]: which device a rank computes on; its driver, streams, memory and way to it
 //! - [`mesh`]: ranks to axes and every divisibility rule: pure
 //! - [`config`]: typed `run.yaml`, defaults, validation
 //! - [`clock`]: seconds by phase of a step
@@ -29,6 +30,7 @@ pub mod clock;
 pub mod comm;
 pub mod config;
 pub mod data;
+pub mod device;
 pub mod dtype;
 pub mod error;
 pub mod infer;

@@ -2,8 +2,9 @@
 
 use std::path::Path;
 use std::process::{Command as Process, Output};
-use xorl_dist::cli::{self, CheckArgs, Command, DeviceChoice, GenerateArgs, RunArgs};
+use xorl_dist::cli::{self, CheckArgs, Command, GenerateArgs, RunArgs};
 use xorl_dist::config::Override;
+use xorl_dist::device::DeviceChoice;
 use xorl_dist::dtype::DType;
 use xorl_dist::infer::{Prompts, Request};
 

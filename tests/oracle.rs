@@ -87,7 +87,7 @@ fn load(
         debug: false,
     };
     let groups = Groups::one_block(&world);
-    let mut model = Transformer::new(hf.spec, &sites, lora, options, &groups, Device::Cpu);
+    let mut model = Transformer::new(hf.spec, &sites, lora, options, &groups);
     model.load(&source).unwrap();
     let values = adapter(&path, &sites, run);
     assert_eq!(

@@ -80,7 +80,7 @@ fn our_logits_are_theirs(folder: &Path, step: &str) {
     };
     let groups = Groups::one_block(&World::start().unwrap());
     let lora = LoraShape { rank: config.r, alpha: config.lora_alpha };
-    let mut model = Transformer::new(spec, &sites, lora, options, &groups, Device::Cpu);
+    let mut model = Transformer::new(spec, &sites, lora, options, &groups);
     model.load(&SafetensorsSource::open(&directory).unwrap()).unwrap();
     model.set_adapter(|parameter, range| values[&parameter.name][range].to_vec()).unwrap();
     let bytes = std::fs::read(folder.join("logits.safetensors")).unwrap();

@@ -8,11 +8,12 @@ use std::process::ExitCode;
 /// but to stdout.
 pub(super) fn run(args: &CheckArgs) -> Result<ExitCode> {
     on_all_ranks(
+        args.run.device,
         false,
         |world| {
             let CheckArgs { run, ranks } = args;
             let ranks = ranks.unwrap_or(world.size());
-            let mut run = Run::prepare(&run.config_path, &run.overrides, run.device, ranks)?;
+            let mut run = Run::prepare(&run.config_path, &run.overrides, ranks)?;
             run.start_afresh()?;
             Ok(run)
         },

@@ -9,6 +9,7 @@ mod train;
 mod version;
 
 use crate::config::{self, Override};
+use crate::device::DeviceChoice;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::infer::{Prompts, Request};
@@ -21,18 +22,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 pub use version::version_report;
-
-/// Where ranks compute.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum DeviceChoice {
-    /// The CPU, until GPUs are built
-    #[default]
-    Auto,
-    /// CPU ranks over MPI
-    Cpu,
-    /// One GPU a rank (not built yet: refused)
-    Cuda,
-}
 
 /// In what `generate` computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]

@@ -2,19 +2,21 @@
 
 use crate::{
     comm::World,
+    device::DeviceChoice,
     error::{Error, Result, agree},
 };
 use std::{io::Write, process::ExitCode};
 
 /// Joins the ranks, lets each `prepare` (nothing written) and, when all could, `execute`. A fault that
 /// is found while preparing ends all ranks with one line; a rank that fails later says so and takes the others with it.
-/// `debug`: every rank logs all that it has to say.
+/// They compute on `device`. `debug`: every rank logs all that it has to say.
 pub(super) fn on_all_ranks<P>(
+    device: DeviceChoice,
     debug: bool,
     prepare: impl FnOnce(&World) -> Result<P>,
     execute: impl FnOnce(P, &World) -> Result<ExitCode>,
 ) -> Result<ExitCode> {
-    let world = World::start()?;
+    let mut world = World::start()?;
     let rank = world.rank();
     let level = match rank {
         _ if debug => "debug",
@@ -33,7 +35,10 @@ pub(super) fn on_all_ranks<P>(
     }
 
     // Said before the ranks part: where one has exited, mpirun ends the others.
-    let prepared = agree(&*world.group("world", 0), prepare(&world)).map_err(|error| said("", error))?;
+    let everyone = world.group("world", 0);
+    let found = world.use_device(device).map_err(Error::from);
+    agree(&*everyone, found).map_err(|error| said("", error))?;
+    let prepared = agree(&*everyone, prepare(&world)).map_err(|error| said("", error))?;
     execute(prepared, &world).map_err(|error| {
         // A rank that has nothing to say waits, in MPI's end, for the one that has.
         if world.size() == 1 || matches!(error, Error::Elsewhere { .. }) {

@@ -13,11 +13,12 @@ const STOPPED: u8 = 75;
 /// Carries the command out on this rank.
 pub(super) fn run(args: &RunArgs) -> Result<ExitCode> {
     on_all_ranks(
+        args.device,
         args.debug,
         |world| {
             let stop = StopSignals::listen(world.leaves_signals(), world.is_by_hand())?;
             let everyone = world.group("world", 0);
-            let run = Run::prepare(&args.config_path, &args.overrides, args.device, world.size());
+            let run = Run::prepare(&args.config_path, &args.overrides, world.size());
             let mut run = agree(&*everyone, run)?;
             run.set_debug(args.debug);
             run.same_on_all_ranks(&*everyone)?;

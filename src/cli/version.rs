@@ -1,6 +1,7 @@
 //! What `--version` reports: the libraries as they are found on this machine when it is asked, not as they
 //! were at build time. Whatever is absent is reported as such; nothing here fails.
 
+use crate::device::torch;
 use libloading::os::unix::{Library, Symbol};
 use std::ffi::c_int;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ const NOT_FOUND: &str = "not found";
 
 /// One line a component.
 pub fn version_report() -> String {
-    let libtorch = libtorch_dir();
+    let libtorch = torch::directory();
     let or_absent = |found: Option<String>| found.unwrap_or_else(|| NOT_FOUND.into());
     let torch_place = libtorch.as_ref().map_or_else(String::new, |dir| format!(" ({})", dir.display()));
     let lines = [
@@ -37,18 +38,6 @@ fn libtorch_version() -> Option<String> {
     Some(format!("{major}.{minor}.{patch}"))
 }
 
-/// The directory of the loaded libtorch: from the process's memory map, else where it was at build time.
-fn libtorch_dir() -> Option<PathBuf> {
-    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
-    let mapped = maps.lines().filter_map(|line| line.find('/').map(|start| Path::new(&line[start..])));
-    let loaded = mapped
-        .filter(|path| {
-            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("libtorch_cpu.so"))
-        })
-        .find_map(|path| path.parent().map(Path::to_owned));
-    loaded.or_else(|| option_env!("XORL_LIBTORCH_LIB").map(PathBuf::from))
-}
-
 /// First line of what the MPI library says of itself; allowed before MPI is initialised.
 fn mpi_version() -> Option<String> {
     let text = mpi::environment::library_version().ok()?;
@@ -64,7 +53,7 @@ fn cuda_driver_version() -> Option<String> {
 
 /// Whether this libtorch brings its CUDA half.
 fn cuda_backend(libtorch: Option<&Path>) -> Option<String> {
-    let library = libtorch?.join("libtorch_cuda.so");
+    let library = libtorch?.join(torch::CUDA_HALF);
     library.exists().then(|| library.display().to_string())
 }
 

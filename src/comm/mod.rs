@@ -1,4 +1,5 @@
-//! Communicators: the collectives that sharding needs, over MPI or over nothing (a lone process).
+//! Communicators: the collectives that sharding needs, over MPI, over NCCL where tensors are on a device, or over nothing (a
+//! lone process).
 //!
 //! Every rank of a group calls the same collectives in the same order. Tensor collectives check dtype,
 //! contiguity and length before they call C. Reductions are sums in fp32; bf16 never crosses a reduction.
@@ -8,10 +9,12 @@ mod control;
 mod launcher;
 mod ledger;
 mod mpi;
+mod nccl;
 mod solo;
 
+use crate::device::{self, DeviceChoice, DeviceError, RankDevice, choose::Sight};
 use std::rc::Rc;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 pub use control::{Slow, Watcher};
 pub use ledger::{Ledger, Operation, Received};
@@ -38,12 +41,24 @@ pub enum CommError {
     TooLarge { operation: &'static str, group: String, bytes: usize },
     #[error("{operation} over {group}: MPI error code {code}")]
     Mpi { operation: &'static str, group: String, code: i32 },
+    #[error("{operation} over {group}: {code} of NCCL: {text}")]
+    Nccl { operation: &'static str, group: String, code: String, text: String },
+    #[error("{operation} over {group}: a tensor on {actual:?}, expected on {expected:?}")]
+    Elsewhere { operation: &'static str, group: String, actual: Device, expected: Device },
+    #[error("the ranks do not understand what one of them says of its devices (a bug): {0}")]
+    Sight(String),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 }
 
 impl CommError {
-    /// A wrong launcher is the user's to mend, anything else is a failure.
+    /// A wrong launcher and a device that cannot be had are the user's to mend, anything else is a failure.
     pub fn exit_code(&self) -> i32 {
-        if matches!(self, Self::ForeignLauncher { .. }) { 2 } else { 1 }
+        match self {
+            Self::ForeignLauncher { .. } => 2,
+            Self::Device(error) => error.exit_code(),
+            _ => 1,
+        }
     }
 }
 
@@ -134,6 +149,7 @@ pub struct World {
     mpi: Option<mpi::Runtime>,
     launcher: launcher::Launch,
     ledger: Ledger,
+    device: RankDevice,
 }
 
 impl World {
@@ -143,7 +159,47 @@ impl World {
         let ledger = Ledger::default();
         let mpi = if launcher.is_lone() { None } else { Some(mpi::Runtime::start(&launcher)?) };
         let control = mpi.as_ref().map(|mpi| control::Control::open(&mpi.group("control", 0))).transpose()?;
-        Ok(Self { control, mpi, launcher, ledger })
+        Ok(Self { control, mpi, launcher, ledger, device: RankDevice::host() })
+    }
+
+    /// Finds this rank's device. Groups that are made from now on move tensors between devices. Collective; before the
+    /// first tensor.
+    ///
+    /// # Errors
+    /// A device is asked for and cannot be had. Then all ranks have an error, or one has, and the others have to be told.
+    pub fn use_device(&mut self, choice: DeviceChoice) -> Result<(), CommError> {
+        let own = device::visible(choice).and_then(|devices| {
+            if self.mpi.is_some() && !devices.is_empty() {
+                nccl::load()?;
+            }
+            Ok(devices)
+        });
+        let local_rank = self.mpi.as_ref().map_or(0, mpi::Runtime::local_rank);
+        let sight = |devices| Sight { host: control::host(), local_rank, devices };
+        let failed = own.as_ref().err().cloned();
+        let told = serde_json::to_vec(&own.ok().map(sight)).unwrap_or_default();
+        let mut all = Vec::with_capacity(self.size());
+        for told in self.group("devices", 0).all_gather_host(&told)? {
+            let sight: Option<Sight> =
+                serde_json::from_slice(&told).map_err(|error| CommError::Sight(error.to_string()))?;
+            all.extend(sight);
+        }
+        if let Some(error) = failed {
+            return Err(error.into());
+        }
+        if all.len() < self.size() {
+            // Others have failed, and say so.
+            return Ok(());
+        }
+        if let Some(index) = device::choose::choose(&all, self.rank())? {
+            self.device = RankDevice::open(choice, index)?;
+        }
+        Ok(())
+    }
+
+    /// What this rank computes on.
+    pub fn device(&self) -> &RankDevice {
+        &self.device
     }
 
     pub fn rank(&self) -> usize {
@@ -173,8 +229,15 @@ impl World {
     pub fn group(&self, name: &str, color: usize) -> Rc<dyn Communicator> {
         match (&self.mpi, &self.control) {
             (Some(runtime), Some(control)) => {
-                let (inner, ledger) = (runtime.group(name, color), self.ledger.clone());
-                Rc::new(booked::Booked { inner, ledger, watch: control.group(name, color) })
+                let (host, ledger) = (runtime.group(name, color), self.ledger.clone());
+                let watch = control.group(name, color);
+                match self.device.runtime() {
+                    None => Rc::new(booked::Booked { inner: host, ledger, watch }),
+                    Some(driver) => {
+                        let inner = nccl::Nccl::new(host, driver, self.device.tensors(), watch.clone());
+                        Rc::new(booked::Booked { inner, ledger, watch })
+                    }
+                }
             }
             _ => solo(name),
         }
@@ -194,6 +257,7 @@ impl World {
     pub fn abort(&self, code: i32) -> ! {
         if let Some(control) = &self.control {
             control.close();
+            control.abort();
         }
         match &self.mpi {
             Some(runtime) => runtime.abort(code),
@@ -240,19 +304,30 @@ fn check(
     Ok(())
 }
 
-/// Checks the buffers of an all-to-all of `size` ranks; bytes of a row.
-fn check_rows(group: &str, size: usize, sent: Parts, received: Parts) -> Result<usize, CommError> {
+/// Checks the buffers of an all-to-all, as `rank` of `size` sees it.
+fn check_rows(group: &str, rank: usize, size: usize, sent: Parts, received: Parts) -> Result<(), CommError> {
     const NAME: &str = "all_to_all";
     let (input, kind) = (sent.0, Some(sent.0.kind()));
     let row = input.size().iter().skip(1).product::<i64>() as usize * input.kind().elt_size_in_bytes();
+    let length = |what, actual: usize, expected: usize| {
+        let (actual, expected) = (actual * row, expected * row);
+        CommError::Length { operation: NAME, group: group.into(), what, actual, expected }
+    };
     for (what, (tensor, rows)) in [("input", sent), ("output", received)] {
         if rows.len() != size {
-            let (actual, expected) = (rows.len() * row, size * row);
-            return Err(CommError::Length { operation: NAME, group: group.into(), what, actual, expected });
+            return Err(length(what, rows.len(), size));
         }
         check(NAME, group, what, tensor, kind, rows.iter().sum::<usize>() * row)?;
     }
-    Ok(row)
+    match (sent.1[rank], received.1[rank]) {
+        (out, back) if out != back => Err(length("own rows", out, back)),
+        _ => Ok(()),
+    }
+}
+
+/// The rows that are of or for `peer`.
+fn rows_of((all, rows): Parts, peer: usize) -> Tensor {
+    all.narrow(0, rows[..peer].iter().sum::<usize>() as i64, rows[peer] as i64)
 }
 
 fn bytes(tensor: &Tensor) -> usize {

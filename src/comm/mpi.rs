@@ -5,6 +5,7 @@
 
 use super::{
     CommError, Communicator, Completion, Parts, Pending, Reduce, bytes, check, check_rows, launcher::Launch,
+    rows_of,
 };
 use mpi::{
     Threading,
@@ -54,6 +55,12 @@ impl Runtime {
             unreachable!("a rank that gives a color is in the group of that color");
         };
         Mpi { comm, group: name.to_owned() }
+    }
+
+    /// This rank's place among the ranks of its host.
+    pub(super) fn local_rank(&self) -> usize {
+        let world = self.universe.world();
+        world.split_shared(world.rank()).rank() as usize
     }
 
     pub(super) fn abort(&self, code: i32) -> ! {
@@ -205,21 +212,11 @@ impl Communicator for Mpi {
 
     fn all_to_all(&self, sent: Parts, received: Parts) -> Result<(), CommError> {
         let (rank, size) = (self.rank(), self.size());
-        let row = check_rows(&self.group, size, sent, received)?;
-        // The rows of `all` that are of or for `peer`.
-        let part = |(all, rows): Parts, peer: usize| {
-            all.narrow(0, rows[..peer].iter().sum::<usize>() as i64, rows[peer] as i64)
-        };
-        let own = part(sent, rank);
-        if own.size() != part(received, rank).size() {
-            let (actual, expected) = (sent.1[rank] * row, received.1[rank] * row);
-            let (operation, group, what) = ("all_to_all", self.group.clone(), "own rows");
-            return Err(CommError::Length { operation, group, what, actual, expected });
-        }
-        part(received, rank).copy_(&own);
+        check_rows(&self.group, rank, size, sent, received)?;
+        rows_of(received, rank).copy_(&rows_of(sent, rank));
         for distance in 1..size {
             let (to, from) = ((rank + distance) % size, (rank + size - distance) % size);
-            self.exchange("all_to_all", (&part(sent, to), to), (&part(received, from), from))?;
+            self.exchange("all_to_all", (&rows_of(sent, to), to), (&rows_of(received, from), from))?;
         }
         Ok(())
     }

@@ -39,7 +39,7 @@ impl Communicator for Solo {
     }
 
     fn all_to_all(&self, sent: Parts, received: Parts) -> Result<(), CommError> {
-        check_rows(&self.group, 1, sent, received)?;
+        check_rows(&self.group, 0, 1, sent, received)?;
         received.0.shallow_clone().copy_(sent.0);
         Ok(())
     }

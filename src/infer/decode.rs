@@ -8,7 +8,7 @@ use crate::{
     ops::attention,
     shard::ShardError,
 };
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 /// Sequences that a rank decodes at a time: enough for the GEMMs to pay for a gather of the layers.
 const SEQUENCES: usize = 64;
@@ -46,7 +46,7 @@ fn greedy_round(
     prompts: &[&[i64]],
     limits: &Limits,
 ) -> Result<Vec<Vec<i64>>, ShardError> {
-    let device = Device::Cpu;
+    let device = model.device().tensors();
     let lengths: Vec<usize> = prompts.iter().map(|prompt| prompt.len()).collect();
     let longest = lengths.iter().copied().max().unwrap_or(0);
     let kind = model.options().compute.kind();

@@ -24,7 +24,6 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
 };
-use tch::Device;
 
 /// What is asked for.
 #[derive(Clone, Debug, PartialEq)]
@@ -133,7 +132,7 @@ impl Generation {
             self.adapter.as_ref().map_or((&no_sites, LoraShape { rank: 1, alpha: 1.0 }), |adapter| {
                 (&adapter.sites, adapter.shape)
             });
-        let mut model = Transformer::new(self.spec.clone(), sites, shape, options, &groups, Device::Cpu);
+        let mut model = Transformer::new(self.spec.clone(), sites, shape, options, &groups);
         model.load(&self.source as &dyn WeightSource)?;
         if let Some(adapter) = &self.adapter {
             model.set_adapter(|parameter, range| adapter.values[&parameter.name][range].to_vec())?;
@@ -188,5 +187,6 @@ impl Generation {
 /// The loss of a reference answer; of nothing when there is none. Collective.
 fn reference_loss(model: &mut Transformer, reference: Option<&Reference>) -> Result<MicroBatchLoss> {
     let (ids, labels) = reference.map_or((&[][..], &[][..]), |reference| (&reference.ids, &reference.labels));
-    Ok(model.evaluate(&Batch::new(ids, labels, &[ids.len()], Device::Cpu))?)
+    let device = model.device().tensors();
+    Ok(model.evaluate(&Batch::new(ids, labels, &[ids.len()], device))?)
 }

@@ -21,11 +21,12 @@ use crate::{
     },
     shard::ShardError,
 };
+use std::rc::Rc;
 use tch::Tensor;
 
 /// What all layers need to know of a flat batch.
 pub struct BatchContext {
-    pub documents: Documents,
+    pub documents: Rc<Documents>,
     /// cos and sin of each token's position: `[tokens, 1, head_dim / 2]` fp32.
     pub cos: Tensor,
     pub sin: Tensor,

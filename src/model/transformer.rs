@@ -11,6 +11,7 @@ use super::{
 };
 use crate::{
     clock::Clock,
+    device::{RankDevice, Staging},
     lora::{Parameter, Site, init},
     loss::LinearCrossEntropy,
     ops::{
@@ -22,7 +23,7 @@ use crate::{
     shard::{Adapters, Exchange, Groups, Region, Ring, ShardError},
     trace::{self, Category},
 };
-use std::{collections::BTreeMap, ops::Range};
+use std::{collections::BTreeMap, ops::Range, rc::Rc};
 use tch::{Device, Kind, Tensor};
 
 /// One flat micro-batch: documents one after another, no padding between them.
@@ -34,7 +35,8 @@ pub struct Batch {
     /// `[tokens]` i64, from 0 in each document.
     positions: Tensor,
     longest: usize,
-    documents: Documents,
+    documents: Rc<Documents>,
+    valid: usize,
 }
 
 impl Batch {
@@ -58,7 +60,8 @@ impl Batch {
             targets: tensor(&targets),
             positions: tensor(&positions),
             longest: document_lengths.iter().copied().max().unwrap_or(0),
-            documents: Documents::new(document_lengths),
+            documents: Rc::new(Documents::new(document_lengths, device)),
+            valid: targets.iter().filter(|&&target| target >= 0).count(),
         }
     }
 
@@ -71,7 +74,8 @@ impl Batch {
             targets: tensor(&vec![crate::data::IGNORE_INDEX; ids.len()]),
             positions: tensor(positions),
             longest: positions.iter().max().map_or(0, |&last| last as usize + 1),
-            documents: Documents::new(&vec![1; ids.len()]),
+            documents: Rc::new(Documents::new(&vec![1; ids.len()], device)),
+            valid: 0,
         }
     }
 
@@ -87,7 +91,7 @@ impl Batch {
 
     /// Tokens that carry loss.
     pub fn valid_tokens(&self) -> usize {
-        self.targets.ge(0).sum(Kind::Int64).int64_value(&[]) as usize
+        self.valid
     }
 }
 
@@ -124,6 +128,7 @@ pub struct Transformer {
     pub adapter: Adapters,
     rope: RopeTable,
     router_load: RouterLoad,
+    device: RankDevice,
     /// Seconds of forward, loss, backward and gather.
     pub clock: Clock,
 }
@@ -131,25 +136,13 @@ pub struct Transformer {
 impl Transformer {
     /// An empty model with adapters on `sites`; fill it with [`load`](Self::load) and
     /// [`init_adapter`](Self::init_adapter).
-    pub fn new(
-        spec: ModelSpec,
-        sites: &[Site],
-        lora: LoraShape,
-        options: Options,
-        groups: &Groups,
-        device: Device,
-    ) -> Self {
+    pub fn new(spec: ModelSpec, sites: &[Site], lora: LoraShape, options: Options, groups: &Groups) -> Self {
+        let device = groups.device.tensors();
         let Blueprint { plans, lora, regions } =
             Blueprint::new(&spec, sites, lora, &options, &groups.mesh, groups.rank);
         let ring = |name, layouts, slots| Ring::new(name, layouts, slots, groups.shard.clone(), device);
-        let adapter = Adapters::new(
-            regions.adapter,
-            regions.expert_adapter,
-            options.slots,
-            groups,
-            options.reduce,
-            device,
-        );
+        let adapter =
+            Adapters::new(regions.adapter, regions.expert_adapter, options.slots, groups, options.reduce);
         let rope = RopeTable::new(&spec.rope.inv_freq(spec.head_dim), device);
         let router_load = RouterLoad::new(&spec);
         Self {
@@ -171,8 +164,14 @@ impl Transformer {
             adapter,
             rope,
             router_load,
+            device: groups.device.clone(),
             clock: Clock::default(),
         }
+    }
+
+    /// What it computes on.
+    pub fn device(&self) -> &RankDevice {
+        &self.device
     }
 
     pub fn spec(&self) -> &ModelSpec {
@@ -185,8 +184,9 @@ impl Transformer {
 
     /// Reads this rank's pieces of the base, and nothing else.
     pub fn load(&self, source: &dyn WeightSource) -> Result<(), ShardError> {
+        let mut staging = Staging::new(&self.device)?;
         for ring in [&self.layers, &self.experts, &self.vocab, &self.final_norm] {
-            ring.load(source)?;
+            ring.load(source, &mut staging)?;
         }
         Ok(())
     }
@@ -253,7 +253,7 @@ impl Transformer {
 
     /// Every logical parameter with its whole fp32 values, row-major, on every rank of the shard group. Collective.
     pub fn whole_adapter(&self) -> Result<Vec<(Parameter, Vec<f32>)>, ShardError> {
-        let mut whole = Vec::new();
+        let (mut whole, mut staging) = (Vec::new(), Staging::new(&self.device)?);
         for (unit, parameters) in self.parameters().into_iter().enumerate() {
             let mut flat = BTreeMap::new();
             for region in [Region::Dense, Region::Experts] {
@@ -264,7 +264,7 @@ impl Transformer {
             for parameter in parameters {
                 let at = self.elements(unit, &parameter);
                 let values = flat[&parameter.region].narrow(0, at.start as i64, at.len() as i64);
-                whole.push((parameter, Vec::<f32>::try_from(values)?));
+                whole.push((parameter, staging.fetch(&values)?));
             }
         }
         Ok(whole)

@@ -5,8 +5,9 @@
 //! p is also rounded to the compute dtype, in which it will be gathered. On the host all that is one pass.
 
 use super::cpu::{Element, Rows, each_row};
+use crate::device::has_kernels;
 use half::bf16;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// What an update depends on besides the gradient.
 #[derive(Clone, Copy, Debug)]
@@ -36,9 +37,9 @@ pub struct State<'a> {
 impl Update {
     /// Moves `state` against `gradient`, flat fp32, which stays as it is.
     pub fn apply(&self, gradient: &Tensor, state: &State) {
-        match (gradient.device(), state.compute.kind()) {
-            (Device::Cpu, Kind::BFloat16) => rows::apply::<bf16>(self, gradient, state),
-            (Device::Cpu, Kind::Float) => rows::apply::<f32>(self, gradient, state),
+        match (has_kernels(gradient), state.compute.kind()) {
+            (true, Kind::BFloat16) => rows::apply::<bf16>(self, gradient, state),
+            (true, Kind::Float) => rows::apply::<f32>(self, gradient, state),
             _ => torch::apply(self, gradient, state),
         }
     }

@@ -11,6 +11,7 @@ use super::{
     cpu::{Element, LANES, Real, Rows, dispatch, each_row, lanes, values},
     wide,
 };
+use crate::device::has_kernels;
 use tch::{Device, Kind, Tensor};
 
 /// The running sums of some tokens, each [tokens, 1] fp32, or fp64 for fp64 logits (tests).
@@ -39,7 +40,7 @@ impl Sums {
     /// Takes in a chunk of the vocabulary: `logits` [tokens, chunk] in compute dtype become p. `targets` `[tokens]` i64
     /// count from the chunk's start and may lie outside of it. Returns e [tokens, 1].
     pub fn exponentials(&self, logits: &Tensor, targets: &Tensor) -> Tensor {
-        if logits.device() != Device::Cpu {
+        if !has_kernels(logits) {
             return torch::exponentials(self, logits, targets);
         }
         let rescale = self.maximum.empty_like();
@@ -56,7 +57,7 @@ impl Sums {
     /// a [tokens, hidden] becomes dx, in a's kind: compute dtype, or that of the sums. w_t is [tokens, hidden] in compute
     /// dtype.
     pub fn gradient(&self, a: &Tensor, w_t: &Tensor, scale: f64) {
-        if a.device() != Device::Cpu {
+        if !has_kernels(a) {
             return torch::gradient(self, a, w_t, scale);
         }
         dispatch!(w_t.kind(), E => {
@@ -71,7 +72,7 @@ impl Sums {
 
 /// a ← a·e + product, where a [tokens, hidden] has the kind of e [tokens, 1], `product` compute dtype.
 pub fn accumulate(a: &Tensor, rescale: &Tensor, product: &Tensor) {
-    if a.device() != Device::Cpu {
+    if !has_kernels(a) {
         let _ = a.shallow_clone().g_mul_(rescale).g_add_(product);
         return;
     }

@@ -15,6 +15,7 @@ use super::{
     cpu::{Element, Real, Rows, dispatch, each_row, values},
     wide,
 };
+use crate::device::has_kernels;
 use tch::{Device, Tensor};
 
 /// What rows of an expert are a multiple of where they are computed.
@@ -101,7 +102,7 @@ impl Assignment {
     pub fn gather(&self, x: &Tensor) -> Buffer {
         let _span = crate::trace::operation("dispatch.gather");
         let rows = Buffer::empty(&[self.rows(), x.size()[1]], x.kind(), x.device());
-        if x.device() != Device::Cpu {
+        if !has_kernels(x) {
             rows.shallow_clone().copy_(&pick(x, &self.tokens));
         } else {
             dispatch!(x.kind(), E => self.gather_rows::<E>(x, &rows));
@@ -113,7 +114,7 @@ impl Assignment {
     pub fn combine(&self, rows: &Tensor, add: Option<&Tensor>) -> Buffer {
         let _span = crate::trace::operation("dispatch.combine");
         let y = Buffer::empty(&[self.rows.size()[0], rows.size()[1]], rows.kind(), rows.device());
-        if rows.device() != Device::Cpu {
+        if !has_kernels(rows) {
             self.combine_torch(rows, add, &y);
         } else {
             dispatch!(rows.kind(), E => self.combine_rows::<E>(rows, add, &y));
@@ -170,8 +171,8 @@ impl Assignment {
 
     /// The same in libtorch's operations, for devices without kernels.
     fn combine_torch(&self, rows: &Tensor, add: Option<&Tensor>, y: &Tensor) {
-        let n = rows.size()[1];
-        let parts = rows.index_select(0, &self.rows.reshape([-1])).view([self.rows.size()[0], -1, n]);
+        let shape = [self.rows.size()[0], self.rows.size()[1], rows.size()[1]];
+        let parts = rows.index_select(0, &self.rows.reshape([-1])).view(&shape[..]);
         let sum = parts.sum_dim_intlist(1, false, wide(rows.kind()));
         y.shallow_clone().copy_(&add.map_or_else(|| sum.shallow_clone(), |add| &sum + add));
     }

@@ -11,6 +11,7 @@ use super::{
     cpu::{Element, Real, Rows, dispatch, each_row, lanes, values},
     wide,
 };
+use crate::device::has_kernels;
 use tch::{Device, Tensor};
 
 /// y and r.
@@ -23,7 +24,7 @@ pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> (Buffer, Tensor) {
 /// As [`forward`], with y written to `out`, which does not overlap x.
 pub fn forward_into(x: &Tensor, weight: &Tensor, eps: f64, out: &Tensor) -> Tensor {
     let _span = crate::trace::operation("norm.forward");
-    if x.device() != Device::Cpu {
+    if !has_kernels(x) {
         return torch::forward(x, weight, eps, out);
     }
     let mut shape = x.size();
@@ -38,7 +39,7 @@ pub fn forward_into(x: &Tensor, weight: &Tensor, eps: f64, out: &Tensor) -> Tens
 pub fn recompute(x: &Tensor, weight: &Tensor, r: &Tensor) -> Buffer {
     let _span = crate::trace::operation("norm.recompute");
     let y = Buffer::like(x);
-    if x.device() != Device::Cpu {
+    if !has_kernels(x) {
         torch::normalise(x, weight, r, &y);
         return y;
     }
@@ -60,7 +61,7 @@ pub fn backward_into(d: &Tensor, x: &Tensor, weight: &Tensor, r: &Tensor) {
 }
 
 fn differentiate(d: &Tensor, x: &Tensor, weight: &Tensor, r: &Tensor, add: Option<&Tensor>) {
-    if x.device() != Device::Cpu {
+    if !has_kernels(x) {
         return torch::backward(d, x, weight, r, add);
     }
     dispatch!(x.kind(), E => rows::backward::<E>(d, x, weight, r, add));

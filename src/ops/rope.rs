@@ -4,6 +4,7 @@
 //! backward  the rotation by the opposite angle
 
 use super::cpu::{Element, Real, Rows, dispatch, each_row};
+use crate::device::has_kernels;
 use tch::{Device, Kind, Tensor};
 
 /// cos and sin of every position up to a length: [positions, head_dim / 2] fp32.
@@ -47,7 +48,7 @@ pub fn backward(d_qkv: &Tensor, heads: i64, cos: &Tensor, sin: &Tensor) {
 
 /// `direction` is 1 or −1: by the angle or the opposite one.
 fn rotate(x: &Tensor, heads: i64, cos: &Tensor, sin: &Tensor, direction: f64) {
-    if x.device() != Device::Cpu {
+    if !has_kernels(x) {
         return torch::rotate(x, heads, cos, sin, direction);
     }
     dispatch!(x.kind(), E => rows::rotate::<E>(x, heads as usize, cos, sin, direction));

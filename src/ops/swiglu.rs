@@ -11,14 +11,15 @@ use super::{
     cpu::{Element, Real, Rows, dispatch, each_row, lanes},
     wide,
 };
-use tch::{Device, Tensor};
+use crate::device::has_kernels;
+use tch::Tensor;
 
 /// y [tokens, n] from gate|up [tokens, 2n] and c [tokens, 1] (fp32, or fp64 for fp64 inputs), 1 where there is none.
 pub fn forward(gate_up: &Tensor, scale: Option<&Tensor>) -> Buffer {
     let _span = crate::trace::operation("swiglu.forward");
     let (tokens, n) = (gate_up.size()[0], gate_up.size()[1] / 2);
     let y = Buffer::empty(&[tokens, n], gate_up.kind(), gate_up.device());
-    if gate_up.device() != Device::Cpu {
+    if !has_kernels(gate_up) {
         torch::forward(gate_up, scale, &y);
     } else {
         dispatch!(gate_up.kind(), E => rows::forward::<E>(gate_up, scale, &y));
@@ -41,7 +42,7 @@ pub fn backward(d_y: Buffer, gate_up: Buffer, scale: Option<&Tensor>) -> Gradien
     let _span = crate::trace::operation("swiglu.backward");
     let d_scale = scale.map(Tensor::empty_like);
     let scales = scale.zip(d_scale.as_ref());
-    if gate_up.device() != Device::Cpu {
+    if !has_kernels(&gate_up) {
         torch::backward(&d_y, &gate_up, scales);
     } else {
         dispatch!(gate_up.kind(), E => rows::backward::<E>(&d_y, &gate_up, scales));
@@ -180,6 +181,7 @@ mod torch {
 mod tests {
     use super::*;
     use crate::ops::testing::{KINDS, autograd, distance, everywhere, leaf};
+    use tch::Device;
     use tch::Kind;
 
     #[test]

@@ -9,6 +9,7 @@ use crate::{
     comm::Reduce,
     shard::{Adapters, ShardError},
 };
+use tch::{Kind, Tensor};
 
 /// The norm before clipping and what gradients are multiplied with.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -28,7 +29,10 @@ impl ClippedNorm {
 
 /// The L2 norm of the whole adapter's reduced gradient. Collective over a block.
 pub fn global_norm(adapter: &Adapters) -> Result<f64, ShardError> {
-    let mut squares = [adapter.owned().map(|owned| sum_of_squares(owned.gradient)).sum()];
+    // On a device one number is waited for, not one for each piece.
+    let of_pieces: Vec<_> = adapter.owned().map(|owned| sum_of_squares(owned.gradient)).collect();
+    let sum = |of: &[Tensor]| Tensor::stack(of, 0).sum(Kind::Double).double_value(&[]);
+    let mut squares = [if of_pieces.is_empty() { 0.0 } else { sum(&of_pieces) }];
     adapter.block().all_reduce_host(&mut squares, Reduce::Sum)?;
     Ok(squares[0].sqrt())
 }

@@ -111,9 +111,9 @@ impl Optimizer {
     }
 }
 
-/// Σ of squares of a flat tensor, accumulated in fp64.
-fn sum_of_squares(values: &Tensor) -> f64 {
-    values.square().sum(Kind::Double).double_value(&[])
+/// Σ of squares of a flat tensor, accumulated in fp64: `[]` fp64.
+fn sum_of_squares(values: &Tensor) -> Tensor {
+    values.square().sum(Kind::Double)
 }
 
 #[cfg(test)]
@@ -125,7 +125,6 @@ mod tests {
         dtype::DType,
         shard::{EntrySpec, Groups, Region, RegionLayout, adapter::align_bytes},
     };
-    use tch::Device;
 
     #[test]
     fn adamw_follows_its_formula() {
@@ -133,7 +132,7 @@ mod tests {
         let layout = RegionLayout::new("unit", vec![spec], 1, align_bytes(DType::F32));
         let world = World::start().unwrap();
         let groups = Groups::one_block(&world);
-        let mut adapter = Adapters::new(vec![layout], vec![], 1, &groups, ReduceGradients::Step, Device::Cpu);
+        let mut adapter = Adapters::new(vec![layout], vec![], 1, &groups, ReduceGradients::Step);
         let start = [1.0f32, -2.0, 0.5];
         adapter.of_mut(Region::Dense).set_master(0, 0..3, &start);
         let settings = Settings::new(config::Optimizer::Adamw, 0.1);

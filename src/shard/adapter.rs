@@ -8,7 +8,7 @@
 use super::{Groups, Region, RegionLayout, Ring, ShardError};
 use crate::{comm::Communicator, config::ReduceGradients, dtype::DType};
 use std::{ops::Range, rc::Rc};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// Elements between two tensors of an adapter region are a multiple of this, whatever the dtype.
 pub const ADAPTER_ALIGN: usize = 32;
@@ -46,9 +46,8 @@ impl Adapters {
         slots: usize,
         groups: &Groups,
         reduce: ReduceGradients,
-        device: Device,
     ) -> Self {
-        let shards = |layouts, region| AdapterShards::new(layouts, slots, groups, region, reduce, device);
+        let shards = |layouts, region| AdapterShards::new(layouts, slots, groups, region, reduce);
         Self { dense: shards(dense, Region::Dense), experts: shards(experts, Region::Experts) }
     }
 
@@ -158,9 +157,8 @@ impl AdapterShards {
         groups: &Groups,
         region: Region,
         reduce: ReduceGradients,
-        device: Device,
     ) -> Self {
-        let (mesh, block) = (&groups.mesh, groups.shard.clone());
+        let (mesh, block, device) = (&groups.mesh, groups.shard.clone(), groups.device.tensors());
         let (shard, expert_groups, expert_group) = match region {
             Region::Dense => (block.clone(), 1, 0),
             Region::Experts => {

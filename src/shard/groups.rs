@@ -1,16 +1,19 @@
-//! The groups of ranks that this rank is in, one communicator each, as the [`Mesh`] lays them out.
+//! What this rank computes on, and the groups of ranks that it is in, one communicator each, as the [`Mesh`] lays them out.
 
 use crate::{
     comm::{Communicator, World, solo},
+    device::RankDevice,
     mesh::Mesh,
 };
 use std::rc::Rc;
 
-/// This rank and its groups.
+/// This rank, its device and its groups.
 #[derive(Clone)]
 pub struct Groups {
     pub mesh: Mesh,
     pub rank: usize,
+    /// What this rank computes on.
+    pub device: RankDevice,
     /// All ranks.
     pub world: Rc<dyn Communicator>,
     /// The ranks of a block: dense regions are cut over them.
@@ -34,6 +37,7 @@ impl Groups {
         Self {
             mesh,
             rank,
+            device: world.device().clone(),
             world: world.group("world", 0),
             shard: group("shard", Mesh::shard_group),
             replicate: group("replicate", Mesh::replicate_group),
@@ -48,6 +52,7 @@ impl Groups {
         Self {
             mesh: Mesh::one_block(1),
             rank: 0,
+            device: RankDevice::host(),
             world: alone(),
             shard: alone(),
             replicate: alone(),

@@ -8,7 +8,7 @@ pub mod groups;
 pub mod layout;
 pub mod ring;
 
-use crate::{comm::CommError, model::source::SourceError};
+use crate::{comm::CommError, device::DeviceError, model::source::SourceError};
 
 pub use adapter::{AdapterShards, Adapters, Owned};
 pub use exchange::{Exchange, Route};
@@ -23,6 +23,8 @@ pub enum ShardError {
     Comm(#[from] CommError),
     #[error(transparent)]
     Source(#[from] SourceError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     #[error("{ring}: {wanted} is used while its slot holds {held} (a bug: every use follows its gather)")]
     WrongUnit { ring: &'static str, wanted: String, held: String },
     #[error("rank {from} of the expert group counts its rows in {actual} bytes, expected {expected} (a bug)")]

@@ -8,13 +8,11 @@
 use super::{RegionLayout, ShardError};
 use crate::{
     comm::{Communicator, Pending},
+    device::Staging,
     model::source::WeightSource,
 };
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
-
-/// Elements that are on their way from a file to a shard at a time.
-const STAGING_ELEMENTS: usize = 1 << 20;
 
 struct Slot {
     /// `[bytes of the largest unit]` u8
@@ -70,18 +68,16 @@ impl Ring {
     }
 
     /// Fills this rank's pieces from `source`, reading no other byte.
-    pub fn load(&self, source: &dyn WeightSource) -> Result<(), ShardError> {
+    pub fn load(&self, source: &dyn WeightSource, staging: &mut Staging) -> Result<(), ShardError> {
         for (layout, shard) in self.layouts.iter().zip(&self.shards) {
             for read in layout.reads(self.comm.rank()) {
-                let size = read.dtype.size();
-                for first in read.range.clone().step_by(STAGING_ELEMENTS) {
-                    let part = first..read.range.end.min(first + STAGING_ELEMENTS);
-                    let at = read.at + (first - read.range.start) * size;
-                    let mut staging = vec![0u8; part.len() * size];
-                    let bytes = staging.len() as i64;
-                    source.read(&read.tensor, part, read.dtype, &mut staging)?;
-                    shard.narrow(0, at as i64, bytes).copy_(&Tensor::from_slice(&staging));
-                }
+                let (size, at) = (read.dtype.size(), read.at as i64);
+                let target = shard.narrow(0, at, (read.range.len() * size) as i64);
+                staging.send(&target, |first, bytes| {
+                    let first = read.range.start + first / size;
+                    source.read(&read.tensor, first..first + bytes.len() / size, read.dtype, bytes)?;
+                    Ok::<_, ShardError>(())
+                })?;
             }
         }
         Ok(())

@@ -35,6 +35,9 @@ pub struct StepMetrics<'a> {
     pub phases: BTreeMap<&'static str, f64>,
     /// The largest of all ranks.
     pub peak_rss_bytes: u64,
+    /// Memory in use on a device at the end of the step, the largest of all ranks'; of all that uses the device. libtorch
+    /// keeps what it once had, so that this is a peak too. `None` on the CPU.
+    pub device_memory_bytes: Option<u64>,
     /// What this rank's collectives have received in the step.
     pub received: Received,
 }
@@ -118,6 +121,9 @@ impl Metrics {
             "tokens": report.valid_tokens, "tokens_total": report.total_tokens, "tokens_per_second": rate,
             "step_seconds": seconds, "phase_seconds": step.phases, "peak_rss_bytes": peak, "comm_bytes": comm,
         });
+        if let Some(bytes) = step.device_memory_bytes {
+            line["device_memory_bytes"] = bytes.into();
+        }
         if let Some(RouterReport { max_over_mean, entropy, aux_loss }) = report.router {
             line["router"] =
                 json!({"max_over_mean": max_over_mean, "entropy": entropy, "aux_loss": aux_loss});
@@ -135,7 +141,7 @@ impl Metrics {
                     "loss={loss:.4} grad_norm={:.4} lr={:.3e} tokens_per_sec={rate:.0} time={seconds:.3} peak_mem={:.2}GB",
                     report.grad_norm,
                     report.lr,
-                    peak as f64 / 1e9
+                    step.device_memory_bytes.unwrap_or(peak) as f64 / 1e9
                 );
                 match &self.bar {
                     Some(bar) => bar.set_message(told),
@@ -283,6 +289,7 @@ mod tests {
                         seconds,
                         phases,
                         peak_rss_bytes: 0,
+                        device_memory_bytes: None,
                         received,
                     })
                     .unwrap();

@@ -13,13 +13,13 @@ use super::{
 };
 use crate::{
     checkpoint::{output::OutputLock, steps},
-    cli::DeviceChoice,
     comm::{Reduce, World},
     config::{Override, Places, ReduceGradients, RunConfig},
     data::{
         Dataset, Loader, Row, StepPlan,
         deal::{self, Position, Stride, Walk},
     },
+    device::Memory,
     dtype::DType,
     error::{Error, Result},
     lora::{Site, targets},
@@ -79,16 +79,13 @@ pub struct Run {
 impl Run {
     /// Reads configuration, model headers and data for one of `world` ranks. Enters no collective and writes
     /// nothing. Warnings go to the log.
-    pub fn prepare(path: &Path, overrides: &[Override], device: DeviceChoice, world: usize) -> Result<Self> {
+    pub fn prepare(path: &Path, overrides: &[Override], world: usize) -> Result<Self> {
         let loaded = crate::config::load(path, overrides)?;
         for warning in &loaded.warnings {
             tracing::warn!("{warning}");
         }
         let config = loaded.config;
         let refused = |field: &str, why: &str| Error::Input(format!("{}: {why}", loaded.places.of(field)));
-        if device == DeviceChoice::Cuda {
-            return Err(Error::Input("--device cuda: training on GPUs is not built yet; use cpu".into()));
-        }
         let mesh = Mesh::new(world, MeshSizes::from(&config.train))?;
         let hf = HfModel::open(&config.model.hf_config())?;
         let spec = hf.spec;
@@ -226,15 +223,9 @@ impl Run {
         watcher.set_timeout(Duration::from_secs(self.config.train.comm_timeout_s as u64));
         watcher.set_output(&self.config.train.output_dir);
         let (lora, train) = (&self.config.lora, &self.config.train);
-        let device = Device::Cpu;
-        let mut model = Transformer::new(
-            self.spec.clone(),
-            &self.sites,
-            self.lora_shape(),
-            self.options(),
-            &groups,
-            device,
-        );
+        let device = world.device();
+        let mut model =
+            Transformer::new(self.spec.clone(), &self.sites, self.lora_shape(), self.options(), &groups);
         model.load(self.source.as_ref())?;
         tracing::info!("rank {} read {} bytes of the base", world.rank(), self.source.bytes_read());
         let settings = Settings::new(train.optimizer, train.weight_decay);
@@ -271,11 +262,14 @@ impl Run {
             let Some((rows, stride)) = steps.next() else { break };
             let rows = rows?;
             let received = world.ledger().totals();
-            let batches: Vec<Batch> = rows.micro_batches.iter().map(|rows| batch(rows, device)).collect();
+            let batches: Vec<Batch> =
+                rows.micro_batches.iter().map(|rows| batch(rows, device.tensors())).collect();
             drop(waiting);
             watcher.step(rows.step + 1);
             let report = trainer.step(&batches, rows.step)?;
-            let mut agreed = [peak_rss_bytes() as f64, f64::from(u8::from(stop.asked()))];
+            let used = device.memory()?.map(Memory::used);
+            let mut agreed =
+                [peak_rss_bytes() as f64, f64::from(u8::from(stop.asked())), used.unwrap_or_default() as f64];
             trainer.world.all_reduce_host(&mut agreed, Reduce::Max)?;
             let (peak, stopping) = (agreed[0] as u64, agreed[1] > 0.0);
             let done = rows.step + 1;
@@ -287,6 +281,7 @@ impl Run {
                 seconds: begin.elapsed().as_secs_f64(),
                 phases: clock.take(),
                 peak_rss_bytes: peak,
+                device_memory_bytes: used.map(|_| agreed[2] as u64),
                 received: received_since(&received, world.ledger()),
             })?;
             let every = |n: usize, count: usize| n > 0 && count.is_multiple_of(n);

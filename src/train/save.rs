@@ -13,6 +13,7 @@ use crate::{
         steps,
     },
     data::deal::Position,
+    device::Staging,
     error::{Result, agree, from_first},
     lora::Parameter,
     model::source,
@@ -159,8 +160,10 @@ impl<'a> Saver<'a> {
         }
         let moments = trainer.optimizer.moments();
         let mut units: Vec<UnitPieces> = Vec::new();
+        let mut staging = Staging::new(trainer.model.device()).map_err(ShardError::from)?;
         for (i, owned) in trainer.model.adapter.owned().enumerate() {
-            units.push(pieces_of(&owned, moments.get(i).map(|m| [&m.exp_avg, &m.exp_avg_sq]))?);
+            let moments = moments.get(i).map(|m| [&m.exp_avg, &m.exp_avg_sq]);
+            units.push(pieces_of(&owned, moments, &mut staging)?);
         }
         Ok(write_pieces(step, self.rank, mesh.world(), &units)?)
     }
@@ -189,8 +192,12 @@ impl<'a> Saver<'a> {
 }
 
 /// What this rank owns of a region, with the two moments where the optimizer keeps them.
-fn pieces_of(owned: &Owned, moments: Option<[&Tensor; 2]>) -> Result<UnitPieces, ShardError> {
-    let floats = |tensor: &Tensor| Vec::<f32>::try_from(tensor);
+fn pieces_of(
+    owned: &Owned,
+    moments: Option<[&Tensor; 2]>,
+    staging: &mut Staging,
+) -> Result<UnitPieces, ShardError> {
+    let mut floats = |tensor: &Tensor| staging.fetch(tensor);
     let [exp_avg, exp_avg_sq] = match moments {
         Some([first, second]) => [floats(first)?, floats(second)?],
         None => [Vec::new(), Vec::new()],

@@ -46,6 +46,20 @@ pub fn xorl(ranks: usize, arguments: &[&str]) -> Output {
     ranks_of(program, ranks).args(arguments).env("HF_HUB_OFFLINE", "1").output().unwrap()
 }
 
+/// Has `command` find our library in place of CUDA's driver and NCCL, and leave in `folder` what it is called for.
+pub fn stand_in(command: &mut Command, folder: &Path) {
+    let libraries = folder.join("libraries");
+    std::fs::create_dir_all(&libraries).unwrap();
+    let built = Path::new(env!("CARGO_BIN_EXE_xorl-dist")).with_file_name("examples").join("libstand_in.so");
+    assert!(built.is_file(), "{} is missing: cargo build --example stand_in", built.display());
+    for name in ["libcuda.so", "libnccl.so"] {
+        std::os::unix::fs::symlink(&built, libraries.join(name)).unwrap();
+    }
+    command.env("LD_LIBRARY_PATH", &libraries).env("XORL_STAND_IN", folder);
+    // Streams are late, each time by something else.
+    command.env("XORL_STAND_IN_JITTER_US", "300");
+}
+
 /// What the run said is part of the failure.
 pub fn succeeded(output: &Output) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

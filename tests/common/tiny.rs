@@ -113,7 +113,14 @@ impl TinyRun {
     pub fn story(&self, out: &str) -> Vec<Value> {
         let mut lines = metrics(&self.at(out));
         for line in &mut lines {
-            for field in ["tokens_per_second", "step_seconds", "phase_seconds", "peak_rss_bytes"] {
+            let of_the_machine = [
+                "tokens_per_second",
+                "step_seconds",
+                "phase_seconds",
+                "peak_rss_bytes",
+                "device_memory_bytes",
+            ];
+            for field in of_the_machine {
                 line.as_object_mut().unwrap().remove(field);
             }
         }

@@ -3,7 +3,7 @@
 //! Each case starts its own test binary under mpirun; its ranks run [`worker`], which trains and leaves what it saw in a
 //! file. A test program that uses this has a test `mpi_worker` that calls it.
 
-use super::ranks_of;
+use super::{ranks_of, stand_in};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::{collections::BTreeMap, path::Path, rc::Rc};
@@ -11,6 +11,7 @@ use tch::{Device, Tensor};
 use xorl_dist::{
     comm::{CommError, Communicator, Operation, Parts, Pending, Received, Reduce, World},
     config::{CheckpointingMethod, Optimizer as OptimizerKind, ReduceGradients, TrainArgs},
+    device::DeviceChoice,
     dtype::DType,
     lora::{Site, targets::resolve},
     mesh::{Mesh, MeshSizes},
@@ -53,6 +54,8 @@ pub struct Case {
     pub hybrid: bool,
     pub data: Data,
     pub fault: Option<Fault>,
+    /// Whether tensors move over NCCL, for which a library of ours stands in.
+    pub stand_in: bool,
 }
 
 /// What rows are made of.
@@ -111,13 +114,14 @@ impl Case {
             hybrid: false,
             data: Data::Random,
             fault: None,
+            stand_in: false,
         }
     }
 
     /// The same training on one rank.
     pub fn on_one_rank(&self) -> Self {
-        let Self { targets, moe, hybrid, data, .. } = self.clone();
-        Self { targets, moe, hybrid, data, ..Self::one() }
+        let Self { targets, moe, hybrid, data, stand_in, .. } = self.clone();
+        Self { targets, moe, hybrid, data, stand_in, ..Self::one() }
     }
 
     fn mesh(&self) -> Mesh {
@@ -365,7 +369,10 @@ fn travellers(groups: &Groups, own: &[Vec<Vec<f64>>]) -> Vec<Travellers> {
 pub fn worker() {
     let Ok(case) = std::env::var("XORL_TEST_CASE") else { return };
     let case: Case = serde_json::from_str(&case).unwrap();
-    let world = World::start().unwrap();
+    let mut world = World::start().unwrap();
+    if case.stand_in {
+        world.use_device(DeviceChoice::StandIn).unwrap();
+    }
     let (rank, size) = (world.rank(), world.size());
     let mesh = case.mesh();
     let mut groups = Groups::new(&world, mesh);
@@ -381,7 +388,7 @@ pub fn worker() {
     }
     let lora = LoraShape { rank: 3, alpha: 6.0 };
     let new = |groups: &Groups| {
-        let mut model = Transformer::new(spec.clone(), &sites, lora, options, groups, Device::Cpu);
+        let mut model = Transformer::new(spec.clone(), &sites, lora, options, groups);
         load(&model, case.data);
         model.init_adapter(3, 0.05).unwrap();
         model
@@ -463,6 +470,9 @@ pub fn run(case: &Case) -> Vec<Value> {
     command
         .env("XORL_TEST_CASE", serde_json::to_string(case).unwrap())
         .env("XORL_TEST_OUT", directory.path());
+    if case.stand_in {
+        stand_in(&mut command, directory.path());
+    }
     let output = command.output().unwrap();
     let text =
         format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));

@@ -18,6 +18,10 @@ pub(super) struct Peer {
 
 /// What is wrong, in one line; `None` where nothing is. `peers` are all that are watched and have not said goodbye.
 pub(super) fn judge(peers: &[Peer], timeout: Duration) -> Option<String> {
+    if let Some((rank, fault)) = peers.iter().find_map(|peer| Some((peer.rank, peer.status.fault.as_ref()?)))
+    {
+        return Some(format!("rank {rank}: {fault}"));
+    }
     if let Some(peer) = peers.iter().find(|peer| peer.lost) {
         return Some(format!("{} has died; {}", peer.who(), peer.last()));
     }
@@ -37,16 +41,22 @@ fn late(waiting: &Peer, peers: &[Peer], timeout: Duration) -> Option<String> {
     }
     let missing = |peer: &&Peer| {
         let own = peer.status.groups.iter().find(|own| (&own.name, own.color) == (&group.name, group.color));
-        own.is_some_and(|own| own.entered < group.entered)
+        own.is_some_and(|own| own.entered < inside.number)
     };
     let missing: Vec<&Peer> = peers.iter().filter(missing).collect();
     if missing.iter().any(|peer| peer.status.slow.is_some()) {
         return None;
     }
+    let (rank, seconds, step) = (waiting.rank, inside.seconds as u64, waiting.status.step);
+    let (operation, name, number) = (&group.operation, &group.name, inside.number);
+    if missing.is_empty() && inside.on_device {
+        return Some(format!(
+            "rank {rank}: #{number} over {name}, which every rank has started, is not done on the device within \
+             {seconds} s (step {step})"
+        ));
+    }
     // One that waits elsewhere is kept by somebody else.
     let culprit = missing.iter().find(|peer| peer.status.inside.is_none()).or(missing.first())?;
-    let (rank, seconds, step) = (waiting.rank, inside.seconds as u64, waiting.status.step);
-    let (operation, name, number) = (&group.operation, &group.name, group.entered);
     let (who, last) = (culprit.who(), culprit.last());
     Some(format!(
         "rank {rank}: no {operation} #{number} over {name} from {who} within {seconds} s (step {step}); {last}"
@@ -60,7 +70,7 @@ impl Peer {
 
     /// Where it was last seen.
     fn last(&self) -> String {
-        let Status { step, slow, groups, inside } = &self.status;
+        let Status { step, slow, groups, inside, .. } = &self.status;
         let of = |group: &Group| format!("{} #{} over {}", group.operation, group.entered, group.name);
         let all: Vec<String> = groups.iter().filter(|group| group.entered > 0).map(of).collect();
         let mut text = match inside.as_ref().and_then(|inside| groups.get(inside.group)) {
@@ -99,13 +109,14 @@ mod tests {
             process: 100 + rank as u32,
             silent: Duration::from_millis(300),
             lost: false,
-            status: Status { step: 4, slow: None, groups, inside: None },
+            status: Status { step: 4, slow: None, groups, inside: None, fault: None },
         }
     }
 
     fn inside(peer: Peer, group: usize, seconds: f64) -> Peer {
-        let status = Status { inside: Some(Inside { group, seconds }), ..peer.status };
-        Peer { status, ..peer }
+        let number = peer.status.groups[group].entered;
+        let inside = Some(Inside { group, number, seconds, on_device: false });
+        Peer { status: Status { inside, ..peer.status }, ..peer }
     }
 
     fn slow(peer: Peer, what: &str) -> Peer {
@@ -143,6 +154,28 @@ mod tests {
         peers[3].lost = true;
         let said = judge(&peers, TIMEOUT).unwrap();
         assert!(said.starts_with("rank 3 (process 103 on node7) has died; it last entered"), "{said}");
+    }
+
+    #[test]
+    fn devices_have_a_deadline_of_their_own() {
+        let on_device = |peer: Peer, number, seconds| {
+            let inside = Some(Inside { group: 1, number, seconds, on_device: true });
+            Peer { status: Status { inside, ..peer.status }, ..peer }
+        };
+        // Rank 0's device is in the 8th, though the rank has started two more.
+        let mut peers = [on_device(peer(0, 3, 10), 8, 99.0), peer(1, 3, 8), peer(2, 3, 9), peer(3, 3, 9)];
+        assert_eq!(judge(&peers, TIMEOUT), None);
+        peers[0] = on_device(peer(0, 3, 10), 8, 101.0);
+        let said = judge(&peers, TIMEOUT).unwrap();
+        assert_eq!(
+            said,
+            "rank 0: #8 over shard, which every rank has started, is not done on the device within 101 s (step 4)"
+        );
+        peers[1] = peer(1, 3, 7);
+        let said = judge(&peers, TIMEOUT).unwrap();
+        assert!(said.starts_with("rank 0: no all_gather #8 over shard from rank 1"), "{said}");
+        peers[3].status.fault = Some("ncclRemoteError of NCCL".into());
+        assert_eq!(judge(&peers, TIMEOUT).unwrap(), "rank 3: ncclRemoteError of NCCL");
     }
 
     #[test]

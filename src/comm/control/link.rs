@@ -129,7 +129,8 @@ fn listen() -> std::io::Result<(TcpListener, Invitation)> {
     Ok((listener, invitation))
 }
 
-fn host() -> String {
+/// This machine's name.
+pub(in crate::comm) fn host() -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned()
 }
 
@@ -403,6 +404,7 @@ fn end(shared: &Shared, rank: usize, line: &str, says: bool) -> ! {
         let _ = std::io::stderr().write_all(format!("error: {line}\n").as_bytes());
     }
     shared.write_flight(rank, line);
+    shared.abort();
     // The launcher kills the others when the first is gone: whoever has something to say or to write comes first.
     std::thread::sleep(Duration::from_millis(if says { 300 } else { 1000 }));
     // SAFETY: ends the process without running what was registered for its exit, which may wait for a hung MPI.

@@ -10,17 +10,21 @@ mod judge;
 mod link;
 
 use super::{CommError, Communicator};
+use crate::device::Event;
+pub(super) use link::host;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::VecDeque,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc},
     thread::JoinHandle,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 /// Collectives that are kept of each rank.
 const KEPT: usize = 64;
+/// For a device to let go of its collectives, before the process ends all the same.
+const ABORT: Duration = Duration::from_secs(1);
 /// `train.comm_timeout_s` until a configuration is read.
 const TIMEOUT: Duration = Duration::from_secs(600);
 
@@ -32,8 +36,10 @@ struct Status {
     /// What it does that takes as long as it takes.
     slow: Option<String>,
     groups: Vec<Group>,
-    /// The collective that it is in.
+    /// The collective that it is in, or that its device is in.
     inside: Option<Inside>,
+    /// What has failed where nobody was called.
+    fault: Option<String>,
 }
 
 /// What a rank has done with one of its groups.
@@ -52,7 +58,27 @@ struct Group {
 struct Inside {
     /// Place in [`Status::groups`].
     group: usize,
+    /// Which of the group's, from 1.
+    number: u64,
     seconds: f64,
+    /// Whether a device is in it, which went on without the rank.
+    on_device: bool,
+}
+
+/// A communicator whose collectives a device carries out, as the watchdog's thread sees it.
+pub(super) trait DeviceComm: Send + Sync {
+    /// What has failed in it since it was called last.
+    fn fault(&self) -> Option<String>;
+    /// Ends what is under way. May hang, as what it ends does.
+    fn abort(&self);
+}
+
+/// A collective that a device has been given.
+struct UnderWay {
+    group: usize,
+    number: u64,
+    since: Instant,
+    done: Arc<Event>,
 }
 
 /// A collective, for the flight record.
@@ -73,11 +99,31 @@ struct Flown {
 struct Local {
     status: Status,
     since: Instant,
+    under_way: VecDeque<UnderWay>,
+    devices: Vec<Weak<dyn DeviceComm>>,
     flight: VecDeque<Flown>,
     timeout: Duration,
     output: Option<PathBuf>,
     thread: Option<JoinHandle<()>>,
     closing: bool,
+}
+
+impl Local {
+    /// Forgets what devices have done.
+    ///
+    /// # Errors
+    /// Something has gone wrong on a device.
+    fn forget_done(&mut self) -> Result<(), crate::device::DeviceError> {
+        let mut asked = Ok(());
+        self.under_way.retain(|collective| match collective.done.is_done() {
+            Ok(done) => !done,
+            Err(error) => {
+                asked = Err(error);
+                true
+            }
+        });
+        asked
+    }
 }
 
 /// A rank's own record, shared by its communicators and its thread.
@@ -90,6 +136,8 @@ impl Shared {
         let local = Local {
             status,
             since: Instant::now(),
+            under_way: VecDeque::new(),
+            devices: Vec::new(),
             flight: VecDeque::new(),
             timeout: TIMEOUT,
             output: None,
@@ -106,12 +154,38 @@ impl Shared {
 
     /// What it is doing now.
     fn status(&self) -> Status {
-        let local = self.lock();
+        let mut guard = self.lock();
+        let local = &mut *guard;
+        let mut fault = local.forget_done().err().map(|error| error.to_string());
         let mut status = local.status.clone();
-        if let Some(inside) = &mut status.inside {
+        // A rank may be held by what its device does not get done.
+        if let Some(&UnderWay { group, number, since, .. }) = local.under_way.front() {
+            let seconds = since.elapsed().as_secs_f64();
+            status.inside = Some(Inside { group, number, seconds, on_device: true });
+        } else if let Some(inside) = &mut status.inside {
             inside.seconds = local.since.elapsed().as_secs_f64();
         }
-        status
+        let devices: Vec<_> = local.devices.iter().filter_map(Weak::upgrade).collect();
+        // A communicator may take its time to answer.
+        drop(guard);
+        fault = fault.or_else(|| devices.iter().find_map(|device| device.fault()));
+        Status { fault, ..status }
+    }
+
+    /// Ends what devices are in, and waits for that a little.
+    fn abort(&self) {
+        let devices: Vec<_> = self.lock().devices.iter().filter_map(Weak::upgrade).collect();
+        if devices.is_empty() {
+            return;
+        }
+        let (ended, wait) = mpsc::channel();
+        let abort = move || {
+            devices.iter().for_each(|device| device.abort());
+            let _ = ended.send(());
+        };
+        if std::thread::Builder::new().name("abort".into()).spawn(abort).is_ok() {
+            let _ = wait.recv_timeout(ABORT);
+        }
     }
 
     /// Writes the last collectives to `{output_dir}/flight/rank_{rank}.json`, if there is such a place.
@@ -163,6 +237,11 @@ impl Control {
             groups.len() - 1
         });
         GroupWatch { shared: self.shared.clone(), group }
+    }
+
+    /// Ends what this rank's device is in.
+    pub(super) fn abort(&self) {
+        self.shared.abort();
     }
 
     /// Says that this rank ends in good order, or with an error of its own: nobody should look for it.
@@ -267,9 +346,25 @@ impl GroupWatch {
     /// This rank waits for what it has started.
     pub(super) fn wait(&self) -> Within {
         let mut local = self.shared.lock();
-        local.status.inside = Some(Inside { group: self.group, seconds: 0.0 });
+        let number = local.status.groups[self.group].entered;
+        local.status.inside = Some(Inside { group: self.group, number, seconds: 0.0, on_device: false });
         local.since = Instant::now();
         Within(self.clone())
+    }
+
+    /// The collective that was started last is `done` when its device says so; the rank goes on meanwhile.
+    pub(super) fn under_way(&self, done: &Arc<Event>) {
+        let mut guard = self.shared.lock();
+        let local = &mut *guard;
+        // What has failed is told when the watchdog's thread looks.
+        let _ = local.forget_done();
+        let (group, number) = (self.group, local.status.groups[self.group].entered);
+        local.under_way.push_back(UnderWay { group, number, since: Instant::now(), done: done.clone() });
+    }
+
+    /// From now on the watchdog's thread asks `device` whether something has failed.
+    pub(super) fn look_after(&self, device: Arc<dyn DeviceComm>) {
+        self.shared.lock().devices.push(Arc::downgrade(&device));
     }
 }
 

@@ -3,9 +3,11 @@
 //! forward   P = softmax(q·kᵀ/√d),  o = P·v,  L = logsumexp of each score row
 //! backward  FlashAttention-2 (Dao, 2023): dv = Pᵀ·do,  dS = P ∘ (do·vᵀ − rowsum(do∘o)),  dq = dS·k/√d,  dk = dSᵀ·q/√d
 //!
-//! On the CPU both are kernels of tiles (`cpu`); elsewhere libtorch's operations (`formula`).
+//! On the CPU both are kernels of tiles (`cpu`), on CUDA libtorch's (`flash`); what neither takes its operations compute
+//! (`formula`).
 
 mod cpu;
+mod flash;
 mod formula;
 
 use super::{
@@ -16,30 +18,40 @@ use super::{
     },
     wide,
 };
+use crate::device::has_kernels;
 use half::bf16;
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 /// Documents of one flat batch, as runs of equal length.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq)]
 pub struct Documents {
     /// (first token, documents, tokens per document)
     runs: Vec<(i64, i64, i64)>,
+    /// Where each begins, and the end: `[documents + 1]` i32, where the batch is.
+    borders: Tensor,
 }
 
 impl Documents {
-    /// From the lengths of the documents in order; empty ones are skipped.
-    pub fn new(lengths: &[usize]) -> Self {
+    /// From the lengths of the documents in order, for tensors on `device`; empty ones are skipped.
+    pub fn new(lengths: &[usize], device: Device) -> Self {
         let mut runs: Vec<(i64, i64, i64)> = Vec::new();
         let mut start = 0;
+        let mut borders = vec![0];
         for length in lengths.iter().map(|&length| length as i64).filter(|&length| length > 0) {
             match runs.last_mut() {
                 Some((_, count, tokens)) if *tokens == length => *count += 1,
                 _ => runs.push((start, 1, length)),
             }
             start += length;
+            borders.push(start as i32);
         }
-        Self { runs }
+        Self { runs, borders: Tensor::from_slice(&borders).to_device(device) }
+    }
+
+    /// Tokens of the longest.
+    fn longest(&self) -> i64 {
+        self.runs.iter().map(|&(_, _, tokens)| tokens).max().unwrap_or(0)
     }
 
     /// The tokens of each document.
@@ -63,7 +75,7 @@ pub struct Heads {
     pub window: Option<i64>,
 }
 
-/// o [tokens, query·dim] and L `[tokens·query]` fp32 (by document, head, token) from fused q|k|v
+/// o [tokens, query·dim] and L `[tokens·query]` fp32 (in an order that [`backward`] knows) from fused q|k|v
 /// [tokens, (query + 2·key_value)·dim].
 pub fn forward(qkv: &Tensor, heads: Heads, documents: &Documents) -> (Buffer, Tensor) {
     let _span = crate::trace::operation("attention.forward");
@@ -77,9 +89,12 @@ pub fn forward(qkv: &Tensor, heads: Heads, documents: &Documents) -> (Buffer, Te
             cpu::forward(machine, Rows::of(qkv), heads, documents, Rows::of(out), Rows::of(lse));
         }
     }
-    match qkv.device() {
-        Device::Cpu => on_cpu(qkv.kind(), Forward(qkv, heads, documents, &out, &lse)),
-        _ => formula::forward(qkv, heads, documents, &out, &lse),
+    if has_kernels(qkv) {
+        on_cpu(qkv.kind(), Forward(qkv, heads, documents, &out, &lse));
+    } else if flash::takes(qkv, heads) && tokens > 0 {
+        libtorch(flash::forward(qkv, heads, documents, &out, &lse));
+    } else {
+        formula::forward(qkv, heads, documents, &out, &lse);
     }
     (out, lse)
 }
@@ -103,11 +118,21 @@ pub fn backward(
             cpu::backward(machine, [d_out, qkv, out], Rows::of(lse), heads, documents, d_qkv);
         }
     }
-    match qkv.device() {
-        Device::Cpu => on_cpu(qkv.kind(), Backward([d_out, qkv, out, lse, &d_qkv], heads, documents)),
-        _ => formula::backward(d_out, qkv, out, lse, heads, documents, &d_qkv),
+    if has_kernels(qkv) {
+        on_cpu(qkv.kind(), Backward([d_out, qkv, out, lse, &d_qkv], heads, documents));
+    } else if flash::takes(qkv, heads) && qkv.size()[0] > 0 {
+        libtorch(flash::backward([d_out, qkv, out, lse], heads, documents, &d_qkv));
+    } else {
+        formula::backward(d_out, qkv, out, lse, heads, documents, &d_qkv);
     }
     d_qkv
+}
+
+/// libtorch's operations panic where they fail; so do these.
+fn libtorch(done: Result<(), tch::TchError>) {
+    if let Err(error) = done {
+        panic!("attention of libtorch: {error}");
+    }
 }
 
 /// What runs on any machine that multiplies tiles.
@@ -147,15 +172,13 @@ pub fn with_cache(q: &Tensor, k: &Tensor, v: &Tensor, lengths: &Tensor, heads: H
     }
     let mask = Tensor::zeros([sequences, places], (q.kind(), q.device()));
     let mask = mask.masked_fill(&hidden, f64::NEG_INFINITY).view([sequences, 1, 1, places]);
-    let (o, _) = Tensor::internal_scaled_dot_product_flash_attention_for_cpu(
-        &q.unsqueeze(2),
-        &k.transpose(1, 2),
-        &v.transpose(1, 2),
-        0.0,
-        false,
-        Some(&mask),
-        None,
-    );
+    let (q, k, v) = (q.unsqueeze(2), k.transpose(1, 2), v.transpose(1, 2));
+    let o = if has_kernels(&q) {
+        Tensor::internal_scaled_dot_product_flash_attention_for_cpu(&q, &k, &v, 0.0, false, Some(&mask), None)
+            .0
+    } else {
+        Tensor::scaled_dot_product_attention(&q, &k, &v, Some(&mask), 0.0, false, None, true)
+    };
     o.reshape(shape)
 }
 
@@ -199,7 +222,7 @@ mod tests {
 
     /// Output and gradient by the kernels.
     fn ours(qkv: &Tensor, d_out: &Tensor, heads: Heads, lengths: &[usize]) -> [Buffer; 2] {
-        let documents = Documents::new(lengths);
+        let documents = Documents::new(lengths, Device::Cpu);
         let (out, lse) = forward(qkv, heads, &documents);
         let d_qkv = backward(&d_out.to_kind(qkv.kind()), qkv, &out, &lse, heads, &documents);
         [out, d_qkv]
@@ -261,7 +284,7 @@ mod tests {
             let (heads, lengths) = &case;
             let [qkv, d_out] = inputs(&case);
             let exact = expected(&qkv, &d_out, *heads, lengths);
-            let documents = Documents::new(lengths);
+            let documents = Documents::new(lengths, Device::Cpu);
             let (out, d_qkv) = (d_out.empty_like(), qkv.empty_like());
             let lse = Tensor::empty([qkv.size()[0] * heads.query], (Kind::Double, Device::Cpu));
             formula::forward(&qkv, *heads, &documents, &out, &lse);

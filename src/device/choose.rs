@@ -1,0 +1,93 @@
+//! Which device is whose. Pure.
+
+use super::DeviceError;
+use serde::{Deserialize, Serialize};
+
+/// What a rank sees before devices are dealt out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sight {
+    pub host: String,
+    /// Which of its host's ranks it is, in the order of their world ranks.
+    pub local_rank: usize,
+    /// The ids of the devices that it may use, in order; none: it computes on the CPU.
+    pub devices: Vec<[u8; 16]>,
+}
+
+/// Which of its devices rank `rank` of `all` takes: the one of its place among its host's ranks; or the only one, where the
+/// launcher has given each rank its own. `None` where all compute on the CPU.
+///
+/// # Errors
+/// Some ranks have devices and some have none, a host has more ranks than devices, or two ranks would share one.
+pub fn choose(all: &[Sight], rank: usize) -> Result<Option<usize>, DeviceError> {
+    let without = all.iter().position(|sight| sight.devices.is_empty());
+    let with = all.iter().position(|sight| !sight.devices.is_empty());
+    if let (Some(without), Some(with)) = (without, with) {
+        let host = |rank: usize| all[rank].host.clone();
+        return Err(DeviceError::Mixed { with, host: host(with), without, other: host(without) });
+    }
+    if with.is_none() {
+        return Ok(None);
+    }
+    let index = |sight: &Sight| if sight.devices.len() == 1 { 0 } else { sight.local_rank };
+    let mut taken = Vec::with_capacity(all.len());
+    for (rank, sight) in all.iter().enumerate() {
+        let here = || all.iter().filter(|other| other.host == sight.host).count();
+        let Some(id) = sight.devices.get(index(sight)) else {
+            let (host, devices) = (sight.host.clone(), sight.devices.len());
+            return Err(DeviceError::TooFew { host, ranks: here(), devices });
+        };
+        // Ids are the same on no two hosts, but for a virtual one that was copied.
+        let own = (&sight.host, *id);
+        if let Some(other) = taken.iter().position(|taken| *taken == own) {
+            if sight.devices.len() == 1 && all[other].devices.len() == 1 {
+                return Err(DeviceError::TooFew { host: sight.host.clone(), ranks: here(), devices: 1 });
+            }
+            return Err(DeviceError::Shared { host: sight.host.clone(), ranks: (other, rank) });
+        }
+        taken.push(own);
+    }
+    Ok(all.get(rank).map(index))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sight(host: &str, local_rank: usize, devices: &[u8]) -> Sight {
+        Sight { host: host.into(), local_rank, devices: devices.iter().map(|&id| [id; 16]).collect() }
+    }
+
+    fn chosen(all: &[Sight]) -> Vec<Option<usize>> {
+        (0..all.len()).map(|rank| choose(all, rank).unwrap()).collect()
+    }
+
+    fn refused(all: &[Sight]) -> String {
+        choose(all, 0).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn ranks_of_a_host_take_its_devices_in_turn() {
+        let both = |host| [sight(host, 0, &[1, 2, 3]), sight(host, 1, &[1, 2, 3])];
+        assert_eq!(chosen(&[both("a"), both("b")].concat()), [Some(0), Some(1), Some(0), Some(1)]);
+        assert_eq!(chosen(&[sight("a", 0, &[]), sight("a", 1, &[])]), [None, None]);
+    }
+
+    #[test]
+    fn a_device_that_the_launcher_gave_is_taken() {
+        // As slurm's --gpus-per-task does.
+        assert_eq!(chosen(&[sight("a", 0, &[7]), sight("a", 1, &[8])]), [Some(0), Some(0)]);
+    }
+
+    #[test]
+    fn what_cannot_be_dealt_is_refused() {
+        let few = refused(&[sight("a", 0, &[1, 2]), sight("a", 1, &[1, 2]), sight("a", 2, &[1, 2])]);
+        assert!(few.starts_with("3 ranks on a, which has 2 GPUs"), "{few}");
+        let one = refused(&[sight("a", 0, &[1]), sight("a", 1, &[1])]);
+        assert!(one.starts_with("2 ranks on a, which has 1 GPUs"), "{one}");
+        let mixed = refused(&[sight("a", 0, &[1]), sight("b", 0, &[])]);
+        assert!(mixed.contains("rank 0 on a has a GPU, rank 1 on b has none"), "{mixed}");
+        // One was given a device that another takes by its place.
+        let shared = refused(&[sight("a", 0, &[1, 2]), sight("a", 1, &[1])]);
+        assert!(shared.contains("ranks 0 and 1 on a"), "{shared}");
+    }
+}

@@ -1,0 +1,141 @@
+//! The device that a rank computes on: which one ([`choose`], pure), its driver ([`runtime`] says what is called, [`driver`]
+//! calls CUDA), a stream beside libtorch's ([`Lane`]), memory through which bytes go there ([`staging`]), and libtorch's own
+//! half for it ([`torch`]).
+
+pub mod choose;
+pub mod driver;
+mod lane;
+pub mod runtime;
+pub mod staging;
+pub mod torch;
+
+pub use lane::Lane;
+pub use runtime::{DeviceRuntime, Event, Memory};
+pub use staging::Staging;
+
+use libloading::Library;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+use tch::{Device, Tensor};
+
+/// Why a device cannot be used.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum DeviceError {
+    #[error("{what} is missing: {why}")]
+    Missing { what: &'static str, why: String },
+    #[error("CUDA's driver, {call}: {text} (error {code})")]
+    Driver { call: &'static str, code: u32, text: String },
+    #[error("this machine has an NVIDIA driver but no GPU that may be used; see CUDA_VISIBLE_DEVICES")]
+    None,
+    #[error(
+        "{ranks} ranks on {host}, which has {devices} GPUs for them: start one rank a GPU, or use --device cpu"
+    )]
+    TooFew { host: String, ranks: usize, devices: usize },
+    #[error("ranks {} and {} on {host} would share a GPU: give each rank its own, or all of them all", ranks.0, ranks.1)]
+    Shared { host: String, ranks: (usize, usize) },
+    #[error(
+        "rank {with} on {host} has a GPU, rank {without} on {other} has none: say --device cuda or --device cpu"
+    )]
+    Mixed { with: usize, host: String, without: usize, other: String },
+}
+
+impl DeviceError {
+    /// What a device does wrong is a failure, that there is none the user's to mend.
+    pub fn exit_code(&self) -> i32 {
+        if matches!(self, Self::Driver { .. }) { 1 } else { 2 }
+    }
+}
+
+/// Where ranks compute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum DeviceChoice {
+    /// One GPU a rank where there are GPUs, else the CPU
+    #[default]
+    Auto,
+    /// CPU ranks over MPI
+    Cpu,
+    /// One GPU a rank, over NCCL
+    Cuda,
+    /// As on GPUs, but with tensors in host memory: for the tests, whose library stands in for CUDA's driver and NCCL.
+    #[value(hide = true)]
+    StandIn,
+}
+
+/// The device of this rank.
+#[derive(Clone, Debug)]
+pub struct RankDevice {
+    tensors: Device,
+    runtime: Option<Arc<dyn DeviceRuntime>>,
+}
+
+impl RankDevice {
+    /// The CPU.
+    pub fn host() -> Self {
+        Self { tensors: Device::Cpu, runtime: None }
+    }
+
+    /// Device `index` of those that this process sees.
+    pub fn open(choice: DeviceChoice, index: usize) -> Result<Self, DeviceError> {
+        STANDS_IN.store(choice == DeviceChoice::StandIn, Ordering::Relaxed);
+        let tensors = if choice == DeviceChoice::StandIn { Device::Cpu } else { Device::Cuda(index) };
+        Ok(Self { tensors, runtime: Some(Arc::new(driver::Driver::open(index)?)) })
+    }
+
+    /// Where tensors are.
+    pub fn tensors(&self) -> Device {
+        self.tensors
+    }
+
+    /// Its driver; `None` for the CPU.
+    pub fn runtime(&self) -> Option<&Arc<dyn DeviceRuntime>> {
+        self.runtime.as_ref()
+    }
+
+    /// Its memory; `None` for the CPU.
+    pub fn memory(&self) -> Result<Option<Memory>, DeviceError> {
+        self.runtime.as_ref().map(|runtime| runtime.memory()).transpose()
+    }
+}
+
+/// Whether `library` has all `symbols`; cudarc panics at the first call of one that it has not.
+pub(crate) fn has_symbols(
+    what: &'static str,
+    library: &Library,
+    symbols: &[&str],
+) -> Result<(), DeviceError> {
+    // SAFETY: what is found is not called.
+    let has = |symbol: &&&str| unsafe { library.get::<unsafe extern "C" fn()>(symbol.as_bytes()) }.is_ok();
+    match symbols.iter().find(|symbol| !has(symbol)) {
+        Some(symbol) => Err(DeviceError::Missing { what, why: format!("it is too old, it has no {symbol}") }),
+        None => Ok(()),
+    }
+}
+
+/// Whether a tensor of another device is in host memory: see [`DeviceChoice::StandIn`].
+static STANDS_IN: AtomicBool = AtomicBool::new(false);
+
+/// Whether `tensor` is where kernels of ours compute. Elsewhere libtorch's operations do.
+pub fn has_kernels(tensor: &Tensor) -> bool {
+    tensor.device() == Device::Cpu && !STANDS_IN.load(Ordering::Relaxed)
+}
+
+/// The devices that this process may use as `choice` says; none: it computes on the CPU.
+///
+/// # Errors
+/// GPUs are asked for or found, and cannot be used.
+pub fn visible(choice: DeviceChoice) -> Result<Vec<[u8; 16]>, DeviceError> {
+    let devices = match choice {
+        DeviceChoice::Cpu => Vec::new(),
+        // Without a driver, or with one that finds nothing, nobody expects GPUs.
+        DeviceChoice::Auto => driver::visible().unwrap_or_default(),
+        DeviceChoice::Cuda | DeviceChoice::StandIn => {
+            Some(driver::visible()?).filter(|devices| !devices.is_empty()).ok_or(DeviceError::None)?
+        }
+    };
+    if !devices.is_empty() && choice != DeviceChoice::StandIn {
+        torch::load_cuda()?;
+    }
+    Ok(devices)
+}

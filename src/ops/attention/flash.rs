@@ -1,0 +1,97 @@
+//! FlashAttention-2 (Dao, 2023) of libtorch on CUDA, over all documents at once by the borders between them.
+
+use super::{Documents, Heads};
+use tch::{Device, Kind, Tensor};
+
+/// Whether its kernels take this: half-width kinds, and heads that are neither odd nor wide.
+pub fn takes(qkv: &Tensor, heads: Heads) -> bool {
+    let kind = matches!(qkv.kind(), Kind::BFloat16 | Kind::Half);
+    matches!(qkv.device(), Device::Cuda(_)) && kind && heads.dim % 8 == 0 && heads.dim <= 256
+}
+
+/// q, k, v of `qkv`, each [tokens, heads, dim].
+fn split(qkv: &Tensor, heads: Heads) -> [Tensor; 3] {
+    let (q, n) = (heads.query, heads.key_value);
+    let all = qkv.view([-1, q + 2 * n, heads.dim]);
+    [all.narrow(1, 0, q), all.narrow(1, q, n), all.narrow(1, q + n, n)]
+}
+
+fn by_head(rows: &Tensor, heads: Heads) -> Tensor {
+    rows.view([-1, heads.query, heads.dim])
+}
+
+/// Tokens before its own that a query sees, where that is limited.
+fn left(heads: Heads) -> Option<i64> {
+    heads.window.map(|window| window - 1)
+}
+
+/// See [`super::forward`]; L is by head, then by token.
+pub fn forward(
+    qkv: &Tensor,
+    heads: Heads,
+    documents: &Documents,
+    out: &Tensor,
+    lse: &Tensor,
+) -> Result<(), tch::TchError> {
+    let [q, k, v] = split(qkv, heads);
+    let (borders, longest) = (&documents.borders, documents.longest());
+    let no: Option<&Tensor> = None;
+    let sums = Tensor::f_internal_flash_attention_forward_no_dropout_inplace(
+        &by_head(out, heads),
+        &q,
+        &k,
+        &v,
+        Some(borders),
+        Some(borders),
+        longest,
+        longest,
+        0.0,
+        true,
+        false,
+        None,
+        left(heads),
+        Some(0),
+        no,
+        no,
+        no,
+        None,
+    )?;
+    lse.view([heads.query, -1]).f_copy_(&sums)
+}
+
+/// See [`super::backward`].
+pub fn backward(
+    [d_out, qkv, out, lse]: [&Tensor; 4],
+    heads: Heads,
+    documents: &Documents,
+    d_qkv: &Tensor,
+) -> Result<(), tch::TchError> {
+    let [q, k, v] = split(qkv, heads);
+    let (borders, longest) = (&documents.borders, documents.longest());
+    // The state of a generator, which only dropout asks for.
+    let unused = Tensor::zeros([2], (Kind::Int64, qkv.device()));
+    let gradients = Tensor::f_internal_flash_attention_backward(
+        &by_head(d_out, heads),
+        &q,
+        &k,
+        &v,
+        &by_head(out, heads),
+        &lse.view([heads.query, -1]),
+        borders,
+        borders,
+        longest,
+        longest,
+        0.0,
+        true,
+        &unused,
+        &unused,
+        None,
+        left(heads),
+        Some(0),
+    )?;
+    for (mut target, gradient) in split(d_qkv, heads).into_iter().zip([gradients.0, gradients.1, gradients.2])
+    {
+        target.f_copy_(&gradient)?;
+    }
+    Ok(())
+}

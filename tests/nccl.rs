@@ -1,0 +1,283 @@
+//! The way over NCCL without a GPU: a library of ours stands in for CUDA's driver and NCCL (tests/stand_in), tensors stay in
+//! host memory, operations are those of devices. All else is what runs on GPUs: the communicator, its streams and events,
+//! the trainer, the watchdog.
+
+mod common;
+
+use common::{
+    failed, stand_in, succeeded,
+    tiny::{TinyRun, adapter},
+    topology::{self, Case, equals_one_rank},
+};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::Path,
+    process::Output,
+    time::{Duration, Instant},
+};
+use xorl_dist::config::{CheckpointingMethod::RecomputeFullLayer, ReduceGradients::MicroBatch};
+
+#[test]
+fn mpi_worker() {
+    topology::worker();
+}
+
+fn over_nccl() -> Case {
+    Case { stand_in: true, world: 2, micro_batch_rows: 2, ..Case::one() }
+}
+
+#[test]
+fn mpi_two_ranks_equal_one() {
+    equals_one_rank(over_nccl());
+}
+
+#[test]
+fn mpi_one_slot_equals_one_rank() {
+    equals_one_rank(Case { slots: 1, checkpointing: RecomputeFullLayer, reduce: MicroBatch, ..over_nccl() });
+}
+
+#[test]
+fn mpi_two_replicas_of_two_shards_equal_one() {
+    equals_one_rank(Case { world: 4, replicas: 2, slots: 3, ..over_nccl() });
+}
+
+#[test]
+fn mpi_experts_over_two_and_four_ranks_equal_one() {
+    let experts = Case { moe: true, micro_batch_rows: 1, ..over_nccl() };
+    equals_one_rank(Case { experts_over: 2, world: 4, hybrid: true, ..experts.clone() });
+    equals_one_rank(Case { experts_over: 4, world: 4, data: topology::Data::OddRowsSilent, ..experts });
+}
+
+/// A run of the program, and what the stand-in was called for.
+struct Seen {
+    run: TinyRun,
+    output: Output,
+    seconds: f64,
+}
+
+/// The same on any number of ranks.
+const BATCH: [&str; 2] = ["--train.global_batch_size", "8"];
+
+/// Runs the program on `ranks` devices that do `fault`.
+fn train(run: TinyRun, ranks: usize, fault: &str, more: &[&str]) -> Seen {
+    let mut command = run.command(ranks, "out", &[&["--device", "stand-in"], &BATCH[..], more].concat());
+    stand_in(&mut command, &run.at(""));
+    let begin = Instant::now();
+    let output = command.env("XORL_STAND_IN_FAULT", fault).output().unwrap();
+    Seen { run, output, seconds: begin.elapsed().as_secs_f64() }
+}
+
+impl Seen {
+    /// The calls of `rank`, each as its words.
+    fn journal(&self, rank: usize) -> Vec<Vec<String>> {
+        let text = fs::read_to_string(self.run.at(&format!("journal-{rank}"))).unwrap();
+        text.lines().map(|line| line.split(' ').map(str::to_owned).collect()).collect()
+    }
+}
+
+/// Losses of a run, and its last adapter.
+fn story(run: &TinyRun, out: &str) -> (Vec<f64>, BTreeMap<String, Vec<f32>>) {
+    let losses = run.story(out).iter().map(|line| line["loss"].as_f64().unwrap()).collect();
+    (losses, adapter(&run.step(out, common::tiny::STEPS)))
+}
+
+fn near(a: &[f64], b: &[f64]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() <= 1e-5 * b.abs())
+}
+
+#[test]
+fn mpi_the_program_trains_saves_and_resumes() {
+    let run = TinyRun::of_experts();
+    succeeded(&run.run(1, "alone", &BATCH));
+    let expected = story(&run, "alone");
+    let seen = train(run, 4, "", &["--train.expert_parallel_size", "2"]);
+    succeeded(&seen.output);
+    let (losses, values) = story(&seen.run, "out");
+    assert!(near(&losses, &expected.0), "{losses:?} {:?}", expected.0);
+    for (name, values) in &values {
+        let apart = values.iter().zip(&expected.1[name]).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt();
+        let norm = values.iter().map(|a| a.powi(2)).sum::<f32>().sqrt();
+        assert!(apart <= 1e-4 * norm, "{name}: {apart} of {norm}");
+    }
+    let line = common::metrics(&seen.run.at("out")).remove(0);
+    assert_eq!(line["device_memory_bytes"].as_u64(), Some(1 << 30), "what the stand-in says is used");
+
+    // The same steps again from the tenth, to the bit.
+    seen.run.interrupted("out", "again", 10);
+    let auto =
+        ["--device", "stand-in", "--train.expert_parallel_size", "2", "--train.load_checkpoint_path", "auto"];
+    let mut command = seen.run.command(4, "again", &[&auto[..], &BATCH].concat());
+    let folder = seen.run.at("second");
+    stand_in(&mut command, &folder);
+    succeeded(&command.output().unwrap());
+    assert_eq!(story(&seen.run, "again"), (losses, values));
+}
+
+/// What every rank does with every communicator, and in what order beside libtorch.
+#[test]
+fn mpi_collectives_come_in_one_order_and_beside_what_is_computed() {
+    let layers = 6;
+    let run = TinyRun::new();
+    let config = fs::read_to_string(run.at("config.json")).unwrap();
+    let deep = config.replace("\"num_hidden_layers\":2", &format!("\"num_hidden_layers\":{layers}"));
+    assert_ne!(deep, config);
+    fs::write(run.at("config.json"), deep).unwrap();
+    let seen = train(run, 2, "", &["--train.max_steps", "1"]);
+    succeeded(&seen.output);
+    let journals: Vec<_> = (0..2).map(|rank| seen.journal(rank)).collect();
+
+    // Each rank has its device, and what is locked is given back.
+    let of = |journal: &[Vec<String>], word: &str| -> Vec<Vec<String>> {
+        journal.iter().filter(|words| words[0] == word).cloned().collect()
+    };
+    for (rank, journal) in journals.iter().enumerate() {
+        assert_eq!(of(journal, "device"), [["device".to_owned(), rank.to_string()]]);
+        assert!(!of(journal, "lock").is_empty());
+        assert_eq!(of(journal, "lock").len(), of(journal, "unlock").len());
+        assert!(of(journal, "stream").iter().all(|words| words[2] == "non-blocking"));
+        assert_eq!(of(journal, "init").len(), of(journal, "destroy").len());
+    }
+    // Counts, kinds and numbers are the same on all, stream aside.
+    let collectives = |journal: &[Vec<String>]| -> Vec<Vec<String>> {
+        let is = |word: &str| ["all_gather", "reduce_scatter", "all_reduce"].contains(&word);
+        journal.iter().filter(|words| is(&words[0])).map(|words| words[..6].to_vec()).collect()
+    };
+    assert_eq!(collectives(&journals[0]), collectives(&journals[1]));
+
+    // Every collective comes after what was computed, and has an event of its own after it:
+    //   record A 0, wait STREAM A, call on STREAM, record B STREAM; and later: wait 0 B.
+    let journal: Vec<&Vec<String>> = journals[0]
+        .iter()
+        .filter(|words| {
+            !["lock", "unlock", "device", "stream", "init", "destroy"].contains(&words[0].as_str())
+        })
+        .collect();
+    let mut events = Vec::new();
+    for (i, words) in journal.iter().enumerate().filter(|(_, words)| words.contains(&"on".to_owned())) {
+        let stream = words.last().unwrap();
+        let [before, wait, after] = [journal[i - 2], journal[i - 1], journal[i + 1]];
+        assert_eq!((before[0].as_str(), before[2].as_str()), ("record", "0"), "{words:?}");
+        assert_eq!(wait[..], ["wait".to_owned(), stream.clone(), before[1].clone()], "{words:?}");
+        assert_eq!((after[0].as_str(), &after[2]), ("record", stream), "{words:?}");
+        let joined = journal[i + 1..]
+            .iter()
+            .position(|later| later[..] == ["wait", "0", &after[1]].map(str::to_owned));
+        events.push((i, joined.map(|at| i + 1 + at), words[0].clone()));
+    }
+    // While a layer computes, the gather of the next is under way: between the wait for one layer and the wait for the next
+    // that one is started, and nothing is waited for at once but what is needed at once.
+    let started = |name: &str| events.iter().filter(|(_, _, call)| call == name).collect::<Vec<_>>();
+    let beside = |&&(start, joined, _): &&(usize, Option<usize>, String)| {
+        let joined = joined.expect("every gather is waited for");
+        let others = |words: &&&Vec<String>| words.contains(&"on".to_owned());
+        journal[start + 1..joined].iter().filter(others).count() + usize::from(joined > start + 2)
+    };
+    let gathers = started("all_gather");
+    let ahead = gathers.iter().filter(|gather| beside(gather) > 0).count();
+    // Two micro-batches, forward and backward, base and adapter; the first of each pass has nobody to hide behind, and in
+    // backward the last K - 1 = 1 layers are still there.
+    let per_pass = 2 * ((layers - 1) + (layers - 2));
+    assert!(ahead >= 2 * (per_pass - 2), "{ahead} of {} gathers were started ahead", gathers.len());
+    // A reduction is waited for at once.
+    assert!(started("reduce_scatter").iter().all(|&&(start, joined, _)| joined == Some(start + 2)));
+}
+
+#[test]
+fn mpi_streams_that_do_not_wait_are_noticed() {
+    let run = TinyRun::new();
+    succeeded(&run.run(1, "alone", &BATCH));
+    let expected = story(&run, "alone").0;
+    let run = train(run, 2, "", &[]).run;
+    assert!(near(&story(&run, "out").0, &expected));
+    fs::remove_dir_all(run.at("libraries")).unwrap();
+    fs::remove_dir_all(run.at("out")).unwrap();
+    let seen = train(run, 2, "ignores_waits", &[]);
+    // What is computed from half a layer may be anything, or no number at all.
+    if seen.output.status.success() {
+        let losses: Vec<Option<f64>> =
+            seen.run.story("out").iter().map(|line| line["loss"].as_f64()).collect();
+        let same = losses.iter().zip(&expected).all(|(a, b)| a.is_some_and(|a| near(&[a], &[*b])));
+        assert!(!same, "events are what orders streams, and nobody missed them");
+    }
+}
+
+#[test]
+fn mpi_what_fails_behind_our_backs_ends_all_ranks() {
+    let begin = Instant::now();
+    let seen = train(TinyRun::new(), 4, "fails:2:40", &[]);
+    let line = failed(&seen.output, 1);
+    assert!(line.starts_with("error: rank 2: ") && line.contains("ncclRemoteError of NCCL"), "{line}");
+    assert!(begin.elapsed() < Duration::from_secs(30), "{} s", seen.seconds);
+    let aborted = |rank: usize| seen.journal(rank).iter().any(|words| words[0] == "abort");
+    assert!((0..4).all(aborted), "what is under way is ended");
+}
+
+#[test]
+fn mpi_a_device_that_stands_still_is_named_in_time() {
+    let seen = train(TinyRun::new(), 2, "hangs:1:40", &["--train.comm_timeout_s", "3"]);
+    let line = failed(&seen.output, 1);
+    assert!(line.contains("is not done on the device within 3 s"), "{line}");
+    assert!(line.contains("over shard"), "{line}");
+    assert!(seen.seconds < 25.0, "{} s", seen.seconds);
+    assert!(seen.run.at("out/flight/rank_1.json").is_file());
+}
+
+/// The one line of a run that finds no device as it needs one.
+fn refused(
+    run: &TinyRun,
+    ranks: usize,
+    device: &str,
+    libraries: Option<&Path>,
+    visible: Option<&str>,
+) -> String {
+    let mut command = run.command(ranks, "out", &["--device", device]);
+    if let Some(libraries) = libraries {
+        command.env("LD_LIBRARY_PATH", libraries).env("XORL_STAND_IN", run.at(""));
+    }
+    if let Some(visible) = visible {
+        command.env("CUDA_VISIBLE_DEVICES", visible);
+    }
+    let line = failed(&command.output().unwrap(), 2);
+    assert!(!run.at("out").exists(), "{line}");
+    line
+}
+
+#[test]
+fn mpi_devices_that_cannot_be_had_are_refused_in_one_line() {
+    let run = TinyRun::new();
+    let mut unused = std::process::Command::new("true");
+    stand_in(&mut unused, &run.at(""));
+    let libraries = run.at("libraries");
+    let libraries = libraries.as_path();
+
+    let line = refused(&run, 2, "stand-in", Some(libraries), Some("0"));
+    assert!(line.contains("2 ranks on ") && line.contains(", which has 1 GPUs for them"), "{line}");
+    let line = refused(&run, 1, "stand-in", Some(libraries), Some(""));
+    assert!(line.contains("no GPU that may be used; see CUDA_VISIBLE_DEVICES"), "{line}");
+
+    // Some other library under NCCL's name, as an old one would be.
+    fs::remove_file(libraries.join("libnccl.so")).unwrap();
+    let other = fs::read_to_string("/proc/self/maps").unwrap();
+    let other = other
+        .lines()
+        .filter_map(|line| line.split_whitespace().last())
+        .find(|path| path.contains("/libm.so"));
+    std::os::unix::fs::symlink(other.unwrap(), libraries.join("libnccl.so")).unwrap();
+    let line = refused(&run, 2, "stand-in", Some(libraries), None);
+    assert!(line.contains("NCCL is missing: it is too old, it has no ncclGetVersion"), "{line}");
+    // A lone process needs none.
+    let mut alone = run.command(1, "alone", &["--device", "stand-in", "--train.max_steps", "1"]);
+    succeeded(&alone.env("LD_LIBRARY_PATH", libraries).env("XORL_STAND_IN", run.at("")).output().unwrap());
+}
+
+#[test]
+fn without_a_driver_gpus_are_refused_and_the_cpu_is_found() {
+    if Path::new("/dev/nvidiactl").exists() {
+        return;
+    }
+    let run = TinyRun::new();
+    let line = refused(&run, 1, "cuda", None, None);
+    assert!(line.contains("CUDA's driver is missing: libcuda.so.1 cannot be loaded"), "{line}");
+    succeeded(&run.run(1, "out", &["--device", "auto", "--train.max_steps", "1"]));
+}
