@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{failed, python, succeeded, xorl};
+use common::{failed, python, ranks_of, stand_in, succeeded, xorl};
 use serde_json::{Value, json};
 use std::{
     path::{Path, PathBuf},
@@ -88,6 +88,14 @@ fn mpi_generates_what_transformers_and_peft_generate() {
     let arguments = ["--dtype", "float32", "--max-new-tokens", "12", "--chat", questions[0]];
     let output = generate(2, &model, &arguments);
     assert_eq!(text(&output.stdout), "The capital of France is Paris.\n", "{}", text(&output.stderr));
+
+    // As devices compute it, over NCCL: see tests/nccl.rs.
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = ranks_of(Path::new(env!("CARGO_BIN_EXE_xorl-dist")), 2);
+    command.arg("generate").arg("--model").arg(&model).args(arguments).args(["--device", "stand-in"]);
+    stand_in(&mut command, folder.path());
+    let output = command.output().unwrap();
+    assert_eq!(text(&output.stdout), "The capital of France is Paris.\n", "{}", text(&output.stderr));
 }
 
 #[test]
@@ -107,7 +115,6 @@ fn mpi_what_cannot_be_generated_is_one_line() {
         (vec!["--chat-file", "/nowhere.jsonl"], "/nowhere.jsonl"),
         (vec!["--chat-file", &chats, "--out", "/nowhere/out"], "/nowhere"),
         (vec!["--prompt", ""], "at least one token"),
-        (vec!["--chat", "hi", "--device", "cuda"], "not built yet"),
     ] {
         let output = generate(2, &model, &arguments);
         let line = failed(&output, 2);

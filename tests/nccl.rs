@@ -281,3 +281,50 @@ fn without_a_driver_gpus_are_refused_and_the_cpu_is_found() {
     assert!(line.contains("CUDA's driver is missing: libcuda.so.1 cannot be loaded"), "{line}");
     succeeded(&run.run(1, "out", &["--device", "auto", "--train.max_steps", "1"]));
 }
+
+#[test]
+fn check_says_whether_the_device_has_room() {
+    let run = TinyRun::new();
+    let mut command = run.command(1, "out", &["--device", "stand-in"]);
+    stand_in(&mut command, &run.at(""));
+    let mut arguments: Vec<_> = command.get_args().map(std::ffi::OsStr::to_owned).collect();
+    arguments.insert(0, "check".into());
+    let mut check = std::process::Command::new(command.get_program());
+    check.args(arguments).envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let output = check.output().unwrap();
+    succeeded(&output);
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let line = said.lines().last().unwrap();
+    assert!(line.starts_with("memory of rank 0's device: 8589934592 bytes, 1073741824 in use; "), "{line}");
+    let number = |word: &str| -> u64 { word.split_whitespace().last().unwrap().parse().unwrap() };
+    let needed = line.split_once("a rank needs ").unwrap().1.split_once(" bytes").unwrap().0;
+    let part = |name: &str| number(said.lines().find(|line| line.trim_start().starts_with(name)).unwrap());
+    let sum = said.lines().find(|line| line.trim_start().starts_with("sum ")).unwrap();
+    let sum: u64 = sum.split_whitespace().nth(1).unwrap().parse().unwrap();
+    assert_eq!(needed.parse::<u64>().unwrap(), sum - part("libraries"));
+    assert!(line.ends_with("which is free"), "{line}");
+}
+
+/// `tests/gpu.sh` as it is without GPUs, and its own logic on devices that the stand-in makes.
+#[test]
+fn mpi_the_table_of_gpus() {
+    let script = |run: &TinyRun, gpus: &str| {
+        let mut command =
+            std::process::Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/gpu.sh"));
+        command.env("XORL_DIST", env!("CARGO_BIN_EXE_xorl-dist")).env("GPUS", gpus).env("DEVICE", "stand-in");
+        stand_in(&mut command, &run.at(""));
+        let output = command.env("TMPDIR", run.at("")).env("OMP_NUM_THREADS", "1").output().unwrap();
+        succeeded(&output);
+        let rows = String::from_utf8_lossy(&output.stdout).into_owned();
+        rows.lines().map(|row| row[64..].trim().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(script(&TinyRun::new(), "0"), ["not run"; 6]);
+    let rows = script(&TinyRun::new(), "2");
+    assert_eq!(rows.len(), 6);
+    for (i, row) in rows.iter().enumerate() {
+        assert!(
+            if [0, 2, 3].contains(&i) { row.starts_with("equal: 8 losses") } else { row == "not run" },
+            "{rows:?}"
+        );
+    }
+}

@@ -26,19 +26,25 @@ impl TwoHosts {
         Self { run }
     }
 
-    /// Rank 1 with `program` and `more`.
+    /// One rank in each folder, the second with `program` and `more`.
     fn started(&self, program: &Path, more: &[&str]) -> std::process::Output {
+        self.ranks(1, program, more)
+    }
+
+    /// `first` ranks in the first folder, then one in the second.
+    fn ranks(&self, first: usize, program: &Path, more: &[&str]) -> std::process::Output {
+        let first = first.to_string();
         let config = self.run.at("run.yaml").display().to_string();
         let datasets = "[{\"path\": \"rows.jsonl\", \"type\": \"tokenized\"}]";
         let common = ["--config", &config, "--model.config_path", "model", "--data.datasets", datasets];
         let short = ["--train.output_dir", "out", "--train.max_steps", "1"];
         let mut launcher = mpirun();
         let own = Path::new(env!("CARGO_BIN_EXE_xorl-dist"));
-        for (host, program, more) in [("a", own, &[][..]), ("b", program, more)] {
+        for (host, ranks, program, more) in [("a", &first[..], own, &[][..]), ("b", "1", program, more)] {
             if host == "b" {
                 launcher.arg(":");
             }
-            launcher.args(["-n", "1", "-wdir"]).arg(self.run.at(host)).arg(program);
+            launcher.args(["-n", ranks, "-wdir"]).arg(self.run.at(host)).arg(program);
             launcher.args(common).args(short).args(more);
         }
         launcher.output().unwrap()
@@ -95,4 +101,18 @@ fn mpi_ranks_that_differ_are_refused_with_what_differs() {
     fs::write(&rows, text).unwrap();
 
     succeeded(&hosts.started(own, &[]));
+}
+
+#[test]
+fn mpi_a_bad_row_that_only_rank_2_has_is_the_one_error() {
+    let hosts = TwoHosts::new();
+    let rows = hosts.run.at("b/rows.jsonl");
+    let text = fs::read_to_string(&rows).unwrap();
+    let bad =
+        |(i, row): (usize, &str)| if i == 6 { "{\"input_ids\": [4, 503]}" } else { row }.to_owned() + "\n";
+    fs::write(&rows, text.lines().enumerate().map(bad).collect::<String>()).unwrap();
+    let own = Path::new(env!("CARGO_BIN_EXE_xorl-dist"));
+    // The only line that begins so, whatever the launcher says after it.
+    let line = failed(&hosts.ranks(2, own, &[]), 2);
+    assert!(line.contains("rows.jsonl:7") && line.contains("503"), "{line}");
 }

@@ -27,6 +27,13 @@ pub struct MicroBatch {
     pub longest: usize,
 }
 
+impl Memory {
+    /// What of it is on the rank's device, where that is not the host.
+    pub fn on_device(&self) -> usize {
+        self.total() - self.libraries
+    }
+}
+
 /// Bytes of a rank, by what they are for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Memory {

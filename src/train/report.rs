@@ -2,6 +2,7 @@
 
 use super::Run;
 use crate::{
+    device,
     lora::targets,
     plan::{Memory, MicroBatch, Plan, Traffic, Travellers, compute::flops_per_token},
 };
@@ -38,6 +39,17 @@ impl Run {
             all_to_all: micro_batches * (0..self.spec.num_layers).map(travels).sum::<usize>(),
             flops_per_token: flops_per_token(&self.spec, &self.sites, rank, longest),
         }
+    }
+
+    /// Whether the run has room on a rank's device.
+    pub fn report_of_device(&self, memory: device::Memory) -> String {
+        let device::Memory { free, total } = memory;
+        let needed = self.plan().memory.on_device();
+        let fits = if needed <= free { "which is free" } else { "which is MORE THAN IS FREE" };
+        let used = memory.used();
+        format!(
+            "memory of rank 0's device: {total} bytes, {used} in use; a rank needs {needed} bytes of it, {fits}\n"
+        )
     }
 
     /// What a reader wants to know of a run that is not started: the resolved configuration, the mesh, data and cost.
