@@ -11,6 +11,7 @@
 #   ci/long.sh topologies      experts in every topology of up to 4 ranks, in every way to compute, against one rank
 #   ci/long.sh watchdog        a rank of 4 killed, and a rank stopped, at 20 moments each
 #   ci/long.sh hosts           two hosts, which are network namespaces, against one; and their cable cut (root, Open MPI)
+#   ci/long.sh mpich           the tests of several ranks built and run with MPICH (Debian's, installed beside Open MPI)
 #   ci/long.sh real_size       one bf16 step of a random model with the shapes of Qwen2.5-1.5B, on 2 ranks
 #   ci/long.sh real_moe        the same with two layers of the shapes of Qwen3-30B-A3B, 64 experts on each rank
 set -euo pipefail
@@ -36,6 +37,21 @@ case "${1:-}" in
     launch/setup.sh --no-tests
     exec cargo test --quiet --test hosts -- --ignored --nocapture
     ;;
+  mpich)
+    launch/setup.sh
+    command -v mpiexec.mpich >/dev/null || apt-get install -y -qq mpich libmpich-dev >/dev/null
+    bin=$PWD/target/mpich/bin
+    mkdir -p "$bin"
+    for name in mpicc mpirun mpiexec; do ln -sfn "$(command -v $name.mpich)" "$bin/$name"; done
+    # mpiexec looks for it where it was itself called.
+    ln -sfn "$(command -v hydra_pmi_proxy)" "$bin/hydra_pmi_proxy"
+    export PATH=$bin:$PATH CARGO_TARGET_DIR=$PWD/target/mpich OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+    export XORL_ORACLE_PYTHON=${XORL_ORACLE_PYTHON:-$PWD/.venv/bin/python}
+    cargo build --quiet --bins --examples
+    "$CARGO_TARGET_DIR/debug/xorl-dist" --version | grep MPI
+    # slurm's srun is Open MPI's here.
+    exec cargo nextest run --no-fail-fast -E 'test(/(^|::)mpi_/) - binary(slurm)'
+    ;;
   real_size | real_moe)
     launch/setup.sh --no-tests
     cargo build --release --quiet
@@ -45,5 +61,5 @@ case "${1:-}" in
     mpirun -n 2 "${CARGO_TARGET_DIR:-target}/release/xorl-dist" --config "tests/fixtures/$model/run.yaml"
     cat "outputs/$1/metrics.jsonl"
     ;;
-  *) sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+  *) sed -n '2,19s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
 esac

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A few steps of a run in one process, looked at closely: every layer's shapes and sizes and every collective are logged, the
-# first value that is not finite ends it with the layer's number. Nothing of the run itself is touched.
+# A few steps of a run in one process, on the GPU if there is one, looked at closely: every layer's shapes and sizes and every
+# collective are logged, the first value that is not finite ends it with the layer's number. Nothing of the run is touched.
 #
 #   launch/debug.sh run.yaml [--section.field VALUE]...       3 steps; --train.max_steps says how many
 #   RANKS=2 launch/debug.sh run.yaml                          on two ranks, each layer's weights no numbers when it has computed

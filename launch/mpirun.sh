@@ -52,7 +52,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
 launch=(mpirun -n "$ranks")
 if mpirun --version 2>&1 | grep -q 'Open MPI\|OpenRTE'; then
   [ "$(id -u)" != 0 ] || launch+=(--allow-run-as-root)
-  [ -z "$hosts" ] || launch+=(--hostfile "$hosts" --map-by node)
+  # Neighbours on one host: they exchange the most.
+  [ -z "$hosts" ] || launch+=(--hostfile "$hosts" --map-by "ppr:$here_ranks:node")
   if [ $fits = 1 ] && [ -z "$hosts" ]; then
     launch+=(--map-by "slot:PE=$OMP_NUM_THREADS" --bind-to core)
   elif [ $fits = 0 ]; then
@@ -64,7 +65,7 @@ if mpirun --version 2>&1 | grep -q 'Open MPI\|OpenRTE'; then
   done
 else
   # Hydra: all variables go along, and more ranks than cores are allowed.
-  [ -z "$hosts" ] || launch+=(-f "$hosts")
+  [ -z "$hosts" ] || launch+=(-f "$hosts" -ppn "$here_ranks")
   [ $fits = 0 ] || launch+=(-bind-to "core:$OMP_NUM_THREADS")
 fi
 launch+=("$program" "$@")

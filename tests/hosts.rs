@@ -36,10 +36,10 @@ impl Hosts {
         self.command(what).output().unwrap()
     }
 
-    /// `run` on both.
-    fn run(&self, run: &TinyRun, out: &str, more: &[&str]) -> Command {
+    /// `run` on both, with `each` ranks on one.
+    fn run(&self, each: usize, run: &TinyRun, out: &str, more: &[&str]) -> Command {
         let mut command = self.command("run");
-        command.arg(env!("CARGO_BIN_EXE_xorl-dist")).args(run.arguments(out, more));
+        command.arg(each.to_string()).arg(env!("CARGO_BIN_EXE_xorl-dist")).args(run.arguments(out, more));
         command
     }
 }
@@ -56,7 +56,7 @@ fn mpi_two_hosts_train_what_one_trains_and_notice_a_cut() {
     let (hosts, run) = (Hosts::up(), TinyRun::of_experts());
     let over = ["--train.expert_parallel_size", "2"];
     succeeded(&run.run(2, "one", &over));
-    succeeded(&hosts.run(&run, "two", &over).output().unwrap());
+    succeeded(&hosts.run(1, &run, "two", &over).output().unwrap());
     assert_eq!(run.story("two"), run.story("one"), "every metric but times and memory");
 
     let timeout = TIMEOUT.to_string();
@@ -68,7 +68,7 @@ fn mpi_two_hosts_train_what_one_trains_and_notice_a_cut() {
         "--train.comm_timeout_s",
         &timeout,
     ];
-    let mut child = started(hosts.run(&run, "cut", &[&over[..], &long].concat()));
+    let mut child = started(hosts.run(1, &run, "cut", &[&over[..], &long].concat()));
     let made = || fs::read_to_string(run.at("cut").join("metrics.jsonl")).unwrap_or_default().lines().count();
     wait_for("the first steps", || (made() >= 5).then_some(()));
     let ranks: Vec<u32> = (0..2).map(|rank| rank_process(child.id(), rank).unwrap()).collect();
@@ -88,4 +88,32 @@ fn mpi_two_hosts_train_what_one_trains_and_notice_a_cut() {
     child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
     let line = said.lines().find(|line| line.starts_with("error: ")).unwrap_or_else(|| panic!("{said}"));
     assert!(line.contains("rank 1 (process") && line.contains("on host-b) for"), "{line}");
+}
+
+/// What one host has to be told of the other's pieces goes over the cable once, not once for each of its ranks.
+#[test]
+#[ignore = "takes root and network namespaces: ci/long.sh hosts"]
+fn mpi_gathers_cross_the_network_once_for_a_host() {
+    let (hosts, run) = (Hosts::up(), TinyRun::new());
+    let config = fs::read_to_string(run.at("config.json")).unwrap();
+    let large = config.replace("\"hidden_size\":48", "\"hidden_size\":512").replace(":80", ":2048");
+    assert_ne!(large, config);
+    fs::write(run.at("config.json"), large).unwrap();
+    let carried =
+        || -> f64 { String::from_utf8_lossy(&hosts.script("carried").stdout).trim().parse().unwrap() };
+    let before = carried();
+    let short = ["--train.global_batch_size", "8", "--train.max_steps", "4"];
+    succeeded(&hosts.run(2, &run, "two", &short).output().unwrap());
+    let carried = carried() - before;
+    succeeded(&run.run(4, "one", &short));
+    assert_eq!(run.story("two"), run.story("one"), "every metric but times and memory");
+    let received = |operation: &str| -> f64 {
+        let lines = common::metrics(&run.at("two"));
+        lines.iter().map(|line| line["comm_bytes"][operation].as_f64().unwrap()).sum()
+    };
+    // A rank receives 3 of 4 pieces, two of which are of the other host: once for both ranks. A gradient's pieces come to
+    // each of the two ranks by themselves.
+    let needed = received("all_gather/shard") * 2.0 / 3.0 + received("reduce_scatter/shard") * 4.0 / 3.0;
+    println!("{{\"carried\": {carried}, \"needed\": {needed}}}");
+    assert!(carried >= needed && carried < 1.15 * needed, "{carried} bytes, {needed} are needed");
 }

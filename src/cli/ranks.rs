@@ -26,18 +26,17 @@ pub(super) fn on_all_ranks<P>(
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
     // A second initialisation is refused, and harmless.
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
-    if let Some(warning) = world.warning() {
-        tracing::warn!("{warning}");
-    }
-    if std::env::var_os("OMP_NUM_THREADS").is_none() {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        tch::set_num_threads((cores / world.size()).max(1) as i32);
-    }
 
     // Said before the ranks part: where one has exited, mpirun ends the others.
     let everyone = world.group("world", 0);
     let found = world.use_device(device).map_err(Error::from);
     agree(&*everyone, found).map_err(|error| said("", error))?;
+    world.warnings().for_each(|warning| tracing::warn!("{warning}"));
+    // libtorch is first called when its half for the device is loaded.
+    if std::env::var_os("OMP_NUM_THREADS").is_none() {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        tch::set_num_threads((cores / world.size()).max(1) as i32);
+    }
     let prepared = agree(&*everyone, prepare(&world)).map_err(|error| said("", error))?;
     execute(prepared, &world).map_err(|error| {
         // A rank that has nothing to say waits, in MPI's end, for the one that has.

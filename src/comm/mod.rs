@@ -6,6 +6,7 @@
 
 mod booked;
 mod control;
+mod hosts;
 mod launcher;
 mod ledger;
 mod mpi;
@@ -150,6 +151,8 @@ pub struct World {
     launcher: launcher::Launch,
     ledger: Ledger,
     device: RankDevice,
+    /// What the user should know of where ranks are.
+    placement: Option<String>,
 }
 
 impl World {
@@ -159,7 +162,7 @@ impl World {
         let ledger = Ledger::default();
         let mpi = if launcher.is_lone() { None } else { Some(mpi::Runtime::start(&launcher)?) };
         let control = mpi.as_ref().map(|mpi| control::Control::open(&mpi.group("control", 0))).transpose()?;
-        Ok(Self { control, mpi, launcher, ledger, device: RankDevice::host() })
+        Ok(Self { control, mpi, launcher, ledger, device: RankDevice::host(), placement: None })
     }
 
     /// Finds this rank's device. Groups that are made from now on move tensors between devices. Collective; before the
@@ -191,6 +194,12 @@ impl World {
             // Others have failed, and say so.
             return Ok(());
         }
+        self.placement = device::choose::scattered(&all).map(|host| {
+            format!(
+                "ranks of {host} are not neighbours: more has to cross the network than need be; start ranks host by \
+                 host (Open MPI: --map-by ppr:N:node, slurm: --distribution=block)"
+            )
+        });
         if let Some(index) = device::choose::choose(&all, self.rank())? {
             self.device = RankDevice::open(choice, index)?;
         }
@@ -244,8 +253,10 @@ impl World {
     }
 
     /// What the user should know of how the ranks were joined.
-    pub fn warning(&self) -> Option<&str> {
-        self.control.as_ref()?.warning.as_deref()
+    pub fn warnings(&self) -> impl Iterator<Item = &str> {
+        let unwatched = self.control.as_ref().and_then(|control| control.warning.as_deref());
+        let placement = self.placement.as_deref().filter(|_| self.rank() == 0);
+        [unwatched, placement].into_iter().flatten()
     }
 
     /// What a run tells the watchdog of itself.

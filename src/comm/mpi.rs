@@ -1,10 +1,13 @@
 //! MPI, for ranks whose tensors are in host memory. All calls come from the thread that started MPI.
 //!
 //! The fp32 reduce-scatter is pairwise exchange and add: `MPI_Reduce_scatter_block` was measured eight times
-//! slower with Open MPI 4.1. The all-to-all is pairwise too: `MPI_Alltoallv` counts and places in C ints. Gathers are byte copies, so MPI needs no bf16 type.
+//! slower with Open MPI 4.1. The all-to-all is pairwise too: `MPI_Alltoallv` counts and places in C ints. Gathers are byte
+//! copies, so MPI needs no bf16 type; over several hosts they go the way of [`hosts`](super::hosts).
 
 use super::{
-    CommError, Communicator, Completion, Parts, Pending, Reduce, bytes, check, check_rows, launcher::Launch,
+    CommError, Communicator, Completion, Parts, Pending, Reduce, bytes, check, check_rows,
+    hosts::{Hop, Round, Route},
+    launcher::Launch,
     rows_of,
 };
 use mpi::{
@@ -14,13 +17,19 @@ use mpi::{
     topology::{Color, SimpleCommunicator},
     traits::{AsRaw, Communicator as _, CommunicatorCollectives as _},
 };
-use std::{ffi::c_void, mem::MaybeUninit};
+use std::{ffi::c_void, mem::MaybeUninit, rc::Rc};
 use tch::{Kind, Tensor};
 
 /// MPI, initialised for as long as this value lives.
 pub(super) struct Runtime {
     universe: mpi::environment::Universe,
+    local_rank: usize,
+    /// This rank's host, by the world rank that is first on it.
+    host: usize,
 }
+
+/// For tests on one machine: so many consecutive ranks are taken for a host.
+const RANKS_PER_HOST: &str = "XORL_RANKS_PER_HOST";
 
 impl Runtime {
     pub(super) fn start(launch: &Launch) -> Result<Self, CommError> {
@@ -38,7 +47,18 @@ impl Runtime {
                 library: library_version(),
             });
         }
-        Ok(Self { universe })
+        let world = universe.world();
+        let rank = world.rank() as usize;
+        let neighbours = world.split_shared(world.rank());
+        let mut first = vec![0u64; neighbours.size() as usize];
+        neighbours.all_gather_into(&(rank as u64), &mut first[..]);
+        let pretended = std::env::var(RANKS_PER_HOST).ok().and_then(|text| text.parse::<usize>().ok());
+        let host = match pretended.filter(|&ranks| ranks > 0) {
+            Some(ranks) => rank / ranks * ranks,
+            None => first.first().map_or(rank, |&first| first as usize),
+        };
+        let local_rank = neighbours.rank() as usize;
+        Ok(Self { universe, local_rank, host })
     }
 
     pub(super) fn rank(&self) -> usize {
@@ -54,13 +74,16 @@ impl Runtime {
         let Some(comm) = self.universe.world().split_by_color(color) else {
             unreachable!("a rank that gives a color is in the group of that color");
         };
-        Mpi { comm, group: name.to_owned() }
+        let mut hosts = vec![0u64; comm.size() as usize];
+        comm.all_gather_into(&(self.host as u64), &mut hosts[..]);
+        let hosts: Vec<usize> = hosts.into_iter().map(|host| host as usize).collect();
+        let route = Route::new(&hosts, comm.rank() as usize).map(Rc::new);
+        Mpi { comm: Rc::new(comm), group: name.to_owned(), route }
     }
 
     /// This rank's place among the ranks of its host.
     pub(super) fn local_rank(&self) -> usize {
-        let world = self.universe.world();
-        world.split_shared(world.rank()).rank() as usize
+        self.local_rank
     }
 
     pub(super) fn abort(&self, code: i32) -> ! {
@@ -76,9 +99,12 @@ pub(super) fn library_version() -> String {
         .unwrap_or_else(|| "unknown MPI".into())
 }
 
+#[derive(Clone)]
 pub(super) struct Mpi {
-    comm: SimpleCommunicator,
+    comm: Rc<SimpleCommunicator>,
     group: String,
+    /// How gathers go, where the group is on several hosts.
+    route: Option<Rc<Route>>,
 }
 
 impl Mpi {
@@ -133,6 +159,92 @@ impl Mpi {
     }
 }
 
+/// Messages of the two rounds of an all-gather over hosts; 0 is what `exchange` uses.
+const ACROSS: i32 = 1;
+const WITHIN: i32 = 2;
+
+/// Messages under way.
+struct Messages {
+    requests: Vec<ffi::MPI_Request>,
+    /// The whole array, of which they read and write pieces.
+    whole: Tensor,
+    group: String,
+}
+
+impl Messages {
+    /// Starts those of `round`, each a piece of `whole` of (count, datatype).
+    fn start(
+        mpi: &Mpi,
+        round: &Round,
+        tag: i32,
+        whole: &Tensor,
+        (count, datatype): (i32, ffi::MPI_Datatype),
+    ) -> Result<Self, CommError> {
+        let (whole, group) = (whole.shallow_clone(), mpi.group.clone());
+        let mut all = Self { requests: Vec::new(), whole, group };
+        let bytes_of_piece = bytes(&all.whole) / mpi.size();
+        let comm = mpi.comm.as_raw();
+        // Every piece lies inside of the array.
+        let start = all.whole.data_ptr().cast::<u8>();
+        let at = |piece: usize| start.wrapping_add(piece * bytes_of_piece);
+        let mut codes = Vec::new();
+        let mut post = |hop: &Hop, post: &dyn Fn(*mut c_void, i32, *mut ffi::MPI_Request) -> i32| {
+            // SAFETY: a constant of MPI.
+            let mut request = unsafe { ffi::RSMPI_REQUEST_NULL };
+            codes.push(post(at(hop.piece).cast(), hop.peer as i32, &raw mut request));
+            all.requests.push(request);
+        };
+        // SAFETY of both calls: a piece is contiguous host memory of the length counted, which self keeps alive until the
+        // request has completed. No other message of the gather writes it, what is sent is whole and only read, and the
+        // caller touches nothing before (contract of `Pending`).
+        for hop in &round.received {
+            post(hop, &|to, peer, request| unsafe {
+                ffi::MPI_Irecv(to, count, datatype, peer, tag, comm, request)
+            });
+        }
+        for hop in &round.sent {
+            post(hop, &|from, peer, request| unsafe {
+                ffi::MPI_Isend(from, count, datatype, peer, tag, comm, request)
+            });
+        }
+        codes.into_iter().try_for_each(|code| mpi.ok("all_gather", code))?;
+        Ok(all)
+    }
+
+    /// Waits for all.
+    fn wait(&mut self) -> Result<(), CommError> {
+        for mut request in self.requests.drain(..) {
+            // SAFETY: the request was started, is waited for once, and its memory is alive in self.
+            let code = unsafe { ffi::MPI_Wait(&mut request, ffi::RSMPI_STATUS_IGNORE) };
+            if code != ffi::MPI_SUCCESS as i32 {
+                return Err(CommError::Mpi { operation: "all_gather", group: self.group.clone(), code });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Messages {
+    fn drop(&mut self) {
+        let _ = self.wait();
+    }
+}
+
+/// An all-gather over hosts, whose first round is under way.
+struct HostGather {
+    across: Messages,
+    mpi: Mpi,
+    route: Rc<Route>,
+    piece: (i32, ffi::MPI_Datatype),
+}
+
+impl Completion for HostGather {
+    fn wait(mut self: Box<Self>) -> Result<(), CommError> {
+        self.across.wait()?;
+        Messages::start(&self.mpi, &self.route.within, WITHIN, &self.across.whole, self.piece)?.wait()
+    }
+}
+
 /// A non-blocking all-gather in flight.
 struct Gather {
     request: ffi::MPI_Request,
@@ -170,6 +282,14 @@ impl Communicator for Mpi {
         check(NAME, &self.group, "input", input, None, bytes(input))?;
         check(NAME, &self.group, "output", output, Some(input.kind()), bytes(input) * self.size())?;
         let (count, datatype) = self.count(NAME, bytes(input))?;
+        if let Some(route) = &self.route {
+            // Typed as it is, a piece of any shape: bytes are what moves.
+            let n = input.numel() as i64;
+            output.view([-1]).narrow(0, self.rank() as i64 * n, n).copy_(&input.view([-1]));
+            let (mpi, piece) = (self.clone(), (count, datatype));
+            let across = Messages::start(self, &route.across, ACROSS, output, piece)?;
+            return Ok(Pending::new(HostGather { across, mpi, route: route.clone(), piece }));
+        }
         let mut request = MaybeUninit::uninit();
         // SAFETY: both buffers are contiguous host memory of the lengths just checked; `Gather` keeps them alive
         // until the request has completed, and the caller does not touch them before (contract of `Pending`).

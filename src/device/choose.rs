@@ -49,9 +49,25 @@ pub fn choose(all: &[Sight], rank: usize) -> Result<Option<usize>, DeviceError> 
     Ok(all.get(rank).map(index))
 }
 
+/// A host whose ranks are no neighbours, if there is one: others come between them.
+pub fn scattered(all: &[Sight]) -> Option<&str> {
+    let hosts: Vec<&str> = all.iter().map(|sight| sight.host.as_str()).collect();
+    let again = |&at: &usize| hosts[at] != hosts[at - 1] && hosts[..at].contains(&hosts[at]);
+    (1..hosts.len()).find(again).map(|at| hosts[at])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn neighbours_that_are_parted_are_seen() {
+        let on = |hosts: &[&str]| hosts.iter().map(|host| sight(host, 0, &[])).collect::<Vec<_>>();
+        assert_eq!(scattered(&on(&["a", "a", "b", "b", "c"])), None);
+        assert_eq!(scattered(&on(&["a", "b", "b", "a"])), Some("a"));
+        assert_eq!(scattered(&on(&["a", "b", "a", "b"])), Some("a"));
+        assert_eq!(scattered(&[]), None);
+    }
 
     fn sight(host: &str, local_rank: usize, devices: &[u8]) -> Sight {
         Sight { host: host.into(), local_rank, devices: devices.iter().map(|&id| [id; 16]).collect() }

@@ -56,6 +56,8 @@ pub struct Case {
     pub fault: Option<Fault>,
     /// Whether tensors move over NCCL, for which a library of ours stands in.
     pub stand_in: bool,
+    /// So many ranks are taken for a host of their own.
+    pub ranks_per_host: Option<usize>,
 }
 
 /// What rows are made of.
@@ -115,6 +117,7 @@ impl Case {
             data: Data::Random,
             fault: None,
             stand_in: false,
+            ranks_per_host: None,
         }
     }
 
@@ -472,6 +475,9 @@ pub fn run(case: &Case) -> Vec<Value> {
         .env("XORL_TEST_OUT", directory.path());
     if case.stand_in {
         stand_in(&mut command, directory.path());
+    }
+    if let Some(ranks) = case.ranks_per_host {
+        command.env("XORL_RANKS_PER_HOST", ranks.to_string());
     }
     let output = command.output().unwrap();
     let text =
