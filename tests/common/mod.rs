@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
+    sync::LazyLock,
     time::{Duration, Instant},
 };
 use xorl_dist::rng::Stream;
@@ -16,6 +17,15 @@ use xorl_dist::rng::Stream;
 pub fn python() -> PathBuf {
     let venv = Path::new(env!("CARGO_MANIFEST_DIR")).join(".venv/bin/python");
     std::env::var_os("XORL_ORACLE_PYTHON").map_or(venv, PathBuf::from)
+}
+
+/// Whether mpirun is MPICH's.
+pub fn is_mpich() -> bool {
+    static MPICH: LazyLock<bool> = LazyLock::new(|| {
+        let version = Command::new("mpirun").arg("--version").output().unwrap();
+        String::from_utf8_lossy(&version.stdout).contains("HYDRA")
+    });
+    *MPICH
 }
 
 /// mpirun as root and of more ranks than cores, which Open MPI allows only when told; MPICH does not read that.
