@@ -142,7 +142,8 @@ fn mpi_collectives_come_in_one_order_and_beside_what_is_computed() {
         assert!(!of(journal, "lock").is_empty());
         assert_eq!(of(journal, "lock").len(), of(journal, "unlock").len());
         assert!(of(journal, "stream").iter().all(|words| words[2] == "non-blocking"));
-        assert_eq!(of(journal, "init").len(), of(journal, "destroy").len());
+        // Of all groups those that move tensors, and one stream for all.
+        assert_eq!((of(journal, "init").len(), of(journal, "stream").len()), (1, 1));
     }
     // Counts, kinds and numbers are the same on all, stream aside.
     let collectives = |journal: &[Vec<String>]| -> Vec<Vec<String>> {
@@ -155,9 +156,7 @@ fn mpi_collectives_come_in_one_order_and_beside_what_is_computed() {
     //   record A 0, wait STREAM A, call on STREAM, record B STREAM; and later: wait 0 B.
     let journal: Vec<&Vec<String>> = journals[0]
         .iter()
-        .filter(|words| {
-            !["lock", "unlock", "device", "stream", "init", "destroy"].contains(&words[0].as_str())
-        })
+        .filter(|words| !["lock", "unlock", "device", "stream", "init"].contains(&words[0].as_str()))
         .collect();
     let mut events = Vec::new();
     for (i, words) in journal.iter().enumerate().filter(|(_, words)| words.contains(&"on".to_owned())) {

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{is_mpich, rank_process, signal, started, tiny::TinyRun, wait_for};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::{
     fs,
     io::Read,
@@ -37,7 +37,13 @@ struct Running {
 
 impl Running {
     fn start(run: &TinyRun, out: &str, steps: usize) -> Self {
-        let child = started(run.command(RANKS, out, &LONG));
+        Self::with(run, out, steps, &[])
+    }
+
+    fn with(run: &TinyRun, out: &str, steps: usize, more: &[&str]) -> Self {
+        let mut command = run.command(RANKS, out, &[&LONG[..], more].concat());
+        command.env_remove("RUST_BACKTRACE");
+        let child = started(command);
         let metrics = run.at(out).join("metrics.jsonl");
         let made = || fs::read_to_string(&metrics).unwrap_or_default().lines().count();
         wait_for("the first steps", || (made() >= steps).then_some(()));
@@ -150,4 +156,37 @@ fn mpi_the_last_collectives_of_each_rank_are_left_behind() {
         assert!(before.len() > 10 && before.iter().all(|flown| flown["step"].as_u64() >= Some(0)));
         assert!(in_it[0]["left"].is_null(), "it was waiting: {in_it:?}");
     }
+}
+
+/// libtorch panics where there is no memory: that ends all ranks, and is told in one line.
+#[test]
+fn mpi_a_rank_without_memory_ends_all() {
+    let run = TinyRun::new();
+    let row = |tokens: usize| {
+        let ids: Vec<usize> = (0..tokens).map(|i| i * 7 % 503).collect();
+        json!({"input_ids": ids, "labels": ids}).to_string() + "\n"
+    };
+    // Long ones come when rank 1 may have no more than it has.
+    let rows: Vec<String> = (0..6400).map(|_| row(6)).chain((0..16).map(|_| row(4000))).collect();
+    fs::write(run.at("rows.jsonl"), rows.concat()).unwrap();
+    let as_they_are =
+        ["--data.shuffle_merged_datasets", "false", "--data.shuffle_before_merging_datasets", "false"];
+    let running = Running::with(&run, "out", 3, &as_they_are);
+    let process = running.processes[1];
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let kilobytes = status.lines().find_map(|line| line.strip_prefix("VmSize:")).unwrap();
+    let has: u64 = kilobytes.split_whitespace().next().unwrap().parse().unwrap();
+    let most = (has << 10) + (8 << 20);
+    let limit = libc::rlimit { rlim_cur: most, rlim_max: most };
+    // SAFETY: prlimit(2) reads `limit`, and writes nothing where the old limit is not asked for.
+    let set = unsafe {
+        libc::prlimit(process as i32, libc::RLIMIT_AS, &limit, std::ptr::null_mut::<libc::rlimit>())
+    };
+    assert_eq!(set, 0);
+    // No signal: it comes by itself.
+    let (_, said) = running.hit(1, 0, Duration::from_secs(60));
+    let lines: Vec<&str> = said.lines().filter(|line| line.starts_with("error: ")).collect();
+    assert_eq!(lines.len(), 1, "{said}");
+    assert!(lines[0].starts_with("error: rank 1: ") && lines[0].contains("can't allocate memory"), "{said}");
+    assert!(!said.contains("panicked"), "{said}");
 }

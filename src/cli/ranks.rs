@@ -1,11 +1,14 @@
 //! What every command does that runs on all ranks: join them, agree on whether to go on, end together.
 
 use crate::{
-    comm::World,
+    comm::{Watcher, World},
     device::DeviceChoice,
     error::{Error, Result, agree},
 };
-use std::{io::Write, process::ExitCode};
+use std::{io::Write, process::ExitCode, time::Duration};
+
+/// In which the watchdog has ended a process that it was asked to end.
+const TOLD: Duration = Duration::from_secs(5);
 
 /// Joins the ranks, lets each `prepare` (nothing written) and, when all could, `execute`. A fault that
 /// is found while preparing ends all ranks with one line; a rank that fails later says so and takes the others with it.
@@ -18,6 +21,7 @@ pub(super) fn on_all_ranks<P>(
 ) -> Result<ExitCode> {
     let mut world = World::start()?;
     let rank = world.rank();
+    end_on_panic(world.watcher());
     let level = match rank {
         _ if debug => "debug",
         0 => "info",
@@ -45,6 +49,28 @@ pub(super) fn on_all_ranks<P>(
         }
         world.abort(said(&format!("rank {rank}: "), error).exit_code());
     })
+}
+
+/// A panic is a bug, or memory that libtorch could not have: it ends all ranks, and is told in one line, by the watchdog where
+/// there is one. To unwind would be to wait for the other ranks in MPI's end.
+fn end_on_panic(watcher: Watcher) {
+    let default = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if std::env::var_os("RUST_BACKTRACE").is_some() {
+            default(panic);
+        }
+        let text = panic.payload_as_str().unwrap_or("a panic");
+        // libtorch adds its call stack, and tch quotes the whole.
+        let text = text.split("\\n").next().unwrap_or(text).lines().next().unwrap_or(text);
+        let place = panic.location().map(|at| format!(" ({}:{})", at.file(), at.line())).unwrap_or_default();
+        let line = format!("{text}{place}");
+        if watcher.fail(&line) {
+            std::thread::sleep(TOLD);
+        }
+        let _ = std::io::stderr().write_all(format!("error: {line}\n").as_bytes());
+        // SAFETY: ends the process without running what was registered for its exit, which may wait for others.
+        unsafe { libc::_exit(1) }
+    }));
 }
 
 /// Writes the line of an error that is this rank's own, and leaves nothing to say.

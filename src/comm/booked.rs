@@ -77,6 +77,10 @@ impl<C: Communicator> Communicator for Booked<C> {
         self.inner.group()
     }
 
+    fn open(&self) -> Result<(), CommError> {
+        self.inner.open()
+    }
+
     fn start_all_gather(&self, input: &Tensor, output: &Tensor) -> Result<Pending, CommError> {
         let _starting = self.span("all_gather.start");
         let whole = bytes(output);

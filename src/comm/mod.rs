@@ -13,7 +13,7 @@ mod mpi;
 mod nccl;
 mod solo;
 
-use crate::device::{self, DeviceChoice, DeviceError, RankDevice, choose::Sight};
+use crate::device::{self, DeviceChoice, DeviceError, Lane, RankDevice, choose::Sight};
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 
@@ -115,6 +115,11 @@ pub trait Communicator {
     /// The group's name in errors and in the ledger: `world`, `shard`, `replicate`.
     fn group(&self) -> &str;
 
+    /// Makes now what the first collective of tensors would make, while there is memory for it. Collective.
+    fn open(&self) -> Result<(), CommError> {
+        Ok(())
+    }
+
     /// Starts gathering `input` `[bytes]` of every rank into `output` `[size × bytes]`, in rank order. Any dtype.
     fn start_all_gather(&self, input: &Tensor, output: &Tensor) -> Result<Pending, CommError>;
 
@@ -151,6 +156,8 @@ pub struct World {
     launcher: launcher::Launch,
     ledger: Ledger,
     device: RankDevice,
+    /// The stream of collectives on the device.
+    lane: Option<Rc<Lane>>,
     /// What the user should know of where ranks are.
     placement: Option<String>,
 }
@@ -162,7 +169,7 @@ impl World {
         let ledger = Ledger::default();
         let mpi = if launcher.is_lone() { None } else { Some(mpi::Runtime::start(&launcher)?) };
         let control = mpi.as_ref().map(|mpi| control::Control::open(&mpi.group("control", 0))).transpose()?;
-        Ok(Self { control, mpi, launcher, ledger, device: RankDevice::host(), placement: None })
+        Ok(Self { control, mpi, launcher, ledger, device: RankDevice::host(), lane: None, placement: None })
     }
 
     /// Finds this rank's device. Groups that are made from now on move tensors between devices. Collective; before the
@@ -202,6 +209,7 @@ impl World {
         });
         if let Some(index) = device::choose::choose(&all, self.rank())? {
             self.device = RankDevice::open(choice, index)?;
+            self.lane = self.device.runtime().map(Lane::new).transpose()?.map(Rc::new);
         }
         Ok(())
     }
@@ -240,10 +248,10 @@ impl World {
             (Some(runtime), Some(control)) => {
                 let (host, ledger) = (runtime.group(name, color), self.ledger.clone());
                 let watch = control.group(name, color);
-                match self.device.runtime() {
+                match self.device.runtime().zip(self.lane.as_ref()) {
                     None => Rc::new(booked::Booked { inner: host, ledger, watch }),
-                    Some(driver) => {
-                        let inner = nccl::Nccl::new(host, driver, self.device.tensors(), watch.clone());
+                    Some((driver, lane)) => {
+                        let inner = nccl::Nccl::new(host, driver, lane, self.device.tensors(), watch.clone());
                         Rc::new(booked::Booked { inner, ledger, watch })
                     }
                 }

@@ -213,14 +213,14 @@ impl Messages {
 
     /// Waits for all.
     fn wait(&mut self) -> Result<(), CommError> {
-        for mut request in self.requests.drain(..) {
-            // SAFETY: the request was started, is waited for once, and its memory is alive in self.
-            let code = unsafe { ffi::MPI_Wait(&mut request, ffi::RSMPI_STATUS_IGNORE) };
-            if code != ffi::MPI_SUCCESS as i32 {
-                return Err(CommError::Mpi { operation: "all_gather", group: self.group.clone(), code });
-            }
+        // All, whatever becomes of one: their memory is let go of after it.
+        // SAFETY: the requests were started, are waited for once, and their memory is alive in self.
+        let wait = |mut request| unsafe { ffi::MPI_Wait(&mut request, ffi::RSMPI_STATUS_IGNORE) };
+        let codes: Vec<i32> = self.requests.drain(..).map(wait).collect();
+        match codes.into_iter().find(|&code| code != ffi::MPI_SUCCESS as i32) {
+            Some(code) => Err(CommError::Mpi { operation: "all_gather", group: self.group.clone(), code }),
+            None => Ok(()),
         }
-        Ok(())
     }
 }
 

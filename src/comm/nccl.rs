@@ -1,10 +1,14 @@
 //! NCCL, for ranks whose tensors are on a device, through cudarc; MPI carries what is in host memory.
 //!
-//! A group's collectives run on a stream of its own ([`Lane`]), beside what libtorch computes: a gather that was started
-//! runs under the computation that follows, and [`Pending::wait`] orders what comes after it. All other collectives come
-//! between what was computed before and what is computed next; no call waits on the host. All groups are driven by one
-//! thread, which enters their collectives in the same order on every rank, as NCCL demands of communicators that share a
-//! device. A communicator is made at its group's first collective of tensors: groups that have none cost no memory.
+//! Collectives run on a stream of their own ([`Lane`]), beside what libtorch computes: a gather that was started runs under
+//! the computation that follows, and [`Pending::wait`] orders what comes after it. All other collectives come between what
+//! was computed before and what is computed next; no call waits on the host. The stream is one for all groups, and one
+//! thread enters their collectives in the same order on every rank: of communicators that share a device NCCL demands such
+//! an order on the device too.
+//!
+//! A communicator is made at its group's first collective of tensors, or by [`open`](Communicator::open): groups that have
+//! none cost no memory. None is destroyed: that is collective, and a rank that fails would wait in it for the others. The
+//! process's end gives them back.
 
 use super::{
     CommError, Communicator, Completion, Parts, Pending, Reduce, bytes, check, check_rows,
@@ -21,6 +25,7 @@ use std::{
     cell::OnceCell,
     ffi::{CStr, c_void},
     ptr::{null_mut, without_provenance_mut},
+    rc::Rc,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -29,11 +34,10 @@ use std::{
 use tch::{Device, Kind, Tensor};
 
 /// What is called of NCCL.
-const SYMBOLS: [&str; 14] = [
+const SYMBOLS: [&str; 13] = [
     "ncclGetVersion",
     "ncclGetUniqueId",
     "ncclCommInitRank",
-    "ncclCommDestroy",
     "ncclCommAbort",
     "ncclCommGetAsyncError",
     "ncclGetLastError",
@@ -109,57 +113,44 @@ impl DeviceComm for Handle {
 
     fn abort(&self) {
         if !self.aborted.swap(true, Ordering::AcqRel) {
-            // SAFETY: it is aborted once, and not destroyed then. The process ends after it: no collective is entered.
+            // SAFETY: it is aborted once. The process ends after it: no collective is entered.
             let _ = unsafe { result::comm_abort(self.raw) };
         }
     }
-}
-
-impl Drop for Handle {
-    fn drop(&mut self) {
-        if !self.aborted.swap(true, Ordering::AcqRel) {
-            // SAFETY: nobody else has it any more.
-            let _ = unsafe { result::comm_destroy(self.raw) };
-        }
-    }
-}
-
-/// What a group has from its first collective of tensors on.
-struct Opened {
-    lane: Lane,
-    handle: Arc<Handle>,
 }
 
 pub(super) struct Nccl {
     /// The same group over MPI.
     host: Mpi,
     runtime: Arc<dyn DeviceRuntime>,
+    lane: Rc<Lane>,
     /// Where tensors are.
     device: Device,
     watch: GroupWatch,
-    opened: OnceCell<Opened>,
+    handle: OnceCell<Arc<Handle>>,
 }
 
 impl Nccl {
     pub(super) fn new(
         host: Mpi,
         runtime: &Arc<dyn DeviceRuntime>,
+        lane: &Rc<Lane>,
         device: Device,
         watch: GroupWatch,
     ) -> Self {
-        Self { host, runtime: runtime.clone(), device, watch, opened: OnceCell::new() }
+        Self { host, runtime: runtime.clone(), lane: lane.clone(), device, watch, handle: OnceCell::new() }
     }
 
     /// The group's communicator. Collective the first time.
-    fn opened(&self) -> Result<&Opened, CommError> {
-        if let Some(opened) = self.opened.get() {
-            return Ok(opened);
+    fn handle(&self) -> Result<&Handle, CommError> {
+        if let Some(handle) = self.handle.get() {
+            return Ok(handle);
         }
-        let opened = self.open()?;
-        Ok(self.opened.get_or_init(|| opened))
+        let handle = self.connect()?;
+        Ok(self.handle.get_or_init(|| handle))
     }
 
-    fn open(&self) -> Result<Opened, CommError> {
+    fn connect(&self) -> Result<Arc<Handle>, CommError> {
         const NAME: &str = "init";
         let fail = |error: NcclError| failed(NAME, self.group(), null_mut(), &error);
         self.runtime.attach()?;
@@ -183,7 +174,7 @@ impl Nccl {
         let handle =
             Arc::new(Handle { raw, group: self.group().to_owned(), aborted: AtomicBool::new(false) });
         self.watch.look_after(handle.clone());
-        Ok(Opened { lane: Lane::new(&self.runtime)?, handle })
+        Ok(handle)
     }
 
     /// Gives `call` to the group's stream, after what was computed so far; `call` gets the communicator and the stream.
@@ -197,9 +188,11 @@ impl Nccl {
             let (group, expected) = (self.group().to_owned(), self.device);
             return Err(CommError::Elsewhere { operation, group, actual: elsewhere.device(), expected });
         }
-        let Opened { lane, handle } = self.opened()?;
+        // Connecting, and a full queue of the device, may hold the rank.
+        let _entering = self.watch.on_device();
+        let handle = self.handle()?;
         handle.stay_out_if_aborted();
-        let done = lane.run(|RawStream(stream)| {
+        let done = self.lane.run(|RawStream(stream)| {
             let status = call(handle.raw, without_provenance_mut(stream));
             handle.check(operation, status)
         })?;
@@ -252,6 +245,11 @@ impl Communicator for Nccl {
 
     fn group(&self) -> &str {
         self.host.group()
+    }
+
+    fn open(&self) -> Result<(), CommError> {
+        let _entering = self.watch.on_device();
+        self.handle().map(drop)
     }
 
     fn start_all_gather(&self, input: &Tensor, output: &Tensor) -> Result<Pending, CommError> {

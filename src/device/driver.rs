@@ -17,7 +17,7 @@ use std::{
 };
 
 /// What is called of the driver.
-const SYMBOLS: [&str; 20] = [
+const SYMBOLS: [&str; 19] = [
     "cuInit",
     "cuGetErrorString",
     "cuDeviceGetCount",
@@ -36,8 +36,7 @@ const SYMBOLS: [&str; 20] = [
     "cuMemGetInfo_v2",
     "cuMemHostAlloc",
     "cuMemFreeHost",
-    "cuDriverGetVersion",
-    "cuDeviceGetName",
+    "cuDeviceGetAttribute",
 ];
 
 /// Page-locked for every context, not only for the one in which it is allocated.
@@ -48,6 +47,8 @@ const PORTABLE: u32 = 1;
 pub struct Driver {
     device: sys::CUdevice,
     context: usize,
+    /// Its compute capability, before the point.
+    pub generation: i32,
 }
 
 /// Error of the driver's `call`.
@@ -91,9 +92,13 @@ impl Driver {
     pub fn open(index: usize) -> Result<Self, DeviceError> {
         load()?;
         let device = device::get(index as c_int).map_err(failed("cuDeviceGet"))?;
+        let major = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
         // SAFETY: the device is the driver's own.
-        let context = unsafe { primary_ctx::retain(device) }.map_err(failed("cuDevicePrimaryCtxRetain"))?;
-        Ok(Self { device, context: context.expose_provenance() })
+        let (generation, context) =
+            unsafe { (device::get_attribute(device, major), primary_ctx::retain(device)) };
+        let generation = generation.map_err(failed("cuDeviceGetAttribute"))?;
+        let context = context.map_err(failed("cuDevicePrimaryCtxRetain"))?;
+        Ok(Self { device, context: context.expose_provenance(), generation })
     }
 }
 

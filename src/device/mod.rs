@@ -80,7 +80,9 @@ impl RankDevice {
     pub fn open(choice: DeviceChoice, index: usize) -> Result<Self, DeviceError> {
         STANDS_IN.store(choice == DeviceChoice::StandIn, Ordering::Relaxed);
         let tensors = if choice == DeviceChoice::StandIn { Device::Cpu } else { Device::Cuda(index) };
-        Ok(Self { tensors, runtime: Some(Arc::new(driver::Driver::open(index)?)) })
+        let driver = driver::Driver::open(index)?;
+        FLASH.store(driver.generation >= 8, Ordering::Relaxed);
+        Ok(Self { tensors, runtime: Some(Arc::new(driver)) })
     }
 
     /// Where tensors are.
@@ -115,6 +117,14 @@ pub(crate) fn has_symbols(
 
 /// Whether a tensor of another device is in host memory: see [`DeviceChoice::StandIn`].
 static STANDS_IN: AtomicBool = AtomicBool::new(false);
+
+/// See [`has_flash`].
+static FLASH: AtomicBool = AtomicBool::new(false);
+
+/// Whether this rank's device has FlashAttention in libtorch: from Ampere (compute capability 8.0) on.
+pub fn has_flash() -> bool {
+    FLASH.load(Ordering::Relaxed)
+}
 
 /// Whether `tensor` is where kernels of ours compute. Elsewhere libtorch's operations do.
 pub fn has_kernels(tensor: &Tensor) -> bool {

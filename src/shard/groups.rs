@@ -1,7 +1,7 @@
 //! What this rank computes on, and the groups of ranks that it is in, one communicator each, as the [`Mesh`] lays them out.
 
 use crate::{
-    comm::{Communicator, World, solo},
+    comm::{CommError, Communicator, World, solo},
     device::RankDevice,
     mesh::Mesh,
 };
@@ -44,6 +44,14 @@ impl Groups {
             expert: group("expert", Mesh::expert_group),
             expert_shard: group("expert_shard", Mesh::expert_shard_group),
         }
+    }
+
+    /// Makes what their collectives of tensors need, those of experts where there are any, while there is memory for it.
+    /// Collective.
+    pub fn open(&self, experts: bool) -> Result<(), CommError> {
+        let of_experts = [&self.expert, &self.expert_shard].into_iter().filter(|_| experts);
+        let moving = [&self.shard, &self.replicate].into_iter().chain(of_experts);
+        moving.filter(|group| group.size() > 1).try_for_each(|group| group.open())
     }
 
     /// Groups of this process alone, however many there are.

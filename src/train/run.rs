@@ -227,6 +227,7 @@ impl Run {
         let mut model =
             Transformer::new(self.spec.clone(), &self.sites, self.lora_shape(), self.options(), &groups);
         model.load(self.source.as_ref())?;
+        groups.open(self.spec.moe.is_some())?;
         tracing::info!("rank {} read {} bytes of the base", world.rank(), self.source.bytes_read());
         let settings = Settings::new(train.optimizer, train.weight_decay);
         let mut optimizer = Optimizer::new(settings, &model.adapter);

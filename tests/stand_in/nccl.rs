@@ -215,14 +215,6 @@ pub unsafe extern "C" fn ncclCommInitRank(
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn ncclCommDestroy(raw: *mut c_void) -> c_int {
-    let Some(comm) = comm(raw) else { return INVALID_ARGUMENT };
-    journal::write(&format!("destroy {}", comm.name));
-    Arc::decrement_strong_count(raw.cast_const().cast::<Comm>());
-    SUCCESS
-}
-
-#[unsafe(no_mangle)]
 pub unsafe extern "C" fn ncclCommAbort(raw: *mut c_void) -> c_int {
     let Some(comm) = comm(raw) else { return INVALID_ARGUMENT };
     journal::write(&format!("abort {}", comm.name));

@@ -10,13 +10,13 @@ mod judge;
 mod link;
 
 use super::{CommError, Communicator};
-use crate::device::Event;
+use crate::device::{DeviceError, Event};
 pub(super) use link::host;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::VecDeque,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
     thread::JoinHandle,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -100,30 +100,12 @@ struct Local {
     status: Status,
     since: Instant,
     under_way: VecDeque<UnderWay>,
-    devices: Vec<Weak<dyn DeviceComm>>,
+    devices: Vec<Arc<dyn DeviceComm>>,
     flight: VecDeque<Flown>,
     timeout: Duration,
     output: Option<PathBuf>,
     thread: Option<JoinHandle<()>>,
     closing: bool,
-}
-
-impl Local {
-    /// Forgets what devices have done.
-    ///
-    /// # Errors
-    /// Something has gone wrong on a device.
-    fn forget_done(&mut self) -> Result<(), crate::device::DeviceError> {
-        let mut asked = Ok(());
-        self.under_way.retain(|collective| match collective.done.is_done() {
-            Ok(done) => !done,
-            Err(error) => {
-                asked = Err(error);
-                true
-            }
-        });
-        asked
-    }
 }
 
 /// A rank's own record, shared by its communicators and its thread.
@@ -154,9 +136,8 @@ impl Shared {
 
     /// What it is doing now.
     fn status(&self) -> Status {
-        let mut guard = self.lock();
-        let local = &mut *guard;
-        let mut fault = local.forget_done().err().map(|error| error.to_string());
+        let fault = self.forget_done().err().map(|error| error.to_string());
+        let local = self.lock();
         let mut status = local.status.clone();
         // A rank may be held by what its device does not get done.
         if let Some(&UnderWay { group, number, since, .. }) = local.under_way.front() {
@@ -165,16 +146,33 @@ impl Shared {
         } else if let Some(inside) = &mut status.inside {
             inside.seconds = local.since.elapsed().as_secs_f64();
         }
-        let devices: Vec<_> = local.devices.iter().filter_map(Weak::upgrade).collect();
-        // A communicator may take its time to answer.
-        drop(guard);
-        fault = fault.or_else(|| devices.iter().find_map(|device| device.fault()));
-        Status { fault, ..status }
+        let devices = local.devices.clone();
+        drop(local);
+        let fault = fault.or_else(|| devices.iter().find_map(|device| device.fault()));
+        Status { fault: status.fault.or(fault), ..status }
+    }
+
+    /// Forgets what devices have done. They are asked without the lock: a driver may take its time, and a rank that does not
+    /// answer for it is silent.
+    ///
+    /// # Errors
+    /// Something has gone wrong on a device.
+    fn forget_done(&self) -> Result<(), DeviceError> {
+        let all: Vec<Arc<Event>> =
+            self.lock().under_way.iter().map(|collective| collective.done.clone()).collect();
+        let mut done = Vec::new();
+        for event in all {
+            if event.is_done()? {
+                done.push(event);
+            }
+        }
+        self.lock().under_way.retain(|other| !done.iter().any(|event| Arc::ptr_eq(event, &other.done)));
+        Ok(())
     }
 
     /// Ends what devices are in, and waits for that a little.
     fn abort(&self) {
-        let devices: Vec<_> = self.lock().devices.iter().filter_map(Weak::upgrade).collect();
+        let devices = self.lock().devices.clone();
         if devices.is_empty() {
             return;
         }
@@ -253,8 +251,11 @@ impl Control {
         };
         if let Some(thread) = thread {
             thread.thread().unpark();
-            // It ends by itself within a fraction of a second.
-            let _ = thread.join();
+            // It ends by itself within a fraction of a second, unless a driver holds it.
+            let begin = Instant::now();
+            while !thread.is_finished() && begin.elapsed() < ABORT {
+                std::thread::sleep(Duration::from_millis(1));
+            }
         }
     }
 }
@@ -290,6 +291,16 @@ impl Watcher {
         let mut before = None;
         self.with(|local| before = local.status.slow.replace(what.to_owned()));
         Slow { watcher: self.clone(), before }
+    }
+
+    /// Has all ranks end because of `fault`, if somebody watches; whether that is so.
+    pub fn fail(&self, fault: &str) -> bool {
+        let mut watched = false;
+        self.with(|local| {
+            watched = local.thread.is_some();
+            local.status.fault = Some(fault.to_owned());
+        });
+        watched
     }
 
     fn with(&self, change: impl FnOnce(&mut Local)) {
@@ -345,26 +356,34 @@ impl GroupWatch {
 
     /// This rank waits for what it has started.
     pub(super) fn wait(&self) -> Within {
+        self.within(false)
+    }
+
+    /// This rank gives its device what it has started.
+    pub(super) fn on_device(&self) -> Within {
+        self.within(true)
+    }
+
+    fn within(&self, on_device: bool) -> Within {
         let mut local = self.shared.lock();
         let number = local.status.groups[self.group].entered;
-        local.status.inside = Some(Inside { group: self.group, number, seconds: 0.0, on_device: false });
+        local.status.inside = Some(Inside { group: self.group, number, seconds: 0.0, on_device });
         local.since = Instant::now();
         Within(self.clone())
     }
 
     /// The collective that was started last is `done` when its device says so; the rank goes on meanwhile.
     pub(super) fn under_way(&self, done: &Arc<Event>) {
-        let mut guard = self.shared.lock();
-        let local = &mut *guard;
-        // What has failed is told when the watchdog's thread looks.
-        let _ = local.forget_done();
+        // What has failed is told when the watchdog's thread looks; where there is none, nobody else forgets.
+        let _ = self.shared.forget_done();
+        let mut local = self.shared.lock();
         let (group, number) = (self.group, local.status.groups[self.group].entered);
         local.under_way.push_back(UnderWay { group, number, since: Instant::now(), done: done.clone() });
     }
 
     /// From now on the watchdog's thread asks `device` whether something has failed.
     pub(super) fn look_after(&self, device: Arc<dyn DeviceComm>) {
-        self.shared.lock().devices.push(Arc::downgrade(&device));
+        self.shared.lock().devices.push(device);
     }
 }
 

@@ -1,12 +1,13 @@
 //! FlashAttention-2 (Dao, 2023) of libtorch on CUDA, over all documents at once by the borders between them.
 
 use super::{Documents, Heads};
+use crate::device::has_flash;
 use tch::{Device, Kind, Tensor};
 
 /// Whether its kernels take this: half-width kinds, and heads that are neither odd nor wide.
 pub fn takes(qkv: &Tensor, heads: Heads) -> bool {
     let kind = matches!(qkv.kind(), Kind::BFloat16 | Kind::Half);
-    matches!(qkv.device(), Device::Cuda(_)) && kind && heads.dim % 8 == 0 && heads.dim <= 256
+    matches!(qkv.device(), Device::Cuda(_)) && has_flash() && kind && heads.dim % 8 == 0 && heads.dim <= 256
 }
 
 /// q, k, v of `qkv`, each [tokens, heads, dim].

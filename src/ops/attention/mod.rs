@@ -172,12 +172,15 @@ pub fn with_cache(q: &Tensor, k: &Tensor, v: &Tensor, lengths: &Tensor, heads: H
     }
     let mask = Tensor::zeros([sequences, places], (q.kind(), q.device()));
     let mask = mask.masked_fill(&hidden, f64::NEG_INFINITY).view([sequences, 1, 1, places]);
-    let (q, k, v) = (q.unsqueeze(2), k.transpose(1, 2), v.transpose(1, 2));
-    let o = if has_kernels(&q) {
-        Tensor::internal_scaled_dot_product_flash_attention_for_cpu(&q, &k, &v, 0.0, false, Some(&mask), None)
-            .0
+    let (k, v) = (k.transpose(1, 2), v.transpose(1, 2));
+    let o = if has_kernels(q) {
+        let (q, mask) = (q.unsqueeze(2), Some(&mask));
+        Tensor::internal_scaled_dot_product_flash_attention_for_cpu(&q, &k, &v, 0.0, false, mask, None).0
     } else {
-        Tensor::scaled_dot_product_attention(&q, &k, &v, Some(&mask), 0.0, false, None, true)
+        // The heads of a group side by side: [sequences, key_value, group, dim].
+        let q = q.reshape([sequences, heads.key_value, -1, heads.dim]);
+        let scores = q.matmul(&k.transpose(-1, -2)) / (heads.dim as f64).sqrt() + mask;
+        scores.softmax(-1, wide(q.kind())).to_kind(v.kind()).matmul(&v)
     };
     o.reshape(shape)
 }
