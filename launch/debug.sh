@@ -12,6 +12,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ $# -gt 0 ] || { sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 config=$1
 shift
+# What cuBLAS needs to give the same bits each time.
+export CUBLAS_WORKSPACE_CONFIG=${CUBLAS_WORKSPACE_CONFIG:-:4096:8}
 program=$(xorl_program "$here")
 out=$(mktemp -d "${TMPDIR:-/tmp}/xorl-debug.XXXXXX")
 echo "debug.sh: results go to $out" >&2

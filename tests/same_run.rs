@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{failed, mpirun, succeeded, tiny::TinyRun};
+use common::{failed, is_mpich, mpirun, succeeded, tiny::TinyRun};
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -115,4 +115,20 @@ fn mpi_a_bad_row_that_only_rank_2_has_is_the_one_error() {
     // The only line that begins so, whatever the launcher says after it.
     let line = failed(&hosts.ranks(2, own, &[]), 2);
     assert!(line.contains("rows.jsonl:7") && line.contains("503"), "{line}");
+}
+
+/// As mpirun of another MPI would start it: each process finds itself alone, and must not train by itself.
+#[test]
+fn mpi_a_foreign_launcher_is_refused() {
+    let run = TinyRun::new();
+    // Open MPI and MPICH each know the other's variable as foreign.
+    let (variable, own) =
+        if is_mpich() { ("OMPI_COMM_WORLD_SIZE", "MPICH") } else { ("PMI_SIZE", "Open MPI") };
+    let output = run.command(1, "out", &[]).env(variable, "4").output().unwrap();
+    let line = failed(&output, 2);
+    assert!(
+        line.contains(&format!("{variable} says 4 ranks but MPI started 1")) && line.contains(own),
+        "{line}"
+    );
+    assert!(!run.at("out").exists());
 }

@@ -2,7 +2,7 @@
 
 use crate::{
     comm::{Watcher, World},
-    device::DeviceChoice,
+    device::{self, DeviceChoice},
     error::{Error, Result, agree},
 };
 use std::{io::Write, process::ExitCode, time::Duration};
@@ -12,9 +12,9 @@ const TOLD: Duration = Duration::from_secs(5);
 
 /// Joins the ranks, lets each `prepare` (nothing written) and, when all could, `execute`. A fault that
 /// is found while preparing ends all ranks with one line; a rank that fails later says so and takes the others with it.
-/// They compute on `device`. `debug`: every rank logs all that it has to say.
+/// They compute on what `choice` says. `debug`: every rank logs all that it has to say.
 pub(super) fn on_all_ranks<P>(
-    device: DeviceChoice,
+    choice: DeviceChoice,
     debug: bool,
     prepare: impl FnOnce(&World) -> Result<P>,
     execute: impl FnOnce(P, &World) -> Result<ExitCode>,
@@ -33,9 +33,12 @@ pub(super) fn on_all_ranks<P>(
 
     // Said before the ranks part: where one has exited, mpirun ends the others.
     let everyone = world.group("world", 0);
-    let found = world.use_device(device).map_err(Error::from);
+    let found = world.use_device(choice).map_err(Error::from);
     agree(&*everyone, found).map_err(|error| said("", error))?;
     world.warnings().for_each(|warning| tracing::warn!("{warning}"));
+    if debug {
+        device::torch::prefer_deterministic()?;
+    }
     // libtorch is first called when its half for the device is loaded.
     if std::env::var_os("OMP_NUM_THREADS").is_none() {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);

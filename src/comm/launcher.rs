@@ -25,6 +25,14 @@ pub(super) fn detect(variable: impl Fn(&str) -> Option<String>) -> Launch {
     Launch { found: variable(PMIX_RANK).map(|_| (PMIX_RANK, None)) }
 }
 
+/// Variables that say which of its host's ranks one is.
+const LOCAL_RANKS: [&str; 3] = ["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"];
+
+/// The local rank that the launcher promises, if it does; read from `variable`.
+pub(super) fn local_rank(variable: impl Fn(&str) -> Option<String>) -> Option<(&'static str, usize)> {
+    LOCAL_RANKS.iter().find_map(|name| Some((*name, variable(name)?.trim().parse().ok()?)))
+}
+
 impl Launch {
     /// No launcher at all, or one that started a single process.
     pub(super) fn is_lone(self) -> bool {
@@ -66,6 +74,17 @@ mod tests {
         assert!(launch(&[("OMPI_COMM_WORLD_SIZE", "1")]).is_lone());
         assert!(launch(&[("SLURM_STEP_NUM_TASKS", "1")]).is_lone());
         assert!(!launch(&[("PMIX_RANK", "0")]).is_lone());
+    }
+
+    #[test]
+    fn the_nearest_launcher_says_the_local_rank() {
+        let table = |name: &str| match name {
+            "SLURM_LOCALID" => Some("0".to_owned()),
+            "OMPI_COMM_WORLD_LOCAL_RANK" => Some("3".to_owned()),
+            _ => None,
+        };
+        assert_eq!(local_rank(table), Some(("OMPI_COMM_WORLD_LOCAL_RANK", 3)));
+        assert_eq!(local_rank(|_| None), None);
     }
 
     #[test]

@@ -178,13 +178,20 @@ impl World {
     /// # Errors
     /// A device is asked for and cannot be had. Then all ranks have an error, or one has, and the others have to be told.
     pub fn use_device(&mut self, choice: DeviceChoice) -> Result<(), CommError> {
+        let local_rank = self.mpi.as_ref().map_or(0, mpi::Runtime::local_rank);
         let own = device::visible(choice).and_then(|devices| {
-            if self.mpi.is_some() && !devices.is_empty() {
-                nccl::load()?;
+            if self.mpi.is_none() || devices.is_empty() {
+                return Ok(devices);
+            }
+            // Where they disagree, ranks of one host do not see each other's memory, and would take the same GPU.
+            match launcher::local_rank(|name| std::env::var(name).ok()) {
+                Some((variable, says)) if says != local_rank && devices.len() > 1 => {
+                    return Err(DeviceError::LocalRank { variable, says, mpi: local_rank });
+                }
+                _ => nccl::load()?,
             }
             Ok(devices)
         });
-        let local_rank = self.mpi.as_ref().map_or(0, mpi::Runtime::local_rank);
         let sight = |devices| Sight { host: control::host(), local_rank, devices };
         let failed = own.as_ref().err().cloned();
         let told = serde_json::to_vec(&own.ok().map(sight)).unwrap_or_default();

@@ -33,6 +33,11 @@ pub enum DeviceError {
         "{ranks} ranks on {host}, which has {devices} GPUs for them: start one rank a GPU, or use --device cpu"
     )]
     TooFew { host: String, ranks: usize, devices: usize },
+    #[error(
+        "{variable} says that this is rank {says} of its host, MPI that it is rank {mpi}: ranks of a host need shared \
+         memory between them (one container for all, or one GPU visible to each with --device cuda)"
+    )]
+    LocalRank { variable: &'static str, says: usize, mpi: usize },
     #[error("ranks {} and {} on {host} would share a GPU: give each rank its own, or all of them all", ranks.0, ranks.1)]
     Shared { host: String, ranks: (usize, usize) },
     #[error(

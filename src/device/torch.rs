@@ -1,8 +1,9 @@
 //! libtorch's CUDA half. tch links libtorch without it, so that CUDA looks absent until it is loaded.
 
 use super::DeviceError;
-use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW, Symbol};
 use std::{
+    ffi::c_void,
     path::{Path, PathBuf},
     sync::OnceLock,
 };
@@ -22,6 +23,30 @@ pub fn directory() -> Option<PathBuf> {
     loaded.or_else(|| option_env!("XORL_LIBTORCH_LIB").map(PathBuf::from))
 }
 
+/// Has libtorch take the algorithm that gives the same bits each time, and warn where it has none. tch has no name for it, so
+/// the functions of the libtorch that it is made for are found by theirs.
+///
+/// # Errors
+/// This libtorch has them not.
+pub fn prefer_deterministic() -> Result<(), DeviceError> {
+    let missing = |error: libloading::Error| DeviceError::Missing {
+        what: "libtorch's deterministic mode",
+        why: error.to_string(),
+    };
+    // SAFETY: at::globalContext() returns a reference to what lives as long as the process, and
+    // at::Context::setDeterministicAlgorithms(bool, bool) is a method of it; both as C++'s ABI passes them.
+    unsafe {
+        let this = Library::this();
+        let context: Symbol<unsafe extern "C" fn() -> *mut c_void> =
+            this.get(b"_ZN2at13globalContextEv\0").map_err(missing)?;
+        let set: Symbol<unsafe extern "C" fn(*mut c_void, bool, bool)> =
+            this.get(b"_ZN2at7Context26setDeterministicAlgorithmsEbb\0").map_err(missing)?;
+        let warn_only = true;
+        set(context(), true, warn_only);
+    }
+    Ok(())
+}
+
 /// Loads it, before the first call of libtorch: costs 270 MB of RSS and up to a second, so only where it is wanted.
 ///
 /// # Errors
@@ -36,4 +61,25 @@ pub fn load_cuda() -> Result<(), DeviceError> {
         loaded.map(std::mem::forget).map_err(|error| error.to_string())
     };
     LOADED.get_or_init(load).clone().map_err(|why| DeviceError::Missing { what: "libtorch's CUDA half", why })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn libtorch_is_told_to_be_deterministic() {
+        // SAFETY: as above; at::Context::deterministicAlgorithms() const.
+        let is = || unsafe {
+            let this = Library::this();
+            let context: Symbol<unsafe extern "C" fn() -> *mut c_void> =
+                this.get(b"_ZN2at13globalContextEv\0").unwrap();
+            let asked: Symbol<unsafe extern "C" fn(*mut c_void) -> bool> =
+                this.get(b"_ZNK2at7Context23deterministicAlgorithmsEv\0").unwrap();
+            asked(context())
+        };
+        assert!(!is());
+        prefer_deterministic().unwrap();
+        assert!(is());
+    }
 }
