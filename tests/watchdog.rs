@@ -167,7 +167,7 @@ fn mpi_a_rank_without_memory_ends_all() {
         json!({"input_ids": ids, "labels": ids}).to_string() + "\n"
     };
     // Long ones come when rank 1 may have no more than it has.
-    let rows: Vec<String> = (0..6400).map(|_| row(6)).chain((0..16).map(|_| row(4000))).collect();
+    let rows: Vec<String> = (0..3200).map(|_| row(6)).chain((0..16).map(|_| row(4000))).collect();
     fs::write(run.at("rows.jsonl"), rows.concat()).unwrap();
     let as_they_are =
         ["--data.shuffle_merged_datasets", "false", "--data.shuffle_before_merging_datasets", "false"];
