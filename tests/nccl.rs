@@ -261,6 +261,14 @@ fn mpi_devices_that_cannot_be_had_are_refused_in_one_line() {
     let line = refused(&run, 1, "stand-in", Some(libraries), Some(""));
     assert!(line.contains("no GPU that may be used; see CUDA_VISIBLE_DEVICES"), "{line}");
 
+    // A launcher that counts the ranks of a host otherwise than MPI.
+    let mut command = common::ranks_of(Path::new("env"), 2);
+    command.arg("OMPI_COMM_WORLD_LOCAL_RANK=3").arg(env!("CARGO_BIN_EXE_xorl-dist"));
+    command.args(run.arguments("out", &["--device", "stand-in"]));
+    command.env("LD_LIBRARY_PATH", libraries).env("XORL_STAND_IN", run.at(""));
+    let line = failed(&command.output().unwrap(), 2);
+    assert!(line.contains("OMPI_COMM_WORLD_LOCAL_RANK says that this is rank 3 of its host"), "{line}");
+
     // Some other library under NCCL's name, as an old one would be.
     fs::remove_file(libraries.join("libnccl.so")).unwrap();
     let other = fs::read_to_string("/proc/self/maps").unwrap();

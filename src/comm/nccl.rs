@@ -200,17 +200,6 @@ impl Nccl {
         self.watch.under_way(&done);
         Ok(done)
     }
-
-    /// The same, between what was computed so far and what is computed next.
-    fn between(
-        &self,
-        operation: &'static str,
-        tensors: &[&Tensor],
-        call: impl FnOnce(sys::ncclComm_t, sys::cudaStream_t) -> Result<NcclStatus, NcclError>,
-    ) -> Result<(), CommError> {
-        let done = self.launch(operation, tensors, call)?;
-        Ok(Lane::join(&done)?)
-    }
 }
 
 /// An all-gather under way.
@@ -268,9 +257,10 @@ impl Communicator for Nccl {
         check(NAME, self.group(), "output", output, Some(Kind::Float), bytes(output))?;
         check(NAME, self.group(), "input", input, Some(Kind::Float), bytes(output) * self.size())?;
         let (count, float, sum) = (output.numel(), ncclDataType_t::ncclFloat32, ncclRedOp_t::ncclSum);
-        self.between(NAME, &[input, output], |comm, stream| unsafe {
+        let done = self.launch(NAME, &[input, output], |comm, stream| unsafe {
             result::reduce_scatter(at(input), at(output), count, float, sum, comm, stream)
-        })
+        })?;
+        Ok(Lane::join(&done)?)
     }
 
     fn all_to_all(&self, sent: Parts, received: Parts) -> Result<(), CommError> {
@@ -279,7 +269,7 @@ impl Communicator for Nccl {
         check_rows(self.group(), rank, size, sent, received)?;
         rows_of(received, rank).copy_(&rows_of(sent, rank));
         let byte = ncclDataType_t::ncclUint8;
-        self.between(NAME, &[sent.0, received.0], |comm, stream| {
+        let done = self.launch(NAME, &[sent.0, received.0], |comm, stream| {
             result::group_start()?;
             for peer in (0..size).filter(|&peer| peer != rank) {
                 let (out, back, peer) = (rows_of(sent, peer), rows_of(received, peer), peer as i32);
@@ -292,16 +282,18 @@ impl Communicator for Nccl {
                 }
             }
             result::group_end()
-        })
+        })?;
+        Ok(Lane::join(&done)?)
     }
 
     fn all_reduce(&self, values: &Tensor) -> Result<(), CommError> {
         const NAME: &str = "all_reduce";
         check(NAME, self.group(), "values", values, Some(Kind::Float), bytes(values))?;
         let (count, float, sum) = (values.numel(), ncclDataType_t::ncclFloat32, ncclRedOp_t::ncclSum);
-        self.between(NAME, &[values], |comm, stream| unsafe {
+        let done = self.launch(NAME, &[values], |comm, stream| unsafe {
             result::all_reduce(at(values), at(values), count, float, sum, comm, stream)
-        })
+        })?;
+        Ok(Lane::join(&done)?)
     }
 
     fn all_reduce_host(&self, values: &mut [f64], how: Reduce) -> Result<(), CommError> {

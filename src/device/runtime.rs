@@ -1,13 +1,15 @@
 //! The calls of a device's driver that training needs beside libtorch: streams, events and memory. One trait, so that
 //! what orders them ([`Lane`](super::Lane)) can be tested by what it calls.
 
+use super::DeviceError;
 use std::{
     fmt::Debug,
     ptr::NonNull,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
-
-use super::DeviceError;
 
 /// A stream, as the driver knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,7 +83,7 @@ pub struct Event {
     raw: RawEvent,
     runtime: Arc<dyn DeviceRuntime>,
     /// Whether it was seen done: the driver is not asked again.
-    done: Mutex<bool>,
+    done: AtomicBool,
 }
 
 impl Event {
@@ -94,7 +96,7 @@ impl Event {
         stream: RawStream,
     ) -> Result<Self, DeviceError> {
         let raw = runtime.create_event()?;
-        let event = Self { raw, runtime: runtime.clone(), done: Mutex::new(false) };
+        let event = Self { raw, runtime: runtime.clone(), done: AtomicBool::new(false) };
         // SAFETY: the event was made here, the stream is the caller's word.
         unsafe { runtime.record(raw, stream)? };
         Ok(event)
@@ -111,10 +113,10 @@ impl Event {
 
     /// Whether it is done.
     pub fn is_done(&self) -> Result<bool, DeviceError> {
-        let mut done = self.done.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         // SAFETY: the event lives as long as self.
-        *done = *done || unsafe { self.runtime.is_done(self.raw)? };
-        Ok(*done)
+        let done = self.done.load(Ordering::Acquire) || unsafe { self.runtime.is_done(self.raw)? };
+        self.done.store(done, Ordering::Release);
+        Ok(done)
     }
 }
 

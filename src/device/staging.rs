@@ -13,11 +13,11 @@ const BYTES: usize = 4 << 20;
 /// A block of host memory.
 pub struct Staging {
     start: NonNull<u8>,
-    memory: Memory,
+    owner: Owner,
 }
 
 /// Whose the block is.
-enum Memory {
+enum Owner {
     Own(#[expect(dead_code, reason = "keeps the memory")] Vec<u8>),
     Locked(Arc<dyn DeviceRuntime>),
 }
@@ -26,10 +26,10 @@ impl Staging {
     /// A block for the tensors of `device`.
     pub fn new(device: &RankDevice) -> Result<Self, DeviceError> {
         if let Some(runtime) = device.runtime() {
-            return Ok(Self { start: runtime.lock_memory(BYTES)?, memory: Memory::Locked(runtime.clone()) });
+            return Ok(Self { start: runtime.lock_memory(BYTES)?, owner: Owner::Locked(runtime.clone()) });
         }
         let mut own = vec![0; BYTES];
-        Ok(Self { start: NonNull::from(own.as_mut_slice()).cast(), memory: Memory::Own(own) })
+        Ok(Self { start: NonNull::from(own.as_mut_slice()).cast(), owner: Owner::Own(own) })
     }
 
     /// Fills `target`, contiguous, part after part: `fill(first byte, bytes)` writes each.
@@ -70,7 +70,7 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        if let Memory::Locked(runtime) = &self.memory {
+        if let Owner::Locked(runtime) = &self.owner {
             // SAFETY: it was locked by this runtime and is given back once.
             unsafe { runtime.unlock_memory(self.start) }
         }

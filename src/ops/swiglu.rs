@@ -181,8 +181,7 @@ mod torch {
 mod tests {
     use super::*;
     use crate::ops::testing::{KINDS, autograd, distance, everywhere, leaf};
-    use tch::Device;
-    use tch::Kind;
+    use tch::{Device, Kind};
 
     #[test]
     fn matches_autograd() {

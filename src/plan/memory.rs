@@ -27,13 +27,6 @@ pub struct MicroBatch {
     pub longest: usize,
 }
 
-impl Memory {
-    /// What of it is on the rank's device, where that is not the host.
-    pub fn on_device(&self) -> usize {
-        self.total() - self.libraries
-    }
-}
-
 /// Bytes of a rank, by what they are for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Memory {
@@ -107,6 +100,11 @@ impl Memory {
             ("logits or layer scratch", self.scratch),
             ("libraries", self.libraries),
         ]
+    }
+
+    /// What of it is on the rank's device, where that is not the host.
+    pub fn on_device(&self) -> usize {
+        self.total() - self.libraries
     }
 
     pub fn total(&self) -> usize {

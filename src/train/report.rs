@@ -41,23 +41,21 @@ impl Run {
         }
     }
 
-    /// Whether the run has room on a rank's device.
-    pub fn report_of_device(&self, memory: device::Memory) -> String {
-        let device::Memory { free, total } = memory;
-        let needed = self.plan().memory.on_device();
-        let fits = if needed <= free { "which is free" } else { "which is MORE THAN IS FREE" };
-        let used = memory.used();
-        format!(
-            "memory of rank 0's device: {total} bytes, {used} in use; a rank needs {needed} bytes of it, {fits}\n"
-        )
-    }
-
-    /// What a reader wants to know of a run that is not started: the resolved configuration, the mesh, data and cost.
-    pub fn report(&self) -> String {
-        let data = self.dataset.summary();
+    /// What a reader wants to know of a run that is not started: the resolved configuration, the mesh, data and cost; and
+    /// whether there is room on a rank's `device`, which has so much memory.
+    pub fn report(&self, device: Option<device::Memory>) -> String {
+        let (data, plan) = (self.dataset.summary(), self.plan());
+        let room = device.map_or_else(String::new, |memory| {
+            let device::Memory { free, total } = memory;
+            let (used, needed) = (memory.used(), plan.memory.on_device());
+            let fits = if needed <= free { "which is free" } else { "which is MORE THAN IS FREE" };
+            format!(
+                "memory of rank 0's device: {total} bytes, {used} in use; a rank needs {needed} bytes of it, {fits}\n"
+            )
+        });
         format!(
             "{}\n{}\ndata: {} samples, {} dropped as too long; {} rows of at most {} tokens, {} tokens, {} with loss\n\
-             steps: {} of {} rows\n{}",
+             steps: {} of {} rows\n{plan}{room}",
             self.config.to_yaml(),
             self.mesh.table(),
             data.samples,
@@ -68,7 +66,6 @@ impl Run {
             data.valid_tokens,
             self.total_steps,
             self.walk.global_batch,
-            self.plan()
         )
     }
 }
