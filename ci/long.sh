@@ -35,7 +35,7 @@ case "${1:-}" in
     ;;
   hosts)
     launch/setup.sh --no-tests
-    exec cargo test --quiet --test hosts -- --ignored --nocapture
+    exec cargo test --quiet --test hosts -- --ignored --nocapture --test-threads 1
     ;;
   mpich)
     launch/setup.sh

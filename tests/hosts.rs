@@ -9,6 +9,7 @@ use std::{
     io::Read,
     path::Path,
     process::{Command, Output},
+    sync::atomic::{AtomicU32, Ordering},
     time::{Duration, Instant},
 };
 
@@ -21,7 +22,9 @@ struct Hosts {
 
 impl Hosts {
     fn up() -> Self {
-        let hosts = Self { name: format!("x{}", std::process::id() % 100_000) };
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let hosts = Self { name: format!("x{}n{number}", std::process::id() % 100_000) };
         succeeded(&hosts.script("up"));
         hosts
     }
