@@ -17,7 +17,7 @@ use measure::{Benches, Work, random};
 use tch::{Device::Cpu, Kind, Tensor};
 use xorl_dist::loss::LinearCrossEntropy;
 use xorl_dist::ops::attention::{self, Documents, Heads};
-use xorl_dist::ops::linear::{self, Adapter, AdapterGradient, Base, Layers, Linear, Part};
+use xorl_dist::ops::linear::{self, Adapter, AdapterGradient, Base, Groups, Layers, Linear, Part};
 use xorl_dist::ops::{Buffer, adamw, norm, rope, swiglu};
 
 const TOKENS: i64 = 1024;
@@ -113,7 +113,8 @@ fn swiglus(benches: &mut Benches) {
 /// The layers `name` from `input` columns to those of `widths`, each with an adapter; one for each group of rows.
 fn linears(benches: &mut Benches, name: &str, input: i64, widths: &[i64], borders: &[i64]) {
     let layers: Vec<Linear> = borders[1..].iter().map(|_| layer(input, widths)).collect();
-    let layers = Layers { layers: &layers, borders };
+    let groups = &Groups::new(borders.to_vec(), tch::Device::Cpu);
+    let layers = Layers { layers: &layers, groups };
     let (rows, output) = (borders[borders.len() - 1], widths.iter().sum::<i64>());
     let ranks = RANK * widths.len() as i64;
     let x = random(&[rows, input]);
@@ -139,7 +140,8 @@ fn frozen(benches: &mut Benches, name: &str, input: i64, output: i64, borders: &
         .iter()
         .map(|_| Linear { bases: vec![Base { weight: random(&[output, input]), bias: None }], adapter: None })
         .collect();
-    let layers = Layers { layers: &layers, borders };
+    let groups = &Groups::new(borders.to_vec(), tch::Device::Cpu);
+    let layers = Layers { layers: &layers, groups };
     let rows = borders[borders.len() - 1];
     let (x, d_y) = (random(&[rows, input]), random(&[rows, output]));
     let work = Work::Products(2 * rows * input * output);

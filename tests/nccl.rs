@@ -329,15 +329,30 @@ fn mpi_the_table_of_gpus() {
         let output = command.env("TMPDIR", run.at("")).env("OMP_NUM_THREADS", "1").output().unwrap();
         succeeded(&output);
         let rows = String::from_utf8_lossy(&output.stdout).into_owned();
-        rows.lines().map(|row| row[64..].trim().to_owned()).collect::<Vec<_>>()
+        let cut = |row: &str| (row[..64].to_owned(), row[64..].trim().to_owned());
+        rows.lines().map(cut).collect::<Vec<_>>()
     };
-    assert_eq!(script(&TinyRun::new(), "0"), ["not run"; 6]);
-    let rows = script(&TinyRun::new(), "2");
-    assert_eq!(rows.len(), 6);
-    for (i, row) in rows.iter().enumerate() {
-        assert!(
-            if [0, 2, 3].contains(&i) { row.starts_with("equal: 8 losses") } else { row == "not run" },
-            "{rows:?}"
-        );
+    let losses = "equal: 8 losses";
+    let expected = [
+        ("experts on 1 GPU = on the CPU, fp32", losses),
+        ("experts on 1 GPU = on the CPU, bf16", "not run"),
+        ("flash attention", "not run"),
+        ("nccl: 2 ranks on 2 GPUs = 1 GPU, experts gathered", losses),
+        ("nccl: 2 ranks on 2 GPUs = 1 GPU, experts over 2", losses),
+        ("resume", "equal: 3 files of step 8"),
+        ("stopped", "gone in"),
+        ("generate", "not run"),
+        ("memory", "not run"),
+        ("speed beside FSDP2 + PEFT: SmolLM2", "not run"),
+        ("speed beside FSDP2 + PEFT: qwen3-2gb", "not run"),
+        ("speed beside FSDP2 + PEFT: qwen3-moe", "not run"),
+    ];
+    let none = script(&TinyRun::new(), "0");
+    let some = script(&TinyRun::new(), "2");
+    assert_eq!((none.len(), some.len()), (expected.len(), expected.len()), "{some:?}");
+    for (i, (name, said)) in expected.into_iter().enumerate() {
+        assert!(none[i].0.starts_with(&name.replace("2 ranks on 2", "0 ranks on 0")), "{none:?}");
+        assert!(some[i].0.starts_with(name), "{some:?}");
+        assert!(none[i].1 == "not run" && some[i].1.starts_with(said), "{some:?}");
     }
 }

@@ -13,7 +13,10 @@ mod mpi;
 mod nccl;
 mod solo;
 
-use crate::device::{self, DeviceChoice, DeviceError, Lane, RankDevice, choose::Sight};
+use crate::device::{
+    self, DeviceChoice, DeviceError, Lane, RankDevice,
+    choose::{SHARES, Sight},
+};
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 
@@ -192,7 +195,8 @@ impl World {
             }
             Ok(devices)
         });
-        let sight = |devices| Sight { host: control::host(), local_rank, devices };
+        let shares = std::env::var(SHARES).is_ok_and(|value| value == "1");
+        let sight = |devices| Sight { host: control::host(), local_rank, devices, shares };
         let failed = own.as_ref().err().cloned();
         let told = serde_json::to_vec(&own.ok().map(sight)).unwrap_or_default();
         let mut all = Vec::with_capacity(self.size());

@@ -11,13 +11,18 @@ pub struct Sight {
     pub local_rank: usize,
     /// The ids of the devices that it may use, in order; none: it computes on the CPU.
     pub devices: Vec<[u8; 16]>,
+    /// Whether it may share one with others of its host: see [`SHARES`].
+    pub shares: bool,
 }
 
+/// The variable by which NCCL (2.30 or newer) lets ranks share a device: 1. Slow; for trying several ranks on one GPU.
+pub const SHARES: &str = "NCCL_MULTI_RANK_GPU_ENABLE";
+
 /// Which of its devices rank `rank` of `all` takes: the one of its place among its host's ranks; or the only one, where the
-/// launcher has given each rank its own. `None` where all compute on the CPU.
+/// launcher has given each rank its own. Ranks that may share take them in turn. `None` where all compute on the CPU.
 ///
 /// # Errors
-/// Some ranks have devices and some have none, a host has more ranks than devices, or two ranks would share one.
+/// Some ranks have devices and some have none, a host has more ranks than devices, or two ranks would share one that may not.
 pub fn choose(all: &[Sight], rank: usize) -> Result<Option<usize>, DeviceError> {
     let without = all.iter().position(|sight| sight.devices.is_empty());
     let with = all.iter().position(|sight| !sight.devices.is_empty());
@@ -28,7 +33,11 @@ pub fn choose(all: &[Sight], rank: usize) -> Result<Option<usize>, DeviceError> 
     if with.is_none() {
         return Ok(None);
     }
-    let index = |sight: &Sight| if sight.devices.len() == 1 { 0 } else { sight.local_rank };
+    let index = |sight: &Sight| match sight.devices.len() {
+        1 => 0,
+        devices if sight.shares => sight.local_rank % devices,
+        _ => sight.local_rank,
+    };
     let mut taken = Vec::with_capacity(all.len());
     for (rank, sight) in all.iter().enumerate() {
         let here = || all.iter().filter(|other| other.host == sight.host).count();
@@ -38,7 +47,8 @@ pub fn choose(all: &[Sight], rank: usize) -> Result<Option<usize>, DeviceError> 
         };
         // Ids are the same on no two hosts, but for a virtual one that was copied.
         let own = (&sight.host, *id);
-        if let Some(other) = taken.iter().position(|taken| *taken == own) {
+        let other = taken.iter().position(|taken| *taken == own);
+        if let Some(other) = other.filter(|&other| !(sight.shares && all[other].shares)) {
             if sight.devices.len() == 1 && all[other].devices.len() == 1 {
                 return Err(DeviceError::TooFew { host: sight.host.clone(), ranks: here(), devices: 1 });
             }
@@ -70,7 +80,12 @@ mod tests {
     }
 
     fn sight(host: &str, local_rank: usize, devices: &[u8]) -> Sight {
-        Sight { host: host.into(), local_rank, devices: devices.iter().map(|&id| [id; 16]).collect() }
+        let devices = devices.iter().map(|&id| [id; 16]).collect();
+        Sight { host: host.into(), local_rank, devices, shares: false }
+    }
+
+    fn sharing(local_rank: usize, devices: &[u8]) -> Sight {
+        Sight { shares: true, ..sight("a", local_rank, devices) }
     }
 
     fn chosen(all: &[Sight]) -> Vec<Option<usize>> {
@@ -92,6 +107,15 @@ mod tests {
     fn a_device_that_the_launcher_gave_is_taken() {
         // As slurm's --gpus-per-task does.
         assert_eq!(chosen(&[sight("a", 0, &[7]), sight("a", 1, &[8])]), [Some(0), Some(0)]);
+    }
+
+    #[test]
+    fn devices_are_shared_by_ranks_that_all_may() {
+        assert_eq!(chosen(&[sharing(0, &[1]), sharing(1, &[1])]), [Some(0), Some(0)]);
+        let three = [sharing(0, &[1, 2]), sharing(1, &[1, 2]), sharing(2, &[1, 2])];
+        assert_eq!(chosen(&three), [Some(0), Some(1), Some(0)]);
+        let one = refused(&[sharing(0, &[1]), sight("a", 1, &[1])]);
+        assert!(one.contains("NCCL_MULTI_RANK_GPU_ENABLE"), "{one}");
     }
 
     #[test]

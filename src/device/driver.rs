@@ -47,12 +47,12 @@ const PORTABLE: u32 = 1;
 pub struct Driver {
     device: sys::CUdevice,
     context: usize,
-    /// Its compute capability, before the point.
+    /// Its compute capability, as in 90 for 9.0.
     pub generation: i32,
 }
 
 /// Error of the driver's `call`.
-fn failed(call: &'static str) -> impl Fn(DriverError) -> DeviceError {
+pub(super) fn failed(call: &'static str) -> impl Fn(DriverError) -> DeviceError {
     move |error| {
         let text = error.error_string().map(|text| text.to_string_lossy().into_owned());
         DeviceError::Driver { call, code: error.0 as u32, text: text.unwrap_or_else(|_| "unknown".into()) }
@@ -92,13 +92,13 @@ impl Driver {
     pub fn open(index: usize) -> Result<Self, DeviceError> {
         load()?;
         let device = device::get(index as c_int).map_err(failed("cuDeviceGet"))?;
-        let major = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
-        // SAFETY: the device is the driver's own.
-        let (generation, context) =
-            unsafe { (device::get_attribute(device, major), primary_ctx::retain(device)) };
-        let generation = generation.map_err(failed("cuDeviceGetAttribute"))?;
-        let context = context.map_err(failed("cuDevicePrimaryCtxRetain"))?;
-        Ok(Self { device, context: context.expose_provenance(), generation })
+        // SAFETY: the device is the driver's own, here and below.
+        let attribute =
+            |which| unsafe { device::get_attribute(device, which) }.map_err(failed("cuDeviceGetAttribute"));
+        let major = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        let context = unsafe { primary_ctx::retain(device) }.map_err(failed("cuDevicePrimaryCtxRetain"))?;
+        Ok(Self { device, context: context.expose_provenance(), generation: 10 * major + minor })
     }
 }
 

@@ -1,9 +1,10 @@
 //! The device that a rank computes on: which one ([`choose`], pure), its driver ([`runtime`] says what is called, [`driver`]
-//! calls CUDA), a stream beside libtorch's ([`Lane`]), memory through which bytes go there ([`staging`]), and libtorch's own
-//! half for it ([`torch`]).
+//! calls CUDA), a stream beside libtorch's ([`Lane`]), memory through which bytes go there ([`staging`]), kernels of our own
+//! ([`kernels`]), and libtorch's own half for it ([`torch`]).
 
 pub mod choose;
 pub mod driver;
+pub mod kernels;
 mod lane;
 pub mod runtime;
 pub mod staging;
@@ -16,7 +17,7 @@ pub use staging::Staging;
 use libloading::Library;
 use std::sync::{
     Arc,
-    atomic::{AtomicBool, Ordering},
+    atomic::{AtomicBool, AtomicI32, Ordering},
 };
 use tch::{Device, Tensor};
 
@@ -27,10 +28,14 @@ pub enum DeviceError {
     Missing { what: &'static str, why: String },
     #[error("CUDA's driver, {call}: {text} (error {code})")]
     Driver { call: &'static str, code: u32, text: String },
+    #[error("CUDA's run-time compiler, for compute capability {generation}: {why}")]
+    Compile { generation: i32, why: String },
     #[error("this machine has an NVIDIA driver but no GPU that may be used; see CUDA_VISIBLE_DEVICES")]
     None,
     #[error(
-        "{ranks} ranks on {host}, which has {devices} GPUs for them: start one rank a GPU, or use --device cpu"
+        "{ranks} ranks on {host}, which has {devices} GPUs for them: start one rank a GPU, or use --device cpu; \
+         NCCL 2.30 lets ranks share a GPU, slowly, where {} is 1",
+        choose::SHARES
     )]
     TooFew { host: String, ranks: usize, devices: usize },
     #[error(
@@ -86,7 +91,7 @@ impl RankDevice {
         STANDS_IN.store(choice == DeviceChoice::StandIn, Ordering::Relaxed);
         let tensors = if choice == DeviceChoice::StandIn { Device::Cpu } else { Device::Cuda(index) };
         let driver = driver::Driver::open(index)?;
-        FLASH.store(driver.generation >= 8, Ordering::Relaxed);
+        GENERATION.store(driver.generation, Ordering::Relaxed);
         Ok(Self { tensors, runtime: Some(Arc::new(driver)) })
     }
 
@@ -123,12 +128,16 @@ pub(crate) fn has_symbols(
 /// Whether a tensor of another device is in host memory: see [`DeviceChoice::StandIn`].
 static STANDS_IN: AtomicBool = AtomicBool::new(false);
 
-/// See [`has_flash`].
-static FLASH: AtomicBool = AtomicBool::new(false);
+static GENERATION: AtomicI32 = AtomicI32::new(0);
 
-/// Whether this rank's device has FlashAttention in libtorch: from Ampere (compute capability 8.0) on.
+/// Compute capability of this rank's device, as in 90 for 9.0; 0 where there is none.
+pub fn generation() -> i32 {
+    GENERATION.load(Ordering::Relaxed)
+}
+
+/// Whether this rank's device has FlashAttention in libtorch: from Ampere on.
 pub fn has_flash() -> bool {
-    FLASH.load(Ordering::Relaxed)
+    generation() >= 80
 }
 
 /// Whether `tensor` is where kernels of ours compute. Elsewhere libtorch's operations do.

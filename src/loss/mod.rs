@@ -87,9 +87,10 @@ impl LinearCrossEntropy {
             if let Some(a) = &before {
                 cross_entropy::accumulate(&part(a), &rescale, &product);
             }
-            let here = local.ge(0).logical_and(&local.lt(rows)).nonzero().view([-1]);
-            let chosen = weight.index_select(0, &local.index_select(0, &here));
-            let _ = part(w_t).index_copy_(0, &here, &chosen);
+            // No list of those that are here: a device would have to tell the host how long it is.
+            let here = local.ge(0).logical_and(&local.lt(rows)).unsqueeze(1);
+            let chosen = weight.index_select(0, &local.clamp(0, rows - 1));
+            part(w_t).copy_(&chosen.where_self(&here, &part(w_t)));
         }
         if let Some(gradient) = &mut self.gradient {
             gradient.a = before.or(product);

@@ -5,6 +5,7 @@ use crate::{
     ops::{
         Buffer,
         dispatch::{Assignment, exact, filled},
+        linear::Groups,
     },
     shard::{Exchange, Route, ShardError},
 };
@@ -44,9 +45,9 @@ impl Dispatch {
         self.assignment.counts()
     }
 
-    /// Where the rows of each of this rank's experts begin, and the end.
-    pub fn borders(&self) -> &[i64] {
-        self.remote.as_ref().map_or(&self.assignment, |remote| &remote.assignment).borders()
+    /// The rows of each of this rank's experts.
+    pub fn groups(&self) -> &Groups {
+        self.remote.as_ref().map_or(&self.assignment, |remote| &remote.assignment).groups()
     }
 
     /// Whether rows travel between ranks.

@@ -6,7 +6,7 @@
 
 use crate::ops::{
     Buffer,
-    linear::{self, Layers, Linear},
+    linear::{self, Groups, Layers, Linear},
     swiglu,
 };
 use crate::shard::ShardError;
@@ -21,8 +21,8 @@ pub struct GatedMlp {
 
 /// Which rows go where.
 pub struct Share {
-    /// MLP i has rows `borders[i]..borders[i + 1]`.
-    pub borders: Vec<i64>,
+    /// MLP i has the rows of group i.
+    pub groups: Groups,
     /// `[rows, 1]` fp32
     pub scale: Option<Tensor>,
 }
@@ -40,11 +40,11 @@ pub struct GatedSaved {
 impl Share {
     /// All of `rows` to the one MLP that there is.
     pub fn all(rows: i64, scale: Option<Tensor>) -> Self {
-        Self { borders: vec![0, rows], scale }
+        Self { groups: Groups::one(rows), scale }
     }
 
     fn of<'a>(&'a self, layers: &'a [Linear]) -> Layers<'a> {
-        Layers { layers, borders: &self.borders }
+        Layers { layers, groups: &self.groups }
     }
 }
 

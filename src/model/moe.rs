@@ -72,8 +72,8 @@ impl Moe {
         let routing = routing::forward(x, &self.router, self.choice, chosen);
         let experts = self.router.size()[0] as usize;
         let dispatch = Dispatch::new(&routing.experts, experts, self.exchange.as_ref())?;
-        let borders = dispatch.borders().to_vec();
-        let share = Share { borders, scale: Some(dispatch.by_row(&routing.weights)?) };
+        let groups = dispatch.groups().share();
+        let share = Share { groups, scale: Some(dispatch.by_row(&routing.weights)?) };
         let rows = dispatch.gather(x)?;
         let experts = self.experts.forward(&rows, share);
         let shared = self.shared.as_ref().map(|shared| {

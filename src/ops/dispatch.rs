@@ -13,6 +13,8 @@
 use super::{
     Buffer,
     cpu::{Element, Real, Rows, dispatch, each_row, values},
+    cuda,
+    linear::Groups,
     wide,
 };
 use crate::device::has_kernels;
@@ -44,8 +46,8 @@ pub struct Assignment {
     choices: Tensor,
     /// The row of each choice: `[tokens, k]` i64.
     rows: Tensor,
-    /// Expert e has rows `borders[e]..borders[e + 1]`.
-    borders: Vec<i64>,
+    /// The rows of each expert.
+    groups: Groups,
     /// How often each expert was chosen.
     counts: Vec<i64>,
 }
@@ -80,12 +82,13 @@ impl Assignment {
             choices.iter().map(|&choice| if choice == NOBODY { NOBODY } else { choice / k }).collect();
         let on_device = |values: &[i64]| Tensor::from_slice(values).to_device(chosen.device());
         let rows = on_device(&rows).view_as(chosen);
-        Self { tokens: on_device(&tokens), choices: on_device(&choices), rows, borders, counts }
+        let groups = Groups::new(borders, chosen.device());
+        Self { tokens: on_device(&tokens), choices: on_device(&choices), rows, groups, counts }
     }
 
-    /// Where each expert's rows begin, and the end: `[experts + 1]`.
-    pub fn borders(&self) -> &[i64] {
-        &self.borders
+    /// The rows of each expert.
+    pub fn groups(&self) -> &Groups {
+        &self.groups
     }
 
     /// How often each expert was chosen: `[experts]`.
@@ -102,10 +105,10 @@ impl Assignment {
     pub fn gather(&self, x: &Tensor) -> Buffer {
         let _span = crate::trace::operation("dispatch.gather");
         let rows = Buffer::empty(&[self.rows(), x.size()[1]], x.kind(), x.device());
-        if !has_kernels(x) {
-            rows.shallow_clone().copy_(&pick(x, &self.tokens));
-        } else {
+        if has_kernels(x) {
             dispatch!(x.kind(), E => self.gather_rows::<E>(x, &rows));
+        } else if !cuda::kernels(x).is_some_and(|kernels| kernels.gather_rows(x, &self.tokens, &rows)) {
+            rows.shallow_clone().copy_(&pick(x, &self.tokens));
         }
         rows
     }
@@ -114,10 +117,11 @@ impl Assignment {
     pub fn combine(&self, rows: &Tensor, add: Option<&Tensor>) -> Buffer {
         let _span = crate::trace::operation("dispatch.combine");
         let y = Buffer::empty(&[self.rows.size()[0], rows.size()[1]], rows.kind(), rows.device());
-        if !has_kernels(rows) {
-            self.combine_torch(rows, add, &y);
-        } else {
+        if has_kernels(rows) {
             dispatch!(rows.kind(), E => self.combine_rows::<E>(rows, add, &y));
+        } else if !cuda::kernels(rows).is_some_and(|kernels| kernels.combine_rows(rows, &self.rows, add, &y))
+        {
+            self.combine_torch(rows, add, &y);
         }
         y
     }
@@ -169,7 +173,7 @@ impl Assignment {
         }
     }
 
-    /// The same in libtorch's operations, for devices without kernels.
+    /// The same in libtorch's operations, for tensors that no kernel takes.
     fn combine_torch(&self, rows: &Tensor, add: Option<&Tensor>, y: &Tensor) {
         let shape = [self.rows.size()[0], self.rows.size()[1], rows.size()[1]];
         let parts = rows.index_select(0, &self.rows.reshape([-1])).view(&shape[..]);
@@ -226,7 +230,7 @@ mod tests {
     fn rows_are_sorted_by_expert_then_by_token() {
         let assignment = assignment();
         assert_eq!(assignment.counts(), [3, 3, 0, 4]);
-        assert_eq!(assignment.borders(), [0, GRAIN, 2 * GRAIN, 2 * GRAIN, 3 * GRAIN]);
+        assert_eq!(assignment.groups().borders(), [0, GRAIN, 2 * GRAIN, 2 * GRAIN, 3 * GRAIN]);
         let expected = [slice(&[0, 2, 3]), slice(&[1, 2, 4]), slice(&[0, 1, 3, 4])].concat();
         assert_eq!(values::<i64>(&assignment.tokens), expected);
         let by_choice = Tensor::arange(10, (Kind::Int64, Device::Cpu)).view([5, 2]);
@@ -248,7 +252,7 @@ mod tests {
     #[test]
     fn no_token_is_no_row() {
         let none = Assignment::new(&Tensor::zeros([0, 2], (Kind::Int64, Device::Cpu)), 3, filled);
-        assert_eq!(none.borders(), [0; 4]);
+        assert_eq!(none.groups().borders(), [0; 4]);
         let x = leaf(&[0, 7]).detach();
         assert_eq!(none.gather(&x).size(), [0, 7]);
         assert_eq!(none.combine(&none.gather(&x), Some(&x)).size(), [0, 7]);
@@ -257,6 +261,7 @@ mod tests {
 
     #[test]
     fn each_is_the_others_adjoint() {
+        let kernels = cuda::on_host::kernels();
         let assignment = assignment();
         let count = 3 * GRAIN;
         // The tokens' rows as a matrix: gather is its product with x, combine that of its transpose.
@@ -282,6 +287,17 @@ mod tests {
                 let y = add.empty_like();
                 assignment.combine_torch(&rows, Some(&add), &y);
                 assert!(distance(&y, &(&sums + exact(&add))) < 8.0 * tolerance);
+
+                let out = rows.empty_like();
+                let taken = kernels.gather_rows(&x, &assignment.tokens, &out);
+                assert_eq!(taken, kind != Kind::Double && n % 8 == 0);
+                if taken {
+                    assert_eq!(distance(&out, &gathered), 0.0);
+                    assert!(kernels.combine_rows(&rows, &assignment.rows, None, &y));
+                    assert!(distance(&y, &sums) < 8.0 * tolerance);
+                    assert!(kernels.combine_rows(&rows, &assignment.rows, Some(&add), &y));
+                    assert!(distance(&y, &(&sums + exact(&add))) < 8.0 * tolerance);
+                }
             }
         }
     }

@@ -9,11 +9,13 @@ pub mod attention;
 pub mod buffers;
 pub mod cpu;
 pub mod cross_entropy;
+pub mod cuda;
 pub mod dispatch;
 pub mod linear;
 pub mod norm;
 pub mod rope;
 pub mod routing;
+mod row_layout;
 pub mod swiglu;
 
 pub use buffers::Buffer;

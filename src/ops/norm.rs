@@ -9,10 +9,10 @@
 use super::{
     Buffer,
     cpu::{Element, Real, Rows, dispatch, each_row, lanes, values},
-    wide,
+    cuda, wide,
 };
 use crate::device::has_kernels;
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 /// y and r.
 pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> (Buffer, Tensor) {
@@ -24,14 +24,15 @@ pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> (Buffer, Tensor) {
 /// As [`forward`], with y written to `out`, which does not overlap x.
 pub fn forward_into(x: &Tensor, weight: &Tensor, eps: f64, out: &Tensor) -> Tensor {
     let _span = crate::trace::operation("norm.forward");
-    if !has_kernels(x) {
-        return torch::forward(x, weight, eps, out);
-    }
     let mut shape = x.size();
     shape.pop();
     shape.push(1);
-    let r = Tensor::empty(shape, (wide(x.kind()), Device::Cpu));
-    dispatch!(x.kind(), E => rows::forward::<E>(x, weight, eps, out, &r));
+    let r = Tensor::empty(shape, (wide(x.kind()), x.device()));
+    if has_kernels(x) {
+        dispatch!(x.kind(), E => rows::forward::<E>(x, weight, eps, out, &r));
+    } else if !cuda::kernels(x).is_some_and(|kernels| kernels.norm_forward(x, weight, eps, out, &r)) {
+        torch::forward(x, weight, eps, out, &r);
+    }
     r
 }
 
@@ -39,11 +40,11 @@ pub fn forward_into(x: &Tensor, weight: &Tensor, eps: f64, out: &Tensor) -> Tens
 pub fn recompute(x: &Tensor, weight: &Tensor, r: &Tensor) -> Buffer {
     let _span = crate::trace::operation("norm.recompute");
     let y = Buffer::like(x);
-    if !has_kernels(x) {
+    if has_kernels(x) {
+        dispatch!(x.kind(), E => rows::recompute::<E>(x, weight, r, &y));
+    } else if !cuda::kernels(x).is_some_and(|kernels| kernels.norm_recompute(x, weight, r, &y)) {
         torch::normalise(x, weight, r, &y);
-        return y;
     }
-    dispatch!(x.kind(), E => rows::recompute::<E>(x, weight, r, &y));
     y
 }
 
@@ -61,10 +62,11 @@ pub fn backward_into(d: &Tensor, x: &Tensor, weight: &Tensor, r: &Tensor) {
 }
 
 fn differentiate(d: &Tensor, x: &Tensor, weight: &Tensor, r: &Tensor, add: Option<&Tensor>) {
-    if !has_kernels(x) {
-        return torch::backward(d, x, weight, r, add);
+    if has_kernels(x) {
+        dispatch!(x.kind(), E => rows::backward::<E>(d, x, weight, r, add));
+    } else if !cuda::kernels(x).is_some_and(|kernels| kernels.norm_backward(d, x, weight, r, add)) {
+        torch::backward(d, x, weight, r, add);
     }
-    dispatch!(x.kind(), E => rows::backward::<E>(d, x, weight, r, add));
 }
 
 /// Kernels over the rows of host tensors.
@@ -165,14 +167,13 @@ mod rows {
     }
 }
 
-/// The same in libtorch's operations, for devices without kernels.
+/// The same in libtorch's operations, for tensors that no kernel takes.
 mod torch {
     use super::*;
 
-    pub fn forward(x: &Tensor, weight: &Tensor, eps: f64, out: &Tensor) -> Tensor {
-        let r = (x.to_kind(wide(x.kind())).square().mean_dim(-1, true, None) + eps).rsqrt();
-        normalise(x, weight, &r, out);
-        r
+    pub fn forward(x: &Tensor, weight: &Tensor, eps: f64, out: &Tensor, r: &Tensor) {
+        r.shallow_clone().copy_(&(x.to_kind(wide(x.kind())).square().mean_dim(-1, true, None) + eps).rsqrt());
+        normalise(x, weight, r, out);
     }
 
     pub fn normalise(x: &Tensor, weight: &Tensor, r: &Tensor, out: &Tensor) {
@@ -195,7 +196,7 @@ mod torch {
 mod tests {
     use super::*;
     use crate::ops::testing::{KINDS, autograd, distance, everywhere, leaf};
-    use tch::Kind;
+    use tch::{Device, Kind};
 
     /// x and d_y of a kind, with what autograd makes of their fp64 values: y, dx.
     fn example(shape: &[i64], kind: Kind) -> ([Tensor; 3], [Tensor; 2]) {
@@ -229,7 +230,8 @@ mod tests {
                     near(&backward(d_y.copy().into(), &x, &w, &r, Some(&add)), &d_sum);
                 });
                 let (ours, d) = (x.empty_like(), d_y.copy());
-                let r = torch::forward(&x, &w, 1e-5, &ours);
+                let r = Tensor::empty([&shape[..shape.len() - 1], &[1]].concat(), (wide(kind), x.device()));
+                torch::forward(&x, &w, 1e-5, &ours, &r);
                 near(&ours, &y);
                 torch::backward(&d, &x, &w, &r, None);
                 near(&d, &d_x);
@@ -258,6 +260,46 @@ mod tests {
                     (0.0, Tensor::from(false))
                 );
             });
+        }
+    }
+
+    #[test]
+    fn kernels_of_devices_compute_it() {
+        let kernels = cuda::on_host::kernels();
+        for (kind, tolerance) in KINDS {
+            for (tokens, heads, n) in [(1, 1, 8), (0, 2, 16), (37, 1, 576), (9, 3, 64)] {
+                let ([x, w, d_y], [y, d_x]) = example(&[tokens, heads, n], kind);
+                let all = Tensor::full([tokens, 2 * heads + 2, n], 3.0, (kind, Device::Cpu));
+                let (mut inside, mut after) = (all.narrow(1, 1, heads), all.narrow(1, heads + 1, heads));
+                inside.copy_(&x);
+                let r = Tensor::empty([tokens, heads, 1], (wide(kind), Device::Cpu));
+                let near = |ours: &Tensor, exact: &Tensor| {
+                    let off = distance(ours, exact);
+                    assert!(off < tolerance * 8.0, "{kind:?} {tokens} {heads} {n}: {off}");
+                };
+                let taken = kernels.norm_forward(&inside, &w, 1e-5, &after, &r);
+                assert_eq!(taken, kind != Kind::Double);
+                if !taken {
+                    continue;
+                }
+                near(&after, &y);
+                let again = x.empty_like();
+                assert!(kernels.norm_recompute(&inside, &w, &r, &again));
+                assert_eq!(distance(&again, &after), 0.0);
+                after.copy_(&d_y);
+                assert!(kernels.norm_backward(&after, &inside, &w, &r, None));
+                near(&after, &d_x);
+                after.copy_(&d_y);
+                let add = d_y.neg();
+                assert!(kernels.norm_backward(&after, &inside, &w, &r, Some(&add)));
+                near(&after, &(&d_x + add.to_kind(Kind::Double)));
+                let beside = all.index_select(1, &Tensor::from_slice(&[0, 2 * heads + 1]));
+                assert_eq!((distance(&inside, &x), beside.ne(3.0).any()), (0.0, Tensor::from(false)));
+            }
+            let odd = Tensor::zeros([2, 12], (kind, Device::Cpu));
+            let r = Tensor::zeros([2, 1], (wide(kind), Device::Cpu));
+            let w = Tensor::zeros([12], (wide(kind), Device::Cpu));
+            assert!(!kernels.norm_forward(&odd, &w, 1e-5, &odd.empty_like(), &r), "rows are no packs");
         }
     }
 }

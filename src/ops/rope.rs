@@ -3,7 +3,10 @@
 //! forward   y₁ = x₁·cos − x₂·sin,  y₂ = x₂·cos + x₁·sin   with x = [x₁ | x₂]
 //! backward  the rotation by the opposite angle
 
-use super::cpu::{Element, Real, Rows, dispatch, each_row};
+use super::{
+    cpu::{Element, Real, Rows, dispatch, each_row},
+    cuda,
+};
 use crate::device::has_kernels;
 use tch::{Device, Kind, Tensor};
 
@@ -48,10 +51,11 @@ pub fn backward(d_qkv: &Tensor, heads: i64, cos: &Tensor, sin: &Tensor) {
 
 /// `direction` is 1 or −1: by the angle or the opposite one.
 fn rotate(x: &Tensor, heads: i64, cos: &Tensor, sin: &Tensor, direction: f64) {
-    if !has_kernels(x) {
-        return torch::rotate(x, heads, cos, sin, direction);
+    if has_kernels(x) {
+        dispatch!(x.kind(), E => rows::rotate::<E>(x, heads as usize, cos, sin, direction));
+    } else if !cuda::kernels(x).is_some_and(|kernels| kernels.rope(x, heads, cos, sin, direction)) {
+        torch::rotate(x, heads, cos, sin, direction);
     }
-    dispatch!(x.kind(), E => rows::rotate::<E>(x, heads as usize, cos, sin, direction));
 }
 
 /// Kernels over the rows of host tensors.
@@ -91,7 +95,7 @@ mod rows {
     }
 }
 
-/// The same in libtorch's operations, for devices without kernels.
+/// The same in libtorch's operations, for tensors that no kernel takes.
 mod torch {
     use super::*;
 
@@ -114,6 +118,7 @@ mod tests {
 
     #[test]
     fn matches_autograd() {
+        let kernels = cuda::on_host::kernels();
         for (kind, tolerance) in KINDS {
             for (tokens, heads, dim) in [(5, 3, 8), (1, 1, 6), (0, 2, 4), (300, 5, 64), (7, 2, 128)] {
                 // Two heads of v follow, which stay as they are.
@@ -147,6 +152,14 @@ mod tests {
                 torch::rotate(&d, heads, &cos, &sin, -1.0);
                 near(&ours, &y);
                 near(&d, &expected);
+                let (ours, d) = (flat(&x), flat(&d_y));
+                let taken = kernels.rope(&ours, heads, &cos, &sin, 1.0);
+                assert_eq!(taken, kind != Kind::Double && dim % 16 == 0);
+                if taken {
+                    assert!(kernels.rope(&d, heads, &cos, &sin, -1.0));
+                    near(&ours, &y);
+                    near(&d, &expected);
+                }
             }
         }
     }

@@ -9,7 +9,7 @@
 use super::{
     Buffer,
     cpu::{Element, Real, Rows, dispatch, each_row, lanes},
-    wide,
+    cuda, wide,
 };
 use crate::device::has_kernels;
 use tch::Tensor;
@@ -19,10 +19,10 @@ pub fn forward(gate_up: &Tensor, scale: Option<&Tensor>) -> Buffer {
     let _span = crate::trace::operation("swiglu.forward");
     let (tokens, n) = (gate_up.size()[0], gate_up.size()[1] / 2);
     let y = Buffer::empty(&[tokens, n], gate_up.kind(), gate_up.device());
-    if !has_kernels(gate_up) {
-        torch::forward(gate_up, scale, &y);
-    } else {
+    if has_kernels(gate_up) {
         dispatch!(gate_up.kind(), E => rows::forward::<E>(gate_up, scale, &y));
+    } else if !cuda::kernels(gate_up).is_some_and(|kernels| kernels.swiglu_forward(gate_up, scale, &y)) {
+        torch::forward(gate_up, scale, &y);
     }
     y
 }
@@ -42,10 +42,11 @@ pub fn backward(d_y: Buffer, gate_up: Buffer, scale: Option<&Tensor>) -> Gradien
     let _span = crate::trace::operation("swiglu.backward");
     let d_scale = scale.map(Tensor::empty_like);
     let scales = scale.zip(d_scale.as_ref());
-    if !has_kernels(&gate_up) {
-        torch::backward(&d_y, &gate_up, scales);
-    } else {
+    if has_kernels(&gate_up) {
         dispatch!(gate_up.kind(), E => rows::backward::<E>(&d_y, &gate_up, scales));
+    } else if !cuda::kernels(&gate_up).is_some_and(|kernels| kernels.swiglu_backward(&d_y, &gate_up, scales))
+    {
+        torch::backward(&d_y, &gate_up, scales);
     }
     Gradients { gate_up, y: d_y, scale: d_scale }
 }
@@ -139,7 +140,7 @@ mod rows {
     }
 }
 
-/// The same in libtorch's operations, for devices without kernels.
+/// The same in libtorch's operations, for tensors that no kernel takes.
 mod torch {
     use super::*;
 
@@ -185,16 +186,24 @@ mod tests {
 
     #[test]
     fn matches_autograd() {
+        let kernels = cuda::on_host::kernels();
         for (kind, tolerance) in KINDS {
-            for (tokens, n) in [(0, 7), (1, 7), (6, 7), (3, 1), (40, 1000)] {
+            for (tokens, n) in [(0, 7), (1, 7), (6, 7), (3, 1), (0, 8), (1, 8), (40, 1000)] {
                 for scaled in [false, true] {
-                    equals_autograd(kind, tolerance, tokens, n, scaled);
+                    equals_autograd(&kernels, kind, tolerance, tokens, n, scaled);
                 }
             }
         }
     }
 
-    fn equals_autograd(kind: Kind, tolerance: f64, tokens: i64, n: i64, scaled: bool) {
+    fn equals_autograd(
+        kernels: &cuda::Kernels,
+        kind: Kind,
+        tolerance: f64,
+        tokens: i64,
+        n: i64,
+        scaled: bool,
+    ) {
         let rounded = |t: Tensor| t.detach().to_kind(kind).to_kind(Kind::Double);
         let gate_up = rounded(leaf(&[tokens, 2 * n]) * 3.0).set_requires_grad(true);
         let d_y = rounded(leaf(&[tokens, n]));
@@ -237,6 +246,14 @@ mod tests {
         let d_scale = scale.map(Tensor::empty_like);
         torch::backward(&d, &both, scale.zip(d_scale.as_ref()));
         all_near(&both, &d, d_scale.as_ref());
+        let (d, both) = inputs();
+        let taken = kernels.swiglu_forward(&both, scale, &ours);
+        assert_eq!(taken, kind != Kind::Double && n % 8 == 0);
+        if taken {
+            near(&ours, &y);
+            assert!(kernels.swiglu_backward(&d, &both, scale.zip(d_scale.as_ref())));
+            all_near(&both, &d, d_scale.as_ref());
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The rows of host tensors, as slices that kernels work on.
 
 use super::{Element, Level, Stored, pool};
+use crate::ops::row_layout::RowLayout;
 use std::{marker::PhantomData, ops::Range};
 use tch::{Device, Tensor};
 
@@ -37,22 +38,9 @@ impl<'a, E: Stored> Rows<'a, E> {
     pub fn of(tensor: &'a Tensor) -> Self {
         assert_eq!((tensor.kind(), tensor.device()), (E::KIND, Device::Cpu), "a kernel's tensor");
         let (size, strides) = (tensor.size(), tensor.stride());
-        let columns = size.last().map_or(1, |&n| n as usize);
-        assert!(columns <= 1 || strides.last() == Some(&1), "rows are dense: {size:?} {strides:?}");
-        let outer = size.len().saturating_sub(1);
-        let rows: usize = size[..outer].iter().map(|&n| n as usize).product();
-        // (rows, stride), the innermost first; dimensions that are one stride become one.
-        let mut levels: Vec<(usize, usize)> = Vec::new();
-        for (n, stride) in (0..outer).rev().map(|i| (size[i] as usize, strides[i] as usize)) {
-            match levels.last_mut() {
-                _ if n == 1 => {}
-                Some((inner, inner_stride)) if stride == *inner * *inner_stride => *inner *= n,
-                _ => levels.push((n, stride)),
-            }
-        }
-        assert!(rows == 0 || levels.len() <= 2, "rows have at most two strides: {size:?} {strides:?}");
-        let (inner, stride) = levels.first().copied().unwrap_or((rows, columns));
-        let outer_stride = levels.get(1).map_or(0, |&(_, stride)| stride);
+        let layout = RowLayout::of(&size, &strides)
+            .unwrap_or_else(|| panic!("rows are dense and have at most two strides: {size:?} {strides:?}"));
+        let RowLayout { rows, columns, stride, inner, outer_stride } = layout;
         // What has no element may have no memory, but even an empty slice has an address.
         let first = if tensor.numel() == 0 { std::ptr::dangling_mut() } else { tensor.data_ptr().cast() };
         Self { first, rows, columns, stride, inner, outer_stride, last: columns, tensor: PhantomData }

@@ -8,11 +8,14 @@
 //! frozen weight has no gradient. Parameter gradients are added in fp32.
 //!
 //! The groups are slices of the same tensors, one GEMM each: nothing is padded or copied, and a group without rows costs
-//! nothing. libtorch's grouped GEMM was measured no faster.
+//! nothing. On the CPU libtorch's grouped GEMM was measured no faster; on a device it is what computes (`grouped.rs`).
+
+mod grouped;
 
 use super::Buffer;
+use grouped::Stacked;
 use std::ops::Range;
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 /// Frozen weight [out, in] and bias `[out]`, in compute dtype.
 pub struct Base {
@@ -68,18 +71,64 @@ impl Linear {
     }
 }
 
-/// Layers with the rows that go through each: layer i computes rows `borders[i]..borders[i + 1]`. All have the same
-/// widths, and all have an adapter or none has.
+/// Which rows are whose: group i has rows `borders[i]..borders[i + 1]`, and all rows are some group's.
+#[derive(Debug)]
+pub struct Groups {
+    borders: Vec<i64>,
+    /// Where each group ends, `[groups]` i32, for a device that computes all at once.
+    ends: Option<Tensor>,
+}
+
+impl Groups {
+    /// All of `rows` in one.
+    pub fn one(rows: i64) -> Self {
+        Self { borders: vec![0, rows], ends: None }
+    }
+
+    /// Of rows on `device`.
+    pub fn new(borders: Vec<i64>, device: Device) -> Self {
+        let ends = |borders: &[i64]| {
+            let ends: Vec<i32> = borders[1..].iter().map(|&end| end as i32).collect();
+            Tensor::from_slice(&ends).to_device(device)
+        };
+        Self { ends: (device != Device::Cpu).then(|| ends(&borders)), borders }
+    }
+
+    /// As a device computes them, on the CPU.
+    #[cfg(test)]
+    fn at_once(borders: Vec<i64>) -> Self {
+        let ends: Vec<i32> = borders[1..].iter().map(|&end| end as i32).collect();
+        Self { borders, ends: Some(Tensor::from_slice(&ends)) }
+    }
+
+    /// The same once more.
+    pub fn share(&self) -> Self {
+        Self { borders: self.borders.clone(), ends: self.ends.as_ref().map(Tensor::shallow_clone) }
+    }
+
+    /// Where each group begins, and the end: `[groups + 1]`.
+    pub fn borders(&self) -> &[i64] {
+        &self.borders
+    }
+
+    /// How many rows each group has.
+    fn sizes(&self) -> impl Iterator<Item = i64> {
+        self.borders.windows(2).map(|pair| pair[1] - pair[0])
+    }
+}
+
+/// Layers with the rows that go through each: layer i computes group i. All have the same widths, and all have an adapter or
+/// none has.
 #[derive(Clone, Copy)]
 pub struct Layers<'a> {
     pub layers: &'a [Linear],
-    pub borders: &'a [i64],
+    pub groups: &'a Groups,
 }
 
 impl<'a> Layers<'a> {
     /// Each layer that has rows, with them.
     fn with_rows(self) -> impl Iterator<Item = (&'a Linear, Range<i64>)> {
-        let ranges = self.borders.windows(2).map(|pair| pair[0]..pair[1]);
+        let ranges = self.groups.borders.windows(2).map(|pair| pair[0]..pair[1]);
         self.layers.iter().zip(ranges).filter(|(_, rows)| !rows.is_empty())
     }
 
@@ -98,6 +147,9 @@ impl<'a> Layers<'a> {
 /// are adapters.
 pub fn forward(x: &Tensor, layers: Layers, add: Option<&Tensor>) -> (Buffer, Option<Buffer>) {
     let _span = crate::trace::operation("linear.forward");
+    if let Some(stacked) = Stacked::of(x, layers) {
+        return stacked.forward(x, add);
+    }
     let width = layers.layers.first().map_or(0, Linear::output);
     let y = Buffer::empty(&[x.size()[0], width], x.kind(), x.device());
     for (layer, rows) in layers.with_rows() {
@@ -130,6 +182,9 @@ pub fn forward(x: &Tensor, layers: Layers, add: Option<&Tensor>) -> (Buffer, Opt
 
 /// s·h `[rows, Σ rank]`; again, for a backward that did not keep it.
 pub fn thin(x: &Tensor, layers: Layers) -> Option<Buffer> {
+    if let Some(stacked) = Stacked::of(x, layers) {
+        return stacked.thin(x);
+    }
     let mut h = layers.thin_like(x)?;
     let mut scaling = 1.0;
     for (layer, rows) in layers.with_rows() {
@@ -147,6 +202,9 @@ pub struct ThinGradient(Option<Buffer>);
 /// dx `[rows, in]` from dy `[rows, out]`, and g for [`backward_parameters`].
 pub fn backward_input(d_y: &Tensor, layers: Layers) -> (Buffer, ThinGradient) {
     let _span = crate::trace::operation("linear.backward_input");
+    if let Some(stacked) = Stacked::of(d_y, layers) {
+        return stacked.backward_input(d_y);
+    }
     let input = layers.layers.first().map_or(0, Linear::input);
     let d_x = Buffer::empty(&[d_y.size()[0], input], d_y.kind(), d_y.device());
     let g = layers.thin_like(d_y);
@@ -179,6 +237,9 @@ pub fn backward_parameters(
 ) {
     let _span = crate::trace::operation("linear.backward_parameters");
     let (Some(h), Some(g)) = (h, g) else { return };
+    if let Some(stacked) = Stacked::of(d_y, layers) {
+        return stacked.backward_parameters(d_y, x, h, g);
+    }
     for (layer, rows) in layers.with_rows() {
         let Some((adapter, gradient)) = &layer.adapter else { continue };
         let [d_y, x, h, g] = [d_y, x, h, g].map(|tensor| rows_of(tensor, &rows));
@@ -280,7 +341,8 @@ mod tests {
             let _guard = tch::no_grad_guard();
             for split in [false, true] {
                 let ours: Vec<Linear> = exact.iter().map(|layer| layer.ours(split)).collect();
-                let layers = Layers { layers: &ours, borders: &borders };
+                let groups = Groups::new(borders.clone(), Device::Cpu);
+                let layers = Layers { layers: &ours, groups: &groups };
                 let x = x.detach();
                 assert!(distance(&forward(&x, layers, Some(&add)).0, &(&reference + &add)) < 1e-12);
                 let (y, h) = forward(&x, layers, None);
@@ -295,5 +357,117 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// What layers give and add to their gradients, in bf16.
+    fn everything(layers: Layers, x: &Tensor, d_y: &Tensor, add: &Tensor) -> Vec<Tensor> {
+        let (y, h) = forward(x, layers, Some(add));
+        let (d_x, g) = backward_input(d_y, layers);
+        backward_parameters(d_y, x, h.as_deref(), &g, layers);
+        let again = thin(x, layers).unwrap();
+        [&y, h.as_ref().unwrap(), &again, &d_x].map(|buffer| buffer.shallow_clone()).into()
+    }
+
+    #[test]
+    fn groups_at_once_equal_one_after_the_other() {
+        let _guard = tch::no_grad_guard();
+        let bf16 = |shape: &[i64]| leaf(shape).detach().to_kind(Kind::BFloat16);
+        let (input, out, ranks) = (32, 48, 24);
+        for borders in [vec![0, 5, 5, 9, 32], vec![0, 0, 0, 1, 1], vec![0, 8, 16, 24, 32]] {
+            let (groups, rows) = (borders.len() as i64 - 1, borders[borders.len() - 1]);
+            for (shared_a, shared_b, split) in
+                [(false, false, false), (true, false, false), (false, true, true), (true, true, false)]
+            {
+                // One more than there is, so that what lies between two is not what one takes.
+                let several = |shared: bool, shape: [i64; 2]| {
+                    let all = bf16(&[groups, shape[0] + 1, shape[1]]);
+                    (0..groups).map(move |i| all.get(if shared { 0 } else { i }).narrow(0, 0, shape[0]))
+                };
+                let w: Vec<Tensor> = several(false, [out, input]).collect();
+                let a: Vec<Tensor> = several(shared_a, [ranks, input]).collect();
+                let b1: Vec<Tensor> = several(shared_b, [16, 8]).collect();
+                let b2: Vec<Tensor> = several(false, [24, 16]).collect();
+                let layers = || -> Vec<Linear> {
+                    let sums = |of: &[Tensor], shared: bool| {
+                        let size = of[0].size();
+                        let all = Tensor::zeros([groups, size[0], size[1]], (Kind::Float, Device::Cpu));
+                        (0..groups).map(move |i| all.get(if shared { 0 } else { i })).collect::<Vec<_>>()
+                    };
+                    let (d_a, d_b1, d_b2) = (sums(&a, shared_a), sums(&b1, shared_b), sums(&b2, false));
+                    let layer = |i: usize| {
+                        let base = |from, n| Base { weight: w[i].narrow(0, from, n), bias: None };
+                        let bases = if split { vec![base(0, 16), base(16, 32)] } else { vec![base(0, out)] };
+                        let part = |out: Range<i64>, ranks: Range<i64>, b: &Tensor| Part {
+                            out,
+                            ranks,
+                            b: b.shallow_clone(),
+                        };
+                        // Eight columns between have no adapter.
+                        let parts = vec![part(0..16, 0..8, &b1[i]), part(24..48, 8..24, &b2[i])];
+                        let adapter = Adapter { a: a[i].shallow_clone(), parts, scaling: 0.5 };
+                        let b = vec![d_b1[i].shallow_clone(), d_b2[i].shallow_clone()];
+                        Linear {
+                            bases,
+                            adapter: Some((adapter, AdapterGradient { a: d_a[i].shallow_clone(), b })),
+                        }
+                    };
+                    (0..groups as usize).map(layer).collect()
+                };
+                let (x, d_y, add) = (bf16(&[rows, input]), bf16(&[rows, out]), bf16(&[rows, out]));
+                let run = |groups: &Groups| {
+                    let layers = layers();
+                    let all = Layers { layers: &layers, groups };
+                    assert_eq!(Stacked::of(&x, all).is_some(), groups.ends.is_some());
+                    let mut found = everything(all, &x, &d_y, &add);
+                    for (_, gradient) in layers.iter().filter_map(|layer| layer.adapter.as_ref()) {
+                        found.extend(std::iter::once(&gradient.a).chain(&gradient.b).map(Tensor::copy));
+                    }
+                    found
+                };
+                let (once, each) =
+                    (run(&Groups::at_once(borders.clone())), run(&Groups::new(borders.clone(), Device::Cpu)));
+                assert_eq!(once.len(), each.len());
+                for (i, (once, each)) in once.iter().zip(&each).enumerate() {
+                    let most = 1.0 + distance(each, &each.zeros_like());
+                    let off = distance(once, each) / most;
+                    // A few roundings of bf16, in another order.
+                    assert!(off < 4.0 / 256.0, "{borders:?} {shared_a} {shared_b} {split}: {i} is {off} off");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn layers_that_are_no_stack_are_computed_one_after_the_other() {
+        let layers = |widths: [i64; 3], apart: i64| -> Vec<Linear> {
+            let all = Tensor::zeros([1000], (Kind::BFloat16, Device::Cpu));
+            let weight =
+                |(i, width): (usize, i64)| all.narrow(0, [0, 100, 200 + apart][i], 64).view([8, width]);
+            let layer = |weight| Linear { bases: vec![Base { weight, bias: None }], adapter: None };
+            widths.into_iter().enumerate().map(weight).map(layer).collect()
+        };
+        let x = Tensor::zeros([6, 8], (Kind::BFloat16, Device::Cpu));
+        let groups = Groups::at_once(vec![0, 2, 4, 6]);
+        let at_once =
+            |layers: &[Linear], groups: &Groups| Stacked::of(&x, Layers { layers, groups }).is_some();
+        // 100 is no multiple of 8 elements; then one lies elsewhere.
+        assert!(!at_once(&layers([8; 3], 0), &groups));
+        assert!(!at_once(&layers([8; 3], 8), &groups));
+        assert!(!at_once(&layers([8; 3], 0)[..1], &groups));
+        // As far apart as a stack's, but each for itself.
+        let memory = vec![0u64; 3 * 16 + 2];
+        let start = memory.as_ptr().addr().next_multiple_of(16) - memory.as_ptr().addr();
+        let own = |i: usize| {
+            // SAFETY: 128 bytes from there lie in the memory, which outlives them.
+            let weight = unsafe {
+                let first = memory.as_ptr().cast::<u8>().add(start + i * 128);
+                Tensor::from_blob(first, &[8, 8], &[8, 1], Kind::BFloat16, Device::Cpu)
+            };
+            Linear { bases: vec![Base { weight, bias: None }], adapter: None }
+        };
+        assert!(!at_once(&[own(0), own(1), own(2)], &groups));
+        let stack = Tensor::zeros([3, 8, 8], (Kind::BFloat16, Device::Cpu));
+        let of_one = |i| Linear { bases: vec![Base { weight: stack.get(i), bias: None }], adapter: None };
+        assert!(at_once(&[of_one(0), of_one(1), of_one(2)], &groups));
     }
 }

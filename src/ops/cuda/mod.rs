@@ -1,0 +1,306 @@
+//! Kernels of our own for NVIDIA GPUs (`kernels.cu`), and how the operations start them.
+//!
+//! An operation asks [`kernels`] for them and calls one; where it says `false`, it has done nothing, and libtorch's operations
+//! compute the same: other kinds, rows that are no whole packs of 8 columns. The text is compiled when the first tensor of a
+//! device comes; where that is not possible, a warning says so and libtorch computes all. Tests beside the operations run
+//! the same text on threads of the host.
+
+use super::row_layout::RowLayout;
+use crate::device::{
+    DeviceError,
+    kernels::{Launch, Program},
+};
+use std::{
+    ffi::c_void,
+    ptr::{from_mut, null_mut},
+    sync::OnceLock,
+};
+use tch::{Device, Kind, Tensor};
+
+/// The kernels' text.
+pub const SOURCE: &str = include_str!("kernels.cu");
+
+/// Columns of a pack: see the text.
+const PACK: usize = 8;
+
+const WARP: u32 = 32;
+
+/// Threads of a block.
+const THREADS: u32 = 256;
+
+/// A kernel for each kind.
+macro_rules! named {
+    ($($name:literal),*) => { [$(concat!($name, "_bf16"), concat!($name, "_f32")),*] };
+}
+
+const NAMES: [&str; 18] = named!(
+    "norm_forward",
+    "norm_recompute",
+    "norm_backward",
+    "rope",
+    "swiglu_forward",
+    "swiglu_backward",
+    "gather_rows",
+    "combine_rows",
+    "exponentials"
+);
+
+/// The kernels of this rank's device.
+pub struct Kernels(Box<dyn Launch>);
+
+/// The kernels where `tensor` is, if there are any.
+pub fn kernels(tensor: &Tensor) -> Option<&'static Kernels> {
+    static KERNELS: OnceLock<Option<Kernels>> = OnceLock::new();
+    if !matches!(tensor.device(), Device::Cuda(_)) {
+        return None;
+    }
+    let load = || match Program::load(SOURCE, &NAMES) {
+        Ok(program) => Some(Kernels(Box::new(program))),
+        Err(error) => {
+            tracing::warn!("no kernels of our own, libtorch's operations are slower: {error}");
+            None
+        }
+    };
+    KERNELS.get_or_init(load).as_ref()
+}
+
+/// `Rows` of the text.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RawRows {
+    first: *mut c_void,
+    stride: i64,
+    inner: i64,
+    outer_stride: i64,
+}
+
+/// A tensor's rows as kernels take them, with how many rows and columns there are.
+struct Rows {
+    raw: RawRows,
+    rows: i64,
+    columns: i32,
+}
+
+/// None where they are no packs.
+fn rows_of(tensor: &Tensor) -> Option<Rows> {
+    let layout = RowLayout::of(&tensor.size(), &tensor.stride())?;
+    let RowLayout { rows, columns, stride, inner, outer_stride } = layout;
+    let first = tensor.data_ptr();
+    let packed =
+        [columns, stride, outer_stride].iter().all(|n| n % PACK == 0) && first.addr().is_multiple_of(16);
+    let raw =
+        RawRows { first, stride: stride as i64, inner: inner as i64, outer_stride: outer_stride as i64 };
+    packed.then_some(Rows { raw, rows: rows as i64, columns: columns.try_into().ok()? })
+}
+
+/// The values of a dense tensor of `kind`.
+fn values(tensor: &Tensor, kind: Kind) -> Option<*mut c_void> {
+    (tensor.kind() == kind && tensor.is_contiguous()).then(|| tensor.data_ptr())
+}
+
+/// As [`values`], of fp32; an address of nothing where there is no tensor.
+fn floats<'a>(tensor: impl Into<Option<&'a Tensor>>) -> Option<*mut c_void> {
+    tensor.into().map_or(Some(null_mut()), |tensor| values(tensor, Kind::Float))
+}
+
+/// Blocks with a warp for each row.
+fn warps(rows: i64) -> i64 {
+    (rows as u64).div_ceil(u64::from(THREADS / WARP)) as i64
+}
+
+/// Starts the kernel `$name` for tensors of `$kind` over `$blocks`; the arguments are values of its parameters' types.
+macro_rules! start {
+    ($kernels:expr, $name:literal, $kind:expr, $blocks:expr, $($argument:expr),* $(,)?) => {{
+        let kernel = match $kind {
+            Kind::BFloat16 => concat!($name, "_bf16"),
+            Kind::Float => concat!($name, "_f32"),
+            _ => return None,
+        };
+        $kernels.start(kernel, $blocks, &mut [$(from_mut(&mut { $argument }).cast::<c_void>()),*])
+    }};
+}
+
+impl Kernels {
+    /// libtorch's operations panic where they fail; so does this. Where there is nothing to do, nothing is started.
+    fn start(&self, kernel: &'static str, blocks: i64, arguments: &mut [*mut c_void]) -> Option<()> {
+        let blocks = u32::try_from(blocks).ok()?;
+        if blocks > 0 {
+            // SAFETY: the methods below pass what the kernel of that name takes, of tensors whose shapes are what their
+            // operations say; libtorch gives memory back in the order of its stream, which is the kernel's.
+            let started = unsafe { self.0.launch(kernel, blocks, THREADS, arguments) };
+            started.unwrap_or_else(|error: DeviceError| panic!("{kernel}: {error}"));
+        }
+        Some(())
+    }
+
+    /// See [`super::norm::forward_into`].
+    pub fn norm_forward(&self, x: &Tensor, weight: &Tensor, eps: f64, y: &Tensor, r: &Tensor) -> bool {
+        let run = || {
+            let Rows { raw, rows, columns } = rows_of(x)?;
+            let (w, y, r) = (floats(weight)?, rows_of(y)?.raw, floats(r)?);
+            start!(self, "norm_forward", x.kind(), warps(rows), raw, w, y, r, rows, columns, eps as f32)
+        };
+        run().is_some()
+    }
+
+    /// See [`super::norm::recompute`].
+    pub fn norm_recompute(&self, x: &Tensor, weight: &Tensor, r: &Tensor, y: &Tensor) -> bool {
+        let run = || {
+            let Rows { raw, rows, columns } = rows_of(x)?;
+            let (w, y, r) = (floats(weight)?, rows_of(y)?.raw, floats(r)?);
+            start!(self, "norm_recompute", x.kind(), warps(rows), raw, w, y, r, rows, columns)
+        };
+        run().is_some()
+    }
+
+    /// See [`super::norm::backward`].
+    pub fn norm_backward(
+        &self,
+        d: &Tensor,
+        x: &Tensor,
+        weight: &Tensor,
+        r: &Tensor,
+        add: Option<&Tensor>,
+    ) -> bool {
+        let run = || {
+            let Rows { raw, rows, columns } = rows_of(x)?;
+            let (d, w, r, has_add) = (rows_of(d)?.raw, floats(weight)?, floats(r)?, i32::from(add.is_some()));
+            let add = add.map_or(Some(raw), |add| Some(rows_of(add)?.raw))?;
+            let blocks = warps(rows);
+            start!(self, "norm_backward", x.kind(), blocks, d, raw, w, r, add, has_add, rows, columns)
+        };
+        run().is_some()
+    }
+
+    /// See [`super::rope::forward`]; `direction` is 1 or −1.
+    pub fn rope(&self, x: &Tensor, heads: i64, cos: &Tensor, sin: &Tensor, direction: f64) -> bool {
+        let run = || {
+            let Rows { raw, rows, .. } = rows_of(x)?;
+            let half = *cos.size().last()?;
+            if half % PACK as i64 != 0 {
+                return None;
+            }
+            let threads = rows * heads * half / PACK as i64;
+            let blocks = (threads as u64).div_ceil(u64::from(THREADS)) as i64;
+            let (cos, sin, heads, half) = (floats(cos)?, floats(sin)?, heads as i32, half as i32);
+            start!(self, "rope", x.kind(), blocks, raw, cos, sin, direction as f32, rows, heads, half)
+        };
+        run().is_some()
+    }
+
+    /// See [`super::swiglu::forward`].
+    pub fn swiglu_forward(&self, gate_up: &Tensor, scale: Option<&Tensor>, y: &Tensor) -> bool {
+        let run = || {
+            let Rows { raw, rows, columns } = rows_of(y)?;
+            let (gate_up, scale) = (rows_of(gate_up)?.raw, floats(scale)?);
+            start!(self, "swiglu_forward", y.kind(), warps(rows), gate_up, scale, raw, rows, columns)
+        };
+        run().is_some()
+    }
+
+    /// See [`super::swiglu::backward`]; with `scales` c and dc.
+    pub fn swiglu_backward(&self, d: &Tensor, gate_up: &Tensor, scales: Option<(&Tensor, &Tensor)>) -> bool {
+        let run = || {
+            let Rows { raw, rows, columns } = rows_of(d)?;
+            let (scale, d_scale) = scales.unzip();
+            let (gate_up, scale, d_scale) = (rows_of(gate_up)?.raw, floats(scale)?, floats(d_scale)?);
+            let blocks = warps(rows);
+            start!(self, "swiglu_backward", d.kind(), blocks, raw, gate_up, scale, d_scale, rows, columns)
+        };
+        run().is_some()
+    }
+
+    /// `out` [rows, n] from x [any, n]: row i is row `at[i]`, or zeros where that is negative.
+    pub fn gather_rows(&self, x: &Tensor, at: &Tensor, out: &Tensor) -> bool {
+        let run = || {
+            let Rows { raw, rows, columns } = rows_of(out)?;
+            let (x, at) = (rows_of(x)?.raw, values(at, Kind::Int64)?);
+            start!(self, "gather_rows", out.kind(), warps(rows), x, at, raw, rows, columns)
+        };
+        run().is_some()
+    }
+
+    /// `out` [rows, n] from x [any, n]: row i is the sum of the rows `at[i]`, of [rows, k], and of `add`.
+    pub fn combine_rows(&self, x: &Tensor, at: &Tensor, add: Option<&Tensor>, out: &Tensor) -> bool {
+        let run = || {
+            let Rows { raw, rows, columns } = rows_of(out)?;
+            let (x, k) = (rows_of(x)?.raw, *at.size().get(1)? as i32);
+            let (at, has_add) = (values(at, Kind::Int64)?, i32::from(add.is_some()));
+            let add = add.map_or(Some(raw), |add| Some(rows_of(add)?.raw))?;
+            let blocks = warps(rows);
+            start!(self, "combine_rows", out.kind(), blocks, x, at, k, add, has_add, raw, rows, columns)
+        };
+        run().is_some()
+    }
+
+    /// See [`super::cross_entropy::Sums::exponentials`]; `sums` are m, s, l_t and e.
+    pub fn exponentials(&self, logits: &Tensor, targets: &Tensor, sums: [&Tensor; 4]) -> bool {
+        let run = || {
+            let Rows { raw, rows, columns } = rows_of(logits)?;
+            let [m, s, target_logit, rescale] = sums.map(floats);
+            let (m, s, target_logit, rescale) = (m?, s?, target_logit?, rescale?);
+            let targets = values(targets, Kind::Int64)?;
+            start!(
+                self,
+                "exponentials",
+                logits.kind(),
+                rows,
+                raw,
+                targets,
+                m,
+                s,
+                target_logit,
+                rescale,
+                columns
+            )
+        };
+        run().is_some()
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod on_host {
+    //! The kernels on threads of the host: `tests/kernels_on_host.cpp`.
+
+    use super::*;
+    use libloading::Library;
+    use std::{
+        ffi::{CString, c_char, c_int},
+        path::Path,
+        process::Command,
+    };
+
+    struct Host(Library);
+
+    impl Launch for Host {
+        unsafe fn launch(
+            &self,
+            kernel: &'static str,
+            blocks: u32,
+            threads: u32,
+            arguments: &mut [*mut c_void],
+        ) -> Result<(), DeviceError> {
+            type Entry = unsafe extern "C" fn(*const c_char, u32, u32, *mut *mut c_void) -> c_int;
+            let name = CString::new(kernel).unwrap();
+            // SAFETY: the library has this function; the arguments are the caller's to vouch for.
+            let code = unsafe {
+                let launch = self.0.get::<Entry>(b"launch\0").unwrap();
+                launch(name.as_ptr(), blocks, threads, arguments.as_mut_ptr())
+            };
+            assert_eq!(code, 0, "no kernel {kernel}");
+            Ok(())
+        }
+    }
+
+    /// Compiled anew; where they may not be stale, a second is worth it.
+    pub fn kernels() -> Kernels {
+        let folder = tempfile::tempdir().unwrap();
+        let library = folder.path().join("kernels.so");
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kernels_on_host.cpp");
+        let mut compiler = Command::new("c++");
+        compiler.args(["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wall", "-Werror"]);
+        assert!(compiler.arg(source).arg("-o").arg(&library).status().unwrap().success());
+        // SAFETY: its initialisers make a table.
+        Kernels(Box::new(Host(unsafe { Library::new(library) }.unwrap())))
+    }
+}
