@@ -11,11 +11,11 @@
 //! - [`loss`]: causal language-model loss, chunked over tokens and vocabulary
 //! - [`model`]: HF config, families, weight sources, blocks
 //! - [`lora`]: targets, initialisation, modules and their registry
-//! - [`ops`]: operations as explicit forward/backward pairs
+//! - [`ops`]: operations as explicit forward/backward pairs, with kernels for CPUs and GPUs
 //! - [`data`]: sources, chat template, tokenise, pack, deterministic order, loader
 //! - [`shard`]: who owns which byte of which tensor; ring, adapter shards, groups of ranks, the way of rows to their experts
 //! - [`comm`]: communicators (solo, MPI, NCCL), launcher checks, ledger of bytes, control mesh and watchdog
-//! - [`device`]: which device a rank computes on; its driver, streams, memory and way to it
+//! - [`device`]: which device a rank computes on; its driver, streams, memory, run-time compiler and way to it
 //! - [`mesh`]: ranks to axes and every divisibility rule: pure
 //! - [`config`]: typed `run.yaml`, defaults, validation
 //! - [`clock`]: seconds by phase of a step
