@@ -12,7 +12,7 @@ fn kernels_compile() {
         assert!(
             ptx.contains(&format!(".target sm_{generation}")) && ptx.contains(".entry norm_forward_bf16")
         );
-        // Rows move 16 bytes at a time, and no thread spills.
+        // Rows move 16 bytes at a time, and no array of a thread's is in memory.
         assert!(ptx.contains("st.global.cg.v4") && !ptx.contains(".local"), "{ptx}");
         let wrong = compile(&SOURCE.replace("warp_sum(squares)", "sum(squares)"), generation).unwrap_err();
         assert!(matches!(wrong, DeviceError::Compile { .. }), "{wrong}");

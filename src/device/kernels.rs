@@ -1,15 +1,25 @@
 //! Kernels of our own on a device: compiled at run time by NVRTC, which torch's wheel brings, and started on libtorch's
 //! stream.
 
-use super::{DeviceError, driver, has_symbols, runtime::COMPUTE, torch};
+use super::{
+    DeviceError, DeviceRuntime,
+    driver::{Driver, failed},
+    has_symbols,
+    runtime::COMPUTE,
+    torch,
+};
 use cudarc::{
-    driver::result::{launch_kernel, module},
+    driver::{
+        self,
+        result::{launch_kernel, module},
+    },
     nvrtc::{CompileError, CompileOptions, compile_ptx_with_opts, sys},
 };
 use std::{
     collections::HashMap,
     ffi::{CString, c_void},
     ptr::without_provenance_mut,
+    sync::Arc,
 };
 
 /// What is called of the compiler.
@@ -22,6 +32,9 @@ const SYMBOLS: [&str; 7] = [
     "nvrtcGetProgramLogSize",
     "nvrtcGetProgramLog",
 ];
+
+/// What is called of the driver for kernels alone.
+const DRIVER_SYMBOLS: [&str; 3] = ["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel"];
 
 /// What starts kernels.
 pub trait Launch: Send + Sync {
@@ -39,8 +52,11 @@ pub trait Launch: Send + Sync {
     ) -> Result<(), DeviceError>;
 }
 
-/// A program's kernels on the device that the thread which loads it computes on.
-pub struct Program(HashMap<&'static str, usize>);
+/// A program's kernels on a device.
+pub struct Program {
+    driver: Arc<Driver>,
+    functions: HashMap<&'static str, usize>,
+}
 
 /// PTX of `source` for a GPU of compute capability `generation`, as in 90 for 9.0.
 ///
@@ -86,19 +102,23 @@ fn load_from_wheel() {
 }
 
 impl Program {
-    /// Compiles `source` for the device of this thread, which libtorch has used before, and finds `kernels` in it.
-    pub fn load(source: &str, kernels: &[&'static str]) -> Result<Self, DeviceError> {
-        let ptx = compile(source, super::generation())?;
-        // SAFETY: the text ends with a zero; the driver copies it.
-        let module =
-            unsafe { module::load_data(ptx.as_ptr().cast()) }.map_err(driver::failed("cuModuleLoadData"))?;
+    /// Compiles `source` for the device of `driver` and finds `kernels` in it.
+    pub fn load(driver: &Arc<Driver>, source: &str, kernels: &[&'static str]) -> Result<Self, DeviceError> {
+        let ptx = compile(source, driver.generation)?;
+        driver.attach()?;
+        // SAFETY: the driver is loaded and stays so. The text ends with a zero; the driver copies it.
+        let module = unsafe {
+            has_symbols("CUDA's driver", driver::sys::culib(), &DRIVER_SYMBOLS)?;
+            module::load_data(ptx.as_ptr().cast()).map_err(failed("cuModuleLoadData"))?
+        };
         let find = |&name: &&'static str| {
             let c_name = CString::new(name).unwrap_or_default();
             // SAFETY: the module is never unloaded.
             let function = unsafe { module::get_function(module, c_name) };
-            Ok((name, function.map_err(driver::failed("cuModuleGetFunction"))?.expose_provenance()))
+            Ok((name, function.map_err(failed("cuModuleGetFunction"))?.expose_provenance()))
         };
-        Ok(Self(kernels.iter().map(find).collect::<Result<_, DeviceError>>()?))
+        let functions = kernels.iter().map(find).collect::<Result<_, DeviceError>>()?;
+        Ok(Self { driver: driver.clone(), functions })
     }
 }
 
@@ -110,13 +130,14 @@ impl Launch for Program {
         threads: u32,
         arguments: &mut [*mut c_void],
     ) -> Result<(), DeviceError> {
-        let function = self.0.get(kernel).copied().ok_or_else(|| DeviceError::Missing {
+        let function = self.functions.get(kernel).copied().ok_or_else(|| DeviceError::Missing {
             what: "a kernel",
             why: format!("the program has no {kernel}"),
         })?;
+        self.driver.attach()?;
         let (function, stream) = (without_provenance_mut(function), without_provenance_mut(COMPUTE.0));
         // SAFETY: the function is the module's; the arguments are the caller's to vouch for.
         unsafe { launch_kernel(function, (blocks, 1, 1), (threads, 1, 1), 0, stream, arguments) }
-            .map_err(driver::failed("cuLaunchKernel"))
+            .map_err(failed("cuLaunchKernel"))
     }
 }

@@ -16,8 +16,8 @@ pub use staging::Staging;
 
 use libloading::Library;
 use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicI32, Ordering},
+    Arc, OnceLock,
+    atomic::{AtomicBool, Ordering},
 };
 use tch::{Device, Tensor};
 
@@ -90,9 +90,10 @@ impl RankDevice {
     pub fn open(choice: DeviceChoice, index: usize) -> Result<Self, DeviceError> {
         STANDS_IN.store(choice == DeviceChoice::StandIn, Ordering::Relaxed);
         let tensors = if choice == DeviceChoice::StandIn { Device::Cpu } else { Device::Cuda(index) };
-        let driver = driver::Driver::open(index)?;
-        GENERATION.store(driver.generation, Ordering::Relaxed);
-        Ok(Self { tensors, runtime: Some(Arc::new(driver)) })
+        let driver = Arc::new(driver::Driver::open(index)?);
+        // A process has one device.
+        let _ = CURRENT.set(driver.clone());
+        Ok(Self { tensors, runtime: Some(driver) })
     }
 
     /// Where tensors are.
@@ -128,16 +129,23 @@ pub(crate) fn has_symbols(
 /// Whether a tensor of another device is in host memory: see [`DeviceChoice::StandIn`].
 static STANDS_IN: AtomicBool = AtomicBool::new(false);
 
-static GENERATION: AtomicI32 = AtomicI32::new(0);
+/// See [`current`].
+static CURRENT: OnceLock<Arc<driver::Driver>> = OnceLock::new();
 
-/// Compute capability of this rank's device, as in 90 for 9.0; 0 where there is none.
-pub fn generation() -> i32 {
-    GENERATION.load(Ordering::Relaxed)
+/// This rank's device, where it has one.
+pub fn current() -> Option<&'static Arc<driver::Driver>> {
+    CURRENT.get()
 }
 
 /// Whether this rank's device has FlashAttention in libtorch: from Ampere on.
 pub fn has_flash() -> bool {
-    generation() >= 80
+    current().is_some_and(|driver| driver.generation >= 80)
+}
+
+/// Whether this rank's device has grouped GEMMs in libtorch: Hopper and Blackwell. Elsewhere libtorch waits for the host to
+/// learn the groups, and computes one after the other.
+pub fn has_grouped_gemm() -> bool {
+    current().is_some_and(|driver| matches!(driver.generation / 10, 9 | 10))
 }
 
 /// Whether `tensor` is where kernels of ours compute. Elsewhere libtorch's operations do.

@@ -1,5 +1,5 @@
-// The operations of src/ops on NVIDIA GPUs, for bf16 and fp32: each reads its tensors once where it can, computes in fp32 and
-// rounds once. Formulas and shapes are in the operations' own files. Compiled at run time by NVRTC, which has no headers: all
+// The operations of src/ops on NVIDIA GPUs, for bf16 and fp32: each is one pass over its rows, or two where a row's sum comes
+// first, computes in fp32 and rounds once. Formulas and shapes are in the operations' own files. Compiled at run time by NVRTC, which has no headers: all
 // that is used is CUDA's own language, so that tests can run the same text on host threads.
 
 struct bf16 {
@@ -128,10 +128,10 @@ __device__ inline void norm_backward(Rows d, Rows x, const float *w, const float
   }
   float c = statistic * statistic * statistic * warp_sum(dot) / n;
   MY_COLUMNS(i, n) {
-    float v[PACK], g[PACK], a[PACK];
+    float v[PACK], g[PACK], a[PACK] = {};
     load(from + i, v);
     load(to + i, g);
-    load(more + i, a);
+    if (has_add) load(more + i, a);
     for (int k = 0; k < PACK; k++) g[k] = g[k] * w[i + k] * statistic - v[k] * c + (has_add ? a[k] : 0);
     store(g, to + i);
   }

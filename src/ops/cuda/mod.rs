@@ -1,13 +1,13 @@
 //! Kernels of our own for NVIDIA GPUs (`kernels.cu`), and how the operations start them.
 //!
 //! An operation asks [`kernels`] for them and calls one; where it says `false`, it has done nothing, and libtorch's operations
-//! compute the same: other kinds, rows that are no whole packs of 8 columns. The text is compiled when the first tensor of a
+//! compute the same: other kinds, rows that are no whole packs of 8 columns. The text is compiled when the first operation on a
 //! device comes; where that is not possible, a warning says so and libtorch computes all. Tests beside the operations run
 //! the same text on threads of the host.
 
 use super::row_layout::RowLayout;
 use crate::device::{
-    DeviceError,
+    self, DeviceError,
     kernels::{Launch, Program},
 };
 use std::{
@@ -54,7 +54,8 @@ pub fn kernels(tensor: &Tensor) -> Option<&'static Kernels> {
     if !matches!(tensor.device(), Device::Cuda(_)) {
         return None;
     }
-    let load = || match Program::load(SOURCE, &NAMES) {
+    let driver = device::current()?;
+    let load = || match Program::load(driver, SOURCE, &NAMES) {
         Ok(program) => Some(Kernels(Box::new(program))),
         Err(error) => {
             tracing::warn!("no kernels of our own, libtorch's operations are slower: {error}");
@@ -74,33 +75,60 @@ struct RawRows {
     outer_stride: i64,
 }
 
-/// A tensor's rows as kernels take them, with how many rows and columns there are.
+/// The rows of a tensor as kernels take them.
+#[derive(Clone, Copy)]
 struct Rows {
     raw: RawRows,
+    kind: Kind,
     rows: i64,
     columns: i32,
 }
 
-/// None where they are no packs.
-fn rows_of(tensor: &Tensor) -> Option<Rows> {
-    let layout = RowLayout::of(&tensor.size(), &tensor.stride())?;
-    let RowLayout { rows, columns, stride, inner, outer_stride } = layout;
-    let first = tensor.data_ptr();
-    let packed =
-        [columns, stride, outer_stride].iter().all(|n| n % PACK == 0) && first.addr().is_multiple_of(16);
-    let raw =
-        RawRows { first, stride: stride as i64, inner: inner as i64, outer_stride: outer_stride as i64 };
-    packed.then_some(Rows { raw, rows: rows as i64, columns: columns.try_into().ok()? })
+impl Rows {
+    /// None where they are no packs.
+    fn of(tensor: &Tensor) -> Option<Self> {
+        let layout = RowLayout::of(&tensor.size(), &tensor.stride())?;
+        let RowLayout { rows, columns, stride, inner, outer_stride } = layout;
+        let first = tensor.data_ptr();
+        let whole = [columns, stride, outer_stride].iter().all(|n| n % PACK == 0);
+        let (stride, inner, outer_stride) = (stride as i64, inner as i64, outer_stride as i64);
+        let raw = RawRows { first, stride, inner, outer_stride };
+        let rows = Self { raw, kind: tensor.kind(), rows: rows as i64, columns: columns.try_into().ok()? };
+        (whole && first.addr().is_multiple_of(16)).then_some(rows)
+    }
+
+    /// Those of `tensor`, of the same kind and as many, with so many columns.
+    fn beside(&self, tensor: &Tensor, columns: i32) -> Option<RawRows> {
+        let other = Self::of(tensor)?;
+        let fits = (other.kind, other.rows, other.columns) == (self.kind, self.rows, columns);
+        fits.then_some(other.raw)
+    }
+
+    /// Those of `tensor`, of the same kind and with as many columns, however many they are.
+    fn any(&self, tensor: &Tensor) -> Option<RawRows> {
+        let other = Self::of(tensor)?;
+        ((other.kind, other.columns) == (self.kind, self.columns)).then_some(other.raw)
+    }
+
+    /// The values of a dense tensor of `kind` that has `each` of them for each row.
+    fn values(&self, tensor: &Tensor, kind: Kind, each: i64) -> Option<*mut c_void> {
+        (tensor.numel() as i64 == self.rows * each).then(|| values(tensor, kind))?
+    }
+
+    /// An fp32 value for each row; an address of nothing where there is no tensor.
+    fn floats<'a>(&self, tensor: impl Into<Option<&'a Tensor>>) -> Option<*mut c_void> {
+        tensor.into().map_or(Some(null_mut()), |tensor| self.values(tensor, Kind::Float, 1))
+    }
+
+    /// An fp32 value for each column.
+    fn weights(&self, tensor: &Tensor) -> Option<*mut c_void> {
+        (tensor.numel() == self.columns as usize).then(|| values(tensor, Kind::Float))?
+    }
 }
 
 /// The values of a dense tensor of `kind`.
 fn values(tensor: &Tensor, kind: Kind) -> Option<*mut c_void> {
     (tensor.kind() == kind && tensor.is_contiguous()).then(|| tensor.data_ptr())
-}
-
-/// As [`values`], of fp32; an address of nothing where there is no tensor.
-fn floats<'a>(tensor: impl Into<Option<&'a Tensor>>) -> Option<*mut c_void> {
-    tensor.into().map_or(Some(null_mut()), |tensor| values(tensor, Kind::Float))
 }
 
 /// Blocks with a warp for each row.
@@ -136,9 +164,9 @@ impl Kernels {
     /// See [`super::norm::forward_into`].
     pub fn norm_forward(&self, x: &Tensor, weight: &Tensor, eps: f64, y: &Tensor, r: &Tensor) -> bool {
         let run = || {
-            let Rows { raw, rows, columns } = rows_of(x)?;
-            let (w, y, r) = (floats(weight)?, rows_of(y)?.raw, floats(r)?);
-            start!(self, "norm_forward", x.kind(), warps(rows), raw, w, y, r, rows, columns, eps as f32)
+            let all @ Rows { raw, kind, rows, columns } = Rows::of(x)?;
+            let (w, y, r) = (all.weights(weight)?, all.beside(y, columns)?, all.floats(r)?);
+            start!(self, "norm_forward", kind, warps(rows), raw, w, y, r, rows, columns, eps as f32)
         };
         run().is_some()
     }
@@ -146,9 +174,9 @@ impl Kernels {
     /// See [`super::norm::recompute`].
     pub fn norm_recompute(&self, x: &Tensor, weight: &Tensor, r: &Tensor, y: &Tensor) -> bool {
         let run = || {
-            let Rows { raw, rows, columns } = rows_of(x)?;
-            let (w, y, r) = (floats(weight)?, rows_of(y)?.raw, floats(r)?);
-            start!(self, "norm_recompute", x.kind(), warps(rows), raw, w, y, r, rows, columns)
+            let all @ Rows { raw, kind, rows, columns } = Rows::of(x)?;
+            let (w, y, r) = (all.weights(weight)?, all.beside(y, columns)?, all.floats(r)?);
+            start!(self, "norm_recompute", kind, warps(rows), raw, w, y, r, rows, columns)
         };
         run().is_some()
     }
@@ -163,11 +191,10 @@ impl Kernels {
         add: Option<&Tensor>,
     ) -> bool {
         let run = || {
-            let Rows { raw, rows, columns } = rows_of(x)?;
-            let (d, w, r, has_add) = (rows_of(d)?.raw, floats(weight)?, floats(r)?, i32::from(add.is_some()));
-            let add = add.map_or(Some(raw), |add| Some(rows_of(add)?.raw))?;
-            let blocks = warps(rows);
-            start!(self, "norm_backward", x.kind(), blocks, d, raw, w, r, add, has_add, rows, columns)
+            let all @ Rows { raw, kind, rows, columns } = Rows::of(x)?;
+            let (d, w, r) = (all.beside(d, columns)?, all.weights(weight)?, all.floats(r)?);
+            let (has_add, add) = (i32::from(add.is_some()), all.beside(add.unwrap_or(x), columns)?);
+            start!(self, "norm_backward", kind, warps(rows), d, raw, w, r, add, has_add, rows, columns)
         };
         run().is_some()
     }
@@ -175,15 +202,16 @@ impl Kernels {
     /// See [`super::rope::forward`]; `direction` is 1 or −1.
     pub fn rope(&self, x: &Tensor, heads: i64, cos: &Tensor, sin: &Tensor, direction: f64) -> bool {
         let run = || {
-            let Rows { raw, rows, .. } = rows_of(x)?;
+            let all @ Rows { raw, kind, rows, columns } = Rows::of(x)?;
             let half = *cos.size().last()?;
-            if half % PACK as i64 != 0 {
+            if half % PACK as i64 != 0 || heads * 2 * half > i64::from(columns) {
                 return None;
             }
-            let threads = rows * heads * half / PACK as i64;
-            let blocks = (threads as u64).div_ceil(u64::from(THREADS)) as i64;
-            let (cos, sin, heads, half) = (floats(cos)?, floats(sin)?, heads as i32, half as i32);
-            start!(self, "rope", x.kind(), blocks, raw, cos, sin, direction as f32, rows, heads, half)
+            let packs = rows * heads * half / PACK as i64;
+            let blocks = (packs as u64).div_ceil(u64::from(THREADS)) as i64;
+            let table = |table| all.values(table, Kind::Float, half);
+            let (cos, sin, heads, half) = (table(cos)?, table(sin)?, heads as i32, half as i32);
+            start!(self, "rope", kind, blocks, raw, cos, sin, direction as f32, rows, heads, half)
         };
         run().is_some()
     }
@@ -191,9 +219,9 @@ impl Kernels {
     /// See [`super::swiglu::forward`].
     pub fn swiglu_forward(&self, gate_up: &Tensor, scale: Option<&Tensor>, y: &Tensor) -> bool {
         let run = || {
-            let Rows { raw, rows, columns } = rows_of(y)?;
-            let (gate_up, scale) = (rows_of(gate_up)?.raw, floats(scale)?);
-            start!(self, "swiglu_forward", y.kind(), warps(rows), gate_up, scale, raw, rows, columns)
+            let all @ Rows { raw, kind, rows, columns } = Rows::of(y)?;
+            let (gate_up, scale) = (all.beside(gate_up, 2 * columns)?, all.floats(scale)?);
+            start!(self, "swiglu_forward", kind, warps(rows), gate_up, scale, raw, rows, columns)
         };
         run().is_some()
     }
@@ -201,11 +229,11 @@ impl Kernels {
     /// See [`super::swiglu::backward`]; with `scales` c and dc.
     pub fn swiglu_backward(&self, d: &Tensor, gate_up: &Tensor, scales: Option<(&Tensor, &Tensor)>) -> bool {
         let run = || {
-            let Rows { raw, rows, columns } = rows_of(d)?;
+            let all @ Rows { raw, kind, rows, columns } = Rows::of(d)?;
             let (scale, d_scale) = scales.unzip();
-            let (gate_up, scale, d_scale) = (rows_of(gate_up)?.raw, floats(scale)?, floats(d_scale)?);
-            let blocks = warps(rows);
-            start!(self, "swiglu_backward", d.kind(), blocks, raw, gate_up, scale, d_scale, rows, columns)
+            let gate_up = all.beside(gate_up, 2 * columns)?;
+            let (scale, d_scale) = (all.floats(scale)?, all.floats(d_scale)?);
+            start!(self, "swiglu_backward", kind, warps(rows), raw, gate_up, scale, d_scale, rows, columns)
         };
         run().is_some()
     }
@@ -213,9 +241,9 @@ impl Kernels {
     /// `out` [rows, n] from x [any, n]: row i is row `at[i]`, or zeros where that is negative.
     pub fn gather_rows(&self, x: &Tensor, at: &Tensor, out: &Tensor) -> bool {
         let run = || {
-            let Rows { raw, rows, columns } = rows_of(out)?;
-            let (x, at) = (rows_of(x)?.raw, values(at, Kind::Int64)?);
-            start!(self, "gather_rows", out.kind(), warps(rows), x, at, raw, rows, columns)
+            let all @ Rows { raw, kind, rows, columns } = Rows::of(out)?;
+            let (x, at) = (all.any(x)?, all.values(at, Kind::Int64, 1)?);
+            start!(self, "gather_rows", kind, warps(rows), x, at, raw, rows, columns)
         };
         run().is_some()
     }
@@ -223,12 +251,11 @@ impl Kernels {
     /// `out` [rows, n] from x [any, n]: row i is the sum of the rows `at[i]`, of [rows, k], and of `add`.
     pub fn combine_rows(&self, x: &Tensor, at: &Tensor, add: Option<&Tensor>, out: &Tensor) -> bool {
         let run = || {
-            let Rows { raw, rows, columns } = rows_of(out)?;
-            let (x, k) = (rows_of(x)?.raw, *at.size().get(1)? as i32);
-            let (at, has_add) = (values(at, Kind::Int64)?, i32::from(add.is_some()));
-            let add = add.map_or(Some(raw), |add| Some(rows_of(add)?.raw))?;
-            let blocks = warps(rows);
-            start!(self, "combine_rows", out.kind(), blocks, x, at, k, add, has_add, raw, rows, columns)
+            let all @ Rows { raw, kind, rows, columns } = Rows::of(out)?;
+            let k = *at.size().get(1)?;
+            let (x, at, k) = (all.any(x)?, all.values(at, Kind::Int64, k)?, k as i32);
+            let (has_add, add) = (i32::from(add.is_some()), all.beside(add.unwrap_or(out), columns)?);
+            start!(self, "combine_rows", kind, warps(rows), x, at, k, add, has_add, raw, rows, columns)
         };
         run().is_some()
     }
@@ -236,23 +263,11 @@ impl Kernels {
     /// See [`super::cross_entropy::Sums::exponentials`]; `sums` are m, s, l_t and e.
     pub fn exponentials(&self, logits: &Tensor, targets: &Tensor, sums: [&Tensor; 4]) -> bool {
         let run = || {
-            let Rows { raw, rows, columns } = rows_of(logits)?;
-            let [m, s, target_logit, rescale] = sums.map(floats);
+            let all @ Rows { raw, kind, rows, columns } = Rows::of(logits)?;
+            let [m, s, target_logit, rescale] = sums.map(|sum| all.floats(sum));
             let (m, s, target_logit, rescale) = (m?, s?, target_logit?, rescale?);
-            let targets = values(targets, Kind::Int64)?;
-            start!(
-                self,
-                "exponentials",
-                logits.kind(),
-                rows,
-                raw,
-                targets,
-                m,
-                s,
-                target_logit,
-                rescale,
-                columns
-            )
+            let targets = all.values(targets, Kind::Int64, 1)?;
+            start!(self, "exponentials", kind, rows, raw, targets, m, s, target_logit, rescale, columns)
         };
         run().is_some()
     }

@@ -1,7 +1,7 @@
 //! Groups of rows on a device: one grouped GEMM of libtorch for all groups in place of one GEMM a group, whose starts would take
 //! longer than the GEMMs themselves. For layers whose tensors lie one after the other in memory, as those of a region do.
 
-use super::{AdapterGradient, Layers, Part, ThinGradient, add_product, columns, with_columns};
+use super::{AdapterGradient, AtOnce, Layers, Part, ThinGradient, add_product, columns, with_columns};
 use crate::ops::Buffer;
 use std::ops::Range;
 use tch::{Kind, Tensor};
@@ -67,11 +67,11 @@ impl Stack {
     }
 
     /// Adds dyᵀ·x of each group's rows, where self are the sums.
-    fn add(&self, d_y: &Tensor, x: &Tensor, groups: &Stacked) {
+    fn add(&self, d_y: &Tensor, x: &Tensor, groups: &AtOnce) {
         match self {
             Self::Shared(sum) => add_product(sum, &d_y.tr(), x),
             Self::Each(sum) => {
-                let mut product = grouped(&d_y.tr(), x, groups.ends);
+                let mut product = grouped(&d_y.tr(), x, &groups.ends);
                 if let Some(empty) = &groups.empty {
                     // Whether a group without rows is written to is the kernel's own affair.
                     let _ = product.index_fill_(0, empty, 0.0);
@@ -96,9 +96,7 @@ struct StackedPart<'a> {
 
 /// The layers of all groups.
 pub(super) struct Stacked<'a> {
-    ends: &'a Tensor,
-    /// The groups without rows, if there are any.
-    empty: Option<Tensor>,
+    groups: &'a AtOnce,
     bases: Vec<(Stack, Range<i64>)>,
     adapter: Option<StackedAdapter<'a>>,
 }
@@ -113,10 +111,14 @@ struct StackedAdapter<'a> {
 impl<'a> Stacked<'a> {
     /// `None` where one GEMM after another has to do.
     pub(super) fn of(rows: &Tensor, layers: Layers<'a>) -> Option<Self> {
-        let ends = layers.groups.ends.as_ref()?;
+        let groups = layers.groups.at_once.as_ref()?;
         let first = layers.layers.first()?;
         let all = layers.layers;
         if rows.kind() != Kind::BFloat16 || rows.size()[0] == 0 || all.len() < 2 {
+            return None;
+        }
+        let ranks = layers.ranks().unwrap_or(0);
+        if [first.input(), first.output(), ranks].iter().any(|width| width % ALIGNMENT != 0) {
             return None;
         }
         let mut bases = Vec::with_capacity(first.bases.len());
@@ -148,15 +150,14 @@ impl<'a> Stacked<'a> {
                 Some(StackedAdapter { a, d_a, parts, scaling: adapter.scaling })
             }
         };
-        let empty: Vec<i64> =
-            (0..).zip(layers.groups.sizes()).filter(|&(_, rows)| rows == 0).map(|(i, _)| i).collect();
-        let empty = (!empty.is_empty()).then(|| Tensor::from_slice(&empty).to_device(rows.device()));
-        Some(Self { ends, empty, bases, adapter })
+        Some(Self { groups, bases, adapter })
     }
 
     /// See [`super::forward`].
     pub(super) fn forward(&self, x: &Tensor, add: Option<&Tensor>) -> (Buffer, Option<Buffer>) {
-        let outputs: Vec<Tensor> = self.bases.iter().map(|(base, _)| base.apply(x, self.ends)).collect();
+        let _span = crate::trace::operation("linear.forward_at_once");
+        let outputs: Vec<Tensor> =
+            self.bases.iter().map(|(base, _)| base.apply(x, &self.groups.ends)).collect();
         let mut y = one(outputs);
         if let Some(add) = add {
             let _ = y.g_add_(add);
@@ -164,7 +165,7 @@ impl<'a> Stacked<'a> {
         let h = self.thin(x);
         for (adapter, h) in self.adapter.iter().zip(&h) {
             for StackedPart { part, b, .. } in &adapter.parts {
-                let _ = columns(&y, &part.out).g_add_(&b.apply(&columns(h, &part.ranks), self.ends));
+                let _ = columns(&y, &part.out).g_add_(&b.apply(&columns(h, &part.ranks), &self.groups.ends));
             }
         }
         (y.into(), h)
@@ -173,23 +174,25 @@ impl<'a> Stacked<'a> {
     /// See [`super::thin`].
     pub(super) fn thin(&self, x: &Tensor) -> Option<Buffer> {
         let adapter = self.adapter.as_ref()?;
-        Some(adapter.a.apply(x, self.ends).g_mul_scalar_(adapter.scaling).into())
+        Some(adapter.a.apply(x, &self.groups.ends).g_mul_scalar_(adapter.scaling).into())
     }
 
     /// See [`super::backward_input`].
     pub(super) fn backward_input(&self, d_y: &Tensor) -> (Buffer, ThinGradient) {
-        let mut parts =
-            self.bases.iter().map(|(base, range)| base.apply_transposed(&columns(d_y, range), self.ends));
+        let mut parts = self
+            .bases
+            .iter()
+            .map(|(base, range)| base.apply_transposed(&columns(d_y, range), &self.groups.ends));
         let mut d_x = parts.next().unwrap_or_else(|| d_y.zeros_like());
         for part in parts {
             let _ = d_x.g_add_(&part);
         }
         let g = self.adapter.as_ref().map(|adapter| {
             let of = |StackedPart { part, b, .. }: &StackedPart| {
-                b.apply_transposed(&columns(d_y, &part.out), self.ends)
+                b.apply_transposed(&columns(d_y, &part.out), &self.groups.ends)
             };
             let g = one(adapter.parts.iter().map(of).collect()).g_mul_scalar_(adapter.scaling);
-            let _ = d_x.g_add_(&adapter.a.apply_transposed(&g, self.ends));
+            let _ = d_x.g_add_(&adapter.a.apply_transposed(&g, &self.groups.ends));
             g.into()
         });
         (d_x.into(), ThinGradient(g))
@@ -199,9 +202,9 @@ impl<'a> Stacked<'a> {
     pub(super) fn backward_parameters(&self, d_y: &Tensor, x: &Tensor, h: &Tensor, g: &Tensor) {
         if let Some(adapter) = &self.adapter {
             for StackedPart { part, d_b, .. } in &adapter.parts {
-                d_b.add(&columns(d_y, &part.out), &columns(h, &part.ranks), self);
+                d_b.add(&columns(d_y, &part.out), &columns(h, &part.ranks), self.groups);
             }
-            adapter.d_a.add(g, x, self);
+            adapter.d_a.add(g, x, self.groups);
         }
     }
 }

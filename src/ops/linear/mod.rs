@@ -8,11 +8,12 @@
 //! frozen weight has no gradient. Parameter gradients are added in fp32.
 //!
 //! The groups are slices of the same tensors, one GEMM each: nothing is padded or copied, and a group without rows costs
-//! nothing. On the CPU libtorch's grouped GEMM was measured no faster; on a device it is what computes (`grouped.rs`).
+//! nothing. On the CPU libtorch's grouped GEMM was measured no faster; on devices that have it, it is what computes (`grouped.rs`).
 
 mod grouped;
 
 use super::Buffer;
+use crate::device::has_grouped_gemm;
 use grouped::Stacked;
 use std::ops::Range;
 use tch::{Device, Tensor};
@@ -75,45 +76,61 @@ impl Linear {
 #[derive(Debug)]
 pub struct Groups {
     borders: Vec<i64>,
-    /// Where each group ends, `[groups]` i32, for a device that computes all at once.
-    ends: Option<Tensor>,
+    /// For a device that computes all at once.
+    at_once: Option<AtOnce>,
+}
+
+/// Groups as a device is told of them.
+#[derive(Debug)]
+struct AtOnce {
+    /// Where each group ends: `[groups]` i32.
+    ends: Tensor,
+    /// The groups without rows, if there are any: i64.
+    empty: Option<Tensor>,
+}
+
+impl AtOnce {
+    fn new(borders: &[i64], device: Device) -> Self {
+        let ends: Vec<i32> = borders[1..].iter().map(|&end| end as i32).collect();
+        let without = (0..).zip(borders.windows(2)).filter(|(_, pair)| pair[0] == pair[1]);
+        let empty: Vec<i64> = without.map(|(group, _)| group).collect();
+        Self {
+            ends: Tensor::from_slice(&ends).to_device(device),
+            empty: (!empty.is_empty()).then(|| Tensor::from_slice(&empty).to_device(device)),
+        }
+    }
+
+    fn share(&self) -> Self {
+        Self { ends: self.ends.shallow_clone(), empty: self.empty.as_ref().map(Tensor::shallow_clone) }
+    }
 }
 
 impl Groups {
     /// All of `rows` in one.
     pub fn one(rows: i64) -> Self {
-        Self { borders: vec![0, rows], ends: None }
+        Self { borders: vec![0, rows], at_once: None }
     }
 
     /// Of rows on `device`.
     pub fn new(borders: Vec<i64>, device: Device) -> Self {
-        let ends = |borders: &[i64]| {
-            let ends: Vec<i32> = borders[1..].iter().map(|&end| end as i32).collect();
-            Tensor::from_slice(&ends).to_device(device)
-        };
-        Self { ends: (device != Device::Cpu).then(|| ends(&borders)), borders }
+        let computes = device != Device::Cpu && has_grouped_gemm();
+        Self { at_once: computes.then(|| AtOnce::new(&borders, device)), borders }
     }
 
     /// As a device computes them, on the CPU.
     #[cfg(test)]
     fn at_once(borders: Vec<i64>) -> Self {
-        let ends: Vec<i32> = borders[1..].iter().map(|&end| end as i32).collect();
-        Self { borders, ends: Some(Tensor::from_slice(&ends)) }
+        Self { at_once: Some(AtOnce::new(&borders, Device::Cpu)), borders }
     }
 
     /// The same once more.
     pub fn share(&self) -> Self {
-        Self { borders: self.borders.clone(), ends: self.ends.as_ref().map(Tensor::shallow_clone) }
+        Self { borders: self.borders.clone(), at_once: self.at_once.as_ref().map(AtOnce::share) }
     }
 
     /// Where each group begins, and the end: `[groups + 1]`.
     pub fn borders(&self) -> &[i64] {
         &self.borders
-    }
-
-    /// How many rows each group has.
-    fn sizes(&self) -> impl Iterator<Item = i64> {
-        self.borders.windows(2).map(|pair| pair[1] - pair[0])
     }
 }
 
@@ -417,7 +434,7 @@ mod tests {
                 let run = |groups: &Groups| {
                     let layers = layers();
                     let all = Layers { layers: &layers, groups };
-                    assert_eq!(Stacked::of(&x, all).is_some(), groups.ends.is_some());
+                    assert_eq!(Stacked::of(&x, all).is_some(), groups.at_once.is_some());
                     let mut found = everything(all, &x, &d_y, &add);
                     for (_, gradient) in layers.iter().filter_map(|layer| layer.adapter.as_ref()) {
                         found.extend(std::iter::once(&gradient.a).chain(&gradient.b).map(Tensor::copy));
@@ -469,5 +486,20 @@ mod tests {
         let stack = Tensor::zeros([3, 8, 8], (Kind::BFloat16, Device::Cpu));
         let of_one = |i| Linear { bases: vec![Base { weight: stack.get(i), bias: None }], adapter: None };
         assert!(at_once(&[of_one(0), of_one(1), of_one(2)], &groups));
+        // Four ranks: their activations' rows are too near each other.
+        let with_ranks = |ranks: i64| -> Vec<Linear> {
+            let a = Tensor::zeros([3, ranks, 8], (Kind::BFloat16, Device::Cpu));
+            let b = Tensor::zeros([8, ranks], (Kind::BFloat16, Device::Cpu));
+            let sums = |t: &Tensor| t.to_kind(Kind::Float);
+            let (d_a, d_b) = (sums(&a), sums(&b));
+            let layer = |i: i64| {
+                let parts = vec![Part { out: 0..8, ranks: 0..ranks, b: b.shallow_clone() }];
+                let adapter = Adapter { a: a.get(i), parts, scaling: 1.0 };
+                let gradient = AdapterGradient { a: d_a.get(i), b: vec![d_b.shallow_clone()] };
+                Linear { adapter: Some((adapter, gradient)), ..of_one(i) }
+            };
+            (0..3).map(layer).collect()
+        };
+        assert!(at_once(&with_ranks(8), &groups) && !at_once(&with_ranks(4), &groups));
     }
 }
