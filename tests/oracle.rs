@@ -151,8 +151,9 @@ fn equals_reference(directory: &Path, checkpointing: CheckpointingMethod, merge:
     let theirs = Tensor::cat(&theirs, 0);
     let largest = theirs.abs().max().double_value(&[]);
     let distance = (logits.view([-1]) - theirs).abs().max().double_value(&[]);
-    // Both are fp32: transformers' own logits of SmolLM2, up to 37, were measured 7e-5 to 9e-5 from its fp64 ones.
-    assert!(distance < (5e-6 * largest).max(1e-4), "{name}: logits {distance} apart");
+    // Both are fp32, and each is off: transformers' own logits of SmolLM2, up to 37, were measured 7e-5 to 9e-5 from its fp64
+    // ones on three machines, and up to 1.72e-4 from ours.
+    assert!(distance < (8e-6 * largest).max(1e-4), "{name}: logits {distance} apart");
 
     // The gradient of the first step, before any update.
     let first = batch(&run["steps"][0]);

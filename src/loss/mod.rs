@@ -14,7 +14,10 @@ use crate::ops::{
     self, Buffer,
     cross_entropy::{self, Sums},
 };
-use tch::Tensor;
+use tch::{Device, Tensor};
+
+/// Rows of the head that a CPU takes at a time: the logits of some thousand tokens then stay in its caches.
+pub const HOST_ROWS: i64 = 2048;
 
 /// The running sums of one pass over the head.
 pub struct LinearCrossEntropy {
@@ -65,6 +68,24 @@ impl LinearCrossEntropy {
     /// Takes in head rows `first..` of `weight` `[rows, hidden]`. Every row of the head comes exactly once.
     pub fn add_rows(&mut self, weight: &Tensor, first: usize) {
         let _span = crate::trace::operation("cross_entropy.add_rows");
+        let rows = weight.size()[0];
+        let block = if weight.device() == Device::Cpu { HOST_ROWS } else { rows.max(1) };
+        for start in (0..rows).step_by(block as usize) {
+            self.add_block(&weight.narrow(0, start, block.min(rows - start)), first + start as usize);
+        }
+        let Some(Gradient { w_t, .. }) = &self.gradient else { return };
+        let valid = self.x.size()[0];
+        for start in (0..valid).step_by(self.chunk_tokens as usize) {
+            let part = |t: &Tensor| t.narrow(0, start, self.chunk_tokens.min(valid - start));
+            let local = part(&self.targets) - first as i64;
+            // No list of those that are here: a device would have to tell the host how long it is.
+            let here = local.ge(0).logical_and(&local.lt(rows)).unsqueeze(1);
+            let chosen = weight.index_select(0, &local.clamp(0, rows - 1));
+            part(w_t).copy_(&chosen.where_self(&here, &part(w_t)));
+        }
+    }
+
+    fn add_block(&mut self, weight: &Tensor, first: usize) {
         let (valid, hidden) = (self.x.size()[0], self.x.size()[1]);
         let rows = weight.size()[0];
         let (kind, device) = (self.x.kind(), self.x.device());
@@ -81,16 +102,12 @@ impl LinearCrossEntropy {
             let logits = logits.narrow(0, 0, n);
             let _ = part(&self.x).mm_out(&logits, &weight.tr());
             let rescale = self.sums.narrow(start, n).exponentials(&logits, &local);
-            let (Some(Gradient { w_t, .. }), Some(product)) = (&self.gradient, &product) else { continue };
+            let Some(product) = &product else { continue };
             let product = if before.is_some() { product.narrow(0, 0, n) } else { part(product) };
             let _ = logits.mm_out(&product, weight);
             if let Some(a) = &before {
                 cross_entropy::accumulate(&part(a), &rescale, &product);
             }
-            // No list of those that are here: a device would have to tell the host how long it is.
-            let here = local.ge(0).logical_and(&local.lt(rows)).unsqueeze(1);
-            let chosen = weight.index_select(0, &local.clamp(0, rows - 1));
-            part(w_t).copy_(&chosen.where_self(&here, &part(w_t)));
         }
         if let Some(gradient) = &mut self.gradient {
             gradient.a = before.or(product);
@@ -142,8 +159,16 @@ mod tests {
 
     #[test]
     fn matches_autograd_for_every_chunking() {
-        let (x, weight) = (leaf(&[7, 5]), leaf(&[11, 5]).detach());
-        let targets = Tensor::from_slice(&[3i64, -100, 0, 10, 10, -100, 4]);
+        // The second is more than a CPU takes at a time.
+        for vocabulary in [11, 2 * HOST_ROWS + 3] {
+            matches_autograd_for(vocabulary);
+        }
+    }
+
+    fn matches_autograd_for(vocabulary: i64) {
+        let (x, weight) = (leaf(&[7, 5]), leaf(&[vocabulary, 5]).detach());
+        let last = vocabulary - 1;
+        let targets = Tensor::from_slice(&[3i64, -100, 0, last, last, -100, 4]);
         let valid = targets.ge(0).nonzero().view([-1]);
         let logits = x.matmul(&weight.tr()).index_select(0, &valid);
         let losses = -logits
@@ -152,7 +177,8 @@ mod tests {
             .sum(Kind::Double);
         let expected = autograd(&losses, &Tensor::from(0.25f64), &[&x]);
         let _guard = tch::no_grad_guard();
-        for chunks in [(1, 1), (2, 4), (100, 11), (3, 10)] {
+        for chunks in [(1, vocabulary / 11), (2, vocabulary / 3 + 1), (100, vocabulary), (3, vocabulary - 1)]
+        {
             let result = pass(&x.detach(), &weight, &targets, chunks);
             assert!((result.sum - losses.double_value(&[])).abs() < 1e-12, "{chunks:?}");
             assert_eq!(result.tokens, 5);

@@ -10,6 +10,7 @@
 
 use std::{
     cell::RefCell,
+    cmp::Reverse,
     collections::VecDeque,
     ops::{Deref, DerefMut},
 };
@@ -54,9 +55,10 @@ thread_local! {
 impl Pool {
     /// A block of at least `bytes`.
     fn take(&mut self, bytes: usize) -> Tensor {
-        let fitting = self.free.iter().enumerate().map(|(i, block)| (block.numel(), i));
+        let fitting = self.free.iter().enumerate().map(|(i, block)| (block.numel(), Reverse(i)));
+        // Of those of a size the one that was used last: it may still be in a cache.
         let best = fitting.filter(|&(size, _)| (bytes..=bytes + bytes / 4).contains(&size)).min();
-        let found = best.and_then(|(_, i)| self.free.remove(i));
+        let found = best.and_then(|(_, Reverse(i))| self.free.remove(i));
         self.used += found.as_ref().map_or(bytes, Tensor::numel);
         self.most = self.most.max(self.used);
         while self.used + self.unused() > self.most && self.free.pop_front().is_some() {}
@@ -160,8 +162,13 @@ mod tests {
         assert_eq!((second.size(), at), (vec![n - 5], again));
         let (third, elsewhere) = taken(n);
         assert_ne!(elsewhere, at);
-        drop((second, third));
+        drop(second);
+        drop(third);
         assert_eq!(unused(), 8 * n as usize);
+        // The last used one first.
+        let (third, first_again) = taken(n);
+        assert_eq!(first_again, elsewhere);
+        drop(third);
         // What fits neither takes the place of both; what is much smaller does not use it up.
         let large = taken(2 * n).0;
         assert_eq!(unused(), 0);

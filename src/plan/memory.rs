@@ -6,6 +6,7 @@
 
 use crate::{
     config,
+    loss::HOST_ROWS,
     model::{
         ModelSpec, QkNorm,
         blueprint::{Blueprint, Options, Regions},
@@ -44,6 +45,8 @@ pub struct Memory {
     pub activations: usize,
     /// The larger of a chunk of logits and the backward of a layer.
     pub scratch: usize,
+    /// The same on a device, which takes in more of the head at a time.
+    pub device_scratch: usize,
     pub libraries: usize,
 }
 
@@ -76,6 +79,8 @@ impl Memory {
         let gradients = pieces(&adapters) + adapters.iter().map(unreduced).sum::<usize>();
 
         let kept = Kept::new(spec, blueprint, options, batch);
+        let layer = kept.again + layer_scratch(spec, options, batch);
+        let scratch = |rows| loss_scratch(spec, options, batch, rows).max(layer);
         Self {
             base: pieces(&base) + vocab.pieces + norm.pieces,
             slots: whole(&base) + vocab.in_slots(1) + norm.in_slots(1),
@@ -83,7 +88,8 @@ impl Memory {
             optimizer: (1 + moments) * fp32(pieces(&adapters)),
             gradients: fp32(gradients),
             activations: kept.all,
-            scratch: loss_scratch(spec, options, batch).max(kept.again + layer_scratch(spec, options, batch)),
+            scratch: scratch(HOST_ROWS as usize),
+            device_scratch: scratch(usize::MAX),
             libraries: LIBRARIES,
         }
     }
@@ -104,7 +110,7 @@ impl Memory {
 
     /// What of it is on the rank's device, where that is not the host.
     pub fn on_device(&self) -> usize {
-        self.total() - self.libraries
+        self.total() - self.libraries - self.scratch + self.device_scratch
     }
 
     pub fn total(&self) -> usize {
@@ -209,12 +215,12 @@ fn kept_of_mlp(spec: &ModelSpec, layer: usize, plan: &LayerAdapterPlan, c: usize
     4 + moe.top_k * row + router + shared
 }
 
-/// The largest moment of the pass over the head: a chunk of logits beside the normalised hidden states, those that
-/// carry loss, the sum over the vocabulary, the targets' rows, and the gradient; with several chunks of vocabulary the
-/// sum is fp32.
-fn loss_scratch(spec: &ModelSpec, options: &Options, batch: MicroBatch) -> usize {
+/// The largest moment of the pass over the head, of which at most `most` rows are taken in at a time: a chunk of logits
+/// beside the normalised hidden states, those that carry loss, the sum over the vocabulary, the targets' rows, and the
+/// gradient; with several chunks of vocabulary the sum is fp32.
+fn loss_scratch(spec: &ModelSpec, options: &Options, batch: MicroBatch, most: usize) -> usize {
     let c = options.compute.size();
-    let rows = options.chunk_rows(spec.vocab_size);
+    let rows = options.chunk_rows(spec.vocab_size).min(most);
     let logits = options.loss_chunk_tokens.min(batch.tokens) * rows * c;
     let sum = if rows < spec.vocab_size { 4 } else { 0 };
     logits + batch.tokens * spec.hidden_size * (5 * c + sum)

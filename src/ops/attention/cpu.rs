@@ -9,7 +9,7 @@ use crate::ops::cpu::{
     lanes::{maximum, total},
     pool,
     scratch::{Memory, Scratch, words},
-    tile::{Left, Machine, ROWS, multiply},
+    tile::{Left, Machine},
 };
 use pulp::NullaryFnOnce;
 use std::ops::Range;
@@ -75,6 +75,11 @@ impl Shape {
         self.dim.next_multiple_of(LANES)
     }
 
+    /// Units of a head's row, those with zeros behind it included.
+    fn units<M: Machine>(&self) -> usize {
+        self.dim.div_ceil(M::GROUP).next_multiple_of(M::UNITS)
+    }
+
     /// The tiles of keys that queries `queries` of a document see.
     fn tiles(&self, queries: &Range<usize>) -> Range<usize> {
         let first = (queries.start + 1).saturating_sub(self.window);
@@ -99,7 +104,9 @@ pub fn forward<M: Machine>(
 ) {
     let shape = &Shape::new(heads);
     let tasks = shape.tasks(documents);
-    pool::tasks(tasks.len(), |i| machine.run(Forward::<M> { shape, task: &tasks[i], qkv, out, lse }));
+    pool::tasks(tasks.len(), |i| {
+        machine.run(Forward::<M> { machine, shape, task: &tasks[i], qkv, out, lse })
+    });
 }
 
 /// Writes the gradient of q|k|v from that of o.
@@ -114,11 +121,12 @@ pub fn backward<M: Machine>(
     let shape = &Shape::new(heads);
     let tasks = shape.tasks(documents);
     pool::tasks(tasks.len(), |i| {
-        machine.run(Backward::<M> { shape, task: &tasks[i], d_out, qkv, out, lse, d_qkv });
+        machine.run(Backward::<M> { machine, shape, task: &tasks[i], d_out, qkv, out, lse, d_qkv });
     });
 }
 
 struct Forward<'a, M: Machine> {
+    machine: M,
     shape: &'a Shape,
     task: &'a Task,
     qkv: Rows<'a, M::Stored>,
@@ -131,9 +139,9 @@ impl<M: Machine> NullaryFnOnce for Forward<'_, M> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { shape, task, qkv, out, lse } = self;
+        let Self { machine, shape, task, qkv, out, lse } = self;
         let (length, width) = (task.tokens.len(), shape.width());
-        let units = shape.dim.div_ceil(M::GROUP);
+        let units = shape.units::<M>();
         let padded = length.next_multiple_of(TILE);
         let need = words::<M::Unit>(units * padded)
             + words::<M::Unit>(padded / M::GROUP * width)
@@ -141,61 +149,69 @@ impl<M: Machine> NullaryFnOnce for Forward<'_, M> {
             + words::<M::Unit>(TILE * TILE / M::GROUP)
             + words::<M::Number>(TILE * TILE)
             + words::<M::Number>(TILE * width)
-            + 2 * words::<M::Number>(TILE);
+            + 3 * words::<M::Number>(TILE)
+            + words::<M::Number>(TILE * LANES);
         let mut memory = Memory::take(need);
         let mut scratch = memory.scratch();
         let [key_columns, value_columns] = shape.key_value_columns(task.head);
         let keys = Source { rows: qkv, tokens: task.tokens.clone(), columns: key_columns };
         let values = Source { columns: value_columns, ..keys.clone() };
-        let keys = keys.along_dim::<M>(&mut scratch);
+        let keys = keys.along_dim::<M>(&mut scratch, units);
         let values = values.along_tokens::<M>(&mut scratch, padded, width);
         let query: &mut [M::Unit] = scratch.cut(TILE * units);
         let weights: &mut [M::Unit] = scratch.cut(TILE * TILE / M::GROUP);
         let scores: &mut [M::Number] = scratch.cut(TILE * TILE);
         let sums: &mut [M::Number] = scratch.cut(TILE * width);
-        let (maxima, totals): (&mut [M::Number], &mut [M::Number]) = (scratch.cut(TILE), scratch.cut(TILE));
+        let [maxima, latest, shrinks]: [&mut [M::Number]; 3] = std::array::from_fn(|_| scratch.cut(TILE));
+        let totals: &mut [[M::Number; LANES]] = scratch.cut::<M::Number>(TILE * LANES).as_chunks_mut().0;
         let scale = M::Number::of(shape.scale);
 
         for head in shape.group(task.head) {
             for first in (0..length).step_by(TILE) {
                 let queries = first..length.min(first + TILE);
-                let rows = queries.len().next_multiple_of(ROWS);
+                let rows = queries.len().next_multiple_of(M::ROWS);
                 let source = Source { rows: qkv, tokens: task.tokens.clone(), columns: shape.columns(head) };
                 source.rows_of::<M>(&queries, query, units);
                 sums.fill(M::Number::ZERO);
                 maxima.fill(M::Number::NEG_INFINITY);
-                totals.fill(M::Number::ZERO);
+                totals.fill([M::Number::ZERO; LANES]);
                 for tile in shape.tiles(&queries) {
                     let left = Left { units: query, row: units, unit: 1 };
                     let key_tile = &keys[tile * TILE * units..(tile + 1) * TILE * units];
-                    multiply::<M>(left, key_tile, &mut scores[..rows * TILE], TILE, false);
+                    machine.multiply(left, key_tile, &mut scores[..rows * TILE], TILE, false);
+                    // Row by row each of these waits for what comes before; all rows at a time they do not wait for each other.
                     for (r, i) in queries.clone().enumerate() {
                         let row = &mut scores[r * TILE..(r + 1) * TILE];
-                        let seen = shape.seen(i, tile * TILE);
-                        hide(row, &seen, M::Number::NEG_INFINITY);
-                        let new = maximum(row).max(maxima[r]);
+                        hide(row, &shape.seen(i, tile * TILE), M::Number::NEG_INFINITY);
+                        latest[r] = maximum(row).max(maxima[r]);
+                    }
+                    for ((shrink, latest), maximum) in shrinks.iter_mut().zip(&mut *latest).zip(&mut *maxima)
+                    {
                         // A row that has seen nothing yet has weights of zero, not NaN.
-                        let base = if new == M::Number::NEG_INFINITY { M::Number::ZERO } else { new };
-                        let sum = exponentials(row, base, scale);
-                        let shrink = ((maxima[r] - base) * scale).exp();
-                        maxima[r] = new;
-                        totals[r] = totals[r].mul_add(shrink, sum);
-                        if shrink != M::Number::ONE {
+                        let base = if *latest == M::Number::NEG_INFINITY { M::Number::ZERO } else { *latest };
+                        *shrink = ((*maximum - base) * scale).exp();
+                        (*maximum, *latest) = (*latest, base);
+                    }
+                    for r in 0..queries.len() {
+                        let row = &mut scores[r * TILE..(r + 1) * TILE];
+                        exponentials(row, latest[r], scale, shrinks[r], &mut totals[r]);
+                        if shrinks[r] != M::Number::ONE {
                             for sum in &mut sums[r * width..(r + 1) * width] {
-                                *sum = *sum * shrink;
+                                *sum = *sum * shrinks[r];
                             }
                         }
-                        pack_row::<M>(row, &mut weights[r * TILE / M::GROUP..(r + 1) * TILE / M::GROUP]);
+                        M::pack(row, &mut weights[r * TILE / M::GROUP..(r + 1) * TILE / M::GROUP]);
                     }
                     weights[queries.len() * TILE / M::GROUP..rows * TILE / M::GROUP]
                         .fill(bytemuck::Zeroable::zeroed());
                     let left = Left { units: weights, row: TILE / M::GROUP, unit: 1 };
                     let per_tile = TILE / M::GROUP * width;
                     let value_tile = &values[tile * per_tile..(tile + 1) * per_tile];
-                    multiply::<M>(left, value_tile, &mut sums[..rows * width], width, true);
+                    machine.multiply(left, value_tile, &mut sums[..rows * width], width, true);
                 }
                 for (r, i) in queries.enumerate() {
-                    let inverse = M::Number::ONE / totals[r];
+                    let total = total(totals[r]);
+                    let inverse = M::Number::ONE / total;
                     // SAFETY: only this task has the columns of `head` in the rows of its document.
                     let out = unsafe { out.part_mut(task.tokens.start + i, shape.columns(head)) };
                     for (out, &sum) in out.iter_mut().zip(&sums[r * width..]) {
@@ -204,7 +220,7 @@ impl<M: Machine> NullaryFnOnce for Forward<'_, M> {
                     let at = lse_index(shape, task, head, i);
                     // SAFETY: only this task has this place of L.
                     let lse = unsafe { lse.part_mut(0, at..at + 1) };
-                    lse[0] = maxima[r].mul_add(scale, totals[r].ln());
+                    lse[0] = maxima[r].mul_add(scale, total.ln());
                 }
             }
         }
@@ -212,6 +228,7 @@ impl<M: Machine> NullaryFnOnce for Forward<'_, M> {
 }
 
 struct Backward<'a, M: Machine> {
+    machine: M,
     shape: &'a Shape,
     task: &'a Task,
     d_out: Rows<'a, M::Stored>,
@@ -226,9 +243,9 @@ impl<M: Machine> NullaryFnOnce for Backward<'_, M> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { shape, task, d_out, qkv, out, lse, d_qkv } = self;
+        let Self { machine, shape, task, d_out, qkv, out, lse, d_qkv } = self;
         let (length, width) = (task.tokens.len(), shape.width());
-        let units = shape.dim.div_ceil(M::GROUP);
+        let units = shape.units::<M>();
         let padded = length.next_multiple_of(TILE);
         let tile_units = TILE * TILE / M::GROUP;
         let need = 2 * words::<M::Unit>(units * padded)
@@ -244,8 +261,8 @@ impl<M: Machine> NullaryFnOnce for Backward<'_, M> {
         let of = |rows, columns| Source { rows, tokens: task.tokens.clone(), columns };
         let [key_columns, value_columns] = shape.key_value_columns(task.head);
         let (key, value) = (of(qkv, key_columns.clone()), of(qkv, value_columns.clone()));
-        let keys_along_dim = key.along_dim::<M>(&mut scratch);
-        let values_along_dim = value.along_dim::<M>(&mut scratch);
+        let keys_along_dim = key.along_dim::<M>(&mut scratch, units);
+        let values_along_dim = value.along_dim::<M>(&mut scratch, units);
         let keys_along_tokens = key.along_tokens::<M>(&mut scratch, padded, width);
         let [query, d_o]: [&mut [M::Unit]; 2] = [scratch.cut(TILE * units), scratch.cut(TILE * units)];
         let d_scores_rows: &mut [M::Unit] = scratch.cut(tile_units);
@@ -266,7 +283,7 @@ impl<M: Machine> NullaryFnOnce for Backward<'_, M> {
             let o = of(out, shape.columns(head));
             for first in (0..length).step_by(TILE) {
                 let queries = first..length.min(first + TILE);
-                let rows = queries.len().next_multiple_of(ROWS);
+                let rows = queries.len().next_multiple_of(M::ROWS);
                 q.rows_of::<M>(&queries, query, units);
                 d.rows_of::<M>(&queries, d_o, units);
                 q.pairs_of::<M>(&queries, across[0], width);
@@ -283,14 +300,14 @@ impl<M: Machine> NullaryFnOnce for Backward<'_, M> {
                 for tile in shape.tiles(&queries) {
                     let dims = tile * TILE * units..(tile + 1) * TILE * units;
                     let left = |units_of| Left { units: units_of, row: units, unit: 1 };
-                    multiply::<M>(
+                    machine.multiply(
                         left(query),
                         &keys_along_dim[dims.clone()],
                         &mut scores[..rows * TILE],
                         TILE,
                         false,
                     );
-                    multiply::<M>(
+                    machine.multiply(
                         left(d_o),
                         &values_along_dim[dims],
                         &mut d_weights[..rows * TILE],
@@ -307,26 +324,23 @@ impl<M: Machine> NullaryFnOnce for Backward<'_, M> {
                         }
                         hide(p, &seen, M::Number::ZERO);
                         hide(d, &seen, M::Number::ZERO);
-                        pack_row::<M>(d, &mut d_scores_rows[r * TILE / M::GROUP..(r + 1) * TILE / M::GROUP]);
+                        M::pack(d, &mut d_scores_rows[r * TILE / M::GROUP..(r + 1) * TILE / M::GROUP]);
                     }
                     // What lies behind the last query counts for nothing.
                     scores[queries.len() * TILE..].fill(M::Number::ZERO);
                     d_weights[queries.len() * TILE..].fill(M::Number::ZERO);
                     d_scores_rows[queries.len() * TILE / M::GROUP..].fill(bytemuck::Zeroable::zeroed());
-                    pack_pairs::<M>(scores, weights);
-                    pack_pairs::<M>(d_weights, d_scores_across);
 
                     let keys_of_tile = tile * TILE * width..(tile + 1) * TILE * width;
-                    let transposed = |units| Left { units, row: 1, unit: TILE };
-                    multiply::<M>(
-                        transposed(weights),
+                    machine.multiply(
+                        machine.transposed(scores, TILE, weights),
                         across[1],
                         &mut d_values[keys_of_tile.clone()],
                         width,
                         true,
                     );
-                    multiply::<M>(
-                        transposed(d_scores_across),
+                    machine.multiply(
+                        machine.transposed(d_weights, TILE, d_scores_across),
                         across[0],
                         &mut d_keys[keys_of_tile],
                         width,
@@ -335,7 +349,7 @@ impl<M: Machine> NullaryFnOnce for Backward<'_, M> {
                     let left = Left { units: d_scores_rows, row: TILE / M::GROUP, unit: 1 };
                     let per_tile = TILE / M::GROUP * width;
                     let key_tile = &keys_along_tokens[tile * per_tile..(tile + 1) * per_tile];
-                    multiply::<M>(left, key_tile, &mut d_query[..rows * width], width, true);
+                    machine.multiply(left, key_tile, &mut d_query[..rows * width], width, true);
                 }
                 for (r, i) in queries.enumerate() {
                     // SAFETY: only this task has the columns of `head` in the rows of its document.
@@ -383,17 +397,19 @@ impl<'a, E: Element> Source<'a, E> {
 
     /// Tiles of units along the head's dimension, `[tiles][units][TILE]`: a right factor that is as wide as a tile.
     #[inline(always)]
-    fn along_dim<'s, M: Machine<Stored = E>>(&self, scratch: &mut Scratch<'s>) -> &'s [M::Unit] {
-        let units = self.columns.len().div_ceil(M::GROUP);
+    fn along_dim<'s, M: Machine<Stored = E>>(
+        &self,
+        scratch: &mut Scratch<'s>,
+        units: usize,
+    ) -> &'s [M::Unit] {
         let packed: &mut [M::Unit] = scratch.cut(units * self.tokens.len().next_multiple_of(TILE));
         for (tile, packed) in packed.chunks_exact_mut(units * TILE).enumerate() {
             for token in 0..TILE {
                 let i = tile * TILE + token;
-                if i < self.tokens.len() {
-                    units_of::<M>(self.row(i), |k, unit| packed[k * TILE + token] = unit);
-                } else {
-                    (0..units).for_each(|k| packed[k * TILE + token] = bytemuck::Zeroable::zeroed());
-                }
+                let row = if i < self.tokens.len() { self.row(i) } else { &[] };
+                units_of::<M>(row, |k, unit| packed[k * TILE + token] = unit);
+                (row.len().div_ceil(M::GROUP)..units)
+                    .for_each(|k| packed[k * TILE + token] = bytemuck::Zeroable::zeroed());
             }
         }
         packed
@@ -416,7 +432,9 @@ impl<'a, E: Element> Source<'a, E> {
     #[inline(always)]
     fn rows_of<M: Machine<Stored = E>>(&self, range: &Range<usize>, packed: &mut [M::Unit], units: usize) {
         for (i, packed) in range.clone().zip(packed.chunks_exact_mut(units)) {
-            units_of::<M>(self.row(i), |k, unit| packed[k] = unit);
+            let row = self.row(i);
+            units_of::<M>(row, |k, unit| packed[k] = unit);
+            packed[row.len().div_ceil(M::GROUP)..].fill(bytemuck::Zeroable::zeroed());
         }
         packed[range.len() * units..].fill(bytemuck::Zeroable::zeroed());
     }
@@ -459,25 +477,6 @@ fn units_of<M: Machine>(row: &[M::Stored], mut put: impl FnMut(usize, M::Unit)) 
     }
 }
 
-/// Rounds a row of numbers to units along it.
-#[inline(always)]
-fn pack_row<M: Machine>(row: &[M::Number], packed: &mut [M::Unit]) {
-    for (unit, group) in packed.iter_mut().zip(row.chunks_exact(M::GROUP)) {
-        *unit = M::unit(group[0], group[M::GROUP - 1]);
-    }
-}
-
-/// Rounds a tile of numbers `[TILE, TILE]` to units along its rows: `[TILE / GROUP, TILE]`.
-#[inline(always)]
-fn pack_pairs<M: Machine>(tile: &[M::Number], packed: &mut [M::Unit]) {
-    for (packed, rows) in packed.chunks_exact_mut(TILE).zip(tile.chunks_exact(M::GROUP * TILE)) {
-        let (first, last) = (&rows[..TILE], &rows[(M::GROUP - 1) * TILE..]);
-        for ((unit, &a), &b) in packed.iter_mut().zip(first).zip(last) {
-            *unit = M::unit(a, b);
-        }
-    }
-}
-
 /// Sets what is not `seen` to `value`.
 #[inline(always)]
 fn hide<R: Real>(row: &mut [R], seen: &Range<usize>, value: R) {
@@ -485,17 +484,20 @@ fn hide<R: Real>(row: &mut [R], seen: &Range<usize>, value: R) {
     row[seen.end..].fill(value);
 }
 
-/// Turns each x into exp((x − base)·scale); returns their sum.
+/// Turns each x into exp((x − base)·scale); `sums` become what they are times `shrink` plus those, in lanes.
 #[inline(always)]
-fn exponentials<R: Real>(row: &mut [R], base: R, scale: R) -> R {
-    let mut lanes = [R::ZERO; LANES];
-    for chunk in row.chunks_exact_mut(LANES) {
+fn exponentials<R: Real>(row: &mut [R], base: R, scale: R, shrink: R, sums: &mut [R; LANES]) {
+    let mut lanes = *sums;
+    for lane in &mut lanes {
+        *lane = *lane * shrink;
+    }
+    for chunk in row.as_chunks_mut::<LANES>().0 {
         for (lane, x) in lanes.iter_mut().zip(chunk) {
             *x = ((*x - base) * scale).exp();
             *lane += *x;
         }
     }
-    total(lanes)
+    *sums = lanes;
 }
 
 #[inline(always)]

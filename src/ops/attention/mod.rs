@@ -10,11 +10,13 @@ mod cpu;
 mod flash;
 mod formula;
 
+#[cfg(target_arch = "x86_64")]
+use super::cpu::amx::Amx;
 use super::{
     Buffer,
     cpu::{
         Level, Rows,
-        tile::{Machine, Plain},
+        tile::{InTiles, Machine, Plain},
     },
     wide,
 };
@@ -148,6 +150,10 @@ fn on_cpu(kind: Kind, kernel: impl Kernel) {
         Kind::Float => kernel.run(Plain::<f32>::new(level)),
         _ => {
             #[cfg(target_arch = "x86_64")]
+            if let (Level::Amx, Some(amx)) = (level, Amx::new()) {
+                return kernel.run(InTiles(amx));
+            }
+            #[cfg(target_arch = "x86_64")]
             if let Some(pairs) = super::cpu::tile::Pairs::new(level) {
                 return kernel.run(pairs);
             }
@@ -188,7 +194,10 @@ pub fn with_cache(q: &Tensor, k: &Tensor, v: &Tensor, lengths: &Tensor, heads: H
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::testing::{autograd, distance, leaf};
+    use crate::ops::{
+        cpu::amx::Emulated,
+        testing::{autograd, distance, leaf},
+    };
 
     /// The textbook formula, one document and one head at a time.
     fn reference(qkv: &Tensor, heads: Heads, lengths: &[usize]) -> Tensor {
@@ -231,6 +240,18 @@ mod tests {
         [out, d_qkv]
     }
 
+    /// The same in the tiles of a machine that has none.
+    fn in_emulated_tiles(qkv: &Tensor, d_out: &Tensor, heads: Heads, lengths: &[usize]) -> [Buffer; 2] {
+        let (machine, documents) = (InTiles(Emulated), Documents::new(lengths, Device::Cpu));
+        let (out, d_qkv) = (Buffer::like(d_out), Buffer::like(qkv));
+        let lse = Tensor::empty([qkv.size()[0] * heads.query], (Kind::Float, Device::Cpu));
+        let [d_out, qkv] = [d_out, qkv].map(Rows::of);
+        cpu::forward(machine, qkv, heads, &documents, Rows::of(&out), Rows::of(&lse));
+        let inputs = [d_out, qkv, Rows::of(&out)];
+        cpu::backward(machine, inputs, Rows::of(&lse), heads, &documents, Rows::of(&d_qkv));
+        [out, d_qkv]
+    }
+
     /// Heads, windows and documents of every kind.
     fn cases() -> Vec<(Heads, Vec<usize>)> {
         let heads = |query, key_value, dim, window| Heads { query, key_value, dim, window };
@@ -263,20 +284,25 @@ mod tests {
             // What bf16 holds, so that only the arithmetic is compared.
             let [rounded, d_rounded] = [&qkv, &d_out].map(|t| t.to_kind(Kind::BFloat16));
             let exact_of_rounded = expected(&rounded, &d_rounded.to_kind(Kind::Double), *heads, lengths);
+            let near = |ours: [Buffer; 2], exact: &[Tensor; 2], tolerance: [f64; 2], what: &str| {
+                for ((ours, exact), tolerance) in ours.iter().zip(exact).zip(tolerance) {
+                    let off = distance(ours, exact);
+                    assert!(off <= tolerance, "{what} {heads:?} {lengths:?}: {off}");
+                }
+            };
+            // Weights, their gradients and results are rounded to 8 bits; gradients are sums over the queries.
+            let of_bf16 = [0.02, 0.01 * exact_of_rounded[1].abs().max().double_value(&[]).max(1.0)];
             for level in Level::available() {
                 let check = |kind: Kind, d_out: &Tensor, exact: &[Tensor; 2], tolerance: [f64; 2]| {
                     let ours = level.forced(|| ours(&qkv.to_kind(kind), d_out, *heads, lengths));
-                    for ((ours, exact), tolerance) in ours.iter().zip(exact).zip(tolerance) {
-                        let off = distance(ours, exact);
-                        assert!(off <= tolerance, "{level:?} {kind:?} {heads:?} {lengths:?}: {off}");
-                    }
+                    near(ours, exact, tolerance, &format!("{level:?} {kind:?}"));
                 };
                 check(Kind::Double, &d_out, &exact, [1e-12, 1e-11]);
                 check(Kind::Float, &d_out, &exact, [1e-5, 1e-4]);
-                // Weights, their gradients and results are rounded to 8 bits; gradients are sums over the queries.
-                let largest = exact_of_rounded[1].abs().max().double_value(&[]);
-                check(Kind::BFloat16, &d_rounded, &exact_of_rounded, [0.02, 0.01 * largest.max(1.0)]);
+                check(Kind::BFloat16, &d_rounded, &exact_of_rounded, of_bf16);
             }
+            let ours = in_emulated_tiles(&rounded, &d_rounded, *heads, lengths);
+            near(ours, &exact_of_rounded, of_bf16, "emulated tiles");
         }
         tch::set_num_threads(before);
     }

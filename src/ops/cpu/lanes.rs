@@ -43,7 +43,15 @@ pub fn maximum<E: Element>(row: &[E]) -> E::Wide {
     for vector in rest {
         enlarge(&mut lanes[0], vector);
     }
-    let most = lanes.as_flattened().iter().fold(E::Wide::NEG_INFINITY, |most, &x| x.max(most));
+    let [mut most, others @ ..] = lanes;
+    for vector in &others {
+        enlarge(&mut most, vector);
+    }
+    let most = halved(
+        most,
+        #[inline(always)]
+        |a, b| b.max(a),
+    );
     tail.iter().fold(most, |most, x| x.wide().max(most))
 }
 
@@ -56,13 +64,23 @@ fn enlarge<E: Element>(lanes: &mut [E::Wide; LANES], vector: &[E; LANES]) {
     );
 }
 
-/// Σ of partial sums, by halves.
+/// Σ of partial sums.
 #[inline(always)]
-pub fn total<W: Real>(mut lanes: [W; LANES]) -> W {
+pub fn total<W: Real>(lanes: [W; LANES]) -> W {
+    halved(
+        lanes,
+        #[inline(always)]
+        |a, b| a + b,
+    )
+}
+
+/// One of all lanes, by halves: each step is one of vectors.
+#[inline(always)]
+fn halved<W: Real>(mut lanes: [W; LANES], both: impl Fn(W, W) -> W) -> W {
     let mut n = LANES / 2;
     while n > 0 {
         for i in 0..n {
-            lanes[i] += lanes[i + n];
+            lanes[i] = both(lanes[i], lanes[i + n]);
         }
         n /= 2;
     }

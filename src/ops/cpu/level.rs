@@ -1,5 +1,7 @@
 //! Instruction sets that kernels are compiled for, chosen at run time.
 
+#[cfg(target_arch = "x86_64")]
+use super::amx::Amx;
 use pulp::NullaryFnOnce;
 #[cfg(target_arch = "x86_64")]
 use pulp::x86::{V3, V4};
@@ -16,6 +18,8 @@ pub enum Level {
     Avx512,
     /// That and AVX512-BF16.
     Avx512Bf16,
+    /// That and AMX with bf16.
+    Amx,
 }
 
 thread_local! {
@@ -25,18 +29,22 @@ thread_local! {
 impl Level {
     /// The levels that this machine has.
     pub fn available() -> impl Iterator<Item = Self> {
-        let has = |level: &Level| match level {
+        #[cfg(target_arch = "x86_64")]
+        let has_bf16 = || V4::is_available() && std::arch::is_x86_feature_detected!("avx512bf16");
+        let has = move |level: &Level| match level {
             Level::Portable => true,
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => V3::is_available(),
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => V4::is_available(),
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512Bf16 => V4::is_available() && std::arch::is_x86_feature_detected!("avx512bf16"),
+            Level::Avx512Bf16 => has_bf16(),
+            #[cfg(target_arch = "x86_64")]
+            Level::Amx => has_bf16() && Amx::new().is_some(),
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         };
-        [Level::Portable, Level::Avx2, Level::Avx512, Level::Avx512Bf16].into_iter().filter(has)
+        [Level::Portable, Level::Avx2, Level::Avx512, Level::Avx512Bf16, Level::Amx].into_iter().filter(has)
     }
 
     /// The best level that this machine has, or what [`forced`](Self::forced) asks for.
@@ -56,7 +64,7 @@ impl Level {
     #[inline]
     pub fn run<F: NullaryFnOnce>(self, f: F) -> F::Output {
         #[cfg(target_arch = "x86_64")]
-        if self == Level::Avx512Bf16
+        if self >= Level::Avx512Bf16
             && std::arch::is_x86_feature_detected!("avx512bf16")
             && V4::is_available()
         {

@@ -1,15 +1,18 @@
 //! Products of small matrices that are in the cache, for kernels that make what they multiply: c (+)= a·b.
 //!
 //! A [`Machine`] multiplies *units*: one number, or a pair of bf16 neighbours along the summed dimension, which
-//! AVX512-BF16 multiplies and adds in fp32 (VDPBF16PS). So a factor is packed in units, wherever its dimensions lie.
+//! AVX512-BF16 (VDPBF16PS) and AMX (TDPBF16PS) multiply and add in fp32. So a factor is packed in units, wherever its dimensions lie.
 
-use super::{Element, LANES, Level, Real};
+use super::{
+    Element, LANES, Level, Real,
+    amx::{ROW_BYTES, SIDE, Tiles},
+};
 use bytemuck::Pod;
 use half::bf16;
 use std::marker::PhantomData;
 
-/// Rows of c that are in registers at a time; rows come in multiples of it.
-pub const ROWS: usize = 4;
+/// Rows of c that vectors have in registers at a time.
+const VECTOR_ROWS: usize = 4;
 
 /// How a kernel multiplies what is stored as `Stored`.
 pub trait Machine: Copy + Send + Sync {
@@ -17,19 +20,59 @@ pub trait Machine: Copy + Send + Sync {
     /// What sums are in.
     type Number: Real + Pod;
     type Unit: Pod + Send + Sync;
-    /// [`LANES`] numbers.
-    type Vector: Copy;
     /// Numbers in a unit.
     const GROUP: usize;
-    /// Vectors of a row of c that are in registers at a time.
-    const COLUMNS: usize;
+    /// Rows of c come in multiples of it.
+    const ROWS: usize;
+    /// Units of a row of a come in multiples of it.
+    const UNITS: usize;
 
-    /// Calls `f`, compiled for this machine.
+    /// Calls `f`, compiled for this machine; all that follows is called in there.
     fn run<F: pulp::NullaryFnOnce>(self, f: F) -> F::Output;
     /// A unit of what is stored; `second` counts only in a pair.
     fn stored(first: Self::Stored, second: Self::Stored) -> Self::Unit;
     /// A unit of numbers, rounded; `second` counts only in a pair.
     fn unit(first: Self::Number, second: Self::Number) -> Self::Unit;
+
+    /// Rounds numbers to units along a row.
+    #[inline(always)]
+    fn pack(row: &[Self::Number], packed: &mut [Self::Unit]) {
+        for (unit, group) in packed.iter_mut().zip(row.chunks_exact(Self::GROUP)) {
+            *unit = Self::unit(group[0], group[Self::GROUP - 1]);
+        }
+    }
+
+    /// Rounds the numbers `[rows, columns]` to their transpose as a left factor, in `packed` of as many numbers. Rows and
+    /// columns are multiples of [`LANES`] · [`GROUP`](Self::GROUP).
+    #[inline(always)]
+    fn transposed<'a>(
+        self,
+        numbers: &[Self::Number],
+        columns: usize,
+        packed: &'a mut [Self::Unit],
+    ) -> Left<'a, Self::Unit> {
+        pack_pairs::<Self>(numbers, columns, packed);
+        Left { units: packed, row: 1, unit: columns }
+    }
+
+    /// c `[rows, columns]` = a `[rows, sum]` · b `[sum, columns]`, added to c if `add`; `sum` counts units. `b` and `c` have
+    /// rows of exactly `columns`, a multiple of [`LANES`].
+    fn multiply(
+        self,
+        a: Left<Self::Unit>,
+        b: &[Self::Unit],
+        c: &mut [Self::Number],
+        columns: usize,
+        add: bool,
+    );
+}
+
+/// A machine that has vectors.
+trait Vectors: Machine {
+    /// [`LANES`] numbers.
+    type Vector: Copy;
+    /// Vectors of a row of c that are in registers at a time.
+    const COLUMNS: usize;
 
     /// # Safety
     /// `from` and `to` are [`LANES`] numbers, `b` is [`LANES`] units, and the machine is what this program runs on.
@@ -41,6 +84,18 @@ pub trait Machine: Copy + Send + Sync {
     /// # Safety
     /// As for `load`.
     unsafe fn multiply_add(sum: Self::Vector, a: Self::Unit, b: *const Self::Unit) -> Self::Vector;
+}
+
+/// Numbers `[rows, columns]` as units along the columns' direction: `[rows / GROUP, columns]`.
+#[inline(always)]
+fn pack_pairs<M: Machine>(numbers: &[M::Number], columns: usize, packed: &mut [M::Unit]) {
+    let rows = numbers.chunks_exact(M::GROUP * columns);
+    for (packed, rows) in packed.chunks_exact_mut(columns).zip(rows) {
+        let (first, last) = (&rows[..columns], &rows[(M::GROUP - 1) * columns..]);
+        for ((unit, &a), &b) in packed.iter_mut().zip(first).zip(last) {
+            *unit = M::unit(a, b);
+        }
+    }
 }
 
 /// Stored numbers, widened and multiplied one by one.
@@ -57,10 +112,9 @@ impl<E: Element<Wide: Pod>> Machine for Plain<E> {
     type Stored = E;
     type Number = E::Wide;
     type Unit = E::Wide;
-    type Vector = [E::Wide; LANES];
     const GROUP: usize = 1;
-    // AVX2 has 16 registers of 8 floats.
-    const COLUMNS: usize = 1;
+    const ROWS: usize = VECTOR_ROWS;
+    const UNITS: usize = 1;
 
     #[inline(always)]
     fn run<F: pulp::NullaryFnOnce>(self, f: F) -> F::Output {
@@ -76,6 +130,17 @@ impl<E: Element<Wide: Pod>> Machine for Plain<E> {
     fn unit(first: E::Wide, _: E::Wide) -> E::Wide {
         first
     }
+
+    #[inline(always)]
+    fn multiply(self, a: Left<E::Wide>, b: &[E::Wide], c: &mut [E::Wide], columns: usize, add: bool) {
+        multiply::<Self>(a, b, c, columns, add);
+    }
+}
+
+impl<E: Element<Wide: Pod>> Vectors for Plain<E> {
+    type Vector = [E::Wide; LANES];
+    // AVX2 has 16 registers of 8 floats.
+    const COLUMNS: usize = 1;
 
     #[inline(always)]
     unsafe fn load(from: *const E::Wide) -> Self::Vector {
@@ -118,9 +183,9 @@ impl Machine for Pairs {
     type Stored = bf16;
     type Number = f32;
     type Unit = u32;
-    type Vector = std::arch::x86_64::__m512;
     const GROUP: usize = 2;
-    const COLUMNS: usize = 4;
+    const ROWS: usize = VECTOR_ROWS;
+    const UNITS: usize = 1;
 
     #[inline(always)]
     fn run<F: pulp::NullaryFnOnce>(self, f: F) -> F::Output {
@@ -136,6 +201,17 @@ impl Machine for Pairs {
     fn unit(first: f32, second: f32) -> u32 {
         Self::stored(bf16::narrow(first), bf16::narrow(second))
     }
+
+    #[inline(always)]
+    fn multiply(self, a: Left<u32>, b: &[u32], c: &mut [f32], columns: usize, add: bool) {
+        multiply::<Self>(a, b, c, columns, add);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Vectors for Pairs {
+    type Vector = std::arch::x86_64::__m512;
+    const COLUMNS: usize = 4;
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self::Vector {
@@ -161,6 +237,108 @@ impl Machine for Pairs {
     }
 }
 
+/// Pairs of bf16 in tile registers.
+#[derive(Clone, Copy, Debug)]
+pub struct InTiles<T>(pub T);
+
+impl<T: Tiles> Machine for InTiles<T> {
+    type Stored = bf16;
+    type Number = f32;
+    type Unit = u32;
+    const GROUP: usize = 2;
+    const ROWS: usize = SIDE;
+    const UNITS: usize = SIDE;
+
+    #[inline(always)]
+    fn run<F: pulp::NullaryFnOnce>(self, f: F) -> F::Output {
+        self.0.run(f)
+    }
+
+    #[inline(always)]
+    fn stored(first: bf16, second: bf16) -> u32 {
+        u32::from(first.to_bits()) | u32::from(second.to_bits()) << 16
+    }
+
+    #[inline(always)]
+    fn unit(first: f32, second: f32) -> u32 {
+        Self::stored(bf16::narrow(first), bf16::narrow(second))
+    }
+
+    #[inline(always)]
+    fn pack(row: &[f32], packed: &mut [u32]) {
+        let (rows, packed) = (row.as_chunks::<SIDE>().0, packed.as_chunks_mut::<{ SIDE / 2 }>().0);
+        for (numbers, packed) in rows.iter().zip(packed) {
+            // SAFETY: `run` has called this.
+            *packed = bytemuck::cast(unsafe { T::round(numbers) });
+        }
+    }
+
+    #[inline(always)]
+    fn transposed<'a>(self, numbers: &[f32], columns: usize, packed: &'a mut [u32]) -> Left<'a, u32> {
+        let rows = numbers.len() / columns;
+        assert!(
+            rows.is_multiple_of(2 * SIDE)
+                && columns.is_multiple_of(SIDE)
+                && packed.len() >= rows / 2 * columns
+        );
+        let mut pairs = [0; SIDE * SIDE];
+        let mut across = [0; SIDE * SIDE];
+        for (block, rows_of) in numbers.chunks_exact(2 * SIDE * columns).enumerate() {
+            for column in (0..columns).step_by(SIDE) {
+                for (pairs, two) in
+                    pairs.as_chunks_mut::<SIDE>().0.iter_mut().zip(rows_of.chunks_exact(2 * columns))
+                {
+                    let of = |row: usize| &two[row * columns + column..].as_chunks::<SIDE>().0[0];
+                    // SAFETY: `run` has called this.
+                    let (first, second) = unsafe { (T::round(of(0)), T::round(of(1))) };
+                    for (pair, (a, b)) in pairs.iter_mut().zip(first.into_iter().zip(second)) {
+                        *pair = Self::stored(a, b);
+                    }
+                }
+                // SAFETY: `pairs` is 16 rows of 64 bytes; `run` has called this.
+                unsafe { T::transpose(pairs.as_ptr().cast(), ROW_BYTES, &mut across) };
+                for (i, row) in across.as_chunks::<SIDE>().0.iter().enumerate() {
+                    packed[(column + i) * (rows / 2) + block * SIDE..][..SIDE].copy_from_slice(row);
+                }
+            }
+        }
+        Left { units: packed, row: rows / 2, unit: 1 }
+    }
+
+    #[inline(always)]
+    fn multiply(self, a: Left<u32>, b: &[u32], c: &mut [f32], columns: usize, add: bool) {
+        let (sum, rows) = (b.len() / columns, c.len() / columns);
+        assert!([sum, rows, columns].iter().all(|n| n.is_multiple_of(SIDE)) && a.unit == 1, "whole tiles");
+        assert!(rows == 0 || sum == 0 || (rows - 1) * a.row + sum <= a.units.len());
+        // SAFETY: `run` has called this.
+        let registers = &mut unsafe { self.0.registers() };
+        for row in (0..rows).step_by(2 * SIDE) {
+            for column in (0..columns).step_by(2 * SIDE) {
+                // SAFETY: the rows, columns and units of each block lie within, as asserted above.
+                unsafe {
+                    let (a_row, a_stride) = (a.units.as_ptr().add(row * a.row), a.row);
+                    let b = b.as_ptr().add(column);
+                    let c = c.as_mut_ptr().add(row * columns + column);
+                    match (row + SIDE < rows, column + SIDE < columns) {
+                        (true, true) => {
+                            in_tiles::<T, true, true>(registers, a_row, a_stride, b, c, columns, sum, add);
+                        }
+                        (true, false) => {
+                            in_tiles::<T, true, false>(registers, a_row, a_stride, b, c, columns, sum, add);
+                        }
+                        (false, true) => {
+                            in_tiles::<T, false, true>(registers, a_row, a_stride, b, c, columns, sum, add);
+                        }
+                        (false, false) => {
+                            in_tiles::<T, false, false>(registers, a_row, a_stride, b, c, columns, sum, add);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// A left factor: `[rows, units]` in units, with any strides.
 #[derive(Clone, Copy)]
 pub struct Left<'a, U> {
@@ -170,17 +348,17 @@ pub struct Left<'a, U> {
 }
 
 /// c `[rows, columns]` = a `[rows, sum]` · b `[sum, columns]`, added to c if `add`; `sum` counts units. `b` and `c` have rows
-/// of exactly `columns`, a multiple of [`LANES`]; rows are a multiple of [`ROWS`].
+/// of exactly `columns`, a multiple of [`LANES`]; rows are a multiple of [`VECTOR_ROWS`].
 #[inline(always)]
-pub fn multiply<M: Machine>(a: Left<M::Unit>, b: &[M::Unit], c: &mut [M::Number], columns: usize, add: bool) {
+fn multiply<M: Vectors>(a: Left<M::Unit>, b: &[M::Unit], c: &mut [M::Number], columns: usize, add: bool) {
     let (sum, rows) = (b.len() / columns, c.len() / columns);
-    assert!(columns.is_multiple_of(LANES) && rows.is_multiple_of(ROWS), "{rows} rows of {columns}");
+    assert!(columns.is_multiple_of(LANES) && rows.is_multiple_of(VECTOR_ROWS), "{rows} rows of {columns}");
     assert!(rows == 0 || sum == 0 || (rows - 1) * a.row + (sum - 1) * a.unit < a.units.len());
     let mut column = 0;
     while column < columns {
         let wide = columns - column >= M::COLUMNS * LANES;
-        for row in (0..rows).step_by(ROWS) {
-            // SAFETY: rows row..row + ROWS of a and c and the columns of b and c lie within, as asserted above;
+        for row in (0..rows).step_by(VECTOR_ROWS) {
+            // SAFETY: rows row..row + VECTOR_ROWS of a and c and the columns of b and c lie within, as asserted above;
             // `run` of the machine has called this.
             unsafe {
                 let (b, c) = (b.as_ptr().add(column), c.as_mut_ptr().add(row * columns + column));
@@ -195,12 +373,12 @@ pub fn multiply<M: Machine>(a: Left<M::Unit>, b: &[M::Unit], c: &mut [M::Number]
     }
 }
 
-/// [`ROWS`] rows of `N` vectors of c, in registers.
+/// [`VECTOR_ROWS`] rows of `N` vectors of c, in registers.
 ///
 /// # Safety
-/// Rows `row..row + ROWS` of `a` exist; `b` has `sum` rows and `c` has [`ROWS`] rows of `N · LANES`, `stride` apart.
+/// Rows `row..row + VECTOR_ROWS` of `a` exist; `b` has `sum` rows and `c` has [`VECTOR_ROWS`] rows of `N · LANES`, `stride` apart.
 #[inline(always)]
-unsafe fn block<M: Machine, const N: usize>(
+unsafe fn block<M: Vectors, const N: usize>(
     a: Left<M::Unit>,
     row: usize,
     sum: usize,
@@ -215,7 +393,8 @@ unsafe fn block<M: Machine, const N: usize>(
         let start = |r: usize, n: usize| {
             M::load(if add { c.add(r * stride + n * LANES).cast_const() } else { zeros.as_ptr() })
         };
-        let mut sums: [[M::Vector; N]; ROWS] = std::array::from_fn(|r| std::array::from_fn(|n| start(r, n)));
+        let mut sums: [[M::Vector; N]; VECTOR_ROWS] =
+            std::array::from_fn(|r| std::array::from_fn(|n| start(r, n)));
         let a_first = a.units.as_ptr().add(row * a.row);
         for k in 0..sum {
             let b = b.add(k * stride);
@@ -231,6 +410,73 @@ unsafe fn block<M: Machine, const N: usize>(
             for (n, sum) in sums.into_iter().enumerate() {
                 M::store(sum, c.add(r * stride + n * LANES));
             }
+        }
+    }
+}
+
+/// Two by two tiles of c, or one where there is no second: `sum` units of two rows of tiles, `a_stride` units apart, times
+/// two columns of tiles.
+///
+/// # Safety
+/// There are as many rows and columns of a, b and c, those of b and c `columns` apart; the registers are in use by none.
+#[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "what a product is made of")]
+unsafe fn in_tiles<T: Tiles, const TWO_ROWS: bool, const TWO_COLUMNS: bool>(
+    registers: &mut T::Registers,
+    a: *const u32,
+    a_stride: usize,
+    b: *const u32,
+    c: *mut f32,
+    columns: usize,
+    sum: usize,
+    add: bool,
+) {
+    let stride = columns * 4;
+    // SAFETY: the caller's.
+    unsafe {
+        let corner = |row: usize, column: usize| c.add(row * SIDE * columns + column * SIDE).cast::<u8>();
+        if add {
+            T::load::<0>(registers, corner(0, 0), stride);
+            if TWO_COLUMNS {
+                T::load::<1>(registers, corner(0, 1), stride);
+            }
+            if TWO_ROWS {
+                T::load::<2>(registers, corner(1, 0), stride);
+            }
+            if TWO_ROWS && TWO_COLUMNS {
+                T::load::<3>(registers, corner(1, 1), stride);
+            }
+        } else {
+            T::zero::<0>(registers);
+            T::zero::<1>(registers);
+            T::zero::<2>(registers);
+            T::zero::<3>(registers);
+        }
+        for k in (0..sum).step_by(SIDE) {
+            T::load::<4>(registers, a.add(k).cast(), a_stride * 4);
+            T::load::<6>(registers, b.add(k * columns).cast(), stride);
+            T::multiply_add::<0, 4, 6>(registers);
+            if TWO_COLUMNS {
+                T::load::<7>(registers, b.add(k * columns + SIDE).cast(), stride);
+                T::multiply_add::<1, 4, 7>(registers);
+            }
+            if TWO_ROWS {
+                T::load::<5>(registers, a.add(SIDE * a_stride + k).cast(), a_stride * 4);
+                T::multiply_add::<2, 5, 6>(registers);
+            }
+            if TWO_ROWS && TWO_COLUMNS {
+                T::multiply_add::<3, 5, 7>(registers);
+            }
+        }
+        T::store::<0>(registers, corner(0, 0), stride);
+        if TWO_COLUMNS {
+            T::store::<1>(registers, corner(0, 1), stride);
+        }
+        if TWO_ROWS {
+            T::store::<2>(registers, corner(1, 0), stride);
+        }
+        if TWO_ROWS && TWO_COLUMNS {
+            T::store::<3>(registers, corner(1, 1), stride);
         }
     }
 }
