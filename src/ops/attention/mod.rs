@@ -11,12 +11,12 @@ mod flash;
 mod formula;
 
 #[cfg(target_arch = "x86_64")]
-use super::cpu::amx::Amx;
+use super::cpu::{amx::Amx, tile::InTiles};
 use super::{
     Buffer,
     cpu::{
         Level, Rows,
-        tile::{InTiles, Machine, Plain},
+        tile::{Machine, Plain},
     },
     wide,
 };
@@ -195,7 +195,7 @@ pub fn with_cache(q: &Tensor, k: &Tensor, v: &Tensor, lengths: &Tensor, heads: H
 mod tests {
     use super::*;
     use crate::ops::{
-        cpu::amx::Emulated,
+        cpu::{amx::Emulated, tile::InTiles},
         testing::{autograd, distance, leaf},
     };
 
