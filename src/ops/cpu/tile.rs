@@ -31,8 +31,11 @@ pub trait Machine: Copy + Send + Sync {
     fn run<F: pulp::NullaryFnOnce>(self, f: F) -> F::Output;
     /// A unit of what is stored; `second` counts only in a pair.
     fn stored(first: Self::Stored, second: Self::Stored) -> Self::Unit;
-    /// A unit of numbers, rounded; `second` counts only in a pair.
-    fn unit(first: Self::Number, second: Self::Number) -> Self::Unit;
+    /// A unit of numbers, rounded to what is stored; `second` counts only in a pair.
+    #[inline(always)]
+    fn unit(first: Self::Number, second: Self::Number) -> Self::Unit {
+        Self::stored(Self::Stored::narrow(first), Self::Stored::narrow(second))
+    }
 
     /// Rounds numbers to units along a row.
     #[inline(always)]
@@ -96,6 +99,12 @@ fn pack_pairs<M: Machine>(numbers: &[M::Number], columns: usize, packed: &mut [M
             *unit = M::unit(a, b);
         }
     }
+}
+
+/// Neighbours along the summed dimension, as the instructions want them: the first in the low half.
+#[inline(always)]
+fn pair(first: bf16, second: bf16) -> u32 {
+    u32::from(first.to_bits()) | u32::from(second.to_bits()) << 16
 }
 
 /// Stored numbers, widened and multiplied one by one.
@@ -194,12 +203,7 @@ impl Machine for Pairs {
 
     #[inline(always)]
     fn stored(first: bf16, second: bf16) -> u32 {
-        u32::from(first.to_bits()) | u32::from(second.to_bits()) << 16
-    }
-
-    #[inline(always)]
-    fn unit(first: f32, second: f32) -> u32 {
-        Self::stored(bf16::narrow(first), bf16::narrow(second))
+        pair(first, second)
     }
 
     #[inline(always)]
@@ -256,12 +260,7 @@ impl<T: Tiles> Machine for InTiles<T> {
 
     #[inline(always)]
     fn stored(first: bf16, second: bf16) -> u32 {
-        u32::from(first.to_bits()) | u32::from(second.to_bits()) << 16
-    }
-
-    #[inline(always)]
-    fn unit(first: f32, second: f32) -> u32 {
-        Self::stored(bf16::narrow(first), bf16::narrow(second))
+        pair(first, second)
     }
 
     #[inline(always)]
