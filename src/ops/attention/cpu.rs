@@ -71,8 +71,8 @@ impl Shape {
     }
 
     /// Columns of a tile that is as wide as a head.
-    fn width(&self) -> usize {
-        self.dim.next_multiple_of(LANES)
+    fn width<M: Machine>(&self) -> usize {
+        self.dim.next_multiple_of(M::WIDTH)
     }
 
     /// Units of a head's row, those with zeros behind it included.
@@ -140,7 +140,7 @@ impl<M: Machine> NullaryFnOnce for Forward<'_, M> {
     #[inline(always)]
     fn call(self) {
         let Self { machine, shape, task, qkv, out, lse } = self;
-        let (length, width) = (task.tokens.len(), shape.width());
+        let (length, width) = (task.tokens.len(), shape.width::<M>());
         let units = shape.units::<M>();
         let padded = length.next_multiple_of(TILE);
         let need = words::<M::Unit>(units * padded)
@@ -244,7 +244,7 @@ impl<M: Machine> NullaryFnOnce for Backward<'_, M> {
     #[inline(always)]
     fn call(self) {
         let Self { machine, shape, task, d_out, qkv, out, lse, d_qkv } = self;
-        let (length, width) = (task.tokens.len(), shape.width());
+        let (length, width) = (task.tokens.len(), shape.width::<M>());
         let units = shape.units::<M>();
         let padded = length.next_multiple_of(TILE);
         let tile_units = TILE * TILE / M::GROUP;

@@ -97,8 +97,9 @@ mod hardware {
         /// If the machine has them, with AVX512-BF16 beside them, and the system lets this process use them.
         pub fn new() -> Option<Self> {
             static ALLOWED: OnceLock<bool> = OnceLock::new();
-            let has_vectors = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16");
-            ALLOWED.get_or_init(|| has_vectors && has_tiles() && is_allowed()).then_some(Self(()))
+            let has_vectors =
+                || is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16");
+            ALLOWED.get_or_init(|| has_vectors() && has_tiles() && is_allowed()).then_some(Self(()))
         }
     }
 

@@ -14,6 +14,9 @@ use std::marker::PhantomData;
 /// Rows of c that vectors have in registers at a time.
 const VECTOR_ROWS: usize = 4;
 
+/// Rows and columns of c that are in tile registers at a time: two tiles each.
+const BLOCK: usize = 2 * SIDE;
+
 /// How a kernel multiplies what is stored as `Stored`.
 pub trait Machine: Copy + Send + Sync {
     type Stored: Element<Wide = Self::Number>;
@@ -24,6 +27,8 @@ pub trait Machine: Copy + Send + Sync {
     const GROUP: usize;
     /// Rows of c come in multiples of it.
     const ROWS: usize;
+    /// Columns of b and c come in multiples of it.
+    const WIDTH: usize;
     /// Units of a row of a come in multiples of it.
     const UNITS: usize;
 
@@ -45,8 +50,8 @@ pub trait Machine: Copy + Send + Sync {
         }
     }
 
-    /// Rounds the numbers `[rows, columns]` to their transpose as a left factor, in `packed` of as many numbers. Rows and
-    /// columns are multiples of [`LANES`] · [`GROUP`](Self::GROUP).
+    /// Rounds the numbers `[rows, columns]` to their transpose as a left factor, in `packed` of as many numbers. Rows are
+    /// multiples of [`UNITS`](Self::UNITS) · [`GROUP`](Self::GROUP), columns of [`ROWS`](Self::ROWS).
     #[inline(always)]
     fn transposed<'a>(
         self,
@@ -59,7 +64,7 @@ pub trait Machine: Copy + Send + Sync {
     }
 
     /// c `[rows, columns]` = a `[rows, sum]` · b `[sum, columns]`, added to c if `add`; `sum` counts units. `b` and `c` have
-    /// rows of exactly `columns`, a multiple of [`LANES`].
+    /// rows of exactly `columns`.
     fn multiply(
         self,
         a: Left<Self::Unit>,
@@ -123,6 +128,7 @@ impl<E: Element<Wide: Pod>> Machine for Plain<E> {
     type Unit = E::Wide;
     const GROUP: usize = 1;
     const ROWS: usize = VECTOR_ROWS;
+    const WIDTH: usize = LANES;
     const UNITS: usize = 1;
 
     #[inline(always)]
@@ -194,6 +200,7 @@ impl Machine for Pairs {
     type Unit = u32;
     const GROUP: usize = 2;
     const ROWS: usize = VECTOR_ROWS;
+    const WIDTH: usize = LANES;
     const UNITS: usize = 1;
 
     #[inline(always)]
@@ -250,7 +257,8 @@ impl<T: Tiles> Machine for InTiles<T> {
     type Number = f32;
     type Unit = u32;
     const GROUP: usize = 2;
-    const ROWS: usize = SIDE;
+    const ROWS: usize = BLOCK;
+    const WIDTH: usize = BLOCK;
     const UNITS: usize = SIDE;
 
     #[inline(always)]
@@ -307,31 +315,23 @@ impl<T: Tiles> Machine for InTiles<T> {
     #[inline(always)]
     fn multiply(self, a: Left<u32>, b: &[u32], c: &mut [f32], columns: usize, add: bool) {
         let (sum, rows) = (b.len() / columns, c.len() / columns);
-        assert!([sum, rows, columns].iter().all(|n| n.is_multiple_of(SIDE)) && a.unit == 1, "whole tiles");
+        assert!(
+            rows.is_multiple_of(BLOCK)
+                && columns.is_multiple_of(BLOCK)
+                && sum.is_multiple_of(SIDE)
+                && a.unit == 1,
+            "whole tiles"
+        );
         assert!(rows == 0 || sum == 0 || (rows - 1) * a.row + sum <= a.units.len());
         // SAFETY: `run` has called this.
         let registers = &mut unsafe { self.0.registers() };
-        for row in (0..rows).step_by(2 * SIDE) {
-            for column in (0..columns).step_by(2 * SIDE) {
+        for row in (0..rows).step_by(BLOCK) {
+            for column in (0..columns).step_by(BLOCK) {
                 // SAFETY: the rows, columns and units of each block lie within, as asserted above.
                 unsafe {
-                    let (a_row, a_stride) = (a.units.as_ptr().add(row * a.row), a.row);
-                    let b = b.as_ptr().add(column);
-                    let c = c.as_mut_ptr().add(row * columns + column);
-                    match (row + SIDE < rows, column + SIDE < columns) {
-                        (true, true) => {
-                            in_tiles::<T, true, true>(registers, a_row, a_stride, b, c, columns, sum, add);
-                        }
-                        (true, false) => {
-                            in_tiles::<T, true, false>(registers, a_row, a_stride, b, c, columns, sum, add);
-                        }
-                        (false, true) => {
-                            in_tiles::<T, false, true>(registers, a_row, a_stride, b, c, columns, sum, add);
-                        }
-                        (false, false) => {
-                            in_tiles::<T, false, false>(registers, a_row, a_stride, b, c, columns, sum, add);
-                        }
-                    }
+                    let a_row = a.units.as_ptr().add(row * a.row);
+                    let (b, c) = (b.as_ptr().add(column), c.as_mut_ptr().add(row * columns + column));
+                    in_tiles::<T>(registers, [a_row, b], c, [a.row, columns], sum, add);
                 }
             }
         }
@@ -413,20 +413,16 @@ unsafe fn block<M: Vectors, const N: usize>(
     }
 }
 
-/// Two by two tiles of c, or one where there is no second: `sum` units of two rows of tiles, `a_stride` units apart, times
-/// two columns of tiles.
+/// [`BLOCK`] rows and columns of c: `sum` units of two rows of tiles of a, times two columns of tiles of b.
 ///
 /// # Safety
-/// There are as many rows and columns of a, b and c, those of b and c `columns` apart; the registers are in use by none.
+/// There are as many rows and columns of a, b and c, rows of a `a_stride` units apart, those of b and c `columns`.
 #[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "what a product is made of")]
-unsafe fn in_tiles<T: Tiles, const TWO_ROWS: bool, const TWO_COLUMNS: bool>(
+unsafe fn in_tiles<T: Tiles>(
     registers: &mut T::Registers,
-    a: *const u32,
-    a_stride: usize,
-    b: *const u32,
+    [a, b]: [*const u32; 2],
     c: *mut f32,
-    columns: usize,
+    [a_stride, columns]: [usize; 2],
     sum: usize,
     add: bool,
 ) {
@@ -436,15 +432,9 @@ unsafe fn in_tiles<T: Tiles, const TWO_ROWS: bool, const TWO_COLUMNS: bool>(
         let corner = |row: usize, column: usize| c.add(row * SIDE * columns + column * SIDE).cast::<u8>();
         if add {
             T::load::<0>(registers, corner(0, 0), stride);
-            if TWO_COLUMNS {
-                T::load::<1>(registers, corner(0, 1), stride);
-            }
-            if TWO_ROWS {
-                T::load::<2>(registers, corner(1, 0), stride);
-            }
-            if TWO_ROWS && TWO_COLUMNS {
-                T::load::<3>(registers, corner(1, 1), stride);
-            }
+            T::load::<1>(registers, corner(0, 1), stride);
+            T::load::<2>(registers, corner(1, 0), stride);
+            T::load::<3>(registers, corner(1, 1), stride);
         } else {
             T::zero::<0>(registers);
             T::zero::<1>(registers);
@@ -455,27 +445,15 @@ unsafe fn in_tiles<T: Tiles, const TWO_ROWS: bool, const TWO_COLUMNS: bool>(
             T::load::<4>(registers, a.add(k).cast(), a_stride * 4);
             T::load::<6>(registers, b.add(k * columns).cast(), stride);
             T::multiply_add::<0, 4, 6>(registers);
-            if TWO_COLUMNS {
-                T::load::<7>(registers, b.add(k * columns + SIDE).cast(), stride);
-                T::multiply_add::<1, 4, 7>(registers);
-            }
-            if TWO_ROWS {
-                T::load::<5>(registers, a.add(SIDE * a_stride + k).cast(), a_stride * 4);
-                T::multiply_add::<2, 5, 6>(registers);
-            }
-            if TWO_ROWS && TWO_COLUMNS {
-                T::multiply_add::<3, 5, 7>(registers);
-            }
+            T::load::<7>(registers, b.add(k * columns + SIDE).cast(), stride);
+            T::multiply_add::<1, 4, 7>(registers);
+            T::load::<5>(registers, a.add(SIDE * a_stride + k).cast(), a_stride * 4);
+            T::multiply_add::<2, 5, 6>(registers);
+            T::multiply_add::<3, 5, 7>(registers);
         }
         T::store::<0>(registers, corner(0, 0), stride);
-        if TWO_COLUMNS {
-            T::store::<1>(registers, corner(0, 1), stride);
-        }
-        if TWO_ROWS {
-            T::store::<2>(registers, corner(1, 0), stride);
-        }
-        if TWO_ROWS && TWO_COLUMNS {
-            T::store::<3>(registers, corner(1, 1), stride);
-        }
+        T::store::<1>(registers, corner(0, 1), stride);
+        T::store::<2>(registers, corner(1, 0), stride);
+        T::store::<3>(registers, corner(1, 1), stride);
     }
 }
