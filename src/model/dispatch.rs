@@ -5,7 +5,7 @@ use crate::{
     ops::{
         Buffer,
         dispatch::{Assignment, exact, filled},
-        linear::Groups,
+        linear::{self, Groups},
     },
     shard::{Exchange, Route, ShardError},
 };
@@ -27,16 +27,22 @@ struct Remote {
 }
 
 impl Dispatch {
-    /// Of `chosen` `[tokens, k]` i64, each one of `experts`. Collective over the ranks of `exchange`.
-    pub fn new(chosen: &Tensor, experts: usize, exchange: Option<&Exchange>) -> Result<Self, ShardError> {
+    /// Of x `[tokens, hidden]` by `chosen` `[tokens, k]` i64, each one of `experts`. Collective over the ranks of `exchange`.
+    pub fn new(
+        x: &Tensor,
+        chosen: &Tensor,
+        experts: usize,
+        exchange: Option<&Exchange>,
+    ) -> Result<Self, ShardError> {
+        let computed = if linear::takes_any_rows(x) { exact } else { filled };
         let Some(exchange) = exchange else {
-            return Ok(Self { assignment: Assignment::new(chosen, experts, filled), remote: None });
+            return Ok(Self { assignment: Assignment::new(chosen, experts, computed), remote: None });
         };
         // No padding travels.
         let assignment = Assignment::new(chosen, experts, exact);
         let route = exchange.route(assignment.counts())?;
         let local = Tensor::from_slice(route.experts()).to_device(chosen.device()).view([-1, 1]);
-        let remote = Remote { assignment: Assignment::new(&local, exchange.share(experts), filled), route };
+        let remote = Remote { assignment: Assignment::new(&local, exchange.share(experts), computed), route };
         Ok(Self { assignment, remote: Some(remote) })
     }
 

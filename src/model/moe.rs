@@ -71,7 +71,7 @@ impl Moe {
     pub fn forward(&self, x: &Tensor, chosen: Option<&Tensor>) -> Result<MoeSaved, ShardError> {
         let routing = routing::forward(x, &self.router, self.choice, chosen);
         let experts = self.router.size()[0] as usize;
-        let dispatch = Dispatch::new(&routing.experts, experts, self.exchange.as_ref())?;
+        let dispatch = Dispatch::new(x, &routing.experts, experts, self.exchange.as_ref())?;
         let groups = dispatch.groups().share();
         let share = Share { groups, scale: Some(dispatch.by_row(&routing.weights)?) };
         let rows = dispatch.gather(x)?;

@@ -1,6 +1,7 @@
 //! What the CPU kernels of the operations are made of: the instruction set chosen at run time ([`level`]), element types
 //! and their arithmetic ([`element`]), sums and maxima ([`lanes`]), libtorch's own threads ([`pool`]), the rows of tensors
-//! ([`rows`]), tile registers ([`amx`]), products of matrices in the cache ([`tile`]), and memory for those ([`scratch`]).
+//! ([`rows`]), tile registers ([`amx`]), products of matrices in the cache ([`tile`]) and of large ones ([`matmul`]), and memory
+//! for those ([`scratch`]).
 //!
 //! A kernel is plain Rust over slices, marked `#[inline(always)]` and called inside [`Level::run`]: the compiler
 //! vectorises it once for each instruction set. Sums run in [`LANES`] lanes, so they do not depend on the set. A kernel
@@ -10,6 +11,7 @@ pub mod amx;
 pub mod element;
 pub mod lanes;
 pub mod level;
+pub mod matmul;
 pub mod pool;
 pub mod rows;
 pub mod scratch;

@@ -8,15 +8,18 @@
 //! frozen weight has no gradient. Parameter gradients are added in fp32.
 //!
 //! The groups are slices of the same tensors, one GEMM each: nothing is padded or copied, and a group without rows costs
-//! nothing. On the CPU libtorch's grouped GEMM was measured no faster; on devices that have it, it is what computes (`grouped.rs`).
+//! nothing. CPUs with tile registers compute bf16 by products of our own (`tiled.rs`), devices that have grouped GEMMs by those
+//! (`grouped.rs`); everything else is libtorch's products, of which a grouped one was measured no faster on a CPU.
 
 mod grouped;
+mod tiled;
 
 use super::Buffer;
 use crate::device::has_grouped_gemm;
 use grouped::Stacked;
 use std::ops::Range;
 use tch::{Device, Tensor};
+use tiled::Tiled;
 
 /// Frozen weight [out, in] and bias `[out]`, in compute dtype.
 pub struct Base {
@@ -160,12 +163,25 @@ impl<'a> Layers<'a> {
     }
 }
 
+/// Whether groups of any numbers of rows cost alike. Where libtorch's GEMMs compute, each number of rows is a kernel that oneDNN
+/// compiles and keeps.
+pub fn takes_any_rows(x: &Tensor) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return tiled::registers(x).is_some();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// y `[rows, out]` from x `[rows, in]`, plus `add` `[rows, out]` (the residual branch), and s·h `[rows, Σ rank]` where there
 /// are adapters.
 pub fn forward(x: &Tensor, layers: Layers, add: Option<&Tensor>) -> (Buffer, Option<Buffer>) {
     let _span = crate::trace::operation("linear.forward");
     if let Some(stacked) = Stacked::of(x, layers) {
         return stacked.forward(x, add);
+    }
+    #[cfg(target_arch = "x86_64")]
+    if let Some(tiled) = Tiled::of(x, layers) {
+        return tiled.forward(x, add);
     }
     let width = layers.layers.first().map_or(0, Linear::output);
     let y = Buffer::empty(&[x.size()[0], width], x.kind(), x.device());
@@ -202,6 +218,10 @@ pub fn thin(x: &Tensor, layers: Layers) -> Option<Buffer> {
     if let Some(stacked) = Stacked::of(x, layers) {
         return stacked.thin(x);
     }
+    #[cfg(target_arch = "x86_64")]
+    if let Some(tiled) = Tiled::of(x, layers) {
+        return tiled.thin(x);
+    }
     let mut h = layers.thin_like(x)?;
     let mut scaling = 1.0;
     for (layer, rows) in layers.with_rows() {
@@ -221,6 +241,10 @@ pub fn backward_input(d_y: &Tensor, layers: Layers) -> (Buffer, ThinGradient) {
     let _span = crate::trace::operation("linear.backward_input");
     if let Some(stacked) = Stacked::of(d_y, layers) {
         return stacked.backward_input(d_y);
+    }
+    #[cfg(target_arch = "x86_64")]
+    if let Some(tiled) = Tiled::of(d_y, layers) {
+        return tiled.backward_input(d_y);
     }
     let input = layers.layers.first().map_or(0, Linear::input);
     let d_x = Buffer::empty(&[d_y.size()[0], input], d_y.kind(), d_y.device());
@@ -256,6 +280,10 @@ pub fn backward_parameters(
     let (Some(h), Some(g)) = (h, g) else { return };
     if let Some(stacked) = Stacked::of(d_y, layers) {
         return stacked.backward_parameters(d_y, x, h, g);
+    }
+    #[cfg(target_arch = "x86_64")]
+    if let Some(tiled) = Tiled::of(d_y, layers) {
+        return tiled.backward_parameters(d_y, x, h, g);
     }
     for (layer, rows) in layers.with_rows() {
         let Some((adapter, gradient)) = &layer.adapter else { continue };
@@ -297,10 +325,34 @@ fn add_product(sum: &Tensor, a: &Tensor, b: &Tensor) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::testing::{autograd, distance, leaf};
+    use crate::ops::{
+        cpu::amx::Emulated,
+        testing::{autograd, distance, leaf},
+        wide,
+    };
     use tch::Kind;
 
-    /// q and v of a fused q|k|v of widths 4, 3, 3, with ranks 2 and 3; k has no adapter.
+    /// What layers give and add to their gradients: y, s·h, the same again, dx.
+    type Compute = fn(Layers, &Tensor, &Tensor, Option<&Tensor>) -> Vec<Tensor>;
+
+    fn everything(layers: Layers, x: &Tensor, d_y: &Tensor, add: Option<&Tensor>) -> Vec<Tensor> {
+        let (y, h) = forward(x, layers, add);
+        let (d_x, g) = backward_input(d_y, layers);
+        backward_parameters(d_y, x, h.as_deref(), &g, layers);
+        [y, h.unwrap(), thin(x, layers).unwrap(), d_x].map(|buffer| buffer.shallow_clone()).into()
+    }
+
+    /// The same in tiles, as a machine that has their registers computes.
+    fn in_tiles(layers: Layers, x: &Tensor, d_y: &Tensor, add: Option<&Tensor>) -> Vec<Tensor> {
+        let tiled = Tiled { tiles: Emulated, layers };
+        let (y, h) = tiled.forward(x, add);
+        let h = h.unwrap();
+        let (d_x, ThinGradient(g)) = tiled.backward_input(d_y);
+        tiled.backward_parameters(d_y, x, &h, &g.unwrap());
+        [y, h, tiled.thin(x).unwrap(), d_x].map(|buffer| buffer.shallow_clone()).into()
+    }
+
+    /// q and v of a fused q|k|v of widths 4, 3, 3, with ranks 2 and 3; k has no adapter. Numbers that bf16 has too.
     struct Exact {
         w: Tensor,
         bias: Tensor,
@@ -308,15 +360,24 @@ mod tests {
         b: [Tensor; 2],
     }
 
+    fn rounded(shape: &[i64]) -> Tensor {
+        leaf(shape).detach().to_kind(Kind::BFloat16).to_kind(Kind::Double).set_requires_grad(true)
+    }
+
     impl Exact {
         fn new() -> Self {
-            Self { w: leaf(&[10, 6]), bias: leaf(&[10]), a: leaf(&[5, 6]), b: [leaf(&[4, 2]), leaf(&[3, 3])] }
+            let b = [rounded(&[4, 2]), rounded(&[3, 3])];
+            Self { w: rounded(&[10, 6]), bias: rounded(&[10]), a: rounded(&[5, 6]), b }
+        }
+
+        fn thin(&self, x: &Tensor) -> Tensor {
+            x.matmul(&self.a.tr()) * 0.5
         }
 
         fn forward(&self, x: &Tensor) -> Tensor {
-            let h = x.matmul(&self.a.tr());
-            let q = h.narrow(1, 0, 2).matmul(&self.b[0].tr()) * 0.5;
-            let v = h.narrow(1, 2, 3).matmul(&self.b[1].tr()) * 0.5;
+            let h = self.thin(x);
+            let q = h.narrow(1, 0, 2).matmul(&self.b[0].tr());
+            let v = h.narrow(1, 2, 3).matmul(&self.b[1].tr());
             let k = Tensor::zeros([x.size()[0], 3], (Kind::Double, x.device()));
             x.matmul(&self.w.tr()) + &self.bias + Tensor::cat(&[q, k, v], 1)
         }
@@ -326,63 +387,68 @@ mod tests {
         }
 
         /// Ours with the same values, its base whole or split.
-        fn ours(&self, split: bool) -> Linear {
-            let (w, bias) = (self.w.detach(), self.bias.detach());
+        fn ours(&self, split: bool, kind: Kind) -> Linear {
+            let [w, bias, a, b_q, b_v] = [&self.w, &self.bias, &self.a, &self.b[0], &self.b[1]]
+                .map(|tensor| tensor.detach().to_kind(kind));
             let rows = |(from, n)| Base { weight: w.narrow(0, from, n), bias: Some(bias.narrow(0, from, n)) };
             let bases = if split { vec![(0, 4), (4, 3), (7, 3)] } else { vec![(0, 10)] };
-            let [b_q, b_v] = self.b.each_ref().map(Tensor::detach);
-            let gradient =
-                AdapterGradient { a: self.a.zeros_like(), b: vec![b_q.zeros_like(), b_v.zeros_like()] };
+            let sum = |of: &Tensor| Tensor::zeros(of.size(), (wide(kind), of.device()));
+            let gradient = AdapterGradient { a: sum(&a), b: vec![sum(&b_q), sum(&b_v)] };
             let parts =
                 vec![Part { out: 0..4, ranks: 0..2, b: b_q }, Part { out: 7..10, ranks: 2..5, b: b_v }];
-            let adapter = Adapter { a: self.a.detach(), parts, scaling: 0.5 };
+            let adapter = Adapter { a, parts, scaling: 0.5 };
             Linear { bases: bases.into_iter().map(rows).collect(), adapter: Some((adapter, gradient)) }
         }
     }
 
-    #[test]
-    fn matches_autograd() {
+    fn check(kind: Kind, tolerance: f64, compute: Compute) {
         // One layer for all rows, and groups of which some are empty.
-        for borders in [vec![0, 0], vec![0, 1], vec![0, 5], vec![0, 2, 2, 7], vec![0, 0, 3, 4, 4]] {
+        for borders in
+            [vec![0, 0], vec![0, 1], vec![0, 5], vec![0, 2, 2, 7], vec![0, 0, 3, 4, 4], vec![0, 40, 75]]
+        {
             let tokens = *borders.last().unwrap();
             let exact: Vec<Exact> = borders[1..].iter().map(|_| Exact::new()).collect();
-            let (x, add) = (leaf(&[tokens, 6]), leaf(&[tokens, 10]).detach());
-            let d_y = leaf(&[tokens, 10]).detach();
-            let part = |(layer, pair): (&Exact, &[i64])| layer.forward(&rows_of(&x, &(pair[0]..pair[1])));
-            let parts: Vec<Tensor> = exact.iter().zip(borders.windows(2)).map(part).collect();
-            let reference = Tensor::cat(&parts, 0);
+            let (x, add) = (rounded(&[tokens, 6]), rounded(&[tokens, 10]).detach());
+            let d_y = rounded(&[tokens, 10]).detach();
+            let of_groups = |f: fn(&Exact, &Tensor) -> Tensor| {
+                let part = |(layer, pair): (&Exact, &[i64])| f(layer, &rows_of(&x, &(pair[0]..pair[1])));
+                let parts: Vec<Tensor> = exact.iter().zip(borders.windows(2)).map(part).collect();
+                Tensor::cat(&parts, 0)
+            };
+            let (y, h) = (of_groups(Exact::forward), of_groups(Exact::thin));
             let leaves: Vec<&Tensor> =
                 std::iter::once(&x).chain(exact.iter().flat_map(Exact::leaves)).collect();
-            let expected = autograd(&reference, &d_y, &leaves);
+            let gradients = autograd(&y, &d_y, &leaves);
 
             let _guard = tch::no_grad_guard();
-            for split in [false, true] {
-                let ours: Vec<Linear> = exact.iter().map(|layer| layer.ours(split)).collect();
+            for (split, add) in [(false, None), (true, None), (false, Some(&add)), (true, Some(&add))] {
+                let ours: Vec<Linear> = exact.iter().map(|layer| layer.ours(split, kind)).collect();
                 let groups = Groups::new(borders.clone(), Device::Cpu);
                 let layers = Layers { layers: &ours, groups: &groups };
-                let x = x.detach();
-                assert!(distance(&forward(&x, layers, Some(&add)).0, &(&reference + &add)) < 1e-12);
-                let (y, h) = forward(&x, layers, None);
-                assert!(distance(&y, &reference) < 1e-12);
-                let (d_x, g) = backward_input(&d_y, layers);
-                backward_parameters(&d_y, &x, h.as_deref(), &g, layers);
-                let gradients =
-                    ours.iter().filter_map(|layer| layer.adapter.as_ref()).map(|(_, gradient)| gradient);
-                let found = gradients.flat_map(|gradient| std::iter::once(&gradient.a).chain(&gradient.b));
-                for (ours, theirs) in std::iter::once(&*d_x).chain(found).zip(&expected) {
-                    assert!(distance(ours, theirs) < 1e-12, "{}", distance(ours, theirs));
+                let [x, d_y] = [&x, &d_y].map(|tensor| tensor.detach().to_kind(kind));
+                let in_kind = add.map(|add| add.to_kind(kind));
+                let mut found = compute(layers, &x, &d_y, in_kind.as_ref());
+                for (_, gradient) in ours.iter().filter_map(|layer| layer.adapter.as_ref()) {
+                    found.extend(std::iter::once(&gradient.a).chain(&gradient.b).map(Tensor::shallow_clone));
+                }
+                let y = add.map_or_else(|| y.shallow_clone(), |add| &y + add);
+                let expected = [&y, &h, &h].into_iter().chain(&gradients);
+                assert_eq!(found.len(), 3 + gradients.len());
+                for (i, (ours, theirs)) in found.iter().zip(expected).enumerate() {
+                    let most = 1.0 + distance(theirs, &theirs.zeros_like());
+                    let off = distance(ours, theirs) / most;
+                    assert!(off <= tolerance, "{kind:?} {borders:?} {split}: {i} is {off} off");
                 }
             }
         }
     }
 
-    /// What layers give and add to their gradients, in bf16.
-    fn everything(layers: Layers, x: &Tensor, d_y: &Tensor, add: &Tensor) -> Vec<Tensor> {
-        let (y, h) = forward(x, layers, Some(add));
-        let (d_x, g) = backward_input(d_y, layers);
-        backward_parameters(d_y, x, h.as_deref(), &g, layers);
-        let again = thin(x, layers).unwrap();
-        [&y, h.as_ref().unwrap(), &again, &d_x].map(|buffer| buffer.shallow_clone()).into()
+    #[test]
+    fn matches_autograd() {
+        check(Kind::Double, 1e-12, everything);
+        // A few roundings to bf16.
+        check(Kind::BFloat16, 4.0 / 256.0, everything);
+        check(Kind::BFloat16, 4.0 / 256.0, in_tiles);
     }
 
     #[test]
@@ -435,7 +501,7 @@ mod tests {
                     let layers = layers();
                     let all = Layers { layers: &layers, groups };
                     assert_eq!(Stacked::of(&x, all).is_some(), groups.at_once.is_some());
-                    let mut found = everything(all, &x, &d_y, &add);
+                    let mut found = everything(all, &x, &d_y, Some(&add));
                     for (_, gradient) in layers.iter().filter_map(|layer| layer.adapter.as_ref()) {
                         found.extend(std::iter::once(&gradient.a).chain(&gradient.b).map(Tensor::copy));
                     }

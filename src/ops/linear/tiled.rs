@@ -1,0 +1,190 @@
+//! Layers in bf16 on a CPU with tile registers: an adapter's part of an output is one more term of the sum that makes it, and
+//! a group of rows costs no more than what it computes.
+
+use super::{Adapter, Base, Layers, Linear, Part, ThinGradient, columns, rows_of, with_columns};
+#[cfg(target_arch = "x86_64")]
+use crate::ops::cpu::{Level, amx::Amx};
+use crate::ops::{
+    Buffer,
+    cpu::{
+        amx::Tiles,
+        matmul::{Factor, Matrix, Output, Term, multiply},
+    },
+};
+use half::bf16;
+use std::ops::Range;
+use tch::Tensor;
+#[cfg(target_arch = "x86_64")]
+use tch::{Device, Kind};
+
+/// The layers, on a machine that has `T`.
+pub(super) struct Tiled<'a, T> {
+    pub tiles: T,
+    pub layers: Layers<'a>,
+}
+
+/// For x, if that is bf16 on a CPU that has them.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn registers(x: &Tensor) -> Option<Amx> {
+    let fits = x.kind() == Kind::BFloat16 && x.device() == Device::Cpu;
+    (fits && Level::current() == Level::Amx).then(Amx::new).flatten()
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<'a> Tiled<'a, Amx> {
+    /// `None` where libtorch's products have to do.
+    pub(super) fn of(rows: &Tensor, layers: Layers<'a>) -> Option<Self> {
+        registers(rows).map(|tiles| Self { tiles, layers })
+    }
+}
+
+impl<T: Tiles> Tiled<'_, T> {
+    /// See [`super::forward`].
+    pub(super) fn forward(&self, x: &Tensor, add: Option<&Tensor>) -> (Buffer, Option<Buffer>) {
+        let width = self.layers.layers.first().map_or(0, Linear::output);
+        let y = Buffer::empty(&[x.size()[0], width], x.kind(), x.device());
+        let h = self.layers.thin_like(x);
+        let [x_rows, y_rows] = [x, &*y].map(Matrix::of);
+        let [h_rows, add_rows] = [h.as_deref(), add].map(|tensor| tensor.map(Matrix::of));
+        for (layer, rows) in self.layers.with_rows() {
+            let range = usizes(&rows);
+            let (x, h) = (x_rows.rows(&range), h_rows.map(|h| h.rows(&range)));
+            if let Some((adapter, h)) = layer.adapter().zip(h) {
+                self.thin_of(x, adapter, h);
+            }
+            for Segment { out, base, at, part } in segments(layer) {
+                let to = y_rows.rows(&range).columns(&usizes(&out));
+                let added = add_rows.map(|add| add.rows(&range).columns(&usizes(&out)));
+                let weight = Matrix::of(&base.weight).rows(&usizes(&at));
+                let bias = base.bias.as_ref().map(|bias| bias.narrow(0, at.start, at.end - at.start));
+                let mut terms = vec![by_columns(x, weight)];
+                if let Some(((part, at), h)) = part.zip(h) {
+                    let b = Matrix::of(&part.b).rows(&usizes(&at));
+                    terms.push(by_columns(h.columns(&usizes(&part.ranks)), b));
+                }
+                let bias_rows = || bias.as_ref().map(|bias| Matrix::repeated(bias, range.len()));
+                let start = added.or_else(bias_rows);
+                multiply(self.tiles, &terms, Output::Rounded { to, start, scale: 1.0 });
+                if let (Some(_), Some(bias)) = (add, &bias) {
+                    let _ = columns(&rows_of(&y, &rows), &out).g_add_(bias);
+                }
+            }
+        }
+        (y, h)
+    }
+
+    /// See [`super::thin`].
+    pub(super) fn thin(&self, x: &Tensor) -> Option<Buffer> {
+        let h = self.layers.thin_like(x)?;
+        let [x, to] = [x, &*h].map(Matrix::of);
+        for (layer, rows) in self.layers.with_rows() {
+            let Some(adapter) = layer.adapter() else { continue };
+            let rows = usizes(&rows);
+            self.thin_of(x.rows(&rows), adapter, to.rows(&rows));
+        }
+        Some(h)
+    }
+
+    /// h = s · x·Aᵀ
+    fn thin_of(&self, x: Matrix<bf16>, Adapter { a, scaling, .. }: &Adapter, h: Matrix<bf16>) {
+        let to = Output::Rounded { to: h, start: None, scale: *scaling as f32 };
+        multiply(self.tiles, &[by_columns(x, Matrix::of(a))], to);
+    }
+
+    /// See [`super::backward_input`].
+    pub(super) fn backward_input(&self, d_y: &Tensor) -> (Buffer, ThinGradient) {
+        let input = self.layers.layers.first().map_or(0, Linear::input);
+        let d_x = Buffer::empty(&[d_y.size()[0], input], d_y.kind(), d_y.device());
+        let g = self.layers.thin_like(d_y);
+        let [d_y_rows, d_x_rows] = [d_y, &*d_x].map(Matrix::of);
+        let g_rows = g.as_deref().map(Matrix::of);
+        for (layer, rows) in self.layers.with_rows() {
+            let rows = usizes(&rows);
+            let d_y = d_y_rows.rows(&rows);
+            let bases = with_columns(&layer.bases);
+            let mut terms: Vec<Term> = bases
+                .map(|(base, out)| by_rows(d_y.columns(&usizes(&out)), Matrix::of(&base.weight)))
+                .collect();
+            if let Some((adapter, g)) = layer.adapter().zip(g_rows) {
+                let g = g.rows(&rows);
+                for part in &adapter.parts {
+                    let to = g.columns(&usizes(&part.ranks));
+                    let to = Output::Rounded { to, start: None, scale: adapter.scaling as f32 };
+                    multiply(
+                        self.tiles,
+                        &[by_rows(d_y.columns(&usizes(&part.out)), Matrix::of(&part.b))],
+                        to,
+                    );
+                }
+                terms.push(by_rows(g, Matrix::of(&adapter.a)));
+            }
+            let to = Output::Rounded { to: d_x_rows.rows(&rows), start: None, scale: 1.0 };
+            multiply(self.tiles, &terms, to);
+        }
+        (d_x, ThinGradient(g))
+    }
+
+    /// See [`super::backward_parameters`].
+    pub(super) fn backward_parameters(&self, d_y: &Tensor, x: &Tensor, h: &Tensor, g: &Tensor) {
+        let all = [d_y, x, h, g].map(Matrix::of);
+        for (layer, rows) in self.layers.with_rows() {
+            let Some((adapter, gradient)) = &layer.adapter else { continue };
+            let [d_y, x, h, g] = all.map(|matrix| matrix.rows(&usizes(&rows)));
+            for (part, d_b) in adapter.parts.iter().zip(&gradient.b) {
+                // (hᵀ·dy)ᵀ: what is packed once for each block of rows is then the thin factor.
+                let product = summed_rows(h.columns(&usizes(&part.ranks)), d_y.columns(&usizes(&part.out)));
+                multiply(self.tiles, &[product], Output::AddedTransposed(Matrix::sums(d_b)));
+            }
+            multiply(self.tiles, &[summed_rows(g, x)], Output::Added(Matrix::sums(&gradient.a)));
+        }
+    }
+}
+
+/// x·wᵀ
+fn by_columns<'a>(x: Matrix<'a, bf16>, w: Matrix<'a, bf16>) -> Term<'a> {
+    Term { left: Factor::Of(x), right: Factor::Transposed(w) }
+}
+
+/// x·w
+fn by_rows<'a>(x: Matrix<'a, bf16>, w: Matrix<'a, bf16>) -> Term<'a> {
+    Term { left: Factor::Of(x), right: Factor::Of(w) }
+}
+
+/// aᵀ·b
+fn summed_rows<'a>(a: Matrix<'a, bf16>, b: Matrix<'a, bf16>) -> Term<'a> {
+    Term { left: Factor::Transposed(a), right: Factor::Of(b) }
+}
+
+/// Columns of an output that one base and at most one adapter make.
+struct Segment<'a> {
+    out: Range<i64>,
+    base: &'a Base,
+    /// Its rows.
+    at: Range<i64>,
+    /// With the rows of its B.
+    part: Option<(&'a Part, Range<i64>)>,
+}
+
+/// The output's columns, cut where a base or an adapter begins or ends.
+fn segments(layer: &Linear) -> Vec<Segment<'_>> {
+    let parts = || layer.adapter().into_iter().flat_map(|adapter| &adapter.parts);
+    let bases: Vec<(&Base, Range<i64>)> = with_columns(&layer.bases).collect();
+    let ranges = || parts().map(|part| &part.out).chain(bases.iter().map(|(_, out)| out));
+    let mut borders: Vec<i64> = ranges().flat_map(|out| [out.start, out.end]).collect();
+    borders.sort_unstable();
+    borders.dedup();
+    let within = |out: &Range<i64>, of: &Range<i64>| {
+        (of.start <= out.start && out.end <= of.end).then(|| out.start - of.start..out.end - of.start)
+    };
+    let segment = |pair: &[i64]| {
+        let out = pair[0]..pair[1];
+        let (base, at) = bases.iter().find_map(|(base, of)| Some((*base, within(&out, of)?)))?;
+        let part = parts().find_map(|part| Some((part, within(&out, &part.out)?)));
+        Some(Segment { out, base, at, part })
+    };
+    borders.windows(2).filter_map(segment).collect()
+}
+
+fn usizes(range: &Range<i64>) -> Range<usize> {
+    range.start as usize..range.end as usize
+}
