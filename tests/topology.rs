@@ -77,10 +77,16 @@ fn mpi_micro_batches_on_one_rank_equal_one_batch() {
     });
 }
 
-/// Gathers over hosts go another way: two of two, and one of three beside one of one.
+/// Ranks of one host see the base in memory; others are sent it: each on its own host, two of two, and one of three beside one
+/// of one.
 #[test]
 fn mpi_ranks_of_several_hosts_equal_one() {
     let hosts = |ranks| Case { world: 4, micro_batch_rows: 1, ranks_per_host: Some(ranks), ..Case::one() };
+    for (ranks, shares) in [(4, true), (1, false)] {
+        let case = hosts(ranks);
+        assert!(topology::run(&case).iter().all(|seen| seen["shares_memory"] == shares), "{ranks} ranks a host");
+        equals_one_rank(case);
+    }
     equals_one_rank(Case { slots: 3, reduce: MicroBatch, ..hosts(2) });
     equals_one_rank(Case { slots: 1, checkpointing: RecomputeFullLayer, vocab_chunk_rows: 100, ..hosts(3) });
 }

@@ -5,10 +5,11 @@
 //! start to the end of its wait; waiting is a span of its own.
 
 use super::{
-    CommError, Communicator, Completion, Ledger, Operation, Parts, Pending, Reduce, bytes,
+    CommError, Communicator, Completion, Ledger, Operation, Parts, Pending, Reduce, Shared, bytes,
     control::{GroupWatch, Within},
 };
 use crate::trace::{self, Category, Span, Transfer};
+use std::rc::Rc;
 use tch::Tensor;
 
 pub(super) struct Booked<C> {
@@ -79,6 +80,11 @@ impl<C: Communicator> Communicator for Booked<C> {
 
     fn open(&self) -> Result<(), CommError> {
         self.inner.open()
+    }
+
+    fn share(&self, bytes: usize) -> Result<Option<Rc<Shared>>, CommError> {
+        let _host = self.host("share");
+        self.inner.share(bytes)
     }
 
     fn start_all_gather(&self, input: &Tensor, output: &Tensor) -> Result<Pending, CommError> {

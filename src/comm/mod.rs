@@ -11,6 +11,7 @@ mod launcher;
 mod ledger;
 mod mpi;
 mod nccl;
+mod shared;
 mod solo;
 
 use crate::device::{
@@ -22,6 +23,7 @@ use tch::{Device, Kind, Tensor};
 
 pub use control::{Slow, Watcher};
 pub use ledger::{Ledger, Operation, Received};
+pub use shared::{PAGE, Shared};
 
 /// Why ranks could not be started or a collective could not be entered.
 #[derive(Debug, thiserror::Error)]
@@ -123,7 +125,15 @@ pub trait Communicator {
         Ok(())
     }
 
+    /// Memory of so many bytes that all ranks of the group see, where they are on one host and can. Collective.
+    fn share(&self, _bytes: usize) -> Result<Option<Rc<Shared>>, CommError> {
+        Ok(None)
+    }
+
     /// Starts gathering `input` `[bytes]` of every rank into `output` `[size × bytes]`, in rank order. Any dtype.
+    ///
+    /// Where `output` is shared, the pieces are in it already: each rank has written its own, and knows from a barrier that the
+    /// others have.
     fn start_all_gather(&self, input: &Tensor, output: &Tensor) -> Result<Pending, CommError>;
 
     /// Sums `input` `[size × n]` fp32 over the ranks and leaves piece `rank` in `output` `[n]` fp32.

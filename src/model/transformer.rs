@@ -182,13 +182,22 @@ impl Transformer {
         &self.options
     }
 
-    /// Reads this rank's pieces of the base, and nothing else.
-    pub fn load(&self, source: &dyn WeightSource) -> Result<(), ShardError> {
+    /// Reads this rank's pieces of the base, and nothing else. Collective.
+    pub fn load(&mut self, source: &dyn WeightSource) -> Result<(), ShardError> {
         let mut staging = Staging::new(&self.device)?;
-        for ring in [&self.layers, &self.experts, &self.vocab, &self.final_norm] {
+        for ring in [&mut self.layers, &mut self.experts, &mut self.vocab, &mut self.final_norm] {
+            // Debugging destroys what was used, which is then better a rank's own.
+            if !self.options.debug {
+                ring.share()?;
+            }
             ring.load(source, &mut staging)?;
         }
         Ok(())
+    }
+
+    /// Whether the ranks of this host see the whole base in memory that they share.
+    pub fn shares_memory(&self) -> bool {
+        self.layers.is_shared()
     }
 
     /// Forgets what the slots hold, so that the next step gathers what the first one of a new process gathers.

@@ -4,14 +4,17 @@
 //! of a unit are views of it: nothing is allocated or copied. Because slots are overwritten, nothing that
 //! survives a unit may refer to a slot, and each slot carries the unit that it holds; every use asserts it.
 //! A lone rank owns every piece, so its views are of the store itself and no slot exists.
+//!
+//! Ranks of one host may keep their pieces in memory that all of them see, beside each other ([`Ring::share`]). Then a unit is
+//! whole where its pieces are, a gather moves nothing, and a slot is but the pages that a rank has on its books.
 
 use super::{RegionLayout, ShardError};
 use crate::{
-    comm::{Communicator, Pending},
+    comm::{Communicator, PAGE, Pending, Shared},
     device::Staging,
     model::source::WeightSource,
 };
-use std::rc::Rc;
+use std::{ops::Range, rc::Rc};
 use tch::{Device, Kind, Tensor};
 
 struct Slot {
@@ -29,7 +32,30 @@ pub struct Ring {
     /// This rank's piece of each unit: `[piece bytes]` u8.
     shards: Vec<Tensor>,
     slots: Vec<Slot>,
+    shared: Option<SharedUnits>,
     comm: Rc<dyn Communicator>,
+}
+
+/// Where the pieces of all ranks are.
+struct SharedUnits {
+    memory: Rc<Shared>,
+    /// Each unit `[padded bytes]` u8, and where it is.
+    units: Vec<(Tensor, Range<usize>)>,
+}
+
+impl SharedUnits {
+    /// The pieces of `unit` before and behind this rank's.
+    fn of_others(&self, unit: usize, comm: &dyn Communicator) -> [Range<usize>; 2] {
+        let all = self.units[unit].1.clone();
+        let piece = all.len() / comm.size();
+        let own = all.start + comm.rank() * piece;
+        [all.start..own, own + piece..all.end]
+    }
+
+    /// Takes the others' pieces of `unit` off this rank's books.
+    fn release(&self, unit: usize, comm: &dyn Communicator) {
+        self.of_others(unit, comm).into_iter().for_each(|range| self.memory.release(range));
+    }
 }
 
 impl Ring {
@@ -46,7 +72,38 @@ impl Ring {
         let largest = layouts.iter().map(|layout| layout.padded).max().unwrap_or(0);
         let slots = if comm.size() == 1 { 0 } else { slots.clamp(1, layouts.len().max(1)) };
         let slot = |_| Slot { buffer: zeros(largest), unit: None, pending: None };
-        Self { name, layouts, shards, slots: (0..slots).map(slot).collect(), comm }
+        Self { name, layouts, shards, slots: (0..slots).map(slot).collect(), shared: None, comm }
+    }
+
+    /// Puts the pieces into memory that all ranks see, where that can be had. For pieces that do not change once they are
+    /// [loaded](Self::load), which follows. Collective.
+    pub fn share(&mut self) -> Result<(), ShardError> {
+        let ends = self.layouts.iter().scan(0, |end, layout| {
+            let start = *end;
+            *end = (start + layout.padded).next_multiple_of(PAGE);
+            Some(start..start + layout.padded)
+        });
+        let ranges: Vec<Range<usize>> = ends.collect();
+        let bytes = ranges.last().map_or(0, |last| last.end);
+        if self.slots.is_empty() {
+            return Ok(());
+        }
+        let Some(memory) = self.comm.share(bytes)? else { return Ok(()) };
+        for ((shard, layout), range) in self.shards.iter_mut().zip(&self.layouts).zip(&ranges) {
+            let start = range.start + self.comm.rank() * layout.piece_bytes();
+            *shard = memory.tensor(start..start + layout.piece_bytes());
+        }
+        for slot in &mut self.slots {
+            slot.buffer = Tensor::empty([0], (Kind::Uint8, Device::Cpu));
+        }
+        let units = ranges.into_iter().map(|range| (memory.tensor(range.clone()), range)).collect();
+        self.shared = Some(SharedUnits { memory, units });
+        Ok(())
+    }
+
+    /// Whether [`share`](Self::share) has had its memory.
+    pub fn is_shared(&self) -> bool {
+        self.shared.is_some()
     }
 
     /// Number of units.
@@ -67,7 +124,7 @@ impl Ring {
         &self.shards[unit]
     }
 
-    /// Fills this rank's pieces from `source`, reading no other byte.
+    /// Fills this rank's pieces from `source`, reading no other byte. Collective where they are shared.
     pub fn load(&self, source: &dyn WeightSource, staging: &mut Staging) -> Result<(), ShardError> {
         for (layout, shard) in self.layouts.iter().zip(&self.shards) {
             for read in layout.reads(self.comm.rank()) {
@@ -79,6 +136,9 @@ impl Ring {
                     Ok::<_, ShardError>(())
                 })?;
             }
+        }
+        if self.shared.is_some() {
+            self.comm.barrier()?;
         }
         Ok(())
     }
@@ -104,8 +164,17 @@ impl Ring {
         if let Some(pending) = slot.pending.take() {
             pending.wait()?;
         }
-        slot.unit = Some(unit);
-        let output = slot.buffer.narrow(0, 0, self.layouts[unit].padded as i64);
+        let held = slot.unit.replace(unit);
+        let output = match &self.shared {
+            None => slot.buffer.narrow(0, 0, self.layouts[unit].padded as i64),
+            Some(shared) => {
+                if let Some(held) = held {
+                    shared.release(held, &*self.comm);
+                }
+                shared.of_others(unit, &*self.comm).into_iter().for_each(|range| shared.memory.fetch(range));
+                shared.units[unit].0.shallow_clone()
+            }
+        };
         slot.pending = Some(self.comm.start_all_gather(&self.shards[unit], &output)?);
         Ok(())
     }
@@ -123,6 +192,7 @@ impl Ring {
         let Some(slot) = self.slot_of(unit).map(|index| &mut self.slots[index]) else { return };
         if slot.unit == Some(unit) && slot.pending.is_none() {
             slot.unit = None;
+            // What is shared is the others' too; a run that looks at everything does not share.
             let _ = slot.buffer.fill_(255);
         }
     }
@@ -133,7 +203,9 @@ impl Ring {
             if let Some(pending) = slot.pending.take() {
                 pending.wait()?;
             }
-            slot.unit = None;
+            if let Some((shared, unit)) = self.shared.as_ref().zip(slot.unit.take()) {
+                shared.release(unit, &*self.comm);
+            }
         }
         Ok(())
     }
@@ -156,7 +228,7 @@ impl Ring {
                         },
                     });
                 }
-                &slot.buffer
+                self.shared.as_ref().map_or(&slot.buffer, |shared| &shared.units[unit].0)
             }
         };
         view(buffer, &self.layouts[unit], entry)

@@ -215,7 +215,7 @@ impl WeightSource for UnevenSource {
     }
 }
 
-fn load(model: &Transformer, data: Data) {
+fn load(model: &mut Transformer, data: Data) {
     let spec = model.spec();
     let random = RandomSource::new(spec.tensors(), spec.initializer_range, 1);
     match data {
@@ -392,7 +392,7 @@ pub fn worker() {
     let lora = LoraShape { rank: 3, alpha: 6.0 };
     let new = |groups: &Groups| {
         let mut model = Transformer::new(spec.clone(), &sites, lora, options, groups);
-        load(&model, case.data);
+        load(&mut model, case.data);
         model.init_adapter(3, 0.05).unwrap();
         model
     };
@@ -447,7 +447,8 @@ pub fn worker() {
         trainer.model.whole_adapter().unwrap().into_iter().map(|(p, v)| json!([p.name, v])).collect();
     let received: BTreeMap<&str, u64> = received.iter().map(|((op, _), bytes)| (op.name(), *bytes)).collect();
     let seen = json!({
-        "initial": initial, "steps": reports, "adapter": adapter, "received": received, "norms": norms
+        "initial": initial, "steps": reports, "adapter": adapter, "received": received, "norms": norms,
+        "shares_memory": trainer.model.shares_memory()
     });
     let out = std::env::var("XORL_TEST_OUT").unwrap();
     std::fs::write(Path::new(&out).join(format!("{rank}.json")), seen.to_string()).unwrap();

@@ -1,0 +1,156 @@
+//! Memory that the ranks of a group see, all being on one host: what one writes, the others read, and nobody sends it.
+//!
+//! The first rank makes a file without a name, which the others open through its entry in /proc and map, too. Where that is not
+//! to be had, as between containers, messages do what the memory would.
+
+use super::{CommError, Communicator, Reduce};
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    ops::Range,
+    os::fd::{AsRawFd, FromRawFd},
+    ptr::NonNull,
+};
+use tch::{Device, Kind, Tensor};
+
+/// Shared memory, zeros at first. It stays mapped until the process ends, for tensors refer to it.
+pub struct Shared {
+    first: NonNull<u8>,
+    bytes: usize,
+}
+
+impl Shared {
+    /// `bytes` of memory of all ranks of `comm`, or none if one of them cannot have it. Collective; all are on one host.
+    pub(super) fn new(comm: &dyn Communicator, bytes: usize) -> Result<Option<Self>, CommError> {
+        let own = if comm.rank() == 0 { nameless(bytes).ok() } else { None };
+        let name = own.as_ref().map(|file| format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()));
+        let names = comm.all_gather_host(name.unwrap_or_default().as_bytes())?;
+        let open = || {
+            let name = String::from_utf8_lossy(&names[0]).into_owned();
+            OpenOptions::new().read(true).write(true).open(name).ok()
+        };
+        // Open until the others have opened it, which they have when all know of each other.
+        let file = own.or_else(open).filter(|file| holds(file, bytes));
+        let mapped = file.as_ref().and_then(|file| Self::map(file, bytes));
+        let mut missing = [if mapped.is_none() { 1.0 } else { 0.0 }];
+        comm.all_reduce_host(&mut missing, Reduce::Max)?;
+        if missing[0] > 0.0 {
+            if let Some(Self { first, bytes }) = mapped {
+                // SAFETY: it was mapped just now, and nothing refers to it.
+                unsafe { libc::munmap(first.as_ptr().cast(), bytes) };
+            }
+            return Ok(None);
+        }
+        Ok(mapped)
+    }
+
+    fn map(file: &File, bytes: usize) -> Option<Self> {
+        // SAFETY: a new mapping, of a file of that length.
+        let first = unsafe {
+            let access = libc::PROT_READ | libc::PROT_WRITE;
+            libc::mmap(std::ptr::null_mut(), bytes, access, libc::MAP_SHARED, file.as_raw_fd(), 0)
+        };
+        let first = NonNull::new(first.cast()).filter(|_| first != libc::MAP_FAILED)?;
+        Some(Self { first, bytes })
+    }
+
+    /// A tensor of part of it: `[bytes]` u8.
+    ///
+    /// # Panics
+    /// If it is not part of it, which is a mistake of the caller.
+    pub fn tensor(&self, range: Range<usize>) -> Tensor {
+        assert!(range.start <= range.end && range.end <= self.bytes, "{range:?} of {}", self.bytes);
+        // SAFETY: the range lies in the mapping, which is never unmapped.
+        unsafe {
+            let first = self.first.as_ptr().add(range.start);
+            Tensor::from_blob(first, &[range.len() as i64], &[1], Kind::Uint8, Device::Cpu)
+        }
+    }
+
+    /// Whether `tensor` lies in it.
+    pub(super) fn has(&self, tensor: &Tensor) -> bool {
+        let start = self.first.as_ptr().addr();
+        (start..start + self.bytes).contains(&tensor.data_ptr().addr())
+    }
+
+    /// Has this process see the pages of `range` at once, rather than one after the other when they are looked at.
+    pub fn fetch(&self, range: Range<usize>) {
+        self.advise(range.start / PAGE * PAGE..range.end, libc::MADV_POPULATE_READ);
+    }
+
+    /// Takes the pages that are wholly in `range` off this process's books. What they hold stays, and is seen again.
+    pub fn release(&self, range: Range<usize>) {
+        let range = range.start.next_multiple_of(PAGE)..range.end / PAGE * PAGE;
+        self.advise(range, libc::MADV_DONTNEED);
+    }
+
+    /// Both are about time and books alone: a system that does not know them may refuse.
+    fn advise(&self, range: Range<usize>, advice: libc::c_int) {
+        if !range.is_empty() && range.end <= self.bytes {
+            // SAFETY: the range lies in the mapping; pages of a shared file lose nothing by either advice.
+            unsafe { libc::madvise(self.first.as_ptr().add(range.start).cast(), range.len(), advice) };
+        }
+    }
+}
+
+/// Units that begin at multiples of this share no page, whatever a page is here.
+pub const PAGE: usize = 1 << 16;
+
+/// A file of `bytes` zeros in memory.
+fn nameless(bytes: usize) -> io::Result<File> {
+    // SAFETY: a NUL-terminated name, and a descriptor that is this process's own.
+    let file = unsafe {
+        match libc::memfd_create(c"xorl-dist".as_ptr(), libc::MFD_CLOEXEC) {
+            -1 => return Err(io::Error::last_os_error()),
+            descriptor => File::from_raw_fd(descriptor),
+        }
+    };
+    file.set_len(bytes as u64)?;
+    Ok(file)
+}
+
+/// Not another file, that another process has under the same number.
+fn holds(file: &File, bytes: usize) -> bool {
+    file.metadata().is_ok_and(|file| file.len() == bytes as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::comm::solo;
+
+    #[test]
+    fn what_was_written_is_seen_whatever_is_on_the_books() {
+        let comm = solo("test");
+        let shared = Shared::new(&*comm, 3 * PAGE).unwrap().unwrap();
+        let part = shared.tensor(PAGE - 5..2 * PAGE + 5);
+        assert_eq!(part.sum(Kind::Int64).int64_value(&[]), 0);
+        let _ = part.shallow_clone().fill_(7);
+        let resident = || {
+            let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+            let own = maps.split("/memfd:xorl-dist").nth(1).unwrap();
+            let line = own.lines().find(|line| line.starts_with("Rss:")).unwrap();
+            line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 1024
+        };
+        let before = resident();
+        shared.release(PAGE..2 * PAGE);
+        assert!(resident() <= before - PAGE);
+        assert_eq!(part.sum(Kind::Int64).int64_value(&[]), 7 * (PAGE as i64 + 10));
+        shared.release(0..3 * PAGE);
+        assert_eq!(resident(), 0);
+        shared.fetch(PAGE..3 * PAGE);
+        // A fault may bring in neighbours too.
+        assert!(resident() >= 2 * PAGE, "there before anyone has looked");
+        assert_eq!(part.sum(Kind::Int64).int64_value(&[]), 7 * (PAGE as i64 + 10));
+        assert!(shared.has(&part) && !shared.has(&Tensor::from(1.0)));
+        // What does not lie in it is nobody's to release.
+        shared.release(2 * PAGE..9 * PAGE);
+        assert!(resident() >= 2 * PAGE);
+    }
+
+    #[test]
+    #[should_panic(expected = "of 65536")]
+    fn a_tensor_lies_within() {
+        let _ = Shared::new(&*solo("test"), PAGE).unwrap().unwrap().tensor(1..PAGE + 1);
+    }
+}
