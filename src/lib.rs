@@ -16,6 +16,7 @@
 //! - [`shard`]: who owns which byte of which tensor; ring, adapter shards, groups of ranks, the way of rows to their experts
 //! - [`comm`]: communicators (solo, MPI, NCCL), launcher checks, ledger of bytes, control mesh and watchdog
 //! - [`device`]: which device a rank computes on; its driver, streams, memory, run-time compiler and way to it
+//! - [`buffers`]: host memory of activations and temporaries, reused
 //! - [`mesh`]: ranks to axes and every divisibility rule: pure
 //! - [`config`]: typed `run.yaml`, defaults, validation
 //! - [`clock`]: seconds by phase of a step
@@ -24,6 +25,7 @@
 //! - [`dtype`]: element types of stored and gathered tensors
 //! - [`error`]: the one error type of the crate and its exit codes
 
+pub mod buffers;
 pub mod checkpoint;
 pub mod cli;
 pub mod clock;

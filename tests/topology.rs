@@ -84,7 +84,10 @@ fn mpi_ranks_of_several_hosts_equal_one() {
     let hosts = |ranks| Case { world: 4, micro_batch_rows: 1, ranks_per_host: Some(ranks), ..Case::one() };
     for (ranks, shares) in [(4, true), (1, false)] {
         let case = hosts(ranks);
-        assert!(topology::run(&case).iter().all(|seen| seen["shares_memory"] == shares), "{ranks} ranks a host");
+        assert!(
+            topology::run(&case).iter().all(|seen| seen["shares_memory"] == shares),
+            "{ranks} ranks a host"
+        );
         equals_one_rank(case);
     }
     equals_one_rank(Case { slots: 3, reduce: MicroBatch, ..hosts(2) });

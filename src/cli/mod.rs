@@ -8,12 +8,12 @@ mod ranks;
 mod train;
 mod version;
 
+use crate::buffers;
 use crate::config::{self, Override};
 use crate::device::DeviceChoice;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::infer::{Prompts, Request};
-use crate::ops::buffers;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;

@@ -11,7 +11,7 @@ use super::{
     rows_of,
     shared::Shared,
 };
-use crate::ops::Buffer;
+use crate::buffers::Buffer;
 use mpi::{
     Threading,
     collective::SystemOperation,

@@ -6,7 +6,6 @@
 
 pub mod adamw;
 pub mod attention;
-pub mod buffers;
 pub mod cpu;
 pub mod cross_entropy;
 pub mod cuda;
@@ -18,7 +17,7 @@ pub mod routing;
 mod row_layout;
 pub mod swiglu;
 
-pub use buffers::Buffer;
+pub use crate::buffers::Buffer;
 
 use tch::Kind;
 

@@ -8,7 +8,7 @@ use crate::{
     ops::adamw::{State, Update},
     shard::{Adapters, Owned, ShardError},
 };
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 pub use clip::{ClippedNorm, global_norm};
 pub use schedule::Schedule;
@@ -111,9 +111,16 @@ impl Optimizer {
     }
 }
 
+/// Elements whose squares a CPU sums at a time, for libtorch writes down both the squares and what they are in fp64.
+const SQUARES: i64 = 1 << 15;
+
 /// Σ of squares of a flat tensor, accumulated in fp64: `[]` fp64.
 fn sum_of_squares(values: &Tensor) -> Tensor {
-    values.square().sum(Kind::Double)
+    let sum = |values: &Tensor| values.square().sum(Kind::Double);
+    if values.device() != Device::Cpu || values.numel() == 0 {
+        return sum(values);
+    }
+    Tensor::stack(&values.split(SQUARES, 0).iter().map(sum).collect::<Vec<_>>(), 0).sum(Kind::Double)
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@
 //! accumulate in fp32 and are reduce-scattered in fp32 inside the shard group, then summed over the replicas.
 
 use super::{Groups, Region, RegionLayout, Ring, ShardError};
-use crate::{comm::Communicator, config::ReduceGradients, dtype::DType};
+use crate::{buffers::Buffer, comm::Communicator, config::ReduceGradients, dtype::DType};
 use std::{ops::Range, rc::Rc};
 use tch::{Kind, Tensor};
 
@@ -256,7 +256,7 @@ impl AdapterShards {
             return Ok(());
         }
         let mut full = scratch.narrow(0, 0, n * self.shard.size() as i64);
-        let piece = Tensor::empty([n], (Kind::Float, full.device()));
+        let piece = Buffer::like(&own.gradient);
         self.shard.reduce_scatter(&full, &piece)?;
         let _ = own.gradient.g_add_(&piece);
         let _ = full.zero_();

@@ -1,8 +1,12 @@
 //! Products of large matrices in tile registers: out = start + scale · Σ left·right over some terms, bf16 in, fp32 sums.
 //!
 //! After Goto and van de Geijn (2008): right factors are packed into tiles by the thread that computes their columns of the
-//! output, as many columns at a time as fit the second-level cache. Left ones are read where they are; x. The terms are summed in the registers, so that an adapter's part of a layer's output costs
+//! output, as many columns at a time as fit the second-level cache. Rows of a left factor are rows of tiles as they lie in
+//! memory, and are read there. The terms are summed in the registers, so that an adapter's part of a layer's output costs
 //! neither a pass over the output nor a rounding.
+//!
+//! Of few rows, as an expert has, most of the time is the reading of the right factor. Prefetching it, packing the next columns
+//! while the last are multiplied, multiplying its transpose, and results that bypass the caches were all measured no faster.
 
 use super::{
     amx::{DEPTH, NUMBERS, ROW_BYTES, SIDE, Tiles},
