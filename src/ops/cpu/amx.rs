@@ -40,6 +40,12 @@ pub trait Tiles: Copy + Send + Sync {
     /// There are 16 rows of 64 readable bytes from `from` on, `stride` bytes apart.
     unsafe fn load<const T: i32>(registers: &mut Self::Registers, from: *const u8, stride: usize);
 
+    /// The same, of what will not be read again soon.
+    ///
+    /// # Safety
+    /// As for `load`.
+    unsafe fn load_once<const T: i32>(registers: &mut Self::Registers, from: *const u8, stride: usize);
+
     /// # Safety
     /// There are 16 rows of 64 bytes from `to` on, `stride` bytes apart, to which nothing else refers.
     unsafe fn store<const T: i32>(registers: &mut Self::Registers, to: *mut u8, stride: usize);
@@ -195,6 +201,15 @@ mod hardware {
             // SAFETY: as for `zero`; the caller vouches for the memory.
             unsafe {
                 asm!("tileloadd tmm{t}, [{from} + {stride}]", t = const T, from = in(reg) from, stride = in(reg) stride,
+                    options(nostack, readonly, preserves_flags));
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn load_once<const T: i32>(_: &mut InRun, from: *const u8, stride: usize) {
+            // SAFETY: as for `load`.
+            unsafe {
+                asm!("tileloaddt1 tmm{t}, [{from} + {stride}]", t = const T, from = in(reg) from, stride = in(reg) stride,
                     options(nostack, readonly, preserves_flags));
             }
         }
@@ -366,6 +381,11 @@ impl Tiles for Emulated {
             // SAFETY: the caller's; words need no alignment here.
             row.copy_from_slice(&unsafe { from.add(i * stride).cast::<[u32; SIDE]>().read_unaligned() });
         }
+    }
+
+    unsafe fn load_once<const T: i32>(registers: &mut Self::Registers, from: *const u8, stride: usize) {
+        // SAFETY: the caller's.
+        unsafe { Self::load::<T>(registers, from, stride) };
     }
 
     unsafe fn store<const T: i32>(registers: &mut Self::Registers, to: *mut u8, stride: usize) {

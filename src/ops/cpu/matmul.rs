@@ -22,7 +22,7 @@ use tch::{Device, Kind, Tensor};
 const PASS_TILES: usize = 48;
 
 /// Tiles of right factors that are packed at a time: most of a second-level cache of 2 MiB.
-const PACKED_TILES: usize = 864;
+const PACKED_TILES: usize = 1296;
 
 /// Rows whose unfinished sums are kept at a time, where a sum is longer than a pass.
 const UNFINISHED_ROWS: usize = 1024;
@@ -519,10 +519,10 @@ unsafe fn block<T: Tiles, const LOWER: bool, const RIGHT: bool>(
             for k in 0..section.along.len() {
                 let upper = place.first.add(k * place.along);
                 T::load::<4>(registers, upper, place.row);
-                T::load::<6>(registers, right.add(k).cast(), ROW_BYTES);
+                T::load_once::<6>(registers, right.add(k).cast(), ROW_BYTES);
                 T::multiply_add::<0, 4, 6>(registers);
                 if RIGHT {
-                    T::load::<7>(registers, right.add(depth + k).cast(), ROW_BYTES);
+                    T::load_once::<7>(registers, right.add(depth + k).cast(), ROW_BYTES);
                     T::multiply_add::<1, 4, 7>(registers);
                 }
                 if LOWER {
