@@ -1,6 +1,8 @@
 //! A communicator that enters what it does: received bytes into the ledger, times into the trace, where the rank is into the
 //! control mesh. The only place where any of it happens, whatever moves the bytes.
 //!
+//! What a gather makes whole is counted in full, also where ranks see it in memory that they share and nothing is sent.
+//!
 //! In a trace, `bytes` are what the ledger counts, so host collectives have none. An all-gather is a transfer from its
 //! start to the end of its wait; waiting is a span of its own.
 
@@ -9,7 +11,6 @@ use super::{
     control::{GroupWatch, Within},
 };
 use crate::trace::{self, Category, Span, Transfer};
-use std::rc::Rc;
 use tch::Tensor;
 
 pub(super) struct Booked<C> {
@@ -82,7 +83,7 @@ impl<C: Communicator> Communicator for Booked<C> {
         self.inner.open()
     }
 
-    fn share(&self, bytes: usize) -> Result<Option<Rc<Shared>>, CommError> {
+    fn share(&self, bytes: usize) -> Result<Option<Shared>, CommError> {
         let _host = self.host("share");
         self.inner.share(bytes)
     }

@@ -126,7 +126,7 @@ pub trait Communicator {
     }
 
     /// Memory of so many bytes that all ranks of the group see, where they are on one host and can. Collective.
-    fn share(&self, _bytes: usize) -> Result<Option<Rc<Shared>>, CommError> {
+    fn share(&self, _bytes: usize) -> Result<Option<Shared>, CommError> {
         Ok(None)
     }
 

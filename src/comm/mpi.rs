@@ -109,7 +109,7 @@ pub(super) struct Mpi {
     /// How gathers go, where the group is on several hosts.
     route: Option<Rc<Route>>,
     on_one_host: bool,
-    shared: Rc<RefCell<Vec<Rc<Shared>>>>,
+    shared: Rc<RefCell<Vec<Shared>>>,
 }
 
 impl Mpi {
@@ -282,12 +282,12 @@ impl Communicator for Mpi {
         &self.group
     }
 
-    fn share(&self, bytes: usize) -> Result<Option<Rc<Shared>>, CommError> {
+    fn share(&self, bytes: usize) -> Result<Option<Shared>, CommError> {
         if !self.on_one_host || bytes == 0 {
             return Ok(None);
         }
-        let shared = Shared::new(self, bytes)?.map(Rc::new);
-        self.shared.borrow_mut().extend(shared.clone());
+        let shared = Shared::new(self, bytes)?;
+        self.shared.borrow_mut().extend(shared);
         Ok(shared)
     }
 

@@ -8,29 +8,31 @@ use std::{
     fs::{File, OpenOptions},
     io,
     ops::Range,
-    os::fd::{AsRawFd, FromRawFd},
+    os::{
+        fd::{AsRawFd, FromRawFd},
+        unix::fs::MetadataExt,
+    },
     ptr::NonNull,
 };
 use tch::{Device, Kind, Tensor};
 
 /// Shared memory, zeros at first. It stays mapped until the process ends, for tensors refer to it.
+#[derive(Clone, Copy)]
 pub struct Shared {
     first: NonNull<u8>,
     bytes: usize,
 }
 
 impl Shared {
-    /// `bytes` of memory of all ranks of `comm`, or none if one of them cannot have it. Collective; all are on one host.
+    /// `bytes` of memory of all ranks of `comm`, or none if one of them cannot have it. It is not reserved: what a system has no
+    /// memory for ends a process when that writes. Collective; all are on one host.
     pub(super) fn new(comm: &dyn Communicator, bytes: usize) -> Result<Option<Self>, CommError> {
         let own = if comm.rank() == 0 { nameless(bytes).ok() } else { None };
-        let name = own.as_ref().map(|file| format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()));
-        let names = comm.all_gather_host(name.unwrap_or_default().as_bytes())?;
-        let open = || {
-            let name = String::from_utf8_lossy(&names[0]).into_owned();
-            OpenOptions::new().read(true).write(true).open(name).ok()
-        };
+        let name = own.as_ref().and_then(|file| Name::of(file).ok());
+        let told = comm.all_gather_host(&serde_json::to_vec(&name).unwrap_or_default())?;
+        let open = || serde_json::from_slice::<Option<Name>>(&told[0]).ok()??.open();
         // Open until the others have opened it, which they have when all know of each other.
-        let file = own.or_else(open).filter(|file| holds(file, bytes));
+        let file = own.or_else(open);
         let mapped = file.as_ref().and_then(|file| Self::map(file, bytes));
         let mut missing = [if mapped.is_none() { 1.0 } else { 0.0 }];
         comm.all_reduce_host(&mut missing, Reduce::Max)?;
@@ -54,17 +56,16 @@ impl Shared {
         Some(Self { first, bytes })
     }
 
-    /// A tensor of part of it: `[bytes]` u8.
-    ///
-    /// # Panics
-    /// If it is not part of it, which is a mistake of the caller.
-    pub fn tensor(&self, range: Range<usize>) -> Tensor {
+    /// Where `range` begins. A range that is not part of it is a mistake of the caller.
+    fn at(&self, range: &Range<usize>) -> *mut u8 {
         assert!(range.start <= range.end && range.end <= self.bytes, "{range:?} of {}", self.bytes);
+        self.first.as_ptr().wrapping_add(range.start)
+    }
+
+    /// A tensor of part of it: `[bytes]` u8.
+    pub fn tensor(&self, range: &Range<usize>) -> Tensor {
         // SAFETY: the range lies in the mapping, which is never unmapped.
-        unsafe {
-            let first = self.first.as_ptr().add(range.start);
-            Tensor::from_blob(first, &[range.len() as i64], &[1], Kind::Uint8, Device::Cpu)
-        }
+        unsafe { Tensor::from_blob(self.at(range), &[range.len() as i64], &[1], Kind::Uint8, Device::Cpu) }
     }
 
     /// Whether `tensor` lies in it.
@@ -74,22 +75,42 @@ impl Shared {
     }
 
     /// Has this process see the pages of `range` at once, rather than one after the other when they are looked at.
-    pub fn fetch(&self, range: Range<usize>) {
-        self.advise(range.start / PAGE * PAGE..range.end, libc::MADV_POPULATE_READ);
+    pub fn fetch(&self, range: &Range<usize>) {
+        self.advise(&(range.start / PAGE * PAGE..range.end), libc::MADV_POPULATE_READ);
     }
 
     /// Takes the pages that are wholly in `range` off this process's books. What they hold stays, and is seen again.
-    pub fn release(&self, range: Range<usize>) {
-        let range = range.start.next_multiple_of(PAGE)..range.end / PAGE * PAGE;
-        self.advise(range, libc::MADV_DONTNEED);
+    pub fn release(&self, range: &Range<usize>) {
+        let end = range.end / PAGE * PAGE;
+        self.advise(&(range.start.next_multiple_of(PAGE).min(end)..end), libc::MADV_DONTNEED);
     }
 
     /// Both are about time and books alone: a system that does not know them may refuse.
-    fn advise(&self, range: Range<usize>, advice: libc::c_int) {
-        if !range.is_empty() && range.end <= self.bytes {
-            // SAFETY: the range lies in the mapping; pages of a shared file lose nothing by either advice.
-            unsafe { libc::madvise(self.first.as_ptr().add(range.start).cast(), range.len(), advice) };
-        }
+    fn advise(&self, range: &Range<usize>, advice: libc::c_int) {
+        // SAFETY: the range lies in the mapping; pages of a shared file lose nothing by either advice.
+        unsafe { libc::madvise(self.at(range).cast(), range.len(), advice) };
+    }
+}
+
+/// How another process finds a file, and knows it from others that have its number elsewhere.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Name {
+    path: String,
+    device: u64,
+    inode: u64,
+}
+
+impl Name {
+    fn of(file: &File) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
+        Ok(Self { path, device: metadata.dev(), inode: metadata.ino() })
+    }
+
+    fn open(&self) -> Option<File> {
+        let file = OpenOptions::new().read(true).write(true).open(&self.path).ok()?;
+        let metadata = file.metadata().ok()?;
+        (metadata.dev() == self.device && metadata.ino() == self.inode).then_some(file)
     }
 }
 
@@ -109,11 +130,6 @@ fn nameless(bytes: usize) -> io::Result<File> {
     Ok(file)
 }
 
-/// Not another file, that another process has under the same number.
-fn holds(file: &File, bytes: usize) -> bool {
-    file.metadata().is_ok_and(|file| file.len() == bytes as u64)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -123,34 +139,47 @@ mod tests {
     fn what_was_written_is_seen_whatever_is_on_the_books() {
         let comm = solo("test");
         let shared = Shared::new(&*comm, 3 * PAGE).unwrap().unwrap();
-        let part = shared.tensor(PAGE - 5..2 * PAGE + 5);
+        let part = shared.tensor(&(PAGE - 5..2 * PAGE + 5));
         assert_eq!(part.sum(Kind::Int64).int64_value(&[]), 0);
         let _ = part.shallow_clone().fill_(7);
         let resident = || {
             let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-            let own = maps.split("/memfd:xorl-dist").nth(1).unwrap();
-            let line = own.lines().find(|line| line.starts_with("Rss:")).unwrap();
+            let header = format!("{:x}-", shared.first.as_ptr().addr());
+            let mut lines = maps.lines().skip_while(|line| !line.starts_with(&header));
+            let line = lines.find(|line| line.starts_with("Rss:")).unwrap();
             line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 1024
         };
         let before = resident();
-        shared.release(PAGE..2 * PAGE);
+        shared.release(&(PAGE..2 * PAGE));
         assert!(resident() <= before - PAGE);
         assert_eq!(part.sum(Kind::Int64).int64_value(&[]), 7 * (PAGE as i64 + 10));
-        shared.release(0..3 * PAGE);
+        shared.release(&(0..3 * PAGE));
         assert_eq!(resident(), 0);
-        shared.fetch(PAGE..3 * PAGE);
+        shared.fetch(&(PAGE..3 * PAGE));
         // A fault may bring in neighbours too.
         assert!(resident() >= 2 * PAGE, "there before anyone has looked");
         assert_eq!(part.sum(Kind::Int64).int64_value(&[]), 7 * (PAGE as i64 + 10));
         assert!(shared.has(&part) && !shared.has(&Tensor::from(1.0)));
-        // What does not lie in it is nobody's to release.
-        shared.release(2 * PAGE..9 * PAGE);
-        assert!(resident() >= 2 * PAGE);
+        // Nothing is wholly in what is less than a page.
+        let before = resident();
+        shared.release(&(PAGE + 1..2 * PAGE - 1));
+        assert_eq!(resident(), before);
     }
 
     #[test]
     #[should_panic(expected = "of 65536")]
     fn a_tensor_lies_within() {
-        let _ = Shared::new(&*solo("test"), PAGE).unwrap().unwrap().tensor(1..PAGE + 1);
+        let _ = Shared::new(&*solo("test"), PAGE).unwrap().unwrap().tensor(&(1..PAGE + 1));
+    }
+
+    #[test]
+    fn a_file_of_another_is_not_taken_for_it() {
+        let [one, other] = [0, 1].map(|_| nameless(PAGE).unwrap());
+        let name = Name::of(&one).unwrap();
+        assert!(name.open().is_some());
+        let path = Name::of(&other).unwrap().path;
+        assert!(Name { path, ..Name::of(&one).unwrap() }.open().is_none());
+        drop(one);
+        assert!(name.open().is_none(), "closed");
     }
 }

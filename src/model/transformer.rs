@@ -195,9 +195,9 @@ impl Transformer {
         Ok(())
     }
 
-    /// Whether the ranks of this host see the whole base in memory that they share.
+    /// Whether ranks see each other's pieces of the base in memory that they share.
     pub fn shares_memory(&self) -> bool {
-        self.layers.is_shared()
+        [&self.layers, &self.experts, &self.vocab, &self.final_norm].iter().all(|ring| ring.is_shared())
     }
 
     /// Forgets what the slots hold, so that the next step gathers what the first one of a new process gathers.

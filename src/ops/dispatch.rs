@@ -6,9 +6,10 @@
 //!
 //! Each is the other's backward. Weights are applied before an expert's last matrix, see [`swiglu`](super::swiglu).
 //!
-//! Where oneDNN computes, each expert's slice is filled up with rows of zeros before that ([`filled`]): a zero row stays zero
-//! through a gated MLP, forward and backward, and adds nothing to a gradient. Without it nearly every expert of every layer and
-//! step would have a GEMM of a new shape, for each of which oneDNN compiles a kernel and keeps it.
+//! Everywhere but in tile registers ([`takes_any_rows`](super::linear::takes_any_rows)) each expert's slice is filled up with rows
+//! of zeros before it computes ([`filled`]): a zero row stays zero through a gated MLP, forward and backward, and adds nothing to
+//! a gradient. Without it nearly every expert of every layer and step would have a GEMM of a new shape, for each of which
+//! oneDNN compiles a kernel and keeps it.
 
 use super::{
     Buffer,

@@ -18,7 +18,7 @@ use std::{ops::Range, rc::Rc};
 use tch::{Device, Kind, Tensor};
 
 struct Slot {
-    /// `[bytes of the largest unit]` u8
+    /// `[bytes of the largest unit]` u8; nothing where units are shared.
     buffer: Tensor,
     /// The unit that the buffer holds, or will hold when `pending` is done.
     unit: Option<usize>,
@@ -38,7 +38,7 @@ pub struct Ring {
 
 /// Where the pieces of all ranks are.
 struct SharedUnits {
-    memory: Rc<Shared>,
+    memory: Shared,
     /// Each unit `[padded bytes]` u8, and where it is.
     units: Vec<(Tensor, Range<usize>)>,
 }
@@ -52,9 +52,14 @@ impl SharedUnits {
         [all.start..own, own + piece..all.end]
     }
 
-    /// Takes the others' pieces of `unit` off this rank's books.
+    /// Has this rank see the others' pieces of `unit` at once.
+    fn fetch(&self, unit: usize, comm: &dyn Communicator) {
+        self.of_others(unit, comm).iter().for_each(|range| self.memory.fetch(range));
+    }
+
+    /// Takes them off this rank's books.
     fn release(&self, unit: usize, comm: &dyn Communicator) {
-        self.of_others(unit, comm).into_iter().for_each(|range| self.memory.release(range));
+        self.of_others(unit, comm).iter().for_each(|range| self.memory.release(range));
     }
 }
 
@@ -71,13 +76,17 @@ impl Ring {
         let shards = layouts.iter().map(|layout| zeros(layout.piece_bytes())).collect();
         let largest = layouts.iter().map(|layout| layout.padded).max().unwrap_or(0);
         let slots = if comm.size() == 1 { 0 } else { slots.clamp(1, layouts.len().max(1)) };
-        let slot = |_| Slot { buffer: zeros(largest), unit: None, pending: None };
+        let empty = || Tensor::empty([largest as i64], (Kind::Uint8, device));
+        let slot = |_| Slot { buffer: empty(), unit: None, pending: None };
         Self { name, layouts, shards, slots: (0..slots).map(slot).collect(), shared: None, comm }
     }
 
     /// Puts the pieces into memory that all ranks see, where that can be had. For pieces that do not change once they are
     /// [loaded](Self::load), which follows. Collective.
     pub fn share(&mut self) -> Result<(), ShardError> {
+        if self.slots.is_empty() || self.shared.is_some() {
+            return Ok(());
+        }
         let ends = self.layouts.iter().scan(0, |end, layout| {
             let start = *end;
             *end = (start + layout.padded).next_multiple_of(PAGE);
@@ -85,25 +94,22 @@ impl Ring {
         });
         let ranges: Vec<Range<usize>> = ends.collect();
         let bytes = ranges.last().map_or(0, |last| last.end);
-        if self.slots.is_empty() {
-            return Ok(());
-        }
         let Some(memory) = self.comm.share(bytes)? else { return Ok(()) };
         for ((shard, layout), range) in self.shards.iter_mut().zip(&self.layouts).zip(&ranges) {
             let start = range.start + self.comm.rank() * layout.piece_bytes();
-            *shard = memory.tensor(start..start + layout.piece_bytes());
+            *shard = memory.tensor(&(start..start + layout.piece_bytes()));
         }
         for slot in &mut self.slots {
             slot.buffer = Tensor::empty([0], (Kind::Uint8, Device::Cpu));
         }
-        let units = ranges.into_iter().map(|range| (memory.tensor(range.clone()), range)).collect();
+        let units = ranges.into_iter().map(|range| (memory.tensor(&range), range)).collect();
         self.shared = Some(SharedUnits { memory, units });
         Ok(())
     }
 
-    /// Whether [`share`](Self::share) has had its memory.
+    /// Whether no unit has to be sent: [`share`](Self::share) has had its memory, or there is nothing that another rank has.
     pub fn is_shared(&self) -> bool {
-        self.shared.is_some()
+        self.shared.is_some() || self.slots.is_empty() || self.layouts.iter().all(|layout| layout.padded == 0)
     }
 
     /// Number of units.
@@ -171,7 +177,7 @@ impl Ring {
                 if let Some(held) = held {
                     shared.release(held, &*self.comm);
                 }
-                shared.of_others(unit, &*self.comm).into_iter().for_each(|range| shared.memory.fetch(range));
+                shared.fetch(unit, &*self.comm);
                 shared.units[unit].0.shallow_clone()
             }
         };

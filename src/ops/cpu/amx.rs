@@ -5,6 +5,8 @@
 //! Measured on a Xeon, a core: 3.7 TFLOP/s in the registers, 3.0 with tiles from the first-level cache, 2.2 from the second,
 //! 1.5 where results are written too; libtorch's GEMM does 1.0 to 1.7 on large matrices and half of that on an expert's.
 
+#[cfg(test)]
+use super::Element;
 use half::bf16;
 use pulp::NullaryFnOnce;
 
@@ -13,6 +15,9 @@ pub const SIDE: usize = 16;
 
 /// Bytes of a row.
 pub const ROW_BYTES: usize = 64;
+
+/// Rows and columns of sums that are in registers at a time: two tiles each.
+pub const BLOCK: usize = 2 * SIDE;
 
 /// bf16 numbers of a row.
 pub const DEPTH: usize = ROW_BYTES / 2;
@@ -123,8 +128,11 @@ mod hardware {
         /// If the machine has them, with AVX512-BF16 beside them, and the system lets this process use them.
         pub fn new() -> Option<Self> {
             static ALLOWED: OnceLock<bool> = OnceLock::new();
-            let has_vectors =
-                || is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16");
+            let has_vectors = || {
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512bf16")
+            };
             ALLOWED.get_or_init(|| has_vectors() && has_tiles() && is_allowed()).then_some(Self(()))
         }
     }
@@ -353,9 +361,6 @@ mod hardware {
 }
 
 /// The same in plain arithmetic, so that what is built on tiles is tested on any machine.
-#[cfg(test)]
-use super::Element;
-
 #[cfg(test)]
 #[derive(Clone, Copy, Debug)]
 pub struct Emulated;

@@ -9,7 +9,7 @@
 //! while the last are multiplied, multiplying its transpose, and results that bypass the caches were all measured no faster.
 
 use super::{
-    amx::{DEPTH, NUMBERS, ROW_BYTES, SIDE, Tiles},
+    amx::{BLOCK, DEPTH, NUMBERS, ROW_BYTES, SIDE, Tiles},
     pool,
     scratch::{Memory, words},
 };
@@ -26,9 +26,6 @@ const PACKED_TILES: usize = 1296;
 
 /// Rows whose unfinished sums are kept at a time, where a sum is longer than a pass.
 const UNFINISHED_ROWS: usize = 1024;
-
-/// Rows and columns of a block of the output: two tiles each.
-pub const BLOCK: usize = 2 * SIDE;
 
 /// fp32 numbers of a block.
 type Sums = [[[f32; SIDE]; SIDE]; 4];
@@ -267,6 +264,15 @@ pub enum Output<'a> {
 }
 
 impl Output<'_> {
+    /// Whether it has a row more than once.
+    fn is_repeated(&self) -> bool {
+        let (rows, columns, stride) = match self {
+            Self::Rounded { to, .. } => (to.rows, to.columns, to.stride),
+            Self::Added(to) | Self::AddedTransposed(to) => (to.rows, to.columns, to.stride),
+        };
+        rows > 1 && stride < columns
+    }
+
     /// Of the product that fits.
     fn shape(&self) -> [usize; 2] {
         match self {
@@ -315,13 +321,15 @@ struct Product<'a, T> {
     out: Output<'a>,
 }
 
-/// Computes the sum of `terms`, whose shapes have to agree with each other and with the output's.
+/// Computes the sum of `terms`, whose shapes have to agree with each other and with the output's. The output overlaps nothing
+/// that is read, but for what its sums start from, which may be itself.
 pub fn multiply<T: Tiles>(tiles: T, terms: &[Term], out: Output) {
     let [rows, columns] = out.shape();
     for Term { left, right } in terms {
         assert_eq!((left.shape()[0], left.shape()[1]), (rows, right.shape()[0]), "a left factor fits");
         assert_eq!(right.shape()[1], columns, "a right factor fits");
     }
+    assert!(!out.is_repeated(), "each number of an output is one");
     if let Output::Rounded { start: Some(start), .. } = &out {
         assert_eq!(start.shape(), [rows, columns], "what a sum starts from fits");
     }
@@ -414,14 +422,15 @@ impl<T: Tiles> Product<'_, T> {
         if let Some(place) = left.in_place(row, section.along.start * DEPTH) {
             return place;
         }
-        let packed = &mut packed[2 * section.packed..][..2 * section.along.len()];
-        let (upper, lower) = packed.split_at_mut(section.along.len());
-        for ((k, upper), lower) in section.along.clone().zip(&mut *upper).zip(lower) {
+        let along = section.along.len();
+        let packed = &mut packed[2 * section.packed..][..2 * along];
+        let (upper, lower) = packed.split_at_mut(along);
+        for ((k, upper), lower) in section.along.clone().zip(upper).zip(lower) {
             // SAFETY: `run` has called this.
             unsafe { left.pack_left::<T>(row, k * DEPTH, [upper, lower]) };
         }
         let tile = NUMBERS * size_of::<bf16>();
-        Place { first: upper.as_ptr().cast(), row: ROW_BYTES, along: tile, lower: upper.len() * tile }
+        Place { first: packed.as_ptr().cast(), row: ROW_BYTES, along: tile, lower: along * tile }
     }
 
     /// Packs a pass of pairs of column tiles: `[column tiles, tiles along the sum]`.
@@ -611,8 +620,18 @@ mod tests {
     /// A view whose rows are farther apart than they are long, with other rows behind it.
     fn inside(whole: &Tensor) -> Tensor {
         let size = whole.size();
-        whole.narrow(0, 0, size[0] - 2).narrow(1, 3, size[1] - 5)
+        whole.narrow(0, 0, size[0] - BEHIND).narrow(1, 3, size[1] - 5)
     }
+
+    /// The same, of which the rows behind are known.
+    fn matrix_inside(whole: &Tensor) -> Matrix<'_, bf16> {
+        let all = Matrix::of(whole);
+        let [rows, columns] = all.shape();
+        all.rows(&(0..rows - BEHIND as usize)).columns(&(3..columns - 2))
+    }
+
+    /// Rows behind, as many as are read beside the last one.
+    const BEHIND: i64 = 31;
 
     /// Such a matrix, and whether it is read as its transpose.
     struct Operand(Tensor, bool);
@@ -620,7 +639,15 @@ mod tests {
     impl Operand {
         fn new(rows: i64, columns: i64, transposed: bool) -> Self {
             let [rows, columns] = if transposed { [columns, rows] } else { [rows, columns] };
-            Self(random(rows + 2, columns + 5), transposed)
+            let whole = random(rows + BEHIND, columns + 5);
+            // What is behind is nobody's.
+            let _ = whole.narrow(0, rows, BEHIND).fill_(f64::NAN);
+            Self(whole, transposed)
+        }
+
+        fn factor(&self) -> Factor<'_> {
+            let matrix = matrix_inside(&self.0);
+            if self.1 { Factor::Transposed(matrix) } else { Factor::Of(matrix) }
         }
 
         fn exact(&self) -> Tensor {
@@ -641,14 +668,7 @@ mod tests {
             let depth = depths.iter().sum::<i64>() as f64;
             let rounding =
                 depth * f64::from(f32::EPSILON) * distance(&product, &product.zeros_like()).max(1.0);
-            let views = operands.each_ref().map(|both| both.each_ref().map(|operand| inside(&operand.0)));
-            let factor = |view, transposed| {
-                let matrix = Matrix::of(view);
-                if transposed { Factor::Transposed(matrix) } else { Factor::Of(matrix) }
-            };
-            let terms = views
-                .each_ref()
-                .map(|[a, b]| Term { left: factor(a, transposed[0]), right: factor(b, transposed[1]) });
+            let terms = operands.each_ref().map(|[a, b]| Term { left: a.factor(), right: b.factor() });
             let (matrix, row) = (random(rows, columns), random(1, columns).view([-1]));
             let starts = [
                 (None, Tensor::from(0.0)),
@@ -656,7 +676,7 @@ mod tests {
                 (Some(Matrix::repeated(&row, rows as usize)), exact(&row)),
             ];
             for (start, added) in starts {
-                let all = random(rows + 2, columns + 5);
+                let all = random(rows + BEHIND, columns + 5);
                 let beside = all.copy();
                 let to = inside(&all);
                 multiply(tiles, &terms, Output::Rounded { to: Matrix::of(&to), start, scale: 0.5 });
@@ -691,6 +711,7 @@ mod tests {
             }
             // Several passes, and more rows than are kept unfinished.
             check(tiles, [40, 50], [PASS_TILES as i64 * DEPTH as i64 + 5, 40]);
+            check(tiles, [70, 50], [PASS_TILES as i64 * DEPTH as i64 + 64, 64]);
         }
         check(tiles, [UNFINISHED_ROWS as i64 + 40, 3], [20, PASS_TILES as i64 * DEPTH as i64 + 1]);
         tch::set_num_threads(before);

@@ -5,7 +5,7 @@
 
 use super::{
     Element, LANES, Level, Real,
-    amx::{ROW_BYTES, SIDE, Tiles},
+    amx::{BLOCK, ROW_BYTES, SIDE, Tiles},
 };
 use bytemuck::Pod;
 use half::bf16;
@@ -13,9 +13,6 @@ use std::marker::PhantomData;
 
 /// Rows of c that vectors have in registers at a time.
 const VECTOR_ROWS: usize = 4;
-
-/// Rows and columns of c that are in tile registers at a time: two tiles each.
-const BLOCK: usize = 2 * SIDE;
 
 /// How a kernel multiplies what is stored as `Stored`.
 pub trait Machine: Copy + Send + Sync {

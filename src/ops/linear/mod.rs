@@ -12,6 +12,7 @@
 //! (`grouped.rs`); everything else is libtorch's products, of which a grouped one was measured no faster on a CPU.
 
 mod grouped;
+#[cfg(any(test, target_arch = "x86_64"))]
 mod tiled;
 
 use super::Buffer;
@@ -19,6 +20,7 @@ use crate::device::has_grouped_gemm;
 use grouped::Stacked;
 use std::ops::Range;
 use tch::{Device, Tensor};
+#[cfg(any(test, target_arch = "x86_64"))]
 use tiled::Tiled;
 
 /// Frozen weight [out, in] and bias `[out]`, in compute dtype.

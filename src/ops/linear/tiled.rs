@@ -15,7 +15,7 @@ use half::bf16;
 use std::ops::Range;
 use tch::Tensor;
 #[cfg(target_arch = "x86_64")]
-use tch::{Device, Kind};
+use {crate::device::has_kernels, tch::Kind};
 
 /// The layers, on a machine that has `T`.
 pub(super) struct Tiled<'a, T> {
@@ -26,7 +26,7 @@ pub(super) struct Tiled<'a, T> {
 /// For x, if that is bf16 on a CPU that has them.
 #[cfg(target_arch = "x86_64")]
 pub(super) fn registers(x: &Tensor) -> Option<Amx> {
-    let fits = x.kind() == Kind::BFloat16 && x.device() == Device::Cpu;
+    let fits = x.kind() == Kind::BFloat16 && has_kernels(x);
     (fits && Level::current() == Level::Amx).then(Amx::new).flatten()
 }
 
@@ -178,11 +178,12 @@ fn segments(layer: &Linear) -> Vec<Segment<'_>> {
     };
     let segment = |pair: &[i64]| {
         let out = pair[0]..pair[1];
-        let (base, at) = bases.iter().find_map(|(base, of)| Some((*base, within(&out, of)?)))?;
+        let base = bases.iter().find_map(|(base, of)| Some((*base, within(&out, of)?)));
+        let (base, at) = base.unwrap_or_else(|| panic!("an adapter on columns {out:?}, which no base has"));
         let part = parts().find_map(|part| Some((part, within(&out, &part.out)?)));
-        Some(Segment { out, base, at, part })
+        Segment { out, base, at, part }
     };
-    borders.windows(2).filter_map(segment).collect()
+    borders.windows(2).map(segment).collect()
 }
 
 fn usizes(range: &Range<i64>) -> Range<usize> {
