@@ -454,6 +454,35 @@ mod tests {
     }
 
     #[test]
+    fn layers_without_adapters_are_products_alone() {
+        let _guard = tch::no_grad_guard();
+        let [first, second] = [0, 1].map(|_| rounded(&[5, 6]).detach());
+        let (x, d_y) = (rounded(&[7, 6]).detach(), rounded(&[7, 5]).detach());
+        let (y, d_x) = {
+            let halves = |of: &Tensor| (of.narrow(0, 0, 3), of.narrow(0, 3, 4));
+            let ((x1, x2), (d1, d2)) = (halves(&x), halves(&d_y));
+            let y = Tensor::cat(&[x1.matmul(&first.tr()), x2.matmul(&second.tr())], 0);
+            (y, Tensor::cat(&[d1.matmul(&first), d2.matmul(&second)], 0))
+        };
+        let bf16 = |tensor: &Tensor| tensor.to_kind(Kind::BFloat16);
+        let bare = |weight| Linear { bases: vec![Base { weight: bf16(weight), bias: None }], adapter: None };
+        let (bare, groups) = ([bare(&first), bare(&second)], Groups::new(vec![0, 3, 7], Device::Cpu));
+        let layers = Layers { layers: &bare, groups: &groups };
+        let tiled = Tiled { tiles: Emulated, layers };
+        let in_tiles = (tiled.forward(&bf16(&x), None), tiled.backward_input(&bf16(&d_y)));
+        for ((found, h), (d_found, ThinGradient(g))) in
+            [in_tiles, (forward(&bf16(&x), layers, None), backward_input(&bf16(&d_y), layers))]
+        {
+            assert!(h.is_none() && g.is_none());
+            for (ours, theirs) in [(&found, &y), (&d_found, &d_x)] {
+                let most = 1.0 + distance(theirs, &theirs.zeros_like());
+                assert!(distance(ours, theirs) / most <= 1.0 / 256.0);
+            }
+        }
+        assert!(tiled.thin(&bf16(&x)).is_none() && thin(&bf16(&x), layers).is_none());
+    }
+
+    #[test]
     fn groups_at_once_equal_one_after_the_other() {
         let _guard = tch::no_grad_guard();
         let bf16 = |shape: &[i64]| leaf(shape).detach().to_kind(Kind::BFloat16);
