@@ -14,7 +14,8 @@
 //! - [`ops`]: operations as explicit forward/backward pairs, with kernels for CPUs and GPUs
 //! - [`data`]: sources, chat template, tokenise, pack, deterministic order, loader
 //! - [`shard`]: who owns which byte of which tensor; ring, adapter shards, groups of ranks, the way of rows to their experts
-//! - [`comm`]: communicators (solo, MPI, NCCL), launcher checks, ledger of bytes, control mesh and watchdog
+//! - [`comm`]: communicators (solo, MPI, NCCL), memory that ranks of a host share, launcher checks, ledger of bytes, control mesh
+//!   and watchdog
 //! - [`device`]: which device a rank computes on; its driver, streams, memory, run-time compiler and way to it
 //! - [`buffers`]: host memory of activations and temporaries, reused
 //! - [`mesh`]: ranks to axes and every divisibility rule: pure

@@ -133,7 +133,7 @@ fn nameless(bytes: usize) -> io::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::comm::solo;
+    use crate::comm::{Parts, Pending, solo};
 
     #[test]
     fn what_was_written_is_seen_whatever_is_on_the_books() {
@@ -170,6 +170,80 @@ mod tests {
     #[should_panic(expected = "of 65536")]
     fn a_tensor_lies_within() {
         let _ = Shared::new(&*solo("test"), PAGE).unwrap().unwrap().tensor(&(1..PAGE + 1));
+    }
+
+    /// The second of two ranks, who is told what the first says, and whether the first has the memory.
+    struct Second {
+        told: Vec<u8>,
+        first_misses: bool,
+    }
+
+    impl Communicator for Second {
+        fn rank(&self) -> usize {
+            1
+        }
+
+        fn size(&self) -> usize {
+            2
+        }
+
+        fn group(&self) -> &str {
+            "test"
+        }
+
+        fn all_gather_host(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
+            Ok(vec![self.told.clone(), bytes.to_vec()])
+        }
+
+        fn all_reduce_host(&self, values: &mut [f64], how: Reduce) -> Result<(), CommError> {
+            assert_eq!(how, Reduce::Max);
+            values[0] = values[0].max(f64::from(u8::from(self.first_misses)));
+            Ok(())
+        }
+
+        fn start_all_gather(&self, _: &Tensor, _: &Tensor) -> Result<Pending, CommError> {
+            unreachable!()
+        }
+
+        fn reduce_scatter(&self, _: &Tensor, _: &Tensor) -> Result<(), CommError> {
+            unreachable!()
+        }
+
+        fn all_to_all(&self, _: Parts, _: Parts) -> Result<(), CommError> {
+            unreachable!()
+        }
+
+        fn all_reduce(&self, _: &Tensor) -> Result<(), CommError> {
+            unreachable!()
+        }
+
+        fn barrier(&self) -> Result<(), CommError> {
+            unreachable!()
+        }
+    }
+
+    #[test]
+    fn all_ranks_have_it_or_none() {
+        let file = nameless(PAGE).unwrap();
+        let name = Name::of(&file).unwrap();
+        let inode = name.inode.to_string();
+        let mapped = || {
+            let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+            maps.lines().filter(|line| line.split_whitespace().nth(4) == Some(&inode)).count()
+        };
+        let told = serde_json::to_vec(&Some(&name)).unwrap();
+        let absent = serde_json::to_vec(&Some(Name { path: "/proc/0/fd/0".into(), ..name })).unwrap();
+        let nothing = serde_json::to_vec(&None::<Name>).unwrap();
+        for (told, first_misses) in [(&told, true), (&absent, false), (&nothing, true), (&vec![7], true)] {
+            let second = Second { told: told.clone(), first_misses };
+            assert!(Shared::new(&second, PAGE).unwrap().is_none());
+            assert_eq!(mapped(), 0, "what is not used is given back");
+        }
+        let shared = Shared::new(&Second { told, first_misses: false }, PAGE).unwrap().unwrap();
+        let _ = shared.tensor(&(3..5)).fill_(9);
+        let mut first = [0; 6];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut first, 0).unwrap();
+        assert_eq!((first, mapped()), ([0, 0, 0, 9, 9, 0], 1));
     }
 
     #[test]

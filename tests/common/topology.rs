@@ -526,8 +526,8 @@ pub fn difference(seen: &Value, one: &Value) -> Option<String> {
     None
 }
 
-/// Holds `case` against what `one` rank alone saw.
-pub fn equals(case: &Case, one: &Value) {
+/// Holds `case` against what `one` rank alone saw; what its ranks saw.
+pub fn equals(case: &Case, one: &Value) -> Vec<Value> {
     let ranks = run(case);
     for seen in &ranks {
         assert_eq!(difference(seen, one), None, "{case:?}");
@@ -542,10 +542,11 @@ pub fn equals(case: &Case, one: &Value) {
         assert_eq!(moves("all_reduce"), case.replicas > 1);
         assert_eq!(moves("all_to_all"), case.experts_over > 1);
     }
+    ranks
 }
 
-/// Holds `case` against one rank with the same targets and data.
-pub fn equals_one_rank(case: Case) {
+/// Holds `case` against one rank with the same targets and data; what its ranks saw.
+pub fn equals_one_rank(case: Case) -> Vec<Value> {
     let one = run(&case.on_one_rank()).remove(0);
-    equals(&case, &one);
+    equals(&case, &one)
 }

@@ -117,9 +117,10 @@ pub enum Factor<'a> {
 }
 
 impl Factor<'_> {
-    pub fn shape(&self) -> [usize; 2] {
+    /// [rows, columns]
+    fn shape(&self) -> [usize; 2] {
         match self {
-            Self::Of(x) => [x.rows, x.columns],
+            Self::Of(x) => x.shape(),
             Self::Transposed(x) => [x.columns, x.rows],
         }
     }
