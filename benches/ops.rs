@@ -17,7 +17,7 @@ use measure::{Benches, Work, random};
 use tch::{Device::Cpu, Kind, Tensor};
 use xorl_dist::loss::LinearCrossEntropy;
 use xorl_dist::ops::attention::{self, Documents, Heads};
-use xorl_dist::ops::linear::{self, Adapter, AdapterGradient, Base, Groups, Layers, Linear, Part};
+use xorl_dist::ops::linear::{self, Adapter, AdapterGradient, Base, Groups, Layers, Linear, Matrices, Part};
 use xorl_dist::ops::{Buffer, adamw, norm, rope, swiglu};
 
 const TOKENS: i64 = 1024;
@@ -112,9 +112,9 @@ fn swiglus(benches: &mut Benches) {
 
 /// The layers `name` from `input` columns to those of `widths`, each with an adapter; one for each group of rows.
 fn linears(benches: &mut Benches, name: &str, input: i64, widths: &[i64], borders: &[i64]) {
-    let layers: Vec<Linear> = borders[1..].iter().map(|_| layer(input, widths)).collect();
-    let groups = &Groups::new(borders.to_vec(), tch::Device::Cpu);
-    let layers = Layers { layers: &layers, groups };
+    let linear = &layer(input, widths, borders.len() as i64 - 1);
+    let groups = &Groups::new(borders.to_vec());
+    let layers = Layers { linear, groups };
     let (rows, output) = (borders[borders.len() - 1], widths.iter().sum::<i64>());
     let ranks = RANK * widths.len() as i64;
     let x = random(&[rows, input]);
@@ -136,12 +136,10 @@ fn linears(benches: &mut Benches, name: &str, input: i64, widths: &[i64], border
 
 /// The layers `name` without adapters: the grouped product alone.
 fn frozen(benches: &mut Benches, name: &str, input: i64, output: i64, borders: &[i64]) {
-    let layers: Vec<Linear> = borders[1..]
-        .iter()
-        .map(|_| Linear { bases: vec![Base { weight: random(&[output, input]), bias: None }], adapter: None })
-        .collect();
-    let groups = &Groups::new(borders.to_vec(), tch::Device::Cpu);
-    let layers = Layers { layers: &layers, groups };
+    let weight = matrices(borders.len() as i64 - 1, [output, input]);
+    let linear = &Linear { bases: vec![Base { weight, bias: None }], adapter: None };
+    let groups = &Groups::new(borders.to_vec());
+    let layers = Layers { linear, groups };
     let rows = borders[borders.len() - 1];
     let (x, d_y) = (random(&[rows, input]), random(&[rows, output]));
     let work = Work::Products(2 * rows * input * output);
@@ -149,20 +147,32 @@ fn frozen(benches: &mut Benches, name: &str, input: i64, output: i64, borders: &
     benches.run(&format!("linear/backward_input {name}"), work, || linear::backward_input(&d_y, layers));
 }
 
-/// A layer from `input` columns to those of `widths`, each with an adapter.
-fn layer(input: i64, widths: &[i64]) -> Linear {
+/// One for each of `groups`; a dense layer's where there is one.
+fn matrices(groups: i64, [rows, columns]: [i64; 2]) -> Matrices {
+    if groups == 1 {
+        Matrices::Shared(random(&[rows, columns]))
+    } else {
+        Matrices::Each(random(&[groups, rows, columns]))
+    }
+}
+
+/// Layers from `input` columns to those of `widths`, each with an adapter.
+fn layer(input: i64, widths: &[i64], groups: i64) -> Linear {
     let (mut parts, mut output, mut ranks) = (Vec::new(), 0, 0);
     for width in widths {
-        let b = random(&[*width, RANK]);
+        let b = matrices(groups, [*width, RANK]);
         parts.push(Part { out: output..output + width, ranks: ranks..ranks + RANK, b });
         (output, ranks) = (output + width, ranks + RANK);
     }
-    let adapter = Adapter { a: random(&[ranks, input]), parts, scaling: 2.0 };
-    let sum = |of: &Tensor| of.zeros_like().to_kind(Kind::Float);
+    let adapter = Adapter { a: matrices(groups, [ranks, input]), parts, scaling: 2.0 };
+    let sum = |of: &Matrices| {
+        let zeros = of.tensor().zeros_like().to_kind(Kind::Float);
+        if groups == 1 { Matrices::Shared(zeros) } else { Matrices::Each(zeros) }
+    };
     let b = adapter.parts.iter().map(|part| sum(&part.b)).collect();
     let gradient = AdapterGradient { a: sum(&adapter.a), b };
     Linear {
-        bases: vec![Base { weight: random(&[output, input]), bias: None }],
+        bases: vec![Base { weight: matrices(groups, [output, input]), bias: None }],
         adapter: Some((adapter, gradient)),
     }
 }

@@ -67,7 +67,7 @@ template <class... P> static Kernel unpacked(void (*kernel)(P...)) { return unpa
 static const std::map<std::string, Kernel> kernels = {
     NAMED(norm_forward), NAMED(norm_recompute), NAMED(norm_backward), NAMED(rope),
     NAMED(swiglu_forward), NAMED(swiglu_backward), NAMED(gather_rows),  NAMED(combine_rows),
-    NAMED(exponentials),
+    NAMED(exponentials), NAMED(adamw),
 };
 
 // 0, or 1 where there is no such kernel.

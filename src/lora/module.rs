@@ -3,10 +3,9 @@
 use super::targets::{Factor, Site, SiteKind};
 use crate::{
     dtype::DType,
-    ops::linear::{Adapter, AdapterGradient, Part},
+    ops::linear::{Adapter, AdapterGradient, Matrices, Part},
     shard::{Adapters, EntrySpec, Region, ShardError},
 };
-use tch::Tensor;
 
 /// One logical parameter: the unit of naming, initialisation and export, however it is stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,9 +47,6 @@ pub trait LoraModule: std::fmt::Debug {
         Self: Sized;
     /// The sites, and what they put where.
     fn stack(&self) -> &Stack;
-    /// The gathered adapters of `unit` as the operation takes them, and where their gradients go: one for each linear
-    /// layer that this rank has of the module.
-    fn bind(&self, adapters: &Adapters, unit: usize) -> Result<Vec<(Adapter, AdapterGradient)>, ShardError>;
 
     fn rank(&self) -> usize {
         self.stack().rank
@@ -73,6 +69,10 @@ pub trait LoraModule: std::fmt::Debug {
     /// Its logical parameters, of all groups of experts.
     fn parameters(&self) -> Vec<Parameter> {
         self.stack().parameters()
+    }
+    /// The gathered adapters of `unit` as the operation takes them, of all experts that this rank has, and where their gradients go.
+    fn bind(&self, adapters: &Adapters, unit: usize) -> Result<(Adapter, AdapterGradient), ShardError> {
+        self.stack().bind(adapters, unit, self.scaling())
     }
 }
 
@@ -100,11 +100,6 @@ impl LoraModule for LoraLinear {
     fn stack(&self) -> &Stack {
         &self.0
     }
-
-    fn bind(&self, adapters: &Adapters, unit: usize) -> Result<Vec<(Adapter, AdapterGradient)>, ShardError> {
-        let tensors = self.0.tensors(adapters, unit)?;
-        Ok(vec![self.0.adapter(&tensors, self.scaling(), None)])
-    }
 }
 
 /// Adapters on slices of the output of every expert of a layer: A `[experts, Σ rank, in]`, each B `[experts, out, rank]`,
@@ -120,13 +115,6 @@ impl LoraModule for MoeExpertsLora {
 
     fn stack(&self) -> &Stack {
         &self.0
-    }
-
-    fn bind(&self, adapters: &Adapters, unit: usize) -> Result<Vec<(Adapter, AdapterGradient)>, ShardError> {
-        let tensors = self.0.tensors(adapters, unit)?;
-        let experts = self.0.sites.first().and_then(|site| site.experts).map_or(0, |experts| experts.count);
-        let of = |expert| self.0.adapter(&tensors, self.scaling(), Some(expert));
-        Ok((0..(experts / self.0.expert_groups) as i64).map(of).collect())
     }
 }
 
@@ -206,37 +194,28 @@ impl Stack {
         parameters
     }
 
-    /// All entries of `unit`, gathered, and their gradients.
-    fn tensors(&self, adapters: &Adapters, unit: usize) -> Result<Vec<[Tensor; 2]>, ShardError> {
-        let of = |(region, entry)| {
-            let shards = adapters.of(region);
-            Ok([shards.view(unit, entry)?, shards.gradient_view(unit, entry)])
-        };
-        let bs = (0..self.sites.len()).map(|site| self.entry_of_b(site));
-        std::iter::once(self.entry_of_a()).chain(bs).map(of).collect()
-    }
-
-    /// The adapter of one linear layer: of `copy`, where there are several.
-    fn adapter(
+    fn bind(
         &self,
-        tensors: &[[Tensor; 2]],
+        adapters: &Adapters,
+        unit: usize,
         scaling: f64,
-        copy: Option<i64>,
-    ) -> (Adapter, AdapterGradient) {
-        let pick = |factor, tensors: &[Tensor; 2]| match copy {
-            Some(copy) if self.is_copied(factor) => tensors.each_ref().map(|all| all.select(0, copy)),
-            _ => tensors.each_ref().map(Tensor::shallow_clone),
+    ) -> Result<(Adapter, AdapterGradient), ShardError> {
+        let of = |factor, (region, entry)| {
+            let shards = adapters.of(region);
+            let both = [shards.view(unit, entry)?, shards.gradient_view(unit, entry)];
+            let matrices = if self.is_copied(factor) { Matrices::Each } else { Matrices::Shared };
+            Ok::<_, ShardError>(both.map(matrices))
         };
-        let [a, d_a] = pick(Factor::A, &tensors[0]);
+        let [a, d_a] = of(Factor::A, self.entry_of_a())?;
         let mut adapter = Adapter { a, parts: Vec::new(), scaling };
         let mut gradient = AdapterGradient { a: d_a, b: Vec::new() };
-        for (i, (site, tensors)) in self.sites.iter().zip(&tensors[1..]).enumerate() {
-            let [b, d_b] = pick(Factor::B, tensors);
+        for (i, site) in self.sites.iter().enumerate() {
+            let [b, d_b] = of(Factor::B, self.entry_of_b(i))?;
             let (out, rank) = (site.first as i64, self.rank as i64);
             let ranks = i as i64 * rank..(i as i64 + 1) * rank;
             adapter.parts.push(Part { out: out..out + site.output() as i64, ranks, b });
             gradient.b.push(d_b);
         }
-        (adapter, gradient)
+        Ok((adapter, gradient))
     }
 }

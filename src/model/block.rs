@@ -101,7 +101,7 @@ impl Block<'_> {
     ) -> AttentionSaved {
         let (normed, r_input) = norm::forward(x, &self.layer.input_norm, self.spec.eps);
         let rows = Groups::one(x.size()[0]);
-        let all = |layers| Layers { layers, groups: &rows };
+        let all = |linear| Layers { linear, groups: &rows };
         let (mut qkv, h_qkv) = linear::forward(&normed, all(&self.layer.qkv), None);
         drop(normed);
         let qk = self.layer.qk_norm.as_ref().map(|weights| self.normalise_qk(&qkv, weights));
@@ -174,7 +174,7 @@ impl Block<'_> {
         drop((d_y, middle));
 
         let rows = Groups::one(x.size()[0]);
-        let all = |layers| Layers { layers, groups: &rows };
+        let all = |linear| Layers { linear, groups: &rows };
         let o = all(&self.layer.o);
         let (d_out, g) = linear::backward_input(&d_middle, o);
         linear::backward_parameters(&d_middle, &out, h_o.as_deref(), &g, o);

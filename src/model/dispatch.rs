@@ -4,12 +4,13 @@
 use crate::{
     ops::{
         Buffer,
-        dispatch::{Assignment, exact, filled},
+        cpu::values,
+        dispatch::Assignment,
         linear::{self, Groups},
     },
     shard::{Exchange, Route, ShardError},
 };
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 /// Which row of an expert is which token's, for one choice.
 pub struct Dispatch {
@@ -34,20 +35,20 @@ impl Dispatch {
         experts: usize,
         exchange: Option<&Exchange>,
     ) -> Result<Self, ShardError> {
-        let computed = if linear::takes_any_rows(x) { exact } else { filled };
+        let computed = if linear::takes_any_rows(x) { Assignment::new } else { Assignment::filled };
         let Some(exchange) = exchange else {
-            return Ok(Self { assignment: Assignment::new(chosen, experts, computed), remote: None });
+            return Ok(Self { assignment: computed(chosen, experts), remote: None });
         };
         // No padding travels.
-        let assignment = Assignment::new(chosen, experts, exact);
-        let route = exchange.route(assignment.counts())?;
+        let assignment = Assignment::new(chosen, experts);
+        let route = exchange.route(&values(&assignment.counts().to_device(Device::Cpu)))?;
         let local = Tensor::from_slice(route.experts()).to_device(chosen.device()).view([-1, 1]);
-        let remote = Remote { assignment: Assignment::new(&local, exchange.share(experts), computed), route };
+        let remote = Remote { assignment: computed(&local, exchange.share(experts)), route };
         Ok(Self { assignment, remote: Some(remote) })
     }
 
-    /// How often each of all experts was chosen by this rank's tokens: `[experts]`.
-    pub fn counts(&self) -> &[i64] {
+    /// How often each of all experts was chosen by this rank's tokens: `[experts]` i64.
+    pub fn counts(&self) -> &Tensor {
         self.assignment.counts()
     }
 

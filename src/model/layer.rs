@@ -13,7 +13,7 @@ use crate::{
         targets::{Experts, Projection},
     },
     ops::{
-        linear::{Base, Linear},
+        linear::{Base, Linear, Matrices},
         routing::TopK,
     },
     shard::{Adapters, EntrySpec, Exchange, Ring, ShardError, Span},
@@ -210,19 +210,18 @@ impl LayerPlan {
         exchange: Option<&Exchange>,
     ) -> Result<Layer, ShardError> {
         let view = |entry| layers.view(unit, entry);
-        // One linear layer for each of `bases`, with the adapters of projection `place`.
-        let linears = |bases: Vec<Vec<Base>>, place: usize| {
-            let adapters =
+        // With the adapters of projection `place`.
+        let adapted = |bases: Vec<Base>, place: usize| {
+            let adapter =
                 lora.modules[place].as_ref().map(|module| module.bind(adapters, unit)).transpose()?;
-            let mut adapters = adapters.into_iter().flatten();
-            let with_adapter = |bases| Linear { bases, adapter: adapters.next() };
-            Ok::<_, ShardError>(bases.into_iter().map(with_adapter).collect::<Vec<_>>())
+            Ok::<_, ShardError>(Linear { bases, adapter })
         };
         let linear = |entries: &BaseEntries, place| {
             let base = |&(weight, bias): &(usize, Option<usize>)| {
-                Ok::<_, ShardError>(Base { weight: view(weight)?, bias: bias.map(view).transpose()? })
+                let weight = Matrices::Shared(view(weight)?);
+                Ok::<_, ShardError>(Base { weight, bias: bias.map(view).transpose()? })
             };
-            linears(vec![entries.iter().map(base).collect::<Result<_, _>>()?], place)
+            adapted(entries.iter().map(base).collect::<Result<_, _>>()?, place)
         };
         let gated = |plan: &GatedPlan, gate_up, down| {
             Ok::<_, ShardError>(GatedMlp {
@@ -231,9 +230,8 @@ impl LayerPlan {
             })
         };
         let routed = |entry, place| {
-            let weights = experts.view(unit, entry)?;
-            let base = |expert| vec![Base { weight: weights.select(0, expert), bias: None }];
-            linears((0..weights.size()[0]).map(base).collect(), place)
+            let weight = Matrices::Each(experts.view(unit, entry)?);
+            adapted(vec![Base { weight, bias: None }], place)
         };
         let mlp = match &self.mlp {
             MlpPlan::Dense(plan) => Mlp::Dense(gated(plan, GATE_UP, DOWN)?),
@@ -245,7 +243,7 @@ impl LayerPlan {
                 shared: match shared {
                     Some((plan, gate)) => {
                         let mlp = gated(plan, SHARED_GATE_UP, SHARED_DOWN)?;
-                        Some(SharedExpert { mlp, gate: view(*gate)? })
+                        Some(Box::new(SharedExpert { mlp, gate: view(*gate)? }))
                     }
                     None => None,
                 },
@@ -283,9 +281,8 @@ fn stacked(
 
 /// A whole decoder layer: frozen tensors and adapters, with where the gradients of these go.
 pub struct Layer {
-    /// One linear layer, as `o`; a slice so that it is called as experts are.
-    pub qkv: Vec<Linear>,
-    pub o: Vec<Linear>,
+    pub qkv: Linear,
+    pub o: Linear,
     pub mlp: Mlp,
     /// `[hidden]` fp32
     pub input_norm: Tensor,

@@ -15,8 +15,8 @@ use tch::Tensor;
 /// The two matrices, of one MLP or of each expert.
 pub struct GatedMlp {
     /// Gate above up.
-    pub gate_up: Vec<Linear>,
-    pub down: Vec<Linear>,
+    pub gate_up: Linear,
+    pub down: Linear,
 }
 
 /// Which rows go where.
@@ -43,8 +43,8 @@ impl Share {
         Self { groups: Groups::one(rows), scale }
     }
 
-    fn of<'a>(&'a self, layers: &'a [Linear]) -> Layers<'a> {
-        Layers { layers, groups: &self.groups }
+    fn of<'a>(&'a self, linear: &'a Linear) -> Layers<'a> {
+        Layers { linear, groups: &self.groups }
     }
 }
 

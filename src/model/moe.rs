@@ -17,7 +17,7 @@ use crate::{
     },
     shard::{Exchange, ShardError},
 };
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// The weights of a layer's mixture.
 pub struct Moe {
@@ -28,7 +28,7 @@ pub struct Moe {
     pub experts: GatedMlp,
     /// The way to those of other ranks.
     pub exchange: Option<Exchange>,
-    pub shared: Option<SharedExpert>,
+    pub shared: Option<Box<SharedExpert>>,
 }
 
 /// The expert that every token goes to.
@@ -54,14 +54,10 @@ impl MoeSaved {
         &self.routing.experts
     }
 
-    /// `[tokens, experts]`
-    pub fn probabilities(&self) -> &Tensor {
-        &self.routing.probabilities
-    }
-
-    /// How often each expert was chosen by this rank's tokens: `[experts]`.
-    pub fn counts(&self) -> &[i64] {
-        self.dispatch.counts()
+    /// How often each expert was chosen by this rank's tokens, and the sum of its probabilities: `[2, experts]` fp64.
+    pub fn load(&self) -> Tensor {
+        let counts = self.dispatch.counts().to_kind(Kind::Double);
+        Tensor::stack(&[counts, self.routing.probabilities.sum_dim_intlist(0, false, Kind::Double)], 0)
     }
 }
 

@@ -1,16 +1,13 @@
 //! How evenly the routers of a step spread its tokens: sums over the tokens of each layer, and what is made of them.
 
-use super::{ModelSpec, moe::MoeSaved};
 use crate::ops::cpu::values;
-use tch::{Device, Kind};
+use tch::{Device, Tensor};
 
-/// Sums of one step.
-#[derive(Clone, Debug, Default, PartialEq)]
+/// Sums of one step, of this rank's tokens.
+#[derive(Debug, Default)]
 pub struct RouterLoad {
-    experts: usize,
-    top_k: usize,
-    /// Of each layer with experts how often each was chosen, then the sum of each one's probability.
-    sums: Vec<f64>,
+    /// `[layers with experts, 2, experts]` fp64, where the layers are; `None` before the first tokens.
+    sums: Option<Tensor>,
 }
 
 /// What a step's routers did, over all layers with experts.
@@ -27,39 +24,32 @@ pub struct RouterReport {
 }
 
 impl RouterLoad {
-    /// Of a step of `spec` that has not begun.
-    pub fn new(spec: &ModelSpec) -> Self {
-        let Some(moe) = &spec.moe else { return Self::default() };
-        let layers = moe.layers.iter().filter(|&&sparse| sparse).count();
-        Self { experts: moe.experts, top_k: moe.top_k, sums: vec![0.0; layers * 2 * moe.experts] }
-    }
-
-    /// Adds what layer `layer`, counted among those with experts, did with a micro-batch.
-    pub fn add(&mut self, layer: usize, saved: &MoeSaved) {
-        let sums = &mut self.sums[layer * 2 * self.experts..][..2 * self.experts];
-        let probabilities = saved.probabilities().sum_dim_intlist(0, false, Kind::Double);
-        let probabilities = values::<f64>(&probabilities.to_device(Device::Cpu));
-        let counts = saved.counts().iter().map(|&count| count as f64);
-        for (sum, x) in sums.iter_mut().zip(counts.chain(probabilities)) {
-            *sum += x;
+    /// Adds what the layers with experts did with a micro-batch, each `[2, experts]`: see [`MoeSaved::load`](super::moe::MoeSaved::load).
+    pub fn add(&mut self, layers: &[Tensor]) {
+        if layers.is_empty() {
+            return;
         }
+        let load = Tensor::stack(layers, 0);
+        self.sums = Some(self.sums.take().map_or_else(|| load.shallow_clone(), |sums| sums + &load));
     }
 
-    /// All sums, to be added to those of other ranks in place; empty for a model without experts.
-    pub fn sums_mut(&mut self) -> &mut [f64] {
-        &mut self.sums
+    /// Of each layer with experts how often each was chosen, then the sum of each one's probability; to be added to those of
+    /// other ranks. Empty for a model without experts.
+    pub fn sums(&self) -> Vec<f64> {
+        self.sums.as_ref().map_or_else(Vec::new, |sums| values(&sums.to_device(Device::Cpu)))
     }
+}
 
-    /// Of sums over all ranks; `None` without experts or tokens.
-    pub fn report(&self) -> Option<RouterReport> {
-        let experts = self.experts;
+impl RouterReport {
+    /// Of sums over all ranks, of which each token chose `top_k` of `experts`; `None` without experts or tokens.
+    pub fn new(sums: &[f64], experts: usize, top_k: usize) -> Option<Self> {
         let layers: Vec<_> =
-            self.sums.chunks_exact((2 * experts).max(1)).map(|layer| layer.split_at(experts)).collect();
+            sums.chunks_exact((2 * experts).max(1)).map(|layer| layer.split_at(experts)).collect();
         let choices: f64 = layers.iter().flat_map(|(choices, _)| *choices).sum();
         if choices == 0.0 {
             return None;
         }
-        let tokens = choices / self.top_k as f64;
+        let tokens = choices / top_k as f64;
         let (mut max_over_mean, mut entropy) = (0f64, 0.0);
         let mut over_layers = vec![[0.0; 2]; experts];
         for (choices, probabilities) in &layers {
@@ -73,7 +63,7 @@ impl RouterLoad {
             }
         }
         let products = over_layers.iter().map(|[n, p]| n / tokens * (p / tokens));
-        Some(RouterReport { max_over_mean, entropy, aux_loss: experts as f64 * products.sum::<f64>() })
+        Some(Self { max_over_mean, entropy, aux_loss: experts as f64 * products.sum::<f64>() })
     }
 }
 
@@ -81,24 +71,20 @@ impl RouterLoad {
 mod tests {
     use super::*;
 
-    fn report_of(sums: &[f64], experts: usize, top_k: usize) -> Option<RouterReport> {
-        RouterLoad { experts, top_k, sums: sums.to_vec() }.report()
-    }
-
     #[test]
     fn even_and_uneven_loads() {
         // Two layers of 4 experts, 6 tokens of 2 choices each.
         let even = [3.0, 3.0, 3.0, 3.0, 1.5, 1.5, 1.5, 1.5].repeat(2);
-        let report = report_of(&even, 4, 2).unwrap();
+        let report = RouterReport::new(&even, 4, 2).unwrap();
         assert_eq!((report.max_over_mean, report.aux_loss), (1.0, 2.0));
         assert!((report.entropy - 4f64.ln()).abs() < 1e-15);
         let one = [vec![6.0, 6.0, 0.0, 0.0, 3.0, 3.0, 0.0, 0.0], even[..8].to_vec()].concat();
-        let report = report_of(&one, 4, 2).unwrap();
+        let report = RouterReport::new(&one, 4, 2).unwrap();
         assert_eq!(report.max_over_mean, 2.0);
         assert!((report.entropy - 1.5 * 2f64.ln()).abs() < 1e-15);
         // f = (9, 9, 3, 3) / 12, P = (4.5, 4.5, 1.5, 1.5) / 12.
         assert!((report.aux_loss - 4.0 * 2.0 * (9.0 * 4.5 + 3.0 * 1.5) / 144.0).abs() < 1e-15);
-        assert_eq!(report_of(&[0.0; 8], 4, 2), None);
-        assert_eq!(report_of(&[], 0, 1), None);
+        assert_eq!(RouterReport::new(&[0.0; 8], 4, 2), None);
+        assert_eq!(RouterReport::new(&[], 0, 1), None);
     }
 }

@@ -6,6 +6,7 @@ use super::{
     block::{AttentionSaved, BatchContext, Block, BlockSpec, MlpSaved},
     blueprint::{Blueprint, LoraShape, Options},
     layer::{LayerAdapterPlan, LayerPlan},
+    moe::MoeSaved,
     router_load::RouterLoad,
     source::WeightSource,
 };
@@ -144,7 +145,6 @@ impl Transformer {
         let adapter =
             Adapters::new(regions.adapter, regions.expert_adapter, options.slots, groups, options.reduce);
         let rope = RopeTable::new(&spec.rope.inv_freq(spec.head_dim), device);
-        let router_load = RouterLoad::new(&spec);
         Self {
             layers: ring("layers", regions.layers, options.slots),
             experts: Ring::new(
@@ -163,7 +163,7 @@ impl Transformer {
             lora,
             adapter,
             rope,
-            router_load,
+            router_load: RouterLoad::default(),
             device: groups.device.clone(),
             clock: Clock::default(),
         }
@@ -286,8 +286,7 @@ impl Transformer {
 
     /// What the routers did since this was last called.
     pub fn take_router_load(&mut self) -> RouterLoad {
-        let fresh = RouterLoad::new(&self.spec);
-        std::mem::replace(&mut self.router_load, fresh)
+        std::mem::take(&mut self.router_load)
     }
 
     fn context(&mut self, batch: &Batch) -> BatchContext {
@@ -431,17 +430,14 @@ impl Transformer {
         let context = self.context(batch);
         let checkpointing = self.options.checkpointing;
         let mut kept = Vec::with_capacity(self.layers.len());
-        let (mut router_load, mut layers_with_experts) = (std::mem::take(&mut self.router_load), 0);
+        let mut loads = Vec::new();
         let x = self.forward_layers(batch, &context, within(&context), |x, attention, mlp| {
-            let chosen = mlp.moe().map(|moe| {
-                router_load.add(layers_with_experts, moe);
-                layers_with_experts += 1;
-                moe.chosen().shallow_clone()
-            });
+            loads.extend(mlp.moe().map(MoeSaved::load));
+            let chosen = mlp.moe().map(|moe| moe.chosen().shallow_clone());
             let attention = checkpointing.keeps_attention().then_some(attention);
             kept.push(Kept { x, attention, mlp: checkpointing.keeps_mlp().then_some(mlp), chosen });
         })?;
-        self.router_load = router_load;
+        self.router_load.add(&loads);
         let (loss, d_x) = self.head_loss(&x, batch, Some(scale))?;
         drop(x);
         let _backward = self.clock.phase("backward");

@@ -2,9 +2,12 @@
 //!
 //! g ← c·g,  p ← p·(1 − lr·wd),  m ← β₁m + (1−β₁)g,  v ← β₂v + (1−β₂)g²,  p ← p − m / (√v/√(1−β₂ᵗ) + eps) · lr/(1−β₁ᵗ)
 //!
-//! p is also rounded to the compute dtype, in which it will be gathered. On the host all that is one pass.
+//! p is also rounded to the compute dtype, in which it will be gathered. All that is one pass.
 
-use super::cpu::{Element, Rows, each_row};
+use super::{
+    cpu::{Element, Rows, each_row},
+    cuda,
+};
 use crate::device::has_kernels;
 use half::bf16;
 use tch::{Kind, Tensor};
@@ -37,10 +40,26 @@ pub struct State<'a> {
 impl Update {
     /// Moves `state` against `gradient`, flat fp32, which stays as it is.
     pub fn apply(&self, gradient: &Tensor, state: &State) {
+        let by_device =
+            || cuda::kernels(gradient).is_some_and(|kernels| kernels.adamw(gradient, state, self.factors()));
         match (has_kernels(gradient), state.compute.kind()) {
             (true, Kind::BFloat16) => rows::apply::<bf16>(self, gradient, state),
             (true, Kind::Float) => rows::apply::<f32>(self, gradient, state),
+            _ if by_device() => {}
             _ => torch::apply(self, gradient, state),
+        }
+    }
+
+    fn factors(&self) -> Factors {
+        let (beta1, beta2) = self.betas;
+        Factors {
+            coefficient: self.coefficient as f32,
+            decay: (1.0 - self.lr * self.weight_decay) as f32,
+            keep: [beta1 as f32, beta2 as f32],
+            take: [(1.0 - beta1) as f32, (1.0 - beta2) as f32],
+            root: self.correction(beta2).sqrt() as f32,
+            eps: self.eps as f32,
+            rate: (self.lr / self.correction(beta1)) as f32,
         }
     }
 
@@ -50,32 +69,26 @@ impl Update {
     }
 }
 
+/// The factors of the formula, as a libtorch operation rounds its scalars, and as a device's kernel takes them. Of two the first is
+/// for m, the second for v.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Factors {
+    coefficient: f32,
+    decay: f32,
+    keep: [f32; 2],
+    take: [f32; 2],
+    root: f32,
+    eps: f32,
+    rate: f32,
+}
+
 /// Kernels over the pieces of host vectors.
 mod rows {
     use super::*;
 
-    /// The factors of the formula, as a libtorch operation rounds its scalars.
-    struct Factors {
-        coefficient: f32,
-        decay: f32,
-        keep: (f32, f32),
-        take: (f32, f32),
-        root: f32,
-        eps: f32,
-        rate: f32,
-    }
-
     pub fn apply<E: Element<Wide = f32>>(update: &Update, gradient: &Tensor, state: &State) {
-        let (beta1, beta2) = update.betas;
-        let factors = Factors {
-            coefficient: update.coefficient as f32,
-            decay: (1.0 - update.lr * update.weight_decay) as f32,
-            keep: (beta1 as f32, beta2 as f32),
-            take: ((1.0 - beta1) as f32, (1.0 - beta2) as f32),
-            root: update.correction(beta2).sqrt() as f32,
-            eps: update.eps as f32,
-            rate: (update.lr / update.correction(beta1)) as f32,
-        };
+        let factors = update.factors();
         each_row::<E, _, _, _>(
             [],
             [Rows::pieces(state.compute)],
@@ -96,15 +109,15 @@ mod rows {
     ) {
         for ((((&g, p), m), v), compute) in g.iter().zip(p).zip(m).zip(v).zip(compute) {
             let g = g * f.coefficient;
-            *m = *m * f.keep.0 + g * f.take.0;
-            *v = *v * f.keep.1 + g * g * f.take.1;
+            *m = *m * f.keep[0] + g * f.take[0];
+            *v = *v * f.keep[1] + g * g * f.take[1];
             *p = *p * f.decay - *m / (v.sqrt() / f.root + f.eps) * f.rate;
             *compute = E::narrow(*p);
         }
     }
 }
 
-/// The same in libtorch's operations, for devices without kernels.
+/// The same in libtorch's operations, for what no kernel takes.
 mod torch {
     use super::*;
 
@@ -129,6 +142,7 @@ mod tests {
 
     #[test]
     fn the_kernel_takes_libtorchs_steps() {
+        let kernels = cuda::on_host::kernels();
         for kind in [Kind::BFloat16, Kind::Float] {
             for n in [0, 1, 31, 10_000] {
                 let random = || leaf(&[n]).detach().to_kind(Kind::Float);
@@ -157,6 +171,17 @@ mod tests {
                 };
                 let expected = run(&torch::apply);
                 assert_eq!(distance(&expected[3], &expected[0].to_kind(kind)), 0.0);
+                let on_device = run(&|update, gradient, state| {
+                    let taken = kernels.adamw(gradient, state, update.factors());
+                    assert_eq!(taken, n % 8 == 0, "{n}");
+                    if !taken {
+                        torch::apply(update, gradient, state);
+                    }
+                });
+                for (ours, expected) in on_device[..3].iter().zip(&expected) {
+                    assert!(ours.allclose(expected, 1e-6, 1e-8, false), "{kind:?} {n}");
+                }
+                assert_eq!(on_device[3], on_device[0].to_kind(kind), "{kind:?} {n}");
                 everywhere(|| {
                     let ours = run(&Update::apply);
                     // libtorch's square root is not the nearest number always.

@@ -6,9 +6,9 @@
 //!
 //! Each is the other's backward. Weights are applied before an expert's last matrix, see [`swiglu`](super::swiglu).
 //!
-//! Everywhere but in tile registers ([`takes_any_rows`](super::linear::takes_any_rows)) each expert's slice is filled up with rows
-//! of zeros before it computes ([`filled`]): a zero row stays zero through a gated MLP, forward and backward, and adds nothing to
-//! a gradient. Without it nearly every expert of every layer and step would have a GEMM of a new shape, for each of which
+//! On a CPU without tile registers ([`takes_any_rows`](super::linear::takes_any_rows)) each expert's slice is filled up with rows
+//! of zeros before it computes ([`Assignment::filled`]): a zero row stays zero through a gated MLP, forward and backward, and adds
+//! nothing to a gradient. Without it nearly every expert of every layer and step would have a GEMM of a new shape, for each of which
 //! oneDNN compiles a kernel and keeps it.
 
 use super::{
@@ -19,21 +19,16 @@ use super::{
     wide,
 };
 use crate::device::has_kernels;
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// What rows of an expert are a multiple of where they are computed.
 const GRAIN: i64 = 32;
 
 /// Rows with which `count` are computed: a multiple of an eighth of the next power of two, and of 32. At most a quarter more
 /// from 128 up, in the mean a twelfth, and few numbers of rows in all: of each oneDNN keeps megabytes.
-pub fn filled(count: i64) -> i64 {
+fn filled(count: i64) -> i64 {
     let eighth = (count as u64).next_power_of_two() as i64 / 8;
     (count as u64).next_multiple_of(eighth.max(GRAIN) as u64) as i64
-}
-
-/// Rows with which `count` travel.
-pub fn exact(count: i64) -> i64 {
-    count
 }
 
 /// In place of a token or a choice, of a row that is nobody's.
@@ -49,18 +44,48 @@ pub struct Assignment {
     rows: Tensor,
     /// The rows of each expert.
     groups: Groups,
-    /// How often each expert was chosen.
-    counts: Vec<i64>,
+    /// How often each expert was chosen: `[experts]` i64.
+    counts: Tensor,
+    /// Whether there are rows that are nobody's.
+    is_filled: bool,
 }
 
 /// Columns that are summed at a time.
 const COLUMNS: usize = 64;
 
 impl Assignment {
-    /// Of `chosen` `[tokens, k]` i64, each an expert below `experts`, who has `rows(count)` rows for `count` choices.
-    pub fn new(chosen: &Tensor, experts: usize, rows: fn(i64) -> i64) -> Self {
+    /// Of `chosen` `[tokens, k]` i64, each an expert below `experts`, who has a row for each of its choices.
+    pub fn new(chosen: &Tensor, experts: usize) -> Self {
+        if chosen.device() == Device::Cpu {
+            Self::on_host(chosen, experts, |count| count)
+        } else {
+            Self::on_device(chosen, experts)
+        }
+    }
+
+    /// The same with as many rows as are computed well on a host that does not [take any](super::linear::takes_any_rows).
+    pub fn filled(chosen: &Tensor, experts: usize) -> Self {
+        Self::on_host(chosen, experts, filled)
+    }
+
+    /// By libtorch's operations, so that the host waits for no device.
+    fn on_device(chosen: &Tensor, experts: usize) -> Self {
+        let (k, device) = (chosen.size()[1], chosen.device());
+        let (sorted, choices) = chosen.reshape([-1]).to_kind(Kind::Int).sort_stable(true, 0, false);
+        let next = Tensor::arange_start(1, experts as i64 + 1, (Kind::Int, device));
+        let ends = next.searchsorted(&sorted, true, false, "left", None::<Tensor>);
+        let counts = ends.diff(1, 0, Some(ends.narrow(0, 0, 1).zeros_like()), None);
+        let numbers = Tensor::arange(choices.size()[0], (Kind::Int64, device));
+        let rows = choices.empty_like().scatter_(0, &choices, &numbers).view_as(chosen);
+        let groups = Groups::on_device(&ends, &counts);
+        let tokens = choices.divide_scalar_mode(k, "floor");
+        Self { tokens, choices, rows, groups, counts: counts.to_kind(Kind::Int64), is_filled: false }
+    }
+
+    /// Of an expert with `count` choices there are `rows(count)` rows.
+    fn on_host(chosen: &Tensor, experts: usize, rows: fn(i64) -> i64) -> Self {
         let k = chosen.size()[1];
-        let of_choice = values::<i64>(&chosen.to_device(Device::Cpu));
+        let of_choice = values::<i64>(chosen);
         let mut counts = vec![0; experts];
         for &expert in &of_choice {
             counts[expert as usize] += 1;
@@ -81,10 +106,11 @@ impl Assignment {
         }
         let tokens: Vec<i64> =
             choices.iter().map(|&choice| if choice == NOBODY { NOBODY } else { choice / k }).collect();
-        let on_device = |values: &[i64]| Tensor::from_slice(values).to_device(chosen.device());
-        let rows = on_device(&rows).view_as(chosen);
-        let groups = Groups::new(borders, chosen.device());
-        Self { tokens: on_device(&tokens), choices: on_device(&choices), rows, groups, counts }
+        let is_filled = choices.len() > of_choice.len();
+        let [tokens, choices, rows, counts] =
+            [tokens, choices, rows, counts].map(|values| Tensor::from_slice(&values));
+        let rows = rows.view_as(chosen);
+        Self { tokens, choices, rows, groups: Groups::new(borders), counts, is_filled }
     }
 
     /// The rows of each expert.
@@ -92,8 +118,8 @@ impl Assignment {
         &self.groups
     }
 
-    /// How often each expert was chosen: `[experts]`.
-    pub fn counts(&self) -> &[i64] {
+    /// How often each expert was chosen: `[experts]` i64.
+    pub fn counts(&self) -> &Tensor {
         &self.counts
     }
 
@@ -109,7 +135,7 @@ impl Assignment {
         if has_kernels(x) {
             dispatch!(x.kind(), E => self.gather_rows::<E>(x, &rows));
         } else if !cuda::kernels(x).is_some_and(|kernels| kernels.gather_rows(x, &self.tokens, &rows)) {
-            rows.shallow_clone().copy_(&pick(x, &self.tokens));
+            rows.shallow_clone().copy_(&self.pick(x, &self.tokens));
         }
         rows
     }
@@ -129,12 +155,21 @@ impl Assignment {
 
     /// `[rows, 1]` from what each choice has, `[tokens, k]`.
     pub fn by_row(&self, by_choice: &Tensor) -> Tensor {
-        pick(&by_choice.reshape([-1, 1]), &self.choices)
+        self.pick(&by_choice.reshape([-1, 1]), &self.choices)
     }
 
     /// `[tokens, k]` from what each row has, `[rows, 1]`.
     pub fn by_choice(&self, by_row: &Tensor) -> Tensor {
         by_row.reshape([-1]).index_select(0, &self.rows.reshape([-1])).view_as(&self.rows)
+    }
+
+    /// Rows `at` of x `[n, columns]`, zeros where that is [`NOBODY`].
+    fn pick(&self, x: &Tensor, at: &Tensor) -> Tensor {
+        if !self.is_filled {
+            return x.index_select(0, at);
+        }
+        let nobody = at.lt(0).unsqueeze(1);
+        x.index_select(0, &at.clamp_min(0)).masked_fill_(&nobody, 0.0)
     }
 
     fn gather_rows<E: Element>(&self, x: &Tensor, rows: &Tensor) {
@@ -183,15 +218,6 @@ impl Assignment {
     }
 }
 
-/// Rows `at` of x `[n, columns]`, zeros where that is [`NOBODY`].
-fn pick(x: &Tensor, at: &Tensor) -> Tensor {
-    if x.size()[0] == 0 {
-        return Tensor::zeros([at.size()[0], x.size()[1]], (x.kind(), x.device()));
-    }
-    let nobody = at.lt(0).unsqueeze(1);
-    x.index_select(0, &at.clamp_min(0)).masked_fill_(&nobody, 0.0)
-}
-
 /// y = add + Σ of the rows `at`.
 #[inline(always)]
 fn sum<E: Element>(rows: &Rows<E>, at: &[i64], add: Option<&[E]>, y: &mut [E]) {
@@ -214,12 +240,11 @@ fn sum<E: Element>(rows: &Rows<E>, at: &[i64], add: Option<&[E]>, y: &mut [E]) {
 mod tests {
     use super::*;
     use crate::ops::testing::{KINDS, distance, everywhere, leaf};
-    use tch::Kind;
 
     /// Experts of 5 tokens, two each, of which expert 2 has none.
     fn assignment() -> Assignment {
         let chosen = [3i64, 0, 1, 3, 0, 1, 3, 0, 3, 1];
-        Assignment::new(&Tensor::from_slice(&chosen).view([5, 2]), 4, filled)
+        Assignment::filled(&Tensor::from_slice(&chosen).view([5, 2]), 4)
     }
 
     /// A slice of `GRAIN` rows.
@@ -230,7 +255,7 @@ mod tests {
     #[test]
     fn rows_are_sorted_by_expert_then_by_token() {
         let assignment = assignment();
-        assert_eq!(assignment.counts(), [3, 3, 0, 4]);
+        assert_eq!(values::<i64>(assignment.counts()), [3, 3, 0, 4]);
         assert_eq!(assignment.groups().borders(), [0, GRAIN, 2 * GRAIN, 2 * GRAIN, 3 * GRAIN]);
         let expected = [slice(&[0, 2, 3]), slice(&[1, 2, 4]), slice(&[0, 1, 3, 4])].concat();
         assert_eq!(values::<i64>(&assignment.tokens), expected);
@@ -243,6 +268,23 @@ mod tests {
     }
 
     #[test]
+    fn a_device_sorts_as_the_host_does() {
+        for (tokens, k, experts) in [(5, 2, 4), (1, 1, 1), (0, 3, 5), (40, 3, 7), (300, 8, 128)] {
+            // Expert 2 is nobody's choice.
+            let of =
+                |i: i64| Some((i * i + i / 3) % experts as i64).filter(|&expert| expert != 2).unwrap_or(0);
+            let chosen: Vec<i64> = (0..tokens * k).map(of).collect();
+            let chosen = Tensor::from_slice(&chosen).view([tokens, k]);
+            let host = Assignment::new(&chosen, experts);
+            let device = Assignment::on_device(&chosen, experts);
+            assert_eq!(device.groups().borders(), host.groups().borders());
+            let all = |a: &Assignment| [&a.tokens, &a.choices, &a.rows, &a.counts].map(Tensor::shallow_clone);
+            assert_eq!(all(&device), all(&host), "{tokens} {k} {experts}");
+            assert!(!host.is_filled && !device.is_filled);
+        }
+    }
+
+    #[test]
     fn few_numbers_of_rows_are_computed_and_hardly_more_than_needed() {
         assert_eq!([0, 1, 32, 33, 256, 257, 513].map(filled), [0, 32, 32, 64, 256, 320, 640]);
         let distinct: std::collections::BTreeSet<i64> = (0..4096).map(filled).collect();
@@ -252,7 +294,7 @@ mod tests {
 
     #[test]
     fn no_token_is_no_row() {
-        let none = Assignment::new(&Tensor::zeros([0, 2], (Kind::Int64, Device::Cpu)), 3, filled);
+        let none = Assignment::filled(&Tensor::zeros([0, 2], (Kind::Int64, Device::Cpu)), 3);
         assert_eq!(none.groups().borders(), [0; 4]);
         let x = leaf(&[0, 7]).detach();
         assert_eq!(none.gather(&x).size(), [0, 7]);
@@ -284,7 +326,7 @@ mod tests {
                     let plus = assignment.combine(&rows, Some(&add));
                     assert!(distance(&plus, &(&sums + exact(&add))) < 8.0 * tolerance);
                 });
-                assert_eq!(distance(&pick(&x, &assignment.tokens), &gathered), 0.0);
+                assert_eq!(distance(&assignment.pick(&x, &assignment.tokens), &gathered), 0.0);
                 let y = add.empty_like();
                 assignment.combine_torch(&rows, Some(&add), &y);
                 assert!(distance(&y, &(&sums + exact(&add))) < 8.0 * tolerance);

@@ -75,10 +75,10 @@ impl Trainer {
         self.model.adapter.step_done()?;
         self.world.all_reduce_host(&mut loss, Reduce::Sum)?;
         report.loss = Some(loss[0] / valid);
-        let mut load = self.model.take_router_load();
-        if !load.sums_mut().is_empty() {
-            self.world.all_reduce_host(load.sums_mut(), Reduce::Sum)?;
-            report.router = load.report();
+        let mut load = self.model.take_router_load().sums();
+        if let Some(moe) = &self.model.spec().moe {
+            self.world.all_reduce_host(&mut load, Reduce::Sum)?;
+            report.router = RouterReport::new(&load, moe.experts, moe.top_k);
         }
 
         drop(reducing);

@@ -342,8 +342,8 @@ fn choices(lone: &mut Transformer, trained: &Transformer, batches: &[Batch]) -> 
     lone.set_adapter(|parameter, range| values[&parameter.name][range].to_vec()).unwrap();
     let of_batch = |batch: &Batch| {
         lone.forward_backward(batch, 1.0).unwrap();
-        let mut load = lone.take_router_load();
-        let layers = load.sums_mut().chunks_exact(2 * EXPERTS);
+        let sums = lone.take_router_load().sums();
+        let layers = sums.chunks_exact(2 * EXPERTS);
         layers.map(|layer| layer[..EXPERTS].to_vec()).collect()
     };
     batches.iter().map(of_batch).collect()

@@ -51,13 +51,25 @@ unsafe impl<E> Sync for Matrix<'_, E> {}
 impl<'a, E> Matrix<'a, E> {
     /// A vector is one row. A tensor that is not such a matrix is a mistake of the caller.
     fn in_host(tensor: &'a Tensor, kind: Kind) -> Self {
+        Self::at_number(tensor, kind, &tensor.size(), &tensor.stride(), 0)
+    }
+
+    /// Matrix `index` of a tensor [matrices, rows, columns].
+    fn nth_in_host(tensor: &'a Tensor, kind: Kind, index: usize) -> Self {
+        let (size, stride) = (tensor.size(), tensor.stride());
+        assert!(size.len() == 3 && index < size[0] as usize, "matrix {index} of {size:?}");
+        Self::at_number(tensor, kind, &size[1..], &stride[1..], index * stride[0] as usize)
+    }
+
+    /// Of so many numbers of the tensor, `first` being the place of its first one.
+    fn at_number(tensor: &'a Tensor, kind: Kind, size: &[i64], strides: &[i64], first: usize) -> Self {
         assert_eq!((tensor.kind(), tensor.device()), (kind, Device::Cpu), "a matrix on the host");
-        let layout =
-            RowLayout::of(&tensor.size(), &tensor.stride()).filter(|layout| layout.inner == layout.rows);
+        let layout = RowLayout::of(size, strides).filter(|layout| layout.inner == layout.rows);
         let Some(RowLayout { rows, columns, stride, .. }) = layout else {
-            panic!("rows are dense and equally far apart: {:?} {:?}", tensor.size(), tensor.stride())
+            panic!("rows are dense and equally far apart: {size:?} {strides:?}")
         };
-        let first = if rows * columns == 0 { std::ptr::dangling_mut() } else { tensor.data_ptr().cast() };
+        let start = tensor.data_ptr().cast::<E>().wrapping_add(first);
+        let first = if rows * columns == 0 { std::ptr::dangling_mut() } else { start };
         Self { first, rows, columns, stride, readable: rows, tensor: PhantomData }
     }
 
@@ -95,6 +107,11 @@ impl<'a> Matrix<'a, bf16> {
         Self::in_host(tensor, Kind::BFloat16)
     }
 
+    /// Matrix `index` of a tensor [matrices, rows, columns].
+    pub fn one_of(tensor: &'a Tensor, index: usize) -> Self {
+        Self::nth_in_host(tensor, Kind::BFloat16, index)
+    }
+
     /// A vector as each of some rows, not to be written to.
     pub fn repeated(vector: &'a Tensor, rows: usize) -> Self {
         Self { rows, stride: 0, readable: rows, ..Self::of(vector) }
@@ -104,6 +121,11 @@ impl<'a> Matrix<'a, bf16> {
 impl<'a> Matrix<'a, f32> {
     pub fn sums(tensor: &'a Tensor) -> Self {
         Self::in_host(tensor, Kind::Float)
+    }
+
+    /// Matrix `index` of a tensor [matrices, rows, columns].
+    pub fn one_of_sums(tensor: &'a Tensor, index: usize) -> Self {
+        Self::nth_in_host(tensor, Kind::Float, index)
     }
 }
 

@@ -276,6 +276,34 @@ __device__ inline void exponentials(Rows logits, const long long *targets, float
   m[row] = maximum;
 }
 
+// --- adamw: a thread for each pack of a flat piece
+
+// As the host's kernel has them.
+struct Factors {
+  float coefficient, decay, keep_m, keep_v, take_m, take_v, root, eps, rate;
+};
+
+// p, m and v move against g; compute becomes p.
+template <class T> __device__ inline void adamw(const float *g, float *p, float *m, float *v, T *compute, Factors f, long long n) {
+  long long first = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
+  if (first >= n) return;
+  float gradient[PACK], master[PACK], mean[PACK], square[PACK];
+  load(g + first, gradient);
+  load(p + first, master);
+  load(m + first, mean);
+  load(v + first, square);
+  for (int k = 0; k < PACK; k++) {
+    float x = gradient[k] * f.coefficient;
+    mean[k] = mean[k] * f.keep_m + x * f.take_m;
+    square[k] = square[k] * f.keep_v + x * x * f.take_v;
+    master[k] = master[k] * f.decay - mean[k] / (sqrtf(square[k]) / f.root + f.eps) * f.rate;
+  }
+  store(master, p + first);
+  store(mean, m + first);
+  store(square, v + first);
+  store(master, compute + first);
+}
+
 #define BOTH(name, parameters, arguments)                                                  \
   extern "C" __global__ void name##_bf16 parameters { name<bf16> arguments; }              \
   extern "C" __global__ void name##_f32 parameters { name<float> arguments; }
@@ -295,3 +323,9 @@ BOTH(combine_rows, (Rows x, const long long *at, int k, Rows add, int has_add, R
 BOTH(exponentials,
      (Rows logits, const long long *targets, float *m, float *s, float *target_logit, float *rescale, int n),
      (logits, targets, m, s, target_logit, rescale, n))
+extern "C" __global__ void adamw_bf16(const float *g, float *p, float *m, float *v, bf16 *compute, Factors f, long long n) {
+  adamw(g, p, m, v, compute, f, n);
+}
+extern "C" __global__ void adamw_f32(const float *g, float *p, float *m, float *v, float *compute, Factors f, long long n) {
+  adamw(g, p, m, v, compute, f, n);
+}

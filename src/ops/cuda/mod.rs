@@ -5,7 +5,10 @@
 //! device comes; where that is not possible, a warning says so and libtorch computes all. Tests beside the operations run
 //! the same text on threads of the host.
 
-use super::row_layout::RowLayout;
+use super::{
+    adamw::{Factors, State},
+    row_layout::RowLayout,
+};
 use crate::device::{
     self, DeviceError,
     kernels::{Launch, Program},
@@ -33,7 +36,7 @@ macro_rules! named {
     ($($name:literal),*) => { [$(concat!($name, "_bf16"), concat!($name, "_f32")),*] };
 }
 
-const NAMES: [&str; 18] = named!(
+const NAMES: [&str; 20] = named!(
     "norm_forward",
     "norm_recompute",
     "norm_backward",
@@ -42,7 +45,8 @@ const NAMES: [&str; 18] = named!(
     "swiglu_backward",
     "gather_rows",
     "combine_rows",
-    "exponentials"
+    "exponentials",
+    "adamw"
 );
 
 /// The kernels of this rank's device.
@@ -129,6 +133,12 @@ impl Rows {
 /// The values of a dense tensor of `kind`.
 fn values(tensor: &Tensor, kind: Kind) -> Option<*mut c_void> {
     (tensor.kind() == kind && tensor.is_contiguous()).then(|| tensor.data_ptr())
+}
+
+/// The `n` values of a dense tensor of `kind`, where they are whole packs.
+fn flat(tensor: &Tensor, kind: Kind, n: usize) -> Option<*mut c_void> {
+    let values = values(tensor, kind).filter(|values| values.addr().is_multiple_of(16))?;
+    (tensor.numel() == n && n.is_multiple_of(PACK)).then_some(values)
 }
 
 /// Blocks with a warp for each row.
@@ -268,6 +278,21 @@ impl Kernels {
             let (m, s, target_logit, rescale) = (m?, s?, target_logit?, rescale?);
             let targets = all.values(targets, Kind::Int64, 1)?;
             start!(self, "exponentials", kind, rows, raw, targets, m, s, target_logit, rescale, columns)
+        };
+        run().is_some()
+    }
+
+    /// See [`super::adamw::Update::apply`].
+    pub fn adamw(&self, gradient: &Tensor, state: &State, factors: Factors) -> bool {
+        let State { master, exp_avg, exp_avg_sq, compute } = state;
+        let n = gradient.numel();
+        let run = || {
+            let [g, p, m, v] =
+                [gradient, master, exp_avg, exp_avg_sq].map(|piece| flat(piece, Kind::Float, n));
+            let (g, p, m, v, out) = (g?, p?, m?, v?, flat(compute, compute.kind(), n)?);
+            let packs = (n / PACK) as u64;
+            let blocks = packs.div_ceil(u64::from(THREADS)) as i64;
+            start!(self, "adamw", compute.kind(), blocks, g, p, m, v, out, factors, n as i64)
         };
         run().is_some()
     }

@@ -1,7 +1,7 @@
 //! Layers in bf16 on a CPU with tile registers: an adapter's part of an output is one more term of the sum that makes it, and
 //! a group of rows costs no more than what it computes.
 
-use super::{Adapter, Base, Layers, Linear, Part, ThinGradient, columns, rows_of, with_columns};
+use super::{Adapter, Base, Layers, Linear, Matrices, Part, ThinGradient, columns, rows_of, with_columns};
 #[cfg(target_arch = "x86_64")]
 use crate::ops::cpu::{Level, amx::Amx};
 use crate::ops::{
@@ -41,32 +41,33 @@ impl<'a> Tiled<'a, Amx> {
 impl<T: Tiles> Tiled<'_, T> {
     /// See [`super::forward`].
     pub(super) fn forward(&self, x: &Tensor, add: Option<&Tensor>) -> (Buffer, Option<Buffer>) {
-        let width = self.layers.layers.first().map_or(0, Linear::output);
-        let y = Buffer::empty(&[x.size()[0], width], x.kind(), x.device());
+        let linear = self.layers.linear;
+        let y = Buffer::empty(&[x.size()[0], linear.output()], x.kind(), x.device());
         let h = self.layers.thin_like(x);
+        let segments = segments(linear);
         let [x_rows, y_rows] = [x, &*y].map(Matrix::of);
         let [h_rows, add_rows] = [h.as_deref(), add].map(|tensor| tensor.map(Matrix::of));
-        for (layer, rows) in self.layers.with_rows() {
+        for (group, rows) in self.layers.with_rows() {
             let range = usizes(&rows);
             let (x, h) = (x_rows.rows(&range), h_rows.map(|h| h.rows(&range)));
-            if let Some((adapter, h)) = layer.adapter().zip(h) {
-                self.thin_of(x, adapter, h);
+            if let Some((adapter, h)) = linear.adapter().zip(h) {
+                self.thin_of(x, group, adapter, h);
             }
-            for Segment { out, base, at, part } in segments(layer) {
-                let to = y_rows.rows(&range).columns(&usizes(&out));
-                let added = add_rows.map(|add| add.rows(&range).columns(&usizes(&out)));
-                let weight = Matrix::of(&base.weight).rows(&usizes(&at));
+            for Segment { out, base, at, part } in &segments {
+                let to = y_rows.rows(&range).columns(&usizes(out));
+                let added = add_rows.map(|add| add.rows(&range).columns(&usizes(out)));
+                let weight = matrix(&base.weight, group).rows(&usizes(at));
                 let bias = base.bias.as_ref().map(|bias| bias.narrow(0, at.start, at.end - at.start));
                 let mut terms = vec![by_columns(x, weight)];
-                if let Some(((part, at), h)) = part.zip(h) {
-                    let b = Matrix::of(&part.b).rows(&usizes(&at));
+                if let Some(((part, at), h)) = part.as_ref().zip(h) {
+                    let b = matrix(&part.b, group).rows(&usizes(at));
                     terms.push(by_columns(h.columns(&usizes(&part.ranks)), b));
                 }
                 let bias_rows = || bias.as_ref().map(|bias| Matrix::repeated(bias, range.len()));
                 let start = added.or_else(bias_rows);
                 multiply(self.tiles, &terms, Output::Rounded { to, start, scale: 1.0 });
                 if let (Some(_), Some(bias)) = (add, &bias) {
-                    let _ = columns(&rows_of(&y, &rows), &out).g_add_(bias);
+                    let _ = columns(&rows_of(&y, &rows), out).g_add_(bias);
                 }
             }
         }
@@ -75,48 +76,47 @@ impl<T: Tiles> Tiled<'_, T> {
 
     /// See [`super::thin`].
     pub(super) fn thin(&self, x: &Tensor) -> Option<Buffer> {
-        let h = self.layers.thin_like(x)?;
+        let (adapter, h) = self.layers.linear.adapter().zip(self.layers.thin_like(x))?;
         let [x, to] = [x, &*h].map(Matrix::of);
-        for (layer, rows) in self.layers.with_rows() {
-            let Some(adapter) = layer.adapter() else { continue };
+        for (group, rows) in self.layers.with_rows() {
             let rows = usizes(&rows);
-            self.thin_of(x.rows(&rows), adapter, to.rows(&rows));
+            self.thin_of(x.rows(&rows), group, adapter, to.rows(&rows));
         }
         Some(h)
     }
 
     /// h = s · x·Aᵀ
-    fn thin_of(&self, x: Matrix<bf16>, Adapter { a, scaling, .. }: &Adapter, h: Matrix<bf16>) {
-        let to = Output::Rounded { to: h, start: None, scale: *scaling as f32 };
-        multiply(self.tiles, &[by_columns(x, Matrix::of(a))], to);
+    fn thin_of(&self, x: Matrix<bf16>, group: usize, adapter: &Adapter, h: Matrix<bf16>) {
+        let to = Output::Rounded { to: h, start: None, scale: adapter.scaling as f32 };
+        multiply(self.tiles, &[by_columns(x, matrix(&adapter.a, group))], to);
     }
 
     /// See [`super::backward_input`].
     pub(super) fn backward_input(&self, d_y: &Tensor) -> (Buffer, ThinGradient) {
-        let input = self.layers.layers.first().map_or(0, Linear::input);
-        let d_x = Buffer::empty(&[d_y.size()[0], input], d_y.kind(), d_y.device());
+        let linear = self.layers.linear;
+        let d_x = Buffer::empty(&[d_y.size()[0], linear.input()], d_y.kind(), d_y.device());
         let g = self.layers.thin_like(d_y);
         let [d_y_rows, d_x_rows] = [d_y, &*d_x].map(Matrix::of);
         let g_rows = g.as_deref().map(Matrix::of);
-        for (layer, rows) in self.layers.with_rows() {
+        for (group, rows) in self.layers.with_rows() {
             let rows = usizes(&rows);
             let d_y = d_y_rows.rows(&rows);
-            let bases = with_columns(&layer.bases);
+            let bases = with_columns(&linear.bases);
             let mut terms: Vec<Term> = bases
-                .map(|(base, out)| by_rows(d_y.columns(&usizes(&out)), Matrix::of(&base.weight)))
+                .map(|(base, out)| by_rows(d_y.columns(&usizes(&out)), matrix(&base.weight, group)))
                 .collect();
-            if let Some((adapter, g)) = layer.adapter().zip(g_rows) {
+            if let Some((adapter, g)) = linear.adapter().zip(g_rows) {
                 let g = g.rows(&rows);
                 for part in &adapter.parts {
                     let to = g.columns(&usizes(&part.ranks));
                     let to = Output::Rounded { to, start: None, scale: adapter.scaling as f32 };
                     multiply(
                         self.tiles,
-                        &[by_rows(d_y.columns(&usizes(&part.out)), Matrix::of(&part.b))],
+                        &[by_rows(d_y.columns(&usizes(&part.out)), matrix(&part.b, group))],
                         to,
                     );
                 }
-                terms.push(by_rows(g, Matrix::of(&adapter.a)));
+                terms.push(by_rows(g, matrix(&adapter.a, group)));
             }
             let to = Output::Rounded { to: d_x_rows.rows(&rows), start: None, scale: 1.0 };
             multiply(self.tiles, &terms, to);
@@ -126,17 +126,33 @@ impl<T: Tiles> Tiled<'_, T> {
 
     /// See [`super::backward_parameters`].
     pub(super) fn backward_parameters(&self, d_y: &Tensor, x: &Tensor, h: &Tensor, g: &Tensor) {
+        let Some((adapter, gradient)) = &self.layers.linear.adapter else { return };
         let all = [d_y, x, h, g].map(Matrix::of);
-        for (layer, rows) in self.layers.with_rows() {
-            let Some((adapter, gradient)) = &layer.adapter else { continue };
+        for (group, rows) in self.layers.with_rows() {
             let [d_y, x, h, g] = all.map(|matrix| matrix.rows(&usizes(&rows)));
             for (part, d_b) in adapter.parts.iter().zip(&gradient.b) {
                 // (hᵀ·dy)ᵀ: what is packed once for each block of rows is then the thin factor.
                 let product = summed_rows(h.columns(&usizes(&part.ranks)), d_y.columns(&usizes(&part.out)));
-                multiply(self.tiles, &[product], Output::AddedTransposed(Matrix::sums(d_b)));
+                multiply(self.tiles, &[product], Output::AddedTransposed(sums(d_b, group)));
             }
-            multiply(self.tiles, &[summed_rows(g, x)], Output::Added(Matrix::sums(&gradient.a)));
+            multiply(self.tiles, &[summed_rows(g, x)], Output::Added(sums(&gradient.a, group)));
         }
+    }
+}
+
+/// That of `group`.
+fn matrix(all: &Matrices, group: usize) -> Matrix<'_, bf16> {
+    match all {
+        Matrices::Shared(matrix) => Matrix::of(matrix),
+        Matrices::Each(all) => Matrix::one_of(all, group),
+    }
+}
+
+/// What is added to for `group`.
+fn sums(all: &Matrices, group: usize) -> Matrix<'_, f32> {
+    match all {
+        Matrices::Shared(sums) => Matrix::sums(sums),
+        Matrices::Each(all) => Matrix::one_of_sums(all, group),
     }
 }
 
