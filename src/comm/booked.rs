@@ -105,10 +105,8 @@ impl<C: Communicator> Communicator for Booked<C> {
     }
 
     fn all_to_all(&self, sent: Parts, received: Parts) -> Result<(), CommError> {
-        let (output, counts) = received;
-        let all = counts.iter().sum::<usize>();
-        let of_others = all - counts.get(self.rank()).copied().unwrap_or(0);
-        let bytes = bytes(output) / all.max(1) * of_others;
+        let others = (0..received.pieces.len()).filter(|&peer| peer != self.rank());
+        let bytes = others.map(|peer| received.count(peer)).sum::<usize>() * received.row();
         self.book(Operation::AllToAll, bytes, || self.inner.all_to_all(sent, received))
     }
 

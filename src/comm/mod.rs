@@ -18,7 +18,7 @@ use crate::device::{
     self, DeviceChoice, DeviceError, Lane, RankDevice,
     choose::{SHARES, Sight},
 };
-use std::rc::Rc;
+use std::{ops::Range, rc::Rc};
 use tch::{Device, Kind, Tensor};
 
 pub use control::{Slow, Watcher};
@@ -108,8 +108,30 @@ impl Drop for Pending {
     }
 }
 
-/// Rows `[Σ counts, n]` in rank order, so many for each rank of a group, or from each.
-pub type Parts<'a> = (&'a Tensor, &'a [usize]);
+/// Rows of a tensor `[rows, …]` by rank of a group: the pieces that are for each, or come from each, in an order that both ends know.
+#[derive(Clone, Copy)]
+pub struct Parts<'a> {
+    pub rows: &'a Tensor,
+    pub pieces: &'a [Vec<Range<usize>>],
+}
+
+impl<'a> Parts<'a> {
+    /// The pieces of `rank` that have rows.
+    fn of(self, rank: usize) -> impl Iterator<Item = Tensor> + use<'a> {
+        let pieces = self.pieces[rank].iter().filter(|piece| !piece.is_empty());
+        pieces.map(move |piece| self.rows.narrow(0, piece.start as i64, piece.len() as i64))
+    }
+
+    /// The rows of `rank`.
+    fn count(self, rank: usize) -> usize {
+        self.pieces[rank].iter().map(Range::len).sum()
+    }
+
+    /// Bytes of a row.
+    fn row(self) -> usize {
+        self.rows.size().iter().skip(1).product::<i64>() as usize * self.rows.kind().elt_size_in_bytes()
+    }
+}
 
 /// The collectives of one group of ranks.
 pub trait Communicator {
@@ -139,8 +161,8 @@ pub trait Communicator {
     /// Sums `input` `[size × n]` fp32 over the ranks and leaves piece `rank` in `output` `[n]` fp32.
     fn reduce_scatter(&self, input: &Tensor, output: &Tensor) -> Result<(), CommError>;
 
-    /// Sends each rank its rows of `sent`, and leaves in `received` the rows that came from each, which has to send as
-    /// many. Any dtype.
+    /// Sends each rank its pieces of `sent`, and leaves in `received` those that came from each, which has to send as many of
+    /// the same lengths. What is in no piece stays as it is. Any dtype.
     fn all_to_all(&self, sent: Parts, received: Parts) -> Result<(), CommError>;
 
     /// Sums `values` fp32 over the ranks in place; every rank ends with the same bits.
@@ -345,29 +367,33 @@ fn check(
 }
 
 /// Checks the buffers of an all-to-all, as `rank` of `size` sees it.
-fn check_rows(group: &str, rank: usize, size: usize, sent: Parts, received: Parts) -> Result<(), CommError> {
+fn check_parts(group: &str, rank: usize, size: usize, sent: Parts, received: Parts) -> Result<(), CommError> {
     const NAME: &str = "all_to_all";
-    let (input, kind) = (sent.0, Some(sent.0.kind()));
-    let row = input.size().iter().skip(1).product::<i64>() as usize * input.kind().elt_size_in_bytes();
+    let (kind, row) = (Some(sent.rows.kind()), sent.row());
     let length = |what, actual: usize, expected: usize| {
         let (actual, expected) = (actual * row, expected * row);
         CommError::Length { operation: NAME, group: group.into(), what, actual, expected }
     };
-    for (what, (tensor, rows)) in [("input", sent), ("output", received)] {
-        if rows.len() != size {
-            return Err(length(what, rows.len(), size));
+    for (what, parts) in [("input", sent), ("output", received)] {
+        let rows = parts.rows.size()[0] as usize;
+        check(NAME, group, what, parts.rows, kind, rows * row)?;
+        if parts.pieces.len() != size {
+            return Err(length(what, parts.pieces.len(), size));
         }
-        check(NAME, group, what, tensor, kind, rows.iter().sum::<usize>() * row)?;
+        if let Some(outside) = parts.pieces.iter().flatten().find(|piece| piece.end > rows) {
+            return Err(length(what, rows, outside.end));
+        }
     }
-    match (sent.1[rank], received.1[rank]) {
-        (out, back) if out != back => Err(length("own rows", out, back)),
+    let own = |parts: Parts| parts.pieces[rank].iter().map(Range::len).filter(|&n| n > 0).collect::<Vec<_>>();
+    match (own(sent), own(received)) {
+        (out, back) if out != back => Err(length("own rows", out.iter().sum(), back.iter().sum())),
         _ => Ok(()),
     }
 }
 
-/// The rows that are of or for `peer`.
-fn rows_of((all, rows): Parts, peer: usize) -> Tensor {
-    all.narrow(0, rows[..peer].iter().sum::<usize>() as i64, rows[peer] as i64)
+/// Copies the pieces that a rank sends to itself.
+fn copy_own(rank: usize, sent: Parts, received: Parts) {
+    received.of(rank).zip(sent.of(rank)).for_each(|(mut to, from)| to.copy_(&from));
 }
 
 fn bytes(tensor: &Tensor) -> usize {

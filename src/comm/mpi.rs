@@ -1,14 +1,13 @@
 //! MPI, for ranks whose tensors are in host memory. All calls come from the thread that started MPI.
 //!
 //! The fp32 reduce-scatter is pairwise exchange and add: `MPI_Reduce_scatter_block` was measured eight times
-//! slower with Open MPI 4.1. The all-to-all is pairwise too: `MPI_Alltoallv` counts and places in C ints. Gathers are byte
+//! slower with Open MPI 4.1. The all-to-all is a message for each piece: `MPI_Alltoallv` counts and places in C ints. Gathers are byte
 //! copies, so MPI needs no bf16 type; over several hosts they go the way of [`hosts`](super::hosts).
 
 use super::{
-    CommError, Communicator, Completion, Parts, Pending, Reduce, bytes, check, check_rows,
+    CommError, Communicator, Completion, Parts, Pending, Reduce, bytes, check, check_parts, copy_own,
     hosts::{Hop, Round, Route},
     launcher::Launch,
-    rows_of,
     shared::Shared,
 };
 use crate::buffers::Buffer;
@@ -164,56 +163,80 @@ impl Mpi {
     }
 }
 
-/// Messages of the two rounds of an all-gather over hosts; 0 is what `exchange` uses.
+/// Tags: of the two rounds of an all-gather over hosts, and of an all-to-all; 0 is what `exchange` uses.
 const ACROSS: i32 = 1;
 const WITHIN: i32 = 2;
+const PIECE: i32 = 3;
+
+/// A contiguous piece of host memory, for or from rank `peer`.
+struct Message {
+    at: *mut c_void,
+    count: i32,
+    datatype: ffi::MPI_Datatype,
+    peer: i32,
+}
 
 /// Messages under way.
 struct Messages {
-    requests: Vec<ffi::MPI_Request>,
-    /// The whole array, of which they read and write pieces.
-    whole: Tensor,
+    operation: &'static str,
     group: String,
+    requests: Vec<ffi::MPI_Request>,
+    /// What they read and write pieces of.
+    _memory: Vec<Tensor>,
 }
 
 impl Messages {
-    /// Starts those of `round`, each a piece of `whole` of (count, datatype).
-    fn start(
+    /// Starts them. Between two ranks they meet in the order in which they are listed.
+    ///
+    /// # Safety
+    /// Every piece lies in `memory` and has the length that it counts. No other message writes what one writes, what is sent is
+    /// only read, and the caller touches neither before [`wait`](Self::wait).
+    unsafe fn start(
+        mpi: &Mpi,
+        operation: &'static str,
+        tag: i32,
+        memory: Vec<Tensor>,
+        received: impl Iterator<Item = Message>,
+        sent: impl Iterator<Item = Message>,
+    ) -> Result<Self, CommError> {
+        let mut all = Self { operation, group: mpi.group.clone(), requests: Vec::new(), _memory: memory };
+        let comm = mpi.comm.as_raw();
+        let mut codes = Vec::new();
+        let mut post = |post: &dyn Fn(*mut ffi::MPI_Request) -> i32| {
+            // SAFETY: a constant of MPI.
+            let mut request = unsafe { ffi::RSMPI_REQUEST_NULL };
+            codes.push(post(&raw mut request));
+            all.requests.push(request);
+        };
+        // SAFETY of both calls: the caller's word, and self keeps the memory alive until the requests have completed.
+        for Message { at, count, datatype, peer } in received {
+            post(&|request| unsafe { ffi::MPI_Irecv(at, count, datatype, peer, tag, comm, request) });
+        }
+        for Message { at, count, datatype, peer } in sent {
+            post(&|request| unsafe { ffi::MPI_Isend(at, count, datatype, peer, tag, comm, request) });
+        }
+        codes.into_iter().try_for_each(|code| mpi.ok(operation, code))?;
+        Ok(all)
+    }
+
+    /// Those of `round`, each a piece of `whole` of (count, datatype).
+    fn of_round(
         mpi: &Mpi,
         round: &Round,
         tag: i32,
         whole: &Tensor,
         (count, datatype): (i32, ffi::MPI_Datatype),
     ) -> Result<Self, CommError> {
-        let (whole, group) = (whole.shallow_clone(), mpi.group.clone());
-        let mut all = Self { requests: Vec::new(), whole, group };
-        let bytes_of_piece = bytes(&all.whole) / mpi.size();
-        let comm = mpi.comm.as_raw();
-        // Every piece lies inside of the array.
-        let start = all.whole.data_ptr().cast::<u8>();
-        let at = |piece: usize| start.wrapping_add(piece * bytes_of_piece);
-        let mut codes = Vec::new();
-        let mut post = |hop: &Hop, post: &dyn Fn(*mut c_void, i32, *mut ffi::MPI_Request) -> i32| {
-            // SAFETY: a constant of MPI.
-            let mut request = unsafe { ffi::RSMPI_REQUEST_NULL };
-            codes.push(post(at(hop.piece).cast(), hop.peer as i32, &raw mut request));
-            all.requests.push(request);
+        let bytes_of_piece = bytes(whole) / mpi.size();
+        let start = whole.data_ptr().cast::<u8>();
+        let message = |hop: &Hop| {
+            let at = start.wrapping_add(hop.piece * bytes_of_piece).cast();
+            Message { at, count, datatype, peer: hop.peer as i32 }
         };
-        // SAFETY of both calls: a piece is contiguous host memory of the length counted, which self keeps alive until the
-        // request has completed. No other message of the gather writes it, what is sent is whole and only read, and the
-        // caller touches nothing before (contract of `Pending`).
-        for hop in &round.received {
-            post(hop, &|to, peer, request| unsafe {
-                ffi::MPI_Irecv(to, count, datatype, peer, tag, comm, request)
-            });
-        }
-        for hop in &round.sent {
-            post(hop, &|from, peer, request| unsafe {
-                ffi::MPI_Isend(from, count, datatype, peer, tag, comm, request)
-            });
-        }
-        codes.into_iter().try_for_each(|code| mpi.ok("all_gather", code))?;
-        Ok(all)
+        let (received, sent) = (round.received.iter().map(message), round.sent.iter().map(message));
+        // SAFETY: every piece lies in the array; a rank is sent a piece once and sends what it has whole, and the caller touches
+        // nothing before (contract of `Pending`).
+        unsafe { Self::start(mpi, "all_gather", tag, vec![whole.shallow_clone()], received, sent) }
     }
 
     /// Waits for all.
@@ -223,7 +246,7 @@ impl Messages {
         let wait = |mut request| unsafe { ffi::MPI_Wait(&mut request, ffi::RSMPI_STATUS_IGNORE) };
         let codes: Vec<i32> = self.requests.drain(..).map(wait).collect();
         match codes.into_iter().find(|&code| code != ffi::MPI_SUCCESS as i32) {
-            Some(code) => Err(CommError::Mpi { operation: "all_gather", group: self.group.clone(), code }),
+            Some(code) => Err(CommError::Mpi { operation: self.operation, group: self.group.clone(), code }),
             None => Ok(()),
         }
     }
@@ -238,6 +261,7 @@ impl Drop for Messages {
 /// An all-gather over hosts, whose first round is under way.
 struct HostGather {
     across: Messages,
+    whole: Tensor,
     mpi: Mpi,
     route: Rc<Route>,
     piece: (i32, ffi::MPI_Datatype),
@@ -246,7 +270,7 @@ struct HostGather {
 impl Completion for HostGather {
     fn wait(mut self: Box<Self>) -> Result<(), CommError> {
         self.across.wait()?;
-        Messages::start(&self.mpi, &self.route.within, WITHIN, &self.across.whole, self.piece)?.wait()
+        Messages::of_round(&self.mpi, &self.route.within, WITHIN, &self.whole, self.piece)?.wait()
     }
 }
 
@@ -304,8 +328,9 @@ impl Communicator for Mpi {
             let n = input.numel() as i64;
             output.view([-1]).narrow(0, self.rank() as i64 * n, n).copy_(&input.view([-1]));
             let (mpi, piece) = (self.clone(), (count, datatype));
-            let across = Messages::start(self, &route.across, ACROSS, output, piece)?;
-            return Ok(Pending::new(HostGather { across, mpi, route: route.clone(), piece }));
+            let across = Messages::of_round(self, &route.across, ACROSS, output, piece)?;
+            let (whole, route) = (output.shallow_clone(), route.clone());
+            return Ok(Pending::new(HostGather { across, whole, mpi, route, piece }));
         }
         let mut request = MaybeUninit::uninit();
         // SAFETY: both buffers are contiguous host memory of the lengths just checked; `Gather` keeps them alive
@@ -348,14 +373,27 @@ impl Communicator for Mpi {
     }
 
     fn all_to_all(&self, sent: Parts, received: Parts) -> Result<(), CommError> {
+        const NAME: &str = "all_to_all";
         let (rank, size) = (self.rank(), self.size());
-        check_rows(&self.group, rank, size, sent, received)?;
-        rows_of(received, rank).copy_(&rows_of(sent, rank));
-        for distance in 1..size {
-            let (to, from) = ((rank + distance) % size, (rank + size - distance) % size);
-            self.exchange("all_to_all", (&rows_of(sent, to), to), (&rows_of(received, from), from))?;
-        }
-        Ok(())
+        check_parts(&self.group, rank, size, sent, received)?;
+        let messages = |parts: Parts, peers: &dyn Fn(usize) -> usize| {
+            let with = |peer: usize| parts.of(peer).map(move |piece| (peer, piece));
+            let message = |(peer, piece): (usize, Tensor)| {
+                let (count, datatype) = self.count(NAME, bytes(&piece))?;
+                Ok(Message { at: piece.data_ptr(), count, datatype, peer: peer as i32 })
+            };
+            (1..size).map(peers).flat_map(with).map(message).collect::<Result<Vec<_>, CommError>>()
+        };
+        // Each begins with another one.
+        let to = messages(sent, &|distance| (rank + distance) % size)?;
+        let from = messages(received, &|distance| (rank + size - distance) % size)?;
+        let memory = vec![sent.rows.shallow_clone(), received.rows.shallow_clone()];
+        // SAFETY: the pieces lie in the two tensors, which were found contiguous, and are waited for before this returns. Pieces of
+        // `received` do not overlap, nor do the tensors: both are the caller's to see to.
+        let mut under_way =
+            unsafe { Messages::start(self, NAME, PIECE, memory, from.into_iter(), to.into_iter())? };
+        copy_own(rank, sent, received);
+        under_way.wait()
     }
 
     fn all_reduce(&self, values: &Tensor) -> Result<(), CommError> {

@@ -11,10 +11,9 @@
 //! process's end gives them back.
 
 use super::{
-    CommError, Communicator, Completion, Parts, Pending, Reduce, bytes, check, check_rows,
+    CommError, Communicator, Completion, Parts, Pending, Reduce, bytes, check, check_parts,
     control::{DeviceComm, GroupWatch},
     mpi::Mpi,
-    rows_of,
 };
 use crate::device::{self, DeviceError, DeviceRuntime, Event, Lane, runtime::RawStream};
 use cudarc::nccl::{
@@ -265,20 +264,18 @@ impl Communicator for Nccl {
 
     fn all_to_all(&self, sent: Parts, received: Parts) -> Result<(), CommError> {
         const NAME: &str = "all_to_all";
-        let (rank, size) = (self.rank(), self.size());
-        check_rows(self.group(), rank, size, sent, received)?;
-        rows_of(received, rank).copy_(&rows_of(sent, rank));
+        let size = self.size();
+        check_parts(self.group(), self.rank(), size, sent, received)?;
         let byte = ncclDataType_t::ncclUint8;
-        let done = self.launch(NAME, &[sent.0, received.0], |comm, stream| {
+        let done = self.launch(NAME, &[sent.rows, received.rows], |comm, stream| {
             result::group_start()?;
-            for peer in (0..size).filter(|&peer| peer != rank) {
-                let (out, back, peer) = (rows_of(sent, peer), rows_of(received, peer), peer as i32);
-                // Both ends know where there is nothing to say.
-                if bytes(&out) > 0 {
-                    unsafe { result::send(at(&out), bytes(&out), byte, peer, comm, stream)? };
+            // Also to itself: a copy of each piece would be a start each.
+            for peer in 0..size {
+                for out in sent.of(peer) {
+                    unsafe { result::send(at(&out), bytes(&out), byte, peer as i32, comm, stream)? };
                 }
-                if bytes(&back) > 0 {
-                    unsafe { result::recv(at(&back), bytes(&back), byte, peer, comm, stream)? };
+                for back in received.of(peer) {
+                    unsafe { result::recv(at(&back), bytes(&back), byte, peer as i32, comm, stream)? };
                 }
             }
             result::group_end()

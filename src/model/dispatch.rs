@@ -5,7 +5,7 @@ use crate::{
     ops::{
         Buffer,
         cpu::values,
-        dispatch::Assignment,
+        dispatch::{Assignment, filled},
         linear::{self, Groups},
     },
     shard::{Exchange, Route, ShardError},
@@ -23,8 +23,7 @@ pub struct Dispatch {
 /// Rows that come from all ranks to the experts of this one.
 struct Remote {
     route: Route,
-    /// Of the rows that come to this rank's experts.
-    assignment: Assignment,
+    groups: Groups,
 }
 
 impl Dispatch {
@@ -35,16 +34,17 @@ impl Dispatch {
         experts: usize,
         exchange: Option<&Exchange>,
     ) -> Result<Self, ShardError> {
-        let computed = if linear::takes_any_rows(x) { Assignment::new } else { Assignment::filled };
+        let any_rows = linear::takes_any_rows(x);
         let Some(exchange) = exchange else {
-            return Ok(Self { assignment: computed(chosen, experts), remote: None });
+            let assign = if any_rows { Assignment::new } else { Assignment::filled };
+            return Ok(Self { assignment: assign(chosen, experts), remote: None });
         };
-        // No padding travels.
+        // What fills up does not travel.
         let assignment = Assignment::new(chosen, experts);
-        let route = exchange.route(&values(&assignment.counts().to_device(Device::Cpu)))?;
-        let local = Tensor::from_slice(route.experts()).to_device(chosen.device()).view([-1, 1]);
-        let remote = Remote { assignment: computed(&local, exchange.share(experts)), route };
-        Ok(Self { assignment, remote: Some(remote) })
+        let counts: Vec<i64> = values(&assignment.counts().to_device(Device::Cpu));
+        let route = exchange.route(&counts, if any_rows { |count| count } else { filled })?;
+        let groups = Groups::of_device(route.borders(), x.device());
+        Ok(Self { assignment, remote: Some(Remote { route, groups }) })
     }
 
     /// How often each of all experts was chosen by this rank's tokens: `[experts]` i64.
@@ -54,7 +54,7 @@ impl Dispatch {
 
     /// The rows of each of this rank's experts.
     pub fn groups(&self) -> &Groups {
-        self.remote.as_ref().map_or(&self.assignment, |remote| &remote.assignment).groups()
+        self.remote.as_ref().map_or_else(|| self.assignment.groups(), |remote| &remote.groups)
     }
 
     /// Whether rows travel between ranks.
@@ -66,34 +66,32 @@ impl Dispatch {
     pub fn gather(&self, x: &Tensor) -> Result<Buffer, ShardError> {
         let rows = self.assignment.gather(x);
         let Some(remote) = &self.remote else { return Ok(rows) };
-        Ok(remote.assignment.gather(&*remote.there(&rows)?))
+        remote.there(&rows)
     }
 
     /// `[tokens, n]` from what this rank's experts made of their rows, `[rows, n]`, plus `add` `[tokens, n]`. Collective.
     pub fn combine(&self, rows: &Tensor, add: Option<&Tensor>) -> Result<Buffer, ShardError> {
         let Some(remote) = &self.remote else { return Ok(self.assignment.combine(rows, add)) };
-        let back = remote.back(&remote.assignment.combine(rows, None), self.assignment.rows())?;
-        Ok(self.assignment.combine(&back, add))
+        Ok(self.assignment.combine(&*remote.back(rows, self.assignment.rows())?, add))
     }
 
     /// `[rows, 1]` from what each choice has, `[tokens, k]`. Collective.
     pub fn by_row(&self, by_choice: &Tensor) -> Result<Tensor, ShardError> {
         let rows = self.assignment.by_row(by_choice);
         let Some(remote) = &self.remote else { return Ok(rows) };
-        Ok(remote.assignment.by_row(&*remote.there(&rows)?))
+        Ok(remote.there(&rows)?.copy())
     }
 
     /// `[tokens, k]` from what each row has, `[rows, 1]`. Collective.
     pub fn by_choice(&self, by_row: &Tensor) -> Result<Tensor, ShardError> {
         let Some(remote) = &self.remote else { return Ok(self.assignment.by_choice(by_row)) };
-        let back = remote.back(&remote.assignment.by_choice(by_row), self.assignment.rows())?;
-        Ok(self.assignment.by_choice(&back))
+        Ok(self.assignment.by_choice(&*remote.back(by_row, self.assignment.rows())?))
     }
 }
 
 impl Remote {
     fn there(&self, rows: &Tensor) -> Result<Buffer, ShardError> {
-        let count = self.route.experts().len() as i64;
+        let count = self.route.borders().last().copied().unwrap_or(0);
         let arrived = Buffer::empty(&[count, rows.size()[1]], rows.kind(), rows.device());
         self.route.there(rows, &arrived)?;
         Ok(arrived)

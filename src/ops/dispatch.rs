@@ -26,7 +26,7 @@ const GRAIN: i64 = 32;
 
 /// Rows with which `count` are computed: a multiple of an eighth of the next power of two, and of 32. At most a quarter more
 /// from 128 up, in the mean a twelfth, and few numbers of rows in all: of each oneDNN keeps megabytes.
-fn filled(count: i64) -> i64 {
+pub fn filled(count: i64) -> i64 {
     let eighth = (count as u64).next_power_of_two() as i64 / 8;
     (count as u64).next_multiple_of(eighth.max(GRAIN) as u64) as i64
 }

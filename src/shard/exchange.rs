@@ -3,7 +3,7 @@
 //! Every rank of the group enters every exchange, also without rows.
 
 use super::ShardError;
-use crate::comm::{CommError, Communicator};
+use crate::comm::{CommError, Communicator, Parts};
 use std::{ops::Range, rc::Rc};
 use tch::Tensor;
 
@@ -13,15 +13,23 @@ pub struct Exchange {
     comm: Rc<dyn Communicator>,
 }
 
-/// Whose rows go where, for one choice of experts.
+/// The way of rows for one choice of experts.
 pub struct Route {
     comm: Rc<dyn Communicator>,
-    /// Rows that go to each rank.
-    sent: Vec<usize>,
-    /// Rows that come from each rank.
-    received: Vec<usize>,
-    /// Which of this rank's experts each row that comes is for, from 0: `[Σ received]`.
-    experts: Vec<i64>,
+    places: Places,
+}
+
+/// Whose rows go where, as a rank sees it. The rows of an expert lie together at both ends: where they come from, sorted by expert,
+/// and where they go, behind each other by rank.
+struct Places {
+    /// For each rank the rows that go to each of its experts.
+    sent: Vec<Vec<Range<usize>>>,
+    /// For each rank the rows that come from it, to each of this one's experts.
+    received: Vec<Vec<Range<usize>>>,
+    /// Where the rows of each of this rank's experts begin, and the end: `[experts + 1]`.
+    borders: Vec<i64>,
+    /// Rows that are nobody's.
+    gaps: Vec<Range<usize>>,
 }
 
 impl Exchange {
@@ -30,15 +38,10 @@ impl Exchange {
         (comm.size() > 1).then(|| Self { comm: comm.clone() })
     }
 
-    /// How many of `experts` each rank has.
-    pub fn share(&self, experts: usize) -> usize {
-        experts / self.comm.size()
-    }
-
-    /// The route of rows that are sorted by expert, `counts` `[experts]` of each. Collective.
-    pub fn route(&self, counts: &[i64]) -> Result<Route, ShardError> {
-        let (rank, ranks) = (self.comm.rank(), self.comm.size());
-        let mut table = Vec::with_capacity(ranks);
+    /// The route of rows that are sorted by expert, `counts` `[experts]` of each. Where they go an expert has `rows(count)` of them for
+    /// the `count` that come. Collective.
+    pub fn route(&self, counts: &[i64], rows: fn(i64) -> i64) -> Result<Route, ShardError> {
+        let mut table = Vec::with_capacity(self.comm.size());
         for (from, bytes) in self.comm.all_gather_host(bytemuck::cast_slice(counts))?.iter().enumerate() {
             let theirs: Vec<i64> =
                 bytes.as_chunks().0.iter().map(|&number| i64::from_ne_bytes(number)).collect();
@@ -48,36 +51,109 @@ impl Exchange {
             }
             table.push(theirs);
         }
-        let each = self.share(counts.len());
-        let of = |rank: usize| rank * each..(rank + 1) * each;
-        let rows = |counts: &[i64], experts: Range<usize>| counts[experts].iter().sum::<i64>() as usize;
-        let sent = (0..ranks).map(|to| rows(counts, of(to))).collect();
-        let received = table.iter().map(|theirs| rows(theirs, of(rank))).collect();
-        let mut experts = Vec::new();
-        for theirs in &table {
-            for (expert, &count) in theirs[of(rank)].iter().enumerate() {
-                experts.extend(std::iter::repeat_n(expert as i64, count as usize));
+        let places = Places::new(self.comm.rank(), &table, rows);
+        Ok(Route { comm: self.comm.clone(), places })
+    }
+}
+
+impl Places {
+    /// As `rank` sees it, of the `table` `[ranks][experts]` of how many rows each rank has for each expert.
+    fn new(rank: usize, table: &[Vec<i64>], rows: fn(i64) -> i64) -> Self {
+        let ranks = table.len();
+        let each = table[rank].len() / ranks;
+        let mut at = 0;
+        let mut next = |count: i64| {
+            let start = at;
+            at += count as usize;
+            start..at
+        };
+        let sent = table[rank].chunks(each).map(|counts| counts.iter().map(|&n| next(n)).collect()).collect();
+        let (mut received, mut borders, mut gaps) =
+            (vec![Vec::with_capacity(each); ranks], vec![0], Vec::new());
+        let mut start = 0;
+        for expert in rank * each..(rank + 1) * each {
+            let mut end = start;
+            for (theirs, pieces) in table.iter().zip(&mut received) {
+                let count = theirs[expert] as usize;
+                pieces.push(end..end + count);
+                end += count;
             }
+            let filled = start + rows((end - start) as i64) as usize;
+            gaps.push(end..filled);
+            borders.push(filled as i64);
+            start = filled;
         }
-        Ok(Route { comm: self.comm.clone(), sent, received, experts })
+        gaps.retain(|gap| !gap.is_empty());
+        Self { sent, received, borders, gaps }
     }
 }
 
 impl Route {
-    /// Which of this rank's experts each row that comes is for, from 0: `[received]`.
-    pub fn experts(&self) -> &[i64] {
-        &self.experts
+    /// Where the rows of each of this rank's experts begin, and the end: `[experts + 1]`.
+    pub fn borders(&self) -> &[i64] {
+        &self.places.borders
     }
 
     /// Sends `rows` `[sent, n]`, sorted by expert, to their experts; `arrived` `[received, n]` are then those that are for
-    /// this rank's, in the order of [`experts`](Self::experts). Collective.
+    /// this rank's, by expert, then by rank, zeros where they are nobody's. Collective.
     pub fn there(&self, rows: &Tensor, arrived: &Tensor) -> Result<(), CommError> {
-        self.comm.all_to_all((rows, &self.sent), (arrived, &self.received))
+        for gap in &self.places.gaps {
+            let _ = arrived.narrow(0, gap.start as i64, gap.len() as i64).zero_();
+        }
+        self.comm.all_to_all(self.own(rows), self.of_experts(arrived))
     }
 
     /// The reverse of [`there`](Self::there): `arrived` `[sent, n]` are then what became of this rank's own rows.
     /// Collective.
     pub fn back(&self, rows: &Tensor, arrived: &Tensor) -> Result<(), CommError> {
-        self.comm.all_to_all((rows, &self.received), (arrived, &self.sent))
+        self.comm.all_to_all(self.of_experts(rows), self.own(arrived))
+    }
+
+    fn own<'a>(&'a self, rows: &'a Tensor) -> Parts<'a> {
+        Parts { rows, pieces: &self.places.sent }
+    }
+
+    fn of_experts<'a>(&'a self, rows: &'a Tensor) -> Parts<'a> {
+        Parts { rows, pieces: &self.places.received }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::comm::World;
+    use tch::{Device, Kind};
+
+    fn fours(count: i64) -> i64 {
+        (count as u64).next_multiple_of(4) as i64
+    }
+
+    #[test]
+    fn rows_of_an_expert_lie_together() {
+        // Two ranks, three experts each.
+        let table = [vec![2, 0, 5, 1, 1, 0], vec![3, 0, 4, 0, 2, 7]];
+        let [first, second] = [0, 1].map(|rank| Places::new(rank, &table, fours));
+        assert_eq!(first.sent, [[0..2, 2..2, 2..7], [7..8, 8..9, 9..9]]);
+        assert_eq!(second.sent, [[0..3, 3..3, 3..7], [7..7, 7..9, 9..16]]);
+        assert_eq!(first.received, [[0..2, 8..8, 8..13], [2..5, 8..8, 13..17]]);
+        assert_eq!((&first.borders[..], &first.gaps[..]), (&[0, 8, 8, 20][..], &[5..8, 17..20][..]));
+        assert_eq!(second.received, [[0..1, 4..5, 8..8], [1..1, 5..7, 8..15]]);
+        assert_eq!((&second.borders[..], &second.gaps[..]), (&[0, 4, 8, 16][..], &[1..4, 7..8, 15..16][..]));
+        let exact = Places::new(0, &table, |count| count);
+        assert_eq!((&exact.borders[..], exact.gaps.len()), (&[0, 5, 5, 14][..], 0));
+    }
+
+    #[test]
+    fn nobodys_rows_are_zeros() {
+        let comm = World::start().unwrap().group("expert", 0);
+        let route = Route { comm, places: Places::new(0, &[vec![2, 0, 5]], fours) };
+        let rows = Tensor::arange_start(1, 8, (Kind::Float, Device::Cpu)).view([7, 1]);
+        let arrived = Tensor::full([12, 1], f64::NAN, (Kind::Float, Device::Cpu));
+        route.there(&rows, &arrived).unwrap();
+        let expected = [1.0f32, 2.0, 0.0, 0.0, 3.0, 4.0, 5.0, 6.0, 7.0, 0.0, 0.0, 0.0];
+        assert_eq!(arrived.view([-1]), Tensor::from_slice(&expected));
+        let back = rows.zeros_like();
+        route.back(&arrived, &back).unwrap();
+        assert_eq!(back, rows);
     }
 }

@@ -290,10 +290,15 @@ impl Communicator for Faulty {
 
     fn all_to_all(&self, sent: Parts, received: Parts) -> Result<(), CommError> {
         self.inner.all_to_all(sent, received)?;
-        let output = received.0;
-        let rows = output.size()[0];
-        if self.fault == Fault::LosesOneRow && rows > 0 {
-            let _ = output.get(rows - 1).zero_();
+        let last = received
+            .pieces
+            .iter()
+            .flatten()
+            .filter(|piece| !piece.is_empty())
+            .map(|piece| piece.end - 1)
+            .max();
+        if let Some(last) = last.filter(|_| self.fault == Fault::LosesOneRow) {
+            let _ = received.rows.get(last as i64).zero_();
         }
         Ok(())
     }

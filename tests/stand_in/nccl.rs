@@ -34,7 +34,7 @@ struct Comm {
     /// Collectives so far.
     number: AtomicU64,
     /// Messages so far to and from each rank.
-    messages: Mutex<HashMap<(usize, usize), u64>>,
+    messages: Mutex<HashMap<(usize, usize, bool), u64>>,
     state: AtomicI32,
 }
 
@@ -49,6 +49,8 @@ struct Message {
     start: usize,
     bytes: usize,
     stream: usize,
+    /// Whether it is sent; a rank may send to itself.
+    out: bool,
 }
 
 thread_local! {
@@ -308,7 +310,7 @@ pub unsafe extern "C" fn ncclGroupEnd() -> c_int {
         .into_iter()
         .map(|message| {
             let mut messages = comm.messages.lock().expect("whole numbers");
-            let number = messages.entry((message.from, message.to)).or_default();
+            let number = messages.entry((message.from, message.to, message.out)).or_default();
             *number += 1;
             let name = format!("message-{}-{}-{number}", message.from, message.to);
             (message, name)
@@ -318,10 +320,10 @@ pub unsafe extern "C" fn ncclGroupEnd() -> c_int {
         if !comm.works() {
             return;
         }
-        for (message, name) in numbered.iter().filter(|(message, _)| message.from == comm.rank) {
+        for (message, name) in numbered.iter().filter(|(message, _)| message.out) {
             comm.place.put(name, &Memory(message.start, message.bytes).read());
         }
-        for (message, name) in numbered.iter().filter(|(message, _)| message.to == comm.rank) {
+        for (message, name) in numbered.iter().filter(|(message, _)| !message.out) {
             let Ok(bytes) = comm.place.get(name) else { return };
             comm.place.forget(name);
             if bytes.len() != message.bytes {
@@ -346,7 +348,7 @@ unsafe fn message(
     let Some(comm) = comm(raw) else { return INVALID_ARGUMENT };
     let (own, peer, stream) = (comm.rank, peer as usize, stream.addr());
     let (from, to) = if out { (own, peer) } else { (peer, own) };
-    let message = Message { comm, from, to, start, bytes, stream };
+    let message = Message { comm, from, to, start, bytes, stream, out };
     GROUP.with_borrow_mut(|group| match group {
         Some(group) => {
             group.push(message);

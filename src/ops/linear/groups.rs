@@ -41,6 +41,17 @@ impl Groups {
         Self { borders: borders.into(), on_device: None }
     }
 
+    /// Of rows on `device`, which is told.
+    pub fn of_device(borders: &[i64], device: Device) -> Self {
+        if device == Device::Cpu {
+            return Self::new(borders.to_vec());
+        }
+        let upload = |values: Vec<i32>| Tensor::from_slice(&values).to_device(device);
+        let ends = upload(borders[1..].iter().map(|&end| end as i32).collect());
+        let sizes = upload(borders.windows(2).map(|pair| (pair[1] - pair[0]) as i32).collect());
+        Self { borders: borders.to_vec().into(), ..Self::on_device(&ends, &sizes) }
+    }
+
     /// Of rows on a device, from what that knows of each group: where it ends, and how many rows it has, `[groups]` i32. The host is
     /// told when it asks.
     pub fn on_device(ends: &Tensor, sizes: &Tensor) -> Self {
