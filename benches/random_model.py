@@ -21,11 +21,16 @@ SHAPES = {
     'qwen3-moe-0.23b': dict(vocab_size=32000, hidden_size=512, intermediate_size=1024, num_hidden_layers=16, num_attention_heads=8,
                             num_key_value_heads=4, head_dim=64, num_experts=32, num_experts_per_tok=4, moe_intermediate_size=256,
                             norm_topk_prob=True),
+    # 2.8 B: four of Qwen3-30B-A3B's 48 layers, all 128 experts of each, 8 a token; its head, tied.
+    'qwen3-moe-2.8b': dict(vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=4, num_attention_heads=32,
+                           num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
+                           norm_topk_prob=True),
 }
 
 
 def make(name: str, out: Path) -> None:
     torch.manual_seed(0)
+    torch.set_default_device('cuda' if torch.cuda.is_available() else 'cpu')
     torch.set_default_dtype(torch.bfloat16)
     shape = COMMON | SHAPES[name]
     if 'num_experts' in shape:

@@ -258,4 +258,6 @@ row gpu 'speed beside FSDP2 + PEFT: SmolLM2-135M, bf16, 8x2048 a rank' small_bes
 row gpu 'speed beside FSDP2 + PEFT: qwen3-2gb, bf16, 4x2048 a rank' random_beside_peer qwen3-2gb 4 2048
 row gpu 'speed beside FSDP2 + PEFT: qwen3-moe-0.23b, bf16, 8x1024 a rank' random_beside_peer qwen3-moe-0.23b 8 1024 \
   '[q_proj, k_proj, v_proj, o_proj, gate_up_proj, down_proj]'
+row gpu 'speed beside FSDP2 + PEFT: qwen3-moe-2.8b, bf16, 4x1024 a rank' random_beside_peer qwen3-moe-2.8b 4 1024 \
+  '[q_proj, k_proj, v_proj, o_proj, gate_up_proj, down_proj]'
 exit $failures

@@ -250,13 +250,16 @@ fn columns(x: &Tensor, range: &Range<i64>) -> Tensor {
     x.narrow(1, range.start, range.end - range.start)
 }
 
-/// sum += a·b, where the sum is fp32 (or fp64) and a, b are in compute dtype.
+/// sum += a·b, where the sum is fp32 (or fp64) and a, b are in compute dtype: fp32 and bf16, or the same kind.
 fn add_product(sum: &Tensor, a: &Tensor, b: &Tensor) {
     let mut sum = sum.shallow_clone();
     if a.kind() == sum.kind() {
         let _ = sum.addmm_(a, b);
-    } else {
+    } else if sum.device() == Device::Cpu {
         let _ = sum.g_add_(&a.mm(b));
+    } else {
+        // Not rounded on the way, and no pass of its own; libtorch has it for CUDA alone.
+        let _ = sum.addmm_dtype_out(&sum, a, b, sum.kind());
     }
 }
 
