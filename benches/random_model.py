@@ -1,6 +1,8 @@
 """Makes a Hugging Face model directory of random bf16 weights in the shape of a Qwen3 or Qwen3-MoE.
 
     random_model.py NAME OUT_DIR      NAME is one of SHAPES; OUT_DIR appears whole or not at all
+
+Drawn on a GPU where there is one, which has other numbers than a CPU.
 """
 import shutil
 import sys

@@ -101,6 +101,15 @@ over_nccl() { # EP
   train "nccl-$1" "$ranks" "$device" $moe --train.expert_parallel_size "$1" "${fp32[@]}" && same "nccl-$1" gpu 1e-5
 }
 
+# The grouped GEMM over rows of both ranks.
+over_nccl_grouped() {
+  [ "$ranks" -ge 2 ] && [ $((ranks % 2)) = 0 ] || { echo 'not run' >"$out/said"; return 0; }
+  [ -e "$out/gpu-grouped/metrics.jsonl" ] || grouped_on_one || return
+  train nccl-grouped "$ranks" cuda $moe --train.expert_parallel_size 2 --train.max_steps 8 --train.profile_steps 1 || return
+  grep -q linear.forward_at_once "$out"/nccl-grouped/trace/*/rank_0.txt || { echo 'one GEMM after the other' >"$out/said"; return 1; }
+  same nccl-grouped gpu-grouped 5e-3
+}
+
 # From step 4 of 8 again: the same bytes. On every rank, with experts over two or all of them.
 resumed() {
   local run=weights/run again=(--train.expert_parallel_size $((ranks % 2 ? 1 : 2)) --train.save_steps 4 --train.max_steps 8)
@@ -250,6 +259,7 @@ row gpu 'experts on 1 GPU = on the CPU, bf16, grouped GEMM' grouped_on_one
 row gpu 'flash attention on 1 GPU = CPU: SmolLM2-135M, bf16, packs' flash_on_one
 row several "nccl: $ranks ranks on $gpus GPUs = 1 GPU, experts gathered, fp32" over_nccl 1
 row several "nccl: $ranks ranks on $gpus GPUs = 1 GPU, experts over 2, fp32" over_nccl 2
+row gpu "nccl: $ranks ranks on $gpus GPUs = 1 GPU, experts over 2, bf16" over_nccl_grouped
 row one "resume at 4 of 8 on $ranks ranks = undisturbed, to the byte" resumed
 row several "stopped rank of $ranks: named, communicators aborted" stopped
 row gpu 'generate on 1 GPU = on the CPU: SmolLM2-135M, fp32' generated

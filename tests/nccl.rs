@@ -338,14 +338,16 @@ fn mpi_the_table_of_gpus() {
         ("experts on 1 GPU = on the CPU, bf16", "not run"),
         ("flash attention", "not run"),
         ("nccl: 2 ranks on 2 GPUs = 1 GPU, experts gathered", losses),
-        ("nccl: 2 ranks on 2 GPUs = 1 GPU, experts over 2", losses),
+        ("nccl: 2 ranks on 2 GPUs = 1 GPU, experts over 2, fp32", losses),
+        ("nccl: 2 ranks on 2 GPUs = 1 GPU, experts over 2, bf16", "not run"),
         ("resume", "equal: 3 files of step 8"),
         ("stopped", "gone in"),
         ("generate", "not run"),
         ("memory", "not run"),
         ("speed beside FSDP2 + PEFT: SmolLM2", "not run"),
         ("speed beside FSDP2 + PEFT: qwen3-2gb", "not run"),
-        ("speed beside FSDP2 + PEFT: qwen3-moe", "not run"),
+        ("speed beside FSDP2 + PEFT: qwen3-moe-0.23b", "not run"),
+        ("speed beside FSDP2 + PEFT: qwen3-moe-2.8b", "not run"),
     ];
     let none = script(&TinyRun::new(), "0");
     let some = script(&TinyRun::new(), "2");

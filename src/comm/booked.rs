@@ -105,8 +105,7 @@ impl<C: Communicator> Communicator for Booked<C> {
     }
 
     fn all_to_all(&self, sent: Parts, received: Parts) -> Result<(), CommError> {
-        let others = (0..received.pieces.len()).filter(|&peer| peer != self.rank());
-        let bytes = others.map(|peer| received.count(peer)).sum::<usize>() * received.row();
+        let bytes = received.bytes_of_others(self.rank());
         self.book(Operation::AllToAll, bytes, || self.inner.all_to_all(sent, received))
     }
 

@@ -11,6 +11,7 @@ mod launcher;
 mod ledger;
 mod mpi;
 mod nccl;
+mod parts;
 mod shared;
 mod solo;
 
@@ -23,6 +24,7 @@ use tch::{Device, Kind, Tensor};
 
 pub use control::{Slow, Watcher};
 pub use ledger::{Ledger, Operation, Received};
+pub use parts::Parts;
 pub use shared::{PAGE, Shared};
 
 /// Why ranks could not be started or a collective could not be entered.
@@ -41,6 +43,24 @@ pub enum CommError {
     NotContiguous { operation: &'static str, group: String, what: &'static str },
     #[error("{operation} over {group}: {what} has {actual} bytes, expected {expected}")]
     Length { operation: &'static str, group: String, what: &'static str, actual: usize, expected: usize },
+    #[error("{operation} over {group}: {what} is cut into pieces of {actual:?} rows, expected {expected:?}")]
+    Pieces {
+        operation: &'static str,
+        group: String,
+        what: &'static str,
+        actual: Vec<usize>,
+        expected: Vec<usize>,
+    },
+    #[error("{operation} over {group}: {what} has pieces for {actual} ranks, expected {expected}")]
+    Ranks { operation: &'static str, group: String, what: &'static str, actual: usize, expected: usize },
+    #[error("{operation} over {group}: rows {first:?} and {second:?} of {what} overlap")]
+    Overlap {
+        operation: &'static str,
+        group: String,
+        what: &'static str,
+        first: Range<usize>,
+        second: Range<usize>,
+    },
     #[error("{operation} over {group}: {what} holds {actual:?}, expected {expected:?}")]
     Dtype { operation: &'static str, group: String, what: &'static str, actual: Kind, expected: Kind },
     #[error("{operation} over {group}: {bytes} bytes in one message are more than MPI's count can hold")]
@@ -105,31 +125,6 @@ impl Drop for Pending {
         if let Some(completion) = self.0.take() {
             let _ = completion.wait();
         }
-    }
-}
-
-/// Rows of a tensor `[rows, …]` by rank of a group: the pieces that are for each, or come from each, in an order that both ends know.
-#[derive(Clone, Copy)]
-pub struct Parts<'a> {
-    pub rows: &'a Tensor,
-    pub pieces: &'a [Vec<Range<usize>>],
-}
-
-impl<'a> Parts<'a> {
-    /// The pieces of `rank` that have rows.
-    fn of(self, rank: usize) -> impl Iterator<Item = Tensor> + use<'a> {
-        let pieces = self.pieces[rank].iter().filter(|piece| !piece.is_empty());
-        pieces.map(move |piece| self.rows.narrow(0, piece.start as i64, piece.len() as i64))
-    }
-
-    /// The rows of `rank`.
-    fn count(self, rank: usize) -> usize {
-        self.pieces[rank].iter().map(Range::len).sum()
-    }
-
-    /// Bytes of a row.
-    fn row(self) -> usize {
-        self.rows.size().iter().skip(1).product::<i64>() as usize * self.rows.kind().elt_size_in_bytes()
     }
 }
 
@@ -364,36 +359,6 @@ fn check(
         return Err(CommError::Length { operation, group: group.into(), what, actual, expected });
     }
     Ok(())
-}
-
-/// Checks the buffers of an all-to-all, as `rank` of `size` sees it.
-fn check_parts(group: &str, rank: usize, size: usize, sent: Parts, received: Parts) -> Result<(), CommError> {
-    const NAME: &str = "all_to_all";
-    let (kind, row) = (Some(sent.rows.kind()), sent.row());
-    let length = |what, actual: usize, expected: usize| {
-        let (actual, expected) = (actual * row, expected * row);
-        CommError::Length { operation: NAME, group: group.into(), what, actual, expected }
-    };
-    for (what, parts) in [("input", sent), ("output", received)] {
-        let rows = parts.rows.size()[0] as usize;
-        check(NAME, group, what, parts.rows, kind, rows * row)?;
-        if parts.pieces.len() != size {
-            return Err(length(what, parts.pieces.len(), size));
-        }
-        if let Some(outside) = parts.pieces.iter().flatten().find(|piece| piece.end > rows) {
-            return Err(length(what, rows, outside.end));
-        }
-    }
-    let own = |parts: Parts| parts.pieces[rank].iter().map(Range::len).filter(|&n| n > 0).collect::<Vec<_>>();
-    match (own(sent), own(received)) {
-        (out, back) if out != back => Err(length("own rows", out.iter().sum(), back.iter().sum())),
-        _ => Ok(()),
-    }
-}
-
-/// Copies the pieces that a rank sends to itself.
-fn copy_own(rank: usize, sent: Parts, received: Parts) {
-    received.of(rank).zip(sent.of(rank)).for_each(|(mut to, from)| to.copy_(&from));
 }
 
 fn bytes(tensor: &Tensor) -> usize {

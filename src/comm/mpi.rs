@@ -5,9 +5,10 @@
 //! copies, so MPI needs no bf16 type; over several hosts they go the way of [`hosts`](super::hosts).
 
 use super::{
-    CommError, Communicator, Completion, Parts, Pending, Reduce, bytes, check, check_parts, copy_own,
+    CommError, Communicator, Completion, Parts, Pending, Reduce, bytes, check,
     hosts::{Hop, Round, Route},
     launcher::Launch,
+    parts::{check_parts, copy_own},
     shared::Shared,
 };
 use crate::buffers::Buffer;
@@ -133,15 +134,15 @@ impl Mpi {
         Err(CommError::TooLarge { operation, group: self.group.clone(), bytes })
     }
 
-    /// Sends `sent` to rank `to` while `received` is filled by rank `from`.
+    /// Of a reduce-scatter: sends `sent` to rank `to` while `received` is filled by rank `from`.
     fn exchange(
         &self,
-        operation: &'static str,
         (sent, to): (&Tensor, usize),
         (received, from): (&Tensor, usize),
     ) -> Result<(), CommError> {
-        let (send_count, send_type) = self.count(operation, bytes(sent))?;
-        let (receive_count, receive_type) = self.count(operation, bytes(received))?;
+        const NAME: &str = "reduce_scatter";
+        let (send_count, send_type) = self.count(NAME, bytes(sent))?;
+        let (receive_count, receive_type) = self.count(NAME, bytes(received))?;
         // SAFETY: callers pass contiguous host memory that does not overlap; its lengths are those counted.
         let code = unsafe {
             ffi::MPI_Sendrecv(
@@ -159,7 +160,7 @@ impl Mpi {
                 ffi::RSMPI_STATUS_IGNORE,
             )
         };
-        self.ok(operation, code)
+        self.ok(NAME, code)
     }
 }
 
@@ -261,6 +262,7 @@ impl Drop for Messages {
 /// An all-gather over hosts, whose first round is under way.
 struct HostGather {
     across: Messages,
+    /// Of which the second round sends pieces.
     whole: Tensor,
     mpi: Mpi,
     route: Rc<Route>,
@@ -366,7 +368,7 @@ impl Communicator for Mpi {
         let received = Buffer::like(output);
         for distance in 1..size {
             let (to, from) = ((rank + distance) % size, (rank + size - distance) % size);
-            self.exchange(NAME, (&piece(to), to), (&received, from))?;
+            self.exchange((&piece(to), to), (&received, from))?;
             let _ = sum.g_add_(&received);
         }
         Ok(())
@@ -388,8 +390,8 @@ impl Communicator for Mpi {
         let to = messages(sent, &|distance| (rank + distance) % size)?;
         let from = messages(received, &|distance| (rank + size - distance) % size)?;
         let memory = vec![sent.rows.shallow_clone(), received.rows.shallow_clone()];
-        // SAFETY: the pieces lie in the two tensors, which were found contiguous, and are waited for before this returns. Pieces of
-        // `received` do not overlap, nor do the tensors: both are the caller's to see to.
+        // SAFETY: the pieces lie in the two tensors, contiguous ones, and those that are received do not overlap: that was checked. They
+        // are waited for before this returns.
         let mut under_way =
             unsafe { Messages::start(self, NAME, PIECE, memory, from.into_iter(), to.into_iter())? };
         copy_own(rank, sent, received);

@@ -11,9 +11,10 @@
 //! process's end gives them back.
 
 use super::{
-    CommError, Communicator, Completion, Parts, Pending, Reduce, bytes, check, check_parts,
+    CommError, Communicator, Completion, Parts, Pending, Reduce, bytes, check,
     control::{DeviceComm, GroupWatch},
     mpi::Mpi,
+    parts::check_parts,
 };
 use crate::device::{self, DeviceError, DeviceRuntime, Event, Lane, runtime::RawStream};
 use cudarc::nccl::{
@@ -269,16 +270,21 @@ impl Communicator for Nccl {
         let byte = ncclDataType_t::ncclUint8;
         let done = self.launch(NAME, &[sent.rows, received.rows], |comm, stream| {
             result::group_start()?;
-            // Also to itself: a copy of each piece would be a start each.
-            for peer in 0..size {
-                for out in sent.of(peer) {
-                    unsafe { result::send(at(&out), bytes(&out), byte, peer as i32, comm, stream)? };
+            let post = || {
+                // Also to itself: a copy of each piece would be a start each.
+                for peer in 0..size {
+                    for out in sent.of(peer) {
+                        unsafe { result::send(at(&out), bytes(&out), byte, peer as i32, comm, stream)? };
+                    }
+                    for back in received.of(peer) {
+                        unsafe { result::recv(at(&back), bytes(&back), byte, peer as i32, comm, stream)? };
+                    }
                 }
-                for back in received.of(peer) {
-                    unsafe { result::recv(at(&back), bytes(&back), byte, peer as i32, comm, stream)? };
-                }
-            }
-            result::group_end()
+                Ok(())
+            };
+            // A group that stays open would swallow what comes after it.
+            let (posted, ended) = (post(), result::group_end());
+            posted.and(ended)
         })?;
         Ok(Lane::join(&done)?)
     }

@@ -1,6 +1,9 @@
 //! The group of one rank: nothing moves, so nothing is recorded.
 
-use super::{CommError, Communicator, Parts, Pending, Reduce, bytes, check, check_parts, copy_own};
+use super::{
+    CommError, Communicator, Parts, Pending, Reduce, bytes, check,
+    parts::{check_parts, copy_own},
+};
 use tch::{Kind, Tensor};
 
 pub(super) struct Solo {

@@ -1,5 +1,5 @@
-//! The tokens of this rank at the experts that they go to, wherever these are: sorted by expert, carried to the rank that
-//! has it, sorted again; and what becomes of them back to the tokens, summed.
+//! The tokens of this rank at the experts that they go to, wherever these are: sorted by expert and carried to the rank that
+//! has it, where those of an expert lie together; and what becomes of them back to the tokens, summed.
 
 use crate::{
     ops::{

@@ -2,7 +2,8 @@
 //!
 //! g ← c·g,  p ← p·(1 − lr·wd),  m ← β₁m + (1−β₁)g,  v ← β₂v + (1−β₂)g²,  p ← p − m / (√v/√(1−β₂ᵗ) + eps) · lr/(1−β₁ᵗ)
 //!
-//! p is also rounded to the compute dtype, in which it will be gathered. All that is one pass.
+//! p is also rounded to the compute dtype, in which it will be gathered. In kernels of our own all that is
+//! one pass.
 
 use super::{
     cpu::{Element, Rows, each_row},

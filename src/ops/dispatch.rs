@@ -6,7 +6,7 @@
 //!
 //! Each is the other's backward. Weights are applied before an expert's last matrix, see [`swiglu`](super::swiglu).
 //!
-//! On a CPU without tile registers ([`takes_any_rows`](super::linear::takes_any_rows)) each expert's slice is filled up with rows
+//! Where libtorch's GEMMs compute on a CPU ([`takes_any_rows`](super::linear::takes_any_rows)) each expert's slice is filled up with rows
 //! of zeros before it computes ([`Assignment::filled`]): a zero row stays zero through a gated MLP, forward and backward, and adds
 //! nothing to a gradient. Without it nearly every expert of every layer and step would have a GEMM of a new shape, for each of which
 //! oneDNN compiles a kernel and keeps it.
@@ -15,7 +15,7 @@ use super::{
     Buffer,
     cpu::{Element, Real, Rows, dispatch, each_row, values},
     cuda,
-    linear::Groups,
+    linear::{Groups, sizes},
     wide,
 };
 use crate::device::has_kernels;
@@ -76,7 +76,7 @@ impl Assignment {
         let (sorted, choices) = chosen.reshape([-1]).to_kind(key).sort_stable(true, 0, false);
         let next = Tensor::arange_start(1, experts as i64 + 1, (key, device));
         let ends = next.searchsorted(&sorted, true, false, "left", None::<Tensor>);
-        let counts = ends.diff(1, 0, Some(ends.narrow(0, 0, 1).zeros_like()), None);
+        let counts = sizes(&ends);
         let numbers = Tensor::arange(choices.size()[0], (Kind::Int64, device));
         let rows = choices.empty_like().scatter_(0, &choices, &numbers).view_as(chosen);
         let groups = Groups::on_device(&ends, &counts);
@@ -271,7 +271,9 @@ mod tests {
 
     #[test]
     fn a_device_sorts_as_the_host_does() {
-        for (tokens, k, experts) in [(5, 2, 4), (1, 1, 1), (0, 3, 5), (40, 3, 7), (300, 8, 128)] {
+        for (tokens, k, experts) in
+            [(5, 2, 4), (1, 1, 1), (0, 3, 5), (40, 3, 7), (300, 8, 128), (9, 2, 40_000)]
+        {
             // Expert 2 is nobody's choice.
             let of =
                 |i: i64| Some((i * i + i / 3) % experts as i64).filter(|&expert| expert != 2).unwrap_or(0);
@@ -282,6 +284,8 @@ mod tests {
             assert_eq!(device.groups().borders(), host.groups().borders());
             let all = |a: &Assignment| [&a.tokens, &a.choices, &a.rows, &a.counts].map(Tensor::shallow_clone);
             assert_eq!(all(&device), all(&host), "{tokens} {k} {experts}");
+            // Kernels of devices take no other.
+            assert!(all(&device).iter().all(|tensor| tensor.kind() == Kind::Int64));
             assert!(!host.is_filled && !device.is_filled);
         }
     }

@@ -33,7 +33,7 @@ struct Comm {
     place: Place,
     /// Collectives so far.
     number: AtomicU64,
-    /// Messages so far to and from each rank.
+    /// Messages so far by (from, to, whether it is the sending end).
     messages: Mutex<HashMap<(usize, usize, bool), u64>>,
     state: AtomicI32,
 }

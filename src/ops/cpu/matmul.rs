@@ -51,24 +51,24 @@ unsafe impl<E> Sync for Matrix<'_, E> {}
 impl<'a, E> Matrix<'a, E> {
     /// A vector is one row. A tensor that is not such a matrix is a mistake of the caller.
     fn in_host(tensor: &'a Tensor, kind: Kind) -> Self {
-        Self::at_number(tensor, kind, &tensor.size(), &tensor.stride(), 0)
+        Self::strided(tensor, kind, &tensor.size(), &tensor.stride(), 0)
     }
 
     /// Matrix `index` of a tensor [matrices, rows, columns].
     fn nth_in_host(tensor: &'a Tensor, kind: Kind, index: usize) -> Self {
         let (size, stride) = (tensor.size(), tensor.stride());
         assert!(size.len() == 3 && index < size[0] as usize, "matrix {index} of {size:?}");
-        Self::at_number(tensor, kind, &size[1..], &stride[1..], index * stride[0] as usize)
+        Self::strided(tensor, kind, &size[1..], &stride[1..], index * stride[0] as usize)
     }
 
-    /// Of so many numbers of the tensor, `first` being the place of its first one.
-    fn at_number(tensor: &'a Tensor, kind: Kind, size: &[i64], strides: &[i64], first: usize) -> Self {
+    /// The matrix of these sizes and strides that begins `offset` numbers into the tensor.
+    fn strided(tensor: &'a Tensor, kind: Kind, size: &[i64], strides: &[i64], offset: usize) -> Self {
         assert_eq!((tensor.kind(), tensor.device()), (kind, Device::Cpu), "a matrix on the host");
         let layout = RowLayout::of(size, strides).filter(|layout| layout.inner == layout.rows);
         let Some(RowLayout { rows, columns, stride, .. }) = layout else {
             panic!("rows are dense and equally far apart: {size:?} {strides:?}")
         };
-        let start = tensor.data_ptr().cast::<E>().wrapping_add(first);
+        let start = tensor.data_ptr().cast::<E>().wrapping_add(offset);
         let first = if rows * columns == 0 { std::ptr::dangling_mut() } else { start };
         Self { first, rows, columns, stride, readable: rows, tensor: PhantomData }
     }

@@ -30,6 +30,11 @@ impl OnDevice {
     }
 }
 
+/// How many rows each group has, `[groups]`, from where it ends.
+pub fn sizes(ends: &Tensor) -> Tensor {
+    ends.diff(1, 0, Some(ends.narrow(0, 0, 1).zeros_like()), None)
+}
+
 impl Groups {
     /// All of `rows` in one.
     pub fn one(rows: i64) -> Self {
@@ -46,14 +51,13 @@ impl Groups {
         if device == Device::Cpu {
             return Self::new(borders.to_vec());
         }
-        let upload = |values: Vec<i32>| Tensor::from_slice(&values).to_device(device);
-        let ends = upload(borders[1..].iter().map(|&end| end as i32).collect());
-        let sizes = upload(borders.windows(2).map(|pair| (pair[1] - pair[0]) as i32).collect());
-        Self { borders: borders.to_vec().into(), ..Self::on_device(&ends, &sizes) }
+        let ends: Vec<i32> = borders[1..].iter().map(|&end| end as i32).collect();
+        let ends = Tensor::from_slice(&ends).to_device(device);
+        Self { borders: borders.to_vec().into(), ..Self::on_device(&ends, &sizes(&ends)) }
     }
 
-    /// Of rows on a device, from what that knows of each group: where it ends, and how many rows it has, `[groups]` i32. The host is
-    /// told when it asks.
+    /// Of rows on a device, from what that knows of each group: where it ends, and [how many](sizes) rows it has, `[groups]` i32. The
+    /// host is told when it asks.
     pub fn on_device(ends: &Tensor, sizes: &Tensor) -> Self {
         let at_once = ends.device() != Device::Cpu && has_grouped_gemm();
         let (ends, is_empty) = (ends.shallow_clone(), sizes.eq(0).view([-1, 1, 1]));
@@ -64,8 +68,7 @@ impl Groups {
     #[cfg(test)]
     pub(super) fn at_once(borders: &[i64]) -> Self {
         let ends = Tensor::from_slice(&borders[1..]).to_kind(tch::Kind::Int);
-        let sizes = &ends - Tensor::from_slice(&borders[..borders.len() - 1]);
-        let mut groups = Self::on_device(&ends, &sizes);
+        let mut groups = Self::on_device(&ends, &sizes(&ends));
         groups.on_device.iter_mut().for_each(|groups| groups.at_once = true);
         groups
     }

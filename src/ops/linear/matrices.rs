@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-/// A matrix [rows, columns] for each group of rows. That of one group is a view.
+/// A matrix [rows, columns] for each group of rows.
 #[derive(Debug)]
 pub enum Matrices {
     /// One for all groups: [rows, columns].
@@ -12,7 +12,7 @@ pub enum Matrices {
 }
 
 impl Matrices {
-    /// That of `group`.
+    /// That of `group`, as a view.
     pub fn of(&self, group: usize) -> Tensor {
         match self {
             Self::Shared(matrix) => matrix.shallow_clone(),
