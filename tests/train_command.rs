@@ -154,7 +154,7 @@ fn mpi_experts_are_trained_and_peft_computes_our_logits() {
         ("Qwen3Moe", some_dense, "true", "null", 26, &[(apart, 22 + 2 * 3 * 4), (outer, 22 + 2 * 3)]),
         ("Qwen2Moe", shared, "true", "[q_proj, gate_up_proj, down_proj]", 24, &[(outer, 16 + 2 * 2 * 3)]),
         ("Qwen2Moe", shared, "false", "[up_proj, layers.1.*.down_proj]", 12, &[(apart, 6 + 2 * 3 * 6)]),
-        ("Mixtral", mixtral, "false", "[gate_proj]", 2 * 2, &[]),
+        ("Mixtral", mixtral, "false", "[gate_proj]", 2 * 2, &[(apart, 2 * 2 * 4)]),
         ("Olmoe", olmoe, "false", "['*.experts.gate_up_proj', o_proj]", 2 * (2 + 2), &[]),
     ];
     for (architecture, fields, hybrid, targets, trained, formats) in cases {
@@ -181,8 +181,11 @@ fn mpi_experts_are_trained_and_peft_computes_our_logits() {
         }
         let reads = |step: &Path, tensors: usize| {
             let bytes = std::fs::read(step.join("adapter_model.safetensors")).unwrap();
-            let keys = SafeTensors::deserialize(&bytes).unwrap().len();
-            assert_eq!(keys, tensors, "{architecture} {targets} {step:?}");
+            let file = SafeTensors::deserialize(&bytes).unwrap();
+            assert_eq!(file.len(), tensors, "{architecture} {targets} {step:?}");
+            // What keeps them apart calls them what the model's files do.
+            let named = file.names().iter().any(|key| key.contains(".block_sparse_moe.experts.3.w1.lora_A."));
+            assert_eq!(named, architecture == "Mixtral" && tensors > trained, "{step:?}");
             let step = step.to_str().unwrap();
             let loss = peft_loss(folder.path(), &folder.path().join("model"), step);
             our_logits_are_theirs(folder.path(), step);

@@ -183,6 +183,7 @@ impl Group {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lora::MoeNames;
 
     fn adapter(leaves: &[(&str, usize)], input: usize, from: f32) -> LogicalAdapter {
         let leaves: Vec<(String, usize)> =
@@ -195,6 +196,7 @@ mod tests {
             rank: 2,
             input,
             experts: Some(3),
+            names: MoeNames::MLP,
             shared: None,
             a: values(3 * 2 * input, from),
             b: values(3 * output * 2, -from),

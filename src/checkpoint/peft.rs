@@ -5,7 +5,7 @@
 use super::{CheckpointError, experts, io, stored::Layout};
 use crate::{
     config::ExportFormat,
-    lora::{Factor, Site, targets::Projection},
+    lora::{Factor, MoeNames, Site, targets::Projection},
 };
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
@@ -52,6 +52,8 @@ pub struct LogicalAdapter {
     pub input: usize,
     /// How many experts have such an adapter each: a leading dimension of A and B.
     pub experts: Option<usize>,
+    /// What the model's files call those.
+    pub names: MoeNames,
     /// The factor that is the same for all experts.
     pub shared: Option<Factor>,
     /// `[rank, input]`
@@ -66,8 +68,9 @@ impl LogicalAdapter {
         let leaves = site.leaves.iter().map(|(leaf, width)| (leaf.to_string(), *width)).collect();
         let (a, b) = (Vec::new(), Vec::new());
         let experts = site.experts.map(|experts| experts.count);
+        let names = site.experts.map_or(MoeNames::MLP, |experts| experts.names);
         let (parent, shared) = (site.parent.clone(), site.shared);
-        Self { parent, leaves, rank, input: site.input, experts, shared, a, b }
+        Self { parent, leaves, rank, input: site.input, experts, names, shared, a, b }
     }
 
     /// Rows of B.
@@ -97,6 +100,7 @@ impl AdapterConfig {
                     Some((_, rest)) if !groups.is_empty() => {
                         parameters.insert(format!("mlp{rest}.{leaf}.weight"))
                     }
+                    _ if adapter.experts.is_some() => modules.insert(adapter.names.leaf(leaf).to_owned()),
                     _ => modules.insert(leaf.clone()),
                 };
             }
@@ -443,6 +447,7 @@ mod tests {
                 rank: 2,
                 input: 3,
                 experts: None,
+                names: MoeNames::MLP,
                 shared: None,
                 a: values(6, 0.5),
                 b: values(16, 100.0),
@@ -453,6 +458,7 @@ mod tests {
                 rank: 2,
                 input: 5,
                 experts: None,
+                names: MoeNames::MLP,
                 shared: None,
                 a: values(10, -3.0),
                 b: values(6, 7.0),

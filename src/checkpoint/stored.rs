@@ -5,10 +5,16 @@
 //! - `per_expert`: the same below `experts.{e}`, a shared factor for every expert
 //! - `sglang_shared_outer`: `experts.w1|w3|w2` (gate, up, down), with a leading dimension of the experts, 1 where shared
 //!
+//! Experts are called what the model's own files call them, as those who serve the model do: of Mixtral
+//! `block_sparse_moe.experts.{e}.w1`. Names as transformers 5 has its modules (`mlp.experts.{e}.gate_proj`) are read too.
+//!
 //! A fused target has one A, which is written for each leaf, and a B that is cut.
 
 use super::LogicalAdapter;
-use crate::{config::ExportFormat, lora::Factor};
+use crate::{
+    config::ExportFormat,
+    lora::{Factor, MoeNames},
+};
 use std::{borrow::Cow, ops::Range};
 
 /// One tensor of a file.
@@ -30,11 +36,13 @@ pub(super) struct Stored {
 pub(super) struct Layout {
     pub format: ExportFormat,
     pub shared_once: bool,
+    /// Whether experts have the paths of transformers' modules, not those of the model's files, where the two differ.
+    pub as_modules: bool,
 }
 
 impl From<ExportFormat> for Layout {
     fn from(format: ExportFormat) -> Self {
-        Self { format, shared_once: false }
+        Self { format, shared_once: false, as_modules: false }
     }
 }
 
@@ -43,11 +51,13 @@ impl Layout {
     pub fn of<'a>(keys: impl IntoIterator<Item = &'a str>) -> Self {
         let mut layout = Self::from(ExportFormat::Peft);
         for key in keys {
-            let Some((_, rest)) = key.split_once(".experts.") else { continue };
+            let Some((parent, rest)) = key.split_once(".experts.") else { continue };
+            layout.as_modules = parent.ends_with(".mlp");
             match rest.split('.').next().unwrap_or_default() {
                 "w1" | "w2" | "w3" => layout.format = ExportFormat::SglangSharedOuter,
                 "shared" => {
-                    layout = Self { format: ExportFormat::PerExpert, shared_once: true };
+                    layout.format = ExportFormat::PerExpert;
+                    layout.shared_once = true;
                 }
                 number if number.parse::<usize>().is_ok() => layout.format = ExportFormat::PerExpert,
                 _ => {}
@@ -60,6 +70,11 @@ impl Layout {
     pub fn tensors(self, adapter: &LogicalAdapter) -> Vec<Stored> {
         let mut tensors = Vec::new();
         let mut first = 0;
+        let names = if self.as_modules { MoeNames::MLP } else { adapter.names };
+        let parent = match adapter.parent.strip_suffix("mlp.experts") {
+            Some(layer) => format!("{layer}{}.experts", names.block),
+            None => adapter.parent.clone(),
+        };
         for (place, (leaf, width)) in adapter.leaves.iter().enumerate() {
             let rows_of_b = first..first + width;
             first += width;
@@ -71,7 +86,7 @@ impl Layout {
                 let mut push = |name: &str, experts: Range<usize>, leading: bool| {
                     let dimensions = [rows.len(), columns];
                     tensors.push(Stored {
-                        key: format!("base_model.model.{}.{name}.lora_{letter}.weight", adapter.parent),
+                        key: format!("base_model.model.{parent}.{name}.lora_{letter}.weight"),
                         shape: leading.then_some(experts.len()).into_iter().chain(dimensions).collect(),
                         factor,
                         rows: rows.clone(),
@@ -84,9 +99,10 @@ impl Layout {
                     (None, _) => push(leaf, 0..1, false),
                     (Some(_), ExportFormat::Peft) => {}
                     (Some(_), ExportFormat::PerExpert) if shared && self.shared_once => {
-                        push(&format!("shared.{leaf}"), 0..1, false);
+                        push(&format!("shared.{}", names.leaf(leaf)), 0..1, false);
                     }
                     (Some(count), ExportFormat::PerExpert) => {
+                        let leaf = names.leaf(leaf);
                         (0..count).for_each(|e| push(&format!("{e}.{leaf}"), e..e + 1, false));
                     }
                     (Some(count), ExportFormat::SglangSharedOuter) => {
@@ -162,6 +178,7 @@ mod tests {
             rank: 2,
             input: 3,
             experts: Some(3),
+            names: MoeNames::MLP,
             shared,
             a: repeated(Factor::A, values(6, 0), values(18, 0)),
             b: repeated(Factor::B, values(6, 100), values(18, 100)),
@@ -201,13 +218,28 @@ mod tests {
         assert_eq!(outer[1].2, [100.0, 101.0, 106.0, 107.0, 112.0, 113.0]);
     }
 
+    const MIXTRAL: MoeNames = MoeNames { block: "block_sparse_moe", gate: "w1", up: "w3", down: "w2" };
+
+    #[test]
+    fn experts_are_called_what_the_models_files_call_them() {
+        let adapter = LogicalAdapter { names: MIXTRAL, ..fused(None) };
+        let first = |layout: Layout| layout.tensors(&adapter)[0].key.clone();
+        let block = "base_model.model.model.layers.1.block_sparse_moe.experts";
+        assert_eq!(first(ExportFormat::PerExpert.into()), format!("{block}.0.w1.lora_A.weight"));
+        assert_eq!(first(ExportFormat::SglangSharedOuter.into()), format!("{block}.w1.lora_A.weight"));
+        let keys = ["base_model.model.model.layers.1.mlp.experts.0.gate_proj.lora_A.weight"];
+        assert_eq!(first(Layout::of(keys)), keys[0]);
+        let written = first(ExportFormat::PerExpert.into());
+        assert_eq!(Layout::of([written.as_str()]), ExportFormat::PerExpert.into());
+    }
+
     #[test]
     fn what_is_written_is_read() {
         for shared in [None, Some(Factor::A), Some(Factor::B)] {
             for format in [ExportFormat::PerExpert, ExportFormat::SglangSharedOuter] {
-                for shared_once in [false, true] {
-                    let adapter = fused(shared);
-                    let layout = Layout { format, shared_once };
+                for (shared_once, as_modules) in [(false, false), (true, false), (true, true)] {
+                    let adapter = LogicalAdapter { names: MIXTRAL, ..fused(shared) };
+                    let layout = Layout { format, shared_once, as_modules };
                     let room = |values: &[f32]| vec![f32::NAN; values.len()];
                     let mut back =
                         LogicalAdapter { a: room(&adapter.a), b: room(&adapter.b), ..adapter.clone() };
@@ -227,9 +259,9 @@ mod tests {
         let of =
             |key: &str| Layout::of(["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", key]);
         let key = |rest: &str| format!("base_model.model.model.layers.0.mlp.experts.{rest}.weight");
-        assert_eq!(of(&key("base_layer.lora_A")), ExportFormat::Peft.into());
-        assert_eq!(of(&key("11.up_proj.lora_B")), ExportFormat::PerExpert.into());
-        assert_eq!(of(&key("w3.lora_B")), ExportFormat::SglangSharedOuter.into());
+        assert_eq!(of(&key("base_layer.lora_A")).format, ExportFormat::Peft);
+        assert_eq!(of(&key("11.up_proj.lora_B")).format, ExportFormat::PerExpert);
+        assert_eq!(of(&key("w3.lora_B")).format, ExportFormat::SglangSharedOuter);
         assert!(of(&key("shared.up_proj.lora_A")).shared_once);
     }
 }

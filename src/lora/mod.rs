@@ -8,4 +8,4 @@ pub mod module;
 pub mod targets;
 
 pub use module::{FirstEntries, LORA_MAPPING, LoraLinear, LoraModule, MoeExpertsLora, Parameter, Stack};
-pub use targets::{Experts, Factor, Site, SiteKind, TargetError};
+pub use targets::{Experts, Factor, MoeNames, Site, SiteKind, TargetError};

@@ -20,6 +20,30 @@ pub struct Experts {
     pub count: usize,
     /// How many a token goes to.
     pub top_k: usize,
+    pub names: MoeNames,
+}
+
+/// What the tensors of a mixture of experts are called in the model files: `{block}.experts.{e}.{gate}.weight`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MoeNames {
+    pub block: &'static str,
+    pub gate: &'static str,
+    pub up: &'static str,
+    pub down: &'static str,
+}
+
+impl MoeNames {
+    /// As most families have them, and as paths of modules go for all.
+    pub const MLP: Self = Self { block: "mlp", gate: "gate_proj", up: "up_proj", down: "down_proj" };
+
+    /// The name of `gate_proj`, `up_proj` or `down_proj`.
+    pub fn leaf(&self, leaf: &str) -> &'static str {
+        match leaf {
+            "gate_proj" => self.gate,
+            "up_proj" => self.up,
+            _ => self.down,
+        }
+    }
 }
 
 /// Leaves that one fused target covers: q, k, v of an attention, gate and up of an MLP, or a single projection.
@@ -325,7 +349,7 @@ mod tests {
 
     #[test]
     fn experts_may_share_the_side_of_the_hidden_states() {
-        let experts = Some(Experts { count: 5, top_k: 2 });
+        let experts = Some(Experts { count: 5, top_k: 2, names: MoeNames::MLP });
         let parent = "model.layers.0.mlp.experts".to_owned();
         let of =
             |projection: &Projection| Projection { experts, parent: parent.clone(), ..projection.clone() };

@@ -4,12 +4,12 @@
 use super::{
     mlp::GatedMlp,
     moe::{Moe, SharedExpert},
-    spec::{ModelSpec, MoeNames},
+    spec::ModelSpec,
 };
 use crate::{
     dtype::DType,
     lora::{
-        LoraModule,
+        LoraModule, MoeNames,
         targets::{Experts, Projection},
     },
     ops::{
@@ -91,7 +91,7 @@ pub fn projections(spec: &ModelSpec, index: usize) -> Vec<Projection> {
     match spec.moe_of(index) {
         None => all.extend(gated("mlp", spec.intermediate_size)),
         Some(moe) => {
-            let experts = Some(Experts { count: moe.experts, top_k: moe.top_k });
+            let experts = Some(Experts { count: moe.experts, top_k: moe.top_k, names: moe.names });
             let routed = gated("mlp.experts", moe.width);
             all.extend(routed.map(|projection| Projection { experts, ..projection }));
             all.extend(moe.shared_width.into_iter().flat_map(|wide| gated("mlp.shared_expert", wide)));

@@ -13,4 +13,4 @@ pub mod source;
 pub mod spec;
 pub mod transformer;
 
-pub use spec::{ModelSpec, MoeNames, MoeSpec, QkNorm, RopeScaling, RopeSpec};
+pub use spec::{ModelSpec, MoeSpec, QkNorm, RopeScaling, RopeSpec};

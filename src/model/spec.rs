@@ -1,5 +1,7 @@
 //! What a decoder-only model computes, whatever its family calls it: the normalised form of a config.json.
 
+use crate::lora::MoeNames;
+
 /// How rotary frequencies are stretched for longer contexts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum RopeScaling {
@@ -27,15 +29,6 @@ pub enum QkNorm {
     Head,
     /// All heads together (OLMoE).
     All,
-}
-
-/// What the tensors of a mixture of experts are called in the model files: `{block}.experts.{e}.{gate}.weight`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MoeNames {
-    pub block: &'static str,
-    pub gate: &'static str,
-    pub up: &'static str,
-    pub down: &'static str,
 }
 
 /// The layers whose MLP is a mixture of experts.

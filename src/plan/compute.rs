@@ -30,8 +30,8 @@ pub fn flops_per_token(spec: &ModelSpec, sites: &[Site], rank: usize, length: us
 mod tests {
     use super::*;
     use crate::{
-        lora::targets::resolve,
-        model::{MoeNames, QkNorm, RopeScaling, RopeSpec, blueprint::all_projections},
+        lora::{MoeNames, targets::resolve},
+        model::{QkNorm, RopeScaling, RopeSpec, blueprint::all_projections},
     };
 
     #[test]
@@ -66,7 +66,7 @@ mod tests {
         assert_eq!(flops_per_token(&spec, &sites, 5, 10), expected(10 + 10));
         // With 5 experts of width 3 in layer 1, of which a token meets 2: less a dense MLP, more a router and those two.
         let mut moe = spec.clone();
-        let names = MoeNames { block: "mlp", gate: "gate_proj", up: "up_proj", down: "down_proj" };
+        let names = MoeNames::MLP;
         let (experts, top_k, width) = (5, 2, 3);
         let layers = vec![false, true];
         moe.moe = Some(MoeSpec { layers, experts, top_k, normalise: true, width, shared_width: None, names });

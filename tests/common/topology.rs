@@ -13,10 +13,10 @@ use xorl_dist::{
     config::{CheckpointingMethod, Optimizer as OptimizerKind, ReduceGradients, TrainArgs},
     device::DeviceChoice,
     dtype::DType,
-    lora::{Site, targets::resolve},
+    lora::{MoeNames, Site, targets::resolve},
     mesh::{Mesh, MeshSizes},
     model::{
-        ModelSpec, MoeNames, MoeSpec, QkNorm, RopeScaling, RopeSpec,
+        ModelSpec, MoeSpec, QkNorm, RopeScaling, RopeSpec,
         blueprint::{Blueprint, LoraShape, Options, all_projections},
         source::{RandomSource, SourceError, TensorMeta, WeightSource},
         transformer::{Batch, Transformer},
@@ -149,7 +149,7 @@ impl Case {
 
 /// A Qwen3-like model whose sizes divide by nothing convenient; with experts in all layers but the first.
 fn spec(moe: bool) -> ModelSpec {
-    let names = MoeNames { block: "mlp", gate: "gate_proj", up: "up_proj", down: "down_proj" };
+    let names = MoeNames::MLP;
     let moe = moe.then(|| MoeSpec {
         layers: vec![false, true, true],
         experts: EXPERTS,

@@ -3,8 +3,8 @@ logits of each row, `[tokens, vocab]` named by its number.
 
     python peft_loss.py MODEL_DIR ADAPTER_DIR ROWS.jsonl LOGITS.safetensors
 
-Experts that the file keeps apart (`experts.{e}.gate_proj`, as vLLM reads them) or stacked (`experts.w1`, as SGLang does) are
-none that PEFT knows: there every B·A is added to the weights.
+Experts that the file keeps apart (`experts.{e}.gate_proj`, as vLLM reads them) or stacked (`experts.w1`, as SGLang does), by the names of
+the model's files, are none that PEFT knows: there every B·A is added to the weights.
 """
 import json, re, sys
 
@@ -30,6 +30,7 @@ def merge(model, tensors, scale):
             parameters[path + '.weight'] += scale * b @ a
             continue
         experts, number, leaf = expert.groups()
+        experts = experts.replace('block_sparse_moe', 'mlp')
         leaf = {'w1': 'gate_proj', 'w3': 'up_proj', 'w2': 'down_proj'}.get(leaf, leaf)
         weight = parameters[f'{experts}.{"down_proj" if leaf == "down_proj" else "gate_up_proj"}']
         if number is not None:

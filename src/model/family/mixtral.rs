@@ -2,7 +2,7 @@
 //! divided by their sum. In its files the block is `block_sparse_moe` and the matrices are w1, w3 and w2.
 
 use super::{ATTENTION_AND_MLP, Family, Traits};
-use crate::model::{MoeNames, MoeSpec};
+use crate::{lora::MoeNames, model::MoeSpec};
 
 pub const FAMILY: Family = Family {
     model_type: "mixtral",

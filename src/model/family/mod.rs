@@ -10,9 +10,10 @@ mod qwen3;
 mod qwen3_moe;
 
 use super::{
-    MoeNames, MoeSpec, QkNorm,
+    MoeSpec, QkNorm,
     hf_config::{ConfigError, Fields},
 };
+use crate::lora::MoeNames;
 
 /// A family of HF models.
 #[derive(Debug)]
@@ -66,7 +67,7 @@ fn mixture(fields: &Fields, layers: usize, width: &str) -> Result<MoeSpec, Confi
         normalise: fields.flag("norm_topk_prob", false)?,
         width: fields.size(width)?,
         shared_width: None,
-        names: MoeNames { block: "mlp", gate: "gate_proj", up: "up_proj", down: "down_proj" },
+        names: MoeNames::MLP,
     })
 }
 
