@@ -42,13 +42,22 @@ impl Update {
     /// Moves `state` against `gradient`, flat fp32, which stays as it is.
     pub fn apply(&self, gradient: &Tensor, state: &State) {
         let by_device =
-            || cuda::kernels(gradient).is_some_and(|kernels| kernels.adamw(gradient, state, self.factors()));
+            || cuda::kernels(gradient).is_some_and(|kernels| self.start(kernels, gradient, state));
         match (has_kernels(gradient), state.compute.kind()) {
             (true, Kind::BFloat16) => rows::apply::<bf16>(self, gradient, state),
             (true, Kind::Float) => rows::apply::<f32>(self, gradient, state),
             _ if by_device() => {}
             _ => torch::apply(self, gradient, state),
         }
+    }
+
+    /// Whether a device's kernel does it.
+    fn start(&self, kernels: &cuda::Kernels, gradient: &Tensor, state: &State) -> bool {
+        let State { master, exp_avg, exp_avg_sq, compute } = state;
+        let f = self.factors();
+        let [[keep_m, keep_v], [take_m, take_v]] = [f.keep, f.take];
+        let factors = [f.coefficient, f.decay, keep_m, keep_v, take_m, take_v, f.root, f.eps, f.rate];
+        kernels.adamw([gradient, master, exp_avg, exp_avg_sq], compute, factors)
     }
 
     fn factors(&self) -> Factors {
@@ -70,11 +79,8 @@ impl Update {
     }
 }
 
-/// The factors of the formula, as a libtorch operation rounds its scalars, and as a device's kernel takes them. Of two the first is
-/// for m, the second for v.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct Factors {
+/// The factors of the formula, as a libtorch operation rounds its scalars. Of two the first is for m, the second for v.
+struct Factors {
     coefficient: f32,
     decay: f32,
     keep: [f32; 2],
@@ -173,7 +179,7 @@ mod tests {
                 let expected = run(&torch::apply);
                 assert_eq!(distance(&expected[3], &expected[0].to_kind(kind)), 0.0);
                 let on_device = run(&|update, gradient, state| {
-                    let taken = kernels.adamw(gradient, state, update.factors());
+                    let taken = update.start(&kernels, gradient, state);
                     assert_eq!(taken, n % 8 == 0, "{n}");
                     if !taken {
                         torch::apply(update, gradient, state);

@@ -5,10 +5,7 @@
 //! device comes; where that is not possible, a warning says so and libtorch computes all. Tests beside the operations run
 //! the same text on threads of the host.
 
-use super::{
-    adamw::{Factors, State},
-    row_layout::RowLayout,
-};
+use super::row_layout::RowLayout;
 use crate::device::{
     self, DeviceError,
     kernels::{Launch, Program},
@@ -282,13 +279,11 @@ impl Kernels {
         run().is_some()
     }
 
-    /// See [`super::adamw::Update::apply`].
-    pub fn adamw(&self, gradient: &Tensor, state: &State, factors: Factors) -> bool {
-        let State { master, exp_avg, exp_avg_sq, compute } = state;
-        let n = gradient.numel();
+    /// See [`super::adamw::Update::apply`]: of g, p, m and v, p in compute dtype, and the text's `Factors`.
+    pub fn adamw(&self, pieces: [&Tensor; 4], compute: &Tensor, factors: [f32; 9]) -> bool {
+        let n = pieces[0].numel();
         let run = || {
-            let [g, p, m, v] =
-                [gradient, master, exp_avg, exp_avg_sq].map(|piece| flat(piece, Kind::Float, n));
+            let [g, p, m, v] = pieces.map(|piece| flat(piece, Kind::Float, n));
             let (g, p, m, v, out) = (g?, p?, m?, v?, flat(compute, compute.kind(), n)?);
             let packs = (n / PACK) as u64;
             let blocks = packs.div_ceil(u64::from(THREADS)) as i64;
