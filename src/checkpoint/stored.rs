@@ -70,7 +70,10 @@ impl Layout {
     pub fn tensors(self, adapter: &LogicalAdapter) -> Vec<Stored> {
         let mut tensors = Vec::new();
         let mut first = 0;
-        let names = if self.as_modules { MoeNames::MLP } else { adapter.names };
+        let mut names = if self.as_modules { MoeNames::MLP } else { adapter.names };
+        if self.format == ExportFormat::SglangSharedOuter {
+            names = MoeNames { gate: "w1", up: "w3", down: "w2", ..names };
+        }
         let parent = match adapter.parent.strip_suffix("mlp.experts") {
             Some(layer) => format!("{layer}{}.experts", names.block),
             None => adapter.parent.clone(),
@@ -106,12 +109,7 @@ impl Layout {
                         (0..count).for_each(|e| push(&format!("{e}.{leaf}"), e..e + 1, false));
                     }
                     (Some(count), ExportFormat::SglangSharedOuter) => {
-                        let name = match leaf.as_str() {
-                            "gate_proj" => "w1",
-                            "up_proj" => "w3",
-                            _ => "w2",
-                        };
-                        push(name, if shared { 0..1 } else { 0..count }, true);
+                        push(names.leaf(leaf), if shared { 0..1 } else { 0..count }, true);
                     }
                 }
             }

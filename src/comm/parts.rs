@@ -48,20 +48,14 @@ pub(super) fn check_parts(
     let (operation, kind) = (NAME, Some(sent.rows.kind()));
     for (what, parts) in [("input", sent), ("output", received)] {
         check(NAME, group, what, parts.rows, kind, bytes(parts.rows))?;
-        let group = group.to_owned();
-        if parts.pieces.len() != size {
-            return Err(CommError::Ranks {
-                operation,
-                group,
-                what,
-                actual: parts.pieces.len(),
-                expected: size,
-            });
+        let (actual, expected) = (parts.pieces.len(), size);
+        if actual != expected {
+            return Err(CommError::Ranks { operation, group: group.into(), what, actual, expected });
         }
         let (rows, row) = (parts.rows.size()[0] as usize, parts.row_bytes());
         if let Some(outside) = parts.pieces.iter().flatten().find(|piece| piece.end > rows) {
             let (actual, expected) = (rows * row, outside.end * row);
-            return Err(CommError::Length { operation, group, what, actual, expected });
+            return Err(CommError::Length { operation, group: group.into(), what, actual, expected });
         }
     }
     let mut all: Vec<_> =

@@ -8,13 +8,13 @@
 //! frozen weight has no gradient. Parameter gradients are added in fp32.
 //!
 //! The groups are slices of the same tensors, and so are their matrices, one GEMM each: nothing is padded or copied, and a group
-//! without rows costs nothing. CPUs with tile registers compute bf16 by products of our own (`tiled.rs`), devices that have grouped GEMMs by those
-//! (`grouped.rs`); everything else is libtorch's products, of which a grouped one was measured no faster on a CPU.
-
-mod groups;
-mod matrices;
+//! without rows costs nothing. CPUs with tile registers compute bf16 by products of our own (`tiled.rs`), devices that have
+//! grouped GEMMs by those (`grouped.rs`); everything else is libtorch's products, of which a grouped one was measured no faster
+//! on a CPU.
 
 mod grouped;
+mod groups;
+mod matrices;
 #[cfg(any(test, target_arch = "x86_64"))]
 mod tiled;
 
