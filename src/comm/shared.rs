@@ -53,7 +53,10 @@ impl Shared {
             libc::mmap(std::ptr::null_mut(), bytes, access, libc::MAP_SHARED, file.as_raw_fd(), 0)
         };
         let first = NonNull::new(first.cast()).filter(|_| first != libc::MAP_FAILED)?;
-        Some(Self { first, bytes })
+        let mapped = Self { first, bytes };
+        // Where the host allows them (`shmem_enabled`), large pages are put on and taken off the books in next to no time.
+        mapped.advise(&(0..bytes), libc::MADV_HUGEPAGE);
+        Some(mapped)
     }
 
     /// Where `range` begins. A range that is not part of it is a mistake of the caller.
@@ -85,9 +88,9 @@ impl Shared {
         self.advise(&(range.start.next_multiple_of(PAGE).min(end)..end), libc::MADV_DONTNEED);
     }
 
-    /// Both are about time and books alone: a system that does not know them may refuse.
+    /// All advices are about time and books alone: a system that does not know them may refuse.
     fn advise(&self, range: &Range<usize>, advice: libc::c_int) {
-        // SAFETY: the range lies in the mapping; pages of a shared file lose nothing by either advice.
+        // SAFETY: the range lies in the mapping; pages of a shared file lose nothing by any of these advices.
         unsafe { libc::madvise(self.at(range).cast(), range.len(), advice) };
     }
 }

@@ -1,33 +1,18 @@
-//! Tile registers, as AMX has them: eight matrices of 16 rows of 64 bytes, and c += a·b in fp32, where a tile of a is 16
-//! rows of 16 pairs of bf16 neighbours along the summed dimension, and one of b 16 such pairs for each of 16 columns
-//! (Intel, Architecture Instruction Set Extensions Programming Reference, chapter 3).
+//! Tile registers, as AMX has them: eight [tiles](super::packing), and c += a·b in fp32, where a is a tile of a left factor and b of a
+//! right one (Intel, Architecture Instruction Set Extensions Programming Reference, chapter 3).
 //!
 //! Measured on a Xeon, a core: 3.7 TFLOP/s in the registers, 3.0 with tiles from the first-level cache, 2.2 from the second,
 //! 1.5 where results are written too; libtorch's GEMM does 1.0 to 1.7 on large matrices and half of that on an expert's.
 
 #[cfg(test)]
-use super::Element;
-use half::bf16;
+use super::packing::Scalar;
+use super::packing::{Packing, ROW_BYTES, SIDE};
 use pulp::NullaryFnOnce;
-
-/// Rows of a tile, and columns of a tile of sums.
-pub const SIDE: usize = 16;
-
-/// Bytes of a row.
-pub const ROW_BYTES: usize = 64;
-
-/// Rows and columns of sums that are in registers at a time: two tiles each.
-pub const BLOCK: usize = 2 * SIDE;
-
-/// bf16 numbers of a row.
-pub const DEPTH: usize = ROW_BYTES / 2;
-
-/// bf16 numbers of a tile.
-pub const NUMBERS: usize = SIDE * DEPTH;
 
 /// A thread's eight registers.
 pub trait Tiles: Copy + Send + Sync {
     type Registers;
+    type Packing: Packing;
 
     /// Calls `f`, compiled for what has the registers, with them ready for use on this thread.
     fn run<F: NullaryFnOnce>(self, f: F) -> F::Output;
@@ -57,31 +42,6 @@ pub trait Tiles: Copy + Send + Sync {
 
     /// c += a·b
     fn multiply_add<const C: i32, const A: i32, const B: i32>(registers: &mut Self::Registers);
-
-    /// Word j of row i becomes word i of row j of `to`, which is dense; words have 32 bits.
-    ///
-    /// # Safety
-    /// There are 16 rows of 64 readable bytes from `from` on, `stride` bytes apart, and this is called inside of
-    /// [`run`](Self::run).
-    unsafe fn transpose(from: *const u8, stride: usize, to: &mut [u32; SIDE * SIDE]);
-
-    /// Two tiles of right factors, of 32 rows of 32 numbers: word j of row i is column j of rows 2i (its low half) and 2i + 1.
-    ///
-    /// # Safety
-    /// There are such rows from `from` on, `stride` numbers apart, and this is called inside of [`run`](Self::run).
-    unsafe fn pair(from: *const bf16, stride: usize, to: [&mut [u32; SIDE * SIDE]; 2]);
-
-    /// Rounds numbers to bf16, nearest, ties to even.
-    ///
-    /// # Safety
-    /// This is called inside of [`run`](Self::run).
-    unsafe fn round(numbers: &[f32; SIDE]) -> [bf16; SIDE];
-
-    /// to = start + scale·sums, rounded, for 32 numbers; a start is optional.
-    ///
-    /// # Safety
-    /// They can be read and written, and this is called inside of [`run`](Self::run).
-    unsafe fn put(sums: [&[f32; SIDE]; 2], scale: f32, start: Option<*const bf16>, to: *mut bf16);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -90,18 +50,11 @@ pub use hardware::Amx;
 #[cfg(target_arch = "x86_64")]
 mod hardware {
     use super::*;
-    use crate::ops::cpu::Level;
+    use crate::ops::cpu::{Level, packing::Avx512Bf16};
     use std::{
         arch::{
             asm,
-            x86_64::{
-                __cpuid, __cpuid_count, __m512, __m512i, _mm_loadu_si128, _mm256_loadu_si256,
-                _mm512_castsi128_si512, _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh,
-                _mm512_cvtneps_pbh, _mm512_fmadd_ps, _mm512_inserti32x4, _mm512_loadu_ps, _mm512_loadu_si512,
-                _mm512_mul_ps, _mm512_permutex2var_epi64, _mm512_set1_ps, _mm512_setr_epi64,
-                _mm512_slli_epi32, _mm512_storeu_si512, _mm512_unpackhi_epi16, _mm512_unpackhi_epi32,
-                _mm512_unpackhi_epi64, _mm512_unpacklo_epi16, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
-            },
+            x86_64::{__cpuid, __cpuid_count},
         },
         sync::OnceLock,
     };
@@ -185,6 +138,7 @@ mod hardware {
 
     impl Tiles for Amx {
         type Registers = InRun;
+        type Packing = Avx512Bf16;
 
         #[inline(always)]
         fn run<F: NullaryFnOnce>(self, f: F) -> F::Output {
@@ -239,124 +193,6 @@ mod hardware {
                     options(nostack, nomem, preserves_flags));
             }
         }
-
-        #[inline(always)]
-        unsafe fn transpose(from: *const u8, stride: usize, to: &mut [u32; SIDE * SIDE]) {
-            // SAFETY: the caller's; there is an `Amx` only where there is AVX-512.
-            unsafe { transpose(from, stride, to) }
-        }
-
-        #[inline(always)]
-        unsafe fn pair(from: *const bf16, stride: usize, to: [&mut [u32; SIDE * SIDE]; 2]) {
-            // SAFETY: the caller's; there is an `Amx` only where there is AVX-512.
-            unsafe { pair(from, stride, to) }
-        }
-
-        #[inline(always)]
-        unsafe fn round(numbers: &[f32; SIDE]) -> [bf16; SIDE] {
-            // SAFETY: there is an `Amx` only where there is AVX512-BF16.
-            unsafe { round(numbers) }
-        }
-
-        #[inline(always)]
-        unsafe fn put(sums: [&[f32; SIDE]; 2], scale: f32, start: Option<*const bf16>, to: *mut bf16) {
-            // SAFETY: the caller's; there is an `Amx` only where there is AVX512-BF16.
-            unsafe { put(sums, scale, start, to) }
-        }
-    }
-
-    /// # Safety
-    /// As for [`Tiles::put`].
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    unsafe fn put(sums: [&[f32; SIDE]; 2], scale: f32, start: Option<*const bf16>, to: *mut bf16) {
-        let scale = _mm512_set1_ps(scale);
-        // SAFETY: the caller's; what is rounded is 512 bits of any content.
-        unsafe {
-            let [left, right] = sums.map(|sums| _mm512_loadu_ps(sums.as_ptr()));
-            let (left, right) = match start {
-                None => (_mm512_mul_ps(left, scale), _mm512_mul_ps(right, scale)),
-                Some(start) => (
-                    _mm512_fmadd_ps(left, scale, widened(start)),
-                    _mm512_fmadd_ps(right, scale, widened(start.add(SIDE))),
-                ),
-            };
-            let rounded: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(right, left));
-            _mm512_storeu_si512(to.cast(), rounded);
-        }
-    }
-
-    /// 16 numbers.
-    ///
-    /// # Safety
-    /// They can be read.
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn widened(from: *const bf16) -> __m512 {
-        // SAFETY: the caller's.
-        let halves = _mm512_cvtepu16_epi32(unsafe { _mm256_loadu_si256(from.cast()) });
-        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves))
-    }
-
-    /// # Safety
-    /// As for [`Tiles::pair`].
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw")]
-    unsafe fn pair(from: *const bf16, stride: usize, [left, right]: [&mut [u32; SIDE * SIDE]; 2]) {
-        // Interleaving goes by 128 bits: four columns of the low half, the next four of the high one.
-        let first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-        let second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-        for i in 0..SIDE {
-            // SAFETY: the caller's; row i of both.
-            unsafe {
-                let row = from.add(2 * i * stride);
-                let (a, b) = (_mm512_loadu_si512(row.cast()), _mm512_loadu_si512(row.add(stride).cast()));
-                let (low, high) = (_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b));
-                let of = |index| _mm512_permutex2var_epi64(low, index, high);
-                _mm512_storeu_si512(left.as_mut_ptr().add(i * SIDE).cast(), of(first));
-                _mm512_storeu_si512(right.as_mut_ptr().add(i * SIDE).cast(), of(second));
-            }
-        }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    fn round(numbers: &[f32; SIDE]) -> [bf16; SIDE] {
-        // SAFETY: 16 numbers; both types of the result are 256 bits of any content.
-        unsafe { std::mem::transmute(_mm512_cvtneps_pbh(_mm512_loadu_ps(numbers.as_ptr()))) }
-    }
-
-    /// Fours of words that go below each other are loaded beside each other, four rows apart, so that only squares of four
-    /// words are left to be transposed.
-    ///
-    /// # Safety
-    /// As for [`Tiles::transpose`].
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn transpose(from: *const u8, stride: usize, to: &mut [u32; SIDE * SIDE]) {
-        for column in 0..4 {
-            // SAFETY: four words of a row; the caller's.
-            let word = |row: usize| unsafe { _mm_loadu_si128(from.add(row * stride + column * 16).cast()) };
-            let rows = |row: usize| {
-                let low = _mm512_castsi128_si512(word(row));
-                let low = _mm512_inserti32x4::<1>(low, word(row + 4));
-                let low = _mm512_inserti32x4::<2>(low, word(row + 8));
-                _mm512_inserti32x4::<3>(low, word(row + 12))
-            };
-            let (a, b, c, d) = (rows(0), rows(1), rows(2), rows(3));
-            let (low_ab, high_ab) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-            let (low_cd, high_cd) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-            let columns = [
-                _mm512_unpacklo_epi64(low_ab, low_cd),
-                _mm512_unpackhi_epi64(low_ab, low_cd),
-                _mm512_unpacklo_epi64(high_ab, high_cd),
-                _mm512_unpackhi_epi64(high_ab, high_cd),
-            ];
-            for (i, words) in columns.into_iter().enumerate() {
-                // SAFETY: a row of `to`.
-                unsafe { _mm512_storeu_si512(to.as_mut_ptr().add((4 * column + i) * SIDE).cast(), words) };
-            }
-        }
     }
 }
 
@@ -368,6 +204,7 @@ pub struct Emulated;
 #[cfg(test)]
 impl Tiles for Emulated {
     type Registers = [[u32; SIDE * SIDE]; 8];
+    type Packing = Scalar;
 
     fn run<F: NullaryFnOnce>(self, f: F) -> F::Output {
         f.call()
@@ -413,75 +250,17 @@ impl Tiles for Emulated {
             *word = sum.to_bits();
         }
     }
-
-    unsafe fn transpose(from: *const u8, stride: usize, to: &mut [u32; SIDE * SIDE]) {
-        for (i, word) in to.iter_mut().enumerate() {
-            // SAFETY: the caller's.
-            *word = unsafe { from.add(i % SIDE * stride + i / SIDE * 4).cast::<u32>().read_unaligned() };
-        }
-    }
-
-    unsafe fn pair(from: *const bf16, stride: usize, to: [&mut [u32; SIDE * SIDE]; 2]) {
-        for (tile, to) in to.into_iter().enumerate() {
-            for (i, word) in to.iter_mut().enumerate() {
-                let (row, column) = (i / SIDE * 2, tile * SIDE + i % SIDE);
-                // SAFETY: the caller's.
-                let half = |row: usize| unsafe { u32::from((*from.add(row * stride + column)).to_bits()) };
-                *word = half(row) | half(row + 1) << 16;
-            }
-        }
-    }
-
-    unsafe fn round(numbers: &[f32; SIDE]) -> [bf16; SIDE] {
-        numbers.map(bf16::narrow)
-    }
-
-    unsafe fn put(sums: [&[f32; SIDE]; 2], scale: f32, start: Option<*const bf16>, to: *mut bf16) {
-        for (i, &sum) in sums.into_iter().flatten().enumerate() {
-            // SAFETY: the caller's.
-            unsafe {
-                let start = start.map_or(0.0, |start| start.add(i).read_unaligned().wide());
-                to.add(i).write_unaligned(bf16::narrow(sum.mul_add(scale, start)));
-            }
-        }
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::cpu::packing::testing::{STRIDE, WORDS, number, numbers};
 
-    /// Small whole numbers, so that every order of summing gives the same.
-    fn numbers(n: usize, seed: u32) -> Vec<u32> {
-        let half = |x: u32| f32::to_bits((x % 7) as f32 - 3.0) >> 16;
-        (0..n as u32).map(|i| half(i * 5 + seed) | half(i * 3 + 2 * seed + 1) << 16).collect()
-    }
-
-    /// What all instructions make of a and b.
-    #[derive(Debug, PartialEq)]
-    struct Computed {
-        /// Twice a·b.
-        c: Vec<u32>,
-        transposed: [u32; SIDE * SIDE],
-        pairs: [[u32; SIDE * SIDE]; 2],
-        /// Half of [`put_sums`], and that added to the first 32 numbers of a.
-        put: [[bf16; DEPTH]; 2],
-    }
-
-    /// Numbers that are not in bf16.
-    fn put_sums() -> [[f32; SIDE]; 2] {
-        std::array::from_fn(|i| std::array::from_fn(|j| (i * SIDE + j) as f32 * 1.37 - 20.0))
-    }
-
-    /// Words from a row of a or b to the next.
-    const STRIDE: usize = SIDE + 3;
-
-    fn computed<T: Tiles>(tiles: T, [a, b]: [&[u32]; 2]) -> Computed {
+    /// Twice a·b.
+    fn computed<T: Tiles>(tiles: T, [a, b]: [&[u32]; 2]) -> Vec<u32> {
         let mut c = vec![0u32; SIDE * SIDE];
-        let mut transposed = [0; SIDE * SIDE];
-        let mut pairs = [[0; SIDE * SIDE]; 2];
-        let mut put = [[bf16::ZERO; DEPTH]; 2];
-        // SAFETY: this is inside of `run`; a and b are 32 rows of 16 words with 3 behind each, c is 16 dense rows.
+        // SAFETY: this is inside of `run`; a and b are 16 rows and more, c is 16 dense rows.
         tiles.run(|| unsafe {
             let mut registers = tiles.registers();
             let stride = STRIDE * 4;
@@ -493,38 +272,19 @@ mod tests {
             T::load::<7>(&mut registers, c.as_ptr().cast(), ROW_BYTES);
             T::multiply_add::<7, 1, 2>(&mut registers);
             T::store::<7>(&mut registers, c.as_mut_ptr().cast(), ROW_BYTES);
-            T::transpose(a.as_ptr().cast(), stride, &mut transposed);
-            T::pair(a.as_ptr().cast(), 2 * STRIDE, pairs.each_mut());
-            let sums = &put_sums();
-            for (start, to) in [None, Some(a.as_ptr().cast())].into_iter().zip(&mut put) {
-                T::put(sums.each_ref(), 0.5, start, to.as_mut_ptr());
-            }
         });
-        Computed { c, transposed, pairs, put }
+        c
     }
 
     #[test]
     fn the_emulation_computes() {
-        let n = 2 * SIDE * STRIDE;
-        let (a, b) = (numbers(n, 1), numbers(n, 2));
-        let Computed { c, transposed, pairs, put } = computed(Emulated, [&a, &b]);
-        let number = |words: &[u32], i: usize, k: usize| f32::from_bits(words[i] >> (16 * k) << 16);
-        for (i, &word) in c.iter().enumerate() {
+        let (a, b) = (numbers(WORDS, 1), numbers(WORDS, 2));
+        for (i, word) in computed(Emulated, [&a, &b]).into_iter().enumerate() {
             let (row, column) = (i / SIDE, i % SIDE);
             let term = |k: usize| {
                 number(&a, row * STRIDE + k / 2, k % 2) * number(&b, k / 2 * STRIDE + column, k % 2)
             };
             assert_eq!(f32::from_bits(word), 2.0 * (0..2 * SIDE).map(term).sum::<f32>());
-            assert_eq!(transposed[column * SIDE + row], a[row * STRIDE + column]);
-            for (tile, pairs) in pairs.iter().enumerate() {
-                let (at, half) = ((tile * SIDE + column) / 2, column % 2);
-                let both = [2 * row, 2 * row + 1].map(|row| number(&a, row * STRIDE + at, half));
-                assert_eq!([number(pairs, i, 0), number(pairs, i, 1)], both);
-            }
-        }
-        for (i, sum) in put_sums().into_iter().flatten().enumerate() {
-            let start = number(&a, i / 2, i % 2);
-            assert_eq!(put.map(|row| row[i]), [sum * 0.5, sum * 0.5 + start].map(bf16::narrow));
         }
     }
 
@@ -532,8 +292,7 @@ mod tests {
     #[test]
     fn the_machine_does_what_the_emulation_does() {
         let Some(amx) = Amx::new() else { return };
-        let n = 2 * SIDE * STRIDE;
-        let (a, b) = (numbers(n, 1), numbers(n, 2));
+        let (a, b) = (numbers(WORDS, 1), numbers(WORDS, 2));
         assert_eq!(computed(amx, [&a, &b]), computed(Emulated, [&a, &b]));
     }
 }

@@ -1,15 +1,17 @@
-//! Products of large matrices in tile registers: out = start + scale · Σ left·right over some terms, bf16 in, fp32 sums.
+//! Products of large matrices: out = start + scale · Σ left·right over some terms, bf16 in, fp32 sums.
 //!
 //! After Goto and van de Geijn (2008): right factors are packed into tiles by the thread that computes their columns of the
 //! output, as many columns at a time as fit the second-level cache. Rows of a left factor are rows of tiles as they lie in
-//! memory, and are read there. The terms are summed in the registers, so that an adapter's part of a layer's output costs
-//! neither a pass over the output nor a rounding.
+//! memory, and are read there. [Blocks](super::block) of the output are then summed over all terms in registers, so that an
+//! adapter's part of a layer's output costs neither a pass over the output nor a rounding.
 //!
 //! Of few rows, as an expert has, most of the time is the reading of the right factor. Prefetching it, packing the next columns
-//! while the last are multiplied, multiplying its transpose, and results that bypass the caches were all measured no faster.
+//! while the last are multiplied, multiplying its transpose, and results that bypass the caches were all measured no faster with
+//! AMX.
 
 use super::{
-    amx::{BLOCK, DEPTH, NUMBERS, ROW_BYTES, SIDE, Tiles},
+    block::{Blocks, Place, Stretch, Sums, Tile},
+    packing::{BLOCK, DEPTH, NUMBERS, Packing, ROW_BYTES, SIDE},
     pool,
     scratch::{Memory, words},
 };
@@ -21,14 +23,8 @@ use tch::{Device, Kind, Tensor};
 /// Tiles along the sum that are packed at a time.
 const PASS_TILES: usize = 48;
 
-/// Tiles of right factors that are packed at a time: most of a second-level cache of 2 MiB.
-const PACKED_TILES: usize = 1296;
-
 /// Rows whose unfinished sums are kept at a time, where a sum is longer than a pass.
 const UNFINISHED_ROWS: usize = 1024;
-
-/// fp32 numbers of a block.
-type Sums = [[[f32; SIDE]; SIDE]; 4];
 
 /// A bf16 or fp32 matrix in host memory, whose rows are dense.
 #[derive(Clone, Copy)]
@@ -165,9 +161,9 @@ impl Factor<'_> {
     /// As a left factor: two tiles of 16 rows of 32 numbers, from (row, k) and (row + 16, k) on.
     ///
     /// # Safety
-    /// This is called inside of [`Tiles::run`].
+    /// This is called inside of [`Blocks::run`].
     #[inline(always)]
-    unsafe fn pack_left<T: Tiles>(&self, row: usize, k: usize, both: [&mut [bf16; NUMBERS]; 2]) {
+    unsafe fn pack_left<T: Blocks>(&self, row: usize, k: usize, both: [&mut Tile; 2]) {
         match self {
             Self::Of(x) => {
                 for (tile, to) in both.into_iter().enumerate() {
@@ -180,7 +176,7 @@ impl Factor<'_> {
                 unsafe {
                     pack_pairs::<T>(x, k, row, pairs.each_mut());
                     for (pairs, to) in pairs.iter().zip(both) {
-                        T::transpose(pairs.as_ptr().cast(), ROW_BYTES, bytemuck::cast_mut(to));
+                        T::Packing::transpose(pairs.as_ptr().cast(), ROW_BYTES, bytemuck::cast_mut(to));
                     }
                 }
             }
@@ -190,9 +186,9 @@ impl Factor<'_> {
     /// As a right factor: two tiles of 16 pairs of rows of 16 columns, from (k, column) and (k, column + 16) on.
     ///
     /// # Safety
-    /// This is called inside of [`Tiles::run`].
+    /// This is called inside of [`Blocks::run`].
     #[inline(always)]
-    unsafe fn pack_right<T: Tiles>(&self, k: usize, column: usize, both: [&mut [bf16; NUMBERS]; 2]) {
+    unsafe fn pack_right<T: Blocks>(&self, k: usize, column: usize, both: [&mut Tile; 2]) {
         match self {
             // SAFETY: the caller's.
             Self::Of(x) => unsafe { pack_pairs::<T>(x, k, column, both.map(bytemuck::cast_mut)) },
@@ -201,12 +197,20 @@ impl Factor<'_> {
                     let column = column + tile * SIDE;
                     if column + SIDE <= x.rows && k + DEPTH <= x.columns {
                         // SAFETY: 16 rows of 32 numbers from (column, k) on lie within x; the caller's.
-                        unsafe { T::transpose(x.at(column, k).cast(), x.stride * 2, bytemuck::cast_mut(to)) };
+                        unsafe {
+                            T::Packing::transpose(
+                                x.at(column, k).cast(),
+                                x.stride * 2,
+                                bytemuck::cast_mut(to),
+                            )
+                        };
                     } else {
                         let mut edge = [bf16::ZERO; NUMBERS];
                         copy(x, column, k, &mut edge);
                         // SAFETY: `edge` is 16 rows of 64 bytes; the caller's.
-                        unsafe { T::transpose(edge.as_ptr().cast(), ROW_BYTES, bytemuck::cast_mut(to)) };
+                        unsafe {
+                            T::Packing::transpose(edge.as_ptr().cast(), ROW_BYTES, bytemuck::cast_mut(to))
+                        };
                     }
                 }
             }
@@ -216,7 +220,7 @@ impl Factor<'_> {
 
 /// 16 rows of 32 numbers of x from (row, column) on, zeros where x ends.
 #[inline(always)]
-fn copy(x: &Matrix<bf16>, row: usize, column: usize, to: &mut [bf16; NUMBERS]) {
+fn copy(x: &Matrix<bf16>, row: usize, column: usize, to: &mut Tile) {
     let rows = to.as_chunks_mut::<DEPTH>().0;
     if row + SIDE <= x.rows && column + DEPTH <= x.columns {
         for (i, to) in rows.iter_mut().enumerate() {
@@ -237,9 +241,9 @@ fn copy(x: &Matrix<bf16>, row: usize, column: usize, to: &mut [bf16; NUMBERS]) {
 /// 16 pairs of rows of two times 16 columns of x from (row, column) on, each pair in a word, zeros where x ends.
 ///
 /// # Safety
-/// This is called inside of [`Tiles::run`].
+/// This is called inside of [`Blocks::run`].
 #[inline(always)]
-unsafe fn pack_pairs<T: Tiles>(
+unsafe fn pack_pairs<T: Blocks>(
     x: &Matrix<bf16>,
     row: usize,
     column: usize,
@@ -247,27 +251,14 @@ unsafe fn pack_pairs<T: Tiles>(
 ) {
     if row + DEPTH <= x.rows && column + BLOCK <= x.columns {
         // SAFETY: 32 numbers of each of 32 rows from (row, column) on lie within x; the caller's.
-        return unsafe { T::pair(x.at(row, column), x.stride, to) };
+        return unsafe { T::Packing::pair(x.at(row, column), x.stride, to) };
     }
     let mut edge = [[bf16::ZERO; NUMBERS]; 2];
     for (i, edge) in edge.iter_mut().enumerate() {
         copy(x, row + i * SIDE, column, edge);
     }
     // SAFETY: `edge` is 32 rows of 32 numbers; the caller's.
-    unsafe { T::pair(edge.as_ptr().cast(), DEPTH, to) };
-}
-
-/// Where a left factor's tiles are, two rows of them.
-#[derive(Clone, Copy)]
-struct Place {
-    /// The first tile of the upper row of tiles.
-    first: *const u8,
-    /// Bytes from a row of a tile to the next,
-    row: usize,
-    /// from a tile to the next along the sum,
-    along: usize,
-    /// and from the upper row of tiles to the lower.
-    lower: usize,
+    unsafe { T::Packing::pair(edge.as_ptr().cast(), DEPTH, to) };
 }
 
 /// left `[rows, depth]` · right `[depth, columns]`
@@ -336,7 +327,7 @@ fn passes(lengths: impl Iterator<Item = usize>) -> Vec<Vec<Section>> {
 
 /// All that the threads share.
 struct Product<'a, T> {
-    tiles: T,
+    machine: T,
     terms: &'a [Term<'a>],
     passes: Vec<Vec<Section>>,
     rows: usize,
@@ -346,7 +337,7 @@ struct Product<'a, T> {
 
 /// Computes the sum of `terms`, whose shapes have to agree with each other and with the output's. The output overlaps nothing
 /// that is read, but for what its sums start from, which may be itself.
-pub fn multiply<T: Tiles>(tiles: T, terms: &[Term], out: Output) {
+pub fn multiply<T: Blocks>(machine: T, terms: &[Term], out: Output) {
     let [rows, columns] = out.shape();
     for Term { left, right } in terms {
         assert_eq!((left.shape()[0], left.shape()[1]), (rows, right.shape()[0]), "a left factor fits");
@@ -357,17 +348,17 @@ pub fn multiply<T: Tiles>(tiles: T, terms: &[Term], out: Output) {
         assert_eq!(start.shape(), [rows, columns], "what a sum starts from fits");
     }
     let passes = passes(terms.iter().map(|term| term.right.shape()[0].div_ceil(DEPTH)));
-    Product { tiles, terms, passes, rows, columns, out }.compute();
+    Product { machine, terms, passes, rows, columns, out }.compute();
 }
 
-impl<T: Tiles> Product<'_, T> {
+impl<T: Blocks> Product<'_, T> {
     fn compute(&self) {
         let (down, across) = (self.rows.div_ceil(BLOCK), self.columns.div_ceil(BLOCK));
         if down == 0 || across == 0 {
             return;
         }
         let deepest = self.passes.iter().map(|pass| depth_of(pass)).max().unwrap_or(0).max(1);
-        let most = (PACKED_TILES / (2 * deepest)).max(1);
+        let most = (T::PACKED_TILES / (2 * deepest)).max(1);
         let threads = pool::threads();
         // As many parts as the threads can share evenly: columns first, for each of them has its own right factors.
         let beside = across.div_ceil(most).next_multiple_of(threads).min(across);
@@ -376,7 +367,7 @@ impl<T: Tiles> Product<'_, T> {
         pool::tasks(beside * below, |i| {
             let rows = part(i / beside, below, down);
             let pairs = part(i % beside, beside, across);
-            self.tiles.run(
+            self.machine.run(
                 #[inline(always)]
                 || self.part(rows.start * BLOCK..self.rows.min(rows.end * BLOCK), pairs, deepest),
             );
@@ -393,14 +384,11 @@ impl<T: Tiles> Product<'_, T> {
         let height = if passes == 1 { rows.len() } else { rows.len().min(UNFINISHED_ROWS) };
         let kept = if passes == 1 { 2 } else { height.div_ceil(BLOCK) * width };
         let [left_tiles, right_tiles] = [2 * deepest, 2 * width * deepest];
-        let mut memory =
-            Memory::take(words::<[bf16; NUMBERS]>(left_tiles + right_tiles) + words::<Sums>(kept));
+        let mut memory = Memory::take(words::<Tile>(left_tiles + right_tiles) + words::<Sums>(kept));
         let mut scratch = memory.scratch();
-        let left: &mut [[bf16; NUMBERS]] = scratch.cut(left_tiles);
-        let right: &mut [[bf16; NUMBERS]] = scratch.cut(right_tiles);
+        let left: &mut [Tile] = scratch.cut(left_tiles);
+        let right: &mut [Tile] = scratch.cut(right_tiles);
         let sums: &mut [Sums] = scratch.cut(kept);
-        // SAFETY: `run` has called this.
-        let registers = &mut unsafe { self.tiles.registers() };
         let mut done = None;
         let mut places = Vec::with_capacity(self.terms.len());
         for first in rows.clone().step_by(height) {
@@ -413,16 +401,20 @@ impl<T: Tiles> Product<'_, T> {
                     for (j, pair) in pairs.clone().enumerate() {
                         let place = i * width + j;
                         let place = if passes == 1 { place % 2 } else { place };
-                        let right = &right[j * 2 * depth..];
-                        let tiles = [self.rows - row > SIDE, self.columns - pair * BLOCK > SIDE];
-                        let block = match tiles {
-                            [true, true] => block::<T, true, true>,
-                            [true, false] => block::<T, true, false>,
-                            [false, true] => block::<T, false, true>,
-                            [false, false] => block::<T, false, false>,
-                        };
-                        // SAFETY: each place is two rows of as many tiles as its section has, `right` begins with two columns.
-                        unsafe { block(registers, pass, &places, right, &mut sums[place], number > 0) };
+                        let right = right[j * 2 * depth..][..2 * depth].as_ptr();
+                        let stretches = pass.iter().zip(&places).map(
+                            #[inline(always)]
+                            |(section, &left)| Stretch {
+                                tiles: section.along.len(),
+                                left,
+                                right: right.wrapping_add(section.packed),
+                                beside: depth,
+                            },
+                        );
+                        let shape = [self.rows - row, self.columns - pair * BLOCK];
+                        // SAFETY: each place is two rows of as many tiles as its section has, `right` begins with two columns, at a
+                        // cache line as all tiles of the scratch do; `run` has called this.
+                        unsafe { self.machine.block(stretches, shape, &mut sums[place], number > 0) };
                         if number + 1 == passes
                             && let Some((row, pair, place)) = done.replace((row, pair, place))
                         {
@@ -440,7 +432,7 @@ impl<T: Tiles> Product<'_, T> {
 
     /// Where the rows `row..row + 32` of a section are, packed if need be: `[2, tiles along the sum]`.
     #[inline(always)]
-    fn place(&self, section: &Section, row: usize, packed: &mut [[bf16; NUMBERS]]) -> Place {
+    fn place(&self, section: &Section, row: usize, packed: &mut [Tile]) -> Place {
         let left = &self.terms[section.term].left;
         if let Some(place) = left.in_place(row, section.along.start * DEPTH) {
             return place;
@@ -458,7 +450,7 @@ impl<T: Tiles> Product<'_, T> {
 
     /// Packs a pass of pairs of column tiles: `[column tiles, tiles along the sum]`.
     #[inline(always)]
-    fn pack_right(&self, pass: &[Section], pairs: &Range<usize>, packed: &mut [[bf16; NUMBERS]]) {
+    fn pack_right(&self, pass: &[Section], pairs: &Range<usize>, packed: &mut [Tile]) {
         let depth = depth_of(pass);
         for section in pass {
             let right = &self.terms[section.term].right;
@@ -504,7 +496,7 @@ impl<T: Tiles> Product<'_, T> {
                 Output::AddedTransposed(to) => {
                     let mut across = [[0; SIDE * SIDE]; 4];
                     for (from, to) in [0, 2, 1, 3].into_iter().zip(&mut across) {
-                        T::transpose(sums[from].as_ptr().cast(), ROW_BYTES, to);
+                        T::Packing::transpose(sums[from].as_ptr().cast(), ROW_BYTES, to);
                     }
                     let across: &Sums = bytemuck::cast_ref(&across);
                     for i in 0..columns {
@@ -513,63 +505,6 @@ impl<T: Tiles> Product<'_, T> {
                 }
             }
         }
-    }
-}
-
-/// The sums of 32 rows and columns over a pass, or of 16 where there is no `LOWER` row of tiles or no column of them on the
-/// `RIGHT`; `right` begins with two columns of tiles, as deep as the pass.
-///
-/// # Safety
-/// `places` are where two rows of tiles of each section are; this is called inside of [`Tiles::run`].
-#[inline(always)]
-unsafe fn block<T: Tiles, const LOWER: bool, const RIGHT: bool>(
-    registers: &mut T::Registers,
-    pass: &[Section],
-    places: &[Place],
-    right: &[[bf16; NUMBERS]],
-    sums: &mut Sums,
-    add: bool,
-) {
-    let depth = depth_of(pass);
-    let right = right[..2 * depth].as_ptr();
-    // SAFETY: sums has four tiles, right twice `depth`; the caller's.
-    unsafe {
-        let [s0, s1, s2, s3] = sums.each_mut().map(|tile| tile.as_mut_ptr().cast::<u8>());
-        if add {
-            T::load::<0>(registers, s0, ROW_BYTES);
-            T::load::<1>(registers, s1, ROW_BYTES);
-            T::load::<2>(registers, s2, ROW_BYTES);
-            T::load::<3>(registers, s3, ROW_BYTES);
-        } else {
-            T::zero::<0>(registers);
-            T::zero::<1>(registers);
-            T::zero::<2>(registers);
-            T::zero::<3>(registers);
-        }
-        for (section, place) in pass.iter().zip(places) {
-            let right = right.add(section.packed);
-            for k in 0..section.along.len() {
-                let upper = place.first.add(k * place.along);
-                T::load::<4>(registers, upper, place.row);
-                T::load_once::<6>(registers, right.add(k).cast(), ROW_BYTES);
-                T::multiply_add::<0, 4, 6>(registers);
-                if RIGHT {
-                    T::load_once::<7>(registers, right.add(depth + k).cast(), ROW_BYTES);
-                    T::multiply_add::<1, 4, 7>(registers);
-                }
-                if LOWER {
-                    T::load::<5>(registers, upper.add(place.lower), place.row);
-                    T::multiply_add::<2, 5, 6>(registers);
-                    if RIGHT {
-                        T::multiply_add::<3, 5, 7>(registers);
-                    }
-                }
-            }
-        }
-        T::store::<0>(registers, s0, ROW_BYTES);
-        T::store::<1>(registers, s1, ROW_BYTES);
-        T::store::<2>(registers, s2, ROW_BYTES);
-        T::store::<3>(registers, s3, ROW_BYTES);
     }
 }
 
@@ -604,9 +539,9 @@ unsafe fn add(sums: [&[f32; SIDE]; 2], to: *mut f32, n: usize) {
 /// to = start + scale·sums, rounded, for n ≤ 32 numbers.
 ///
 /// # Safety
-/// They can be read and written, and this is called inside of [`Tiles::run`].
+/// They can be read and written, and this is called inside of [`Blocks::run`].
 #[inline(always)]
-unsafe fn put_rounded<T: Tiles>(
+unsafe fn put_rounded<T: Blocks>(
     sums: [&[f32; SIDE]; 2],
     scale: f32,
     start: Option<*const bf16>,
@@ -616,14 +551,14 @@ unsafe fn put_rounded<T: Tiles>(
     // SAFETY: the caller's; where there are fewer numbers than a block has columns, no more are touched.
     unsafe {
         if n == BLOCK {
-            return T::put(sums, scale, start, to);
+            return T::Packing::put(sums, scale, start, to);
         }
         let mut row = [bf16::ZERO; BLOCK];
         if let Some(start) = start {
             std::ptr::copy_nonoverlapping(start, row.as_mut_ptr(), n);
         }
         let from = row;
-        T::put(sums, scale, Some(from.as_ptr()), row.as_mut_ptr());
+        T::Packing::put(sums, scale, Some(from.as_ptr()), row.as_mut_ptr());
         std::ptr::copy_nonoverlapping(row.as_ptr(), to, n);
     }
 }
@@ -632,7 +567,7 @@ unsafe fn put_rounded<T: Tiles>(
 mod tests {
     use super::*;
     use crate::ops::{
-        cpu::amx::Emulated,
+        cpu::{amx::Emulated, tile::InTiles},
         testing::{distance, leaf},
     };
 
@@ -680,7 +615,7 @@ mod tests {
     }
 
     /// Every output of the sum of two terms of these depths, against fp64.
-    fn check<T: Tiles>(tiles: T, [rows, columns]: [i64; 2], depths: [i64; 2]) {
+    fn check<T: Blocks>(machine: T, [rows, columns]: [i64; 2], depths: [i64; 2]) {
         let exact = |t: &Tensor| t.to_kind(Kind::Double);
         for transposed in [[false, false], [false, true], [true, false], [true, true]] {
             let operands = depths.map(|depth| {
@@ -702,7 +637,7 @@ mod tests {
                 let all = random(rows + BEHIND, columns + 5);
                 let beside = all.copy();
                 let to = inside(&all);
-                multiply(tiles, &terms, Output::Rounded { to: Matrix::of(&to), start, scale: 0.5 });
+                multiply(machine, &terms, Output::Rounded { to: Matrix::of(&to), start, scale: 0.5 });
                 let sum = &product * 0.5 + added;
                 let off = ((exact(&to) - &sum).abs() - sum.abs() / 256.0).relu();
                 let off = distance(&off, &off.zeros_like());
@@ -713,8 +648,8 @@ mod tests {
             let sums = |[rows, columns]: [i64; 2]| leaf(&[rows, columns]).detach().to_kind(Kind::Float);
             let (sum, across) = (sums([rows, columns]), sums([columns, rows]));
             let before = [exact(&sum), exact(&across)];
-            multiply(tiles, &terms, Output::Added(Matrix::sums(&sum)));
-            multiply(tiles, &terms, Output::AddedTransposed(Matrix::sums(&across)));
+            multiply(machine, &terms, Output::Added(Matrix::sums(&sum)));
+            multiply(machine, &terms, Output::AddedTransposed(Matrix::sums(&across)));
             assert!(distance(&sum, &(&before[0] + &product)) <= rounding, "{rows} {columns} {depths:?}");
             assert!(
                 distance(&across, &(&before[1] + product.tr())) <= rounding,
@@ -723,33 +658,41 @@ mod tests {
         }
     }
 
-    fn check_all<T: Tiles>(tiles: T) {
+    fn check_all<T: Blocks>(machine: T) {
         let before = tch::get_num_threads();
         for threads in [1, 3] {
             tch::set_num_threads(threads);
             for shape in [[1, 1], [16, 40], [33, 16], [48, 176], [70, 33], [0, 5], [5, 0], [64, 64]] {
                 for depths in [[1, 1], [32, 16], [33, 70], [300, 16]] {
-                    check(tiles, shape, depths);
+                    check(machine, shape, depths);
                 }
             }
             // Several passes, and more rows than are kept unfinished.
-            check(tiles, [40, 50], [PASS_TILES as i64 * DEPTH as i64 + 5, 40]);
-            check(tiles, [70, 50], [PASS_TILES as i64 * DEPTH as i64 + 64, 64]);
+            check(machine, [40, 50], [PASS_TILES as i64 * DEPTH as i64 + 5, 40]);
+            check(machine, [70, 50], [PASS_TILES as i64 * DEPTH as i64 + 64, 64]);
         }
-        check(tiles, [UNFINISHED_ROWS as i64 + 40, 3], [20, PASS_TILES as i64 * DEPTH as i64 + 1]);
+        check(machine, [UNFINISHED_ROWS as i64 + 40, 3], [20, PASS_TILES as i64 * DEPTH as i64 + 1]);
         tch::set_num_threads(before);
     }
 
     #[test]
     fn emulated_tiles_give_the_products() {
-        check_all(Emulated);
+        check_all(InTiles(Emulated));
     }
 
     #[cfg(target_arch = "x86_64")]
     #[test]
     fn tiles_give_the_products() {
         if let Some(amx) = crate::ops::cpu::amx::Amx::new() {
-            check_all(amx);
+            check_all(InTiles(amx));
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn vectors_of_pairs_give_the_products() {
+        if let Some(pairs) = crate::ops::cpu::tile::Pairs::new(crate::ops::cpu::Level::Avx512Bf16) {
+            check_all(pairs);
         }
     }
 }

@@ -5,7 +5,8 @@
 
 use super::{
     Element, LANES, Level, Real,
-    amx::{BLOCK, ROW_BYTES, SIDE, Tiles},
+    amx::Tiles,
+    packing::{BLOCK, Packing, ROW_BYTES, SIDE},
 };
 use bytemuck::Pod;
 use half::bf16;
@@ -273,7 +274,7 @@ impl<T: Tiles> Machine for InTiles<T> {
         let (rows, packed) = (row.as_chunks::<SIDE>().0, packed.as_chunks_mut::<{ SIDE / 2 }>().0);
         for (numbers, packed) in rows.iter().zip(packed) {
             // SAFETY: `run` has called this.
-            *packed = bytemuck::cast(unsafe { T::round(numbers) });
+            *packed = bytemuck::cast(unsafe { T::Packing::round(numbers) });
         }
     }
 
@@ -294,13 +295,13 @@ impl<T: Tiles> Machine for InTiles<T> {
                 {
                     let of = |row: usize| &two[row * columns + column..].as_chunks::<SIDE>().0[0];
                     // SAFETY: `run` has called this.
-                    let (first, second) = unsafe { (T::round(of(0)), T::round(of(1))) };
+                    let (first, second) = unsafe { (T::Packing::round(of(0)), T::Packing::round(of(1))) };
                     for (pair, (a, b)) in pairs.iter_mut().zip(first.into_iter().zip(second)) {
                         *pair = Self::stored(a, b);
                     }
                 }
                 // SAFETY: `pairs` is 16 rows of 64 bytes; `run` has called this.
-                unsafe { T::transpose(pairs.as_ptr().cast(), ROW_BYTES, &mut across) };
+                unsafe { T::Packing::transpose(pairs.as_ptr().cast(), ROW_BYTES, &mut across) };
                 for (i, row) in across.as_chunks::<SIDE>().0.iter().enumerate() {
                     packed[(column + i) * (rows / 2) + block * SIDE..][..SIDE].copy_from_slice(row);
                 }

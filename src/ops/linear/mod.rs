@@ -8,7 +8,7 @@
 //! frozen weight has no gradient. Parameter gradients are added in fp32.
 //!
 //! The groups are slices of the same tensors, and so are their matrices, one GEMM each: nothing is padded or copied, and a group
-//! without rows costs nothing. CPUs with tile registers compute bf16 by products of our own (`tiled.rs`), devices that have
+//! without rows costs nothing. CPUs with AMX or AVX512-BF16 compute bf16 by products of our own (`tiled.rs`), devices that have
 //! grouped GEMMs by those (`grouped.rs`); everything else is libtorch's products, of which a grouped one was measured no faster
 //! on a CPU.
 
@@ -23,7 +23,7 @@ use grouped::Grouped;
 use std::ops::Range;
 use tch::{Device, Tensor};
 #[cfg(any(test, target_arch = "x86_64"))]
-use tiled::Tiled;
+use tiled::{Machine, Tiled};
 pub use {
     groups::{Groups, sizes},
     matrices::Matrices,
@@ -112,7 +112,7 @@ impl<'a> Layers<'a> {
 /// oneDNN compiles and keeps.
 pub fn takes_any_rows(x: &Tensor) -> bool {
     #[cfg(target_arch = "x86_64")]
-    if tiled::registers(x).is_some() {
+    if Machine::of(x).is_some() {
         return true;
     }
     x.device() != Device::Cpu
@@ -270,7 +270,6 @@ fn add_product(sum: &Tensor, a: &Tensor, b: &Tensor) {
 mod tests {
     use super::*;
     use crate::ops::{
-        cpu::amx::Emulated,
         testing::{autograd, distance, leaf},
         wide,
     };
@@ -288,7 +287,7 @@ mod tests {
 
     /// The same in tiles, as a machine that has their registers computes.
     fn in_tiles(layers: Layers, x: &Tensor, d_y: &Tensor, add: Option<&Tensor>) -> Vec<Tensor> {
-        let tiled = Tiled { tiles: Emulated, layers };
+        let tiled = Tiled { machine: Machine::Emulated, layers };
         let (y, h) = tiled.forward(x, add);
         let h = h.unwrap();
         let (d_x, ThinGradient(g)) = tiled.backward_input(d_y);
@@ -425,7 +424,7 @@ mod tests {
         let weight = Matrices::Each(bf16(&Tensor::stack(&[first, second], 0)));
         let bare = Linear { bases: vec![Base { weight, bias: None }], adapter: None };
         let layers = Layers { linear: &bare, groups: &Groups::new(vec![0, 3, 7]) };
-        let tiled = Tiled { tiles: Emulated, layers };
+        let tiled = Tiled { machine: Machine::Emulated, layers };
         let in_tiles = (tiled.forward(&bf16(&x), None), tiled.backward_input(&bf16(&d_y)));
         for ((found, h), (d_found, ThinGradient(g))) in
             [in_tiles, (forward(&bf16(&x), layers, None), backward_input(&bf16(&d_y), layers))]

@@ -1,44 +1,82 @@
-//! Layers in bf16 on a CPU with tile registers: an adapter's part of an output is one more term of the sum that makes it, and
+//! Layers in bf16 on a CPU that multiplies tiles: an adapter's part of an output is one more term of the sum that makes it, and
 //! a group of rows costs no more than what it computes.
 
 use super::{Adapter, Base, Layers, Linear, Matrices, Part, ThinGradient, columns, rows_of, with_columns};
-#[cfg(target_arch = "x86_64")]
-use crate::ops::cpu::{Level, amx::Amx};
+#[cfg(test)]
+use crate::ops::cpu::amx::Emulated;
 use crate::ops::{
     Buffer,
     cpu::{
-        amx::Tiles,
         matmul::{Factor, Matrix, Output, Term, multiply},
+        tile::InTiles,
     },
 };
 use half::bf16;
 use std::ops::Range;
 use tch::Tensor;
 #[cfg(target_arch = "x86_64")]
-use {crate::device::has_kernels, tch::Kind};
+use {
+    crate::{
+        device::has_kernels,
+        ops::cpu::{Level, amx::Amx, tile::Pairs},
+    },
+    tch::Kind,
+};
 
-/// The layers, on a machine that has `T`.
-pub(super) struct Tiled<'a, T> {
-    pub tiles: T,
-    pub layers: Layers<'a>,
+/// What multiplies tiles.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Machine {
+    #[cfg(target_arch = "x86_64")]
+    Registers(InTiles<Amx>),
+    #[cfg(target_arch = "x86_64")]
+    Vectors(Pairs),
+    #[cfg(test)]
+    Emulated,
 }
 
-/// For x, if that is bf16 on a CPU that has them.
-#[cfg(target_arch = "x86_64")]
-pub(super) fn registers(x: &Tensor) -> Option<Amx> {
-    let fits = x.kind() == Kind::BFloat16 && has_kernels(x);
-    (fits && Level::current() == Level::Amx).then(Amx::new).flatten()
-}
+impl Machine {
+    /// For x, if that is bf16 on a CPU that has one.
+    #[cfg(target_arch = "x86_64")]
+    pub fn of(x: &Tensor) -> Option<Self> {
+        if x.kind() != Kind::BFloat16 || !has_kernels(x) {
+            return None;
+        }
+        match Level::current() {
+            Level::Amx => Amx::new().map(InTiles).map(Self::Registers),
+            level => Pairs::new(level).map(Self::Vectors),
+        }
+    }
 
-#[cfg(target_arch = "x86_64")]
-impl<'a> Tiled<'a, Amx> {
-    /// `None` where libtorch's products have to do.
-    pub(super) fn of(rows: &Tensor, layers: Layers<'a>) -> Option<Self> {
-        registers(rows).map(|tiles| Self { tiles, layers })
+    fn multiply(self, terms: &[Term], out: Output) {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Registers(machine) => multiply(machine, terms, out),
+            #[cfg(target_arch = "x86_64")]
+            Self::Vectors(machine) => multiply(machine, terms, out),
+            #[cfg(test)]
+            Self::Emulated => multiply(InTiles(Emulated), terms, out),
+        }
     }
 }
 
-impl<T: Tiles> Tiled<'_, T> {
+/// Of fewer, as where an answer is generated, the packing of the weights takes longer than the product.
+#[cfg(target_arch = "x86_64")]
+const FEWEST_ROWS: i64 = 8;
+
+/// The layers, on such a machine.
+pub(super) struct Tiled<'a> {
+    pub machine: Machine,
+    pub layers: Layers<'a>,
+}
+
+impl<'a> Tiled<'a> {
+    /// `None` where libtorch's products have to do, or do better.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn of(rows: &Tensor, layers: Layers<'a>) -> Option<Self> {
+        let machine = Machine::of(rows).filter(|_| rows.size()[0] >= FEWEST_ROWS)?;
+        Some(Self { machine, layers })
+    }
+
     /// See [`super::forward`].
     pub(super) fn forward(&self, x: &Tensor, add: Option<&Tensor>) -> (Buffer, Option<Buffer>) {
         let linear = self.layers.linear;
@@ -65,7 +103,7 @@ impl<T: Tiles> Tiled<'_, T> {
                 }
                 let bias_rows = || bias.as_ref().map(|bias| Matrix::repeated(bias, range.len()));
                 let start = added.or_else(bias_rows);
-                multiply(self.tiles, &terms, Output::Rounded { to, start, scale: 1.0 });
+                self.machine.multiply(&terms, Output::Rounded { to, start, scale: 1.0 });
                 if let (Some(_), Some(bias)) = (add, &bias) {
                     let _ = columns(&rows_of(&y, &rows), out).g_add_(bias);
                 }
@@ -88,7 +126,7 @@ impl<T: Tiles> Tiled<'_, T> {
     /// h = s · x·Aᵀ
     fn thin_of(&self, x: Matrix<bf16>, group: usize, adapter: &Adapter, h: Matrix<bf16>) {
         let to = Output::Rounded { to: h, start: None, scale: adapter.scaling as f32 };
-        multiply(self.tiles, &[by_columns(x, matrix(&adapter.a, group))], to);
+        self.machine.multiply(&[by_columns(x, matrix(&adapter.a, group))], to);
     }
 
     /// See [`super::backward_input`].
@@ -110,16 +148,13 @@ impl<T: Tiles> Tiled<'_, T> {
                 for part in &adapter.parts {
                     let to = g.columns(&usizes(&part.ranks));
                     let to = Output::Rounded { to, start: None, scale: adapter.scaling as f32 };
-                    multiply(
-                        self.tiles,
-                        &[by_rows(d_y.columns(&usizes(&part.out)), matrix(&part.b, group))],
-                        to,
-                    );
+                    self.machine
+                        .multiply(&[by_rows(d_y.columns(&usizes(&part.out)), matrix(&part.b, group))], to);
                 }
                 terms.push(by_rows(g, matrix(&adapter.a, group)));
             }
             let to = Output::Rounded { to: d_x_rows.rows(&rows), start: None, scale: 1.0 };
-            multiply(self.tiles, &terms, to);
+            self.machine.multiply(&terms, to);
         }
         (d_x, ThinGradient(g))
     }
@@ -133,9 +168,9 @@ impl<T: Tiles> Tiled<'_, T> {
             for (part, d_b) in adapter.parts.iter().zip(&gradient.b) {
                 // (hᵀ·dy)ᵀ: what is packed once for each block of rows is then the thin factor.
                 let product = summed_rows(h.columns(&usizes(&part.ranks)), d_y.columns(&usizes(&part.out)));
-                multiply(self.tiles, &[product], Output::AddedTransposed(sums(d_b, group)));
+                self.machine.multiply(&[product], Output::AddedTransposed(sums(d_b, group)));
             }
-            multiply(self.tiles, &[summed_rows(g, x)], Output::Added(sums(&gradient.a, group)));
+            self.machine.multiply(&[summed_rows(g, x)], Output::Added(sums(&gradient.a, group)));
         }
     }
 }

@@ -1,0 +1,251 @@
+//! A block of a large product: the sums of 32 rows and columns, in registers, over terms whose factors are in
+//! [tiles](super::packing). In tile registers, or in vectors that multiply pairs.
+
+use super::{
+    amx::Tiles,
+    packing::{BLOCK, NUMBERS, Packing, ROW_BYTES, SIDE},
+    tile::InTiles,
+};
+use half::bf16;
+use pulp::NullaryFnOnce;
+
+/// bf16 numbers of a tile.
+pub type Tile = [bf16; NUMBERS];
+
+/// The sums of a block: the upper two tiles, then the lower two.
+pub type Sums = [[[f32; SIDE]; SIDE]; 4];
+
+/// Tiles along the sum of one term.
+#[derive(Clone, Copy)]
+pub struct Stretch {
+    pub tiles: usize,
+    pub left: Place,
+    /// The first of a column of tiles, the next of which is right behind it.
+    pub right: *const Tile,
+    /// Tiles from there to the same of the column on its right.
+    pub beside: usize,
+}
+
+/// Where a left factor's tiles are, two rows of them.
+#[derive(Clone, Copy)]
+pub struct Place {
+    /// The first tile of the upper row of tiles.
+    pub first: *const u8,
+    /// Bytes from a row of a tile to the next,
+    pub row: usize,
+    /// from a tile to the next along the sum,
+    pub along: usize,
+    /// and from the upper row of tiles to the lower.
+    pub lower: usize,
+}
+
+/// What computes blocks.
+pub trait Blocks: Copy + Send + Sync {
+    type Packing: Packing;
+
+    /// Tiles of right factors that are packed at a time: most of a second-level cache.
+    const PACKED_TILES: usize;
+
+    /// Calls `f`, compiled for this machine; all that follows is called in there.
+    fn run<F: NullaryFnOnce>(self, f: F) -> F::Output;
+
+    /// The sums over `stretches`, added to `sums` if `add`. Of sums beyond the first `rows` and `columns` any may be of any content.
+    ///
+    /// # Safety
+    /// The tiles of all stretches can be read, those of the second row and column too, and those on the right begin at multiples of 64
+    /// bytes; this is called inside of [`run`](Self::run).
+    unsafe fn block(
+        self,
+        stretches: impl Iterator<Item = Stretch> + Clone,
+        shape: [usize; 2],
+        sums: &mut Sums,
+        add: bool,
+    );
+}
+
+impl<T: Tiles> Blocks for InTiles<T> {
+    type Packing = T::Packing;
+
+    // Of 2 MiB.
+    const PACKED_TILES: usize = 1296;
+
+    #[inline(always)]
+    fn run<F: NullaryFnOnce>(self, f: F) -> F::Output {
+        self.0.run(f)
+    }
+
+    #[inline(always)]
+    unsafe fn block(
+        self,
+        stretches: impl Iterator<Item = Stretch> + Clone,
+        [rows, columns]: [usize; 2],
+        sums: &mut Sums,
+        add: bool,
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            match [rows > SIDE, columns > SIDE] {
+                [true, true] => in_tiles::<T, true, true>(self.0, stretches, sums, add),
+                [true, false] => in_tiles::<T, true, false>(self.0, stretches, sums, add),
+                [false, true] => in_tiles::<T, false, true>(self.0, stretches, sums, add),
+                [false, false] => in_tiles::<T, false, false>(self.0, stretches, sums, add),
+            }
+        }
+    }
+}
+
+/// All tiles of sums, or those without a `LOWER` row, without the column on the `RIGHT`.
+///
+/// # Safety
+/// As for [`Blocks::block`].
+#[inline(always)]
+unsafe fn in_tiles<T: Tiles, const LOWER: bool, const RIGHT: bool>(
+    tiles: T,
+    stretches: impl Iterator<Item = Stretch>,
+    sums: &mut Sums,
+    add: bool,
+) {
+    // SAFETY: sums has four tiles; the caller's.
+    unsafe {
+        let registers = &mut tiles.registers();
+        let [s0, s1, s2, s3] = sums.each_mut().map(|tile| tile.as_mut_ptr().cast::<u8>());
+        if add {
+            T::load::<0>(registers, s0, ROW_BYTES);
+            T::load::<1>(registers, s1, ROW_BYTES);
+            T::load::<2>(registers, s2, ROW_BYTES);
+            T::load::<3>(registers, s3, ROW_BYTES);
+        } else {
+            T::zero::<0>(registers);
+            T::zero::<1>(registers);
+            T::zero::<2>(registers);
+            T::zero::<3>(registers);
+        }
+        for Stretch { tiles, left, right, beside } in stretches {
+            for k in 0..tiles {
+                let upper = left.first.add(k * left.along);
+                T::load::<4>(registers, upper, left.row);
+                T::load_once::<6>(registers, right.add(k).cast(), ROW_BYTES);
+                T::multiply_add::<0, 4, 6>(registers);
+                if RIGHT {
+                    T::load_once::<7>(registers, right.add(beside + k).cast(), ROW_BYTES);
+                    T::multiply_add::<1, 4, 7>(registers);
+                }
+                if LOWER {
+                    T::load::<5>(registers, upper.add(left.lower), left.row);
+                    T::multiply_add::<2, 5, 6>(registers);
+                    if RIGHT {
+                        T::multiply_add::<3, 5, 7>(registers);
+                    }
+                }
+            }
+        }
+        T::store::<0>(registers, s0, ROW_BYTES);
+        T::store::<1>(registers, s1, ROW_BYTES);
+        T::store::<2>(registers, s2, ROW_BYTES);
+        T::store::<3>(registers, s3, ROW_BYTES);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod vectors {
+    use super::*;
+    use crate::ops::cpu::{Level, packing::Avx512Bf16, tile::Pairs};
+    use std::arch::x86_64::{
+        __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_set1_epi32, _mm512_setzero_ps,
+        _mm512_storeu_ps,
+    };
+
+    impl Blocks for Pairs {
+        type Packing = Avx512Bf16;
+
+        // Of 1 MiB.
+        const PACKED_TILES: usize = 640;
+
+        #[inline(always)]
+        fn run<F: NullaryFnOnce>(self, f: F) -> F::Output {
+            Level::Avx512Bf16.run(f)
+        }
+
+        #[inline(always)]
+        unsafe fn block(
+            self,
+            stretches: impl Iterator<Item = Stretch> + Clone,
+            [rows, columns]: [usize; 2],
+            sums: &mut Sums,
+            add: bool,
+        ) {
+            // As many sums at a time as hide how long each takes, of the 32 registers.
+            // SAFETY: the caller's; there are `Pairs` only where there is AVX512-BF16.
+            unsafe {
+                if columns > SIDE {
+                    for row in (0..rows.min(BLOCK)).step_by(8) {
+                        in_vectors::<8, 2>(stretches.clone(), row, sums, add);
+                    }
+                } else {
+                    for row in (0..rows.min(BLOCK)).step_by(SIDE) {
+                        in_vectors::<SIDE, 1>(stretches.clone(), row, sums, add);
+                    }
+                }
+            }
+        }
+    }
+
+    /// A pair of bf16 numbers, wherever it lies.
+    #[derive(Clone, Copy)]
+    #[repr(C, packed)]
+    struct Word(i32);
+
+    /// `ROWS` rows, a divisor of 16, of `N` tiles beside each other.
+    ///
+    /// # Safety
+    /// As for [`Blocks::block`].
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    unsafe fn in_vectors<const ROWS: usize, const N: usize>(
+        stretches: impl Iterator<Item = Stretch>,
+        row: usize,
+        sums: &mut Sums,
+        add: bool,
+    ) {
+        let (below, row) = (row / SIDE, row % SIDE);
+        // SAFETY: the caller's; both types of a vector of pairs are 512 bits of any content.
+        unsafe {
+            let zero = _mm512_setzero_ps();
+            let mut totals = [[zero; N]; ROWS];
+            if add {
+                for (r, totals) in totals.iter_mut().enumerate() {
+                    for (n, total) in totals.iter_mut().enumerate() {
+                        *total = _mm512_loadu_ps(sums[2 * below + n][row + r].as_ptr());
+                    }
+                }
+            }
+            for Stretch { tiles, left, right, beside } in stretches {
+                let first = left.first.add(below * left.lower + row * left.row);
+                let mut pair = 0;
+                while pair < tiles * SIDE {
+                    // Loops without iterators, which made a build with little optimisation five times as slow.
+                    let rights = right.cast::<__m512bh>().wrapping_add(pair);
+                    let lefts = first.wrapping_add(pair / SIDE * left.along + pair % SIDE * 4);
+                    let mut r = 0;
+                    while r < ROWS {
+                        let word = (*lefts.wrapping_add(r * left.row).cast::<Word>()).0;
+                        let left = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(word));
+                        let mut n = 0;
+                        while n < N {
+                            totals[r][n] =
+                                _mm512_dpbf16_ps(totals[r][n], left, *rights.wrapping_add(n * beside * SIDE));
+                            n += 1;
+                        }
+                        r += 1;
+                    }
+                    pair += 1;
+                }
+            }
+            for (r, totals) in totals.into_iter().enumerate() {
+                for (n, total) in totals.into_iter().enumerate() {
+                    _mm512_storeu_ps(sums[2 * below + n][row + r].as_mut_ptr(), total);
+                }
+            }
+        }
+    }
+}
