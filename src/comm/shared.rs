@@ -54,7 +54,8 @@ impl Shared {
         };
         let first = NonNull::new(first.cast()).filter(|_| first != libc::MAP_FAILED)?;
         let mapped = Self { first, bytes };
-        // Where the host allows them (`shmem_enabled`), large pages are put on and taken off the books in next to no time.
+        // Where the host allows them (`shmem_enabled`), large pages are put on and taken off the books in next to no time. One that
+        // a range cuts goes off the books whole, or comes on them.
         mapped.advise(&(0..bytes), libc::MADV_HUGEPAGE);
         Some(mapped)
     }
@@ -88,9 +89,9 @@ impl Shared {
         self.advise(&(range.start.next_multiple_of(PAGE).min(end)..end), libc::MADV_DONTNEED);
     }
 
-    /// All advices are about time and books alone: a system that does not know them may refuse.
+    /// Advice is about time and books alone: a system that does not know it may refuse.
     fn advise(&self, range: &Range<usize>, advice: libc::c_int) {
-        // SAFETY: the range lies in the mapping; pages of a shared file lose nothing by any of these advices.
+        // SAFETY: the range lies in the mapping; pages of a shared file lose nothing by any of it.
         unsafe { libc::madvise(self.at(range).cast(), range.len(), advice) };
     }
 }
@@ -117,7 +118,7 @@ impl Name {
     }
 }
 
-/// Units that begin at multiples of this share no page, whatever a page is here.
+/// Units that begin at multiples of this share no page, whatever a page is here, unless it is a large one.
 pub const PAGE: usize = 1 << 16;
 
 /// A file of `bytes` zeros in memory.

@@ -10,13 +10,11 @@ mod cpu;
 mod flash;
 mod formula;
 
-#[cfg(target_arch = "x86_64")]
-use super::cpu::{amx::Amx, tile::InTiles};
 use super::{
     Buffer,
     cpu::{
         Level, Rows,
-        tile::{Machine, Plain},
+        tile::{Machine, Multiplier, Plain},
     },
     wide,
 };
@@ -148,17 +146,15 @@ fn on_cpu(kind: Kind, kernel: impl Kernel) {
     match kind {
         Kind::Double => kernel.run(Plain::<f64>::new(level)),
         Kind::Float => kernel.run(Plain::<f32>::new(level)),
-        _ => {
+        _ => match Multiplier::of(level) {
+            None => kernel.run(Plain::<bf16>::new(level)),
             #[cfg(target_arch = "x86_64")]
-            if let (Level::Amx, Some(amx)) = (level, Amx::new()) {
-                return kernel.run(InTiles(amx));
-            }
+            Some(Multiplier::Registers(machine)) => kernel.run(machine),
             #[cfg(target_arch = "x86_64")]
-            if let Some(pairs) = super::cpu::tile::Pairs::new(level) {
-                return kernel.run(pairs);
-            }
-            kernel.run(Plain::<bf16>::new(level));
-        }
+            Some(Multiplier::Vectors(machine)) => kernel.run(machine),
+            #[cfg(test)]
+            Some(Multiplier::Emulated(machine)) => kernel.run(machine),
+        },
     }
 }
 

@@ -4,14 +4,15 @@
 //! Measured on a Xeon, a core: 3.7 TFLOP/s in the registers, 3.0 with tiles from the first-level cache, 2.2 from the second,
 //! 1.5 where results are written too; libtorch's GEMM does 1.0 to 1.7 on large matrices and half of that on an expert's.
 
+use super::packing::Packing;
 #[cfg(test)]
-use super::packing::Scalar;
-use super::packing::{Packing, ROW_BYTES, SIDE};
+use super::packing::{SIDE, Scalar};
 use pulp::NullaryFnOnce;
 
 /// A thread's eight registers.
 pub trait Tiles: Copy + Send + Sync {
     type Registers;
+    /// Works wherever [`run`](Self::run) has called.
     type Packing: Packing;
 
     /// Calls `f`, compiled for what has the registers, with them ready for use on this thread.
@@ -50,7 +51,10 @@ pub use hardware::Amx;
 #[cfg(target_arch = "x86_64")]
 mod hardware {
     use super::*;
-    use crate::ops::cpu::{Level, packing::Avx512Bf16};
+    use crate::ops::cpu::{
+        Level,
+        packing::{Avx512Bf16, ROW_BYTES, SIDE},
+    };
     use std::{
         arch::{
             asm,
@@ -255,7 +259,10 @@ impl Tiles for Emulated {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::cpu::packing::testing::{STRIDE, WORDS, number, numbers};
+    use crate::ops::cpu::packing::{
+        ROW_BYTES,
+        testing::{STRIDE, WORDS, number, numbers},
+    };
 
     /// Twice a·b.
     fn computed<T: Tiles>(tiles: T, [a, b]: [&[u32]; 2]) -> Vec<u32> {

@@ -3,11 +3,10 @@
 
 use super::{
     amx::Tiles,
-    packing::{BLOCK, NUMBERS, Packing, ROW_BYTES, SIDE},
-    tile::InTiles,
+    packing::{NUMBERS, Packing, ROW_BYTES, SIDE},
+    tile::{InTiles, Machine},
 };
 use half::bf16;
-use pulp::NullaryFnOnce;
 
 /// bf16 numbers of a tile.
 pub type Tile = [bf16; NUMBERS];
@@ -23,7 +22,7 @@ pub struct Stretch {
     /// The first of a column of tiles, the next of which is right behind it.
     pub right: *const Tile,
     /// Tiles from there to the same of the column on its right.
-    pub beside: usize,
+    pub next_column: usize,
 }
 
 /// Where a left factor's tiles are, two rows of them.
@@ -39,21 +38,19 @@ pub struct Place {
     pub lower: usize,
 }
 
-/// What computes blocks.
-pub trait Blocks: Copy + Send + Sync {
+/// A machine that computes blocks.
+pub trait Blocks: Machine {
+    /// Works wherever [`run`](Machine::run) has called.
     type Packing: Packing;
 
     /// Tiles of right factors that are packed at a time: most of a second-level cache.
     const PACKED_TILES: usize;
 
-    /// Calls `f`, compiled for this machine; all that follows is called in there.
-    fn run<F: NullaryFnOnce>(self, f: F) -> F::Output;
-
     /// The sums over `stretches`, added to `sums` if `add`. Of sums beyond the first `rows` and `columns` any may be of any content.
     ///
     /// # Safety
-    /// The tiles of all stretches can be read, those of the second row and column too, and those on the right begin at multiples of 64
-    /// bytes; this is called inside of [`run`](Self::run).
+    /// The tiles of all stretches can be read, those of the second row and column too, of any content where sums may be, and nothing
+    /// writes to them meanwhile. Those on the right begin at multiples of 64 bytes. This is called inside of [`run`](Machine::run).
     unsafe fn block(
         self,
         stretches: impl Iterator<Item = Stretch> + Clone,
@@ -68,11 +65,6 @@ impl<T: Tiles> Blocks for InTiles<T> {
 
     // Of 2 MiB.
     const PACKED_TILES: usize = 1296;
-
-    #[inline(always)]
-    fn run<F: NullaryFnOnce>(self, f: F) -> F::Output {
-        self.0.run(f)
-    }
 
     #[inline(always)]
     unsafe fn block(
@@ -120,14 +112,14 @@ unsafe fn in_tiles<T: Tiles, const LOWER: bool, const RIGHT: bool>(
             T::zero::<2>(registers);
             T::zero::<3>(registers);
         }
-        for Stretch { tiles, left, right, beside } in stretches {
+        for Stretch { tiles, left, right, next_column } in stretches {
             for k in 0..tiles {
                 let upper = left.first.add(k * left.along);
                 T::load::<4>(registers, upper, left.row);
                 T::load_once::<6>(registers, right.add(k).cast(), ROW_BYTES);
                 T::multiply_add::<0, 4, 6>(registers);
                 if RIGHT {
-                    T::load_once::<7>(registers, right.add(beside + k).cast(), ROW_BYTES);
+                    T::load_once::<7>(registers, right.add(next_column + k).cast(), ROW_BYTES);
                     T::multiply_add::<1, 4, 7>(registers);
                 }
                 if LOWER {
@@ -149,7 +141,10 @@ unsafe fn in_tiles<T: Tiles, const LOWER: bool, const RIGHT: bool>(
 #[cfg(target_arch = "x86_64")]
 mod vectors {
     use super::*;
-    use crate::ops::cpu::{Level, packing::Avx512Bf16, tile::Pairs};
+    use crate::ops::cpu::{
+        packing::{Avx512Bf16, BLOCK},
+        tile::Pairs,
+    };
     use std::arch::x86_64::{
         __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_set1_epi32, _mm512_setzero_ps,
         _mm512_storeu_ps,
@@ -160,11 +155,6 @@ mod vectors {
 
         // Of 1 MiB.
         const PACKED_TILES: usize = 640;
-
-        #[inline(always)]
-        fn run<F: NullaryFnOnce>(self, f: F) -> F::Output {
-            Level::Avx512Bf16.run(f)
-        }
 
         #[inline(always)]
         unsafe fn block(
@@ -198,7 +188,7 @@ mod vectors {
     /// `ROWS` rows, a divisor of 16, of `N` tiles beside each other.
     ///
     /// # Safety
-    /// As for [`Blocks::block`].
+    /// As for [`Blocks::block`], `row` is below 32 and a multiple of `ROWS`, and the machine has AVX512-BF16.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bf16")]
     unsafe fn in_vectors<const ROWS: usize, const N: usize>(
@@ -219,21 +209,22 @@ mod vectors {
                     }
                 }
             }
-            for Stretch { tiles, left, right, beside } in stretches {
+            for Stretch { tiles, left, right, next_column } in stretches {
                 let first = left.first.add(below * left.lower + row * left.row);
                 let mut pair = 0;
                 while pair < tiles * SIDE {
                     // Loops without iterators, which made a build with little optimisation five times as slow.
                     let rights = right.cast::<__m512bh>().wrapping_add(pair);
-                    let lefts = first.wrapping_add(pair / SIDE * left.along + pair % SIDE * 4);
+                    let lefts =
+                        first.wrapping_add(pair / SIDE * left.along + pair % SIDE * size_of::<Word>());
                     let mut r = 0;
                     while r < ROWS {
                         let word = (*lefts.wrapping_add(r * left.row).cast::<Word>()).0;
-                        let left = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(word));
+                        let word = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(word));
                         let mut n = 0;
                         while n < N {
-                            totals[r][n] =
-                                _mm512_dpbf16_ps(totals[r][n], left, *rights.wrapping_add(n * beside * SIDE));
+                            let right = *rights.wrapping_add(n * next_column * SIDE);
+                            totals[r][n] = _mm512_dpbf16_ps(totals[r][n], word, right);
                             n += 1;
                         }
                         r += 1;

@@ -161,9 +161,9 @@ impl Factor<'_> {
     /// As a left factor: two tiles of 16 rows of 32 numbers, from (row, k) and (row + 16, k) on.
     ///
     /// # Safety
-    /// This is called inside of [`Blocks::run`].
+    /// The machine has what `P` is compiled for.
     #[inline(always)]
-    unsafe fn pack_left<T: Blocks>(&self, row: usize, k: usize, both: [&mut Tile; 2]) {
+    unsafe fn pack_left<P: Packing>(&self, row: usize, k: usize, both: [&mut Tile; 2]) {
         match self {
             Self::Of(x) => {
                 for (tile, to) in both.into_iter().enumerate() {
@@ -174,9 +174,9 @@ impl Factor<'_> {
                 let mut pairs = [[0; SIDE * SIDE]; 2];
                 // SAFETY: each of `pairs` is 16 rows of 64 bytes; the caller's.
                 unsafe {
-                    pack_pairs::<T>(x, k, row, pairs.each_mut());
+                    pack_pairs::<P>(x, k, row, pairs.each_mut());
                     for (pairs, to) in pairs.iter().zip(both) {
-                        T::Packing::transpose(pairs.as_ptr().cast(), ROW_BYTES, bytemuck::cast_mut(to));
+                        P::transpose(pairs.as_ptr().cast(), ROW_BYTES, bytemuck::cast_mut(to));
                     }
                 }
             }
@@ -186,31 +186,23 @@ impl Factor<'_> {
     /// As a right factor: two tiles of 16 pairs of rows of 16 columns, from (k, column) and (k, column + 16) on.
     ///
     /// # Safety
-    /// This is called inside of [`Blocks::run`].
+    /// The machine has what `P` is compiled for.
     #[inline(always)]
-    unsafe fn pack_right<T: Blocks>(&self, k: usize, column: usize, both: [&mut Tile; 2]) {
+    unsafe fn pack_right<P: Packing>(&self, k: usize, column: usize, both: [&mut Tile; 2]) {
         match self {
             // SAFETY: the caller's.
-            Self::Of(x) => unsafe { pack_pairs::<T>(x, k, column, both.map(bytemuck::cast_mut)) },
+            Self::Of(x) => unsafe { pack_pairs::<P>(x, k, column, both.map(bytemuck::cast_mut)) },
             Self::Transposed(x) => {
                 for (tile, to) in both.into_iter().enumerate() {
                     let column = column + tile * SIDE;
                     if column + SIDE <= x.rows && k + DEPTH <= x.columns {
                         // SAFETY: 16 rows of 32 numbers from (column, k) on lie within x; the caller's.
-                        unsafe {
-                            T::Packing::transpose(
-                                x.at(column, k).cast(),
-                                x.stride * 2,
-                                bytemuck::cast_mut(to),
-                            )
-                        };
+                        unsafe { P::transpose(x.at(column, k).cast(), x.stride * 2, bytemuck::cast_mut(to)) };
                     } else {
                         let mut edge = [bf16::ZERO; NUMBERS];
                         copy(x, column, k, &mut edge);
                         // SAFETY: `edge` is 16 rows of 64 bytes; the caller's.
-                        unsafe {
-                            T::Packing::transpose(edge.as_ptr().cast(), ROW_BYTES, bytemuck::cast_mut(to))
-                        };
+                        unsafe { P::transpose(edge.as_ptr().cast(), ROW_BYTES, bytemuck::cast_mut(to)) };
                     }
                 }
             }
@@ -241,9 +233,9 @@ fn copy(x: &Matrix<bf16>, row: usize, column: usize, to: &mut Tile) {
 /// 16 pairs of rows of two times 16 columns of x from (row, column) on, each pair in a word, zeros where x ends.
 ///
 /// # Safety
-/// This is called inside of [`Blocks::run`].
+/// The machine has what `P` is compiled for.
 #[inline(always)]
-unsafe fn pack_pairs<T: Blocks>(
+unsafe fn pack_pairs<P: Packing>(
     x: &Matrix<bf16>,
     row: usize,
     column: usize,
@@ -251,14 +243,14 @@ unsafe fn pack_pairs<T: Blocks>(
 ) {
     if row + DEPTH <= x.rows && column + BLOCK <= x.columns {
         // SAFETY: 32 numbers of each of 32 rows from (row, column) on lie within x; the caller's.
-        return unsafe { T::Packing::pair(x.at(row, column), x.stride, to) };
+        return unsafe { P::pair(x.at(row, column), x.stride, to) };
     }
     let mut edge = [[bf16::ZERO; NUMBERS]; 2];
     for (i, edge) in edge.iter_mut().enumerate() {
         copy(x, row + i * SIDE, column, edge);
     }
     // SAFETY: `edge` is 32 rows of 32 numbers; the caller's.
-    unsafe { T::Packing::pair(edge.as_ptr().cast(), DEPTH, to) };
+    unsafe { P::pair(edge.as_ptr().cast(), DEPTH, to) };
 }
 
 /// left `[rows, depth]` · right `[depth, columns]`
@@ -380,7 +372,7 @@ impl<T: Blocks> Product<'_, T> {
         let width = pairs.len();
         let passes = self.passes.len();
         // Where one pass is all, a block is done when it has been computed; else all of them wait for the next pass. What is
-        // done is written while the next block is computed, for what tiles store is not there for vectors at once.
+        // done is written while the next block is computed, for what tile registers store is not there for vectors at once.
         let height = if passes == 1 { rows.len() } else { rows.len().min(UNFINISHED_ROWS) };
         let kept = if passes == 1 { 2 } else { height.div_ceil(BLOCK) * width };
         let [left_tiles, right_tiles] = [2 * deepest, 2 * width * deepest];
@@ -397,7 +389,12 @@ impl<T: Blocks> Product<'_, T> {
                 self.pack_right(pass, &pairs, right);
                 for (i, row) in (first..rows.end.min(first + height)).step_by(BLOCK).enumerate() {
                     places.clear();
-                    places.extend(pass.iter().map(|section| self.place(section, row, left)));
+                    let mut unused = &mut *left;
+                    places.extend(pass.iter().map(|section| {
+                        let (own, rest) = std::mem::take(&mut unused).split_at_mut(2 * section.along.len());
+                        unused = rest;
+                        self.place(section, row, own)
+                    }));
                     for (j, pair) in pairs.clone().enumerate() {
                         let place = i * width + j;
                         let place = if passes == 1 { place % 2 } else { place };
@@ -408,7 +405,7 @@ impl<T: Blocks> Product<'_, T> {
                                 tiles: section.along.len(),
                                 left,
                                 right: right.wrapping_add(section.packed),
-                                beside: depth,
+                                next_column: depth,
                             },
                         );
                         let shape = [self.rows - row, self.columns - pair * BLOCK];
@@ -438,11 +435,10 @@ impl<T: Blocks> Product<'_, T> {
             return place;
         }
         let along = section.along.len();
-        let packed = &mut packed[2 * section.packed..][..2 * along];
         let (upper, lower) = packed.split_at_mut(along);
         for ((k, upper), lower) in section.along.clone().zip(upper).zip(lower) {
             // SAFETY: `run` has called this.
-            unsafe { left.pack_left::<T>(row, k * DEPTH, [upper, lower]) };
+            unsafe { left.pack_left::<T::Packing>(row, k * DEPTH, [upper, lower]) };
         }
         let tile = NUMBERS * size_of::<bf16>();
         Place { first: packed.as_ptr().cast(), row: ROW_BYTES, along: tile, lower: along * tile }
@@ -458,7 +454,9 @@ impl<T: Blocks> Product<'_, T> {
                 let place = (pair - pairs.start) * 2 * depth + section.packed + k - section.along.start;
                 let (first, second) = packed[place..].split_at_mut(depth);
                 // SAFETY: `run` has called this.
-                unsafe { right.pack_right::<T>(k * DEPTH, pair * BLOCK, [&mut first[0], &mut second[0]]) };
+                unsafe {
+                    right.pack_right::<T::Packing>(k * DEPTH, pair * BLOCK, [&mut first[0], &mut second[0]])
+                };
             };
             // In the order of memory.
             match right {
@@ -485,7 +483,13 @@ impl<T: Blocks> Product<'_, T> {
                     for i in 0..rows {
                         let start = start.map(|start| start.at(row + i, column).cast_const());
                         let [left, right] = beside(sums, i);
-                        put_rounded::<T>([left, right], scale, start, to.at(row + i, column), columns);
+                        put_rounded::<T::Packing>(
+                            [left, right],
+                            scale,
+                            start,
+                            to.at(row + i, column),
+                            columns,
+                        );
                     }
                 }
                 Output::Added(to) => {
@@ -539,9 +543,9 @@ unsafe fn add(sums: [&[f32; SIDE]; 2], to: *mut f32, n: usize) {
 /// to = start + scale·sums, rounded, for n ≤ 32 numbers.
 ///
 /// # Safety
-/// They can be read and written, and this is called inside of [`Blocks::run`].
+/// They can be read and written, and the machine has what `P` is compiled for.
 #[inline(always)]
-unsafe fn put_rounded<T: Blocks>(
+unsafe fn put_rounded<P: Packing>(
     sums: [&[f32; SIDE]; 2],
     scale: f32,
     start: Option<*const bf16>,
@@ -551,14 +555,14 @@ unsafe fn put_rounded<T: Blocks>(
     // SAFETY: the caller's; where there are fewer numbers than a block has columns, no more are touched.
     unsafe {
         if n == BLOCK {
-            return T::Packing::put(sums, scale, start, to);
+            return P::put(sums, scale, start, to);
         }
         let mut row = [bf16::ZERO; BLOCK];
         if let Some(start) = start {
             std::ptr::copy_nonoverlapping(start, row.as_mut_ptr(), n);
         }
         let from = row;
-        T::Packing::put(sums, scale, Some(from.as_ptr()), row.as_mut_ptr());
+        P::put(sums, scale, Some(from.as_ptr()), row.as_mut_ptr());
         std::ptr::copy_nonoverlapping(row.as_ptr(), to, n);
     }
 }
@@ -598,8 +602,10 @@ mod tests {
         fn new(rows: i64, columns: i64, transposed: bool) -> Self {
             let [rows, columns] = if transposed { [columns, rows] } else { [rows, columns] };
             let whole = random(rows + BEHIND, columns + 5);
-            // What is behind is nobody's.
-            let _ = whole.narrow(0, rows, BEHIND).fill_(f64::NAN);
+            // What is behind and beside is nobody's.
+            for (dim, start, n) in [(0, rows, BEHIND), (1, 0, 3), (1, columns + 3, 2)] {
+                let _ = whole.narrow(dim, start, n).fill_(f64::NAN);
+            }
             Self(whole, transposed)
         }
 
@@ -663,7 +669,7 @@ mod tests {
         for threads in [1, 3] {
             tch::set_num_threads(threads);
             for shape in [[1, 1], [16, 40], [33, 16], [48, 176], [70, 33], [0, 5], [5, 0], [64, 64]] {
-                for depths in [[1, 1], [32, 16], [33, 70], [300, 16]] {
+                for depths in [[1, 1], [32, 16], [33, 70], [300, 16], [16, 0], [0, 0]] {
                     check(machine, shape, depths);
                 }
             }

@@ -42,7 +42,7 @@ pub trait Packing {
     /// The machine has what this is compiled for.
     unsafe fn round(numbers: &[f32; SIDE]) -> [bf16; SIDE];
 
-    /// to = start + scale·sums, rounded, for 32 numbers; a start is optional.
+    /// to = start + scale·sums, rounded, for 32 numbers; a start is optional, and may be `to`.
     ///
     /// # Safety
     /// They can be read and written, and the machine has what this is compiled for.
@@ -66,7 +66,6 @@ mod vectors {
     };
 
     /// Where there is AVX-512 with F, BW and BF16.
-    #[derive(Clone, Copy, Debug)]
     pub struct Avx512Bf16;
 
     impl Packing for Avx512Bf16 {

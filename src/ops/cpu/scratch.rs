@@ -10,7 +10,7 @@ thread_local! {
 /// Words in a cache line.
 const LINE: usize = 8;
 
-/// Slices of any content, each starting at a cache line.
+/// Slices of any content, each starting at a cache line, on which `block.rs` relies.
 pub struct Scratch<'a>(&'a mut [u64]);
 
 impl<'a> Scratch<'a> {

@@ -3,6 +3,10 @@
 //! A [`Machine`] multiplies *units*: one number, or a pair of bf16 neighbours along the summed dimension, which
 //! AVX512-BF16 (VDPBF16PS) and AMX (TDPBF16PS) multiply and add in fp32. So a factor is packed in units, wherever its dimensions lie.
 
+#[cfg(target_arch = "x86_64")]
+use super::amx::Amx;
+#[cfg(test)]
+use super::amx::Emulated;
 use super::{
     Element, LANES, Level, Real,
     amx::Tiles,
@@ -332,6 +336,34 @@ impl<T: Tiles> Machine for InTiles<T> {
                     in_tiles::<T>(registers, [a_row, b], c, [a.row, columns], sum, add);
                 }
             }
+        }
+    }
+}
+
+/// A machine that multiplies pairs of bf16.
+#[derive(Clone, Copy, Debug)]
+pub enum Multiplier {
+    #[cfg(target_arch = "x86_64")]
+    Registers(InTiles<Amx>),
+    #[cfg(target_arch = "x86_64")]
+    Vectors(Pairs),
+    /// Registers that are none, for tests on any machine.
+    #[cfg(test)]
+    Emulated(InTiles<Emulated>),
+}
+
+impl Multiplier {
+    /// That of `level`, if there is one.
+    pub fn of(level: Level) -> Option<Self> {
+        #[cfg(target_arch = "x86_64")]
+        return match level {
+            Level::Amx => Amx::new().map(InTiles).map(Self::Registers),
+            _ => Pairs::new(level).map(Self::Vectors),
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            let _ = level;
+            None
         }
     }
 }

@@ -15,15 +15,13 @@
 mod grouped;
 mod groups;
 mod matrices;
-#[cfg(any(test, target_arch = "x86_64"))]
 mod tiled;
 
 use super::Buffer;
 use grouped::Grouped;
 use std::ops::Range;
 use tch::{Device, Tensor};
-#[cfg(any(test, target_arch = "x86_64"))]
-use tiled::{Machine, Tiled};
+use tiled::Tiled;
 pub use {
     groups::{Groups, sizes},
     matrices::Matrices,
@@ -109,13 +107,9 @@ impl<'a> Layers<'a> {
 }
 
 /// Whether groups of any numbers of rows cost alike. Where libtorch's GEMMs compute on a CPU, each number of rows is a kernel that
-/// oneDNN compiles and keeps.
+/// oneDNN compiles and keeps; where they compute groups of few rows alone, these are few.
 pub fn takes_any_rows(x: &Tensor) -> bool {
-    #[cfg(target_arch = "x86_64")]
-    if Machine::of(x).is_some() {
-        return true;
-    }
-    x.device() != Device::Cpu
+    x.device() != Device::Cpu || tiled::multiplier(x).is_some()
 }
 
 /// y `[rows, out]` from x `[rows, in]`, plus `add` `[rows, out]` (the residual branch), and s·h `[rows, Σ rank]` where there
@@ -125,7 +119,6 @@ pub fn forward(x: &Tensor, layers: Layers, add: Option<&Tensor>) -> (Buffer, Opt
     if let Some(grouped) = Grouped::of(x, layers) {
         return grouped.forward(x, add);
     }
-    #[cfg(target_arch = "x86_64")]
     if let Some(tiled) = Tiled::of(x, layers) {
         return tiled.forward(x, add);
     }
@@ -164,7 +157,6 @@ pub fn thin(x: &Tensor, layers: Layers) -> Option<Buffer> {
     if let Some(grouped) = Grouped::of(x, layers) {
         return grouped.thin(x);
     }
-    #[cfg(target_arch = "x86_64")]
     if let Some(tiled) = Tiled::of(x, layers) {
         return tiled.thin(x);
     }
@@ -185,7 +177,6 @@ pub fn backward_input(d_y: &Tensor, layers: Layers) -> (Buffer, ThinGradient) {
     if let Some(grouped) = Grouped::of(d_y, layers) {
         return grouped.backward_input(d_y);
     }
-    #[cfg(target_arch = "x86_64")]
     if let Some(tiled) = Tiled::of(d_y, layers) {
         return tiled.backward_input(d_y);
     }
@@ -222,7 +213,6 @@ pub fn backward_parameters(
     if let Some(grouped) = Grouped::of(d_y, layers) {
         return grouped.backward_parameters(d_y, x, h, g);
     }
-    #[cfg(target_arch = "x86_64")]
     if let Some(tiled) = Tiled::of(d_y, layers) {
         return tiled.backward_parameters(d_y, x, h, g);
     }
@@ -270,6 +260,11 @@ fn add_product(sum: &Tensor, a: &Tensor, b: &Tensor) {
 mod tests {
     use super::*;
     use crate::ops::{
+        cpu::{
+            Level,
+            amx::Emulated,
+            tile::{InTiles, Multiplier},
+        },
         testing::{autograd, distance, leaf},
         wide,
     };
@@ -287,7 +282,7 @@ mod tests {
 
     /// The same in tiles, as a machine that has their registers computes.
     fn in_tiles(layers: Layers, x: &Tensor, d_y: &Tensor, add: Option<&Tensor>) -> Vec<Tensor> {
-        let tiled = Tiled { machine: Machine::Emulated, layers };
+        let tiled = Tiled { multiplier: Multiplier::Emulated(InTiles(Emulated)), layers };
         let (y, h) = tiled.forward(x, add);
         let h = h.unwrap();
         let (d_x, ThinGradient(g)) = tiled.backward_input(d_y);
@@ -405,8 +400,50 @@ mod tests {
     fn matches_autograd() {
         check(Kind::Double, 1e-12, everything);
         // A few roundings to bf16.
-        check(Kind::BFloat16, 4.0 / 256.0, everything);
+        for level in Level::available() {
+            level.forced(|| check(Kind::BFloat16, 4.0 / 256.0, everything));
+        }
         check(Kind::BFloat16, 4.0 / 256.0, in_tiles);
+    }
+
+    #[test]
+    fn bf16_is_multiplied_by_what_the_machine_has() {
+        let x = |kind| Tensor::zeros([8, 8], (kind, Device::Cpu));
+        for level in Level::available() {
+            level.forced(|| {
+                let found = tiled::multiplier(&x(Kind::BFloat16));
+                let fits = match level {
+                    Level::Portable | Level::Avx2 | Level::Avx512 => found.is_none(),
+                    #[cfg(target_arch = "x86_64")]
+                    Level::Avx512Bf16 => matches!(found, Some(Multiplier::Vectors(_))),
+                    #[cfg(target_arch = "x86_64")]
+                    Level::Amx => matches!(found, Some(Multiplier::Registers(_))),
+                    #[cfg(not(target_arch = "x86_64"))]
+                    _ => false,
+                };
+                assert!(fits, "{level:?}: {found:?}");
+                assert!(tiled::multiplier(&x(Kind::Float)).is_none());
+            });
+        }
+    }
+
+    /// Few rows are libtorch's, unless others come with them.
+    #[test]
+    fn groups_of_few_rows_are_not_packed() {
+        let linear = ours(
+            &[Exact::new(&rounded(&[10]).detach()), Exact::new(&rounded(&[10]).detach())],
+            false,
+            Kind::BFloat16,
+        );
+        let is_tiled = |borders: &[i64]| {
+            let x = Tensor::zeros([borders[2], 6], (Kind::BFloat16, Device::Cpu));
+            Tiled::of(&x, Layers { linear: &linear, groups: &Groups::new(borders.to_vec()) }).is_some()
+        };
+        let has_tiles = Level::current() >= Level::Avx512Bf16;
+        assert_eq!(
+            [[0, 7, 14], [0, 0, 0], [0, 7, 15]].map(|borders| is_tiled(&borders)),
+            [false, false, has_tiles]
+        );
     }
 
     #[test]
@@ -424,7 +461,7 @@ mod tests {
         let weight = Matrices::Each(bf16(&Tensor::stack(&[first, second], 0)));
         let bare = Linear { bases: vec![Base { weight, bias: None }], adapter: None };
         let layers = Layers { linear: &bare, groups: &Groups::new(vec![0, 3, 7]) };
-        let tiled = Tiled { machine: Machine::Emulated, layers };
+        let tiled = Tiled { multiplier: Multiplier::Emulated(InTiles(Emulated)), layers };
         let in_tiles = (tiled.forward(&bf16(&x), None), tiled.backward_input(&bf16(&d_y)));
         for ((found, h), (d_found, ThinGradient(g))) in
             [in_tiles, (forward(&bf16(&x), layers, None), backward_input(&bf16(&d_y), layers))]

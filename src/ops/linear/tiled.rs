@@ -2,79 +2,53 @@
 //! a group of rows costs no more than what it computes.
 
 use super::{Adapter, Base, Layers, Linear, Matrices, Part, ThinGradient, columns, rows_of, with_columns};
-#[cfg(test)]
-use crate::ops::cpu::amx::Emulated;
-use crate::ops::{
-    Buffer,
-    cpu::{
-        matmul::{Factor, Matrix, Output, Term, multiply},
-        tile::InTiles,
+use crate::{
+    device::has_kernels,
+    ops::{
+        Buffer,
+        cpu::{
+            Level,
+            matmul::{Factor, Matrix, Output, Term, multiply},
+            tile::Multiplier,
+        },
     },
 };
 use half::bf16;
 use std::ops::Range;
-use tch::Tensor;
-#[cfg(target_arch = "x86_64")]
-use {
-    crate::{
-        device::has_kernels,
-        ops::cpu::{Level, amx::Amx, tile::Pairs},
-    },
-    tch::Kind,
-};
+use tch::{Kind, Tensor};
 
-/// What multiplies tiles.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Machine {
-    #[cfg(target_arch = "x86_64")]
-    Registers(InTiles<Amx>),
-    #[cfg(target_arch = "x86_64")]
-    Vectors(Pairs),
-    #[cfg(test)]
-    Emulated,
+/// What multiplies x, if that is bf16 on a CPU that has such a thing.
+pub(super) fn multiplier(x: &Tensor) -> Option<Multiplier> {
+    let fits = x.kind() == Kind::BFloat16 && has_kernels(x);
+    fits.then(Level::current).and_then(Multiplier::of)
 }
 
-impl Machine {
-    /// For x, if that is bf16 on a CPU that has one.
-    #[cfg(target_arch = "x86_64")]
-    pub fn of(x: &Tensor) -> Option<Self> {
-        if x.kind() != Kind::BFloat16 || !has_kernels(x) {
-            return None;
-        }
-        match Level::current() {
-            Level::Amx => Amx::new().map(InTiles).map(Self::Registers),
-            level => Pairs::new(level).map(Self::Vectors),
-        }
-    }
-
-    fn multiply(self, terms: &[Term], out: Output) {
-        match self {
-            #[cfg(target_arch = "x86_64")]
-            Self::Registers(machine) => multiply(machine, terms, out),
-            #[cfg(target_arch = "x86_64")]
-            Self::Vectors(machine) => multiply(machine, terms, out),
-            #[cfg(test)]
-            Self::Emulated => multiply(InTiles(Emulated), terms, out),
-        }
-    }
-}
-
-/// Of fewer, as where an answer is generated, the packing of the weights takes longer than the product.
-#[cfg(target_arch = "x86_64")]
+/// Where all groups have fewer rows, as where an answer is generated, the packing of a weight takes longer than its product.
 const FEWEST_ROWS: i64 = 8;
 
 /// The layers, on such a machine.
 pub(super) struct Tiled<'a> {
-    pub machine: Machine,
+    pub multiplier: Multiplier,
     pub layers: Layers<'a>,
 }
 
 impl<'a> Tiled<'a> {
     /// `None` where libtorch's products have to do, or do better.
-    #[cfg(target_arch = "x86_64")]
     pub(super) fn of(rows: &Tensor, layers: Layers<'a>) -> Option<Self> {
-        let machine = Machine::of(rows).filter(|_| rows.size()[0] >= FEWEST_ROWS)?;
-        Some(Self { machine, layers })
+        let multiplier = multiplier(rows)?;
+        let is_worth_it = layers.with_rows().any(|(_, rows)| rows.end - rows.start >= FEWEST_ROWS);
+        is_worth_it.then_some(Self { multiplier, layers })
+    }
+
+    fn multiply(&self, terms: &[Term], out: Output) {
+        match self.multiplier {
+            #[cfg(target_arch = "x86_64")]
+            Multiplier::Registers(machine) => multiply(machine, terms, out),
+            #[cfg(target_arch = "x86_64")]
+            Multiplier::Vectors(machine) => multiply(machine, terms, out),
+            #[cfg(test)]
+            Multiplier::Emulated(machine) => multiply(machine, terms, out),
+        }
     }
 
     /// See [`super::forward`].
@@ -103,7 +77,7 @@ impl<'a> Tiled<'a> {
                 }
                 let bias_rows = || bias.as_ref().map(|bias| Matrix::repeated(bias, range.len()));
                 let start = added.or_else(bias_rows);
-                self.machine.multiply(&terms, Output::Rounded { to, start, scale: 1.0 });
+                self.multiply(&terms, Output::Rounded { to, start, scale: 1.0 });
                 if let (Some(_), Some(bias)) = (add, &bias) {
                     let _ = columns(&rows_of(&y, &rows), out).g_add_(bias);
                 }
@@ -126,7 +100,7 @@ impl<'a> Tiled<'a> {
     /// h = s · x·Aᵀ
     fn thin_of(&self, x: Matrix<bf16>, group: usize, adapter: &Adapter, h: Matrix<bf16>) {
         let to = Output::Rounded { to: h, start: None, scale: adapter.scaling as f32 };
-        self.machine.multiply(&[by_columns(x, matrix(&adapter.a, group))], to);
+        self.multiply(&[by_columns(x, matrix(&adapter.a, group))], to);
     }
 
     /// See [`super::backward_input`].
@@ -148,13 +122,12 @@ impl<'a> Tiled<'a> {
                 for part in &adapter.parts {
                     let to = g.columns(&usizes(&part.ranks));
                     let to = Output::Rounded { to, start: None, scale: adapter.scaling as f32 };
-                    self.machine
-                        .multiply(&[by_rows(d_y.columns(&usizes(&part.out)), matrix(&part.b, group))], to);
+                    self.multiply(&[by_rows(d_y.columns(&usizes(&part.out)), matrix(&part.b, group))], to);
                 }
                 terms.push(by_rows(g, matrix(&adapter.a, group)));
             }
             let to = Output::Rounded { to: d_x_rows.rows(&rows), start: None, scale: 1.0 };
-            self.machine.multiply(&terms, to);
+            self.multiply(&terms, to);
         }
         (d_x, ThinGradient(g))
     }
@@ -168,9 +141,9 @@ impl<'a> Tiled<'a> {
             for (part, d_b) in adapter.parts.iter().zip(&gradient.b) {
                 // (hᵀ·dy)ᵀ: what is packed once for each block of rows is then the thin factor.
                 let product = summed_rows(h.columns(&usizes(&part.ranks)), d_y.columns(&usizes(&part.out)));
-                self.machine.multiply(&[product], Output::AddedTransposed(sums(d_b, group)));
+                self.multiply(&[product], Output::AddedTransposed(sums(d_b, group)));
             }
-            self.machine.multiply(&[summed_rows(g, x)], Output::Added(sums(&gradient.a, group)));
+            self.multiply(&[summed_rows(g, x)], Output::Added(sums(&gradient.a, group)));
         }
     }
 }
