@@ -23,7 +23,8 @@ pub(super) fn multiplier(x: &Tensor) -> Option<Multiplier> {
     fits.then(Level::current).and_then(Multiplier::of)
 }
 
-/// Where all groups have fewer rows, as where an answer is generated, the packing of a weight takes longer than its product.
+/// Where all groups have fewer rows, as where an answer is generated, packing a weight was measured to cost more than it wins (in
+/// vectors; tile registers pack the same).
 const FEWEST_ROWS: i64 = 8;
 
 /// The layers, on such a machine.
