@@ -17,7 +17,9 @@ use measure::{Benches, Work, random};
 use tch::{Device::Cpu, Kind, Tensor};
 use xorl_dist::loss::LinearCrossEntropy;
 use xorl_dist::ops::attention::{self, Documents, Heads};
-use xorl_dist::ops::linear::{self, Adapter, AdapterGradient, Base, Groups, Layers, Linear, Matrices, Part};
+use xorl_dist::ops::linear::{
+    self, Adapter, AdapterGradient, Base, GroupedLinear, Linear, Matrices, Part, RowSegments,
+};
 use xorl_dist::ops::{Buffer, adamw, norm, rope, swiglu};
 
 const TOKENS: i64 = 1024;
@@ -47,27 +49,27 @@ fn main() {
     linears(&mut benches, "down", INTERMEDIATE, &[HIDDEN], &all);
     // Experts of the random Qwen3-MoE of benches/random_model.py, and of Qwen3-30B-A3B.
     for rows in [32, 64, 128] {
-        let borders: Vec<i64> = (0..=32).map(|expert| expert * rows).collect();
+        let offsets: Vec<i64> = (0..=32).map(|expert| expert * rows).collect();
         frozen(
             &mut benches,
             &format!("gate_up of 32 experts, {rows} rows each, no adapter"),
             512,
             512,
-            &borders,
+            &offsets,
         );
         frozen(
             &mut benches,
             &format!("down of 32 experts, {rows} rows each, no adapter"),
             256,
             512,
-            &borders,
+            &offsets,
         );
-        linears(&mut benches, &format!("gate_up of 32 experts, {rows} rows each"), 512, &[256; 2], &borders);
-        linears(&mut benches, &format!("down of 32 experts, {rows} rows each"), 256, &[512], &borders);
+        linears(&mut benches, &format!("gate_up of 32 experts, {rows} rows each"), 512, &[256; 2], &offsets);
+        linears(&mut benches, &format!("down of 32 experts, {rows} rows each"), 256, &[512], &offsets);
     }
-    let borders: Vec<i64> = (0..=16).map(|expert| expert * 64).collect();
-    linears(&mut benches, "gate_up of 16 experts, 64 rows each, 30B-A3B", 2048, &[768; 2], &borders);
-    linears(&mut benches, "down of 16 experts, 64 rows each, 30B-A3B", 768, &[2048], &borders);
+    let offsets: Vec<i64> = (0..=16).map(|expert| expert * 64).collect();
+    linears(&mut benches, "gate_up of 16 experts, 64 rows each, 30B-A3B", 2048, &[768; 2], &offsets);
+    linears(&mut benches, "down of 16 experts, 64 rows each, 30B-A3B", 768, &[2048], &offsets);
     attentions(&mut benches, "2x512", HEADS, &[512; 2]);
     attentions(&mut benches, "1x2048", HEADS, &[2048]);
     let large = Heads { query: 16, key_value: 8, dim: 128, window: None };
@@ -111,11 +113,11 @@ fn swiglus(benches: &mut Benches) {
 }
 
 /// The layers `name` from `input` columns to those of `widths`, each with an adapter; one for each group of rows.
-fn linears(benches: &mut Benches, name: &str, input: i64, widths: &[i64], borders: &[i64]) {
-    let linear = &layer(input, widths, borders.len() as i64 - 1);
-    let groups = &Groups::new(borders.to_vec());
-    let layers = Layers { linear, groups };
-    let (rows, output) = (borders[borders.len() - 1], widths.iter().sum::<i64>());
+fn linears(benches: &mut Benches, name: &str, input: i64, widths: &[i64], offsets: &[i64]) {
+    let linear = &layer(input, widths, offsets.len() as i64 - 1);
+    let groups = &RowSegments::new(offsets.to_vec());
+    let layers = GroupedLinear { linear, groups };
+    let (rows, output) = (offsets[offsets.len() - 1], widths.iter().sum::<i64>());
     let ranks = RANK * widths.len() as i64;
     let x = random(&[rows, input]);
     let [d_y, residual] = [(); 2].map(|()| random(&[rows, output]));
@@ -135,12 +137,12 @@ fn linears(benches: &mut Benches, name: &str, input: i64, widths: &[i64], border
 }
 
 /// The layers `name` without adapters: the grouped product alone.
-fn frozen(benches: &mut Benches, name: &str, input: i64, output: i64, borders: &[i64]) {
-    let weight = matrices(borders.len() as i64 - 1, [output, input]);
+fn frozen(benches: &mut Benches, name: &str, input: i64, output: i64, offsets: &[i64]) {
+    let weight = matrices(offsets.len() as i64 - 1, [output, input]);
     let linear = &Linear { bases: vec![Base { weight, bias: None }], adapter: None };
-    let groups = &Groups::new(borders.to_vec());
-    let layers = Layers { linear, groups };
-    let rows = borders[borders.len() - 1];
+    let groups = &RowSegments::new(offsets.to_vec());
+    let layers = GroupedLinear { linear, groups };
+    let rows = offsets[offsets.len() - 1];
     let (x, d_y) = (random(&[rows, input]), random(&[rows, output]));
     let work = Work::Products(2 * rows * input * output);
     benches.run(&format!("linear/forward {name}"), work, || linear::forward(&x, layers, None));
@@ -156,7 +158,7 @@ fn matrices(groups: i64, [rows, columns]: [i64; 2]) -> Matrices {
     }
 }
 
-/// Layers from `input` columns to those of `widths`, each with an adapter.
+/// GroupedLinear from `input` columns to those of `widths`, each with an adapter.
 fn layer(input: i64, widths: &[i64], groups: i64) -> Linear {
     let (mut parts, mut output, mut ranks) = (Vec::new(), 0, 0);
     for width in widths {

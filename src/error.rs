@@ -92,7 +92,7 @@ pub fn agree<T>(world: &dyn Communicator, own: Result<T>) -> Result<T> {
 }
 
 /// What rank 0 says, on every rank. Collective.
-pub fn from_first(world: &dyn Communicator, text: &str) -> Result<String> {
+pub fn broadcast_from_root(world: &dyn Communicator, text: &str) -> Result<String> {
     let own: &[u8] = if world.rank() == 0 { text.as_bytes() } else { &[] };
     let all = world.all_gather_host(own)?;
     Ok(all.first().map(|said| String::from_utf8_lossy(said).into_owned()).unwrap_or_default())

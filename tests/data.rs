@@ -8,7 +8,7 @@ use std::{
 use tempfile::TempDir;
 use xorl_dist::{
     config::{DataArgs, DatasetArgs, DatasetType, PackingMethod},
-    data::{DataError, Dataset, Loader, Row, StepPlan, deal},
+    data::{DataError, Dataset, Loader, Row, StepPlan, schedule},
 };
 
 fn write(dir: &Path, name: &str, lines: &[&str]) -> PathBuf {
@@ -208,7 +208,7 @@ fn the_order_is_a_function_of_seed_epoch_and_position() {
     assert_eq!(documents(&all_rows(&first, 1)), documents(&in_order));
     assert_eq!(first.fingerprint(), again.fingerprint());
     assert_ne!(first.fingerprint(), other.fingerprint());
-    assert!(matches!(first.row_at(0, 80), Err(DataError::Position { position: 80, rows: 80, .. })));
+    assert!(matches!(first.row_at(0, 80), Err(DataError::DataCursor { position: 80, rows: 80, .. })));
 
     let unshuffled = open(&plain(datasets()), 1);
     assert_eq!(all_rows(&unshuffled, 0), all_rows(&unshuffled, 3));
@@ -294,7 +294,7 @@ fn the_loader_yields_the_plan_in_order() {
         (0..3).map(move |step| StepPlan {
             step,
             epoch: 0,
-            micro_batches: deal::deal(4 * step..(4 * step + 4).min(10), rank, 2, 1),
+            micro_batches: schedule::deal(4 * step..(4 * step + 4).min(10), rank, 2, 1),
         })
     };
     let mut seen = Vec::new();
@@ -315,7 +315,7 @@ fn an_error_of_the_loader_reaches_the_trainer() {
     let step = |step, position| StepPlan { step, epoch: 0, micro_batches: vec![vec![position]] };
     let mut loader = Loader::start(dataset.clone(), [step(0, 1), step(1, 10), step(2, 2)], 1).unwrap();
     assert!(loader.next().unwrap().is_ok());
-    assert!(matches!(loader.next(), Some(Err(DataError::Position { position: 10, .. }))));
+    assert!(matches!(loader.next(), Some(Err(DataError::DataCursor { position: 10, .. }))));
     assert!(loader.next().is_none());
 
     let plan = (0..2).map(move |number| if number == 0 { step(0, 1) } else { panic!("the plan broke") });

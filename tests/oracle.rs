@@ -21,7 +21,7 @@ use xorl_dist::{
         transformer::{Batch, Transformer},
     },
     optim::{Optimizer, Schedule, Settings},
-    shard::Groups,
+    shard::ProcessGroups,
     train::Trainer,
 };
 
@@ -86,7 +86,7 @@ fn load(
         reduce: ReduceGradients::Step,
         debug: false,
     };
-    let groups = Groups::one_block(&world);
+    let groups = ProcessGroups::one_block(&world);
     let mut model = Transformer::new(hf.spec, &sites, lora, options, &groups);
     model.load(&source).unwrap();
     let values = adapter(&path, &sites, run);

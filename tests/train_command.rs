@@ -19,7 +19,7 @@ use xorl_dist::{
         source::SafetensorsSource,
         transformer::{Batch, Transformer},
     },
-    shard::Groups,
+    shard::ProcessGroups,
 };
 
 /// A tiny random model made by ours is not independent; transformers makes this one, of an architecture with more of its
@@ -78,7 +78,7 @@ fn our_logits_are_theirs(folder: &Path, step: &str) {
         reduce: ReduceGradients::Step,
         debug: false,
     };
-    let groups = Groups::one_block(&World::start().unwrap());
+    let groups = ProcessGroups::one_block(&World::start().unwrap());
     let lora = LoraShape { rank: config.r, alpha: config.lora_alpha };
     let mut model = Transformer::new(spec, &sites, lora, options, &groups);
     model.load(&SafetensorsSource::open(&directory).unwrap()).unwrap();

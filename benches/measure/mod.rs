@@ -4,7 +4,7 @@ use criterion::{Criterion, Throughput};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 use tch::{Device::Cpu, Kind, Tensor};
-use xorl_dist::ops::cpu::Level;
+use xorl_dist::ops::cpu::Isa;
 
 /// What an operation has to do at least, by what it is held against.
 #[derive(Clone, Copy)]
@@ -61,7 +61,7 @@ impl Benches {
     ) {
         let (group, function) = name.split_once('/').unwrap_or((name, "all"));
         let every = self.all_levels && ["norm", "attention"].contains(&group);
-        for level in Level::available().filter(|&level| every || level == Level::current()) {
+        for level in Isa::available().filter(|&level| every || level == Isa::current()) {
             let function = if every { format!("{function} {level:?}") } else { function.to_owned() };
             let mut times = Vec::new();
             let mut criterion = self.criterion.benchmark_group(group);
@@ -101,7 +101,7 @@ impl Benches {
         }
         let [product, copy, place] =
             [self.product, copied(1 << 29), in_place(1 << 29)].map(|rate| rate / 1e9);
-        println!("{} threads, {:?}: bf16 mm {product:.0} GFLOP/s", tch::get_num_threads(), Level::current());
+        println!("{} threads, {:?}: bf16 mm {product:.0} GFLOP/s", tch::get_num_threads(), Isa::current());
         println!("memory: copy {copy:.0} GB/s, in place {place:.0} GB/s");
         self.lines.iter().for_each(|line| println!("{line}"));
     }

@@ -9,7 +9,7 @@ use super::{
     reshard::{self, Cut, Move, UnitLayout},
     steps,
 };
-use crate::{config::Optimizer, data::deal::Position, optim::Schedule};
+use crate::{config::Optimizer, data::schedule::DataCursor, optim::Schedule};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
@@ -36,7 +36,7 @@ pub struct TrainerState {
     /// The epoch of the last step made.
     pub epoch: usize,
     /// Where the next step begins in the data.
-    pub position: Position,
+    pub position: DataCursor,
     pub global_batch_size: usize,
     pub seed: u64,
     /// Ranks, and how many of them, the first, own a piece and have a file.
@@ -290,7 +290,7 @@ mod tests {
             step: 10,
             total_steps: 20,
             epoch: 1,
-            position: Position { epoch: 1, row: 20 },
+            position: DataCursor { epoch: 1, row: 20 },
             global_batch_size: 5,
             seed: 42,
             world,

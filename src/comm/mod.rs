@@ -4,9 +4,9 @@
 //! Every rank of a group calls the same collectives in the same order. Tensor collectives check dtype,
 //! contiguity and length before they call C. Reductions are sums in fp32; bf16 never crosses a reduction.
 
-mod booked;
 mod control;
 mod hosts;
+mod instrumented;
 mod launcher;
 mod ledger;
 mod mpi;
@@ -16,8 +16,8 @@ mod shared;
 mod solo;
 
 use crate::device::{
-    self, DeviceChoice, DeviceError, Lane, RankDevice,
-    choose::{SHARES, Sight},
+    self, CommStream, DeviceChoice, DeviceError, RankDevice,
+    choose::{SHARES, VisibleDevices},
 };
 use std::{ops::Range, rc::Rc};
 use tch::{Device, Kind, Tensor};
@@ -25,7 +25,7 @@ use tch::{Device, Kind, Tensor};
 pub use control::{Slow, Watcher};
 pub use ledger::{Ledger, Operation, Received};
 pub use parts::Parts;
-pub use shared::{PAGE, Shared};
+pub use shared::{PAGE, SharedMemory};
 
 /// Why ranks could not be started or a collective could not be entered.
 #[derive(Debug, thiserror::Error)]
@@ -72,7 +72,7 @@ pub enum CommError {
     #[error("{operation} over {group}: a tensor on {actual:?}, expected on {expected:?}")]
     Elsewhere { operation: &'static str, group: String, actual: Device, expected: Device },
     #[error("the ranks do not understand what one of them says of its devices (a bug): {0}")]
-    Sight(String),
+    VisibleDevices(String),
     #[error(transparent)]
     Device(#[from] DeviceError),
 }
@@ -143,7 +143,7 @@ pub trait Communicator {
     }
 
     /// Memory of so many bytes that all ranks of the group see, where they are on one host and can. Collective.
-    fn share(&self, _bytes: usize) -> Result<Option<Shared>, CommError> {
+    fn share(&self, _bytes: usize) -> Result<Option<SharedMemory>, CommError> {
         Ok(None)
     }
 
@@ -187,7 +187,7 @@ pub struct World {
     ledger: Ledger,
     device: RankDevice,
     /// The stream of collectives on the device.
-    lane: Option<Rc<Lane>>,
+    stream: Option<Rc<CommStream>>,
     /// What the user should know of where ranks are.
     placement: Option<String>,
 }
@@ -199,7 +199,7 @@ impl World {
         let ledger = Ledger::default();
         let mpi = if launcher.is_lone() { None } else { Some(mpi::Runtime::start(&launcher)?) };
         let control = mpi.as_ref().map(|mpi| control::Control::open(&mpi.group("control", 0))).transpose()?;
-        Ok(Self { control, mpi, launcher, ledger, device: RankDevice::host(), lane: None, placement: None })
+        Ok(Self { control, mpi, launcher, ledger, device: RankDevice::host(), stream: None, placement: None })
     }
 
     /// Finds this rank's device. Groups that are made from now on move tensors between devices. Collective; before the
@@ -223,14 +223,14 @@ impl World {
             Ok(devices)
         });
         let shares = std::env::var(SHARES).is_ok_and(|value| value == "1");
-        let sight = |devices| Sight { host: control::host(), local_rank, devices, shares };
+        let visible = |devices| VisibleDevices { host: control::host(), local_rank, devices, shares };
         let failed = own.as_ref().err().cloned();
-        let told = serde_json::to_vec(&own.ok().map(sight)).unwrap_or_default();
+        let told = serde_json::to_vec(&own.ok().map(visible)).unwrap_or_default();
         let mut all = Vec::with_capacity(self.size());
         for told in self.group("devices", 0).all_gather_host(&told)? {
-            let sight: Option<Sight> =
-                serde_json::from_slice(&told).map_err(|error| CommError::Sight(error.to_string()))?;
-            all.extend(sight);
+            let visible: Option<VisibleDevices> = serde_json::from_slice(&told)
+                .map_err(|error| CommError::VisibleDevices(error.to_string()))?;
+            all.extend(visible);
         }
         if let Some(error) = failed {
             return Err(error.into());
@@ -247,7 +247,7 @@ impl World {
         });
         if let Some(index) = device::choose::choose(&all, self.rank())? {
             self.device = RankDevice::open(choice, index)?;
-            self.lane = self.device.runtime().map(Lane::new).transpose()?.map(Rc::new);
+            self.stream = self.device.runtime().map(CommStream::new).transpose()?.map(Rc::new);
         }
         Ok(())
     }
@@ -286,11 +286,12 @@ impl World {
             (Some(runtime), Some(control)) => {
                 let (host, ledger) = (runtime.group(name, color), self.ledger.clone());
                 let watch = control.group(name, color);
-                match self.device.runtime().zip(self.lane.as_ref()) {
-                    None => Rc::new(booked::Booked { inner: host, ledger, watch }),
-                    Some((driver, lane)) => {
-                        let inner = nccl::Nccl::new(host, driver, lane, self.device.tensors(), watch.clone());
-                        Rc::new(booked::Booked { inner, ledger, watch })
+                match self.device.runtime().zip(self.stream.as_ref()) {
+                    None => Rc::new(instrumented::Instrumented { inner: host, ledger, watch }),
+                    Some((driver, stream)) => {
+                        let inner =
+                            nccl::Nccl::new(host, driver, stream, self.device.tensors(), watch.clone());
+                        Rc::new(instrumented::Instrumented { inner, ledger, watch })
                     }
                 }
             }

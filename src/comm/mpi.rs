@@ -9,7 +9,7 @@ use super::{
     hosts::{Hop, Round, Route},
     launcher::Launch,
     parts::{check_parts, copy_own},
-    shared::Shared,
+    shared::SharedMemory,
 };
 use crate::buffers::Buffer;
 use mpi::{
@@ -109,7 +109,7 @@ pub(super) struct Mpi {
     /// How gathers go, where the group is on several hosts.
     route: Option<Rc<Route>>,
     on_one_host: bool,
-    shared: Rc<RefCell<Vec<Shared>>>,
+    shared: Rc<RefCell<Vec<SharedMemory>>>,
 }
 
 impl Mpi {
@@ -308,11 +308,11 @@ impl Communicator for Mpi {
         &self.group
     }
 
-    fn share(&self, bytes: usize) -> Result<Option<Shared>, CommError> {
+    fn share(&self, bytes: usize) -> Result<Option<SharedMemory>, CommError> {
         if !self.on_one_host || bytes == 0 {
             return Ok(None);
         }
-        let shared = Shared::new(self, bytes)?;
+        let shared = SharedMemory::new(self, bytes)?;
         self.shared.borrow_mut().extend(shared);
         Ok(shared)
     }

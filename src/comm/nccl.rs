@@ -1,6 +1,6 @@
 //! NCCL, for ranks whose tensors are on a device, through cudarc; MPI carries what is in host memory.
 //!
-//! Collectives run on a stream of their own ([`Lane`]), beside what libtorch computes: a gather that was started runs under
+//! Collectives run on a stream of their own ([`CommStream`]), beside what libtorch computes: a gather that was started runs under
 //! the computation that follows, and [`Pending::wait`] orders what comes after it. All other collectives come between what
 //! was computed before and what is computed next; no call waits on the host. The stream is one for all groups, and one
 //! thread enters their collectives in the same order on every rank: of communicators that share a device NCCL demands such
@@ -16,7 +16,7 @@ use super::{
     mpi::Mpi,
     parts::check_parts,
 };
-use crate::device::{self, DeviceError, DeviceRuntime, Event, Lane, runtime::RawStream};
+use crate::device::{self, CommStream, DeviceError, DeviceRuntime, Event, runtime::RawStream};
 use cudarc::nccl::{
     result::{self, NcclError, NcclStatus},
     sys::{self, ncclDataType_t, ncclRedOp_t},
@@ -123,7 +123,7 @@ pub(super) struct Nccl {
     /// The same group over MPI.
     host: Mpi,
     runtime: Arc<dyn DeviceRuntime>,
-    lane: Rc<Lane>,
+    lane: Rc<CommStream>,
     /// Where tensors are.
     device: Device,
     watch: GroupWatch,
@@ -134,7 +134,7 @@ impl Nccl {
     pub(super) fn new(
         host: Mpi,
         runtime: &Arc<dyn DeviceRuntime>,
-        lane: &Rc<Lane>,
+        lane: &Rc<CommStream>,
         device: Device,
         watch: GroupWatch,
     ) -> Self {
@@ -212,7 +212,7 @@ struct Gather {
 impl Completion for Gather {
     fn wait(self: Box<Self>) -> Result<(), CommError> {
         // What libtorch does next with their memory comes after it too.
-        Ok(Lane::join(&self.done)?)
+        Ok(CommStream::join(&self.done)?)
     }
 }
 
@@ -260,7 +260,7 @@ impl Communicator for Nccl {
         let done = self.launch(NAME, &[input, output], |comm, stream| unsafe {
             result::reduce_scatter(at(input), at(output), count, float, sum, comm, stream)
         })?;
-        Ok(Lane::join(&done)?)
+        Ok(CommStream::join(&done)?)
     }
 
     fn all_to_all(&self, sent: Parts, received: Parts) -> Result<(), CommError> {
@@ -286,7 +286,7 @@ impl Communicator for Nccl {
             let (posted, ended) = (post(), result::group_end());
             posted.and(ended)
         })?;
-        Ok(Lane::join(&done)?)
+        Ok(CommStream::join(&done)?)
     }
 
     fn all_reduce(&self, values: &Tensor) -> Result<(), CommError> {
@@ -296,7 +296,7 @@ impl Communicator for Nccl {
         let done = self.launch(NAME, &[values], |comm, stream| unsafe {
             result::all_reduce(at(values), at(values), count, float, sum, comm, stream)
         })?;
-        Ok(Lane::join(&done)?)
+        Ok(CommStream::join(&done)?)
     }
 
     fn all_reduce_host(&self, values: &mut [f64], how: Reduce) -> Result<(), CommError> {

@@ -18,12 +18,12 @@ use tch::{Device, Kind, Tensor};
 
 /// Shared memory, zeros at first. It stays mapped until the process ends, for tensors refer to it.
 #[derive(Clone, Copy)]
-pub struct Shared {
+pub struct SharedMemory {
     first: NonNull<u8>,
     bytes: usize,
 }
 
-impl Shared {
+impl SharedMemory {
     /// `bytes` of memory of all ranks of `comm`, or none if one of them cannot have it. It is not reserved: what a system has no
     /// memory for ends a process when that writes. Collective; all are on one host.
     pub(super) fn new(comm: &dyn Communicator, bytes: usize) -> Result<Option<Self>, CommError> {
@@ -142,7 +142,7 @@ mod tests {
     #[test]
     fn what_was_written_is_seen_whatever_is_on_the_books() {
         let comm = solo("test");
-        let shared = Shared::new(&*comm, 3 * PAGE).unwrap().unwrap();
+        let shared = SharedMemory::new(&*comm, 3 * PAGE).unwrap().unwrap();
         let part = shared.tensor(&(PAGE - 5..2 * PAGE + 5));
         assert_eq!(part.sum(Kind::Int64).int64_value(&[]), 0);
         let _ = part.shallow_clone().fill_(7);
@@ -173,7 +173,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "of 65536")]
     fn a_tensor_lies_within() {
-        let _ = Shared::new(&*solo("test"), PAGE).unwrap().unwrap().tensor(&(1..PAGE + 1));
+        let _ = SharedMemory::new(&*solo("test"), PAGE).unwrap().unwrap().tensor(&(1..PAGE + 1));
     }
 
     /// The second of two ranks, who is told what the first says, and whether the first has the memory.
@@ -240,10 +240,10 @@ mod tests {
         let nothing = serde_json::to_vec(&None::<Name>).unwrap();
         for (told, first_misses) in [(&told, true), (&absent, false), (&nothing, true), (&vec![7], true)] {
             let second = Second { told: told.clone(), first_misses };
-            assert!(Shared::new(&second, PAGE).unwrap().is_none());
+            assert!(SharedMemory::new(&second, PAGE).unwrap().is_none());
             assert_eq!(mapped(), 0, "what is not used is given back");
         }
-        let shared = Shared::new(&Second { told, first_misses: false }, PAGE).unwrap().unwrap();
+        let shared = SharedMemory::new(&Second { told, first_misses: false }, PAGE).unwrap().unwrap();
         let _ = shared.tensor(&(3..5)).fill_(9);
         let mut first = [0; 6];
         std::os::unix::fs::FileExt::read_exact_at(&file, &mut first, 0).unwrap();

@@ -33,13 +33,13 @@ impl fmt::Display for Place {
 
 /// Where every field of a loaded configuration came from, for messages about it later.
 #[derive(Clone, Debug)]
-pub struct Places {
+pub struct FieldLocations {
     pub(super) path: PathBuf,
     pub(super) sections: BTreeMap<String, usize>,
     pub(super) given: BTreeMap<String, Place>,
 }
 
-impl Places {
+impl FieldLocations {
     pub(super) fn new(path: &Path) -> Self {
         Self { path: path.to_owned(), sections: BTreeMap::new(), given: BTreeMap::new() }
     }
@@ -117,7 +117,7 @@ impl Issue {
         Problem::Expected { expected: expected.into(), got: got.into() }.into()
     }
 
-    /// Places the issue into an element or entry of the value.
+    /// FieldLocations the issue into an element or entry of the value.
     pub fn inside(mut self, suffix: &str, line: usize) -> Self {
         self.suffix.insert_str(0, suffix);
         self.line.get_or_insert(line);

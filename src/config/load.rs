@@ -2,7 +2,7 @@
 //! is given there is not even read from the file.
 
 use super::compat::{self, Verdict};
-use super::error::{ConfigError, Place, Places, Problem};
+use super::error::{ConfigError, FieldLocations, Place, Problem};
 use super::source::{self, Kind, Node, SyntaxError};
 use super::{RunConfig, nearest, validate};
 use std::path::Path;
@@ -23,7 +23,7 @@ pub struct Loaded {
     /// One line each, `run.yaml:7: model.attn_implementation: ignored: …`, for rank 0 to print.
     pub warnings: Vec<String>,
     /// Where each field came from, for messages about values that only the model or the data can judge.
-    pub places: Places,
+    pub places: FieldLocations,
 }
 
 /// Reads the .yaml, .yml or .json file at `path`, lays `overrides` over it and validates the result.
@@ -53,7 +53,11 @@ fn resolve(
     overrides: &[Override],
 ) -> Result<Loaded, ConfigError> {
     let mut loader = Loader {
-        loaded: Loaded { config: RunConfig::default(), warnings: Vec::new(), places: Places::new(path) },
+        loaded: Loaded {
+            config: RunConfig::default(),
+            warnings: Vec::new(),
+            places: FieldLocations::new(path),
+        },
     };
     let syntax =
         |e: SyntaxError| ConfigError::Syntax { path: path.to_owned(), line: e.line, message: e.message };

@@ -18,7 +18,7 @@ mod validate;
 mod value;
 
 pub use data::{DataArgs, DatasetArgs, DatasetType, PackingMethod};
-pub use error::{ConfigError, Place, Places, Problem};
+pub use error::{ConfigError, FieldLocations, Place, Problem};
 pub use help::{help, schema_table};
 pub use load::{Loaded, Override, load, load_yaml};
 pub use lora::{ExportFormat, LoraArgs};

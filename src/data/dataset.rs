@@ -133,7 +133,7 @@ impl Dataset {
     pub fn row_at(&self, epoch: usize, position: usize) -> Result<Row, DataError> {
         let order = self.order_of(epoch);
         let row = order.get(position).and_then(|&index| self.store.row(index));
-        row.ok_or_else(|| DataError::Position { epoch, position, rows: self.rows() })
+        row.ok_or_else(|| DataError::DataCursor { epoch, position, rows: self.rows() })
     }
 
     /// Counts for the user.

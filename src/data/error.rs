@@ -34,7 +34,7 @@ pub enum DataError {
     #[error(
         "position {position} of epoch {epoch} was asked for, but an epoch has {rows} rows (a bug in the plan)"
     )]
-    Position { epoch: usize, position: usize, rows: usize },
+    DataCursor { epoch: usize, position: usize, rows: usize },
     #[error("the loader thread ended before its plan did: {0}")]
     LoaderDied(String),
 }
@@ -73,7 +73,7 @@ pub enum LineProblem {
 impl DataError {
     /// Whether the user can mend it (exit code 2) or the program failed (1).
     pub fn is_input(&self) -> bool {
-        !matches!(self, Self::Position { .. } | Self::LoaderDied(_))
+        !matches!(self, Self::DataCursor { .. } | Self::LoaderDied(_))
     }
 }
 

@@ -1,13 +1,12 @@
 //! From data files to rows of token ids, in an order that depends on (seed, epoch, position) alone.
 //!
 //! [`Dataset::open`] reads the sources, renders chats with the model's own template, tokenises and packs; the
-//! result is the same on every rank. [`order`] and [`deal`] say, as pure functions, which rows a step takes and
+//! result is the same on every rank. [`order`] and [`schedule`] say, as pure functions, which rows a step takes and
 //! which of them a rank computes; [`Loader`] brings them ahead of the trainer. [`ChatTemplate`] and [`Tokenizer`]
 //! also serve generation.
 
 mod chat_template;
 mod dataset;
-pub mod deal;
 mod error;
 mod jinja;
 mod jinja_values;
@@ -16,6 +15,7 @@ pub mod order;
 mod pack;
 mod prepared;
 mod prompt;
+pub mod schedule;
 mod source;
 mod store;
 mod tokenizer;

@@ -1,16 +1,16 @@
 //! The device that a rank computes on: which one ([`choose`], pure), its driver ([`runtime`] says what is called, [`driver`]
-//! calls CUDA), a stream beside libtorch's ([`Lane`]), memory through which bytes go there ([`staging`]), kernels of our own
+//! calls CUDA), a stream beside libtorch's ([`CommStream`]), memory through which bytes go there ([`staging`]), kernels of our own
 //! ([`kernels`]), and libtorch's own half for it ([`torch`]).
 
 pub mod choose;
+mod comm_stream;
 pub mod driver;
 pub mod kernels;
-mod lane;
 pub mod runtime;
 pub mod staging;
 pub mod torch;
 
-pub use lane::Lane;
+pub use comm_stream::CommStream;
 pub use runtime::{DeviceRuntime, Event, Memory};
 pub use staging::Staging;
 

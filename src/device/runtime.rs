@@ -1,5 +1,5 @@
 //! The calls of a device's driver that training needs beside libtorch: streams, events and memory. One trait, so that
-//! what orders them ([`Lane`](super::Lane)) can be tested by what it calls.
+//! what orders them ([`CommStream`](super::CommStream)) can be tested by what it calls.
 
 use super::DeviceError;
 use std::{

@@ -16,7 +16,7 @@ use crate::{
         source::{SafetensorsSource, WeightSource, validate},
         transformer::{Batch, MicroBatchLoss, Transformer},
     },
-    shard::Groups,
+    shard::ProcessGroups,
 };
 use serde_json::{Value, json};
 use std::{
@@ -116,7 +116,7 @@ impl Generation {
     /// Continues the prompts on all ranks, the base sharded over them; rank 0 writes.
     pub fn execute(self, world: &World) -> Result<()> {
         let (rank, ranks) = (world.rank(), world.size());
-        let groups = Groups::one_block(world);
+        let groups = ProcessGroups::one_block(world);
         let options = Options {
             compute: self.compute,
             merge: true,

@@ -133,7 +133,7 @@ impl LinearCrossEntropy {
 
 /// `a` in the kind in which products are summed.
 fn widened(a: Buffer) -> Buffer {
-    let wide = ops::wide(a.kind());
+    let wide = ops::accum_kind(a.kind());
     if a.kind() == wide {
         return a;
     }

@@ -16,7 +16,7 @@ use crate::{
     ops::{
         Buffer,
         attention::{self, Documents, Heads},
-        linear::{self, Groups, Layers},
+        linear::{self, GroupedLinear, RowSegments},
         norm, rope,
     },
     shard::ShardError,
@@ -100,8 +100,8 @@ impl Block<'_> {
         attend: impl FnOnce(&Tensor, Heads) -> (Buffer, Tensor),
     ) -> AttentionSaved {
         let (normed, r_input) = norm::forward(x, &self.layer.input_norm, self.spec.eps);
-        let rows = Groups::one(x.size()[0]);
-        let all = |linear| Layers { linear, groups: &rows };
+        let rows = RowSegments::one(x.size()[0]);
+        let all = |linear| GroupedLinear { linear, groups: &rows };
         let (mut qkv, h_qkv) = linear::forward(&normed, all(&self.layer.qkv), None);
         drop(normed);
         let qk = self.layer.qk_norm.as_ref().map(|weights| self.normalise_qk(&qkv, weights));
@@ -173,8 +173,8 @@ impl Block<'_> {
         };
         drop((d_y, middle));
 
-        let rows = Groups::one(x.size()[0]);
-        let all = |linear| Layers { linear, groups: &rows };
+        let rows = RowSegments::one(x.size()[0]);
+        let all = |linear| GroupedLinear { linear, groups: &rows };
         let o = all(&self.layer.o);
         let (d_out, g) = linear::backward_input(&d_middle, o);
         linear::backward_parameters(&d_middle, &out, h_o.as_deref(), &g, o);

@@ -6,9 +6,9 @@ use crate::{
         Buffer,
         cpu::values,
         dispatch::{Assignment, filled},
-        linear::{self, Groups},
+        linear::{self, RowSegments},
     },
-    shard::{Exchange, Route, ShardError},
+    shard::{ExpertDispatcher, ExpertRoute, ShardError},
 };
 use tch::{Device, Tensor};
 
@@ -22,28 +22,28 @@ pub struct Dispatch {
 
 /// Rows that come from all ranks to the experts of this one.
 struct Remote {
-    route: Route,
-    groups: Groups,
+    route: ExpertRoute,
+    groups: RowSegments,
 }
 
 impl Dispatch {
-    /// Of x `[tokens, hidden]` by `chosen` `[tokens, k]` i64, each one of `experts`. Collective over the ranks of `exchange`.
+    /// Of x `[tokens, hidden]` by `chosen` `[tokens, k]` i64, each one of `experts`. Collective over the ranks of `dispatcher`.
     pub fn new(
         x: &Tensor,
         chosen: &Tensor,
         experts: usize,
-        exchange: Option<&Exchange>,
+        dispatcher: Option<&ExpertDispatcher>,
     ) -> Result<Self, ShardError> {
         let any_rows = linear::takes_any_rows(x);
-        let Some(exchange) = exchange else {
+        let Some(dispatcher) = dispatcher else {
             let assign = if any_rows { Assignment::new } else { Assignment::filled };
             return Ok(Self { assignment: assign(chosen, experts), remote: None });
         };
         // What fills up does not travel.
         let assignment = Assignment::new(chosen, experts);
         let counts: Vec<i64> = values(&assignment.counts().to_device(Device::Cpu));
-        let route = exchange.route(&counts, if any_rows { |count| count } else { filled })?;
-        let groups = Groups::of_device(route.borders(), x.device());
+        let route = dispatcher.route(&counts, if any_rows { |count| count } else { filled })?;
+        let groups = RowSegments::of_device(route.offsets(), x.device());
         Ok(Self { assignment, remote: Some(Remote { route, groups }) })
     }
 
@@ -53,7 +53,7 @@ impl Dispatch {
     }
 
     /// The rows of each of this rank's experts.
-    pub fn groups(&self) -> &Groups {
+    pub fn groups(&self) -> &RowSegments {
         self.remote.as_ref().map_or_else(|| self.assignment.groups(), |remote| &remote.groups)
     }
 
@@ -66,40 +66,40 @@ impl Dispatch {
     pub fn gather(&self, x: &Tensor) -> Result<Buffer, ShardError> {
         let rows = self.assignment.gather(x);
         let Some(remote) = &self.remote else { return Ok(rows) };
-        remote.there(&rows)
+        remote.dispatch(&rows)
     }
 
     /// `[tokens, n]` from what this rank's experts made of their rows, `[rows, n]`, plus `add` `[tokens, n]`. Collective.
     pub fn combine(&self, rows: &Tensor, add: Option<&Tensor>) -> Result<Buffer, ShardError> {
         let Some(remote) = &self.remote else { return Ok(self.assignment.combine(rows, add)) };
-        Ok(self.assignment.combine(&*remote.back(rows, self.assignment.rows())?, add))
+        Ok(self.assignment.combine(&*remote.combine(rows, self.assignment.rows())?, add))
     }
 
     /// `[rows, 1]` from what each choice has, `[tokens, k]`. Collective.
     pub fn by_row(&self, by_choice: &Tensor) -> Result<Tensor, ShardError> {
         let rows = self.assignment.by_row(by_choice);
         let Some(remote) = &self.remote else { return Ok(rows) };
-        Ok(remote.there(&rows)?.copy())
+        Ok(remote.dispatch(&rows)?.copy())
     }
 
     /// `[tokens, k]` from what each row has, `[rows, 1]`. Collective.
     pub fn by_choice(&self, by_row: &Tensor) -> Result<Tensor, ShardError> {
         let Some(remote) = &self.remote else { return Ok(self.assignment.by_choice(by_row)) };
-        Ok(self.assignment.by_choice(&*remote.back(by_row, self.assignment.rows())?))
+        Ok(self.assignment.by_choice(&*remote.combine(by_row, self.assignment.rows())?))
     }
 }
 
 impl Remote {
-    fn there(&self, rows: &Tensor) -> Result<Buffer, ShardError> {
-        let count = self.route.borders().last().copied().unwrap_or(0);
+    fn dispatch(&self, rows: &Tensor) -> Result<Buffer, ShardError> {
+        let count = self.route.offsets().last().copied().unwrap_or(0);
         let arrived = Buffer::empty(&[count, rows.size()[1]], rows.kind(), rows.device());
-        self.route.there(rows, &arrived)?;
+        self.route.dispatch(rows, &arrived)?;
         Ok(arrived)
     }
 
-    fn back(&self, rows: &Tensor, count: i64) -> Result<Buffer, ShardError> {
+    fn combine(&self, rows: &Tensor, count: i64) -> Result<Buffer, ShardError> {
         let arrived = Buffer::empty(&[count, rows.size()[1]], rows.kind(), rows.device());
-        self.route.back(rows, &arrived)?;
+        self.route.combine(rows, &arrived)?;
         Ok(arrived)
     }
 }

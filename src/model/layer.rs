@@ -16,7 +16,7 @@ use crate::{
         linear::{Base, Linear, Matrices},
         routing::TopK,
     },
-    shard::{Adapters, EntrySpec, Exchange, Ring, ShardError, Span},
+    shard::{Adapters, EntrySpec, ExpertDispatcher, ShardError, SlotPool, Span},
 };
 use std::ops::Range;
 use tch::Tensor;
@@ -200,14 +200,14 @@ impl LayerPlan {
     }
 
     /// A gathered unit with its gathered adapters, as views of its slots in `layers` and `experts`, the rings of the two
-    /// regions. Rows go to the experts of other ranks by `exchange`.
+    /// regions. Rows go to the experts of other ranks by `dispatcher`.
     pub fn bind(
         &self,
-        [layers, experts]: [&Ring; 2],
+        [layers, experts]: [&SlotPool; 2],
         unit: usize,
         lora: &LayerAdapterPlan,
         adapters: &Adapters,
-        exchange: Option<&Exchange>,
+        dispatcher: Option<&ExpertDispatcher>,
     ) -> Result<Layer, ShardError> {
         let view = |entry| layers.view(unit, entry);
         // With the adapters of projection `place`.
@@ -239,7 +239,7 @@ impl LayerPlan {
                 router: view(*router)?,
                 choice: *choice,
                 experts: GatedMlp { gate_up: routed(*gate_up, GATE_UP)?, down: routed(*down, DOWN)? },
-                exchange: exchange.cloned(),
+                dispatcher: dispatcher.cloned(),
                 shared: match shared {
                     Some((plan, gate)) => {
                         let mlp = gated(plan, SHARED_GATE_UP, SHARED_DOWN)?;

@@ -6,7 +6,7 @@
 
 use crate::ops::{
     Buffer,
-    linear::{self, Groups, Layers, Linear},
+    linear::{self, GroupedLinear, Linear, RowSegments},
     swiglu,
 };
 use crate::shard::ShardError;
@@ -22,7 +22,7 @@ pub struct GatedMlp {
 /// Which rows go where.
 pub struct Share {
     /// MLP i has the rows of group i.
-    pub groups: Groups,
+    pub groups: RowSegments,
     /// `[rows, 1]` fp32
     pub scale: Option<Tensor>,
 }
@@ -40,11 +40,11 @@ pub struct GatedSaved {
 impl Share {
     /// All of `rows` to the one MLP that there is.
     pub fn all(rows: i64, scale: Option<Tensor>) -> Self {
-        Self { groups: Groups::one(rows), scale }
+        Self { groups: RowSegments::one(rows), scale }
     }
 
-    fn of<'a>(&'a self, linear: &'a Linear) -> Layers<'a> {
-        Layers { linear, groups: &self.groups }
+    fn of<'a>(&'a self, linear: &'a Linear) -> GroupedLinear<'a> {
+        GroupedLinear { linear, groups: &self.groups }
     }
 }
 
@@ -79,7 +79,7 @@ impl GatedMlp {
     /// What backward needs of the last matrix, where y is known already.
     pub fn skip_output(&self, saved: &mut GatedSaved) {
         let activated = saved.take_activated();
-        saved.h_down = linear::thin(&activated, saved.share.of(&self.down));
+        saved.h_down = linear::lora_hidden(&activated, saved.share.of(&self.down));
     }
 
     /// dx from dy `[rows, hidden]`, and the gradient of the scale `[rows, 1]`; adds the adapters' gradients. `x` is asked

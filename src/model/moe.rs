@@ -11,11 +11,10 @@ use super::{
 };
 use crate::{
     ops::{
-        Buffer,
+        Buffer, accum_kind,
         routing::{self, Routing, TopK},
-        wide,
     },
-    shard::{Exchange, ShardError},
+    shard::{ExpertDispatcher, ShardError},
 };
 use tch::{Kind, Tensor};
 
@@ -27,7 +26,7 @@ pub struct Moe {
     /// Those that this rank has.
     pub experts: GatedMlp,
     /// The way to those of other ranks.
-    pub exchange: Option<Exchange>,
+    pub dispatcher: Option<ExpertDispatcher>,
     pub shared: Option<Box<SharedExpert>>,
 }
 
@@ -67,13 +66,13 @@ impl Moe {
     pub fn forward(&self, x: &Tensor, chosen: Option<&Tensor>) -> Result<MoeSaved, ShardError> {
         let routing = routing::forward(x, &self.router, self.choice, chosen);
         let experts = self.router.size()[0] as usize;
-        let dispatch = Dispatch::new(x, &routing.experts, experts, self.exchange.as_ref())?;
+        let dispatch = Dispatch::new(x, &routing.experts, experts, self.dispatcher.as_ref())?;
         let groups = dispatch.groups().share();
         let share = Share { groups, scale: Some(dispatch.by_row(&routing.weights)?) };
         let rows = dispatch.gather(x)?;
         let experts = self.experts.forward(&rows, share);
         let shared = self.shared.as_ref().map(|shared| {
-            let scale = x.mm(&shared.gate.tr()).to_kind(wide(x.kind())).sigmoid();
+            let scale = x.mm(&shared.gate.tr()).to_kind(accum_kind(x.kind())).sigmoid();
             shared.mlp.forward(x, Share::all(x.size()[0], Some(scale)))
         });
         let rows = dispatch.is_remote().then_some(rows);

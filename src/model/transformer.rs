@@ -21,7 +21,7 @@ use crate::{
         norm,
         rope::RopeTable,
     },
-    shard::{Adapters, Exchange, Groups, Region, Ring, ShardError},
+    shard::{Adapters, ExpertDispatcher, ProcessGroups, Region, ShardError, SlotPool},
     trace::{self, Category},
 };
 use std::{collections::BTreeMap, ops::Range, rc::Rc};
@@ -119,13 +119,13 @@ pub struct Transformer {
     options: Options,
     plans: Vec<LayerPlan>,
     lora: Vec<LayerAdapterPlan>,
-    layers: Ring,
+    layers: SlotPool,
     /// The experts of each layer that this rank computes.
-    experts: Ring,
-    exchange: Option<Exchange>,
+    experts: SlotPool,
+    dispatcher: Option<ExpertDispatcher>,
     /// Embedding chunks, then head chunks unless the two are tied.
-    vocab: Ring,
-    final_norm: Ring,
+    vocab: SlotPool,
+    final_norm: SlotPool,
     pub adapter: Adapters,
     rope: RopeTable,
     router_load: RouterLoad,
@@ -137,24 +137,30 @@ pub struct Transformer {
 impl Transformer {
     /// An empty model with adapters on `sites`; fill it with [`load`](Self::load) and
     /// [`init_adapter`](Self::init_adapter).
-    pub fn new(spec: ModelSpec, sites: &[Site], lora: LoraShape, options: Options, groups: &Groups) -> Self {
+    pub fn new(
+        spec: ModelSpec,
+        sites: &[Site],
+        lora: LoraShape,
+        options: Options,
+        groups: &ProcessGroups,
+    ) -> Self {
         let device = groups.device.tensors();
         let Blueprint { plans, lora, regions } =
             Blueprint::new(&spec, sites, lora, &options, &groups.mesh, groups.rank);
-        let ring = |name, layouts, slots| Ring::new(name, layouts, slots, groups.shard.clone(), device);
+        let ring = |name, layouts, slots| SlotPool::new(name, layouts, slots, groups.shard.clone(), device);
         let adapter =
             Adapters::new(regions.adapter, regions.expert_adapter, options.slots, groups, options.reduce);
         let rope = RopeTable::new(&spec.rope.inv_freq(spec.head_dim), device);
         Self {
             layers: ring("layers", regions.layers, options.slots),
-            experts: Ring::new(
+            experts: SlotPool::new(
                 "experts",
                 regions.experts,
                 options.slots,
                 groups.expert_shard.clone(),
                 device,
             ),
-            exchange: Exchange::over(&groups.expert),
+            dispatcher: ExpertDispatcher::over(&groups.expert),
             vocab: ring("vocabulary", regions.vocab, 1),
             final_norm: ring("final norm", vec![regions.final_norm], 1),
             spec,
@@ -351,7 +357,7 @@ impl Transformer {
                 unit,
                 &self.lora[unit],
                 &self.adapter,
-                self.exchange.as_ref(),
+                self.dispatcher.as_ref(),
             )?,
             batch,
         })

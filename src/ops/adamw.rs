@@ -94,7 +94,7 @@ struct Factors {
 mod rows {
     use super::*;
 
-    pub fn apply<E: Element<Wide = f32>>(update: &Update, gradient: &Tensor, state: &State) {
+    pub fn apply<E: Element<Accum = f32>>(update: &Update, gradient: &Tensor, state: &State) {
         let factors = update.factors();
         each_row::<E, _, _, _>(
             [],
@@ -106,7 +106,7 @@ mod rows {
     }
 
     #[inline(always)]
-    fn step<E: Element<Wide = f32>>(
+    fn step<E: Element<Accum = f32>>(
         f: &Factors,
         g: &[f32],
         p: &mut [f32],

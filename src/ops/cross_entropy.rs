@@ -8,8 +8,9 @@
 //! gradient      dx = scale / (s + exp(l_t − m)) · (a − s·w_t)
 
 use super::{
+    accum_kind,
     cpu::{Element, LANES, Real, Rows, dispatch, each_row, lanes, values},
-    cuda, wide,
+    cuda,
 };
 use crate::device::has_kernels;
 use tch::{Device, Kind, Tensor};
@@ -27,7 +28,7 @@ pub struct Sums {
 impl Sums {
     /// Of `tokens` tokens before the first logit, for hidden states of `kind`.
     pub fn new(tokens: i64, kind: Kind, device: Device) -> Self {
-        let column = |value: f64| Tensor::full([tokens, 1], value, (wide(kind), device));
+        let column = |value: f64| Tensor::full([tokens, 1], value, (accum_kind(kind), device));
         Self { maximum: column(f64::NEG_INFINITY), sum: column(0.0), target_logit: column(0.0) }
     }
 
@@ -98,9 +99,9 @@ mod rows {
             |i, [], [row], [m, s, target_logit, rescale]| {
                 let maximum = lanes::maximum(row).max(m[0]);
                 if let Some(target) = usize::try_from(targets[i]).ok().and_then(|t| row.get_mut(t)) {
-                    target_logit[0] = target.wide();
+                    target_logit[0] = target.to_accum();
                     // Its exponential is 0 then: left out of the sum and of the product.
-                    *target = E::narrow(E::Wide::NEG_INFINITY);
+                    *target = E::narrow(E::Accum::NEG_INFINITY);
                 }
                 rescale[0] = (m[0] - maximum).exp();
                 s[0] = s[0] * rescale[0] + exponentiate(row, maximum);
@@ -111,13 +112,13 @@ mod rows {
 
     /// l becomes exp(l − m); returns the sum.
     #[inline(always)]
-    fn exponentiate<E: Element>(row: &mut [E], m: E::Wide) -> E::Wide {
-        let mut lanes = [E::Wide::ZERO; LANES];
+    fn exponentiate<E: Element>(row: &mut [E], m: E::Accum) -> E::Accum {
+        let mut lanes = [E::Accum::ZERO; LANES];
         let (blocks, tail) = row.as_chunks_mut::<BLOCK>();
         for block in blocks {
-            let mut wide = [E::Wide::ZERO; BLOCK];
+            let mut wide = [E::Accum::ZERO; BLOCK];
             for (wide, x) in wide.iter_mut().zip(block.iter()) {
-                *wide = (x.wide() - m).exp();
+                *wide = (x.to_accum() - m).exp();
             }
             for (x, &wide) in block.iter_mut().zip(&wide) {
                 *x = E::narrow(wide);
@@ -129,7 +130,7 @@ mod rows {
             }
         }
         for (i, x) in tail.iter_mut().enumerate() {
-            let wide = (x.wide() - m).exp();
+            let wide = (x.to_accum() - m).exp();
             *x = E::narrow(wide);
             lanes[i % LANES] += wide;
         }
@@ -147,15 +148,15 @@ mod rows {
     }
 
     #[inline(always)]
-    fn add<E: Element>(a: &mut [E::Wide], rescale: E::Wide, product: &[E]) {
+    fn add<E: Element>(a: &mut [E::Accum], rescale: E::Accum, product: &[E]) {
         for (a, product) in a.iter_mut().zip(product) {
-            *a = *a * rescale + product.wide();
+            *a = *a * rescale + product.to_accum();
         }
     }
 
     pub fn gradient<E: Element>(sums: &Sums, a: &Tensor, w_t: &Tensor, scale: f64) {
         let columns = [&sums.maximum, &sums.sum, &sums.target_logit].map(Rows::of);
-        let scale = E::Wide::of(scale);
+        let scale = E::Accum::of(scale);
         each_row::<E, _, _, _>(
             [Rows::of(w_t)],
             [Rows::of(a)],
@@ -170,7 +171,7 @@ mod rows {
 
     pub fn wide_gradient<E: Element>(sums: &Sums, a: &Tensor, w_t: &Tensor, scale: f64) {
         let columns = [a, &sums.maximum, &sums.sum, &sums.target_logit].map(Rows::of);
-        let scale = E::Wide::of(scale);
+        let scale = E::Accum::of(scale);
         each_row::<E, _, _, _>(
             [Rows::of(w_t)],
             [],
@@ -184,13 +185,13 @@ mod rows {
     }
 
     #[inline(always)]
-    fn differentiate<A, E>(a: &mut [A], w_t: &[E], s: E::Wide, factor: E::Wide)
+    fn differentiate<A, E>(a: &mut [A], w_t: &[E], s: E::Accum, factor: E::Accum)
     where
-        A: Element<Wide = E::Wide>,
+        A: Element<Accum = E::Accum>,
         E: Element,
     {
         for (a, w_t) in a.iter_mut().zip(w_t) {
-            *a = A::narrow((a.wide() - w_t.wide() * s) * factor);
+            *a = A::narrow((a.to_accum() - w_t.to_accum() * s) * factor);
         }
     }
 }
@@ -318,12 +319,12 @@ mod tests {
             for (tokens, hidden) in [(0, 3), (1, 1), (4, 17), (50, 576)] {
                 let random = |columns: i64, kind| leaf(&[tokens, columns]).detach().to_kind(kind);
                 let double = |t: &Tensor| t.to_kind(Kind::Double);
-                let column = || random(1, wide(kind)).abs() + 0.5;
+                let column = || random(1, accum_kind(kind)).abs() + 0.5;
                 let (product, w_t) = (random(hidden, kind), random(hidden, kind));
                 let sums = Sums { maximum: column(), sum: column(), target_logit: column() };
                 let e = column();
                 let total = double(&sums.sum) + double(&(&sums.target_logit - &sums.maximum)).exp();
-                for a_kind in [kind, wide(kind)] {
+                for a_kind in [kind, accum_kind(kind)] {
                     let a = random(hidden, a_kind);
                     let sum = double(&a) * double(&e) + double(&product);
                     let d_x = (double(&a) - double(&w_t) * double(&sums.sum)) * (0.25 / &total);
@@ -332,7 +333,7 @@ mod tests {
                         assert!(off < tolerance * 8.0, "{kind:?} {a_kind:?} {tokens} {hidden}: {off}");
                     };
                     everywhere(|| {
-                        if a_kind == wide(kind) {
+                        if a_kind == accum_kind(kind) {
                             let ours = a.copy();
                             accumulate(&ours, &e, &product);
                             near(&ours, &sum);

@@ -12,11 +12,10 @@
 //! oneDNN compiles a kernel and keeps it.
 
 use super::{
-    Buffer,
+    Buffer, accum_kind,
     cpu::{Element, Real, Rows, dispatch, each_row, values},
     cuda,
-    linear::{Groups, sizes},
-    wide,
+    linear::{RowSegments, sizes},
 };
 use crate::device::has_kernels;
 use tch::{Device, Kind, Tensor};
@@ -43,7 +42,7 @@ pub struct Assignment {
     /// The row of each choice: `[tokens, k]` i64.
     rows: Tensor,
     /// The rows of each expert.
-    groups: Groups,
+    groups: RowSegments,
     /// How often each expert was chosen: `[experts]` i64.
     counts: Tensor,
     /// Whether there are rows that are nobody's.
@@ -79,7 +78,7 @@ impl Assignment {
         let counts = sizes(&ends);
         let numbers = Tensor::arange(choices.size()[0], (Kind::Int64, device));
         let rows = choices.empty_like().scatter_(0, &choices, &numbers).view_as(chosen);
-        let groups = Groups::on_device(&ends, &counts);
+        let groups = RowSegments::on_device(&ends, &counts);
         let tokens = choices.divide_scalar_mode(k, "floor");
         Self { tokens, choices, rows, groups, counts: counts.to_kind(Kind::Int64), is_filled: false }
     }
@@ -96,9 +95,9 @@ impl Assignment {
             *end += rows(count);
             Some(*end)
         });
-        let borders: Vec<i64> = std::iter::once(0).chain(ends).collect();
-        let mut next = borders.clone();
-        let mut choices = vec![NOBODY; borders[experts] as usize];
+        let offsets: Vec<i64> = std::iter::once(0).chain(ends).collect();
+        let mut next = offsets.clone();
+        let mut choices = vec![NOBODY; offsets[experts] as usize];
         let mut rows = Vec::with_capacity(of_choice.len());
         for (choice, &expert) in of_choice.iter().enumerate() {
             let row = &mut next[expert as usize];
@@ -112,11 +111,11 @@ impl Assignment {
         let [tokens, choices, rows, counts] =
             [tokens, choices, rows, counts].map(|values| Tensor::from_slice(&values));
         let rows = rows.view_as(chosen);
-        Self { tokens, choices, rows, groups: Groups::new(borders), counts, is_filled }
+        Self { tokens, choices, rows, groups: RowSegments::new(offsets), counts, is_filled }
     }
 
     /// The rows of each expert.
-    pub fn groups(&self) -> &Groups {
+    pub fn groups(&self) -> &RowSegments {
         &self.groups
     }
 
@@ -184,7 +183,7 @@ impl Assignment {
             |row, [], [out], []| match usize::try_from(at[row]) {
                 // SAFETY: nothing writes to x while `rows`, another tensor, is written.
                 Ok(token) => out.copy_from_slice(unsafe { x.row(token) }),
-                Err(_) => out.fill(E::narrow(E::Wide::ZERO)),
+                Err(_) => out.fill(E::narrow(E::Accum::ZERO)),
             },
         );
     }
@@ -215,7 +214,7 @@ impl Assignment {
     fn combine_torch(&self, rows: &Tensor, add: Option<&Tensor>, y: &Tensor) {
         let shape = [self.rows.size()[0], self.rows.size()[1], rows.size()[1]];
         let parts = rows.index_select(0, &self.rows.reshape([-1])).view(&shape[..]);
-        let sum = parts.sum_dim_intlist(1, false, wide(rows.kind()));
+        let sum = parts.sum_dim_intlist(1, false, accum_kind(rows.kind()));
         y.shallow_clone().copy_(&add.map_or_else(|| sum.shallow_clone(), |add| &sum + add));
     }
 }
@@ -225,14 +224,14 @@ impl Assignment {
 fn sum<E: Element>(rows: &Rows<E>, at: &[i64], add: Option<&[E]>, y: &mut [E]) {
     for first in (0..y.len()).step_by(COLUMNS) {
         let columns = first..y.len().min(first + COLUMNS);
-        let mut sums = [E::Wide::ZERO; COLUMNS];
+        let mut sums = [E::Accum::ZERO; COLUMNS];
         if let Some(add) = add {
-            sums.iter_mut().zip(&add[columns.clone()]).for_each(|(sum, x)| *sum = x.wide());
+            sums.iter_mut().zip(&add[columns.clone()]).for_each(|(sum, x)| *sum = x.to_accum());
         }
         for &row in at {
             // SAFETY: nothing writes to `rows` while y, another tensor, is written.
             let row = unsafe { rows.part(row as usize, columns.clone()) };
-            sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x.wide());
+            sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x.to_accum());
         }
         y[columns].iter_mut().zip(sums).for_each(|(y, sum)| *y = E::narrow(sum));
     }
@@ -258,7 +257,7 @@ mod tests {
     fn rows_are_sorted_by_expert_then_by_token() {
         let assignment = assignment();
         assert_eq!(values::<i64>(assignment.counts()), [3, 3, 0, 4]);
-        assert_eq!(assignment.groups().borders(), [0, GRAIN, 2 * GRAIN, 2 * GRAIN, 3 * GRAIN]);
+        assert_eq!(assignment.groups().offsets(), [0, GRAIN, 2 * GRAIN, 2 * GRAIN, 3 * GRAIN]);
         let expected = [slice(&[0, 2, 3]), slice(&[1, 2, 4]), slice(&[0, 1, 3, 4])].concat();
         assert_eq!(values::<i64>(&assignment.tokens), expected);
         let by_choice = Tensor::arange(10, (Kind::Int64, Device::Cpu)).view([5, 2]);
@@ -281,7 +280,7 @@ mod tests {
             let chosen = Tensor::from_slice(&chosen).view([tokens, k]);
             let host = Assignment::new(&chosen, experts);
             let device = Assignment::on_device(&chosen, experts);
-            assert_eq!(device.groups().borders(), host.groups().borders());
+            assert_eq!(device.groups().offsets(), host.groups().offsets());
             let all = |a: &Assignment| [&a.tokens, &a.choices, &a.rows, &a.counts].map(Tensor::shallow_clone);
             assert_eq!(all(&device), all(&host), "{tokens} {k} {experts}");
             // Kernels of devices take no other.
@@ -301,7 +300,7 @@ mod tests {
     #[test]
     fn no_token_is_no_row() {
         let none = Assignment::filled(&Tensor::zeros([0, 2], (Kind::Int64, Device::Cpu)), 3);
-        assert_eq!(none.groups().borders(), [0; 4]);
+        assert_eq!(none.groups().offsets(), [0; 4]);
         let x = leaf(&[0, 7]).detach();
         assert_eq!(none.gather(&x).size(), [0, 7]);
         assert_eq!(none.combine(&none.gather(&x), Some(&x)).size(), [0, 7]);

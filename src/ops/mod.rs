@@ -22,7 +22,7 @@ pub use crate::buffers::Buffer;
 use tch::Kind;
 
 /// The kind in which sums and statistics of tensors of `kind` are taken: fp32, or fp64 for fp64 (tests).
-pub(crate) fn wide(kind: Kind) -> Kind {
+pub(crate) fn accum_kind(kind: Kind) -> Kind {
     if kind == Kind::Double { kind } else { Kind::Float }
 }
 
@@ -30,7 +30,7 @@ pub(crate) fn wide(kind: Kind) -> Kind {
 pub(crate) mod testing {
     //! Helpers of the pairs' tests: fp64 inputs, autograd gradients, distances.
 
-    use super::cpu::Level;
+    use super::cpu::Isa;
     use tch::{Device, Kind, Tensor};
 
     /// The kinds that kernels compute in, each with how far off it may be where results are about 1: half a unit in the
@@ -41,7 +41,7 @@ pub(crate) mod testing {
     /// Calls `check` on every level that this machine has, with one thread and with several.
     pub fn everywhere(check: impl Fn()) {
         let before = tch::get_num_threads();
-        for level in Level::available() {
+        for level in Isa::available() {
             for threads in [1, 3] {
                 tch::set_num_threads(threads);
                 level.forced(&check);

@@ -7,9 +7,9 @@
 //! The last dimension is dense; q or k inside a fused q|k|v, [tokens, heads, dim], will do.
 
 use super::{
-    Buffer,
+    Buffer, accum_kind,
     cpu::{Element, Real, Rows, dispatch, each_row, lanes, values},
-    cuda, wide,
+    cuda,
 };
 use crate::device::has_kernels;
 use tch::Tensor;
@@ -27,7 +27,7 @@ pub fn forward_into(x: &Tensor, weight: &Tensor, eps: f64, out: &Tensor) -> Tens
     let mut shape = x.size();
     shape.pop();
     shape.push(1);
-    let r = Tensor::empty(shape, (wide(x.kind()), x.device()));
+    let r = Tensor::empty(shape, (accum_kind(x.kind()), x.device()));
     if has_kernels(x) {
         dispatch!(x.kind(), E => rows::forward::<E>(x, weight, eps, out, &r));
     } else if !cuda::kernels(x).is_some_and(|kernels| kernels.norm_forward(x, weight, eps, out, &r)) {
@@ -74,7 +74,7 @@ mod rows {
     use super::*;
 
     pub fn forward<E: Element>(x: &Tensor, weight: &Tensor, eps: f64, out: &Tensor, r: &Tensor) {
-        let (weight, eps) = (values(weight), E::Wide::of(eps));
+        let (weight, eps) = (values(weight), E::Accum::of(eps));
         each_row::<E, _, _, _>(
             [Rows::of(x)],
             [Rows::of(out)],
@@ -121,48 +121,48 @@ mod rows {
 
     /// r
     #[inline(always)]
-    fn statistic<E: Element>(x: &[E], weight: &[E::Wide], eps: E::Wide) -> E::Wide {
+    fn statistic<E: Element>(x: &[E], weight: &[E::Accum], eps: E::Accum) -> E::Accum {
         let squares = lanes::sum(
             [x],
             weight,
             #[inline(always)]
             |[x], _| x * x,
         );
-        E::Wide::ONE / (squares / E::Wide::of(x.len() as f64) + eps).sqrt()
+        E::Accum::ONE / (squares / E::Accum::of(x.len() as f64) + eps).sqrt()
     }
 
     #[inline(always)]
-    fn normalise<E: Element>(x: &[E], weight: &[E::Wide], r: E::Wide, y: &mut [E]) {
+    fn normalise<E: Element>(x: &[E], weight: &[E::Accum], r: E::Accum, y: &mut [E]) {
         for ((y, x), &w) in y.iter_mut().zip(x).zip(weight) {
-            *y = E::narrow(x.wide() * r * w);
+            *y = E::narrow(x.to_accum() * r * w);
         }
     }
 
     /// r³/n · Σ(w∘dy∘x)
     #[inline(always)]
-    fn projection<E: Element>(d_y: &[E], x: &[E], weight: &[E::Wide], r: E::Wide) -> E::Wide {
+    fn projection<E: Element>(d_y: &[E], x: &[E], weight: &[E::Accum], r: E::Accum) -> E::Accum {
         let dot = lanes::sum(
             [d_y, x],
             weight,
             #[inline(always)]
             |[d, x], w| d * w * x,
         );
-        r * r * r * dot / E::Wide::of(x.len() as f64)
+        r * r * r * dot / E::Accum::of(x.len() as f64)
     }
 
     #[inline(always)]
-    fn gradient<E: Element>(d: &mut [E], x: &[E], weight: &[E::Wide], r: E::Wide) {
+    fn gradient<E: Element>(d: &mut [E], x: &[E], weight: &[E::Accum], r: E::Accum) {
         let c = projection(d, x, weight, r);
         for ((d, x), &w) in d.iter_mut().zip(x).zip(weight) {
-            *d = E::narrow(d.wide() * w * r - x.wide() * c);
+            *d = E::narrow(d.to_accum() * w * r - x.to_accum() * c);
         }
     }
 
     #[inline(always)]
-    fn gradient_plus<E: Element>(d: &mut [E], x: &[E], weight: &[E::Wide], r: E::Wide, add: &[E]) {
+    fn gradient_plus<E: Element>(d: &mut [E], x: &[E], weight: &[E::Accum], r: E::Accum, add: &[E]) {
         let c = projection(d, x, weight, r);
         for (((d, x), &w), add) in d.iter_mut().zip(x).zip(weight).zip(add) {
-            *d = E::narrow(d.wide() * w * r - x.wide() * c + add.wide());
+            *d = E::narrow(d.to_accum() * w * r - x.to_accum() * c + add.to_accum());
         }
     }
 }
@@ -172,16 +172,17 @@ mod torch {
     use super::*;
 
     pub fn forward(x: &Tensor, weight: &Tensor, eps: f64, out: &Tensor, r: &Tensor) {
-        r.shallow_clone().copy_(&(x.to_kind(wide(x.kind())).square().mean_dim(-1, true, None) + eps).rsqrt());
+        r.shallow_clone()
+            .copy_(&(x.to_kind(accum_kind(x.kind())).square().mean_dim(-1, true, None) + eps).rsqrt());
         normalise(x, weight, r, out);
     }
 
     pub fn normalise(x: &Tensor, weight: &Tensor, r: &Tensor, out: &Tensor) {
-        out.shallow_clone().copy_(&(x.to_kind(wide(x.kind())) * r).g_mul_(weight));
+        out.shallow_clone().copy_(&(x.to_kind(accum_kind(x.kind())) * r).g_mul_(weight));
     }
 
     pub fn backward(d: &Tensor, x: &Tensor, weight: &Tensor, r: &Tensor, add: Option<&Tensor>) {
-        let (wide_x, g) = (x.to_kind(wide(x.kind())), d.to_kind(wide(x.kind())) * weight);
+        let (wide_x, g) = (x.to_kind(accum_kind(x.kind())), d.to_kind(accum_kind(x.kind())) * weight);
         let n = x.size().last().copied().unwrap_or(1) as f64;
         let c = r.pow_tensor_scalar(3) * (&g * &wide_x).sum_dim_intlist(-1, true, None) / n;
         let mut d_x = g * r - wide_x * c;
@@ -230,7 +231,8 @@ mod tests {
                     near(&backward(d_y.copy().into(), &x, &w, &r, Some(&add)), &d_sum);
                 });
                 let (ours, d) = (x.empty_like(), d_y.copy());
-                let r = Tensor::empty([&shape[..shape.len() - 1], &[1]].concat(), (wide(kind), x.device()));
+                let r =
+                    Tensor::empty([&shape[..shape.len() - 1], &[1]].concat(), (accum_kind(kind), x.device()));
                 torch::forward(&x, &w, 1e-5, &ours, &r);
                 near(&ours, &y);
                 torch::backward(&d, &x, &w, &r, None);
@@ -272,7 +274,7 @@ mod tests {
                 let all = Tensor::full([tokens, 2 * heads + 2, n], 3.0, (kind, Device::Cpu));
                 let (mut inside, mut after) = (all.narrow(1, 1, heads), all.narrow(1, heads + 1, heads));
                 inside.copy_(&x);
-                let r = Tensor::empty([tokens, heads, 1], (wide(kind), Device::Cpu));
+                let r = Tensor::empty([tokens, heads, 1], (accum_kind(kind), Device::Cpu));
                 let near = |ours: &Tensor, exact: &Tensor| {
                     let off = distance(ours, exact);
                     assert!(off < tolerance * 8.0, "{kind:?} {tokens} {heads} {n}: {off}");
@@ -297,8 +299,8 @@ mod tests {
                 assert_eq!((distance(&inside, &x), beside.ne(3.0).any()), (0.0, Tensor::from(false)));
             }
             let odd = Tensor::zeros([2, 12], (kind, Device::Cpu));
-            let r = Tensor::zeros([2, 1], (wide(kind), Device::Cpu));
-            let w = Tensor::zeros([12], (wide(kind), Device::Cpu));
+            let r = Tensor::zeros([2, 1], (accum_kind(kind), Device::Cpu));
+            let w = Tensor::zeros([12], (accum_kind(kind), Device::Cpu));
             assert!(!kernels.norm_forward(&odd, &w, 1e-5, &odd.empty_like(), &r), "rows are no packs");
         }
     }

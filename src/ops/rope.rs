@@ -64,7 +64,7 @@ mod rows {
 
     pub fn rotate<E: Element>(x: &Tensor, heads: usize, cos: &Tensor, sin: &Tensor, direction: f64) {
         let (cos, sin) = (Rows::of(cos), Rows::of(sin));
-        let (half, direction) = (cos.columns(), E::Wide::of(direction));
+        let (half, direction) = (cos.columns(), E::Accum::of(direction));
         each_row::<E, _, _, _>(
             [],
             [Rows::of(x)],
@@ -83,12 +83,12 @@ mod rows {
     fn rotate_head<E: Element>(
         first: &mut [E],
         second: &mut [E],
-        cos: &[E::Wide],
-        sin: &[E::Wide],
-        direction: E::Wide,
+        cos: &[E::Accum],
+        sin: &[E::Accum],
+        direction: E::Accum,
     ) {
         for (((first, second), &cos), &sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
-            let (a, b, sin) = (first.wide(), second.wide(), sin * direction);
+            let (a, b, sin) = (first.to_accum(), second.to_accum(), sin * direction);
             *first = E::narrow(a * cos - b * sin);
             *second = E::narrow(b * cos + a * sin);
         }

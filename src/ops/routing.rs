@@ -6,7 +6,7 @@
 //!
 //! W [experts, hidden] is frozen.
 
-use super::wide;
+use super::accum_kind;
 use tch::{Kind, Tensor};
 
 /// What becomes of each token.
@@ -31,7 +31,7 @@ pub struct TopK {
 /// where it went before, whatever rounding did meanwhile.
 pub fn forward(x: &Tensor, weight: &Tensor, choice: TopK, chosen: Option<&Tensor>) -> Routing {
     let _span = crate::trace::operation("routing.forward");
-    let probabilities = x.mm(&weight.tr()).softmax(-1, wide(x.kind()));
+    let probabilities = x.mm(&weight.tr()).softmax(-1, accum_kind(x.kind()));
     let (weights, experts) = match chosen {
         Some(experts) => (probabilities.gather(1, experts, false), experts.shallow_clone()),
         None => probabilities.topk(choice.k, -1, true, true),

@@ -7,9 +7,9 @@
 //! The scale comes before the matrix that follows, which is linear: W·(c·y) = c·(W·y), and this side has fewer columns.
 
 use super::{
-    Buffer,
+    Buffer, accum_kind,
     cpu::{Element, Real, Rows, dispatch, each_row, lanes},
-    cuda, wide,
+    cuda,
 };
 use crate::device::has_kernels;
 use tch::Tensor;
@@ -63,7 +63,7 @@ mod rows {
                 [y],
                 [],
                 #[inline(always)]
-                |_, [gate_up], [y], []| activate(gate_up, E::Wide::ONE, y),
+                |_, [gate_up], [y], []| activate(gate_up, E::Accum::ONE, y),
             ),
             Some(scale) => each_row::<E, _, _, _>(
                 [gate_up],
@@ -84,7 +84,7 @@ mod rows {
                 [],
                 #[inline(always)]
                 |_, [], [gate_up, d_y], []| {
-                    gradient(gate_up, d_y, E::Wide::ONE);
+                    gradient(gate_up, d_y, E::Accum::ONE);
                 },
             ),
             Some((scale, d_scale)) => each_row::<E, _, _, _>(
@@ -98,19 +98,19 @@ mod rows {
     }
 
     #[inline(always)]
-    fn activate<E: Element>(gate_up: &[E], scale: E::Wide, y: &mut [E]) {
+    fn activate<E: Element>(gate_up: &[E], scale: E::Accum, y: &mut [E]) {
         let (gate, up) = gate_up.split_at(y.len());
         for ((gate, up), y) in gate.iter().zip(up).zip(y) {
-            let gate = gate.wide();
-            *y = E::narrow(gate * gate.sigmoid() * up.wide() * scale);
+            let gate = gate.to_accum();
+            *y = E::narrow(gate * gate.sigmoid() * up.to_accum() * scale);
         }
     }
 
     /// g, u and dy become dg, du and y; dc.
     #[inline(always)]
-    fn gradient<E: Element>(gate_up: &mut [E], d_y: &mut [E], scale: E::Wide) -> E::Wide {
+    fn gradient<E: Element>(gate_up: &mut [E], d_y: &mut [E], scale: E::Accum) -> E::Accum {
         let (gate, up) = gate_up.split_at_mut(d_y.len());
-        let mut sums = [E::Wide::ZERO; lanes::LANES];
+        let mut sums = [E::Accum::ZERO; lanes::LANES];
         let (gates, gate_tail) = gate.as_chunks_mut::<{ lanes::LANES }>();
         let (ups, up_tail) = up.as_chunks_mut::<{ lanes::LANES }>();
         let (d_ys, d_y_tail) = d_y.as_chunks_mut::<{ lanes::LANES }>();
@@ -127,12 +127,12 @@ mod rows {
 
     /// As [`gradient`], for one column.
     #[inline(always)]
-    fn element<E: Element>(gate: &mut E, up: &mut E, d_y: &mut E, scale: E::Wide) -> E::Wide {
-        let (g, u, d) = (gate.wide(), up.wide(), d_y.wide());
+    fn element<E: Element>(gate: &mut E, up: &mut E, d_y: &mut E, scale: E::Accum) -> E::Accum {
+        let (g, u, d) = (gate.to_accum(), up.to_accum(), d_y.to_accum());
         let sigmoid = g.sigmoid();
         let silu = g * sigmoid;
         let scaled = d * scale;
-        *gate = E::narrow(scaled * u * (sigmoid + silu * (E::Wide::ONE - sigmoid)));
+        *gate = E::narrow(scaled * u * (sigmoid + silu * (E::Accum::ONE - sigmoid)));
         *up = E::narrow(scaled * silu);
         let y = silu * u;
         *d_y = E::narrow(y * scale);
@@ -145,7 +145,7 @@ mod torch {
     use super::*;
 
     fn halves(gate_up: &Tensor) -> (Tensor, Tensor) {
-        let kind = wide(gate_up.kind());
+        let kind = accum_kind(gate_up.kind());
         let n = gate_up.size()[1] / 2;
         (gate_up.narrow(1, 0, n).to_kind(kind), gate_up.narrow(1, n, n).to_kind(kind))
     }
@@ -207,7 +207,7 @@ mod tests {
         let rounded = |t: Tensor| t.detach().to_kind(kind).to_kind(Kind::Double);
         let gate_up = rounded(leaf(&[tokens, 2 * n]) * 3.0).set_requires_grad(true);
         let d_y = rounded(leaf(&[tokens, n]));
-        let scale = leaf(&[tokens, 1]).detach().to_kind(wide(kind));
+        let scale = leaf(&[tokens, 1]).detach().to_kind(accum_kind(kind));
         let exact_scale = scale.to_kind(Kind::Double).set_requires_grad(true);
         let plain = gate_up.narrow(1, 0, n).silu() * gate_up.narrow(1, n, n);
         let (y, inputs) = if scaled {

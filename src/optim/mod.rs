@@ -130,7 +130,7 @@ mod tests {
         comm::World,
         config::ReduceGradients,
         dtype::DType,
-        shard::{EntrySpec, Groups, Region, RegionLayout, adapter::align_bytes},
+        shard::{EntrySpec, ProcessGroups, Region, RegionLayout, adapter::align_bytes},
     };
 
     #[test]
@@ -138,7 +138,7 @@ mod tests {
         let spec = EntrySpec { name: "a".into(), shape: vec![3], dtype: DType::F32, spans: Vec::new() };
         let layout = RegionLayout::new("unit", vec![spec], 1, align_bytes(DType::F32));
         let world = World::start().unwrap();
-        let groups = Groups::one_block(&world);
+        let groups = ProcessGroups::one_block(&world);
         let mut adapter = Adapters::new(vec![layout], vec![], 1, &groups, ReduceGradients::Step);
         let start = [1.0f32, -2.0, 0.5];
         adapter.of_mut(Region::Dense).set_master(0, 0..3, &start);

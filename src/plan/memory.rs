@@ -178,7 +178,7 @@ impl Kept {
 }
 
 /// Bytes a token of the thin LoRA activations of some projections.
-fn thin(plan: &LayerAdapterPlan, projections: Range<usize>, c: usize) -> usize {
+fn lora_hidden(plan: &LayerAdapterPlan, projections: Range<usize>, c: usize) -> usize {
     let modules = plan.modules.iter().take(projections.end).skip(projections.start).flatten();
     modules.map(|module| module.ranks()).sum::<usize>() * c
 }
@@ -195,7 +195,7 @@ fn kept_of_attention(spec: &ModelSpec, _layer: usize, plan: &LayerAdapterPlan, c
     let qk_norm = statistics.map_or(0, |count| (query + key_value) * c + 4 * count);
     let clipped = if spec.clip_qkv.is_some() { query + 2 * key_value } else { 0 };
     let rest = (2 * query + 2 * key_value + spec.hidden_size) * c + 4 * (spec.num_heads + 1);
-    rest + qk_norm + clipped + thin(plan, 0..2, c)
+    rest + qk_norm + clipped + lora_hidden(plan, 0..2, c)
 }
 
 /// The same where experts are divided over ranks: as many rows come as go, if the routers choose evenly.
@@ -207,7 +207,7 @@ fn kept_of_mlp_and_rows(spec: &ModelSpec, layer: usize, plan: &LayerAdapterPlan,
 /// Bytes a token: gate|up, the second norm's statistics; of experts a row each with its scale, which row is whose, and
 /// all that the router computed. The rows that fill up an expert's slice are not known before and not counted.
 fn kept_of_mlp(spec: &ModelSpec, layer: usize, plan: &LayerAdapterPlan, c: usize) -> usize {
-    let gated = |width: usize, projections| 2 * width * c + thin(plan, projections, c);
+    let gated = |width: usize, projections| 2 * width * c + lora_hidden(plan, projections, c);
     let Some(moe) = spec.moe_of(layer) else { return 4 + gated(spec.intermediate_size, 2..4) };
     let row = gated(moe.width, 2..4) + 4 + 3 * 8;
     let router = moe.top_k * (8 + 4) + 4 * moe.experts;

@@ -1,11 +1,11 @@
 //! The sharded adapter: fp32 masters with their gradient on the owner only (ZeRO), gathered per unit in compute
-//! dtype through a [`Ring`] like the base.
+//! dtype through a [`SlotPool`] like the base.
 //!
 //! Per unit one flat element space, the same for masters, moments and gradients; its offsets do not depend on
 //! the world. That of experts lies one group of experts after another, each cut over the ranks that have it. Gradients
 //! accumulate in fp32 and are reduce-scattered in fp32 inside the shard group, then summed over the replicas.
 
-use super::{Groups, Region, RegionLayout, Ring, ShardError};
+use super::{ProcessGroups, Region, RegionLayout, ShardError, SlotPool};
 use crate::{buffers::Buffer, comm::Communicator, config::ReduceGradients, dtype::DType};
 use std::{ops::Range, rc::Rc};
 use tch::{Kind, Tensor};
@@ -14,7 +14,7 @@ use tch::{Kind, Tensor};
 pub const ADAPTER_ALIGN: usize = 32;
 
 /// One unit's adapter on this rank. All tensors are flat fp32 `[piece elements]`.
-struct Unit {
+struct UnitShards {
     master: Tensor,
     /// The reduced gradient of this rank's piece, summed over micro-batches.
     gradient: Tensor,
@@ -44,7 +44,7 @@ impl Adapters {
         dense: Vec<RegionLayout>,
         experts: Vec<RegionLayout>,
         slots: usize,
-        groups: &Groups,
+        groups: &ProcessGroups,
         reduce: ReduceGradients,
     ) -> Self {
         let shards = |layouts, region| AdapterShards::new(layouts, slots, groups, region, reduce);
@@ -101,17 +101,17 @@ impl Adapters {
         Ok(())
     }
 
-    /// Makes `unit`'s adapters whole; see [`Ring::gather`].
+    /// Makes `unit`'s adapters whole; see [`SlotPool::gather`].
     pub fn gather(&mut self, unit: usize) -> Result<(), ShardError> {
         self.both().into_iter().try_for_each(|shards| shards.ring.gather(unit))
     }
 
-    /// See [`Ring::prefetch_beside`].
+    /// See [`SlotPool::prefetch_beside`].
     pub fn prefetch_beside(&mut self, unit: usize, current: usize) -> Result<(), ShardError> {
         self.both().into_iter().try_for_each(|shards| shards.ring.prefetch_beside(unit, current))
     }
 
-    /// See [`Ring::poison`].
+    /// See [`SlotPool::poison`].
     pub fn poison(&mut self, unit: usize) {
         self.both().into_iter().for_each(|shards| shards.ring.poison(unit));
     }
@@ -135,8 +135,8 @@ impl Adapters {
 
 /// The adapters of all units in one of their regions.
 pub struct AdapterShards {
-    units: Vec<Unit>,
-    ring: Ring,
+    units: Vec<UnitShards>,
+    ring: SlotPool,
     shard: Rc<dyn Communicator>,
     replicate: Rc<dyn Communicator>,
     /// All ranks that own a part of the flat spaces.
@@ -154,7 +154,7 @@ impl AdapterShards {
     fn new(
         layouts: Vec<RegionLayout>,
         slots: usize,
-        groups: &Groups,
+        groups: &ProcessGroups,
         region: Region,
         reduce: ReduceGradients,
     ) -> Self {
@@ -173,12 +173,12 @@ impl AdapterShards {
         let unit = |layout: &RegionLayout| {
             let (all, own) = (elements(layout), elements(layout) / layout.shards);
             let keeps_full = !lone && reduce == ReduceGradients::Step;
-            Unit { master: zeros(own), gradient: zeros(own), full: keeps_full.then(|| zeros(all)) }
+            UnitShards { master: zeros(own), gradient: zeros(own), full: keeps_full.then(|| zeros(all)) }
         };
         let units = layouts.iter().map(unit).collect();
         let largest = layouts.iter().map(elements).max().unwrap_or(0);
         let scratch = (!lone && reduce == ReduceGradients::MicroBatch).then(|| zeros(largest));
-        let ring = Ring::new("adapter", layouts, slots, shard.clone(), device);
+        let ring = SlotPool::new("adapter", layouts, slots, shard.clone(), device);
         Self { units, ring, shard, replicate, block, expert_groups, expert_group, scratch }
     }
 

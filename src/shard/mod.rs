@@ -1,20 +1,20 @@
 //! Who owns which byte of which tensor ([`layout`], pure), the rings that make a unit whole while it computes
-//! ([`ring`]), the sharded adapter with its gradients and moments ([`adapter`]), the groups of ranks that all this is
-//! cut over ([`groups`]), and the way of rows to the rank that has their expert ([`exchange`]). Knows nothing of models.
+//! ([`slots`]), the sharded adapter with its gradients and moments ([`adapter`]), the groups of ranks that all this is
+//! cut over ([`process_groups`]), and the way of rows to the rank that has their expert ([`dispatcher`]). Knows nothing of models.
 
 pub mod adapter;
-pub mod exchange;
-pub mod groups;
+pub mod dispatcher;
 pub mod layout;
-pub mod ring;
+pub mod process_groups;
+pub mod slots;
 
 use crate::{comm::CommError, device::DeviceError, model::source::SourceError};
 
 pub use adapter::{AdapterShards, Adapters, Owned};
-pub use exchange::{Exchange, Route};
-pub use groups::Groups;
+pub use dispatcher::{ExpertDispatcher, ExpertRoute};
 pub use layout::{Entry, EntrySpec, Piece, Region, RegionLayout, Span};
-pub use ring::Ring;
+pub use process_groups::ProcessGroups;
+pub use slots::SlotPool;
 
 /// Why a unit could not be made whole.
 #[derive(Debug, thiserror::Error)]

@@ -2,7 +2,7 @@
 
 use super::Trainer;
 use crate::{
-    error::{Result, from_first},
+    error::{Result, broadcast_from_root},
     trace::{self, Zero},
 };
 use std::{
@@ -37,7 +37,8 @@ impl Profile {
                 remove(folder)?;
             }
             // The wall clock is the same on all ranks of a machine, and nearly so on machines that keep it.
-            profile.zero = from_first(&*trainer.world, &trace::zero().to_string())?.parse().unwrap_or(0);
+            profile.zero =
+                broadcast_from_root(&*trainer.world, &trace::zero().to_string())?.parse().unwrap_or(0);
         }
         Ok(profile)
     }

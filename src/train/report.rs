@@ -65,7 +65,7 @@ impl Run {
             data.tokens,
             data.valid_tokens,
             self.total_steps,
-            self.walk.global_batch,
+            self.batches.global_batch,
         )
     }
 }

@@ -15,8 +15,8 @@ use crate::{
     },
     comm::Communicator,
     config::LoadCheckpoint,
-    data::deal::Position,
-    error::{Error, Result, agree, from_first},
+    data::schedule::DataCursor,
+    error::{Error, Result, agree, broadcast_from_root},
     mesh::Mesh,
     model::{blueprint::Blueprint, layer::LayerAdapterPlan, source},
     optim::{Optimizer, Schedule},
@@ -94,7 +94,7 @@ impl Run {
     pub fn settle(&mut self, world: &dyn Communicator) -> Result<()> {
         let found = if world.rank() == 0 { self.look() } else { Ok(None) };
         let found = agree(world, found)?.map(|path| path.display().to_string());
-        let found = from_first(world, &found.unwrap_or_default())?;
+        let found = broadcast_from_root(world, &found.unwrap_or_default())?;
         let read = match found.as_str() {
             "" => self.start_afresh(),
             path => self.read_step(Path::new(path), world.rank()),
@@ -232,7 +232,7 @@ impl Run {
         match train.global_batch_size {
             None => {
                 train.global_batch_size = Some(state.global_batch_size);
-                self.walk.global_batch = state.global_batch_size;
+                self.batches.global_batch = state.global_batch_size;
             }
             Some(given) if given != state.global_batch_size && rank == 0 => {
                 let before = state.global_batch_size;
@@ -240,7 +240,7 @@ impl Run {
             }
             Some(_) => {}
         }
-        let total = state.step.saturating_add(self.walk.steps_from(state.position));
+        let total = state.step.saturating_add(self.batches.steps_from(state.position));
         self.total_steps = self.config.train.max_steps.map_or(total, |limit| limit.min(total));
         if rank == 0 && Schedule::new(&self.config.train, self.total_steps) != state.schedule {
             tracing::warn!(
@@ -250,9 +250,9 @@ impl Run {
     }
 
     /// Where the run stands before its first step: steps made, and its place in the data.
-    pub(super) fn standing(&self) -> (usize, Position) {
+    pub(super) fn standing(&self) -> (usize, DataCursor) {
         self.resumed()
-            .map_or((0, Position::default()), |resumed| (resumed.state.step, resumed.state.position))
+            .map_or((0, DataCursor::default()), |resumed| (resumed.state.step, resumed.state.position))
     }
 
     /// Rank 0 locks output_dir, and all ranks see that it is the same. Collective.
@@ -271,7 +271,7 @@ impl Run {
         };
         let taken = if world.rank() == 0 { take() } else { Ok(None) };
         let (lock, token) = agree(world, taken)?.unzip();
-        let name = from_first(world, token.as_ref().map_or("", SharedToken::name))?;
+        let name = broadcast_from_root(world, token.as_ref().map_or("", SharedToken::name))?;
         agree(world, SharedToken::is_seen(&output, &name).map_err(Error::from))?;
         self.lock = lock;
         Ok(())

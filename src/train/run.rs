@@ -14,10 +14,10 @@ use super::{
 use crate::{
     checkpoint::{output::OutputLock, steps},
     comm::{Reduce, World},
-    config::{Override, Places, ReduceGradients, RunConfig},
+    config::{FieldLocations, Override, ReduceGradients, RunConfig},
     data::{
         Dataset, Loader, Row, StepPlan,
-        deal::{self, Position, Stride, Walk},
+        schedule::{self, BatchSchedule, DataCursor, StepRows},
     },
     device::Memory,
     dtype::DType,
@@ -32,7 +32,7 @@ use crate::{
         transformer::{Batch, Transformer},
     },
     optim::{Optimizer, Schedule, Settings},
-    shard::Groups,
+    shard::ProcessGroups,
     trace::{self, Category},
 };
 use std::{
@@ -59,13 +59,13 @@ pub enum Ended {
 /// Everything that a run needs, read and validated.
 pub struct Run {
     pub(super) config: RunConfig,
-    pub(super) places: Places,
+    pub(super) places: FieldLocations,
     pub(super) mesh: Mesh,
     pub(super) spec: ModelSpec,
     pub(super) sites: Vec<Site>,
     pub(super) source: Box<dyn WeightSource>,
     pub(super) dataset: Arc<Dataset>,
-    pub(super) walk: Walk,
+    pub(super) batches: BatchSchedule,
     /// Steps of the whole run, those before a resume included.
     pub(super) total_steps: usize,
     /// `{output_dir}/weights/{run_id}`
@@ -121,16 +121,16 @@ impl Run {
         let train = &config.train;
         let default_batch = train.micro_batch_size * train.gradient_accumulation_steps * mesh.data_parallel();
         let global_batch = train.global_batch_size.unwrap_or(default_batch);
-        let walk = Walk {
+        let batches = BatchSchedule {
             rows: dataset.rows(),
             global_batch,
             drop_last: config.data.dataloader_drop_last,
             epochs: train.num_train_epochs,
         };
-        let total = walk.steps_from(Position::default());
+        let total = batches.steps_from(DataCursor::default());
         let total_steps = train.max_steps.map_or(total, |limit| limit.min(total));
         if total_steps == 0 {
-            let rows = walk.rows;
+            let rows = batches.rows;
             return Err(refused("data", &format!("{rows} rows make no step of {global_batch} rows")));
         }
         let run_dir = train.output_dir.join("weights").join(&train.run_id);
@@ -142,7 +142,7 @@ impl Run {
             sites,
             source,
             dataset: Arc::new(dataset),
-            walk,
+            batches,
             total_steps,
             run_dir,
             start: Start::Fresh,
@@ -174,9 +174,9 @@ impl Run {
             self.mesh.replicate(),
             self.mesh.shard(),
             self.mesh.expert(),
-            self.walk.rows,
+            self.batches.rows,
             self.total_steps,
-            self.walk.global_batch,
+            self.batches.global_batch,
             counts.join(", ")
         )
     }
@@ -205,7 +205,7 @@ impl Run {
     /// Micro-batches of a whole step.
     pub(super) fn micro_batches(&self) -> usize {
         let micro = self.config.train.micro_batch_size;
-        deal::micro_batches(self.walk.global_batch, self.mesh.data_parallel(), micro)
+        schedule::micro_batches(self.batches.global_batch, self.mesh.data_parallel(), micro)
     }
 
     /// The model without its tensors, as rank 0 has it: others have other experts, as many.
@@ -219,7 +219,7 @@ impl Run {
 
     /// Builds this rank's part of the model and trains it to the end, or until `stop` is asked for on any rank.
     pub fn execute(mut self, world: &World, stop: &StopSignals) -> Result<Ended> {
-        let (groups, watcher) = (Groups::new(world, self.mesh), world.watcher());
+        let (groups, watcher) = (ProcessGroups::new(world, self.mesh), world.watcher());
         watcher.set_timeout(Duration::from_secs(self.config.train.comm_timeout_s as u64));
         watcher.set_output(&self.config.train.output_dir);
         let (lora, train) = (&self.config.lora, &self.config.train);
@@ -253,14 +253,14 @@ impl Run {
         let mut profile = Profile::new(train.profile_steps, &traces, &trainer)?;
         let loader = Loader::start(self.dataset.clone(), self.step_plans(rank), LOADER_AHEAD)?;
         let clock = trainer.model.clock.clone();
-        let mut steps = loader.zip(self.strides());
+        let mut steps = loader.zip(self.step_rows());
         clock.take();
         let mut begin = Instant::now();
         loop {
             profile.before_step();
             let tracing_step = trace::span(Category::Step, "step");
             let waiting = (clock.phase("data"), watcher.slow("data"));
-            let Some((rows, stride)) = steps.next() else { break };
+            let Some((rows, step_rows)) = steps.next() else { break };
             let rows = rows?;
             let received = world.ledger().totals();
             let batches: Vec<Batch> =
@@ -286,14 +286,14 @@ impl Run {
                 received: received_since(&received, world.ledger()),
             })?;
             let every = |n: usize, count: usize| n > 0 && count.is_multiple_of(n);
-            let ends_epoch = stride.ends_epoch() && every(train.save_epochs, stride.epoch + 1);
+            let ends_epoch = step_rows.ends_epoch() && every(train.save_epochs, step_rows.epoch + 1);
             let last = done == self.total_steps;
             profile.after_step(done, last || stopping)?;
             begin = Instant::now();
             if every(train.save_steps, done) || ends_epoch || last || stopping {
                 let _saving = (trace::span(Category::Phase, "save"), watcher.slow("save"));
                 metrics.sync()?;
-                saver.save(&trainer, Progress { step: done, epoch: rows.epoch, position: stride.next })?;
+                saver.save(&trainer, Progress { step: done, epoch: rows.epoch, position: step_rows.next })?;
                 // A resumed process gathers everything anew: so does this one, and both tell the same bytes.
                 trainer.model.forget_gathered()?;
                 // A save is in no step's time.
@@ -327,17 +327,17 @@ impl Run {
     }
 
     /// The rows of every step that is left.
-    fn strides(&self) -> impl Iterator<Item = Stride> + Send + use<> {
+    fn step_rows(&self) -> impl Iterator<Item = StepRows> + Send + use<> {
         let (done, position) = self.standing();
-        self.walk.strides(position).take(self.total_steps.saturating_sub(done))
+        self.batches.step_rows(position).take(self.total_steps.saturating_sub(done))
     }
 
     /// Which rows this rank computes, step by step.
     fn step_plans(&self, rank: usize) -> impl Iterator<Item = StepPlan> + Send + use<> {
         let (ranks, micro) = (self.mesh.data_parallel(), self.config.train.micro_batch_size);
         let (done, _) = self.standing();
-        (done..).zip(self.strides()).map(move |(step, Stride { epoch, rows, .. })| {
-            let micro_batches = deal::deal(rows, rank, ranks, micro);
+        (done..).zip(self.step_rows()).map(move |(step, StepRows { epoch, rows, .. })| {
+            let micro_batches = schedule::deal(rows, rank, ranks, micro);
             StepPlan { step, epoch, micro_batches }
         })
     }

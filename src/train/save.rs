@@ -12,9 +12,9 @@ use crate::{
         state::{DataIdentity, LoraIdentity, OptimizerState, UnitPieces, write_pieces},
         steps,
     },
-    data::deal::Position,
+    data::schedule::DataCursor,
     device::Staging,
-    error::{Result, agree, from_first},
+    error::{Result, agree, broadcast_from_root},
     lora::Parameter,
     model::source,
     shard::{Owned, ShardError},
@@ -32,7 +32,7 @@ pub(super) struct Progress {
     pub step: usize,
     /// The epoch of the last one.
     pub epoch: usize,
-    pub position: Position,
+    pub position: DataCursor,
 }
 
 /// What saving needs besides the trainer.
@@ -66,7 +66,7 @@ impl<'a> Saver<'a> {
         };
         let writer = agree(world, begun)?;
         let hidden = writer.as_ref().and_then(|writer| writer.directory().file_name());
-        let hidden = from_first(world, &hidden.unwrap_or_default().to_string_lossy())?;
+        let hidden = broadcast_from_root(world, &hidden.unwrap_or_default().to_string_lossy())?;
         let wrote = self.write_own_pieces(trainer, &self.run.run_dir.join(hidden));
         agree(world, wrote)?;
         let published = writer.map_or(Ok(()), |writer| self.publish(writer, at.step));
@@ -131,7 +131,7 @@ impl<'a> Saver<'a> {
     }
 
     fn state(&self, trainer: &Trainer, at: Progress) -> Result<TrainerState> {
-        let Run { config, mesh, dataset, walk, .. } = self.run;
+        let Run { config, mesh, dataset, batches, .. } = self.run;
         let (train, lora) = (&config.train, &config.lora);
         Ok(TrainerState {
             format: TrainerState::FORMAT,
@@ -140,7 +140,7 @@ impl<'a> Saver<'a> {
             total_steps: self.run.total_steps,
             epoch: at.epoch,
             position: at.position,
-            global_batch_size: walk.global_batch,
+            global_batch_size: batches.global_batch,
             seed: train.seed,
             world: mesh.world(),
             shards: mesh.block(),

@@ -24,7 +24,7 @@ use xorl_dist::{
     optim::{Optimizer, Schedule, Settings},
     plan::{Traffic, Travellers},
     rng::Stream,
-    shard::Groups,
+    shard::ProcessGroups,
     train::{Trainer, metrics::received_since},
 };
 
@@ -326,7 +326,7 @@ impl Communicator for Faulty {
 }
 
 /// Breaks the group that `fault` is about.
-fn break_groups(groups: &mut Groups, fault: Fault) {
+fn break_groups(groups: &mut ProcessGroups, fault: Fault) {
     let broken = match fault {
         Fault::SkipsDenseSum | Fault::ClipsByOwnNorm => &mut groups.shard,
         Fault::CountsExpertsTwice => &mut groups.expert_shard,
@@ -355,7 +355,7 @@ fn choices(lone: &mut Transformer, trained: &Transformer, batches: &[Batch]) -> 
 }
 
 /// The rows that travel to and from this rank, for each micro-batch and layer.
-fn travellers(groups: &Groups, own: &[Vec<Vec<f64>>]) -> Vec<Travellers> {
+fn travellers(groups: &ProcessGroups, own: &[Vec<Vec<f64>>]) -> Vec<Travellers> {
     let bytes = serde_json::to_vec(own).unwrap();
     let all = groups.expert.all_gather_host(&bytes).unwrap();
     let all: Vec<Vec<Vec<Vec<f64>>>> = all.iter().map(|own| serde_json::from_slice(own).unwrap()).collect();
@@ -383,7 +383,7 @@ pub fn worker() {
     }
     let (rank, size) = (world.rank(), world.size());
     let mesh = case.mesh();
-    let mut groups = Groups::new(&world, mesh);
+    let mut groups = ProcessGroups::new(&world, mesh);
     if let Some(fault) = case.fault {
         break_groups(&mut groups, fault);
     }
@@ -395,14 +395,14 @@ pub fn worker() {
         sites = sites.into_iter().map(Site::hybrid).collect();
     }
     let lora = LoraShape { rank: 3, alpha: 6.0 };
-    let new = |groups: &Groups| {
+    let new = |groups: &ProcessGroups| {
         let mut model = Transformer::new(spec.clone(), &sites, lora, options, groups);
         load(&mut model, case.data);
         model.init_adapter(3, 0.05).unwrap();
         model
     };
     let model = new(&groups);
-    let mut lone = (case.experts_over > 1).then(|| new(&Groups::alone()));
+    let mut lone = (case.experts_over > 1).then(|| new(&ProcessGroups::alone()));
     let initial = digest(&model);
     let optimizer = Optimizer::new(Settings::new(OptimizerKind::Adamw, 0.01), &model.adapter);
     let args = TrainArgs { lr: 2e-3, ..TrainArgs::default() };

@@ -9,7 +9,7 @@ use crate::ops::cpu::{
     lanes::{maximum, total},
     pool,
     scratch::{Memory, Scratch, words},
-    tile::{Left, Machine},
+    tile::{Left, MicroKernel},
 };
 use pulp::NullaryFnOnce;
 use std::ops::Range;
@@ -71,12 +71,12 @@ impl Shape {
     }
 
     /// Columns of a tile that is as wide as a head.
-    fn width<M: Machine>(&self) -> usize {
+    fn width<M: MicroKernel>(&self) -> usize {
         self.dim.next_multiple_of(M::WIDTH)
     }
 
     /// Units of a head's row, those with zeros behind it included.
-    fn units<M: Machine>(&self) -> usize {
+    fn units<M: MicroKernel>(&self) -> usize {
         self.dim.div_ceil(M::GROUP).next_multiple_of(M::UNITS)
     }
 
@@ -94,7 +94,7 @@ impl Shape {
 }
 
 /// Writes o `[tokens, query·dim]` and L (see [`super::forward`]) of q|k|v.
-pub fn forward<M: Machine>(
+pub fn forward<M: MicroKernel>(
     machine: M,
     qkv: Rows<M::Stored>,
     heads: Heads,
@@ -110,7 +110,7 @@ pub fn forward<M: Machine>(
 }
 
 /// Writes the gradient of q|k|v from that of o.
-pub fn backward<M: Machine>(
+pub fn backward<M: MicroKernel>(
     machine: M,
     [d_out, qkv, out]: [Rows<M::Stored>; 3],
     lse: Rows<M::Number>,
@@ -125,7 +125,7 @@ pub fn backward<M: Machine>(
     });
 }
 
-struct Forward<'a, M: Machine> {
+struct Forward<'a, M: MicroKernel> {
     machine: M,
     shape: &'a Shape,
     task: &'a Task,
@@ -134,7 +134,7 @@ struct Forward<'a, M: Machine> {
     lse: Rows<'a, M::Number>,
 }
 
-impl<M: Machine> NullaryFnOnce for Forward<'_, M> {
+impl<M: MicroKernel> NullaryFnOnce for Forward<'_, M> {
     type Output = ();
 
     #[inline(always)]
@@ -227,7 +227,7 @@ impl<M: Machine> NullaryFnOnce for Forward<'_, M> {
     }
 }
 
-struct Backward<'a, M: Machine> {
+struct Backward<'a, M: MicroKernel> {
     machine: M,
     shape: &'a Shape,
     task: &'a Task,
@@ -238,7 +238,7 @@ struct Backward<'a, M: Machine> {
     d_qkv: Rows<'a, M::Stored>,
 }
 
-impl<M: Machine> NullaryFnOnce for Backward<'_, M> {
+impl<M: MicroKernel> NullaryFnOnce for Backward<'_, M> {
     type Output = ();
 
     #[inline(always)]
@@ -397,7 +397,7 @@ impl<'a, E: Element> Source<'a, E> {
 
     /// Tiles of units along the head's dimension, `[tiles][units][TILE]`: a right factor that is as wide as a tile.
     #[inline(always)]
-    fn along_dim<'s, M: Machine<Stored = E>>(
+    fn along_dim<'s, M: MicroKernel<Stored = E>>(
         &self,
         scratch: &mut Scratch<'s>,
         units: usize,
@@ -417,7 +417,7 @@ impl<'a, E: Element> Source<'a, E> {
 
     /// Units along the tokens, `[padded / GROUP, width]`: a right factor that is as wide as a head.
     #[inline(always)]
-    fn along_tokens<'s, M: Machine<Stored = E>>(
+    fn along_tokens<'s, M: MicroKernel<Stored = E>>(
         &self,
         scratch: &mut Scratch<'s>,
         padded: usize,
@@ -430,7 +430,12 @@ impl<'a, E: Element> Source<'a, E> {
 
     /// The rows `range` in units along the head's dimension, `[range, units]`, zero behind them.
     #[inline(always)]
-    fn rows_of<M: Machine<Stored = E>>(&self, range: &Range<usize>, packed: &mut [M::Unit], units: usize) {
+    fn rows_of<M: MicroKernel<Stored = E>>(
+        &self,
+        range: &Range<usize>,
+        packed: &mut [M::Unit],
+        units: usize,
+    ) {
         for (i, packed) in range.clone().zip(packed.chunks_exact_mut(units)) {
             let row = self.row(i);
             units_of::<M>(row, |k, unit| packed[k] = unit);
@@ -441,8 +446,13 @@ impl<'a, E: Element> Source<'a, E> {
 
     /// The rows `range` in units along the tokens, `[.. / GROUP, width]`, zero behind and beside them.
     #[inline(always)]
-    fn pairs_of<M: Machine<Stored = E>>(&self, range: &Range<usize>, packed: &mut [M::Unit], width: usize) {
-        let zero = E::narrow(E::Wide::ZERO);
+    fn pairs_of<M: MicroKernel<Stored = E>>(
+        &self,
+        range: &Range<usize>,
+        packed: &mut [M::Unit],
+        width: usize,
+    ) {
+        let zero = E::narrow(E::Accum::ZERO);
         for (n, packed) in packed.chunks_exact_mut(width).enumerate() {
             let i = range.start + n * M::GROUP;
             if i >= range.end {
@@ -466,7 +476,7 @@ impl<'a, E: Element> Source<'a, E> {
 
 /// Calls `put(k, unit)` for the units of a row.
 #[inline(always)]
-fn units_of<M: Machine>(row: &[M::Stored], mut put: impl FnMut(usize, M::Unit)) {
+fn units_of<M: MicroKernel>(row: &[M::Stored], mut put: impl FnMut(usize, M::Unit)) {
     let whole = row.chunks_exact(M::GROUP);
     let zero = M::Stored::narrow(M::Number::ZERO);
     if let &[last] = whole.remainder() {
@@ -501,11 +511,11 @@ fn exponentials<R: Real>(row: &mut [R], base: R, scale: R, shrink: R, sums: &mut
 }
 
 #[inline(always)]
-fn dot<E: Element>(a: &[E], b: &[E]) -> E::Wide {
-    let mut lanes = [E::Wide::ZERO; LANES];
+fn dot<E: Element>(a: &[E], b: &[E]) -> E::Accum {
+    let mut lanes = [E::Accum::ZERO; LANES];
     for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
         for ((lane, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
-            *lane = a.wide().mul_add(b.wide(), *lane);
+            *lane = a.to_accum().mul_add(b.to_accum(), *lane);
         }
     }
     total(lanes)

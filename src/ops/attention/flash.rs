@@ -1,4 +1,4 @@
-//! FlashAttention-2 (Dao, 2023) of libtorch on CUDA, over all documents at once by the borders between them.
+//! FlashAttention-2 (Dao, 2023) of libtorch on CUDA, over all documents at once by the offsets between them.
 
 use super::{Documents, Heads};
 use crate::device::has_flash;
@@ -35,15 +35,15 @@ pub fn forward(
     lse: &Tensor,
 ) -> Result<(), tch::TchError> {
     let [q, k, v] = split(qkv, heads);
-    let (borders, longest) = (&documents.borders, documents.longest());
+    let (offsets, longest) = (&documents.offsets, documents.longest());
     let no: Option<&Tensor> = None;
     let sums = Tensor::f_internal_flash_attention_forward_no_dropout_inplace(
         &by_head(out, heads),
         &q,
         &k,
         &v,
-        Some(borders),
-        Some(borders),
+        Some(offsets),
+        Some(offsets),
         longest,
         longest,
         0.0,
@@ -68,7 +68,7 @@ pub fn backward(
     d_qkv: &Tensor,
 ) -> Result<(), tch::TchError> {
     let [q, k, v] = split(qkv, heads);
-    let (borders, longest) = (&documents.borders, documents.longest());
+    let (offsets, longest) = (&documents.offsets, documents.longest());
     // The state of a generator, which only dropout asks for.
     let unused = Tensor::zeros([2], (Kind::Int64, qkv.device()));
     let gradients = Tensor::f_internal_flash_attention_backward(
@@ -78,8 +78,8 @@ pub fn backward(
         &v,
         &by_head(out, heads),
         &lse.view([heads.query, -1]),
-        borders,
-        borders,
+        offsets,
+        offsets,
         longest,
         longest,
         0.0,

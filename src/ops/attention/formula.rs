@@ -1,6 +1,6 @@
 //! The formulas in libtorch's operations, for devices that have no kernel of ours.
 
-use super::{Documents, Heads, wide};
+use super::{Documents, Heads, accum_kind};
 use tch::{Kind, Tensor};
 
 /// Documents of one length: (first token, documents, tokens per document).
@@ -33,7 +33,7 @@ fn sums_of(lse: &Tensor, heads: Heads, &(start, count, length): &Run) -> Tensor 
 
 /// Scores q·kᵀ/√d in a wide kind, −∞ where nothing is seen.
 fn scores(q: &Tensor, k: &Tensor, heads: Heads, length: i64) -> Tensor {
-    let wide = wide(q.kind());
+    let wide = accum_kind(q.kind());
     let scores = q.to_kind(wide).matmul(&k.to_kind(wide).transpose(-1, -2)) / (heads.dim as f64).sqrt();
     let position = Tensor::arange(length, (Kind::Int64, q.device()));
     let age = position.unsqueeze(1) - position.unsqueeze(0);

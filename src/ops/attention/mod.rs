@@ -11,12 +11,11 @@ mod flash;
 mod formula;
 
 use super::{
-    Buffer,
+    Buffer, accum_kind,
     cpu::{
-        Level, Rows,
-        tile::{Machine, Multiplier, Plain},
+        Isa, Rows,
+        tile::{MicroKernel, Multiplier, Plain},
     },
-    wide,
 };
 use crate::device::has_kernels;
 use half::bf16;
@@ -29,7 +28,7 @@ pub struct Documents {
     /// (first token, documents, tokens per document)
     runs: Vec<(i64, i64, i64)>,
     /// Where each begins, and the end: `[documents + 1]` i32, where the batch is.
-    borders: Tensor,
+    offsets: Tensor,
 }
 
 impl Documents {
@@ -37,16 +36,16 @@ impl Documents {
     pub fn new(lengths: &[usize], device: Device) -> Self {
         let mut runs: Vec<(i64, i64, i64)> = Vec::new();
         let mut start = 0;
-        let mut borders = vec![0];
+        let mut offsets = vec![0];
         for length in lengths.iter().map(|&length| length as i64).filter(|&length| length > 0) {
             match runs.last_mut() {
                 Some((_, count, tokens)) if *tokens == length => *count += 1,
                 _ => runs.push((start, 1, length)),
             }
             start += length;
-            borders.push(start as i32);
+            offsets.push(start as i32);
         }
-        Self { runs, borders: Tensor::from_slice(&borders).to_device(device) }
+        Self { runs, offsets: Tensor::from_slice(&offsets).to_device(device) }
     }
 
     /// Tokens of the longest.
@@ -81,10 +80,10 @@ pub fn forward(qkv: &Tensor, heads: Heads, documents: &Documents) -> (Buffer, Te
     let _span = crate::trace::operation("attention.forward");
     let tokens = qkv.size()[0];
     let out = Buffer::empty(&[tokens, heads.query * heads.dim], qkv.kind(), qkv.device());
-    let lse = Tensor::empty([tokens * heads.query], (wide(qkv.kind()), qkv.device()));
+    let lse = Tensor::empty([tokens * heads.query], (accum_kind(qkv.kind()), qkv.device()));
     struct Forward<'a>(&'a Tensor, Heads, &'a Documents, &'a Tensor, &'a Tensor);
     impl Kernel for Forward<'_> {
-        fn run<M: Machine>(self, machine: M) {
+        fn run<M: MicroKernel>(self, machine: M) {
             let Self(qkv, heads, documents, out, lse) = self;
             cpu::forward(machine, Rows::of(qkv), heads, documents, Rows::of(out), Rows::of(lse));
         }
@@ -112,7 +111,7 @@ pub fn backward(
     let d_qkv = Buffer::like(qkv);
     struct Backward<'a>([&'a Tensor; 5], Heads, &'a Documents);
     impl Kernel for Backward<'_> {
-        fn run<M: Machine>(self, machine: M) {
+        fn run<M: MicroKernel>(self, machine: M) {
             let Self([d_out, qkv, out, lse, d_qkv], heads, documents) = self;
             let [d_out, qkv, out, d_qkv] = [d_out, qkv, out, d_qkv].map(Rows::of);
             cpu::backward(machine, [d_out, qkv, out], Rows::of(lse), heads, documents, d_qkv);
@@ -137,12 +136,12 @@ fn libtorch(done: Result<(), tch::TchError>) {
 
 /// What runs on any machine that multiplies tiles.
 trait Kernel {
-    fn run<M: Machine>(self, machine: M);
+    fn run<M: MicroKernel>(self, machine: M);
 }
 
 /// Runs `kernel` on the best machine for tensors of `kind`.
 fn on_cpu(kind: Kind, kernel: impl Kernel) {
-    let level = Level::current();
+    let level = Isa::current();
     match kind {
         Kind::Double => kernel.run(Plain::<f64>::new(level)),
         Kind::Float => kernel.run(Plain::<f32>::new(level)),
@@ -182,7 +181,7 @@ pub fn with_cache(q: &Tensor, k: &Tensor, v: &Tensor, lengths: &Tensor, heads: H
         // The heads of a group side by side: [sequences, key_value, group, dim].
         let q = q.reshape([sequences, heads.key_value, -1, heads.dim]);
         let scores = q.matmul(&k.transpose(-1, -2)) / (heads.dim as f64).sqrt() + mask;
-        scores.softmax(-1, wide(q.kind())).to_kind(v.kind()).matmul(&v)
+        scores.softmax(-1, accum_kind(q.kind())).to_kind(v.kind()).matmul(&v)
     };
     o.reshape(shape)
 }
@@ -288,7 +287,7 @@ mod tests {
             };
             // Weights, their gradients and results are rounded to 8 bits; gradients are sums over the queries.
             let of_bf16 = [0.02, 0.01 * exact_of_rounded[1].abs().max().double_value(&[]).max(1.0)];
-            for level in Level::available() {
+            for level in Isa::available() {
                 let check = |kind: Kind, d_out: &Tensor, exact: &[Tensor; 2], tolerance: [f64; 2]| {
                     let ours = level.forced(|| ours(&qkv.to_kind(kind), d_out, *heads, lengths));
                     near(ours, exact, tolerance, &format!("{level:?} {kind:?}"));

@@ -52,7 +52,7 @@ pub use hardware::Amx;
 mod hardware {
     use super::*;
     use crate::ops::cpu::{
-        Level,
+        Isa,
         packing::{Avx512Bf16, ROW_BYTES, SIDE},
     };
     use std::{
@@ -148,7 +148,7 @@ mod hardware {
         fn run<F: NullaryFnOnce>(self, f: F) -> F::Output {
             // SAFETY: an `Amx` exists only where the machine has tiles and Linux lets us use them.
             let _configured = unsafe { Configured::new() };
-            Level::Amx.run(f)
+            Isa::Amx.run(f)
         }
 
         #[inline(always)]

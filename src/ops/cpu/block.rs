@@ -4,7 +4,7 @@
 use super::{
     amx::Tiles,
     packing::{NUMBERS, Packing, ROW_BYTES, SIDE},
-    tile::{InTiles, Machine},
+    tile::{InTiles, MicroKernel},
 };
 use half::bf16;
 
@@ -39,8 +39,8 @@ pub struct Place {
 }
 
 /// A machine that computes blocks.
-pub trait Blocks: Machine {
-    /// Works wherever [`run`](Machine::run) has called.
+pub trait Blocks: MicroKernel {
+    /// Works wherever [`run`](MicroKernel::run) has called.
     type Packing: Packing;
 
     /// Tiles of right factors that are packed at a time: most of a second-level cache.
@@ -50,7 +50,7 @@ pub trait Blocks: Machine {
     ///
     /// # Safety
     /// The tiles of all stretches can be read, those of the second row and column too, of any content where sums may be, and nothing
-    /// writes to them meanwhile. Those on the right begin at multiples of 64 bytes. This is called inside of [`run`](Machine::run).
+    /// writes to them meanwhile. Those on the right begin at multiples of 64 bytes. This is called inside of [`run`](MicroKernel::run).
     unsafe fn block(
         self,
         stretches: impl Iterator<Item = Stretch> + Clone,

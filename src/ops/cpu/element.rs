@@ -6,7 +6,7 @@ use tch::Kind;
 
 /// The type in which a kernel computes.
 pub trait Real:
-    Element<Wide = Self>
+    Element<Accum = Self>
     + PartialOrd
     + Add<Output = Self>
     + Sub<Output = Self>
@@ -57,18 +57,18 @@ impl Stored for bf16 {
 /// A stored type that kernels compute with.
 pub trait Element: Stored {
     /// What it is computed in.
-    type Wide: Real;
+    type Accum: Real;
 
-    fn wide(self) -> Self::Wide;
+    fn to_accum(self) -> Self::Accum;
     /// Rounded to nearest, ties to even.
-    fn narrow(value: Self::Wide) -> Self;
+    fn narrow(value: Self::Accum) -> Self;
 }
 
 impl Element for bf16 {
-    type Wide = f32;
+    type Accum = f32;
 
     #[inline(always)]
-    fn wide(self) -> f32 {
+    fn to_accum(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 
@@ -88,10 +88,10 @@ macro_rules! real {
         }
 
         impl Element for $type {
-            type Wide = $type;
+            type Accum = $type;
 
             #[inline(always)]
-            fn wide(self) -> $type {
+            fn to_accum(self) -> $type {
                 self
             }
 
@@ -194,11 +194,11 @@ pub(crate) use dispatch;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::cpu::Level;
+    use crate::ops::cpu::Isa;
 
     #[test]
     fn exp_is_the_exponential() {
-        for level in Level::available() {
+        for level in Isa::available() {
             let mut worst = 0.0f64;
             for i in -87_000..=88_700 {
                 let x = i as f32 / 1000.0;
@@ -224,7 +224,7 @@ mod tests {
             let value = f32::from_bits(bits);
             let (ours, theirs) = (bf16::narrow(value), bf16::from_f32(value));
             assert!(ours == theirs || (value.is_nan() && ours.is_nan()), "{value}");
-            assert!(value.is_nan() || theirs.wide() == theirs.to_f32());
+            assert!(value.is_nan() || theirs.to_accum() == theirs.to_f32());
         }
     }
 }

@@ -9,30 +9,30 @@ pub const LANES: usize = 16;
 #[inline(always)]
 pub fn sum<E: Element, const N: usize>(
     rows: [&[E]; N],
-    weight: &[E::Wide],
-    term: impl Fn([E::Wide; N], E::Wide) -> E::Wide,
-) -> E::Wide {
-    let mut lanes = [E::Wide::ZERO; LANES];
+    weight: &[E::Accum],
+    term: impl Fn([E::Accum; N], E::Accum) -> E::Accum,
+) -> E::Accum {
+    let mut lanes = [E::Accum::ZERO; LANES];
     let (weights, weight_tail) = weight.as_chunks::<LANES>();
     let chunks = rows.map(|row| &row[..weight.len()].as_chunks::<LANES>().0[..weights.len()]);
     for (c, w) in weights.iter().enumerate() {
         let chunk = chunks.map(|row| &row[c]);
         for i in 0..LANES {
-            lanes[i] += term(chunk.map(|x| x[i].wide()), w[i]);
+            lanes[i] += term(chunk.map(|x| x[i].to_accum()), w[i]);
         }
     }
     let tails = rows.map(|row| &row[weights.len() * LANES..weight.len()]);
     for (i, &w) in weight_tail.iter().enumerate() {
-        lanes[i] += term(tails.map(|x| x[i].wide()), w);
+        lanes[i] += term(tails.map(|x| x[i].to_accum()), w);
     }
     total(lanes)
 }
 
 /// The largest element; −∞ of none. A NaN is passed over.
 #[inline(always)]
-pub fn maximum<E: Element>(row: &[E]) -> E::Wide {
+pub fn maximum<E: Element>(row: &[E]) -> E::Accum {
     // Several vectors of lanes: each maximum waits for the one before.
-    let mut lanes = [[E::Wide::NEG_INFINITY; LANES]; 4];
+    let mut lanes = [[E::Accum::NEG_INFINITY; LANES]; 4];
     let (vectors, tail) = row.as_chunks::<LANES>();
     let (groups, rest) = vectors.as_chunks::<4>();
     for group in groups {
@@ -52,15 +52,15 @@ pub fn maximum<E: Element>(row: &[E]) -> E::Wide {
         #[inline(always)]
         |a, b| b.max(a),
     );
-    tail.iter().fold(most, |most, x| x.wide().max(most))
+    tail.iter().fold(most, |most, x| x.to_accum().max(most))
 }
 
 #[inline(always)]
-fn enlarge<E: Element>(lanes: &mut [E::Wide; LANES], vector: &[E; LANES]) {
+fn enlarge<E: Element>(lanes: &mut [E::Accum; LANES], vector: &[E; LANES]) {
     // A value that is chosen and then stored stays in a register; a choice whether to store does not.
     *lanes = std::array::from_fn(
         #[inline(always)]
-        |i| vector[i].wide().max(lanes[i]),
+        |i| vector[i].to_accum().max(lanes[i]),
     );
 }
 

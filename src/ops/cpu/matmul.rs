@@ -127,14 +127,14 @@ impl<'a> Matrix<'a, f32> {
 
 /// A factor of a product.
 #[derive(Clone, Copy)]
-pub enum Factor<'a> {
+pub enum Operand<'a> {
     /// A matrix as it is.
     Of(Matrix<'a, bf16>),
     /// The transpose of one.
     Transposed(Matrix<'a, bf16>),
 }
 
-impl Factor<'_> {
+impl Operand<'_> {
     /// [rows, columns]
     fn shape(&self) -> [usize; 2] {
         match self {
@@ -255,8 +255,8 @@ unsafe fn pack_pairs<P: Packing>(
 
 /// left `[rows, depth]` · right `[depth, columns]`
 pub struct Term<'a> {
-    pub left: Factor<'a>,
-    pub right: Factor<'a>,
+    pub left: Operand<'a>,
+    pub right: Operand<'a>,
 }
 
 /// Where a product goes.
@@ -290,14 +290,14 @@ impl Output<'_> {
 }
 
 /// Tiles `along` of term `term`, `packed` tiles behind the first of their pass.
-struct Section {
+struct DepthSlice {
     term: usize,
     along: Range<usize>,
     packed: usize,
 }
 
 /// The tiles along the sum, in passes of at most [`PASS_TILES`].
-fn passes(lengths: impl Iterator<Item = usize>) -> Vec<Vec<Section>> {
+fn passes(lengths: impl Iterator<Item = usize>) -> Vec<Vec<DepthSlice>> {
     let mut passes = vec![Vec::new()];
     let mut used = 0;
     for (term, length) in lengths.enumerate() {
@@ -309,7 +309,7 @@ fn passes(lengths: impl Iterator<Item = usize>) -> Vec<Vec<Section>> {
             }
             let n = (length - start).min(PASS_TILES - used);
             if let Some(pass) = passes.last_mut() {
-                pass.push(Section { term, along: start..start + n, packed: used });
+                pass.push(DepthSlice { term, along: start..start + n, packed: used });
             }
             (start, used) = (start + n, used + n);
         }
@@ -321,7 +321,7 @@ fn passes(lengths: impl Iterator<Item = usize>) -> Vec<Vec<Section>> {
 struct Product<'a, T> {
     machine: T,
     terms: &'a [Term<'a>],
-    passes: Vec<Vec<Section>>,
+    passes: Vec<Vec<DepthSlice>>,
     rows: usize,
     columns: usize,
     out: Output<'a>,
@@ -429,7 +429,7 @@ impl<T: Blocks> Product<'_, T> {
 
     /// Where the rows `row..row + 32` of a section are, packed if need be: `[2, tiles along the sum]`.
     #[inline(always)]
-    fn place(&self, section: &Section, row: usize, packed: &mut [Tile]) -> Place {
+    fn place(&self, section: &DepthSlice, row: usize, packed: &mut [Tile]) -> Place {
         let left = &self.terms[section.term].left;
         if let Some(place) = left.in_place(row, section.along.start * DEPTH) {
             return place;
@@ -446,7 +446,7 @@ impl<T: Blocks> Product<'_, T> {
 
     /// Packs a pass of pairs of column tiles: `[column tiles, tiles along the sum]`.
     #[inline(always)]
-    fn pack_right(&self, pass: &[Section], pairs: &Range<usize>, packed: &mut [Tile]) {
+    fn pack_right(&self, pass: &[DepthSlice], pairs: &Range<usize>, packed: &mut [Tile]) {
         let depth = depth_of(pass);
         for section in pass {
             let right = &self.terms[section.term].right;
@@ -460,10 +460,10 @@ impl<T: Blocks> Product<'_, T> {
             };
             // In the order of memory.
             match right {
-                Factor::Of(_) => {
+                Operand::Of(_) => {
                     section.along.clone().for_each(|k| pairs.clone().for_each(|pair| one(k, pair)))
                 }
-                Factor::Transposed(_) => {
+                Operand::Transposed(_) => {
                     pairs.clone().for_each(|pair| section.along.clone().for_each(|k| one(k, pair)));
                 }
             }
@@ -512,7 +512,7 @@ impl<T: Blocks> Product<'_, T> {
     }
 }
 
-fn depth_of(pass: &[Section]) -> usize {
+fn depth_of(pass: &[DepthSlice]) -> usize {
     pass.last().map_or(0, |section| section.packed + section.along.len())
 }
 
@@ -596,9 +596,9 @@ mod tests {
     const BEHIND: i64 = 31;
 
     /// Such a matrix, and whether it is read as its transpose.
-    struct Operand(Tensor, bool);
+    struct Given(Tensor, bool);
 
-    impl Operand {
+    impl Given {
         fn new(rows: i64, columns: i64, transposed: bool) -> Self {
             let [rows, columns] = if transposed { [columns, rows] } else { [rows, columns] };
             let whole = random(rows + BEHIND, columns + 5);
@@ -609,9 +609,9 @@ mod tests {
             Self(whole, transposed)
         }
 
-        fn factor(&self) -> Factor<'_> {
+        fn operand(&self) -> Operand<'_> {
             let matrix = matrix_inside(&self.0);
-            if self.1 { Factor::Transposed(matrix) } else { Factor::Of(matrix) }
+            if self.1 { Operand::Transposed(matrix) } else { Operand::Of(matrix) }
         }
 
         fn exact(&self) -> Tensor {
@@ -625,14 +625,14 @@ mod tests {
         let exact = |t: &Tensor| t.to_kind(Kind::Double);
         for transposed in [[false, false], [false, true], [true, false], [true, true]] {
             let operands = depths.map(|depth| {
-                [Operand::new(rows, depth, transposed[0]), Operand::new(depth, columns, transposed[1])]
+                [Given::new(rows, depth, transposed[0]), Given::new(depth, columns, transposed[1])]
             });
             let product: Tensor = operands.iter().map(|[a, b]| a.exact().matmul(&b.exact())).sum();
             // Sums in fp32 of as many terms, then half a unit in the last place of a bf16 number.
             let depth = depths.iter().sum::<i64>() as f64;
             let rounding =
                 depth * f64::from(f32::EPSILON) * distance(&product, &product.zeros_like()).max(1.0);
-            let terms = operands.each_ref().map(|[a, b]| Term { left: a.factor(), right: b.factor() });
+            let terms = operands.each_ref().map(|[a, b]| Term { left: a.operand(), right: b.operand() });
             let (matrix, row) = (random(rows, columns), random(1, columns).view([-1]));
             let starts = [
                 (None, Tensor::from(0.0)),
@@ -697,7 +697,7 @@ mod tests {
     #[cfg(target_arch = "x86_64")]
     #[test]
     fn vectors_of_pairs_give_the_products() {
-        if let Some(pairs) = crate::ops::cpu::tile::Pairs::new(crate::ops::cpu::Level::Avx512Bf16) {
+        if let Some(pairs) = crate::ops::cpu::tile::Pairs::new(crate::ops::cpu::Isa::Avx512Bf16) {
             check_all(pairs);
         }
     }

@@ -193,7 +193,7 @@ impl Packing for Scalar {
         for (i, &sum) in sums.into_iter().flatten().enumerate() {
             // SAFETY: the caller's.
             unsafe {
-                let start = start.map_or(0.0, |start| start.add(i).read_unaligned().wide());
+                let start = start.map_or(0.0, |start| start.add(i).read_unaligned().to_accum());
                 to.add(i).write_unaligned(bf16::narrow(sum.mul_add(scale, start)));
             }
         }
@@ -282,7 +282,7 @@ mod tests {
     #[cfg(target_arch = "x86_64")]
     #[test]
     fn vectors_pack_the_same() {
-        if crate::ops::cpu::Level::available().any(|level| level == crate::ops::cpu::Level::Avx512Bf16) {
+        if crate::ops::cpu::Isa::available().any(|level| level == crate::ops::cpu::Isa::Avx512Bf16) {
             let a = numbers(WORDS, 1);
             assert_eq!(packed::<Avx512Bf16>(&a), packed::<Scalar>(&a));
         }

@@ -1,6 +1,6 @@
 //! The rows of host tensors, as slices that kernels work on.
 
-use super::{Element, Level, Stored, pool};
+use super::{Element, Isa, Stored, pool};
 use crate::ops::row_layout::RowLayout;
 use std::{marker::PhantomData, ops::Range};
 use tch::{Device, Tensor};
@@ -135,21 +135,21 @@ pub fn values<E: Stored>(tensor: &Tensor) -> Vec<E> {
     unsafe { Rows::of(&vector).row(0) }.to_vec()
 }
 
-/// Calls `kernel(row, inputs, outputs, wide)` for every row, on all threads and compiled for the current [`Level`]. All
+/// Calls `kernel(row, inputs, outputs, wide)` for every row, on all threads and compiled for the current [`Isa`]. All
 /// tensors have as many rows; outputs and wide tensors, which may be read and written, must not overlap any other tensor
 /// of the call, nor may the rows of one.
 pub fn each_row<E: Element, const I: usize, const O: usize, const W: usize>(
     inputs: [Rows<E>; I],
     outputs: [Rows<E>; O],
-    wide: [Rows<E::Wide>; W],
-    kernel: impl Fn(usize, [&[E]; I], [&mut [E]; O], [&mut [E::Wide]; W]) + Sync,
+    wide: [Rows<E::Accum>; W],
+    kernel: impl Fn(usize, [&[E]; I], [&mut [E]; O], [&mut [E::Accum]; W]) + Sync,
 ) {
     let lengths = inputs.iter().chain(&outputs).map(|r| r.rows).chain(wide.iter().map(|r| r.rows));
     let rows = lengths.clone().next().unwrap_or(0);
     assert!(lengths.into_iter().all(|n| n == rows), "all tensors of a kernel have as many rows");
     let columns: usize = inputs.iter().chain(&outputs).map(|r| r.columns).max().unwrap_or(1);
     let columns = columns.max(wide.iter().map(|r| r.columns).max().unwrap_or(1)).max(1);
-    let level = Level::current();
+    let level = Isa::current();
     pool::ranges(rows, LEAST_ELEMENTS.div_ceil(columns), |range| {
         level.run(
             #[inline(always)]

@@ -1,6 +1,6 @@
 //! Products of small matrices that are in the cache, for kernels that make what they multiply: c (+)= a·b.
 //!
-//! A [`Machine`] multiplies *units*: one number, or a pair of bf16 neighbours along the summed dimension, which
+//! A [`MicroKernel`] multiplies *units*: one number, or a pair of bf16 neighbours along the summed dimension, which
 //! AVX512-BF16 (VDPBF16PS) and AMX (TDPBF16PS) multiply and add in fp32. So a factor is packed in units, wherever its dimensions lie.
 
 #[cfg(target_arch = "x86_64")]
@@ -8,7 +8,7 @@ use super::amx::Amx;
 #[cfg(test)]
 use super::amx::Emulated;
 use super::{
-    Element, LANES, Level, Real,
+    Element, Isa, LANES, Real,
     amx::Tiles,
     packing::{BLOCK, Packing, ROW_BYTES, SIDE},
 };
@@ -20,8 +20,8 @@ use std::marker::PhantomData;
 const VECTOR_ROWS: usize = 4;
 
 /// How a kernel multiplies what is stored as `Stored`.
-pub trait Machine: Copy + Send + Sync {
-    type Stored: Element<Wide = Self::Number>;
+pub trait MicroKernel: Copy + Send + Sync {
+    type Stored: Element<Accum = Self::Number>;
     /// What sums are in.
     type Number: Real + Pod;
     type Unit: Pod + Send + Sync;
@@ -78,7 +78,7 @@ pub trait Machine: Copy + Send + Sync {
 }
 
 /// A machine that has vectors.
-trait Vectors: Machine {
+trait Vectors: MicroKernel {
     /// [`LANES`] numbers.
     type Vector: Copy;
     /// Vectors of a row of c that are in registers at a time.
@@ -98,7 +98,7 @@ trait Vectors: Machine {
 
 /// Numbers `[rows, columns]` as units along the columns' direction: `[rows / GROUP, columns]`.
 #[inline(always)]
-fn pack_pairs<M: Machine>(numbers: &[M::Number], columns: usize, packed: &mut [M::Unit]) {
+fn pack_pairs<M: MicroKernel>(numbers: &[M::Number], columns: usize, packed: &mut [M::Unit]) {
     let rows = numbers.chunks_exact(M::GROUP * columns);
     for (packed, rows) in packed.chunks_exact_mut(columns).zip(rows) {
         let (first, last) = (&rows[..columns], &rows[(M::GROUP - 1) * columns..]);
@@ -116,18 +116,18 @@ fn pair(first: bf16, second: bf16) -> u32 {
 
 /// Stored numbers, widened and multiplied one by one.
 #[derive(Clone, Copy, Debug)]
-pub struct Plain<E>(Level, PhantomData<E>);
+pub struct Plain<E>(Isa, PhantomData<E>);
 
 impl<E: Element> Plain<E> {
-    pub fn new(level: Level) -> Self {
+    pub fn new(level: Isa) -> Self {
         Self(level, PhantomData)
     }
 }
 
-impl<E: Element<Wide: Pod>> Machine for Plain<E> {
+impl<E: Element<Accum: Pod>> MicroKernel for Plain<E> {
     type Stored = E;
-    type Number = E::Wide;
-    type Unit = E::Wide;
+    type Number = E::Accum;
+    type Unit = E::Accum;
     const GROUP: usize = 1;
     const ROWS: usize = VECTOR_ROWS;
     const WIDTH: usize = LANES;
@@ -139,40 +139,40 @@ impl<E: Element<Wide: Pod>> Machine for Plain<E> {
     }
 
     #[inline(always)]
-    fn stored(first: E, _: E) -> E::Wide {
-        first.wide()
+    fn stored(first: E, _: E) -> E::Accum {
+        first.to_accum()
     }
 
     #[inline(always)]
-    fn unit(first: E::Wide, _: E::Wide) -> E::Wide {
+    fn unit(first: E::Accum, _: E::Accum) -> E::Accum {
         first
     }
 
     #[inline(always)]
-    fn multiply(self, a: Left<E::Wide>, b: &[E::Wide], c: &mut [E::Wide], columns: usize, add: bool) {
+    fn multiply(self, a: Left<E::Accum>, b: &[E::Accum], c: &mut [E::Accum], columns: usize, add: bool) {
         multiply::<Self>(a, b, c, columns, add);
     }
 }
 
-impl<E: Element<Wide: Pod>> Vectors for Plain<E> {
-    type Vector = [E::Wide; LANES];
+impl<E: Element<Accum: Pod>> Vectors for Plain<E> {
+    type Vector = [E::Accum; LANES];
     // AVX2 has 16 registers of 8 floats.
     const COLUMNS: usize = 1;
 
     #[inline(always)]
-    unsafe fn load(from: *const E::Wide) -> Self::Vector {
+    unsafe fn load(from: *const E::Accum) -> Self::Vector {
         // SAFETY: the caller's: LANES numbers, which an array of them needs no more alignment than.
         unsafe { from.cast::<Self::Vector>().read() }
     }
 
     #[inline(always)]
-    unsafe fn store(vector: Self::Vector, to: *mut E::Wide) {
+    unsafe fn store(vector: Self::Vector, to: *mut E::Accum) {
         // SAFETY: as for `load`.
         unsafe { to.cast::<Self::Vector>().write(vector) }
     }
 
     #[inline(always)]
-    unsafe fn multiply_add(mut sum: Self::Vector, a: E::Wide, b: *const E::Wide) -> Self::Vector {
+    unsafe fn multiply_add(mut sum: Self::Vector, a: E::Accum, b: *const E::Accum) -> Self::Vector {
         // SAFETY: as for `load`.
         let b = unsafe { b.cast::<Self::Vector>().read() };
         for (sum, b) in sum.iter_mut().zip(b) {
@@ -189,14 +189,14 @@ pub struct Pairs(());
 
 #[cfg(target_arch = "x86_64")]
 impl Pairs {
-    /// If `level` is [`Level::Avx512Bf16`] and the machine has it.
-    pub fn new(level: Level) -> Option<Self> {
-        (level == Level::Avx512Bf16 && Level::available().any(|has| has == level)).then_some(Self(()))
+    /// If `level` is [`Isa::Avx512Bf16`] and the machine has it.
+    pub fn new(level: Isa) -> Option<Self> {
+        (level == Isa::Avx512Bf16 && Isa::available().any(|has| has == level)).then_some(Self(()))
     }
 }
 
 #[cfg(target_arch = "x86_64")]
-impl Machine for Pairs {
+impl MicroKernel for Pairs {
     type Stored = bf16;
     type Number = f32;
     type Unit = u32;
@@ -207,7 +207,7 @@ impl Machine for Pairs {
 
     #[inline(always)]
     fn run<F: pulp::NullaryFnOnce>(self, f: F) -> F::Output {
-        Level::Avx512Bf16.run(f)
+        Isa::Avx512Bf16.run(f)
     }
 
     #[inline(always)]
@@ -254,7 +254,7 @@ impl Vectors for Pairs {
 #[derive(Clone, Copy, Debug)]
 pub struct InTiles<T>(pub T);
 
-impl<T: Tiles> Machine for InTiles<T> {
+impl<T: Tiles> MicroKernel for InTiles<T> {
     type Stored = bf16;
     type Number = f32;
     type Unit = u32;
@@ -354,10 +354,10 @@ pub enum Multiplier {
 
 impl Multiplier {
     /// That of `level`, if there is one.
-    pub fn of(level: Level) -> Option<Self> {
+    pub fn of(level: Isa) -> Option<Self> {
         #[cfg(target_arch = "x86_64")]
         return match level {
-            Level::Amx => Amx::new().map(InTiles).map(Self::Registers),
+            Isa::Amx => Amx::new().map(InTiles).map(Self::Registers),
             _ => Pairs::new(level).map(Self::Vectors),
         };
         #[cfg(not(target_arch = "x86_64"))]

@@ -1,8 +1,9 @@
-//! Groups of rows on a device: one grouped GEMM of libtorch for all groups in place of one GEMM a group, whose starts would take
+//! RowSegments of rows on a device: one grouped GEMM of libtorch for all groups in place of one GEMM a group, whose starts would take
 //! longer than the GEMMs themselves.
 
 use super::{
-    Layers, Linear, Matrices, Part, ThinGradient, add_product, columns, groups::OnDevice, with_columns,
+    GroupedLinear, Linear, LoraHiddenGrad, Matrices, Part, add_product, columns, segments::OnDevice,
+    with_columns,
 };
 use crate::ops::Buffer;
 use tch::{Kind, Tensor};
@@ -53,7 +54,7 @@ fn grouped_product(mat1: &Tensor, mat2: &Tensor, groups: &OnDevice) -> Tensor {
     mat1.internal_grouped_mm(mat2, Some(&groups.ends), None, None)
 }
 
-/// Layers on a device that computes all groups at once.
+/// GroupedLinear on a device that computes all groups at once.
 pub(super) struct Grouped<'a> {
     linear: &'a Linear,
     groups: &'a OnDevice,
@@ -61,7 +62,7 @@ pub(super) struct Grouped<'a> {
 
 impl<'a> Grouped<'a> {
     /// `None` where one GEMM after another has to do.
-    pub(super) fn of(rows: &Tensor, layers: Layers<'a>) -> Option<Self> {
+    pub(super) fn of(rows: &Tensor, layers: GroupedLinear<'a>) -> Option<Self> {
         let (linear, groups) = (layers.linear, layers.groups.computed_at_once()?);
         let fits = rows.kind() == Kind::BFloat16 && rows.size()[0] > 0 && takes(linear);
         fits.then_some(Self { linear, groups })
@@ -74,7 +75,7 @@ impl<'a> Grouped<'a> {
         if let Some(add) = add {
             let _ = y.g_add_(add);
         }
-        let h = self.thin(x);
+        let h = self.lora_hidden(x);
         if let Some((adapter, h)) = self.linear.adapter().zip(h.as_deref()) {
             for Part { out, ranks, b } in &adapter.parts {
                 let _ = columns(&y, out).g_add_(&b.apply(&columns(h, ranks), self.groups));
@@ -83,14 +84,14 @@ impl<'a> Grouped<'a> {
         (y.into(), h)
     }
 
-    /// See [`super::thin`].
-    pub(super) fn thin(&self, x: &Tensor) -> Option<Buffer> {
+    /// See [`super::lora_hidden`].
+    pub(super) fn lora_hidden(&self, x: &Tensor) -> Option<Buffer> {
         let adapter = self.linear.adapter()?;
         Some(adapter.a.apply(x, self.groups).g_mul_scalar_(adapter.scaling).into())
     }
 
     /// See [`super::backward_input`].
-    pub(super) fn backward_input(&self, d_y: &Tensor) -> (Buffer, ThinGradient) {
+    pub(super) fn backward_input(&self, d_y: &Tensor) -> (Buffer, LoraHiddenGrad) {
         let mut parts = with_columns(&self.linear.bases)
             .map(|(base, range)| base.weight.apply_transposed(&columns(d_y, &range), self.groups));
         let mut d_x = parts.next().unwrap_or_else(|| d_y.zeros_like());
@@ -103,7 +104,7 @@ impl<'a> Grouped<'a> {
             let _ = d_x.g_add_(&adapter.a.apply_transposed(&g, self.groups));
             g.into()
         });
-        (d_x.into(), ThinGradient(g))
+        (d_x.into(), LoraHiddenGrad(g))
     }
 
     /// See [`super::backward_parameters`].

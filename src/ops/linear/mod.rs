@@ -13,8 +13,8 @@
 //! on a CPU.
 
 mod grouped;
-mod groups;
 mod matrices;
+mod segments;
 mod tiled;
 
 use super::Buffer;
@@ -23,8 +23,8 @@ use std::ops::Range;
 use tch::{Device, Tensor};
 use tiled::Tiled;
 pub use {
-    groups::{Groups, sizes},
     matrices::Matrices,
+    segments::{RowSegments, sizes},
 };
 
 /// Frozen weight [out, in] and bias `[out]`, in compute dtype. Where groups have their own weights, they share the bias.
@@ -81,17 +81,17 @@ impl Linear {
     }
 }
 
-/// Layers with the rows that go through each: the matrices of group i compute its rows.
+/// GroupedLinear with the rows that go through each: the matrices of group i compute its rows.
 #[derive(Clone, Copy)]
-pub struct Layers<'a> {
+pub struct GroupedLinear<'a> {
     pub linear: &'a Linear,
-    pub groups: &'a Groups,
+    pub groups: &'a RowSegments,
 }
 
-impl<'a> Layers<'a> {
+impl<'a> GroupedLinear<'a> {
     /// Each group that has rows, with them.
     fn with_rows(self) -> impl Iterator<Item = (usize, Range<i64>)> {
-        let ranges = self.groups.borders().windows(2).map(|pair| pair[0]..pair[1]);
+        let ranges = self.groups.offsets().windows(2).map(|pair| pair[0]..pair[1]);
         ranges.enumerate().filter(|(_, rows)| !rows.is_empty())
     }
 
@@ -101,7 +101,7 @@ impl<'a> Layers<'a> {
     }
 
     /// `[rows, Σ rank]` beside `x`.
-    fn thin_like(self, x: &Tensor) -> Option<Buffer> {
+    fn lora_hidden_like(self, x: &Tensor) -> Option<Buffer> {
         self.ranks().map(|ranks| Buffer::empty(&[x.size()[0], ranks], x.kind(), x.device()))
     }
 }
@@ -114,7 +114,7 @@ pub fn takes_any_rows(x: &Tensor) -> bool {
 
 /// y `[rows, out]` from x `[rows, in]`, plus `add` `[rows, out]` (the residual branch), and s·h `[rows, Σ rank]` where there
 /// are adapters.
-pub fn forward(x: &Tensor, layers: Layers, add: Option<&Tensor>) -> (Buffer, Option<Buffer>) {
+pub fn forward(x: &Tensor, layers: GroupedLinear, add: Option<&Tensor>) -> (Buffer, Option<Buffer>) {
     let _span = crate::trace::operation("linear.forward");
     if let Some(grouped) = Grouped::of(x, layers) {
         return grouped.forward(x, add);
@@ -140,7 +140,7 @@ pub fn forward(x: &Tensor, layers: Layers, add: Option<&Tensor>) -> (Buffer, Opt
             }
         }
     }
-    let h = thin(x, layers);
+    let h = lora_hidden(x, layers);
     if let (Some(h), Some((adapter, _))) = (&h, adapter) {
         for (group, rows) in layers.with_rows() {
             let (y, h) = (rows_of(&y, &rows), rows_of(h, &rows));
@@ -153,14 +153,14 @@ pub fn forward(x: &Tensor, layers: Layers, add: Option<&Tensor>) -> (Buffer, Opt
 }
 
 /// s·h `[rows, Σ rank]`; again, for a backward that did not keep it.
-pub fn thin(x: &Tensor, layers: Layers) -> Option<Buffer> {
+pub fn lora_hidden(x: &Tensor, layers: GroupedLinear) -> Option<Buffer> {
     if let Some(grouped) = Grouped::of(x, layers) {
-        return grouped.thin(x);
+        return grouped.lora_hidden(x);
     }
     if let Some(tiled) = Tiled::of(x, layers) {
-        return tiled.thin(x);
+        return tiled.lora_hidden(x);
     }
-    let (adapter, mut h) = layers.linear.adapter().zip(layers.thin_like(x))?;
+    let (adapter, mut h) = layers.linear.adapter().zip(layers.lora_hidden_like(x))?;
     for (group, rows) in layers.with_rows() {
         let _ = rows_of(x, &rows).mm_out(&rows_of(&h, &rows), &adapter.a.of(group).tr());
     }
@@ -169,10 +169,10 @@ pub fn thin(x: &Tensor, layers: Layers) -> Option<Buffer> {
 }
 
 /// The adapters' part of a backward: see [`backward_parameters`].
-pub struct ThinGradient(Option<Buffer>);
+pub struct LoraHiddenGrad(Option<Buffer>);
 
 /// dx `[rows, in]` from dy `[rows, out]`, and g for [`backward_parameters`].
-pub fn backward_input(d_y: &Tensor, layers: Layers) -> (Buffer, ThinGradient) {
+pub fn backward_input(d_y: &Tensor, layers: GroupedLinear) -> (Buffer, LoraHiddenGrad) {
     let _span = crate::trace::operation("linear.backward_input");
     if let Some(grouped) = Grouped::of(d_y, layers) {
         return grouped.backward_input(d_y);
@@ -181,7 +181,7 @@ pub fn backward_input(d_y: &Tensor, layers: Layers) -> (Buffer, ThinGradient) {
         return tiled.backward_input(d_y);
     }
     let d_x = Buffer::empty(&[d_y.size()[0], layers.linear.input()], d_y.kind(), d_y.device());
-    let g = layers.thin_like(d_y);
+    let g = layers.lora_hidden_like(d_y);
     for (group, rows) in layers.with_rows() {
         let (d_y, mut d_x) = (rows_of(d_y, &rows), rows_of(&d_x, &rows));
         for (i, (base, range)) in with_columns(&layers.linear.bases).enumerate() {
@@ -196,7 +196,7 @@ pub fn backward_input(d_y: &Tensor, layers: Layers) -> (Buffer, ThinGradient) {
         let _ = g.g_mul_scalar_(adapter.scaling);
         let _ = d_x.addmm_(&g, &adapter.a.of(group));
     }
-    (d_x, ThinGradient(g))
+    (d_x, LoraHiddenGrad(g))
 }
 
 /// Adds the adapters' gradients from dy, x, what [`forward`] returned and what [`backward_input`] did. Apart from that
@@ -205,8 +205,8 @@ pub fn backward_parameters(
     d_y: &Tensor,
     x: &Tensor,
     h: Option<&Tensor>,
-    ThinGradient(g): &ThinGradient,
-    layers: Layers,
+    LoraHiddenGrad(g): &LoraHiddenGrad,
+    layers: GroupedLinear,
 ) {
     let _span = crate::trace::operation("linear.backward_parameters");
     let (Some(h), Some(g)) = (h, g) else { return };
@@ -260,34 +260,34 @@ fn add_product(sum: &Tensor, a: &Tensor, b: &Tensor) {
 mod tests {
     use super::*;
     use crate::ops::{
+        accum_kind,
         cpu::{
-            Level,
+            Isa,
             amx::Emulated,
             tile::{InTiles, Multiplier},
         },
         testing::{autograd, distance, leaf},
-        wide,
     };
     use tch::Kind;
 
     /// What layers give and add to their gradients: y, s·h, the same again, dx.
-    type Compute = fn(Layers, &Tensor, &Tensor, Option<&Tensor>) -> Vec<Tensor>;
+    type Compute = fn(GroupedLinear, &Tensor, &Tensor, Option<&Tensor>) -> Vec<Tensor>;
 
-    fn everything(layers: Layers, x: &Tensor, d_y: &Tensor, add: Option<&Tensor>) -> Vec<Tensor> {
+    fn everything(layers: GroupedLinear, x: &Tensor, d_y: &Tensor, add: Option<&Tensor>) -> Vec<Tensor> {
         let (y, h) = forward(x, layers, add);
         let (d_x, g) = backward_input(d_y, layers);
         backward_parameters(d_y, x, h.as_deref(), &g, layers);
-        [y, h.unwrap(), thin(x, layers).unwrap(), d_x].map(|buffer| buffer.shallow_clone()).into()
+        [y, h.unwrap(), lora_hidden(x, layers).unwrap(), d_x].map(|buffer| buffer.shallow_clone()).into()
     }
 
     /// The same in tiles, as a machine that has their registers computes.
-    fn in_tiles(layers: Layers, x: &Tensor, d_y: &Tensor, add: Option<&Tensor>) -> Vec<Tensor> {
+    fn in_tiles(layers: GroupedLinear, x: &Tensor, d_y: &Tensor, add: Option<&Tensor>) -> Vec<Tensor> {
         let tiled = Tiled { multiplier: Multiplier::Emulated(InTiles(Emulated)), layers };
         let (y, h) = tiled.forward(x, add);
         let h = h.unwrap();
-        let (d_x, ThinGradient(g)) = tiled.backward_input(d_y);
+        let (d_x, LoraHiddenGrad(g)) = tiled.backward_input(d_y);
         tiled.backward_parameters(d_y, x, &h, &g.unwrap());
-        [y, h, tiled.thin(x).unwrap(), d_x].map(|buffer| buffer.shallow_clone()).into()
+        [y, h, tiled.lora_hidden(x).unwrap(), d_x].map(|buffer| buffer.shallow_clone()).into()
     }
 
     /// q and v of a fused q|k|v of widths 4, 3, 3, with ranks 2 and 3; k has no adapter. Numbers that bf16 has too.
@@ -308,12 +308,12 @@ mod tests {
             Self { w: rounded(&[10, 6]), bias: bias.shallow_clone(), a: rounded(&[5, 6]), b }
         }
 
-        fn thin(&self, x: &Tensor) -> Tensor {
+        fn lora_hidden(&self, x: &Tensor) -> Tensor {
             x.matmul(&self.a.tr()) * 0.5
         }
 
         fn forward(&self, x: &Tensor) -> Tensor {
-            let h = self.thin(x);
+            let h = self.lora_hidden(x);
             let q = h.narrow(1, 0, 2).matmul(&self.b[0].tr());
             let v = h.narrow(1, 2, 3).matmul(&self.b[1].tr());
             let k = Tensor::zeros([x.size()[0], 3], (Kind::Double, x.device()));
@@ -336,7 +336,7 @@ mod tests {
             }
         };
         let sums = |of: &Matrices| {
-            let zeros = Tensor::zeros(of.tensor().size(), (wide(kind), Device::Cpu));
+            let zeros = Tensor::zeros(of.tensor().size(), (accum_kind(kind), Device::Cpu));
             if zeros.dim() == 2 { Matrices::Shared(zeros) } else { Matrices::Each(zeros) }
         };
         let bias = exact[0].bias.detach().to_kind(kind);
@@ -355,20 +355,20 @@ mod tests {
 
     fn check(kind: Kind, tolerance: f64, compute: Compute) {
         // One layer for all rows, and groups of which some are empty.
-        for borders in
+        for offsets in
             [vec![0, 0], vec![0, 1], vec![0, 5], vec![0, 2, 2, 7], vec![0, 0, 3, 4, 4], vec![0, 40, 75]]
         {
-            let tokens = *borders.last().unwrap();
+            let tokens = *offsets.last().unwrap();
             let bias = rounded(&[10]).detach();
-            let exact: Vec<Exact> = borders[1..].iter().map(|_| Exact::new(&bias)).collect();
+            let exact: Vec<Exact> = offsets[1..].iter().map(|_| Exact::new(&bias)).collect();
             let (x, add) = (rounded(&[tokens, 6]), rounded(&[tokens, 10]).detach());
             let d_y = rounded(&[tokens, 10]).detach();
             let of_groups = |f: fn(&Exact, &Tensor) -> Tensor| {
                 let part = |(layer, pair): (&Exact, &[i64])| f(layer, &rows_of(&x, &(pair[0]..pair[1])));
-                let parts: Vec<Tensor> = exact.iter().zip(borders.windows(2)).map(part).collect();
+                let parts: Vec<Tensor> = exact.iter().zip(offsets.windows(2)).map(part).collect();
                 Tensor::cat(&parts, 0)
             };
-            let (y, h) = (of_groups(Exact::forward), of_groups(Exact::thin));
+            let (y, h) = (of_groups(Exact::forward), of_groups(Exact::lora_hidden));
             let leaves: Vec<&Tensor> =
                 std::iter::once(&x).chain(exact.iter().flat_map(Exact::leaves)).collect();
             let gradients = autograd(&y, &d_y, &leaves);
@@ -376,7 +376,7 @@ mod tests {
             let _guard = tch::no_grad_guard();
             for (split, add) in [(false, None), (true, None), (false, Some(&add)), (true, Some(&add))] {
                 let linear = ours(&exact, split, kind);
-                let layers = Layers { linear: &linear, groups: &Groups::new(borders.clone()) };
+                let layers = GroupedLinear { linear: &linear, groups: &RowSegments::new(offsets.clone()) };
                 let [x, d_y] = [&x, &d_y].map(|tensor| tensor.detach().to_kind(kind));
                 let in_kind = add.map(|add| add.to_kind(kind));
                 let mut found = compute(layers, &x, &d_y, in_kind.as_ref());
@@ -390,7 +390,7 @@ mod tests {
                 for (i, (ours, theirs)) in found.iter().zip(expected).enumerate() {
                     let most = 1.0 + distance(theirs, &theirs.zeros_like());
                     let off = distance(ours, theirs) / most;
-                    assert!(off <= tolerance, "{kind:?} {borders:?} {split}: {i} is {off} off");
+                    assert!(off <= tolerance, "{kind:?} {offsets:?} {split}: {i} is {off} off");
                 }
             }
         }
@@ -400,7 +400,7 @@ mod tests {
     fn matches_autograd() {
         check(Kind::Double, 1e-12, everything);
         // A few roundings to bf16.
-        for level in Level::available() {
+        for level in Isa::available() {
             level.forced(|| check(Kind::BFloat16, 4.0 / 256.0, everything));
         }
         check(Kind::BFloat16, 4.0 / 256.0, in_tiles);
@@ -409,15 +409,15 @@ mod tests {
     #[test]
     fn bf16_is_multiplied_by_what_the_machine_has() {
         let x = |kind| Tensor::zeros([8, 8], (kind, Device::Cpu));
-        for level in Level::available() {
+        for level in Isa::available() {
             level.forced(|| {
                 let found = tiled::multiplier(&x(Kind::BFloat16));
                 let fits = match level {
-                    Level::Portable | Level::Avx2 | Level::Avx512 => found.is_none(),
+                    Isa::Portable | Isa::Avx2 | Isa::Avx512 => found.is_none(),
                     #[cfg(target_arch = "x86_64")]
-                    Level::Avx512Bf16 => matches!(found, Some(Multiplier::Vectors(_))),
+                    Isa::Avx512Bf16 => matches!(found, Some(Multiplier::Vectors(_))),
                     #[cfg(target_arch = "x86_64")]
-                    Level::Amx => matches!(found, Some(Multiplier::Registers(_))),
+                    Isa::Amx => matches!(found, Some(Multiplier::Registers(_))),
                     #[cfg(not(target_arch = "x86_64"))]
                     _ => false,
                 };
@@ -435,13 +435,14 @@ mod tests {
             false,
             Kind::BFloat16,
         );
-        let is_tiled = |borders: &[i64]| {
-            let x = Tensor::zeros([borders[2], 6], (Kind::BFloat16, Device::Cpu));
-            Tiled::of(&x, Layers { linear: &linear, groups: &Groups::new(borders.to_vec()) }).is_some()
+        let is_tiled = |offsets: &[i64]| {
+            let x = Tensor::zeros([offsets[2], 6], (Kind::BFloat16, Device::Cpu));
+            Tiled::of(&x, GroupedLinear { linear: &linear, groups: &RowSegments::new(offsets.to_vec()) })
+                .is_some()
         };
-        let has_tiles = Level::current() >= Level::Avx512Bf16;
+        let has_tiles = Isa::current() >= Isa::Avx512Bf16;
         assert_eq!(
-            [[0, 7, 14], [0, 0, 0], [0, 7, 15]].map(|borders| is_tiled(&borders)),
+            [[0, 7, 14], [0, 0, 0], [0, 7, 15]].map(|offsets| is_tiled(&offsets)),
             [false, false, has_tiles]
         );
     }
@@ -460,10 +461,10 @@ mod tests {
         let bf16 = |tensor: &Tensor| tensor.to_kind(Kind::BFloat16);
         let weight = Matrices::Each(bf16(&Tensor::stack(&[first, second], 0)));
         let bare = Linear { bases: vec![Base { weight, bias: None }], adapter: None };
-        let layers = Layers { linear: &bare, groups: &Groups::new(vec![0, 3, 7]) };
+        let layers = GroupedLinear { linear: &bare, groups: &RowSegments::new(vec![0, 3, 7]) };
         let tiled = Tiled { multiplier: Multiplier::Emulated(InTiles(Emulated)), layers };
         let in_tiles = (tiled.forward(&bf16(&x), None), tiled.backward_input(&bf16(&d_y)));
-        for ((found, h), (d_found, ThinGradient(g))) in
+        for ((found, h), (d_found, LoraHiddenGrad(g))) in
             [in_tiles, (forward(&bf16(&x), layers, None), backward_input(&bf16(&d_y), layers))]
         {
             assert!(h.is_none() && g.is_none());
@@ -472,10 +473,10 @@ mod tests {
                 assert!(distance(ours, theirs) / most <= 1.0 / 256.0);
             }
         }
-        assert!(tiled.thin(&bf16(&x)).is_none() && thin(&bf16(&x), layers).is_none());
+        assert!(tiled.lora_hidden(&bf16(&x)).is_none() && lora_hidden(&bf16(&x), layers).is_none());
     }
 
-    /// Layers in bf16 of `groups` from 32 columns to 48, with ranks 8 and 16 and 8 columns between that have no adapter.
+    /// GroupedLinear in bf16 of `groups` from 32 columns to 48, with ranks 8 and 16 and 8 columns between that have no adapter.
     fn stacked(groups: i64, shared_a: bool, shared_b: bool, split: bool) -> Linear {
         // Rows beyond those taken, so that what lies between two matrices is not what one takes.
         let matrices = |shared: bool, [rows, columns]: [i64; 2], kind| {
@@ -506,33 +507,33 @@ mod tests {
     fn groups_at_once_and_in_tiles_equal_one_after_the_other() {
         let _guard = tch::no_grad_guard();
         let bf16 = |shape: &[i64]| leaf(shape).detach().to_kind(Kind::BFloat16);
-        for borders in [vec![0, 5, 5, 9, 32], vec![0, 0, 0, 1, 1], vec![0, 8, 16, 24, 32], vec![0, 3]] {
-            let (groups, rows) = (borders.len() as i64 - 1, borders[borders.len() - 1]);
+        for offsets in [vec![0, 5, 5, 9, 32], vec![0, 0, 0, 1, 1], vec![0, 8, 16, 24, 32], vec![0, 3]] {
+            let (groups, rows) = (offsets.len() as i64 - 1, offsets[offsets.len() - 1]);
             for (shared_a, shared_b, split) in
                 [(false, false, false), (true, false, false), (false, true, true), (true, true, false)]
             {
                 let linear = stacked(groups, shared_a, shared_b, split);
                 let (x, d_y, add) = (bf16(&[rows, 32]), bf16(&[rows, 48]), bf16(&[rows, 48]));
                 let start: Vec<Tensor> = gradients(&linear).map(Tensor::copy).collect();
-                let run = |compute: Compute, groups: Groups, at_once: bool| {
+                let run = |compute: Compute, groups: RowSegments, at_once: bool| {
                     gradients(&linear).zip(&start).for_each(|(sum, start)| sum.shallow_clone().copy_(start));
-                    let all = Layers { linear: &linear, groups: &groups };
+                    let all = GroupedLinear { linear: &linear, groups: &groups };
                     assert_eq!(Grouped::of(&x, all).is_some(), at_once);
                     let mut found = compute(all, &x, &d_y, Some(&add));
                     found.extend(gradients(&linear).map(Tensor::copy));
                     found
                 };
-                let each = run(everything, Groups::new(borders.clone()), false);
+                let each = run(everything, RowSegments::new(offsets.clone()), false);
                 for other in [
-                    run(everything, Groups::at_once(&borders), true),
-                    run(in_tiles, Groups::new(borders.clone()), false),
+                    run(everything, RowSegments::at_once(&offsets), true),
+                    run(in_tiles, RowSegments::new(offsets.clone()), false),
                 ] {
                     assert_eq!(other.len(), each.len());
                     for (i, (other, each)) in other.iter().zip(&each).enumerate() {
                         let most = 1.0 + distance(each, &each.zeros_like());
                         let off = distance(other, each) / most;
                         // A few roundings of bf16, in another order.
-                        let case = format!("{borders:?} {shared_a} {shared_b} {split}");
+                        let case = format!("{offsets:?} {shared_a} {shared_b} {split}");
                         assert!(off < 4.0 / 256.0, "{case}: {i} is {off} off");
                     }
                 }
@@ -542,10 +543,10 @@ mod tests {
 
     #[test]
     fn what_grouped_kernels_refuse_is_computed_one_after_the_other() {
-        let groups = Groups::at_once(&[0, 2, 4, 6]);
+        let groups = RowSegments::at_once(&[0, 2, 4, 6]);
         let x = Tensor::zeros([6, 8], (Kind::BFloat16, Device::Cpu));
         let at_once =
-            |x: &Tensor, linear: &Linear| Grouped::of(x, Layers { linear, groups: &groups }).is_some();
+            |x: &Tensor, linear: &Linear| Grouped::of(x, GroupedLinear { linear, groups: &groups }).is_some();
         let all = Tensor::zeros([1000], (Kind::BFloat16, Device::Cpu));
         // Matrices of 8 rows: `apart` elements from one to the next, `wide` from a row to the next, the first at `start`.
         let bare = |start: i64, apart: i64, wide: i64| {
@@ -583,9 +584,9 @@ mod tests {
     #[test]
     fn what_a_device_knows_of_groups_the_host_can_ask() {
         let (ends, sizes) = (Tensor::from_slice(&[2i32, 2, 7]), Tensor::from_slice(&[2i32, 0, 5]));
-        let groups = Groups::on_device(&ends, &sizes);
+        let groups = RowSegments::on_device(&ends, &sizes);
         assert!(groups.computed_at_once().is_none(), "a CPU computes one after the other");
-        assert_eq!(groups.share().borders(), [0, 2, 2, 7]);
-        assert_eq!(groups.borders(), [0, 2, 2, 7]);
+        assert_eq!(groups.share().offsets(), [0, 2, 2, 7]);
+        assert_eq!(groups.offsets(), [0, 2, 2, 7]);
     }
 }

@@ -1,14 +1,16 @@
-//! Layers in bf16 on a CPU that multiplies tiles: an adapter's part of an output is one more term of the sum that makes it, and
+//! GroupedLinear in bf16 on a CPU that multiplies tiles: an adapter's part of an output is one more term of the sum that makes it, and
 //! a group of rows costs no more than what it computes.
 
-use super::{Adapter, Base, Layers, Linear, Matrices, Part, ThinGradient, columns, rows_of, with_columns};
+use super::{
+    Adapter, Base, GroupedLinear, Linear, LoraHiddenGrad, Matrices, Part, columns, rows_of, with_columns,
+};
 use crate::{
     device::has_kernels,
     ops::{
         Buffer,
         cpu::{
-            Level,
-            matmul::{Factor, Matrix, Output, Term, multiply},
+            Isa,
+            matmul::{Matrix, Operand, Output, Term, multiply},
             tile::Multiplier,
         },
     },
@@ -20,7 +22,7 @@ use tch::{Kind, Tensor};
 /// What multiplies x, if that is bf16 on a CPU that has such a thing.
 pub(super) fn multiplier(x: &Tensor) -> Option<Multiplier> {
     let fits = x.kind() == Kind::BFloat16 && has_kernels(x);
-    fits.then(Level::current).and_then(Multiplier::of)
+    fits.then(Isa::current).and_then(Multiplier::of)
 }
 
 /// Where all groups have fewer rows, as where an answer is generated, packing a weight was measured to cost more than it wins (in
@@ -30,12 +32,12 @@ const FEWEST_ROWS: i64 = 8;
 /// The layers, on such a machine.
 pub(super) struct Tiled<'a> {
     pub multiplier: Multiplier,
-    pub layers: Layers<'a>,
+    pub layers: GroupedLinear<'a>,
 }
 
 impl<'a> Tiled<'a> {
     /// `None` where libtorch's products have to do, or do better.
-    pub(super) fn of(rows: &Tensor, layers: Layers<'a>) -> Option<Self> {
+    pub(super) fn of(rows: &Tensor, layers: GroupedLinear<'a>) -> Option<Self> {
         let multiplier = multiplier(rows)?;
         let is_worth_it = layers.with_rows().any(|(_, rows)| rows.end - rows.start >= FEWEST_ROWS);
         is_worth_it.then_some(Self { multiplier, layers })
@@ -56,7 +58,7 @@ impl<'a> Tiled<'a> {
     pub(super) fn forward(&self, x: &Tensor, add: Option<&Tensor>) -> (Buffer, Option<Buffer>) {
         let linear = self.layers.linear;
         let y = Buffer::empty(&[x.size()[0], linear.output()], x.kind(), x.device());
-        let h = self.layers.thin_like(x);
+        let h = self.layers.lora_hidden_like(x);
         let segments = segments(linear);
         let [x_rows, y_rows] = [x, &*y].map(Matrix::of);
         let [h_rows, add_rows] = [h.as_deref(), add].map(|tensor| tensor.map(Matrix::of));
@@ -64,7 +66,7 @@ impl<'a> Tiled<'a> {
             let range = usizes(&rows);
             let (x, h) = (x_rows.rows(&range), h_rows.map(|h| h.rows(&range)));
             if let Some((adapter, h)) = linear.adapter().zip(h) {
-                self.thin_of(x, group, adapter, h);
+                self.lora_hidden_of(x, group, adapter, h);
             }
             for Segment { out, base, at, part } in &segments {
                 let to = y_rows.rows(&range).columns(&usizes(out));
@@ -87,28 +89,28 @@ impl<'a> Tiled<'a> {
         (y, h)
     }
 
-    /// See [`super::thin`].
-    pub(super) fn thin(&self, x: &Tensor) -> Option<Buffer> {
-        let (adapter, h) = self.layers.linear.adapter().zip(self.layers.thin_like(x))?;
+    /// See [`super::lora_hidden`].
+    pub(super) fn lora_hidden(&self, x: &Tensor) -> Option<Buffer> {
+        let (adapter, h) = self.layers.linear.adapter().zip(self.layers.lora_hidden_like(x))?;
         let [x, to] = [x, &*h].map(Matrix::of);
         for (group, rows) in self.layers.with_rows() {
             let rows = usizes(&rows);
-            self.thin_of(x.rows(&rows), group, adapter, to.rows(&rows));
+            self.lora_hidden_of(x.rows(&rows), group, adapter, to.rows(&rows));
         }
         Some(h)
     }
 
     /// h = s · x·Aᵀ
-    fn thin_of(&self, x: Matrix<bf16>, group: usize, adapter: &Adapter, h: Matrix<bf16>) {
+    fn lora_hidden_of(&self, x: Matrix<bf16>, group: usize, adapter: &Adapter, h: Matrix<bf16>) {
         let to = Output::Rounded { to: h, start: None, scale: adapter.scaling as f32 };
         self.multiply(&[by_columns(x, matrix(&adapter.a, group))], to);
     }
 
     /// See [`super::backward_input`].
-    pub(super) fn backward_input(&self, d_y: &Tensor) -> (Buffer, ThinGradient) {
+    pub(super) fn backward_input(&self, d_y: &Tensor) -> (Buffer, LoraHiddenGrad) {
         let linear = self.layers.linear;
         let d_x = Buffer::empty(&[d_y.size()[0], linear.input()], d_y.kind(), d_y.device());
-        let g = self.layers.thin_like(d_y);
+        let g = self.layers.lora_hidden_like(d_y);
         let [d_y_rows, d_x_rows] = [d_y, &*d_x].map(Matrix::of);
         let g_rows = g.as_deref().map(Matrix::of);
         for (group, rows) in self.layers.with_rows() {
@@ -130,7 +132,7 @@ impl<'a> Tiled<'a> {
             let to = Output::Rounded { to: d_x_rows.rows(&rows), start: None, scale: 1.0 };
             self.multiply(&terms, to);
         }
-        (d_x, ThinGradient(g))
+        (d_x, LoraHiddenGrad(g))
     }
 
     /// See [`super::backward_parameters`].
@@ -167,17 +169,17 @@ fn sums(all: &Matrices, group: usize) -> Matrix<'_, f32> {
 
 /// x·wᵀ
 fn by_columns<'a>(x: Matrix<'a, bf16>, w: Matrix<'a, bf16>) -> Term<'a> {
-    Term { left: Factor::Of(x), right: Factor::Transposed(w) }
+    Term { left: Operand::Of(x), right: Operand::Transposed(w) }
 }
 
 /// x·w
 fn by_rows<'a>(x: Matrix<'a, bf16>, w: Matrix<'a, bf16>) -> Term<'a> {
-    Term { left: Factor::Of(x), right: Factor::Of(w) }
+    Term { left: Operand::Of(x), right: Operand::Of(w) }
 }
 
 /// aᵀ·b
 fn summed_rows<'a>(a: Matrix<'a, bf16>, b: Matrix<'a, bf16>) -> Term<'a> {
-    Term { left: Factor::Transposed(a), right: Factor::Of(b) }
+    Term { left: Operand::Transposed(a), right: Operand::Of(b) }
 }
 
 /// Columns of an output that one base and at most one adapter make.
@@ -195,9 +197,9 @@ fn segments(layer: &Linear) -> Vec<Segment<'_>> {
     let parts = || layer.adapter().into_iter().flat_map(|adapter| &adapter.parts);
     let bases: Vec<(&Base, Range<i64>)> = with_columns(&layer.bases).collect();
     let ranges = || parts().map(|part| &part.out).chain(bases.iter().map(|(_, out)| out));
-    let mut borders: Vec<i64> = ranges().flat_map(|out| [out.start, out.end]).collect();
-    borders.sort_unstable();
-    borders.dedup();
+    let mut offsets: Vec<i64> = ranges().flat_map(|out| [out.start, out.end]).collect();
+    offsets.sort_unstable();
+    offsets.dedup();
     let within = |out: &Range<i64>, of: &Range<i64>| {
         (of.start <= out.start && out.end <= of.end).then(|| out.start - of.start..out.end - of.start)
     };
@@ -208,7 +210,7 @@ fn segments(layer: &Linear) -> Vec<Segment<'_>> {
         let part = parts().find_map(|part| Some((part, within(&out, &part.out)?)));
         Segment { out, base, at, part }
     };
-    borders.windows(2).map(segment).collect()
+    offsets.windows(2).map(segment).collect()
 }
 
 fn usizes(range: &Range<i64>) -> Range<usize> {

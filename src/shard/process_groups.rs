@@ -9,7 +9,7 @@ use std::rc::Rc;
 
 /// This rank, its device and its groups.
 #[derive(Clone)]
-pub struct Groups {
+pub struct ProcessGroups {
     pub mesh: Mesh,
     pub rank: usize,
     /// What this rank computes on.
@@ -26,7 +26,7 @@ pub struct Groups {
     pub expert_shard: Rc<dyn Communicator>,
 }
 
-impl Groups {
+impl ProcessGroups {
     /// Collective over all ranks of `world`, of which `mesh` has as many.
     pub fn new(world: &World, mesh: Mesh) -> Self {
         let rank = world.rank();
@@ -54,7 +54,7 @@ impl Groups {
         moving.filter(|group| group.size() > 1).try_for_each(|group| group.open())
     }
 
-    /// Groups of this process alone, however many there are.
+    /// ProcessGroups of this process alone, however many there are.
     pub fn alone() -> Self {
         let alone = || solo("alone");
         Self {

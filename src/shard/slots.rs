@@ -5,12 +5,12 @@
 //! survives a unit may refer to a slot, and each slot carries the unit that it holds; every use asserts it.
 //! A lone rank owns every piece, so its views are of the store itself and no slot exists.
 //!
-//! Ranks of one host may keep their pieces in memory that all of them see, beside each other ([`Ring::share`]). Then a unit is
+//! Ranks of one host may keep their pieces in memory that all of them see, beside each other ([`SlotPool::share`]). Then a unit is
 //! whole where its pieces are, a gather moves nothing, and a slot is but the pages that a rank has on its books.
 
 use super::{RegionLayout, ShardError};
 use crate::{
-    comm::{Communicator, PAGE, Pending, Shared},
+    comm::{Communicator, PAGE, Pending, SharedMemory},
     device::Staging,
     model::source::WeightSource,
 };
@@ -26,7 +26,7 @@ struct Slot {
 }
 
 /// The sharded regions of like units (decoder layers, vocabulary chunks) and the slots they share.
-pub struct Ring {
+pub struct SlotPool {
     name: &'static str,
     layouts: Vec<RegionLayout>,
     /// This rank's piece of each unit: `[piece bytes]` u8.
@@ -38,7 +38,7 @@ pub struct Ring {
 
 /// Where the pieces of all ranks are.
 struct SharedUnits {
-    memory: Shared,
+    memory: SharedMemory,
     /// Each unit `[padded bytes]` u8, and where it is.
     units: Vec<(Tensor, Range<usize>)>,
 }
@@ -63,7 +63,7 @@ impl SharedUnits {
     }
 }
 
-impl Ring {
+impl SlotPool {
     /// A ring over `layouts` with `slots` slots; pieces are zero until filled. All layouts are cut over `comm`.
     pub fn new(
         name: &'static str,

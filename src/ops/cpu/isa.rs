@@ -9,7 +9,7 @@ use std::cell::Cell;
 
 /// An instruction set, the least first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Level {
+pub enum Isa {
     /// What the program was compiled for. On x86-64 that has no fused multiply-add, which is then a slow call.
     Portable,
     /// AVX2 and FMA.
@@ -23,33 +23,33 @@ pub enum Level {
 }
 
 thread_local! {
-    static FORCED: Cell<Option<Level>> = const { Cell::new(None) };
+    static FORCED: Cell<Option<Isa>> = const { Cell::new(None) };
 }
 
-impl Level {
+impl Isa {
     /// The levels that this machine has.
     pub fn available() -> impl Iterator<Item = Self> {
         #[cfg(target_arch = "x86_64")]
         let has_bf16 = || V4::is_available() && std::arch::is_x86_feature_detected!("avx512bf16");
-        let has = move |level: &Level| match level {
-            Level::Portable => true,
+        let has = move |level: &Isa| match level {
+            Isa::Portable => true,
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => V3::is_available(),
+            Isa::Avx2 => V3::is_available(),
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => V4::is_available(),
+            Isa::Avx512 => V4::is_available(),
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512Bf16 => has_bf16(),
+            Isa::Avx512Bf16 => has_bf16(),
             #[cfg(target_arch = "x86_64")]
-            Level::Amx => has_bf16() && Amx::new().is_some(),
+            Isa::Amx => has_bf16() && Amx::new().is_some(),
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         };
-        [Level::Portable, Level::Avx2, Level::Avx512, Level::Avx512Bf16, Level::Amx].into_iter().filter(has)
+        [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx].into_iter().filter(has)
     }
 
     /// The best level that this machine has, or what [`forced`](Self::forced) asks for.
     pub fn current() -> Self {
-        FORCED.get().or_else(|| Self::available().last()).unwrap_or(Level::Portable)
+        FORCED.get().or_else(|| Self::available().last()).unwrap_or(Isa::Portable)
     }
 
     /// Calls `f` with kernels started by this thread on this level, for tests and benches.
@@ -64,21 +64,19 @@ impl Level {
     #[inline]
     pub fn run<F: NullaryFnOnce>(self, f: F) -> F::Output {
         #[cfg(target_arch = "x86_64")]
-        if self >= Level::Avx512Bf16
-            && std::arch::is_x86_feature_detected!("avx512bf16")
-            && V4::is_available()
+        if self >= Isa::Avx512Bf16 && std::arch::is_x86_feature_detected!("avx512bf16") && V4::is_available()
         {
             // SAFETY: the machine has what `avx512_bf16` is compiled for.
             return unsafe { avx512_bf16(f) };
         }
         #[cfg(target_arch = "x86_64")]
-        if self >= Level::Avx512
+        if self >= Isa::Avx512
             && let Some(simd) = V4::try_new()
         {
             return simd.vectorize(f);
         }
         #[cfg(target_arch = "x86_64")]
-        if self >= Level::Avx2
+        if self >= Isa::Avx2
             && let Some(simd) = V3::try_new()
         {
             return simd.vectorize(f);

@@ -1,7 +1,7 @@
 //! A stream beside the one that libtorch computes on, and how the two are ordered.
 //!
-//! libtorch stays on the legacy default stream. What is given to a lane comes after all that libtorch was given before; and
-//! libtorch's next operation comes after it only where [`Lane::join`] says so. Between the two, both go on at once.
+//! libtorch stays on the legacy default stream. What is given to a stream comes after all that libtorch was given before; and
+//! libtorch's next operation comes after it only where [`CommStream::join`] says so. Between the two, both go on at once.
 
 use super::{
     DeviceError,
@@ -11,17 +11,17 @@ use std::sync::Arc;
 
 /// A stream for what is not libtorch's.
 #[derive(Debug)]
-pub struct Lane {
+pub struct CommStream {
     stream: RawStream,
     runtime: Arc<dyn DeviceRuntime>,
 }
 
-impl Lane {
+impl CommStream {
     pub fn new(runtime: &Arc<dyn DeviceRuntime>) -> Result<Self, DeviceError> {
         Ok(Self { stream: runtime.create_stream()?, runtime: runtime.clone() })
     }
 
-    /// Gives the lane `work`, which is told the stream: it begins when all is done that libtorch was given so far, and the
+    /// Gives the stream `work`, which is told the stream: it begins when all is done that libtorch was given so far, and the
     /// event is done when it is.
     pub fn run<E: From<DeviceError>>(
         &self,
@@ -42,7 +42,7 @@ impl Lane {
     }
 }
 
-impl Drop for Lane {
+impl Drop for CommStream {
     fn drop(&mut self) {
         // SAFETY: it was made by this runtime and is given back once.
         unsafe { self.runtime.destroy_stream(self.stream) }
@@ -123,20 +123,20 @@ mod tests {
     fn work_comes_after_what_was_computed_and_before_what_joins() {
         let recorder = Arc::new(Recorder::default());
         let runtime: Arc<dyn DeviceRuntime> = recorder.clone();
-        let lane = Lane::new(&runtime).unwrap();
+        let stream = CommStream::new(&runtime).unwrap();
         assert_eq!(recorder.taken(), ["stream"]);
         let work = |stream: RawStream| {
             recorder.said(format!("work on {}", stream.0));
             Ok::<_, DeviceError>(())
         };
-        let done = lane.run(work).unwrap();
+        let done = stream.run(work).unwrap();
         // Event 2 is of libtorch's stream, event 7 of ours.
         let expected = ["event", "record 2 on 0", "1 waits for 2", "drop event 2", "work on 1", "event"];
         assert_eq!(recorder.taken(), [&expected[..], &["record 7 on 1"]].concat());
-        Lane::join(&done).unwrap();
+        CommStream::join(&done).unwrap();
         assert!(done.is_done().unwrap() && done.is_done().unwrap());
         assert_eq!(recorder.taken(), ["0 waits for 7", "is 7 done"]);
-        drop((done, lane));
+        drop((done, stream));
         assert_eq!(recorder.taken(), ["drop event 7", "drop stream 1"]);
     }
 
@@ -144,8 +144,8 @@ mod tests {
     fn work_that_fails_leaves_no_event() {
         let recorder = Arc::new(Recorder::default());
         let runtime: Arc<dyn DeviceRuntime> = recorder.clone();
-        let lane = Lane::new(&runtime).unwrap();
-        let failed = lane.run(|_| Err(DeviceError::Missing { what: "nothing", why: "a test".into() }));
+        let stream = CommStream::new(&runtime).unwrap();
+        let failed = stream.run(|_| Err(DeviceError::Missing { what: "nothing", why: "a test".into() }));
         assert!(failed.is_err());
         assert_eq!(recorder.taken().last().map(String::as_str), Some("drop event 2"));
     }

@@ -7,19 +7,19 @@
 //! start to the end of its wait; waiting is a span of its own.
 
 use super::{
-    CommError, Communicator, Completion, Ledger, Operation, Parts, Pending, Reduce, Shared, bytes,
+    CommError, Communicator, Completion, Ledger, Operation, Parts, Pending, Reduce, SharedMemory, bytes,
     control::{GroupWatch, Within},
 };
 use crate::trace::{self, Category, Span, Transfer};
 use tch::Tensor;
 
-pub(super) struct Booked<C> {
+pub(super) struct Instrumented<C> {
     pub inner: C,
     pub ledger: Ledger,
     pub watch: GroupWatch,
 }
 
-impl<C: Communicator> Booked<C> {
+impl<C: Communicator> Instrumented<C> {
     fn span(&self, name: &'static str) -> Span {
         trace::span(Category::Collective, name).with("group", self.group())
     }
@@ -35,7 +35,7 @@ impl<C: Communicator> Booked<C> {
     }
 
     /// Does a blocking collective over a whole array of `bytes`.
-    fn book(
+    fn record(
         &self,
         operation: Operation,
         bytes: usize,
@@ -66,7 +66,7 @@ impl Completion for Started {
     }
 }
 
-impl<C: Communicator> Communicator for Booked<C> {
+impl<C: Communicator> Communicator for Instrumented<C> {
     fn rank(&self) -> usize {
         self.inner.rank()
     }
@@ -83,7 +83,7 @@ impl<C: Communicator> Communicator for Booked<C> {
         self.inner.open()
     }
 
-    fn share(&self, bytes: usize) -> Result<Option<Shared>, CommError> {
+    fn share(&self, bytes: usize) -> Result<Option<SharedMemory>, CommError> {
         let _host = self.host("share");
         self.inner.share(bytes)
     }
@@ -101,16 +101,16 @@ impl<C: Communicator> Communicator for Booked<C> {
     }
 
     fn reduce_scatter(&self, input: &Tensor, output: &Tensor) -> Result<(), CommError> {
-        self.book(Operation::ReduceScatter, bytes(input), || self.inner.reduce_scatter(input, output))
+        self.record(Operation::ReduceScatter, bytes(input), || self.inner.reduce_scatter(input, output))
     }
 
     fn all_to_all(&self, sent: Parts, received: Parts) -> Result<(), CommError> {
         let bytes = received.bytes_of_others(self.rank());
-        self.book(Operation::AllToAll, bytes, || self.inner.all_to_all(sent, received))
+        self.record(Operation::AllToAll, bytes, || self.inner.all_to_all(sent, received))
     }
 
     fn all_reduce(&self, values: &Tensor) -> Result<(), CommError> {
-        self.book(Operation::AllReduce, bytes(values), || self.inner.all_reduce(values))
+        self.record(Operation::AllReduce, bytes(values), || self.inner.all_reduce(values))
     }
 
     fn all_reduce_host(&self, values: &mut [f64], how: Reduce) -> Result<(), CommError> {

@@ -7,7 +7,7 @@ use std::ops::Range;
 /// Where a run stands in its data: the first row that has not been consumed. A checkpoint keeps it, so that a resume
 /// goes on behind the last row even with another global batch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Position {
+pub struct DataCursor {
     pub epoch: usize,
     /// Rows of the epoch that are consumed.
     pub row: usize,
@@ -15,7 +15,7 @@ pub struct Position {
 
 /// How a run walks over its data, step by step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Walk {
+pub struct BatchSchedule {
     /// Rows of an epoch.
     pub rows: usize,
     /// Rows of a step; 0 counts as 1.
@@ -27,40 +27,40 @@ pub struct Walk {
 
 /// The rows of one step.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Stride {
+pub struct StepRows {
     pub epoch: usize,
     /// Positions within the epoch.
     pub rows: Range<usize>,
     /// Where the next step starts.
-    pub next: Position,
+    pub next: DataCursor,
 }
 
-impl Stride {
+impl StepRows {
     /// Whether the next step belongs to another epoch.
     pub fn ends_epoch(&self) -> bool {
         self.next.epoch > self.epoch
     }
 }
 
-impl Walk {
+impl BatchSchedule {
     /// Steps of a whole epoch.
     pub fn steps_per_epoch(&self) -> usize {
         self.steps_of(self.rows)
     }
 
     /// The step that starts at `at`; `None` at the end of the run.
-    pub fn step(&self, at: Position) -> Option<Stride> {
-        let Position { epoch, row } = self.settled(at);
+    pub fn step(&self, at: DataCursor) -> Option<StepRows> {
+        let DataCursor { epoch, row } = self.settled(at);
         if epoch >= self.epochs || self.steps_per_epoch() == 0 {
             return None;
         }
         let rows = row..row.saturating_add(self.global_batch.max(1)).min(self.rows);
-        let next = self.settled(Position { epoch, row: rows.end });
-        Some(Stride { epoch, rows, next })
+        let next = self.settled(DataCursor { epoch, row: rows.end });
+        Some(StepRows { epoch, rows, next })
     }
 
     /// Steps from `at` to the end of the run.
-    pub fn steps_from(&self, at: Position) -> usize {
+    pub fn steps_from(&self, at: DataCursor) -> usize {
         let at = self.settled(at);
         match self.epochs.checked_sub(at.epoch) {
             None | Some(0) => 0,
@@ -72,16 +72,16 @@ impl Walk {
     }
 
     /// All steps from `at`, in order.
-    pub fn strides(self, at: Position) -> impl Iterator<Item = Stride> + Send + use<> {
-        std::iter::successors(self.step(at), move |stride| self.step(stride.next))
+    pub fn step_rows(self, at: DataCursor) -> impl Iterator<Item = StepRows> + Send + use<> {
+        std::iter::successors(self.step(at), move |step_rows| self.step(step_rows.next))
     }
 
     /// `at`, or the start of the next epoch where nothing is left of this one.
-    fn settled(&self, at: Position) -> Position {
+    fn settled(&self, at: DataCursor) -> DataCursor {
         if at.row == 0 || (at.row < self.rows && self.steps_of(self.rows - at.row) > 0) {
             return at;
         }
-        Position { epoch: at.epoch.saturating_add(1), row: 0 }
+        DataCursor { epoch: at.epoch.saturating_add(1), row: 0 }
     }
 
     fn steps_of(&self, rows: usize) -> usize {
@@ -133,38 +133,38 @@ mod tests {
         assert!(deal(5..5, 0, 2, 1).is_empty());
     }
 
-    fn walk(rows: usize, global_batch: usize, drop_last: bool) -> Walk {
-        Walk { rows, global_batch, drop_last, epochs: 2 }
+    fn schedule(rows: usize, global_batch: usize, drop_last: bool) -> BatchSchedule {
+        BatchSchedule { rows, global_batch, drop_last, epochs: 2 }
     }
 
-    fn rows_of(walk: Walk, at: Position) -> Vec<(usize, Range<usize>)> {
-        walk.strides(at).map(|stride| (stride.epoch, stride.rows)).collect()
+    fn rows_of(schedule: BatchSchedule, at: DataCursor) -> Vec<(usize, Range<usize>)> {
+        schedule.step_rows(at).map(|step_rows| (step_rows.epoch, step_rows.rows)).collect()
     }
 
     #[test]
     fn the_last_step_is_smaller_or_dropped() {
-        let start = Position::default();
+        let start = DataCursor::default();
         assert_eq!(
-            rows_of(walk(10, 4, false), start),
+            rows_of(schedule(10, 4, false), start),
             [(0, 0..4), (0, 4..8), (0, 8..10), (1, 0..4), (1, 4..8), (1, 8..10)]
         );
-        assert_eq!(rows_of(walk(10, 4, true), start), [(0, 0..4), (0, 4..8), (1, 0..4), (1, 4..8)]);
-        assert_eq!((walk(8, 4, false).steps_per_epoch(), walk(3, 4, true).steps_per_epoch()), (2, 0));
-        assert!(rows_of(walk(3, 4, true), start).is_empty());
+        assert_eq!(rows_of(schedule(10, 4, true), start), [(0, 0..4), (0, 4..8), (1, 0..4), (1, 4..8)]);
+        assert_eq!((schedule(8, 4, false).steps_per_epoch(), schedule(3, 4, true).steps_per_epoch()), (2, 0));
+        assert!(rows_of(schedule(3, 4, true), start).is_empty());
     }
 
     #[test]
     fn a_resume_with_another_batch_goes_on_behind_the_last_row() {
-        let at = walk(10, 4, false).strides(Position::default()).nth(1).unwrap().next;
-        assert_eq!(at, Position { epoch: 0, row: 8 });
-        assert_eq!(rows_of(walk(10, 5, false), at), [(0, 8..10), (1, 0..5), (1, 5..10)]);
-        assert_eq!(rows_of(walk(10, 5, true), at), [(1, 0..5), (1, 5..10)]);
-        assert_eq!(walk(10, 5, true).steps_from(at), 2);
+        let at = schedule(10, 4, false).step_rows(DataCursor::default()).nth(1).unwrap().next;
+        assert_eq!(at, DataCursor { epoch: 0, row: 8 });
+        assert_eq!(rows_of(schedule(10, 5, false), at), [(0, 8..10), (1, 0..5), (1, 5..10)]);
+        assert_eq!(rows_of(schedule(10, 5, true), at), [(1, 0..5), (1, 5..10)]);
+        assert_eq!(schedule(10, 5, true).steps_from(at), 2);
         // A position that no run of ours leaves ends the run or begins the next epoch; it never overflows.
         for row in [10, 11, usize::MAX] {
-            assert_eq!(walk(10, 5, true).step(Position { epoch: 0, row }).unwrap().epoch, 1);
+            assert_eq!(schedule(10, 5, true).step(DataCursor { epoch: 0, row }).unwrap().epoch, 1);
         }
-        assert_eq!(walk(10, 5, true).step(Position { epoch: usize::MAX, row: 3 }), None);
+        assert_eq!(schedule(10, 5, true).step(DataCursor { epoch: usize::MAX, row: 3 }), None);
     }
 
     proptest! {
@@ -185,18 +185,18 @@ mod tests {
         fn steps_tile_the_epochs_from_wherever_a_run_stands(
             rows in 0usize..200, batch in 1usize..20, drop_last in any::<bool>(), cut in 0usize..30,
         ) {
-            let walk = walk(rows, batch, drop_last);
-            let all: Vec<Stride> = walk.strides(Position::default()).collect();
-            prop_assert_eq!(all.len(), walk.steps_from(Position::default()));
-            prop_assert_eq!(all.len(), 2 * walk.steps_per_epoch());
+            let schedule = schedule(rows, batch, drop_last);
+            let all: Vec<StepRows> = schedule.step_rows(DataCursor::default()).collect();
+            prop_assert_eq!(all.len(), schedule.steps_from(DataCursor::default()));
+            prop_assert_eq!(all.len(), 2 * schedule.steps_per_epoch());
             let kept = if drop_last { rows / batch * batch } else { rows };
             let positions: Vec<_> = all.iter().flat_map(|s| s.rows.clone().map(|row| (s.epoch, row))).collect();
             prop_assert_eq!(positions, (0..2).flat_map(|e| (0..kept).map(move |row| (e, row))).collect::<Vec<_>>());
-            if let Some(stride) = all.get(cut) {
-                let rest: Vec<Stride> = walk.strides(stride.next).collect();
+            if let Some(step_rows) = all.get(cut) {
+                let rest: Vec<StepRows> = schedule.step_rows(step_rows.next).collect();
                 prop_assert_eq!(&rest[..], &all[cut + 1..]);
-                prop_assert_eq!(rest.len(), walk.steps_from(stride.next));
-                prop_assert_eq!(stride.ends_epoch(), (cut + 1).is_multiple_of(walk.steps_per_epoch()));
+                prop_assert_eq!(rest.len(), schedule.steps_from(step_rows.next));
+                prop_assert_eq!(step_rows.ends_epoch(), (cut + 1).is_multiple_of(schedule.steps_per_epoch()));
             }
         }
     }

@@ -1,6 +1,6 @@
 //! The way of rows between the ranks of an expert group: to the rank that owns their expert, and back.
 //!
-//! Every rank of the group enters every exchange, also without rows.
+//! Every rank of the group enters every dispatcher, also without rows.
 
 use super::ShardError;
 use crate::comm::{CommError, Communicator, Parts};
@@ -9,30 +9,30 @@ use tch::Tensor;
 
 /// The ranks between which the experts of a layer are divided, the same number to each, in rank order.
 #[derive(Clone)]
-pub struct Exchange {
+pub struct ExpertDispatcher {
     comm: Rc<dyn Communicator>,
 }
 
 /// The way of rows for one choice of experts.
-pub struct Route {
+pub struct ExpertRoute {
     comm: Rc<dyn Communicator>,
-    places: Places,
+    places: RoutePlan,
 }
 
 /// Whose rows go where, as a rank sees it. The rows of an expert lie together at both ends: where they come from, sorted by expert,
 /// and where they go, behind each other by rank.
-struct Places {
+struct RoutePlan {
     /// For each rank the rows that go to each of its experts.
     sent: Vec<Vec<Range<usize>>>,
     /// For each rank the rows that come from it, to each of this one's experts.
     received: Vec<Vec<Range<usize>>>,
     /// Where the rows of each of this rank's experts begin, and the end: `[experts + 1]`.
-    borders: Vec<i64>,
+    offsets: Vec<i64>,
     /// Rows that are nobody's.
     gaps: Vec<Range<usize>>,
 }
 
-impl Exchange {
+impl ExpertDispatcher {
     /// Between the ranks of `comm`; `None` for one that has all experts.
     pub fn over(comm: &Rc<dyn Communicator>) -> Option<Self> {
         (comm.size() > 1).then(|| Self { comm: comm.clone() })
@@ -40,7 +40,7 @@ impl Exchange {
 
     /// The route of rows that are sorted by expert, `counts` `[experts]` of each. Where they go an expert has `rows(count)` of them for
     /// the `count` that come. Collective.
-    pub fn route(&self, counts: &[i64], rows: fn(i64) -> i64) -> Result<Route, ShardError> {
+    pub fn route(&self, counts: &[i64], rows: fn(i64) -> i64) -> Result<ExpertRoute, ShardError> {
         let mut table = Vec::with_capacity(self.comm.size());
         for (from, bytes) in self.comm.all_gather_host(bytemuck::cast_slice(counts))?.iter().enumerate() {
             let theirs: Vec<i64> =
@@ -51,12 +51,12 @@ impl Exchange {
             }
             table.push(theirs);
         }
-        let places = Places::new(self.comm.rank(), &table, rows);
-        Ok(Route { comm: self.comm.clone(), places })
+        let places = RoutePlan::new(self.comm.rank(), &table, rows);
+        Ok(ExpertRoute { comm: self.comm.clone(), places })
     }
 }
 
-impl Places {
+impl RoutePlan {
     /// As `rank` sees it, of the `table` `[ranks][experts]` of how many rows each rank has for each expert.
     fn new(rank: usize, table: &[Vec<i64>], rows: fn(i64) -> i64) -> Self {
         let ranks = table.len();
@@ -68,7 +68,7 @@ impl Places {
             start..at
         };
         let sent = table[rank].chunks(each).map(|counts| counts.iter().map(|&n| next(n)).collect()).collect();
-        let (mut received, mut borders, mut gaps) =
+        let (mut received, mut offsets, mut gaps) =
             (vec![Vec::with_capacity(each); ranks], vec![0], Vec::new());
         let mut start = 0;
         for expert in rank * each..(rank + 1) * each {
@@ -80,23 +80,23 @@ impl Places {
             }
             let filled = start + rows((end - start) as i64) as usize;
             gaps.push(end..filled);
-            borders.push(filled as i64);
+            offsets.push(filled as i64);
             start = filled;
         }
         gaps.retain(|gap| !gap.is_empty());
-        Self { sent, received, borders, gaps }
+        Self { sent, received, offsets, gaps }
     }
 }
 
-impl Route {
+impl ExpertRoute {
     /// Where the rows of each of this rank's experts begin, and the end: `[experts + 1]`.
-    pub fn borders(&self) -> &[i64] {
-        &self.places.borders
+    pub fn offsets(&self) -> &[i64] {
+        &self.places.offsets
     }
 
     /// Sends `rows` `[sent, n]`, sorted by expert, to their experts; `arrived` `[received, n]` are then those that are for
     /// this rank's, by expert, then by rank, zeros where they are nobody's. Collective.
-    pub fn there(&self, rows: &Tensor, arrived: &Tensor) -> Result<(), CommError> {
+    pub fn dispatch(&self, rows: &Tensor, arrived: &Tensor) -> Result<(), CommError> {
         for gap in &self.places.gaps {
             let _ = arrived.narrow(0, gap.start as i64, gap.len() as i64).zero_();
         }
@@ -105,7 +105,7 @@ impl Route {
 
     /// The reverse of [`there`](Self::there): `arrived` `[sent, n]` are then what became of this rank's own rows.
     /// Collective.
-    pub fn back(&self, rows: &Tensor, arrived: &Tensor) -> Result<(), CommError> {
+    pub fn combine(&self, rows: &Tensor, arrived: &Tensor) -> Result<(), CommError> {
         self.comm.all_to_all(self.of_experts(rows), self.own(arrived))
     }
 
@@ -132,28 +132,28 @@ mod tests {
     fn rows_of_an_expert_lie_together() {
         // Two ranks, three experts each.
         let table = [vec![2, 0, 5, 1, 1, 0], vec![3, 0, 4, 0, 2, 7]];
-        let [first, second] = [0, 1].map(|rank| Places::new(rank, &table, fours));
+        let [first, second] = [0, 1].map(|rank| RoutePlan::new(rank, &table, fours));
         assert_eq!(first.sent, [[0..2, 2..2, 2..7], [7..8, 8..9, 9..9]]);
         assert_eq!(second.sent, [[0..3, 3..3, 3..7], [7..7, 7..9, 9..16]]);
         assert_eq!(first.received, [[0..2, 8..8, 8..13], [2..5, 8..8, 13..17]]);
-        assert_eq!((&first.borders[..], &first.gaps[..]), (&[0, 8, 8, 20][..], &[5..8, 17..20][..]));
+        assert_eq!((&first.offsets[..], &first.gaps[..]), (&[0, 8, 8, 20][..], &[5..8, 17..20][..]));
         assert_eq!(second.received, [[0..1, 4..5, 8..8], [1..1, 5..7, 8..15]]);
-        assert_eq!((&second.borders[..], &second.gaps[..]), (&[0, 4, 8, 16][..], &[1..4, 7..8, 15..16][..]));
-        let exact = Places::new(0, &table, |count| count);
-        assert_eq!((&exact.borders[..], exact.gaps.len()), (&[0, 5, 5, 14][..], 0));
+        assert_eq!((&second.offsets[..], &second.gaps[..]), (&[0, 4, 8, 16][..], &[1..4, 7..8, 15..16][..]));
+        let exact = RoutePlan::new(0, &table, |count| count);
+        assert_eq!((&exact.offsets[..], exact.gaps.len()), (&[0, 5, 5, 14][..], 0));
     }
 
     #[test]
     fn nobodys_rows_are_zeros() {
         let comm = World::start().unwrap().group("expert", 0);
-        let route = Route { comm, places: Places::new(0, &[vec![2, 0, 5]], fours) };
+        let route = ExpertRoute { comm, places: RoutePlan::new(0, &[vec![2, 0, 5]], fours) };
         let rows = Tensor::arange_start(1, 8, (Kind::Float, Device::Cpu)).view([7, 1]);
         let arrived = Tensor::full([12, 1], f64::NAN, (Kind::Float, Device::Cpu));
-        route.there(&rows, &arrived).unwrap();
+        route.dispatch(&rows, &arrived).unwrap();
         let expected = [1.0f32, 2.0, 0.0, 0.0, 3.0, 4.0, 5.0, 6.0, 7.0, 0.0, 0.0, 0.0];
         assert_eq!(arrived.view([-1]), Tensor::from_slice(&expected));
         let back = rows.zeros_like();
-        route.back(&arrived, &back).unwrap();
+        route.combine(&arrived, &back).unwrap();
         assert_eq!(back, rows);
     }
 }
