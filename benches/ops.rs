@@ -18,7 +18,8 @@ use tch::{Device::Cpu, Kind, Tensor};
 use xorl_dist::loss::LinearCrossEntropy;
 use xorl_dist::ops::attention::{self, Documents, Heads};
 use xorl_dist::ops::linear::{
-    self, Adapter, AdapterGradient, Base, GroupedLinear, Linear, Matrices, Part, RowSegments,
+    self, AdapterGradient, Base, BoundAdapter, GroupedLinear, Linear, Matrices, Part, RowSegments,
+    one_adapter,
 };
 use xorl_dist::ops::{Buffer, adamw, norm, rope, swiglu};
 
@@ -115,8 +116,8 @@ fn swiglus(benches: &mut Benches) {
 /// The layers `name` from `input` columns to those of `widths`, each with an adapter; one for each group of rows.
 fn linears(benches: &mut Benches, name: &str, input: i64, widths: &[i64], offsets: &[i64]) {
     let linear = &layer(input, widths, offsets.len() as i64 - 1);
-    let groups = &RowSegments::new(offsets.to_vec());
-    let layers = GroupedLinear { linear, groups };
+    let groups = &RowSegments::new(offsets.to_vec(), one_adapter());
+    let layers = GroupedLinear { linear, segments: groups };
     let (rows, output) = (offsets[offsets.len() - 1], widths.iter().sum::<i64>());
     let ranks = RANK * widths.len() as i64;
     let x = random(&[rows, input]);
@@ -139,9 +140,9 @@ fn linears(benches: &mut Benches, name: &str, input: i64, widths: &[i64], offset
 /// The layers `name` without adapters: the grouped product alone.
 fn frozen(benches: &mut Benches, name: &str, input: i64, output: i64, offsets: &[i64]) {
     let weight = matrices(offsets.len() as i64 - 1, [output, input]);
-    let linear = &Linear { bases: vec![Base { weight, bias: None }], adapter: None };
-    let groups = &RowSegments::new(offsets.to_vec());
-    let layers = GroupedLinear { linear, groups };
+    let linear = &Linear { bases: vec![Base { weight, bias: None }], adapters: vec![] };
+    let groups = &RowSegments::new(offsets.to_vec(), one_adapter());
+    let layers = GroupedLinear { linear, segments: groups };
     let rows = offsets[offsets.len() - 1];
     let (x, d_y) = (random(&[rows, input]), random(&[rows, output]));
     let work = Work::Products(2 * rows * input * output);
@@ -166,16 +167,16 @@ fn layer(input: i64, widths: &[i64], groups: i64) -> Linear {
         parts.push(Part { out: output..output + width, ranks: ranks..ranks + RANK, b });
         (output, ranks) = (output + width, ranks + RANK);
     }
-    let adapter = Adapter { a: matrices(groups, [ranks, input]), parts, scaling: 2.0 };
+    let a = matrices(groups, [ranks, input]);
     let sum = |of: &Matrices| {
         let zeros = of.tensor().zeros_like().to_kind(Kind::Float);
         if groups == 1 { Matrices::Shared(zeros) } else { Matrices::Each(zeros) }
     };
-    let b = adapter.parts.iter().map(|part| sum(&part.b)).collect();
-    let gradient = AdapterGradient { a: sum(&adapter.a), b };
+    let b = parts.iter().map(|part| sum(&part.b)).collect();
+    let gradient = AdapterGradient { a: sum(&a), b };
     Linear {
         bases: vec![Base { weight: matrices(groups, [output, input]), bias: None }],
-        adapter: Some((adapter, gradient)),
+        adapters: vec![Some(BoundAdapter { a, parts, scaling: 2.0, gradient })],
     }
 }
 

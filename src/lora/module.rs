@@ -3,7 +3,7 @@
 use super::targets::{Factor, Site, SiteKind};
 use crate::{
     dtype::DType,
-    ops::linear::{Adapter, AdapterGradient, Matrices, Part},
+    ops::linear::{AdapterGradient, BoundAdapter, Matrices, Part},
     shard::{Adapters, EntrySpec, Region, ShardError},
 };
 
@@ -71,7 +71,7 @@ pub trait LoraModule: std::fmt::Debug {
         self.stack().parameters()
     }
     /// The gathered adapters of `unit` as the operation takes them, of all experts that this rank has, and where their gradients go.
-    fn bind(&self, adapters: &Adapters, unit: usize) -> Result<(Adapter, AdapterGradient), ShardError> {
+    fn bind(&self, adapters: &Adapters, unit: usize) -> Result<BoundAdapter, ShardError> {
         self.stack().bind(adapters, unit, self.scaling())
     }
 }
@@ -194,12 +194,7 @@ impl Stack {
         parameters
     }
 
-    fn bind(
-        &self,
-        adapters: &Adapters,
-        unit: usize,
-        scaling: f64,
-    ) -> Result<(Adapter, AdapterGradient), ShardError> {
+    fn bind(&self, adapters: &Adapters, unit: usize, scaling: f64) -> Result<BoundAdapter, ShardError> {
         let of = |factor, (region, entry)| {
             let shards = adapters.of(region);
             let both = [shards.view(unit, entry)?, shards.gradient_view(unit, entry)];
@@ -207,15 +202,15 @@ impl Stack {
             Ok::<_, ShardError>(both.map(matrices))
         };
         let [a, d_a] = of(Factor::A, self.entry_of_a())?;
-        let mut adapter = Adapter { a, parts: Vec::new(), scaling };
-        let mut gradient = AdapterGradient { a: d_a, b: Vec::new() };
+        let gradient = AdapterGradient { a: d_a, b: Vec::new() };
+        let mut adapter = BoundAdapter { a, parts: Vec::new(), scaling, gradient };
         for (i, site) in self.sites.iter().enumerate() {
             let [b, d_b] = of(Factor::B, self.entry_of_b(i))?;
             let (out, rank) = (site.first as i64, self.rank as i64);
             let ranks = i as i64 * rank..(i as i64 + 1) * rank;
             adapter.parts.push(Part { out: out..out + site.output() as i64, ranks, b });
-            gradient.b.push(d_b);
+            adapter.gradient.b.push(d_b);
         }
-        Ok((adapter, gradient))
+        Ok(adapter)
     }
 }

@@ -11,12 +11,13 @@ use super::{
     layer::{Layer, Mlp},
     mlp::{GatedSaved, Share},
     moe::MoeSaved,
+    rows::RowAdapters,
 };
 use crate::{
     ops::{
         Buffer,
         attention::{self, Documents, Heads},
-        linear::{self, GroupedLinear, RowSegments},
+        linear::{self, GroupedLinear},
         norm, rope,
     },
     shard::ShardError,
@@ -30,6 +31,8 @@ pub struct BatchContext {
     /// cos and sin of each token's position: `[tokens, 1, head_dim / 2]` fp32.
     pub cos: Tensor,
     pub sin: Tensor,
+    /// The adapter of each row.
+    pub adapters: Rc<RowAdapters>,
 }
 
 /// What the arithmetic of a layer depends on besides its weights.
@@ -100,8 +103,7 @@ impl Block<'_> {
         attend: impl FnOnce(&Tensor, Heads) -> (Buffer, Tensor),
     ) -> AttentionSaved {
         let (normed, r_input) = norm::forward(x, &self.layer.input_norm, self.spec.eps);
-        let rows = RowSegments::one(x.size()[0]);
-        let all = |linear| GroupedLinear { linear, groups: &rows };
+        let all = |linear| GroupedLinear { linear, segments: self.batch.adapters.dense() };
         let (mut qkv, h_qkv) = linear::forward(&normed, all(&self.layer.qkv), None);
         drop(normed);
         let qk = self.layer.qk_norm.as_ref().map(|weights| self.normalise_qk(&qkv, weights));
@@ -121,8 +123,11 @@ impl Block<'_> {
         let weight = &self.layer.post_attention_norm;
         let (normed, r_middle) = norm::forward(&attention.middle, weight, self.spec.eps);
         let inner = match &self.layer.mlp {
-            Mlp::Dense(mlp) => InnerSaved::Dense(mlp.forward(&normed, Share::all(normed.size()[0], None))),
-            Mlp::Moe(moe) => InnerSaved::Moe(Box::new(moe.forward(&normed, chosen)?)),
+            Mlp::Dense(mlp) => {
+                let segments = self.batch.adapters.dense().share();
+                InnerSaved::Dense(mlp.forward(&normed, Share { segments, scale: None }))
+            }
+            Mlp::Moe(moe) => InnerSaved::Moe(Box::new(moe.forward(&normed, chosen, &self.batch.adapters)?)),
         };
         Ok(MlpSaved { r_middle, inner })
     }
@@ -173,8 +178,7 @@ impl Block<'_> {
         };
         drop((d_y, middle));
 
-        let rows = RowSegments::one(x.size()[0]);
-        let all = |linear| GroupedLinear { linear, groups: &rows };
+        let all = |linear| GroupedLinear { linear, segments: self.batch.adapters.dense() };
         let o = all(&self.layer.o);
         let (d_out, g) = linear::backward_input(&d_middle, o);
         linear::backward_parameters(&d_middle, &out, h_o.as_deref(), &g, o);

@@ -1,6 +1,7 @@
 //! The tokens of this rank at the experts that they go to, wherever these are: sorted by expert and carried to the rank that
 //! has it, where those of an expert lie together; and what becomes of them back to the tokens, summed.
 
+use super::rows::RowAdapters;
 use crate::{
     ops::{
         Buffer,
@@ -16,6 +17,8 @@ use tch::{Device, Tensor};
 pub struct Dispatch {
     /// Of this rank's tokens to all experts.
     assignment: Assignment,
+    /// Segments of an expert: one for each adapter of the pass.
+    pattern: usize,
     /// With expert parallelism, what follows.
     remote: Option<Remote>,
 }
@@ -23,7 +26,7 @@ pub struct Dispatch {
 /// Rows that come from all ranks to the experts of this one.
 struct Remote {
     route: ExpertRoute,
-    groups: RowSegments,
+    segments: RowSegments,
 }
 
 impl Dispatch {
@@ -32,29 +35,36 @@ impl Dispatch {
         x: &Tensor,
         chosen: &Tensor,
         experts: usize,
+        adapters: &RowAdapters,
         dispatcher: Option<&ExpertDispatcher>,
     ) -> Result<Self, ShardError> {
         let any_rows = linear::takes_any_rows(x);
+        let (keys, pattern) = (adapters.keys(chosen), adapters.pattern());
+        let count = experts * pattern.len();
         let Some(dispatcher) = dispatcher else {
             let assign = if any_rows { Assignment::new } else { Assignment::filled };
-            return Ok(Self { assignment: assign(chosen, experts), remote: None });
+            return Ok(Self {
+                assignment: assign(&keys, count, pattern),
+                pattern: pattern.len(),
+                remote: None,
+            });
         };
         // What fills up does not travel.
-        let assignment = Assignment::new(chosen, experts);
+        let assignment = Assignment::new(&keys, count, pattern);
         let counts: Vec<i64> = values(&assignment.counts().to_device(Device::Cpu));
         let route = dispatcher.route(&counts, if any_rows { |count| count } else { filled })?;
-        let groups = RowSegments::of_device(route.offsets(), x.device());
-        Ok(Self { assignment, remote: Some(Remote { route, groups }) })
+        let segments = RowSegments::of_device(route.offsets(), pattern.clone(), x.device());
+        Ok(Self { assignment, pattern: pattern.len(), remote: Some(Remote { route, segments }) })
     }
 
     /// How often each of all experts was chosen by this rank's tokens: `[experts]` i64.
-    pub fn counts(&self) -> &Tensor {
-        self.assignment.counts()
+    pub fn counts(&self) -> Tensor {
+        self.assignment.counts().view([-1, self.pattern as i64]).sum_dim_intlist(1, false, None)
     }
 
     /// The rows of each of this rank's experts.
-    pub fn groups(&self) -> &RowSegments {
-        self.remote.as_ref().map_or_else(|| self.assignment.groups(), |remote| &remote.groups)
+    pub fn segments(&self) -> &RowSegments {
+        self.remote.as_ref().map_or_else(|| self.assignment.segments(), |remote| &remote.segments)
     }
 
     /// Whether rows travel between ranks.

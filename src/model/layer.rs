@@ -214,7 +214,7 @@ impl LayerPlan {
         let adapted = |bases: Vec<Base>, place: usize| {
             let adapter =
                 lora.modules[place].as_ref().map(|module| module.bind(adapters, unit)).transpose()?;
-            Ok::<_, ShardError>(Linear { bases, adapter })
+            Ok::<_, ShardError>(Linear { bases, adapters: vec![adapter] })
         };
         let linear = |entries: &BaseEntries, place| {
             let base = |&(weight, bias): &(usize, Option<usize>)| {

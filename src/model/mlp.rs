@@ -21,8 +21,8 @@ pub struct GatedMlp {
 
 /// Which rows go where.
 pub struct Share {
-    /// MLP i has the rows of group i.
-    pub groups: RowSegments,
+    /// Base i is MLP i.
+    pub segments: RowSegments,
     /// `[rows, 1]` fp32
     pub scale: Option<Tensor>,
 }
@@ -38,13 +38,8 @@ pub struct GatedSaved {
 }
 
 impl Share {
-    /// All of `rows` to the one MLP that there is.
-    pub fn all(rows: i64, scale: Option<Tensor>) -> Self {
-        Self { groups: RowSegments::one(rows), scale }
-    }
-
     fn of<'a>(&'a self, linear: &'a Linear) -> GroupedLinear<'a> {
-        GroupedLinear { linear, groups: &self.groups }
+        GroupedLinear { linear, segments: &self.segments }
     }
 }
 

@@ -9,6 +9,7 @@ pub mod layer;
 pub mod mlp;
 pub mod moe;
 pub mod router_load;
+pub mod rows;
 pub mod source;
 pub mod spec;
 pub mod transformer;

@@ -8,6 +8,7 @@
 use super::{
     dispatch::Dispatch,
     mlp::{GatedMlp, GatedSaved, Share},
+    rows::RowAdapters,
 };
 use crate::{
     ops::{
@@ -63,17 +64,22 @@ impl MoeSaved {
 impl Moe {
     /// Up to the experts' last matrices, of x `[tokens, hidden]`; [`output`](Self::output) or
     /// [`skip_output`](Self::skip_output) follows. `chosen` replays the choice of an earlier pass.
-    pub fn forward(&self, x: &Tensor, chosen: Option<&Tensor>) -> Result<MoeSaved, ShardError> {
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        chosen: Option<&Tensor>,
+        adapters: &RowAdapters,
+    ) -> Result<MoeSaved, ShardError> {
         let routing = routing::forward(x, &self.router, self.choice, chosen);
         let experts = self.router.size()[0] as usize;
-        let dispatch = Dispatch::new(x, &routing.experts, experts, self.dispatcher.as_ref())?;
-        let groups = dispatch.groups().share();
-        let share = Share { groups, scale: Some(dispatch.by_row(&routing.weights)?) };
+        let dispatch = Dispatch::new(x, &routing.experts, experts, adapters, self.dispatcher.as_ref())?;
+        let segments = dispatch.segments().share();
+        let share = Share { segments, scale: Some(dispatch.by_row(&routing.weights)?) };
         let rows = dispatch.gather(x)?;
         let experts = self.experts.forward(&rows, share);
         let shared = self.shared.as_ref().map(|shared| {
             let scale = x.mm(&shared.gate.tr()).to_kind(accum_kind(x.kind())).sigmoid();
-            shared.mlp.forward(x, Share::all(x.size()[0], Some(scale)))
+            shared.mlp.forward(x, Share { segments: adapters.dense().share(), scale: Some(scale) })
         });
         let rows = dispatch.is_remote().then_some(rows);
         Ok(MoeSaved { routing, dispatch, rows, experts, shared })

@@ -8,6 +8,7 @@ use super::{
     layer::{LayerAdapterPlan, LayerPlan},
     moe::MoeSaved,
     router_load::RouterLoad,
+    rows::RowAdapters,
     source::WeightSource,
 };
 use crate::{
@@ -37,6 +38,7 @@ pub struct Batch {
     positions: Tensor,
     longest: usize,
     documents: Rc<Documents>,
+    adapters: Rc<RowAdapters>,
     valid: usize,
 }
 
@@ -62,6 +64,7 @@ impl Batch {
             positions: tensor(&positions),
             longest: document_lengths.iter().copied().max().unwrap_or(0),
             documents: Rc::new(Documents::new(document_lengths, device)),
+            adapters: Rc::new(RowAdapters::one(ids.len())),
             valid: targets.iter().filter(|&&target| target >= 0).count(),
         }
     }
@@ -76,6 +79,7 @@ impl Batch {
             positions: tensor(positions),
             longest: positions.iter().max().map_or(0, |&last| last as usize + 1),
             documents: Rc::new(Documents::new(&vec![1; ids.len()], device)),
+            adapters: Rc::new(RowAdapters::one(ids.len())),
             valid: 0,
         }
     }
@@ -297,7 +301,7 @@ impl Transformer {
 
     fn context(&mut self, batch: &Batch) -> BatchContext {
         let (cos, sin) = self.rope.at(&batch.positions, batch.longest);
-        BatchContext { documents: batch.documents.clone(), cos, sin }
+        BatchContext { documents: batch.documents.clone(), cos, sin, adapters: batch.adapters.clone() }
     }
 
     /// Chunks of the embedding; the head has as many, in the same places of the ring when tied.

@@ -15,7 +15,7 @@ use super::{
     Buffer, accum_kind,
     cpu::{Element, Real, Rows, dispatch, each_row, values},
     cuda,
-    linear::{RowSegments, sizes},
+    linear::{Pattern, RowSegments, sizes},
 };
 use crate::device::has_kernels;
 use tch::{Device, Kind, Tensor};
@@ -41,9 +41,8 @@ pub struct Assignment {
     choices: Tensor,
     /// The row of each choice: `[tokens, k]` i64.
     rows: Tensor,
-    /// The rows of each expert.
-    groups: RowSegments,
-    /// How often each expert was chosen: `[experts]` i64.
+    segments: RowSegments,
+    /// Choices of each key: `[keys]` i64.
     counts: Tensor,
     /// Whether there are rows that are nobody's.
     is_filled: bool,
@@ -53,43 +52,44 @@ pub struct Assignment {
 const COLUMNS: usize = 64;
 
 impl Assignment {
-    /// Of `chosen` `[tokens, k]` i64, each an expert below `experts`, who has a row for each of its choices.
-    pub fn new(chosen: &Tensor, experts: usize) -> Self {
+    /// Sorts the rows of `chosen` `[tokens, k]` i64, keys below `keys`: experts, or pairs of an expert and an adapter of
+    /// `pattern`, expert-major.
+    pub fn new(chosen: &Tensor, keys: usize, pattern: &Pattern) -> Self {
         if chosen.device() == Device::Cpu {
-            Self::on_host(chosen, experts, |count| count)
+            Self::on_host(chosen, keys, pattern, |count| count)
         } else {
-            Self::on_device(chosen, experts)
+            Self::on_device(chosen, keys, pattern)
         }
     }
 
     /// The same with as many rows as are computed well on a host that does not [take any](super::linear::takes_any_rows).
-    pub fn filled(chosen: &Tensor, experts: usize) -> Self {
-        Self::on_host(chosen, experts, filled)
+    pub fn filled(chosen: &Tensor, keys: usize, pattern: &Pattern) -> Self {
+        Self::on_host(chosen, keys, pattern, filled)
     }
 
     /// By libtorch's operations, so that the host waits for no device.
-    fn on_device(chosen: &Tensor, experts: usize) -> Self {
+    fn on_device(chosen: &Tensor, keys: usize, pattern: &Pattern) -> Self {
         let (k, device) = (chosen.size()[1], chosen.device());
         // Short numbers are sorted in fewer passes.
-        let key = if experts < i16::MAX as usize { Kind::Int16 } else { Kind::Int64 };
+        let key = if keys < i16::MAX as usize { Kind::Int16 } else { Kind::Int64 };
         let (sorted, choices) = chosen.reshape([-1]).to_kind(key).sort_stable(true, 0, false);
-        let next = Tensor::arange_start(1, experts as i64 + 1, (key, device));
+        let next = Tensor::arange_start(1, keys as i64 + 1, (key, device));
         let ends = next.searchsorted(&sorted, true, false, "left", None::<Tensor>);
         let counts = sizes(&ends);
         let numbers = Tensor::arange(choices.size()[0], (Kind::Int64, device));
         let rows = choices.empty_like().scatter_(0, &choices, &numbers).view_as(chosen);
-        let groups = RowSegments::on_device(&ends, &counts);
+        let segments = RowSegments::on_device(&ends, &counts, pattern.clone());
         let tokens = choices.divide_scalar_mode(k, "floor");
-        Self { tokens, choices, rows, groups, counts: counts.to_kind(Kind::Int64), is_filled: false }
+        Self { tokens, choices, rows, segments, counts: counts.to_kind(Kind::Int64), is_filled: false }
     }
 
-    /// Of an expert with `count` choices there are `rows(count)` rows.
-    fn on_host(chosen: &Tensor, experts: usize, rows: fn(i64) -> i64) -> Self {
+    /// A key with `count` choices has `rows(count)` rows.
+    fn on_host(chosen: &Tensor, keys: usize, pattern: &Pattern, rows: fn(i64) -> i64) -> Self {
         let k = chosen.size()[1];
         let of_choice = values::<i64>(chosen);
-        let mut counts = vec![0; experts];
-        for &expert in &of_choice {
-            counts[expert as usize] += 1;
+        let mut counts = vec![0; keys];
+        for &key in &of_choice {
+            counts[key as usize] += 1;
         }
         let ends = counts.iter().scan(0, |end, &count: &i64| {
             *end += rows(count);
@@ -97,10 +97,10 @@ impl Assignment {
         });
         let offsets: Vec<i64> = std::iter::once(0).chain(ends).collect();
         let mut next = offsets.clone();
-        let mut choices = vec![NOBODY; offsets[experts] as usize];
+        let mut choices = vec![NOBODY; offsets[keys] as usize];
         let mut rows = Vec::with_capacity(of_choice.len());
-        for (choice, &expert) in of_choice.iter().enumerate() {
-            let row = &mut next[expert as usize];
+        for (choice, &key) in of_choice.iter().enumerate() {
+            let row = &mut next[key as usize];
             choices[*row as usize] = choice as i64;
             rows.push(*row);
             *row += 1;
@@ -111,15 +111,22 @@ impl Assignment {
         let [tokens, choices, rows, counts] =
             [tokens, choices, rows, counts].map(|values| Tensor::from_slice(&values));
         let rows = rows.view_as(chosen);
-        Self { tokens, choices, rows, groups: RowSegments::new(offsets), counts, is_filled }
+        Self {
+            tokens,
+            choices,
+            rows,
+            segments: RowSegments::new(offsets, pattern.clone()),
+            counts,
+            is_filled,
+        }
     }
 
-    /// The rows of each expert.
-    pub fn groups(&self) -> &RowSegments {
-        &self.groups
+    /// The rows of each key.
+    pub fn segments(&self) -> &RowSegments {
+        &self.segments
     }
 
-    /// How often each expert was chosen: `[experts]` i64.
+    /// Choices of each key: `[keys]` i64.
     pub fn counts(&self) -> &Tensor {
         &self.counts
     }
@@ -240,12 +247,15 @@ fn sum<E: Element>(rows: &Rows<E>, at: &[i64], add: Option<&[E]>, y: &mut [E]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::testing::{KINDS, distance, everywhere, leaf};
+    use crate::ops::{
+        linear::one_adapter,
+        testing::{KINDS, distance, everywhere, leaf},
+    };
 
     /// Experts of 5 tokens, two each, of which expert 2 has none.
     fn assignment() -> Assignment {
         let chosen = [3i64, 0, 1, 3, 0, 1, 3, 0, 3, 1];
-        Assignment::filled(&Tensor::from_slice(&chosen).view([5, 2]), 4)
+        Assignment::filled(&Tensor::from_slice(&chosen).view([5, 2]), 4, &one_adapter())
     }
 
     /// A slice of `GRAIN` rows.
@@ -257,7 +267,7 @@ mod tests {
     fn rows_are_sorted_by_expert_then_by_token() {
         let assignment = assignment();
         assert_eq!(values::<i64>(assignment.counts()), [3, 3, 0, 4]);
-        assert_eq!(assignment.groups().offsets(), [0, GRAIN, 2 * GRAIN, 2 * GRAIN, 3 * GRAIN]);
+        assert_eq!(assignment.segments().offsets(), [0, GRAIN, 2 * GRAIN, 2 * GRAIN, 3 * GRAIN]);
         let expected = [slice(&[0, 2, 3]), slice(&[1, 2, 4]), slice(&[0, 1, 3, 4])].concat();
         assert_eq!(values::<i64>(&assignment.tokens), expected);
         let by_choice = Tensor::arange(10, (Kind::Int64, Device::Cpu)).view([5, 2]);
@@ -278,9 +288,9 @@ mod tests {
                 |i: i64| Some((i * i + i / 3) % experts as i64).filter(|&expert| expert != 2).unwrap_or(0);
             let chosen: Vec<i64> = (0..tokens * k).map(of).collect();
             let chosen = Tensor::from_slice(&chosen).view([tokens, k]);
-            let host = Assignment::new(&chosen, experts);
-            let device = Assignment::on_device(&chosen, experts);
-            assert_eq!(device.groups().offsets(), host.groups().offsets());
+            let host = Assignment::new(&chosen, experts, &one_adapter());
+            let device = Assignment::on_device(&chosen, experts, &one_adapter());
+            assert_eq!(device.segments().offsets(), host.segments().offsets());
             let all = |a: &Assignment| [&a.tokens, &a.choices, &a.rows, &a.counts].map(Tensor::shallow_clone);
             assert_eq!(all(&device), all(&host), "{tokens} {k} {experts}");
             // Kernels of devices take no other.
@@ -299,8 +309,8 @@ mod tests {
 
     #[test]
     fn no_token_is_no_row() {
-        let none = Assignment::filled(&Tensor::zeros([0, 2], (Kind::Int64, Device::Cpu)), 3);
-        assert_eq!(none.groups().offsets(), [0; 4]);
+        let none = Assignment::filled(&Tensor::zeros([0, 2], (Kind::Int64, Device::Cpu)), 3, &one_adapter());
+        assert_eq!(none.segments().offsets(), [0; 4]);
         let x = leaf(&[0, 7]).detach();
         assert_eq!(none.gather(&x).size(), [0, 7]);
         assert_eq!(none.combine(&none.gather(&x), Some(&x)).size(), [0, 7]);

@@ -1,22 +1,22 @@
-//! The matrices of a layer that computes groups of rows.
+//! The matrices of a layer: one for all rows, or one for each base (expert).
 
 use tch::Tensor;
 
-/// A matrix [rows, columns] for each group of rows.
+/// A matrix `[rows, columns]` for the rows of each base.
 #[derive(Debug)]
 pub enum Matrices {
-    /// One for all groups: [rows, columns].
+    /// One for all bases: `[rows, columns]`.
     Shared(Tensor),
-    /// [groups, rows, columns]
+    /// `[bases, rows, columns]`
     Each(Tensor),
 }
 
 impl Matrices {
-    /// That of `group`, as a view.
-    pub fn of(&self, group: usize) -> Tensor {
+    /// A view of the matrix of `base`.
+    pub fn of(&self, base: usize) -> Tensor {
         match self {
             Self::Shared(matrix) => matrix.shallow_clone(),
-            Self::Each(all) => all.select(0, group as i64),
+            Self::Each(all) => all.select(0, base as i64),
         }
     }
 
