@@ -8,9 +8,11 @@
 //! computed again. Nothing saved refers to a slot. Backward gives up each saved tensor with its last use.
 
 use super::{
+    ffn::{
+        gated::{GatedSaved, Share},
+        moe::MoeSaved,
+    },
     layer::{Layer, Mlp},
-    mlp::{GatedSaved, Share},
-    moe::MoeSaved,
     rows::RowAdapters,
 };
 use crate::{

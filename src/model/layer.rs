@@ -2,8 +2,10 @@
 //! names and shapes; [`LayerPlan::bind`] then turns a gathered unit into a layer.
 
 use super::{
-    mlp::GatedMlp,
-    moe::{Moe, SharedExpert},
+    ffn::{
+        gated::GatedMlp,
+        moe::{Moe, SharedExpert},
+    },
     spec::ModelSpec,
 };
 use crate::{

@@ -2,12 +2,10 @@
 
 pub mod block;
 pub mod blueprint;
-pub mod dispatch;
 pub mod family;
+pub mod ffn;
 pub mod hf_config;
 pub mod layer;
-pub mod mlp;
-pub mod moe;
 pub mod router_load;
 pub mod rows;
 pub mod source;

@@ -7,10 +7,10 @@
 
 use super::{
     dispatch::Dispatch,
-    mlp::{GatedMlp, GatedSaved, Share},
-    rows::RowAdapters,
+    gated::{GatedMlp, GatedSaved, Share},
 };
 use crate::{
+    model::rows::RowAdapters,
     ops::{
         Buffer, accum_kind,
         routing::{self, Routing, TopK},

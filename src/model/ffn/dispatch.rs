@@ -1,8 +1,8 @@
 //! The tokens of this rank at the experts that they go to, wherever these are: sorted by expert and carried to the rank that
 //! has it, where those of an expert lie together; and what becomes of them back to the tokens, summed.
 
-use super::rows::RowAdapters;
 use crate::{
+    model::rows::RowAdapters,
     ops::{
         Buffer,
         cpu::values,

@@ -1,0 +1,5 @@
+//! Feed-forward networks of a decoder layer.
+
+pub mod dispatch;
+pub mod gated;
+pub mod moe;
