@@ -7,6 +7,7 @@
 //! - [`plan`]: bytes, memory and arithmetic of a configuration before it runs: pure
 //! - [`infer`]: KV cache, greedy decoding, generation
 //! - [`checkpoint`]: PEFT adapter files, training state, atomic publish, resume and reshard
+//! - [`session`]: a named adapter with its optimizer and clipping
 //! - [`optim`]: AdamW and SGD over flat shards, schedule, clipping
 //! - [`loss`]: causal language-model loss, chunked over tokens and vocabulary
 //! - [`model`]: HF config, families, weight sources, blocks
@@ -45,6 +46,7 @@ pub mod ops;
 pub mod optim;
 pub mod plan;
 pub mod rng;
+pub mod session;
 pub mod shard;
 pub mod trace;
 pub mod train;

@@ -13,14 +13,15 @@ use xorl_dist::{
     comm::World,
     config::{CheckpointingMethod, Optimizer as OptimizerKind, ReduceGradients, TrainArgs},
     dtype::DType,
-    lora::Site,
+    lora::{Adapter, LoraShape, Site},
     model::{
-        blueprint::{LoraShape, Options, all_projections},
+        base_plan::{Options, all_projections},
         hf_config::HfModel,
         source::{SafetensorsSource, validate},
         transformer::{Batch, Transformer},
     },
     optim::{Optimizer, Schedule, Settings},
+    session::Session,
     shard::ProcessGroups,
     train::Trainer,
 };
@@ -63,7 +64,7 @@ fn load(
     run: &Value,
     checkpointing: CheckpointingMethod,
     merge: bool,
-) -> (Transformer, Vec<Site>) {
+) -> (Transformer, Adapter, Vec<Site>) {
     let hf = HfModel::open(directory).unwrap();
     let source = SafetensorsSource::open(directory).unwrap();
     validate(&source, &hf.spec.tensors()).unwrap();
@@ -87,16 +88,17 @@ fn load(
         debug: false,
     };
     let groups = ProcessGroups::one_block(&world);
-    let mut model = Transformer::new(hf.spec, &sites, lora, options, &groups);
+    let mut model = Transformer::new(hf.spec, options, &groups).unwrap();
     model.load(&source).unwrap();
+    let mut ours = model.new_adapter(&sites, lora).unwrap();
     let values = adapter(&path, &sites, run);
     assert_eq!(
         values.len(),
-        model.parameters().iter().map(Vec::len).sum::<usize>(),
+        ours.plan().parameters().iter().map(Vec::len).sum::<usize>(),
         "PEFT and we adapt the same"
     );
-    model.set_adapter(|parameter, range| values[&parameter.name][range].to_vec()).unwrap();
-    (model, sites)
+    ours.set(|parameter, range| values[&parameter.name][range].to_vec()).unwrap();
+    (model, ours, sites)
 }
 
 /// Lets transformers and PEFT write what they compute: for every family, or for `model` alone.
@@ -140,12 +142,12 @@ fn equals_reference(directory: &Path, checkpointing: CheckpointingMethod, merge:
         serde_json::from_str(&std::fs::read_to_string(directory.join("expected.json")).unwrap()).unwrap();
     let bytes = std::fs::read(directory.join("expected.safetensors")).unwrap();
     let expected = SafeTensors::deserialize(&bytes).unwrap();
-    let (mut model, sites) = load(directory, &run, checkpointing, merge);
+    let (mut model, mut session_adapter, sites) = load(directory, &run, checkpointing, merge);
     if let Some(margin) = run["margin"].as_f64() {
         assert!(margin > 1e-4, "{name}: a router's choice hangs on {margin}");
     }
 
-    let logits = model.logits(&batch(&run["steps"][0])).unwrap();
+    let logits = model.logits(&batch(&run["steps"][0]), &mut [&mut session_adapter]).unwrap();
     let theirs: Vec<Tensor> =
         (0..3).map(|i| Tensor::from_slice(&floats(&expected, &format!("logits.{i}")))).collect();
     let theirs = Tensor::cat(&theirs, 0);
@@ -157,25 +159,33 @@ fn equals_reference(directory: &Path, checkpointing: CheckpointingMethod, merge:
 
     // The gradient of the first step, before any update.
     let first = batch(&run["steps"][0]);
-    model.adapter.zero_gradients();
-    model.forward_backward(&first, 1.0 / first.valid_tokens() as f64).unwrap();
+    session_adapter.regions_mut().zero_gradients();
+    model.forward_backward(&first, &mut [&mut session_adapter], 1.0 / first.valid_tokens() as f64).unwrap();
     let gradients = adapter(&directory.join("gradient"), &sites, &run);
-    for (unit, parameters) in model.parameters().into_iter().enumerate() {
+    for (unit, parameters) in session_adapter.plan().parameters().into_iter().enumerate() {
         for parameter in parameters {
-            let gradient = model.adapter.of(parameter.region).gradient(unit);
+            let gradient = session_adapter.regions().of(parameter.region).gradient(unit);
             let flat = Vec::<f32>::try_from(gradient).unwrap();
-            let ours = &flat[model.elements(unit, &parameter)];
+            let ours = &flat[session_adapter.elements(unit, &parameter)];
             let apart = relative(ours, &gradients[&parameter.name]);
             assert!(apart < 1e-4, "{name}: gradient of {}: {apart}", parameter.name);
         }
     }
 
     let number = |key: &str| run[key].as_f64().unwrap();
-    let optimizer =
-        Optimizer::new(Settings::new(OptimizerKind::Adamw, number("weight_decay")), &model.adapter);
+    let optimizer = Optimizer::new(
+        Settings::new(OptimizerKind::Adamw, number("weight_decay")),
+        session_adapter.regions(),
+    );
     let schedule = Schedule::new(&TrainArgs { lr: number("lr"), ..TrainArgs::default() }, 20);
     let world = World::start().unwrap().group("world", 0);
-    let mut trainer = Trainer { model, optimizer, schedule, max_grad_norm: number("max_norm"), world };
+    let session = Session {
+        name: name.clone(),
+        adapter: session_adapter,
+        optimizer,
+        max_grad_norm: number("max_norm"),
+    };
+    let mut trainer = Trainer { model, session, schedule, world };
     for step in 0..20 {
         let report = trainer.step(&[batch(&run["steps"][step])], step).unwrap();
         let (loss, norm) = (run["losses"][step].as_f64().unwrap(), run["norms"][step].as_f64().unwrap());
@@ -192,7 +202,7 @@ fn equals_reference(directory: &Path, checkpointing: CheckpointingMethod, merge:
         );
     }
     let last = adapter(&directory.join("final"), &sites, &run);
-    for (parameter, ours) in trainer.model.whole_adapter().unwrap() {
+    for (parameter, ours) in trainer.session.adapter.whole().unwrap() {
         let apart = relative(&ours, &last[&parameter.name]);
         // AdamW divides by √v, which blows up the rounding of gradients near zero: of this family, PEFT's own fp32 was
         // measured 8e-5 from its fp64, of the others at most 5e-6.

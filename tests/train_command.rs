@@ -13,8 +13,9 @@ use xorl_dist::{
     comm::World,
     config::{CheckpointingMethod, ReduceGradients},
     dtype::DType,
+    lora::LoraShape,
     model::{
-        blueprint::{LoraShape, Options, all_projections},
+        base_plan::{Options, all_projections},
         hf_config::HfModel,
         source::SafetensorsSource,
         transformer::{Batch, Transformer},
@@ -80,16 +81,18 @@ fn our_logits_are_theirs(folder: &Path, step: &str) {
     };
     let groups = ProcessGroups::one_block(&World::start().unwrap());
     let lora = LoraShape { rank: config.r, alpha: config.lora_alpha };
-    let mut model = Transformer::new(spec, &sites, lora, options, &groups);
+    let mut model = Transformer::new(spec, options, &groups).unwrap();
+    let mut adapter = model.new_adapter(&sites, lora).unwrap();
     model.load(&SafetensorsSource::open(&directory).unwrap()).unwrap();
-    model.set_adapter(|parameter, range| values[&parameter.name][range].to_vec()).unwrap();
+    adapter.set(|parameter, range| values[&parameter.name][range].to_vec()).unwrap();
     let bytes = std::fs::read(folder.join("logits.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     for (index, line) in std::fs::read_to_string(folder.join("rows.jsonl")).unwrap().lines().enumerate() {
         let row: Value = serde_json::from_str(line).unwrap();
         let ids: Vec<i64> =
             row["input_ids"].as_array().unwrap().iter().map(|id| id.as_i64().unwrap()).collect();
-        let ours = model.logits(&Batch::new(&ids, &ids, &[ids.len()], Device::Cpu)).unwrap();
+        let ours =
+            model.logits(&Batch::new(&ids, &ids, &[ids.len()], Device::Cpu), &mut [&mut adapter]).unwrap();
         let theirs = floats(&file, &index.to_string());
         let theirs = Tensor::from_slice(&theirs).view([ids.len() as i64, -1]);
         let furthest = (ours - theirs).abs().max().double_value(&[]);

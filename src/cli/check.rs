@@ -19,7 +19,7 @@ pub(super) fn run(args: &CheckArgs) -> Result<ExitCode> {
         },
         |run, world| {
             if world.rank() == 0 {
-                super::print(&run.report(world.device().memory()?));
+                super::print(&run.report(world.device().memory()?)?);
             }
             Ok(ExitCode::SUCCESS)
         },

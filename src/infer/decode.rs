@@ -4,6 +4,7 @@
 use super::cache::KvCache;
 use crate::{
     comm::{Communicator, Reduce},
+    lora::Adapter,
     model::transformer::{Batch, Transformer},
     ops::attention,
     shard::ShardError,
@@ -25,6 +26,7 @@ pub struct Limits {
 /// Collective over `world`.
 pub fn greedy(
     model: &mut Transformer,
+    adapters: &mut [&mut Adapter],
     world: &dyn Communicator,
     prompts: &[&[i64]],
     limits: &Limits,
@@ -35,13 +37,14 @@ pub fn greedy(
     for round in 0..rounds[0] as usize {
         let first = (round * SEQUENCES).min(prompts.len());
         let last = (first + SEQUENCES).min(prompts.len());
-        continuations.extend(greedy_round(model, world, &prompts[first..last], limits)?);
+        continuations.extend(greedy_round(model, adapters, world, &prompts[first..last], limits)?);
     }
     Ok(continuations)
 }
 
 fn greedy_round(
     model: &mut Transformer,
+    adapters: &mut [&mut Adapter],
     world: &dyn Communicator,
     prompts: &[&[i64]],
     limits: &Limits,
@@ -61,7 +64,7 @@ fn greedy_round(
         Some(*end)
     });
     let ends = Tensor::from_slice(&ends.collect::<Vec<i64>>()).to_device(device);
-    let mut logits = model.logits_of(&batch, Some(&ends), |layer, qkv, heads| {
+    let mut logits = model.logits_of(&batch, adapters, Some(&ends), |layer, qkv, heads| {
         cache.store(layer, qkv, heads, &places);
         attention::forward(qkv, heads, batch.documents()).0
     })?;
@@ -86,7 +89,7 @@ fn greedy_round(
         let batch = Batch::of_single_tokens(&next, &positions, device);
         let places = cache.places(lengths.iter().map(|&length| length + new).enumerate(), device);
         let so_far = Tensor::from_slice(&positions).to_device(device) + 1;
-        logits = model.logits_of(&batch, None, |layer, qkv, heads| {
+        logits = model.logits_of(&batch, adapters, None, |layer, qkv, heads| {
             cache.store(layer, qkv, heads, &places);
             cache.attend(layer, qkv, heads, &so_far, longest + new + 1).into()
         })?;

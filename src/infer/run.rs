@@ -8,10 +8,10 @@ use crate::{
     data::{ChatTemplate, Prompt, Reference, Tokenizer},
     dtype::DType,
     error::{Error, Result},
-    lora::Site,
+    lora::{Adapter, LoraShape, Site},
     model::{
         ModelSpec,
-        blueprint::{LoraShape, Options, all_projections},
+        base_plan::{Options, all_projections},
         hf_config::HfModel,
         source::{SafetensorsSource, WeightSource, validate},
         transformer::{Batch, MicroBatchLoss, Transformer},
@@ -127,21 +127,20 @@ impl Generation {
             reduce: ReduceGradients::MicroBatch,
             debug: false,
         };
-        let no_sites = Vec::new();
-        let (sites, shape) =
-            self.adapter.as_ref().map_or((&no_sites, LoraShape { rank: 1, alpha: 1.0 }), |adapter| {
-                (&adapter.sites, adapter.shape)
-            });
-        let mut model = Transformer::new(self.spec.clone(), sites, shape, options, &groups);
+        let mut model = Transformer::new(self.spec.clone(), options, &groups)?;
         model.load(&self.source as &dyn WeightSource)?;
-        if let Some(adapter) = &self.adapter {
-            model.set_adapter(|parameter, range| adapter.values[&parameter.name][range].to_vec())?;
+        let mut adapter = None;
+        if let Some(StoredAdapter { sites, shape, values }) = &self.adapter {
+            let mut own = model.new_adapter(sites, *shape)?;
+            own.set(|parameter, range| values[&parameter.name][range].to_vec())?;
+            adapter = Some(own);
         }
+        let adapters = &mut adapter.iter_mut().collect::<Vec<_>>()[..];
 
         // Prompt i is rank (i mod ranks)'s.
         let own: Vec<usize> = (rank..self.prompts.len()).step_by(ranks).collect();
         let ids: Vec<&[i64]> = own.iter().map(|&i| &self.prompts[i].ids[..]).collect();
-        let continuations = greedy(&mut model, groups.shard.as_ref(), &ids, &self.limits)?;
+        let continuations = greedy(&mut model, adapters, groups.shard.as_ref(), &ids, &self.limits)?;
         let scored = self.prompts.iter().any(|prompt| prompt.reference.is_some());
         let mut lines = Vec::new();
         let mut own = own.into_iter().zip(continuations);
@@ -149,7 +148,7 @@ impl Generation {
         for _ in 0..self.prompts.len().div_ceil(ranks) {
             let own = own.next();
             let reference = own.as_ref().and_then(|(index, _)| self.prompts[*index].reference.as_ref());
-            let loss = if scored { Some(reference_loss(&mut model, reference)?) } else { None };
+            let loss = if scored { Some(reference_loss(&mut model, adapters, reference)?) } else { None };
             let loss = loss.filter(|_| reference.is_some());
             if let Some((index, continuation)) = own {
                 let completion = self.tokenizer.decode(&continuation, true)?;
@@ -185,8 +184,12 @@ impl Generation {
 }
 
 /// The loss of a reference answer; of nothing when there is none. Collective.
-fn reference_loss(model: &mut Transformer, reference: Option<&Reference>) -> Result<MicroBatchLoss> {
+fn reference_loss(
+    model: &mut Transformer,
+    adapters: &mut [&mut Adapter],
+    reference: Option<&Reference>,
+) -> Result<MicroBatchLoss> {
     let (ids, labels) = reference.map_or((&[][..], &[][..]), |reference| (&reference.ids, &reference.labels));
     let device = model.device().tensors();
-    Ok(model.evaluate(&Batch::new(ids, labels, &[ids.len()], device))?)
+    Ok(model.evaluate(&Batch::new(ids, labels, &[ids.len()], device), adapters)?)
 }

@@ -1,11 +1,16 @@
-//! LoRA: which linear layers are adapted ([`targets`], pure), what an adapter puts into its unit's region
-//! ([`module`]), and the values it starts from ([`init`]).
+//! LoRA: which linear layers are adapted ([`targets`], pure), how an adapter is cut over ranks ([`plan`], pure), its
+//! entries in the regions of a unit ([`module`]), the values it starts from ([`init`]), and the adapter with its shards
+//! ([`adapter`]).
 //!
 //! y = W₀·x + (alpha/r)·B·(A·x), A `[r, in]` and B `[out, r]` (Hu et al., 2021).
 
+pub mod adapter;
 pub mod init;
 pub mod module;
+pub mod plan;
 pub mod targets;
 
+pub use adapter::Adapter;
 pub use module::{FirstEntries, LORA_MAPPING, LoraLinear, LoraModule, MoeExpertsLora, Parameter, Stack};
+pub use plan::{AdapterPlan, LayerAdapterPlan, LoraShape};
 pub use targets::{Experts, Factor, MoeNames, Site, SiteKind, TargetError};

@@ -4,7 +4,7 @@ use super::targets::{Factor, Site, SiteKind};
 use crate::{
     dtype::DType,
     ops::linear::{AdapterGradient, BoundAdapter, Matrices, Part},
-    shard::{Adapters, EntrySpec, Region, ShardError},
+    shard::{AdapterRegions, EntrySpec, Region, ShardError},
 };
 
 /// One logical parameter: the unit of naming, initialisation and export, however it is stored.
@@ -71,7 +71,7 @@ pub trait LoraModule: std::fmt::Debug {
         self.stack().parameters()
     }
     /// The gathered adapters of `unit` as the operation takes them, of all experts that this rank has, and where their gradients go.
-    fn bind(&self, adapters: &Adapters, unit: usize) -> Result<BoundAdapter, ShardError> {
+    fn bind(&self, adapters: &AdapterRegions, unit: usize) -> Result<BoundAdapter, ShardError> {
         self.stack().bind(adapters, unit, self.scaling())
     }
 }
@@ -194,7 +194,7 @@ impl Stack {
         parameters
     }
 
-    fn bind(&self, adapters: &Adapters, unit: usize, scaling: f64) -> Result<BoundAdapter, ShardError> {
+    fn bind(&self, adapters: &AdapterRegions, unit: usize, scaling: f64) -> Result<BoundAdapter, ShardError> {
         let of = |factor, (region, entry)| {
             let shards = adapters.of(region);
             let both = [shards.view(unit, entry)?, shards.gradient_view(unit, entry)];

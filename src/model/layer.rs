@@ -11,14 +11,14 @@ use super::{
 use crate::{
     dtype::DType,
     lora::{
-        LoraModule, MoeNames,
+        Adapter, MoeNames,
         targets::{Experts, Projection},
     },
     ops::{
         linear::{Base, Linear, Matrices},
         routing::TopK,
     },
-    shard::{Adapters, EntrySpec, ExpertDispatcher, ShardError, SlotPool, Span},
+    shard::{EntrySpec, ExpertDispatcher, ShardError, SlotPool, Span},
 };
 use std::ops::Range;
 use tch::Tensor;
@@ -207,16 +207,15 @@ impl LayerPlan {
         &self,
         [layers, experts]: [&SlotPool; 2],
         unit: usize,
-        lora: &LayerAdapterPlan,
-        adapters: &Adapters,
+        adapters: &[&mut Adapter],
         dispatcher: Option<&ExpertDispatcher>,
     ) -> Result<Layer, ShardError> {
         let view = |entry| layers.view(unit, entry);
         // With the adapters of projection `place`.
         let adapted = |bases: Vec<Base>, place: usize| {
-            let adapter =
-                lora.modules[place].as_ref().map(|module| module.bind(adapters, unit)).transpose()?;
-            Ok::<_, ShardError>(Linear { bases, adapters: vec![adapter] })
+            let adapters =
+                adapters.iter().map(|adapter| adapter.bind(unit, place)).collect::<Result<_, _>>()?;
+            Ok::<_, ShardError>(Linear { bases, adapters })
         };
         let linear = |entries: &BaseEntries, place| {
             let base = |&(weight, bias): &(usize, Option<usize>)| {
@@ -298,10 +297,4 @@ pub struct Layer {
 pub enum Mlp {
     Dense(GatedMlp),
     Moe(Moe),
-}
-
-/// The adapters of one decoder layer, by projection.
-#[derive(Debug, Default)]
-pub struct LayerAdapterPlan {
-    pub modules: Vec<Option<Box<dyn LoraModule>>>,
 }

@@ -1,7 +1,7 @@
 //! HF models: weight sources, what a layer is made of, and the blocks that compute it.
 
+pub mod base_plan;
 pub mod block;
-pub mod blueprint;
 pub mod family;
 pub mod ffn;
 pub mod hf_config;

@@ -1,12 +1,12 @@
-//! A decoder-only transformer whose base and adapter are sharded: one micro-batch through all units, forward and
-//! backward. It asks the rings for its tensors and knows nothing of files or of how many ranks there are.
+//! A decoder-only transformer whose base is sharded: one micro-batch through all units, forward and backward, with the
+//! adapters that it is handed. It takes its tensors from slot pools and knows nothing of files or of the number of ranks.
 
 use super::{
     ModelSpec,
+    base_plan::{BasePlan, Options},
     block::{AttentionSaved, BatchContext, Block, BlockSpec, MlpSaved},
-    blueprint::{Blueprint, LoraShape, Options},
     ffn::moe::MoeSaved,
-    layer::{LayerAdapterPlan, LayerPlan},
+    layer::LayerPlan,
     router_load::RouterLoad,
     rows::RowAdapters,
     source::WeightSource,
@@ -14,18 +14,19 @@ use super::{
 use crate::{
     clock::Clock,
     device::{RankDevice, Staging},
-    lora::{Parameter, Site, init},
+    lora::{Adapter, LoraShape, Site},
     loss::LinearCrossEntropy,
+    mesh::MeshError,
     ops::{
         Buffer,
         attention::{self, Documents, Heads},
         norm,
         rope::RopeTable,
     },
-    shard::{Adapters, ExpertDispatcher, ProcessGroups, Region, ShardError, SlotPool},
+    shard::{ExpertDispatcher, ProcessGroups, ShardError, SlotPool},
     trace::{self, Category},
 };
-use std::{collections::BTreeMap, ops::Range, rc::Rc};
+use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 
 /// One flat micro-batch: documents one after another, no padding between them.
@@ -117,12 +118,11 @@ struct Kept {
     chosen: Option<Tensor>,
 }
 
-/// The sharded model with its adapter.
+/// The sharded base.
 pub struct Transformer {
     spec: ModelSpec,
     options: Options,
     plans: Vec<LayerPlan>,
-    lora: Vec<LayerAdapterPlan>,
     layers: SlotPool,
     /// The experts of each layer that this rank computes.
     experts: SlotPool,
@@ -130,58 +130,54 @@ pub struct Transformer {
     /// Embedding chunks, then head chunks unless the two are tied.
     vocab: SlotPool,
     final_norm: SlotPool,
-    pub adapter: Adapters,
     rope: RopeTable,
     router_load: RouterLoad,
-    device: RankDevice,
+    groups: ProcessGroups,
     /// Seconds of forward, loss, backward and gather.
     pub clock: Clock,
 }
 
 impl Transformer {
-    /// An empty model with adapters on `sites`; fill it with [`load`](Self::load) and
-    /// [`init_adapter`](Self::init_adapter).
-    pub fn new(
-        spec: ModelSpec,
-        sites: &[Site],
-        lora: LoraShape,
-        options: Options,
-        groups: &ProcessGroups,
-    ) -> Self {
+    /// A base of zeros; fill it with [`load`](Self::load).
+    ///
+    /// # Errors
+    /// The mesh does not divide the experts of `spec`.
+    pub fn new(spec: ModelSpec, options: Options, groups: &ProcessGroups) -> Result<Self, MeshError> {
         let device = groups.device.tensors();
-        let Blueprint { plans, lora, regions } =
-            Blueprint::new(&spec, sites, lora, &options, &groups.mesh, groups.rank);
-        let ring = |name, layouts, slots| SlotPool::new(name, layouts, slots, groups.shard.clone(), device);
-        let adapter =
-            Adapters::new(regions.adapter, regions.expert_adapter, options.slots, groups, options.reduce);
+        let BasePlan { layers, regions } = BasePlan::new(&spec, &options, &groups.mesh, groups.rank)?;
+        let pool = |name, layouts, slots| SlotPool::new(name, layouts, slots, groups.shard.clone(), device);
+        let experts = groups.expert_shard.clone();
         let rope = RopeTable::new(&spec.rope.inv_freq(spec.head_dim), device);
-        Self {
-            layers: ring("layers", regions.layers, options.slots),
-            experts: SlotPool::new(
-                "experts",
-                regions.experts,
-                options.slots,
-                groups.expert_shard.clone(),
-                device,
-            ),
+        Ok(Self {
+            layers: pool("layers", regions.layers, options.slots),
+            experts: SlotPool::new("experts", regions.experts, options.slots, experts, device),
             dispatcher: ExpertDispatcher::over(&groups.expert),
-            vocab: ring("vocabulary", regions.vocab, 1),
-            final_norm: ring("final norm", vec![regions.final_norm], 1),
+            vocab: pool("vocabulary", regions.vocab, 1),
+            final_norm: pool("final norm", vec![regions.final_norm], 1),
             spec,
             options,
-            plans,
-            lora,
-            adapter,
+            plans: layers,
             rope,
             router_load: RouterLoad::default(),
-            device: groups.device.clone(),
+            groups: groups.clone(),
             clock: Clock::default(),
-        }
+        })
     }
 
-    /// What it computes on.
+    /// An adapter of zeros of `shape` on `sites` of this model.
+    ///
+    /// # Errors
+    /// The mesh does not divide the experts.
+    pub fn new_adapter(&self, sites: &[Site], shape: LoraShape) -> Result<Adapter, MeshError> {
+        let mesh = &self.groups.mesh;
+        let plan = BasePlan::new(&self.spec, &self.options, mesh, self.groups.rank)?;
+        let plan = plan.adapter(sites, shape, &self.options, mesh);
+        Ok(Adapter::new(plan, self.options.slots, self.options.reduce, &self.groups))
+    }
+
+    /// The device that it computes on.
     pub fn device(&self) -> &RankDevice {
-        &self.device
+        &self.groups.device
     }
 
     pub fn spec(&self) -> &ModelSpec {
@@ -194,7 +190,7 @@ impl Transformer {
 
     /// Reads this rank's pieces of the base, and nothing else. Collective.
     pub fn load(&mut self, source: &dyn WeightSource) -> Result<(), ShardError> {
-        let mut staging = Staging::new(&self.device)?;
+        let mut staging = Staging::new(&self.groups.device)?;
         for ring in [&mut self.layers, &mut self.experts, &mut self.vocab, &mut self.final_norm] {
             // Debugging destroys what was used, which is then better a rank's own.
             if !self.options.debug {
@@ -215,86 +211,10 @@ impl Transformer {
         for ring in [&mut self.layers, &mut self.experts, &mut self.vocab, &mut self.final_norm] {
             ring.invalidate()?;
         }
-        self.adapter.refresh()
+        Ok(())
     }
 
-    /// The logical adapter parameters of each unit.
-    pub fn parameters(&self) -> Vec<Vec<Parameter>> {
-        let of = |plan: &LayerAdapterPlan| {
-            plan.modules.iter().flatten().flat_map(|module| module.parameters()).collect()
-        };
-        self.lora.iter().map(of).collect()
-    }
-
-    /// Where `parameter` lies in `unit`'s flat element space.
-    pub fn elements(&self, unit: usize, parameter: &Parameter) -> Range<usize> {
-        let Parameter { region, group, entry, first, .. } = *parameter;
-        let start = self.adapter.of(region).elements(unit, group, entry).start + first;
-        start..start + parameter.shape[0] * parameter.shape[1]
-    }
-
-    /// The parameters of which this rank owns elements: unit, parameter, where it lies, and the owned part of that.
-    fn owned_parameters(&self) -> impl Iterator<Item = (usize, Parameter, Range<usize>, Range<usize>)> {
-        let all = self.parameters().into_iter().enumerate();
-        all.flat_map(|(unit, parameters)| parameters.into_iter().map(move |parameter| (unit, parameter)))
-            .filter_map(|(unit, parameter)| {
-                let owned = self.adapter.of(parameter.region).owned(unit);
-                let all = self.elements(unit, &parameter);
-                let own = all.start.max(owned.start)..all.end.min(owned.end);
-                (!own.is_empty()).then_some((unit, parameter, all, own))
-            })
-    }
-
-    /// Sets each parameter to `values(parameter, elements)` on the ranks that own the elements.
-    pub fn set_adapter(
-        &mut self,
-        mut values: impl FnMut(&Parameter, Range<usize>) -> Vec<f32>,
-    ) -> Result<(), ShardError> {
-        let owned: Vec<_> = self.owned_parameters().collect();
-        for (unit, parameter, all, own) in owned {
-            let new = values(&parameter, own.start - all.start..own.end - all.start);
-            self.adapter.of_mut(parameter.region).set_master(unit, own, &new);
-        }
-        self.adapter.refresh()
-    }
-
-    /// Parameters of which this rank owns a gradient element that is not finite.
-    pub fn non_finite_gradients(&self) -> Vec<String> {
-        let not_finite = |(unit, parameter, _, own): &(usize, Parameter, Range<usize>, Range<usize>)| {
-            let shards = self.adapter.of(parameter.region);
-            let at = (own.start - shards.owned(*unit).start) as i64;
-            let finite = shards.gradient(*unit).narrow(0, at, own.len() as i64).isfinite().all();
-            finite.int64_value(&[]) == 0
-        };
-        let broken = self.owned_parameters().filter(not_finite);
-        broken.map(|(_, parameter, _, _)| parameter.name).collect()
-    }
-
-    /// Every logical parameter with its whole fp32 values, row-major, on every rank of the shard group. Collective.
-    pub fn whole_adapter(&self) -> Result<Vec<(Parameter, Vec<f32>)>, ShardError> {
-        let (mut whole, mut staging) = (Vec::new(), Staging::new(&self.device)?);
-        for (unit, parameters) in self.parameters().into_iter().enumerate() {
-            let mut flat = BTreeMap::new();
-            for region in [Region::Dense, Region::Experts] {
-                if parameters.iter().any(|parameter| parameter.region == region) {
-                    flat.insert(region, self.adapter.of(region).whole_master(unit)?);
-                }
-            }
-            for parameter in parameters {
-                let at = self.elements(unit, &parameter);
-                let values = flat[&parameter.region].narrow(0, at.start as i64, at.len() as i64);
-                whole.push((parameter, staging.fetch(&values)?));
-            }
-        }
-        Ok(whole)
-    }
-
-    /// Fresh A and B, the same bits in every topology.
-    pub fn init_adapter(&mut self, seed: u64, b_std: f64) -> Result<(), ShardError> {
-        self.set_adapter(|parameter, range| init::values(parameter, range, seed, b_std))
-    }
-
-    /// What the routers did since this was last called.
+    /// Router statistics since the last call.
     pub fn take_router_load(&mut self) -> RouterLoad {
         std::mem::take(&mut self.router_load)
     }
@@ -333,21 +253,32 @@ impl Transformer {
     }
 
     /// Makes layer `unit` whole and starts on `next`.
-    fn gather(&mut self, unit: usize, next: Option<usize>) -> Result<(), ShardError> {
+    fn gather(
+        &mut self,
+        adapters: &mut [&mut Adapter],
+        unit: usize,
+        next: Option<usize>,
+    ) -> Result<(), ShardError> {
         let _gathering = self.clock.phase("gather");
         self.layers.gather(unit)?;
         self.experts.gather(unit)?;
-        self.adapter.gather(unit)?;
+        adapters.iter_mut().try_for_each(|adapter| adapter.regions_mut().gather(unit))?;
         if let Some(next) = next {
             self.layers.prefetch_beside(next, unit)?;
             self.experts.prefetch_beside(next, unit)?;
-            self.adapter.prefetch_beside(next, unit)?;
+            let prefetch = |adapter: &mut &mut Adapter| adapter.regions_mut().prefetch_beside(next, unit);
+            adapters.iter_mut().try_for_each(prefetch)?;
         }
         Ok(())
     }
 
     /// Layer `unit`, whose tensors are gathered, as it computes on a batch.
-    fn block<'a>(&self, unit: usize, batch: &'a BatchContext) -> Result<Block<'a>, ShardError> {
+    fn block<'a>(
+        &self,
+        adapters: &[&mut Adapter],
+        unit: usize,
+        batch: &'a BatchContext,
+    ) -> Result<Block<'a>, ShardError> {
         let heads = Heads {
             query: self.spec.num_heads as i64,
             key_value: self.spec.num_kv_heads as i64,
@@ -359,8 +290,7 @@ impl Transformer {
             layer: self.plans[unit].bind(
                 [&self.layers, &self.experts],
                 unit,
-                &self.lora[unit],
-                &self.adapter,
+                adapters,
                 self.dispatcher.as_ref(),
             )?,
             batch,
@@ -371,6 +301,7 @@ impl Transformer {
     /// `attend` is the attention of a layer: see [`Block::attention`].
     fn forward_layers(
         &mut self,
+        adapters: &mut [&mut Adapter],
         batch: &Batch,
         context: &BatchContext,
         mut attend: impl FnMut(usize, &Tensor, Heads) -> (Buffer, Tensor),
@@ -381,26 +312,32 @@ impl Transformer {
         let layers = self.layers.len();
         for unit in 0..layers {
             let _layer = trace::span(Category::Phase, "layer.forward").with("unit", unit);
-            self.gather(unit, Some(unit + 1).filter(|&next| next < layers))?;
-            let block = self.block(unit, context)?;
+            self.gather(adapters, unit, Some(unit + 1).filter(|&next| next < layers))?;
+            let block = self.block(adapters, unit, context)?;
             let attention = block.attention(&x, |qkv, heads| attend(unit, qkv, heads));
             let mut mlp = block.mlp(&attention, None)?;
             let y = block.output(&attention, &mut mlp)?;
             drop(block);
-            self.examine(unit, "forward", &y)?;
+            self.examine(adapters, unit, "forward", &y)?;
             keep(std::mem::replace(&mut x, y), attention, mlp);
         }
         Ok(x)
     }
 
     /// For debugging: says what layer `unit` made, refuses what is not finite, and takes away the layer's weights.
-    fn examine(&mut self, unit: usize, pass: &'static str, made: &Tensor) -> Result<(), ShardError> {
+    fn examine(
+        &mut self,
+        adapters: &mut [&mut Adapter],
+        unit: usize,
+        pass: &'static str,
+        made: &Tensor,
+    ) -> Result<(), ShardError> {
         if !self.options.debug {
             return Ok(());
         }
         self.layers.poison(unit);
         self.experts.poison(unit);
-        self.adapter.poison(unit);
+        adapters.iter_mut().for_each(|adapter| adapter.regions_mut().poison(unit));
         let finite = made.isfinite();
         let (of, found) = (made.numel(), finite.sum(Kind::Int64).int64_value(&[]) as usize);
         let largest = if of == 0 { 0.0 } else { made.abs().max().double_value(&[]) };
@@ -433,15 +370,21 @@ impl Transformer {
         Ok((MicroBatchLoss { sum: losses.sum, tokens: losses.tokens }, d_x))
     }
 
-    /// One micro-batch: adds the gradient of scale·Σ ℓ to the adapter's gradients. `scale` is 1 ÷ valid tokens of
-    /// the whole step. Ranks without tokens call it too, with an empty batch.
-    pub fn forward_backward(&mut self, batch: &Batch, scale: f64) -> Result<MicroBatchLoss, ShardError> {
+    /// One micro-batch: adds the gradient of scale·Σ ℓ to the gradients of the adapters of its rows. `scale` is 1 ÷ valid
+    /// tokens of the whole step. Every rank passes the same adapters in the same order; ranks without tokens pass an empty
+    /// batch. Collective.
+    pub fn forward_backward(
+        &mut self,
+        batch: &Batch,
+        adapters: &mut [&mut Adapter],
+        scale: f64,
+    ) -> Result<MicroBatchLoss, ShardError> {
         let _guard = tch::no_grad_guard();
         let context = self.context(batch);
         let checkpointing = self.options.checkpointing;
         let mut kept = Vec::with_capacity(self.layers.len());
         let mut loads = Vec::new();
-        let x = self.forward_layers(batch, &context, within(&context), |x, attention, mlp| {
+        let x = self.forward_layers(adapters, batch, &context, within(&context), |x, attention, mlp| {
             loads.extend(mlp.moe().map(MoeSaved::load));
             let chosen = mlp.moe().map(|moe| moe.chosen().shallow_clone());
             let attention = checkpointing.keeps_attention().then_some(attention);
@@ -455,8 +398,8 @@ impl Transformer {
         while let Some(Kept { x, attention, mlp, chosen }) = kept.pop() {
             let unit = kept.len();
             let _layer = trace::span(Category::Phase, "layer.backward").with("unit", unit);
-            self.gather(unit, unit.checked_sub(1))?;
-            let block = self.block(unit, &context)?;
+            self.gather(adapters, unit, unit.checked_sub(1))?;
+            let block = self.block(adapters, unit, &context)?;
             let recompute = trace::span(Category::Phase, "layer.recompute").with("unit", unit);
             let attention = attention
                 .unwrap_or_else(|| block.attention(&x, |qkv, heads| within(&context)(unit, qkv, heads)));
@@ -464,24 +407,31 @@ impl Transformer {
             drop(recompute);
             d_x = block.backward(d_x, &x, attention, mlp)?;
             drop(block);
-            self.examine(unit, "backward", &d_x)?;
+            self.examine(adapters, unit, "backward", &d_x)?;
             let _reducing = self.clock.phase("reduce");
-            self.adapter.micro_batch_done(unit)?;
+            let done = |adapter: &mut &mut Adapter| adapter.regions_mut().micro_batch_done(unit);
+            adapters.iter_mut().try_for_each(done)?;
         }
         Ok(loss)
     }
 
     /// Losses of a batch without any gradient.
-    pub fn evaluate(&mut self, batch: &Batch) -> Result<MicroBatchLoss, ShardError> {
+    pub fn evaluate(
+        &mut self,
+        batch: &Batch,
+        adapters: &mut [&mut Adapter],
+    ) -> Result<MicroBatchLoss, ShardError> {
         let _guard = tch::no_grad_guard();
         let context = self.context(batch);
-        let x = self.forward_layers(batch, &context, within(&context), |_, _, _| ())?;
+        let x = self.forward_layers(adapters, batch, &context, within(&context), |_, _, _| ())?;
         Ok(self.head_loss(&x, batch, None)?.0)
     }
 
     /// Logits `[tokens, vocab]` fp32 of every token of a batch.
-    pub fn logits(&mut self, batch: &Batch) -> Result<Tensor, ShardError> {
-        self.logits_of(batch, None, |_, qkv, heads| attention::forward(qkv, heads, &batch.documents).0)
+    pub fn logits(&mut self, batch: &Batch, adapters: &mut [&mut Adapter]) -> Result<Tensor, ShardError> {
+        self.logits_of(batch, adapters, None, |_, qkv, heads| {
+            attention::forward(qkv, heads, &batch.documents).0
+        })
     }
 
     /// Logits `[rows, vocab]` fp32 of the tokens `rows` `[rows]` i64 of a batch, all when `None`. `attend(layer, q|k|v,
@@ -489,6 +439,7 @@ impl Transformer {
     pub fn logits_of(
         &mut self,
         batch: &Batch,
+        adapters: &mut [&mut Adapter],
         rows: Option<&Tensor>,
         mut attend: impl FnMut(usize, &Tensor, Heads) -> Buffer,
     ) -> Result<Tensor, ShardError> {
@@ -496,7 +447,7 @@ impl Transformer {
         let context = self.context(batch);
         let no_sums = Tensor::zeros([0], (Kind::Float, batch.ids.device()));
         let attend = |layer, qkv: &Tensor, heads| (attend(layer, qkv, heads), no_sums.shallow_clone());
-        let x = self.forward_layers(batch, &context, attend, |_, _, _| ())?;
+        let x = self.forward_layers(adapters, batch, &context, attend, |_, _, _| ())?;
         let x = rows.map_or_else(|| x.shallow_clone(), |rows| x.index_select(0, rows));
         self.final_norm.gather(0)?;
         let (normed, _) = norm::forward(&x, &self.final_norm.view(0, 0)?, self.spec.rms_norm_eps);

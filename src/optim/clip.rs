@@ -7,7 +7,7 @@
 use super::sum_of_squares;
 use crate::{
     comm::Reduce,
-    shard::{Adapters, ShardError},
+    shard::{AdapterRegions, ShardError},
 };
 use tch::{Kind, Tensor};
 
@@ -28,7 +28,7 @@ impl ClippedNorm {
 }
 
 /// The L2 norm of the whole adapter's reduced gradient. Collective over a block.
-pub fn global_norm(adapter: &Adapters) -> Result<f64, ShardError> {
+pub fn global_norm(adapter: &AdapterRegions) -> Result<f64, ShardError> {
     // On a device one number is waited for, not one for each piece.
     let of_pieces: Vec<_> = adapter.owned().map(|owned| sum_of_squares(owned.gradient)).collect();
     let sum = |of: &[Tensor]| Tensor::stack(of, 0).sum(Kind::Double).double_value(&[]);

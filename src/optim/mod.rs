@@ -6,7 +6,7 @@ pub mod schedule;
 use crate::{
     config,
     ops::adamw::{State, Update},
-    shard::{Adapters, Owned, ShardError},
+    shard::{AdapterRegions, Owned, ShardError},
 };
 use tch::{Device, Kind, Tensor};
 
@@ -46,7 +46,7 @@ pub struct Optimizer {
 
 impl Optimizer {
     /// A fresh optimizer for `adapter`.
-    pub fn new(settings: Settings, adapter: &Adapters) -> Self {
+    pub fn new(settings: Settings, adapter: &AdapterRegions) -> Self {
         let fresh = |Owned { master, .. }: Owned| Moments {
             exp_avg: master.zeros_like(),
             exp_avg_sq: master.zeros_like(),
@@ -82,7 +82,12 @@ impl Optimizer {
     /// compute copies with them.
     ///
     /// AdamW: see [`crate::ops::adamw`]. sgd: p ← p − lr·(g + wd·p).
-    pub fn step(&mut self, adapter: &mut Adapters, lr: f64, coefficient: f64) -> Result<(), ShardError> {
+    pub fn step(
+        &mut self,
+        adapter: &mut AdapterRegions,
+        lr: f64,
+        coefficient: f64,
+    ) -> Result<(), ShardError> {
         let _span = crate::trace::operation("optimizer.step");
         let _guard = tch::no_grad_guard();
         self.updates += 1;
@@ -139,7 +144,7 @@ mod tests {
         let layout = RegionLayout::new("unit", vec![spec], 1, align_bytes(DType::F32));
         let world = World::start().unwrap();
         let groups = ProcessGroups::one_block(&world);
-        let mut adapter = Adapters::new(vec![layout], vec![], 1, &groups, ReduceGradients::Step);
+        let mut adapter = AdapterRegions::new(vec![layout], vec![], 1, &groups, ReduceGradients::Step);
         let start = [1.0f32, -2.0, 0.5];
         adapter.of_mut(Region::Dense).set_master(0, 0..3, &start);
         let settings = Settings::new(config::Optimizer::Adamw, 0.1);

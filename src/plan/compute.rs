@@ -31,7 +31,7 @@ mod tests {
     use super::*;
     use crate::{
         lora::{MoeNames, targets::resolve},
-        model::{QkNorm, RopeScaling, RopeSpec, blueprint::all_projections},
+        model::{QkNorm, RopeScaling, RopeSpec, base_plan::all_projections},
     };
 
     #[test]

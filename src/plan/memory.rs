@@ -6,11 +6,11 @@
 
 use crate::{
     config,
+    lora::{AdapterPlan, LayerAdapterPlan},
     loss::HOST_ROWS,
     model::{
         ModelSpec, QkNorm,
-        blueprint::{Blueprint, Options, Regions},
-        layer::LayerAdapterPlan,
+        base_plan::{BasePlan, Options, Regions},
     },
     shard::RegionLayout,
 };
@@ -51,17 +51,19 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Of a rank that trains `blueprint` of `spec` on micro-batches of at most `batch`.
+    /// Of a rank that trains `adapter` on `base` of `spec` on micro-batches of at most `batch`.
     pub fn new(
         spec: &ModelSpec,
-        blueprint: &Blueprint,
+        base: &BasePlan,
+        adapter: &AdapterPlan,
         options: &Options,
         optimizer: config::Optimizer,
         batch: MicroBatch,
     ) -> Self {
-        let regions = &blueprint.regions;
+        let regions = &base.regions;
+        let kept = Kept::new(spec, regions, adapter, options, batch);
         let base = [&regions.layers, &regions.experts].map(|layouts| Held::new(layouts));
-        let adapters = [&regions.adapter, &regions.expert_adapter].map(|layouts| Held::new(layouts));
+        let adapters = [&adapter.dense, &adapter.experts].map(|layouts| Held::new(layouts));
         let [vocab, norm] = [&regions.vocab[..], std::slice::from_ref(&regions.final_norm)].map(Held::new);
         let whole_at_a_time = options.slots.clamp(1, regions.layers.len().max(1));
         let fp32 = |bytes: usize| bytes / options.compute.size() * size_of::<f32>();
@@ -78,7 +80,6 @@ impl Memory {
         };
         let gradients = pieces(&adapters) + adapters.iter().map(unreduced).sum::<usize>();
 
-        let kept = Kept::new(spec, blueprint, options, batch);
         let layer = kept.again + layer_scratch(spec, options, batch);
         let scratch = |rows| loss_scratch(spec, options, batch, rows).max(layer);
         Self {
@@ -150,13 +151,19 @@ struct Kept {
 }
 
 impl Kept {
-    fn new(spec: &ModelSpec, blueprint: &Blueprint, options: &Options, batch: MicroBatch) -> Self {
+    fn new(
+        spec: &ModelSpec,
+        regions: &Regions,
+        adapter: &AdapterPlan,
+        options: &Options,
+        batch: MicroBatch,
+    ) -> Self {
         let c = options.compute.size();
         // Of rows that come from other ranks those of x are kept too.
-        let Regions { layers, experts, .. } = &blueprint.regions;
+        let Regions { layers, experts, .. } = regions;
         let shards = |layouts: &[RegionLayout]| layouts.first().map_or(1, |layout| layout.shards);
         let travels = shards(layers) > shards(experts);
-        let layers = || blueprint.lora.iter().enumerate();
+        let layers = || adapter.layers.iter().enumerate();
         let of_layers = |kept: bool, of: fn(&ModelSpec, usize, &LayerAdapterPlan, usize) -> usize| {
             let layers = layers().map(|(layer, plan)| of(spec, layer, plan, c));
             if kept { (layers.sum(), 0) } else { (0, layers.max().unwrap_or(0)) }

@@ -1,5 +1,5 @@
 //! What a configuration will cost, before it runs: bytes received, memory, arithmetic. Pure functions of a
-//! [`Blueprint`](crate::model::blueprint::Blueprint); `check` prints them, tests hold measurements against them.
+//! [`BasePlan`](crate::model::base_plan::BasePlan) and an [`AdapterPlan`](crate::lora::AdapterPlan); `check` prints them, tests hold measurements against them.
 
 pub mod compute;
 pub mod memory;

@@ -8,9 +8,10 @@
 use crate::{
     comm::{Operation, Received},
     config::ReduceGradients,
+    lora::AdapterPlan,
     model::{
         ModelSpec,
-        blueprint::{Options, Regions},
+        base_plan::{Options, Regions},
     },
     shard::RegionLayout,
 };
@@ -28,7 +29,8 @@ pub struct Travellers {
 pub struct Traffic<'a> {
     pub spec: &'a ModelSpec,
     pub options: &'a Options,
-    pub regions: &'a Regions,
+    pub base: &'a Regions,
+    pub adapter: &'a AdapterPlan,
     /// Copies of the base.
     pub replicas: usize,
 }
@@ -38,7 +40,8 @@ impl Traffic<'_> {
     /// depends on the routers' choices: [`all_to_all`](Self::all_to_all). `warm`: the
     /// slots hold what a step before left in them, as in every step but the first and those after a save.
     pub fn step(&self, micro_batches: usize, warm: bool) -> Received {
-        let Regions { layers, experts, adapter, expert_adapter, .. } = self.regions;
+        let Regions { layers, experts, .. } = self.base;
+        let AdapterPlan { dense: adapter, experts: expert_adapter, .. } = self.adapter;
         let passes = || (0..micro_batches).map(|i| (warm || i > 0, i > 0));
         let both = |base, adapter, (warm_base, warm_adapter)| {
             let slots = self.options.slots;
@@ -82,7 +85,7 @@ impl Traffic<'_> {
     /// Received by a step's gathers of vocabulary and final norm for one micro-batch. `warm`: their slots hold what the
     /// micro-batch before left in them.
     fn vocab_and_norm(&self, warm: bool) -> usize {
-        let Regions { vocab, final_norm, .. } = self.regions;
+        let Regions { vocab, final_norm, .. } = self.base;
         let embedding_chunks = self.spec.vocab_size.div_ceil(self.options.chunk_rows(self.spec.vocab_size));
         let vocab = if embedding_chunks == 1 && vocab.len() == 1 {
             // Tied and in one chunk: it never leaves its slot.

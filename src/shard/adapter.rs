@@ -33,12 +33,12 @@ pub struct Owned<'a> {
 }
 
 /// The adapters of all units: what a block shares, and what belongs to single experts.
-pub struct Adapters {
+pub struct AdapterRegions {
     dense: AdapterShards,
     experts: AdapterShards,
 }
 
-impl Adapters {
+impl AdapterRegions {
     /// Zero adapters over the layouts of both regions; see [`AdapterShards`].
     pub fn new(
         dense: Vec<RegionLayout>,

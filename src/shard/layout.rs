@@ -5,7 +5,7 @@
 //! *is* the buffer that a unit computes from. Offsets do not depend on the number of shards; only the padding at
 //! the end does, which is what lets any world read what another world stored.
 
-use crate::dtype::DType;
+use crate::{dtype::DType, mesh::Mesh};
 use std::ops::Range;
 
 /// Alignment of a tensor in a base region (bytes): a cache line, and what vector loads like.
@@ -18,6 +18,16 @@ pub enum Region {
     Dense,
     /// What belongs to single experts: cut over the ranks of a block that have the same ones.
     Experts,
+}
+
+impl Region {
+    /// Ranks over which a region of this kind is cut.
+    pub fn shards(self, mesh: &Mesh) -> usize {
+        match self {
+            Self::Dense => mesh.block(),
+            Self::Experts => mesh.block() / mesh.expert(),
+        }
+    }
 }
 
 /// A run of a region's tensor that comes from one tensor of the model files.

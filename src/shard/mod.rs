@@ -10,7 +10,7 @@ pub mod slots;
 
 use crate::{comm::CommError, device::DeviceError, model::source::SourceError};
 
-pub use adapter::{AdapterShards, Adapters, Owned};
+pub use adapter::{AdapterRegions, AdapterShards, Owned};
 pub use dispatcher::{ExpertDispatcher, ExpertRoute};
 pub use layout::{Entry, EntrySpec, Piece, Region, RegionLayout, Span};
 pub use process_groups::ProcessGroups;

@@ -2,15 +2,15 @@
 
 use super::Run;
 use crate::{
-    device,
+    Result, device,
     lora::targets,
     plan::{Memory, MicroBatch, Plan, Traffic, Travellers, compute::flops_per_token},
 };
 
 impl Run {
     /// What the run will cost on each rank.
-    pub fn plan(&self) -> Plan {
-        let (blueprint, options) = (self.blueprint(), self.options());
+    pub fn plan(&self) -> Result<Plan> {
+        let ((base, adapter), options) = (self.plans()?, self.options());
         let train = &self.config.train;
         let longest = self.dataset.summary().longest_row;
         let batch = MicroBatch { tokens: train.micro_batch_size * longest, longest };
@@ -18,7 +18,8 @@ impl Run {
         let traffic = Traffic {
             spec: &self.spec,
             options: &options,
-            regions: &blueprint.regions,
+            base: &base.regions,
+            adapter: &adapter,
             replicas: self.mesh.replicate(),
         };
         let experts_over = self.mesh.expert();
@@ -28,23 +29,23 @@ impl Run {
             traffic.all_to_all(Travellers { come: abroad, go: abroad })
         };
         let rank = self.config.lora.lora_rank;
-        Plan {
+        Ok(Plan {
             frozen: self.spec.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum(),
             trainable: targets::parameters_by_name(&self.sites, rank),
             batch,
             micro_batches,
-            memory: Memory::new(&self.spec, &blueprint, &options, train.optimizer, batch),
+            memory: Memory::new(&self.spec, &base, &adapter, &options, train.optimizer, batch),
             first_step: traffic.step(micro_batches, false),
             step: traffic.step(micro_batches, true),
             all_to_all: micro_batches * (0..self.spec.num_layers).map(travels).sum::<usize>(),
             flops_per_token: flops_per_token(&self.spec, &self.sites, rank, longest),
-        }
+        })
     }
 
     /// What a reader wants to know of a run that is not started: the resolved configuration, the mesh, data and cost; and
     /// whether there is room on a rank's `device`, which has so much memory.
-    pub fn report(&self, device: Option<device::Memory>) -> String {
-        let (data, plan) = (self.dataset.summary(), self.plan());
+    pub fn report(&self, device: Option<device::Memory>) -> Result<String> {
+        let (data, plan) = (self.dataset.summary(), self.plan()?);
         let room = device.map_or_else(String::new, |memory| {
             let device::Memory { free, total } = memory;
             let (used, needed) = (memory.used(), plan.memory.on_device());
@@ -53,7 +54,7 @@ impl Run {
                 "memory of rank 0's device: {total} bytes, {used} in use; a rank needs {needed} bytes of it, {fits}\n"
             )
         });
-        format!(
+        Ok(format!(
             "{}\n{}\ndata: {} samples, {} dropped as too long; {} rows of at most {} tokens, {} tokens, {} with loss\n\
              steps: {} of {} rows\n{plan}{room}",
             self.config.to_yaml(),
@@ -66,6 +67,6 @@ impl Run {
             data.valid_tokens,
             self.total_steps,
             self.batches.global_batch,
-        )
+        ))
     }
 }

@@ -17,10 +17,11 @@ use crate::{
     config::LoadCheckpoint,
     data::schedule::DataCursor,
     error::{Error, Result, agree, broadcast_from_root},
+    lora::{AdapterPlan, LayerAdapterPlan},
     mesh::Mesh,
-    model::{blueprint::Blueprint, layer::LayerAdapterPlan, source},
+    model::source,
     optim::{Optimizer, Schedule},
-    shard::{Adapters, Region, RegionLayout, ShardError},
+    shard::{AdapterRegions, Region, RegionLayout, ShardError},
 };
 use std::{
     collections::HashMap,
@@ -48,7 +49,11 @@ pub(super) struct Resumed {
 
 impl Resumed {
     /// Moves the pieces into this rank's masters and moments.
-    pub fn restore(&mut self, adapter: &mut Adapters, optimizer: &mut Optimizer) -> Result<(), ShardError> {
+    pub fn restore(
+        &mut self,
+        adapter: &mut AdapterRegions,
+        optimizer: &mut Optimizer,
+    ) -> Result<(), ShardError> {
         let stored = std::mem::take(&mut self.pieces);
         for (i, (owned, pieces)) in adapter.owned().zip(stored).enumerate() {
             owned.master.shallow_clone().copy_(&Tensor::from_slice(&pieces.master));
@@ -61,20 +66,18 @@ impl Resumed {
 
 /// What lies where in the flat spaces of the adapter, and how these are cut over the block: the dense region of every layer,
 /// then the experts' of every layer, as ranks own them.
-pub(super) fn adapter_layout(blueprint: &Blueprint, mesh: &Mesh) -> Vec<UnitLayout> {
+pub(super) fn adapter_layout(plan: &AdapterPlan, mesh: &Mesh) -> Vec<UnitLayout> {
     let unit = |(plan, layout): (&LayerAdapterPlan, &RegionLayout), region, expert_groups| {
         let size = layout.entries.first().map_or(1, |entry| entry.spec.dtype.size());
-        let parameters = plan.modules.iter().flatten().flat_map(|module| module.parameters());
-        let placed = parameters.filter(|parameter| parameter.region == region).map(|parameter| {
+        let placed = plan.parameters().filter(|parameter| parameter.region == region).map(|parameter| {
             let in_group = layout.entries[parameter.entry].offset / size + parameter.first;
             let first = parameter.group * (layout.padded / size) + in_group;
             PlacedParameter { name: parameter.name, shape: parameter.shape, first }
         });
         UnitLayout { piece: layout.piece_bytes() / size, expert_groups, parameters: placed.collect() }
     };
-    let Blueprint { lora, regions, .. } = blueprint;
-    let dense = lora.iter().zip(&regions.adapter).map(|layer| unit(layer, Region::Dense, 1));
-    let experts = lora.iter().zip(&regions.expert_adapter);
+    let dense = plan.layers.iter().zip(&plan.dense).map(|layer| unit(layer, Region::Dense, 1));
+    let experts = plan.layers.iter().zip(&plan.experts);
     dense.chain(experts.map(|layer| unit(layer, Region::Experts, mesh.expert()))).collect()
 }
 
@@ -166,7 +169,7 @@ impl Run {
         let state = TrainerState::read(path)?;
         let unfit = |reason| CheckpointError::Unfit { path: path.to_owned(), reason };
         self.same_beginning(&state).map_err(unfit)?;
-        let units = adapter_layout(&self.blueprint(), &self.mesh);
+        let units = adapter_layout(&self.plans()?.1, &self.mesh);
         let own = Cut { units: &units, shards: self.mesh.block() };
         let pieces = read_pieces(path, &state, own, rank % self.mesh.block())?;
         if rank == 0 && source::digest(self.source.as_ref())? != state.base {

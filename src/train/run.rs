@@ -22,16 +22,17 @@ use crate::{
     device::Memory,
     dtype::DType,
     error::{Error, Result},
-    lora::{Site, targets},
+    lora::{AdapterPlan, LoraShape, Site, targets},
     mesh::{Mesh, MeshSizes},
     model::{
         ModelSpec,
-        blueprint::{Blueprint, LoraShape, Options, all_projections},
+        base_plan::{BasePlan, Options, all_projections},
         hf_config::HfModel,
         source::{RandomSource, SafetensorsSource, WeightSource, validate},
         transformer::{Batch, Transformer},
     },
     optim::{Optimizer, Schedule, Settings},
+    session::Session,
     shard::ProcessGroups,
     trace::{self, Category},
 };
@@ -208,9 +209,12 @@ impl Run {
         schedule::micro_batches(self.batches.global_batch, self.mesh.data_parallel(), micro)
     }
 
-    /// The model without its tensors, as rank 0 has it: others have other experts, as many.
-    pub(super) fn blueprint(&self) -> Blueprint {
-        Blueprint::new(&self.spec, &self.sites, self.lora_shape(), &self.options(), &self.mesh, 0)
+    /// The base and the adapter without their tensors, as rank 0 has them; other ranks have as many experts.
+    pub(super) fn plans(&self) -> Result<(BasePlan, AdapterPlan)> {
+        let options = self.options();
+        let base = BasePlan::new(&self.spec, &options, &self.mesh, 0)?;
+        let adapter = base.adapter(&self.sites, self.lora_shape(), &options, &self.mesh);
+        Ok((base, adapter))
     }
 
     fn lora_shape(&self) -> LoraShape {
@@ -224,25 +228,26 @@ impl Run {
         watcher.set_output(&self.config.train.output_dir);
         let (lora, train) = (&self.config.lora, &self.config.train);
         let device = world.device();
-        let mut model =
-            Transformer::new(self.spec.clone(), &self.sites, self.lora_shape(), self.options(), &groups);
+        let mut model = Transformer::new(self.spec.clone(), self.options(), &groups)?;
         model.load(self.source.as_ref())?;
         groups.open(self.spec.moe.is_some())?;
         tracing::info!("rank {} read {} bytes of the base", world.rank(), self.source.bytes_read());
         let settings = Settings::new(train.optimizer, train.weight_decay);
-        let mut optimizer = Optimizer::new(settings, &model.adapter);
+        let mut adapter = model.new_adapter(&self.sites, self.lora_shape())?;
+        let mut optimizer = Optimizer::new(settings, adapter.regions());
         // What was read is let go of once it is in place: it is as large as the adapter and its moments.
         match &mut self.start {
-            Start::Fresh => model.init_adapter(train.seed, lora.lora_b_init_std)?,
+            Start::Fresh => adapter.init(train.seed, lora.lora_b_init_std)?,
             Start::Adapter(values) => {
                 let values = std::mem::take(values);
-                model.set_adapter(|parameter, range| values[&parameter.name][range].to_vec())?;
+                adapter.set(|parameter, range| values[&parameter.name][range].to_vec())?;
             }
-            Start::Resumed(resumed) => resumed.restore(&mut model.adapter, &mut optimizer)?,
+            Start::Resumed(resumed) => resumed.restore(adapter.regions_mut(), &mut optimizer)?,
         }
         let schedule = Schedule::new(train, self.total_steps);
-        let mut trainer =
-            Trainer { model, optimizer, schedule, max_grad_norm: train.max_grad_norm, world: groups.world };
+        let name = train.run_id.clone();
+        let session = Session { name, adapter, optimizer, max_grad_norm: train.max_grad_norm };
+        let mut trainer = Trainer { model, session, schedule, world: groups.world };
 
         // Nothing is written or taken away before every rank is ready to train.
         trainer.world.barrier()?;
@@ -296,6 +301,7 @@ impl Run {
                 saver.save(&trainer, Progress { step: done, epoch: rows.epoch, position: step_rows.next })?;
                 // A resumed process gathers everything anew: so does this one, and both tell the same bytes.
                 trainer.model.forget_gathered()?;
+                trainer.session.adapter.regions_mut().refresh()?;
                 // A save is in no step's time.
                 clock.take();
                 begin = Instant::now();

@@ -50,7 +50,7 @@ pub(super) struct Saver<'a> {
 impl<'a> Saver<'a> {
     pub(super) fn new(run: &'a Run, rank: usize) -> Result<Self> {
         let model = run.resumed().map(|resumed| resumed.path.join(checkpoint::base::FOLDER));
-        let units = adapter_layout(&run.blueprint(), &run.mesh);
+        let units = adapter_layout(&run.plans()?.1, &run.mesh);
         let base = if rank == 0 { source::digest(run.source.as_ref())? } else { String::new() };
         let (known, model) = (KnownHashes::default(), model.filter(|path| path.is_dir()));
         Ok(Self { run, rank, units, known, base, model })
@@ -59,7 +59,7 @@ impl<'a> Saver<'a> {
     /// Publishes the run as it stands. Collective.
     pub(super) fn save(&mut self, trainer: &Trainer, at: Progress) -> Result<()> {
         let world = &*trainer.world;
-        let whole = trainer.model.whole_adapter()?;
+        let whole = trainer.session.adapter.whole()?;
         let begun = match self.rank {
             0 => self.begin(trainer, whole, at).map(Some),
             _ => Ok(None),
@@ -144,7 +144,7 @@ impl<'a> Saver<'a> {
             seed: train.seed,
             world: mesh.world(),
             shards: mesh.block(),
-            optimizer: OptimizerState { kind: train.optimizer, updates: trainer.optimizer.updates() },
+            optimizer: OptimizerState { kind: train.optimizer, updates: trainer.session.optimizer.updates() },
             schedule: trainer.schedule,
             data: DataIdentity { rows: dataset.rows(), fingerprint: dataset.fingerprint().to_owned() },
             lora: LoraIdentity { rank: lora.lora_rank, alpha: lora.lora_alpha },
@@ -158,10 +158,10 @@ impl<'a> Saver<'a> {
         if mesh.coordinates(self.rank).replicate > 0 {
             return Ok(());
         }
-        let moments = trainer.optimizer.moments();
+        let moments = trainer.session.optimizer.moments();
         let mut units: Vec<UnitPieces> = Vec::new();
         let mut staging = Staging::new(trainer.model.device()).map_err(ShardError::from)?;
-        for (i, owned) in trainer.model.adapter.owned().enumerate() {
+        for (i, owned) in trainer.session.adapter.regions().owned().enumerate() {
             let moments = moments.get(i).map(|m| [&m.exp_avg, &m.exp_avg_sq]);
             units.push(pieces_of(&owned, moments, &mut staging)?);
         }

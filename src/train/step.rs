@@ -1,4 +1,4 @@
-//! One optimizer step over all ranks: count, forward and backward of each micro-batch, reduce, clip, update.
+//! One optimizer step over all ranks: count, accumulate (forward and backward of each micro-batch), reduce, update.
 //!
 //! Reductions are sums. The loss is divided beforehand by the valid tokens of the whole step, over all ranks and
 //! micro-batches, so that accumulated gradients equal those of one large batch.
@@ -9,7 +9,8 @@ use crate::{
         router_load::RouterReport,
         transformer::{Batch, Transformer},
     },
-    optim::{ClippedNorm, Optimizer, Schedule, global_norm},
+    optim::Schedule,
+    session::{Session, Update},
     shard::ShardError,
 };
 use std::rc::Rc;
@@ -32,13 +33,11 @@ pub struct StepReport {
     pub non_finite: Vec<String>,
 }
 
-/// A model with its optimizer, on this rank.
+/// A model with the session that it trains, on this rank.
 pub struct Trainer {
     pub model: Transformer,
-    pub optimizer: Optimizer,
+    pub session: Session,
     pub schedule: Schedule,
-    /// Gradients are clipped to this norm; 0 or less: never.
-    pub max_grad_norm: f64,
     /// All ranks that have tokens of the step.
     pub world: Rc<dyn Communicator>,
 }
@@ -46,15 +45,11 @@ pub struct Trainer {
 impl Trainer {
     /// Makes step `step` (0-based) of `micro_batches`. Every rank passes the same number, some perhaps empty.
     pub fn step(&mut self, micro_batches: &[Batch], step: usize) -> Result<StepReport, ShardError> {
-        let sum = |f: &dyn Fn(&Batch) -> usize| micro_batches.iter().map(f).sum::<usize>() as f64;
-        let mut counts = [sum(&Batch::valid_tokens), sum(&Batch::tokens)];
-        self.world.all_reduce_host(&mut counts, Reduce::Sum)?;
-        let [valid, total] = counts;
-        let lr = self.schedule.rate(step);
+        let [valid, total] = self.count(micro_batches)?;
         let mut report = StepReport {
             loss: None,
             grad_norm: 0.0,
-            lr,
+            lr: self.schedule.rate(step),
             valid_tokens: valid as u64,
             total_tokens: total as u64,
             router: None,
@@ -64,45 +59,57 @@ impl Trainer {
             // All ranks see the same count and stay out of the collectives of a pass alike.
             return Ok(report);
         }
-
-        let clock = self.model.clock.clone();
-        self.model.adapter.zero_gradients();
-        let mut loss = [0.0];
-        for batch in micro_batches {
-            loss[0] += self.model.forward_backward(batch, 1.0 / valid)?.sum;
-        }
-        let reducing = clock.phase("reduce");
-        self.model.adapter.step_done()?;
-        self.world.all_reduce_host(&mut loss, Reduce::Sum)?;
-        report.loss = Some(loss[0] / valid);
-        let mut load = self.model.take_router_load().sums();
-        if let Some(moe) = &self.model.spec().moe {
-            self.world.all_reduce_host(&mut load, Reduce::Sum)?;
-            report.router = RouterReport::new(&load, moe.experts, moe.top_k);
-        }
-
-        drop(reducing);
-        let _updating = clock.phase("update");
-        let clipped = ClippedNorm::new(global_norm(&self.model.adapter)?, self.max_grad_norm);
-        report.grad_norm = clipped.norm;
-        if clipped.norm.is_finite() {
-            self.optimizer.step(&mut self.model.adapter, lr, clipped.coefficient)?;
-        } else {
-            report.non_finite = self.non_finite()?;
-        }
+        let loss = self.accumulate(micro_batches, 1.0 / valid)?;
+        report.loss = Some(self.reduce(loss)? / valid);
+        report.router = self.router_report()?;
+        let update = self.update(report.lr)?;
+        (report.grad_norm, report.non_finite) = (update.grad_norm, update.non_finite);
         Ok(report)
     }
 
-    /// Names of the parameters with a gradient that is not finite, on all ranks alike.
-    fn non_finite(&self) -> Result<Vec<String>, ShardError> {
-        let own = self.model.non_finite_gradients().join("\n");
-        let mut names: Vec<String> = Vec::new();
-        for part in self.world.all_gather_host(own.as_bytes())? {
-            let part = String::from_utf8_lossy(&part);
-            names.extend(part.lines().filter(|line| !line.is_empty()).map(str::to_owned));
+    /// Tokens with loss and all tokens of the step, over all ranks.
+    fn count(&self, micro_batches: &[Batch]) -> Result<[f64; 2], ShardError> {
+        let sum = |f: &dyn Fn(&Batch) -> usize| micro_batches.iter().map(f).sum::<usize>() as f64;
+        let mut counts = [sum(&Batch::valid_tokens), sum(&Batch::tokens)];
+        self.world.all_reduce_host(&mut counts, Reduce::Sum)?;
+        Ok(counts)
+    }
+
+    /// Forward and backward of every micro-batch: Σ token losses of this rank, and gradients of scale·Σ.
+    fn accumulate(&mut self, micro_batches: &[Batch], scale: f64) -> Result<f64, ShardError> {
+        let adapter = &mut self.session.adapter;
+        adapter.regions_mut().zero_gradients();
+        let mut loss = 0.0;
+        for batch in micro_batches {
+            loss += self.model.forward_backward(batch, &mut [&mut *adapter], scale)?.sum;
         }
-        names.sort();
-        names.dedup();
-        Ok(names)
+        Ok(loss)
+    }
+
+    /// Sums gradients and loss over all ranks.
+    fn reduce(&mut self, loss: f64) -> Result<f64, ShardError> {
+        let clock = self.model.clock.clone();
+        let _reducing = clock.phase("reduce");
+        self.session.reduce()?;
+        let mut loss = [loss];
+        self.world.all_reduce_host(&mut loss, Reduce::Sum)?;
+        Ok(loss[0])
+    }
+
+    /// Router statistics of the step over all ranks, in a model with experts.
+    fn router_report(&mut self) -> Result<Option<RouterReport>, ShardError> {
+        let clock = self.model.clock.clone();
+        let _reducing = clock.phase("reduce");
+        let mut load = self.model.take_router_load().sums();
+        let Some(moe) = &self.model.spec().moe else { return Ok(None) };
+        self.world.all_reduce_host(&mut load, Reduce::Sum)?;
+        Ok(RouterReport::new(&load, moe.experts, moe.top_k))
+    }
+
+    /// Clips and steps the optimizer.
+    fn update(&mut self, lr: f64) -> Result<Update, ShardError> {
+        let clock = self.model.clock.clone();
+        let _updating = clock.phase("update");
+        self.session.update(lr, &self.world)
     }
 }

@@ -13,17 +13,18 @@ use xorl_dist::{
     config::{CheckpointingMethod, Optimizer as OptimizerKind, ReduceGradients, TrainArgs},
     device::DeviceChoice,
     dtype::DType,
-    lora::{MoeNames, Site, targets::resolve},
+    lora::{Adapter, LoraShape, MoeNames, Site, targets::resolve},
     mesh::{Mesh, MeshSizes},
     model::{
         ModelSpec, MoeSpec, QkNorm, RopeScaling, RopeSpec,
-        blueprint::{Blueprint, LoraShape, Options, all_projections},
+        base_plan::{BasePlan, Options, all_projections},
         source::{RandomSource, SourceError, TensorMeta, WeightSource},
         transformer::{Batch, Transformer},
     },
     optim::{Optimizer, Schedule, Settings},
     plan::{Traffic, Travellers},
     rng::Stream,
+    session::Session,
     shard::ProcessGroups,
     train::{Trainer, metrics::received_since},
 };
@@ -337,16 +338,16 @@ fn break_groups(groups: &mut ProcessGroups, fault: Fault) {
 
 /// How often this rank's tokens chose each expert, [micro-batch][layer with experts][expert], by a model that is whole on
 /// this rank.
-fn choices(lone: &mut Transformer, trained: &Transformer, batches: &[Batch]) -> Vec<Vec<Vec<f64>>> {
-    let values: BTreeMap<String, Vec<f32>> = trained
-        .whole_adapter()
-        .unwrap()
-        .into_iter()
-        .map(|(parameter, values)| (parameter.name, values))
-        .collect();
-    lone.set_adapter(|parameter, range| values[&parameter.name][range].to_vec()).unwrap();
+fn choices(
+    (lone, adapter): &mut (Transformer, Adapter),
+    trained: &Adapter,
+    batches: &[Batch],
+) -> Vec<Vec<Vec<f64>>> {
+    let values: BTreeMap<String, Vec<f32>> =
+        trained.whole().unwrap().into_iter().map(|(parameter, values)| (parameter.name, values)).collect();
+    adapter.set(|parameter, range| values[&parameter.name][range].to_vec()).unwrap();
     let of_batch = |batch: &Batch| {
-        lone.forward_backward(batch, 1.0).unwrap();
+        lone.forward_backward(batch, &mut [&mut *adapter], 1.0).unwrap();
         let sums = lone.take_router_load().sums();
         let layers = sums.chunks_exact(2 * EXPERTS);
         layers.map(|layer| layer[..EXPERTS].to_vec()).collect()
@@ -396,24 +397,32 @@ pub fn worker() {
     }
     let lora = LoraShape { rank: 3, alpha: 6.0 };
     let new = |groups: &ProcessGroups| {
-        let mut model = Transformer::new(spec.clone(), &sites, lora, options, groups);
+        let mut model = Transformer::new(spec.clone(), options, groups).unwrap();
         load(&mut model, case.data);
-        model.init_adapter(3, 0.05).unwrap();
-        model
+        let mut adapter = model.new_adapter(&sites, lora).unwrap();
+        adapter.init(3, 0.05).unwrap();
+        (model, adapter)
     };
-    let model = new(&groups);
+    let (model, adapter) = new(&groups);
     let mut lone = (case.experts_over > 1).then(|| new(&ProcessGroups::alone()));
-    let initial = digest(&model);
-    let optimizer = Optimizer::new(Settings::new(OptimizerKind::Adamw, 0.01), &model.adapter);
+    let initial = digest(&adapter);
+    let optimizer = Optimizer::new(Settings::new(OptimizerKind::Adamw, 0.01), adapter.regions());
     let args = TrainArgs { lr: 2e-3, ..TrainArgs::default() };
     let schedule = Schedule::new(&args, STEPS);
-    let mut trainer =
-        Trainer { model, optimizer, schedule, max_grad_norm: LIMIT, world: groups.world.clone() };
+    let session = Session { name: "test".into(), adapter, optimizer, max_grad_norm: LIMIT };
+    let mut trainer = Trainer { model, session, schedule, world: groups.world.clone() };
 
     // What every step has to receive: base and adapter regions as the ring needs them, and of gradients only the
     // adapter's. The first step finds empty slots.
-    let regions = Blueprint::new(&spec, &sites, lora, &options, &mesh, rank).regions;
-    let traffic = Traffic { spec: &spec, options: &options, regions: &regions, replicas: case.replicas };
+    let base = BasePlan::new(&spec, &options, &mesh, rank).unwrap();
+    let adapter = base.adapter(&sites, lora, &options, &mesh);
+    let traffic = Traffic {
+        spec: &spec,
+        options: &options,
+        base: &base.regions,
+        adapter: &adapter,
+        replicas: case.replicas,
+    };
     let mut received = Received::new();
     let mut reports = Vec::new();
     let mut norms = Vec::new();
@@ -426,7 +435,7 @@ pub fn worker() {
         let batches: Vec<Batch> = (0..count).map(|m| batch(step, of(m), case.data)).collect();
         let mut expected = traffic.step(count, step > 0);
         if let Some(lone) = &mut lone {
-            let own = choices(lone, &trainer.model, &batches);
+            let own = choices(lone, &trainer.session.adapter, &batches);
             let bytes: usize =
                 travellers(&groups, &own).into_iter().map(|rows| traffic.all_to_all(rows)).sum();
             expected.insert((Operation::AllToAll, "expert".into()), bytes as u64);
@@ -444,12 +453,16 @@ pub fn worker() {
             *received.entry(key).or_default() += bytes;
         }
         reports.push(json!([report.loss.unwrap(), report.grad_norm, report.valid_tokens]));
-        let squares =
-            trainer.model.adapter.owned().map(|owned| owned.gradient.square().sum(None).double_value(&[]));
+        let squares = trainer
+            .session
+            .adapter
+            .regions()
+            .owned()
+            .map(|owned| owned.gradient.square().sum(None).double_value(&[]));
         norms.push(squares.sum::<f64>().sqrt());
     }
     let adapter: Vec<Value> =
-        trainer.model.whole_adapter().unwrap().into_iter().map(|(p, v)| json!([p.name, v])).collect();
+        trainer.session.adapter.whole().unwrap().into_iter().map(|(p, v)| json!([p.name, v])).collect();
     let received: BTreeMap<&str, u64> = received.iter().map(|((op, _), bytes)| (op.name(), *bytes)).collect();
     let seen = json!({
         "initial": initial, "steps": reports, "adapter": adapter, "received": received, "norms": norms,
@@ -460,10 +473,10 @@ pub fn worker() {
 }
 
 /// SHA-256 over the bits of all adapter parameters.
-fn digest(model: &Transformer) -> String {
+fn digest(adapter: &Adapter) -> String {
     use sha2::Digest;
     let mut hash = sha2::Sha256::new();
-    for (parameter, values) in model.whole_adapter().unwrap() {
+    for (parameter, values) in adapter.whole().unwrap() {
         hash.update(parameter.name.as_bytes());
         hash.update(bytemuck::cast_slice::<f32, u8>(&values));
     }

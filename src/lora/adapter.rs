@@ -1,0 +1,122 @@
+//! An adapter with its shards: what a session trains and a model computes with. It is not part of a model: a pass is
+//! handed the adapters of its rows.
+
+use super::{init, module::Parameter, plan::AdapterPlan};
+use crate::{
+    config::ReduceGradients,
+    device::{RankDevice, Staging},
+    ops::linear::BoundAdapter,
+    shard::{AdapterRegions, ProcessGroups, Region, ShardError},
+};
+use std::{collections::BTreeMap, ops::Range};
+
+/// The plan of an adapter and this rank's part of it.
+pub struct Adapter {
+    plan: AdapterPlan,
+    regions: AdapterRegions,
+    device: RankDevice,
+}
+
+/// A parameter of which this rank owns elements.
+struct OwnedParameter {
+    unit: usize,
+    parameter: Parameter,
+    /// Its range in the unit's flat element space.
+    all: Range<usize>,
+    /// The part that this rank owns.
+    own: Range<usize>,
+}
+
+impl Adapter {
+    /// An adapter of zeros; [`init`](Self::init) or [`set`](Self::set) fills it. `slots` layers are gathered at a time.
+    pub fn new(plan: AdapterPlan, slots: usize, reduce: ReduceGradients, groups: &ProcessGroups) -> Self {
+        let regions = AdapterRegions::new(plan.dense.clone(), plan.experts.clone(), slots, groups, reduce);
+        Self { plan, regions, device: groups.device.clone() }
+    }
+
+    pub fn plan(&self) -> &AdapterPlan {
+        &self.plan
+    }
+
+    /// Its shards, gradients and slots.
+    pub fn regions(&self) -> &AdapterRegions {
+        &self.regions
+    }
+
+    pub fn regions_mut(&mut self) -> &mut AdapterRegions {
+        &mut self.regions
+    }
+
+    /// Range of `parameter` in `unit`'s flat element space.
+    pub fn elements(&self, unit: usize, parameter: &Parameter) -> Range<usize> {
+        let Parameter { region, group, entry, first, .. } = *parameter;
+        let start = self.regions.of(region).elements(unit, group, entry).start + first;
+        start..start + parameter.shape[0] * parameter.shape[1]
+    }
+
+    fn owned_parameters(&self) -> impl Iterator<Item = OwnedParameter> {
+        let all = self.plan.parameters().into_iter().enumerate();
+        all.flat_map(|(unit, parameters)| parameters.into_iter().map(move |parameter| (unit, parameter)))
+            .filter_map(|(unit, parameter)| {
+                let owned = self.regions.of(parameter.region).owned(unit);
+                let all = self.elements(unit, &parameter);
+                let own = all.start.max(owned.start)..all.end.min(owned.end);
+                (!own.is_empty()).then_some(OwnedParameter { unit, parameter, all, own })
+            })
+    }
+
+    /// Sets each parameter to `values(parameter, elements)` on the ranks that own the elements.
+    pub fn set(
+        &mut self,
+        mut values: impl FnMut(&Parameter, Range<usize>) -> Vec<f32>,
+    ) -> Result<(), ShardError> {
+        let owned: Vec<_> = self.owned_parameters().collect();
+        for OwnedParameter { unit, parameter, all, own } in owned {
+            let new = values(&parameter, own.start - all.start..own.end - all.start);
+            self.regions.of_mut(parameter.region).set_master(unit, own, &new);
+        }
+        self.regions.refresh()
+    }
+
+    /// Fresh A and B, the same bits in every topology.
+    pub fn init(&mut self, seed: u64, b_std: f64) -> Result<(), ShardError> {
+        self.set(|parameter, range| init::values(parameter, range, seed, b_std))
+    }
+
+    /// Names of the parameters of which this rank owns a gradient element that is not finite.
+    pub fn non_finite_gradients(&self) -> Vec<String> {
+        let not_finite = |owned: &OwnedParameter| {
+            let OwnedParameter { unit, parameter, own, .. } = owned;
+            let shards = self.regions.of(parameter.region);
+            let at = (own.start - shards.owned(*unit).start) as i64;
+            let finite = shards.gradient(*unit).narrow(0, at, own.len() as i64).isfinite().all();
+            finite.int64_value(&[]) == 0
+        };
+        self.owned_parameters().filter(not_finite).map(|owned| owned.parameter.name).collect()
+    }
+
+    /// Every logical parameter with its whole fp32 values, row-major, on every rank of the block. Collective.
+    pub fn whole(&self) -> Result<Vec<(Parameter, Vec<f32>)>, ShardError> {
+        let (mut whole, mut staging) = (Vec::new(), Staging::new(&self.device)?);
+        for (unit, parameters) in self.plan.parameters().into_iter().enumerate() {
+            let mut flat = BTreeMap::new();
+            for region in [Region::Dense, Region::Experts] {
+                if parameters.iter().any(|parameter| parameter.region == region) {
+                    flat.insert(region, self.regions.of(region).whole_master(unit)?);
+                }
+            }
+            for parameter in parameters {
+                let at = self.elements(unit, &parameter);
+                let values = flat[&parameter.region].narrow(0, at.start as i64, at.len() as i64);
+                whole.push((parameter, staging.fetch(&values)?));
+            }
+        }
+        Ok(whole)
+    }
+
+    /// The gathered adapter of projection `place` of layer `unit`, if it has one, with the sums of its gradients.
+    pub fn bind(&self, unit: usize, place: usize) -> Result<Option<BoundAdapter>, ShardError> {
+        let module = self.plan.layers[unit].modules[place].as_ref();
+        module.map(|module| module.bind(&self.regions, unit)).transpose()
+    }
+}

@@ -1,0 +1,110 @@
+//! How the base of a model is cut over ranks, before any tensor exists: its options and regions. Pure: the model's slot
+//! pools and the byte formulas of [`plan`](crate::plan) are both made from it.
+
+use super::{
+    ModelSpec,
+    layer::{LayerPlan, projections},
+};
+use crate::{
+    config::{CheckpointingMethod, ReduceGradients},
+    dtype::DType,
+    lora::{AdapterPlan, LoraShape, Site},
+    mesh::{Mesh, MeshError},
+    shard::{EntrySpec, Region, RegionLayout, layout::BASE_ALIGN},
+};
+
+/// How a model is cut and computed; nothing here changes the result beyond rounding.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Options {
+    /// Dtype of frozen matrices, gathered adapters and activations.
+    pub compute: DType,
+    /// One GEMM for q, k, v and one for gate, up.
+    pub merge: bool,
+    /// Layers that are whole at a time.
+    pub slots: usize,
+    /// Rows of the embedding and the head that are whole at a time.
+    pub vocab_chunk_rows: usize,
+    /// Tokens whose logits exist at a time.
+    pub loss_chunk_tokens: usize,
+    /// What of a layer is kept for backward; the rest is computed again.
+    pub checkpointing: CheckpointingMethod,
+    pub reduce: ReduceGradients,
+    /// Looks at what every layer computes, and takes away its weights when it has: slow.
+    pub debug: bool,
+}
+
+impl Options {
+    /// Rows of a vocabulary chunk of a model of `vocab_size` tokens; the last chunk may have fewer.
+    pub fn chunk_rows(&self, vocab_size: usize) -> usize {
+        self.vocab_chunk_rows.clamp(1, vocab_size)
+    }
+}
+
+/// Regions of the base as one rank has them: the slot pools and the byte formulas are both made from them. Those of
+/// experts, one a layer, are empty where there are none.
+pub struct Regions {
+    pub layers: Vec<RegionLayout>,
+    pub experts: Vec<RegionLayout>,
+    pub vocab: Vec<RegionLayout>,
+    pub final_norm: RegionLayout,
+}
+
+/// Everything about the sharded base of a model that needs no tensor.
+pub struct BasePlan {
+    pub layers: Vec<LayerPlan>,
+    pub regions: Regions,
+}
+
+impl BasePlan {
+    /// Plans the part of `spec` that rank `rank` of `mesh` has.
+    ///
+    /// # Errors
+    /// `mesh` does not divide the experts of `spec`.
+    pub fn new(spec: &ModelSpec, options: &Options, mesh: &Mesh, rank: usize) -> Result<Self, MeshError> {
+        let experts = spec.moe.as_ref().map(|moe| mesh.experts_of(rank, moe.experts)).transpose()?;
+        let experts = experts.unwrap_or_default();
+        let plan = |i| LayerPlan::new(spec, i, options.compute, options.merge, experts.clone());
+        let plans: Vec<LayerPlan> = (0..spec.num_layers).map(plan).collect();
+        let cut = |name: String, specs, region: Region, align| {
+            RegionLayout::new(name, specs, region.shards(mesh), align)
+        };
+        let region = |name: String, specs, align| cut(name, specs, Region::Dense, align);
+        let (mut layers, mut experts) = (Vec::new(), Vec::new());
+        for (i, plan) in plans.iter().enumerate() {
+            layers.push(region(format!("layer {i}"), plan.specs.clone(), BASE_ALIGN));
+            let name = format!("experts of layer {i}");
+            experts.push(cut(name, plan.expert_specs.clone(), Region::Experts, BASE_ALIGN));
+        }
+
+        let rows = options.chunk_rows(spec.vocab_size);
+        let chunk = |tensor: &str, first: usize| {
+            let shape = [rows.min(spec.vocab_size - first), spec.hidden_size];
+            let mut entry = EntrySpec::whole("weight", tensor.to_owned(), &shape, options.compute);
+            entry.spans[0].start = first * spec.hidden_size;
+            region(format!("{tensor} rows {first}.."), vec![entry], BASE_ALIGN)
+        };
+        let tensors: &[&str] = if spec.tie_word_embeddings { &[EMBEDDING] } else { &[EMBEDDING, HEAD] };
+        let firsts = || (0..spec.vocab_size).step_by(rows);
+        let vocab = tensors.iter().flat_map(|tensor| firsts().map(|first| chunk(tensor, first))).collect();
+        let norm = EntrySpec::whole("norm", FINAL_NORM.into(), &[spec.hidden_size], DType::F32);
+        let final_norm = region("final norm".into(), vec![norm], BASE_ALIGN);
+
+        let regions = Regions { layers, experts, vocab, final_norm };
+        Ok(Self { layers: plans, regions })
+    }
+
+    /// The plan of an adapter of `shape` on `sites` of this base.
+    pub fn adapter(&self, sites: &[Site], shape: LoraShape, options: &Options, mesh: &Mesh) -> AdapterPlan {
+        let projections = self.layers.iter().map(|layer| &layer.projections[..]);
+        AdapterPlan::new(projections, sites, shape, options.compute, mesh)
+    }
+}
+
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+const FINAL_NORM: &str = "model.norm.weight";
+
+/// All projections of a model, in unit order: what targets are resolved against.
+pub fn all_projections(spec: &ModelSpec) -> Vec<crate::lora::targets::Projection> {
+    (0..spec.num_layers).flat_map(|i| projections(spec, i)).collect()
+}
