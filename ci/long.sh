@@ -12,10 +12,19 @@
 #   ci/long.sh watchdog        a rank of 4 killed, and a rank stopped, at 20 moments each
 #   ci/long.sh hosts           two hosts, which are network namespaces, against one; and their cable cut (root, Open MPI)
 #   ci/long.sh mpich           the tests of several ranks built and run with MPICH (Debian's, installed beside Open MPI)
+#   ci/long.sh same_bits       BEFORE AFTER: two builds train the same models, whose results are compared bit for bit; --quick
 #   ci/long.sh real_size       one bf16 step of a random model with the shapes of Qwen2.5-1.5B, on 2 ranks
 #   ci/long.sh real_moe        the same with two layers of the shapes of Qwen3-30B-A3B, 64 experts on each rank
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# Makes models/smollm2 where it is missing.
+smollm2() {
+  [ -d models/smollm2 ] && return
+  launch/setup.sh --no-tests
+  .venv/bin/python launch/quickstart/convert_smollm2.py models/smollm2
+}
+
 case "${1:-}" in
   side_by_side) shift; exec benches/side_by_side.sh "$@" ;;
   losses) shift; exec benches/side_by_side.sh --losses 20 "$@" ;;
@@ -52,6 +61,11 @@ case "${1:-}" in
     # slurm's srun is Open MPI's here.
     exec cargo nextest run --no-fail-fast -E 'test(/(^|::)mpi_/) - binary(slurm)'
     ;;
+  same_bits)
+    shift
+    case " $* " in *' --quick '* | *' --help '*) ;; *) smollm2 ;; esac
+    exec python3 ci/same_bits.py "$@"
+    ;;
   real_size | real_moe)
     launch/setup.sh --no-tests
     cargo build --release --quiet
@@ -61,5 +75,5 @@ case "${1:-}" in
     mpirun -n 2 "${CARGO_TARGET_DIR:-target}/release/xorl-dist" --config "tests/fixtures/$model/run.yaml"
     cat "outputs/$1/metrics.jsonl"
     ;;
-  *) sed -n '2,19s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+  *) sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
 esac
