@@ -1,4 +1,4 @@
-//! The values an adapter starts from: A Kaiming uniform with a = √5, which is U(−1/√in, 1/√in); B zeros, or
+//! Initial values of an adapter: A Kaiming uniform with a = √5, which is U(−1/√in, 1/√in); B zeros, or
 //! N(0, std). A value is a function of (seed, parameter name, index), never of rank, shard or order, so every
 //! topology starts from the same bits.
 

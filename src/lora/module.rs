@@ -1,4 +1,4 @@
-//! What an adapter is made of: the tensors it puts into its unit's adapter region, and its logical parameters.
+//! Modules of an adapter: their entries in the regions of a unit, and their logical parameters.
 
 use super::targets::{Factor, Site, SiteKind};
 use crate::{
@@ -7,7 +7,7 @@ use crate::{
     shard::{AdapterRegions, EntrySpec, Region, ShardError},
 };
 
-/// One logical parameter: the unit of naming, initialisation and export, however it is stored.
+/// One logical parameter: what is named, initialised and exported as one, however it is stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Parameter {
     /// `model.layers.3.self_attn.q_proj.lora_A`
@@ -15,15 +15,14 @@ pub struct Parameter {
     pub factor: Factor,
     /// A `[rank, in]`, B `[out, rank]`.
     pub shape: [usize; 2],
-    /// Where it is stored: in which region of its unit, of which group of experts (0 in dense regions), the entry there,
-    /// and its first element in that.
+    /// Its region in the unit, its group of experts (0 in dense regions), its entry there and its first element in that.
     pub region: Region,
     pub group: usize,
     pub entry: usize,
     pub first: usize,
 }
 
-/// Where the entries of a module start in each region of its unit.
+/// First entry of a module in each region of its unit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FirstEntries {
     pub dense: usize,
@@ -54,7 +53,7 @@ pub trait LoraModule: std::fmt::Debug {
     fn alpha(&self) -> f64 {
         self.stack().alpha
     }
-    /// What B·A is multiplied with.
+    /// Factor of B·A: alpha / rank.
     fn scaling(&self) -> f64 {
         self.alpha() / self.rank() as f64
     }
@@ -62,7 +61,7 @@ pub trait LoraModule: std::fmt::Debug {
     fn ranks(&self) -> usize {
         self.rank() * self.stack().sites.len()
     }
-    /// What it puts into its unit's regions, to be gathered in `dtype`.
+    /// Its entries in the unit's regions, gathered in `dtype`.
     fn entries(&self, dtype: DType) -> Vec<(Region, EntrySpec)> {
         self.stack().entries(dtype)
     }
@@ -70,7 +69,7 @@ pub trait LoraModule: std::fmt::Debug {
     fn parameters(&self) -> Vec<Parameter> {
         self.stack().parameters()
     }
-    /// The gathered adapters of `unit` as the operation takes them, of all experts that this rank has, and where their gradients go.
+    /// Views of `unit`'s gathered adapters, for all experts of this rank, and of the sums of their gradients.
     fn bind(&self, adapters: &AdapterRegions, unit: usize) -> Result<BoundAdapter, ShardError> {
         self.stack().bind(adapters, unit, self.scaling())
     }
@@ -79,7 +78,7 @@ pub trait LoraModule: std::fmt::Debug {
 /// Makes the adapter of one base module; see [`LoraModule::from_sites`].
 type Constructor = fn(Stack) -> Box<dyn LoraModule>;
 
-/// Which module class adapts which kind of site.
+/// The module class of each kind of site.
 pub const LORA_MAPPING: &[(SiteKind, Constructor)] =
     &[(SiteKind::Linear, boxed::<LoraLinear>), (SiteKind::Experts, boxed::<MoeExpertsLora>)];
 
@@ -87,8 +86,8 @@ fn boxed<M: LoraModule + 'static>(stack: Stack) -> Box<dyn LoraModule> {
     Box::new(M::from_sites(stack))
 }
 
-/// Adapters on slices of one projection's output. Their A's are one tensor `[Σ rank, in]`, so that one thin GEMM
-/// serves them all; each has its own B.
+/// Adapters on slices of one projection's output. Their A's are one tensor `[Σ rank, in]`, so that one GEMM
+/// of Σ rank columns serves them all; each has its own B.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraLinear(Stack);
 
@@ -103,8 +102,8 @@ impl LoraModule for LoraLinear {
 }
 
 /// Adapters on slices of the output of every expert of a layer: A `[experts, Σ rank, in]`, each B `[experts, out, rank]`,
-/// those of expert e apart from all others; without the leading dimension where a factor is shared. A rank has the leading
-/// part of its own group of experts.
+/// one for each expert; without the leading dimension where experts share a factor. A rank stores the experts of its own
+/// group.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MoeExpertsLora(Stack);
 
@@ -118,26 +117,26 @@ impl LoraModule for MoeExpertsLora {
     }
 }
 
-/// The sites on one projection: A is the first entry, the B of site i the (1 + i)-th. All share the same factor, or none
-/// does; of what experts do not share each has a copy, numbered by a leading dimension.
+/// The sites on one projection: A is the first entry, the B of site i the (1 + i)-th. All sites share the same factor
+/// over the experts, or none does; a factor that is not shared has a leading dimension, one copy for each expert.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Stack {
     pub sites: Vec<Site>,
     pub rank: usize,
     pub alpha: f64,
-    /// A rank has the experts of one of so many groups.
+    /// Groups into which the experts are divided; a rank has one of them.
     pub expert_groups: usize,
-    /// Where its entries start.
+    /// Its first entries.
     pub first: FirstEntries,
 }
 
 impl Stack {
-    /// Whether `factor` has a leading dimension.
+    /// True if `factor` has a leading dimension, one copy for each expert.
     fn is_copied(&self, factor: Factor) -> bool {
         self.sites.first().is_some_and(|site| site.experts.is_some() && site.shared != Some(factor))
     }
 
-    /// Where `factor` is stored: what each expert has of its own goes to the ranks that have that expert.
+    /// The region of `factor`: copies of single experts go to the ranks that have the expert.
     fn region(&self, factor: Factor) -> Region {
         if self.is_copied(factor) { Region::Experts } else { Region::Dense }
     }

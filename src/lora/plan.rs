@@ -1,4 +1,4 @@
-//! How an adapter is cut over ranks, before any tensor exists: its modules by layer and its regions. Pure.
+//! Plan of an adapter before any tensor exists: its modules by layer and its regions, cut over ranks. Pure.
 
 use super::{
     module::{FirstEntries, LORA_MAPPING, LoraModule, Parameter, Stack},

@@ -1,4 +1,4 @@
-//! Which logical adapters a run trains. Pure: names in, names out.
+//! Targets: from names to the logical adapters that a run trains. Pure.
 //!
 //! A *site* is one adapter: a leaf (`q_proj`) on a slice of a linear layer's output, or a fused target
 //! (`qkv_proj`) on the whole of it. Base GEMMs may be fused or split; sites do not depend on that.
@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use wildmatch::WildMatch;
 
-/// What kind of module a site adapts; the key of [`LORA_MAPPING`](super::LORA_MAPPING).
+/// Kind of module that a site adapts; the key of [`LORA_MAPPING`](super::LORA_MAPPING).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SiteKind {
     Linear,
@@ -18,12 +18,12 @@ pub enum SiteKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Experts {
     pub count: usize,
-    /// How many a token goes to.
+    /// Experts of one token.
     pub top_k: usize,
     pub names: MoeNames,
 }
 
-/// What the tensors of a mixture of experts are called in the model files: `{block}.experts.{e}.{gate}.weight`.
+/// Names of the tensors of a mixture of experts in the model files: `{block}.experts.{e}.{gate}.weight`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MoeNames {
     pub block: &'static str,
@@ -33,7 +33,7 @@ pub struct MoeNames {
 }
 
 impl MoeNames {
-    /// As most families have them, and as paths of modules go for all.
+    /// Names of most families, and of module paths in all of them.
     pub const MLP: Self = Self { block: "mlp", gate: "gate_proj", up: "up_proj", down: "down_proj" };
 
     /// The name of `gate_proj`, `up_proj` or `down_proj`.
@@ -57,7 +57,7 @@ pub struct Projection {
     pub leaves: Vec<(&'static str, usize)>,
     /// Width of the input.
     pub input: usize,
-    /// Of routed experts: each has such a projection.
+    /// The routed experts that each have such a projection; `None` for a dense one.
     pub experts: Option<Experts>,
 }
 
@@ -114,14 +114,14 @@ impl Site {
         format!("{}.{}", self.parent, self.name)
     }
 
-    /// The same with a factor that all experts share, if there are experts: the side of the hidden states, A of what reads
-    /// them and B of what is added to them (xorl's `moe_hybrid_shared_lora`).
+    /// The site with one factor shared by all experts, if it has experts: A of projections that read the hidden states, B of
+    /// those that write them (xorl's `moe_hybrid_shared_lora`).
     pub fn hybrid(self) -> Self {
         let shared = if self.name == "down_proj" { Factor::B } else { Factor::A };
         Self { shared: self.experts.map(|_| shared), ..self }
     }
 
-    /// How many there are of a factor: of each expert one, unless it is shared.
+    /// Copies of a factor: one for each expert, 1 if it is shared.
     pub fn copies(&self, factor: Factor) -> usize {
         let experts = self.experts.filter(|_| self.shared != Some(factor));
         experts.map_or(1, |experts| experts.count)
@@ -141,12 +141,12 @@ impl Site {
         self.leaves.iter().map(|(_, width)| width).sum()
     }
 
-    /// Trainable parameters: A and B, of all experts.
+    /// Number of trainable elements: A and B, of all experts.
     pub fn parameters(&self, rank: usize) -> usize {
         rank * (self.copies(Factor::A) * self.input + self.copies(Factor::B) * self.output())
     }
 
-    /// The parameters that a token meets, as often as it does.
+    /// Elements of A and B that one token is multiplied with, those of each of its experts counted.
     pub fn parameters_met(&self, rank: usize) -> usize {
         self.experts.map_or(1, |experts| experts.top_k) * rank * (self.input + self.output())
     }

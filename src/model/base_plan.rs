@@ -1,5 +1,5 @@
-//! How the base of a model is cut over ranks, before any tensor exists: its options and regions. Pure: the model's slot
-//! pools and the byte formulas of [`plan`](crate::plan) are both made from it.
+//! Plan of the base before any tensor exists: options, and regions cut over ranks. Pure: the model's slot pools and the
+//! byte formulas of [`plan`](crate::plan) are both made from it.
 
 use super::{
     ModelSpec,
@@ -13,23 +13,23 @@ use crate::{
     shard::{EntrySpec, Region, RegionLayout, layout::BASE_ALIGN},
 };
 
-/// How a model is cut and computed; nothing here changes the result beyond rounding.
+/// Options of sharding and computing; none changes the result beyond rounding.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Options {
     /// Dtype of frozen matrices, gathered adapters and activations.
     pub compute: DType,
     /// One GEMM for q, k, v and one for gate, up.
     pub merge: bool,
-    /// Layers that are whole at a time.
+    /// Layers gathered at a time.
     pub slots: usize,
-    /// Rows of the embedding and the head that are whole at a time.
+    /// Rows of the embedding and the head gathered at a time.
     pub vocab_chunk_rows: usize,
     /// Tokens whose logits exist at a time.
     pub loss_chunk_tokens: usize,
-    /// What of a layer is kept for backward; the rest is computed again.
+    /// Activations kept for backward; the rest is recomputed.
     pub checkpointing: CheckpointingMethod,
     pub reduce: ReduceGradients,
-    /// Looks at what every layer computes, and takes away its weights when it has: slow.
+    /// Checks the output of every layer and overwrites its weights with NaN after use: slow.
     pub debug: bool,
 }
 
@@ -40,8 +40,7 @@ impl Options {
     }
 }
 
-/// Regions of the base as one rank has them: the slot pools and the byte formulas are both made from them. Those of
-/// experts, one a layer, are empty where there are none.
+/// Regions of the base as one rank has them. Those of experts, one a layer, have no entries in a dense layer.
 pub struct Regions {
     pub layers: Vec<RegionLayout>,
     pub experts: Vec<RegionLayout>,

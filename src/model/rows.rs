@@ -8,9 +8,9 @@ use tch::{Device, Tensor};
 /// of keys that experts exchange.
 #[derive(Debug)]
 pub struct RowAdapters {
-    /// Of layers that all rows go through.
+    /// Segments of layers that all rows go through.
     dense: RowSegments,
-    /// Of each expert.
+    /// The adapters of each expert's segments.
     pattern: Pattern,
     /// Index into `pattern` of each row: `[tokens, 1]` i64; `None` where the pattern has one entry.
     index: Option<Tensor>,

@@ -18,21 +18,21 @@ struct UnitShards {
     master: Tensor,
     /// The reduced gradient of this rank's piece, summed over micro-batches.
     gradient: Tensor,
-    /// The gradient of the whole region, before it is reduced: `[all elements]`. A lone rank's is `gradient`.
+    /// The gradient of the whole region, before it is reduced: `[all elements]`. `None` on one rank: `gradient` is whole.
     full: Option<Tensor>,
 }
 
-/// What this rank owns of one region.
+/// This rank's part of one region.
 pub struct Owned<'a> {
     /// fp32 `[piece elements]`
     pub master: &'a Tensor,
     /// Reduced, fp32 `[piece elements]`
     pub gradient: &'a Tensor,
-    /// The copy from which the region is gathered, in compute dtype `[piece elements]`; `None` where there is no adapter.
+    /// The copy that the all-gather sends, in compute dtype `[piece elements]`; `None` for a unit without adapter.
     pub compute: Option<Tensor>,
 }
 
-/// The adapters of all units: what a block shares, and what belongs to single experts.
+/// The adapters of all units: the region that a block shares, and the region of single experts.
 pub struct AdapterRegions {
     dense: AdapterShards,
     experts: AdapterShards,
@@ -69,7 +69,7 @@ impl AdapterRegions {
         [&mut self.dense, &mut self.experts]
     }
 
-    /// What this rank owns: the dense region of every unit, then the experts' of every unit.
+    /// This rank's parts: the dense region of every unit, then the experts' of every unit.
     pub fn owned(&self) -> impl Iterator<Item = Owned<'_>> {
         [&self.dense, &self.experts].into_iter().flat_map(|shards| {
             (0..shards.len()).map(|unit| Owned {
@@ -85,12 +85,13 @@ impl AdapterRegions {
         &self.dense.block
     }
 
-    /// Makes what is gathered stale, and waits for what is under way. Before every change of a compute copy.
+    /// Marks gathered units as stale and waits for gathers under way. Called before every change of a compute copy.
     pub fn invalidate(&mut self) -> Result<(), ShardError> {
         self.both().into_iter().try_for_each(|shards| shards.ring.invalidate())
     }
 
-    /// Makes the compute copies follow the masters, and what is gathered stale. After every change of a master alone.
+    /// Copies the masters into the compute copies and marks gathered units as stale. Called after every change of a
+    /// master alone.
     pub fn refresh(&mut self) -> Result<(), ShardError> {
         self.invalidate()?;
         for Owned { master, compute, .. } in self.owned() {
@@ -101,7 +102,7 @@ impl AdapterRegions {
         Ok(())
     }
 
-    /// Makes `unit`'s adapters whole; see [`SlotPool::gather`].
+    /// Gathers `unit`'s adapters; see [`SlotPool::gather`].
     pub fn gather(&mut self, unit: usize) -> Result<(), ShardError> {
         self.both().into_iter().try_for_each(|shards| shards.ring.gather(unit))
     }
@@ -116,18 +117,18 @@ impl AdapterRegions {
         self.both().into_iter().for_each(|shards| shards.ring.poison(unit));
     }
 
-    /// Before a step: all gradients are zero.
+    /// Sets all gradients to zero, before a step.
     pub fn zero_gradients(&mut self) {
         self.both().into_iter().for_each(AdapterShards::zero_gradients);
     }
 
-    /// After `unit`'s backward of a micro-batch: with `reduce_gradients: micro_batch`, its gradient is reduced
-    /// and added to this rank's pieces.
+    /// Reduces `unit`'s gradient after its backward of a micro-batch and adds it to this rank's pieces, with
+    /// `reduce_gradients: micro_batch`.
     pub fn micro_batch_done(&mut self, unit: usize) -> Result<(), ShardError> {
         self.both().into_iter().try_for_each(|shards| shards.micro_batch_done(unit))
     }
 
-    /// After the last micro-batch: every rank has the gradient of its pieces, summed over all ranks.
+    /// Reduces all gradients after the last micro-batch: each rank then has the sum over all ranks for its pieces.
     pub fn step_done(&mut self) -> Result<(), ShardError> {
         self.both().into_iter().try_for_each(|shards| shards.step_done())
     }
@@ -201,7 +202,7 @@ impl AdapterShards {
         piece * n..(piece + 1) * n
     }
 
-    /// Where entry `entry` of the experts' group `group` (0 in dense regions) lies in `unit`'s flat element space.
+    /// Range of entry `entry` of the experts' group `group` (0 in dense regions) in `unit`'s flat element space.
     pub fn elements(&self, unit: usize, group: usize, entry: usize) -> Range<usize> {
         let entry = &self.ring.layout(unit).entries[entry];
         let first = group * self.units[unit].master.numel() * self.shard.size();
@@ -231,7 +232,7 @@ impl AdapterShards {
         self.ring.view(unit, entry)
     }
 
-    /// Where `unit`'s backward adds the gradient of entry `entry`: an fp32 view of the entry's shape.
+    /// Sum of the gradient of entry `entry`, to which `unit`'s backward adds: an fp32 view of the entry's shape.
     pub fn gradient_view(&self, unit: usize, entry: usize) -> Tensor {
         let own = &self.units[unit];
         let flat = own.full.as_ref().or(self.scratch.as_ref()).unwrap_or(&own.gradient);

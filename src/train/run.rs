@@ -48,7 +48,7 @@ const VOCAB_CHUNK_BYTES: usize = 512 << 20;
 /// Steps that the loader prepares ahead.
 const LOADER_AHEAD: usize = 4;
 
-/// How a run that did not fail came to its end.
+/// End of a run that did not fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
     /// All steps are made.
@@ -152,12 +152,12 @@ impl Run {
         })
     }
 
-    /// Looks at everything as it trains.
+    /// Checks the output of every layer in every step (`--debug`).
     pub fn set_debug(&mut self, debug: bool) {
         self.debug = debug;
     }
 
-    /// What a lone reader of the log wants to know before the first step.
+    /// Mesh, data, steps and trainable parameters in one line, for the log.
     pub fn summary(&self) -> String {
         let counts = targets::parameters_by_name(&self.sites, self.config.lora.lora_rank);
         let total: usize = counts.values().sum();
@@ -235,7 +235,7 @@ impl Run {
         let settings = Settings::new(train.optimizer, train.weight_decay);
         let mut adapter = model.new_adapter(&self.sites, self.lora_shape())?;
         let mut optimizer = Optimizer::new(settings, adapter.regions());
-        // What was read is let go of once it is in place: it is as large as the adapter and its moments.
+        // Values are dropped once they are in place: they are as large as the adapter and its moments.
         match &mut self.start {
             Start::Fresh => adapter.init(train.seed, lora.lora_b_init_std)?,
             Start::Adapter(values) => {
@@ -299,7 +299,7 @@ impl Run {
                 let _saving = (trace::span(Category::Phase, "save"), watcher.slow("save"));
                 metrics.sync()?;
                 saver.save(&trainer, Progress { step: done, epoch: rows.epoch, position: step_rows.next })?;
-                // A resumed process gathers everything anew: so does this one, and both tell the same bytes.
+                // A resumed process gathers everything anew. So does this one, and both report the same bytes.
                 trainer.model.forget_gathered()?;
                 trainer.session.adapter.regions_mut().refresh()?;
                 // A save is in no step's time.
@@ -338,7 +338,7 @@ impl Run {
         self.batches.step_rows(position).take(self.total_steps.saturating_sub(done))
     }
 
-    /// Which rows this rank computes, step by step.
+    /// Rows of this rank, step by step.
     fn step_plans(&self, rank: usize) -> impl Iterator<Item = StepPlan> + Send + use<> {
         let (ranks, micro) = (self.mesh.data_parallel(), self.config.train.micro_batch_size);
         let (done, _) = self.standing();

@@ -15,7 +15,7 @@ use crate::{
 };
 use std::rc::Rc;
 
-/// What a step did, the same on every rank.
+/// Outcome of a step, the same on every rank.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepReport {
     /// Mean loss of the step's valid tokens; `None` when there was none.
@@ -27,7 +27,7 @@ pub struct StepReport {
     pub valid_tokens: u64,
     /// All tokens that were computed.
     pub total_tokens: u64,
-    /// What the routers did, in a model with experts.
+    /// Router statistics, in a model with experts.
     pub router: Option<RouterReport>,
     /// Parameters whose gradient was not finite. Not empty: no rank updated anything.
     pub non_finite: Vec<String>,

@@ -16,7 +16,7 @@ use tch::{Kind, Tensor};
 const ALIGNMENT: i64 = 8;
 
 impl Matrices {
-    /// Whether the kernels take them.
+    /// True if the kernels take them.
     fn are_aligned(&self) -> bool {
         let stride = self.tensor().stride();
         let (columns, distances) = (stride[stride.len() - 1], &stride[..stride.len() - 1]);
@@ -200,7 +200,7 @@ struct Stacked<'a> {
     ranks: i64,
     input: i64,
     output: i64,
-    /// What `scaling` and zeros are made like: of the adapters' dtype, on their device.
+    /// An empty tensor of the adapters' dtype on their device.
     like: Tensor,
 }
 
@@ -285,7 +285,7 @@ impl<'a> Stacked<'a> {
     }
 }
 
-/// Whether the kernels take all of the layer's matrices, and the rows that go through them.
+/// True if the kernels take all of the layer's matrices and the rows that go through them.
 fn takes(layer: GroupedLinear) -> bool {
     let linear = layer.linear;
     let bases = with_columns(&linear.bases).all(|(base, range)| {
@@ -302,7 +302,7 @@ fn takes(layer: GroupedLinear) -> bool {
     [linear.input(), linear.output()].iter().all(|width| width % ALIGNMENT == 0) && bases && adapters
 }
 
-/// Side by side.
+/// Joins `parts` along their columns.
 fn one(mut parts: Vec<Tensor>) -> Tensor {
     if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(&parts, 1) }
 }

@@ -20,12 +20,12 @@ impl Matrices {
         }
     }
 
-    /// Of each matrix.
+    /// Rows of one matrix.
     pub fn rows(&self) -> i64 {
         self.shape()[0]
     }
 
-    /// Of each matrix.
+    /// Columns of one matrix.
     pub fn columns(&self) -> i64 {
         self.shape()[1]
     }
@@ -35,7 +35,7 @@ impl Matrices {
         [size[size.len() - 2], size[size.len() - 1]]
     }
 
-    /// All of them.
+    /// The tensor of all matrices.
     pub fn tensor(&self) -> &Tensor {
         let (Self::Shared(tensor) | Self::Each(tensor)) = self;
         tensor

@@ -146,7 +146,7 @@ fn backend<'a>(rows: &Tensor, layer: GroupedLinear<'a>) -> Box<dyn Backend + 'a>
     }
 }
 
-/// Whether segments of any length cost alike. libtorch's GEMMs on a CPU do not: oneDNN compiles and keeps a kernel for
+/// True if segments of any length cost alike. With libtorch's GEMMs on a CPU they do not: oneDNN compiles and keeps a kernel for
 /// each number of rows, except where every segment is short.
 pub fn takes_any_rows(x: &Tensor) -> bool {
     x.device() != Device::Cpu || tiled::multiplier(x).is_some()

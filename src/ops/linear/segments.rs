@@ -31,9 +31,9 @@ pub(super) struct OnDevice {
     pub ends: Tensor,
     /// End of each base's rows: `[bases]` i32.
     pub base_ends: Tensor,
-    /// Whether a segment has no rows: `[segments, 1, 1]` bool.
+    /// True for a segment without rows: `[segments, 1, 1]` bool.
     pub is_empty: Tensor,
-    /// Whether the device computes all segments in one grouped GEMM.
+    /// True if the device computes all segments in one grouped GEMM.
     at_once: bool,
 }
 
@@ -90,7 +90,7 @@ impl RowSegments {
         Self { offsets: OnceCell::new(), pattern, on_device: Some(on_device) }
     }
 
-    /// As a device computes them, on the CPU.
+    /// Segments for the device's backend, on the CPU.
     #[cfg(test)]
     pub(super) fn at_once(offsets: &[i64], pattern: Pattern) -> Self {
         let ends = Tensor::from_slice(&offsets[1..]).to_kind(tch::Kind::Int);

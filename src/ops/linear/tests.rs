@@ -17,7 +17,7 @@ fn segments(offsets: &[i64]) -> RowSegments {
     RowSegments::new(offsets.to_vec(), one_adapter())
 }
 
-/// What layers give and add to their gradients: y, s·h, the same again, dx.
+/// Outputs of a layer: y, s·h, s·h recomputed, dx.
 type Compute = fn(GroupedLinear, &Tensor, &Tensor, Option<&Tensor>) -> Vec<Tensor>;
 
 fn everything(layers: GroupedLinear, x: &Tensor, d_y: &Tensor, add: Option<&Tensor>) -> Vec<Tensor> {
@@ -72,7 +72,7 @@ impl Exact {
     }
 }
 
-/// Ours with the values of each group's, bases whole or split. Of one group the matrices are its own or shared, which is the same.
+/// Our layer with each group's values, bases whole or split. One group may have its own matrices or shared ones.
 fn ours(exact: &[Exact], split: bool, kind: Kind) -> Linear {
     let matrices = |of: &dyn Fn(&Exact) -> Tensor| {
         let all: Vec<Tensor> = exact.iter().map(|layer| of(layer).detach().to_kind(kind)).collect();
@@ -221,7 +221,7 @@ fn layers_without_adapters_are_products_alone() {
     assert!(tiled.lora_hidden(&bf16(&x)).is_none() && lora_hidden(&bf16(&x), layers).is_none());
 }
 
-/// GroupedLinear in bf16 of `groups` from 32 columns to 48, with ranks 8 and 16 and 8 columns between that have no adapter.
+/// A bf16 layer of `groups` bases from 32 columns to 48, with parts of rank 8 and 16 and 8 columns without an adapter.
 fn stacked(groups: i64, shared_a: bool, shared_b: bool, split: bool) -> Linear {
     // Rows beyond those taken, so that what lies between two matrices is not what one takes.
     let matrices = |shared: bool, [rows, columns]: [i64; 2], kind| {

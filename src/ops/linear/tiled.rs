@@ -189,7 +189,7 @@ fn by_rows_of<'a>(adapter: &'a BoundAdapter, g: Matrix<'a, bf16>, group: usize) 
     by_rows(g.columns(&usizes(&(0..adapter.a.rows()))), matrix(&adapter.a, group))
 }
 
-/// That of `group`.
+/// The matrix of `group`.
 fn matrix(all: &Matrices, group: usize) -> Matrix<'_, bf16> {
     match all {
         Matrices::Shared(matrix) => Matrix::of(matrix),
@@ -197,7 +197,7 @@ fn matrix(all: &Matrices, group: usize) -> Matrix<'_, bf16> {
     }
 }
 
-/// What is added to for `group`.
+/// The sums of `group`.
 fn sums(all: &Matrices, group: usize) -> Matrix<'_, f32> {
     match all {
         Matrices::Shared(sums) => Matrix::sums(sums),
