@@ -59,7 +59,7 @@ case "${1:-}" in
     cargo build --quiet --bins --examples
     "$CARGO_TARGET_DIR/debug/xorl-dist" --version | grep MPI
     # slurm's srun is Open MPI's here.
-    exec cargo nextest run --no-fail-fast -E 'test(/(^|::)mpi_/) - binary(slurm)'
+    exec cargo nextest run --profile ci -E 'test(/(^|::)mpi_/) - binary(slurm)'
     ;;
   same_bits)
     shift

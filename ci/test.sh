@@ -31,7 +31,7 @@ diff -rq launch/quickstart/data target/quickstart-data
 say 'Tests'
 if cargo nextest --version >/dev/null 2>&1; then
   cargo test --doc --quiet
-  cargo nextest run --no-fail-fast
+  cargo nextest run --profile ci
 else
   # Without nextest's groups, tests that start mpirun must not run beside each other.
   cargo test --no-fail-fast -- --test-threads 1

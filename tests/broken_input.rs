@@ -216,7 +216,7 @@ const CASES: &[Case] = &[
 ];
 
 #[test]
-fn broken_input_is_named_in_one_line_and_nothing_is_written() {
+fn python_broken_input_is_named_in_one_line_and_nothing_is_written() {
     let pristine = pristine_model();
     let good = Workplace::new(pristine.path());
     let (code, stderr) = good.run();

@@ -1,6 +1,9 @@
 //! Chats against transformers: texts, token ids, assistant masks and decoding, on templates with the constructs of
 //! Llama 3, Qwen2.5, Qwen3, Mistral and SmolLM2, with a byte-level and a sentencepiece-like tokenizer.
 
+mod common;
+
+use common::python;
 use serde_json::{Value, json};
 use std::{
     path::{Path, PathBuf},
@@ -140,20 +143,12 @@ fn decoding_equals_transformers() {
 }
 
 #[test]
-fn the_committed_expectations_are_what_transformers_says() {
-    let local = Path::new(env!("CARGO_MANIFEST_DIR")).join(".venv/bin/python");
-    let python = match std::env::var_os("XORL_ORACLE_PYTHON") {
-        Some(python) => PathBuf::from(python),
-        None if local.exists() => local,
-        None => {
-            eprintln!("skipped: no .venv/bin/python and XORL_ORACLE_PYTHON is not set");
-            return;
-        }
-    };
+fn python_the_committed_expectations_are_what_transformers_says() {
     let out = TempDir::new().unwrap();
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/oracle/chat_oracle.py");
-    let status =
-        Command::new(python).arg(script).arg(out.path()).env("HF_HUB_OFFLINE", "1").status().unwrap();
+    let mut oracle = Command::new(python());
+    let status = oracle.arg(script).arg(out.path()).env("HF_HUB_OFFLINE", "1").status();
+    let status = status.expect("launch/setup.sh makes .venv");
     assert!(status.success(), "the oracle failed: {status}");
     let (fresh, committed) =
         (read_json(&out.path().join("expected.json")), read_json(&chat_data().join("expected.json")));

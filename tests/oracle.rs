@@ -113,13 +113,13 @@ fn reference(model: Option<&Path>) -> tempfile::TempDir {
 
 /// The quickstart's model, which ci/test.sh converts: real weights, where rounding meets large activations.
 #[test]
-fn smollm2_equals_transformers_and_peft() {
+fn python_smollm2_equals_transformers_and_peft() {
     let out = reference(Some(&Path::new(env!("CARGO_MANIFEST_DIR")).join("models/smollm2")));
     equals_reference(&out.path().join("smollm2"), CheckpointingMethod::RecomputeFullLayer, true);
 }
 
 #[test]
-fn families_equal_transformers_and_peft() {
+fn python_families_equal_transformers_and_peft() {
     let out = reference(None);
     let mut families = 0;
     for entry in std::fs::read_dir(out.path()).unwrap() {

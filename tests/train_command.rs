@@ -106,7 +106,7 @@ fn floats(file: &SafeTensors, name: &str) -> Vec<f32> {
 }
 
 #[test]
-fn packed_and_unpacked_documents_give_the_same_gradient() {
+fn python_packed_and_unpacked_documents_give_the_same_gradient() {
     let folder = tempfile::tempdir().unwrap();
     make_qwen3(&folder.path().join("model"));
     make_rows(&folder.path().join("rows.jsonl"));
