@@ -10,9 +10,9 @@ use crate::{
     lora::TargetError,
     mesh::MeshError,
     model::hf_config,
-    model::source::SourceError,
     shard::ShardError,
     trace::TraceError,
+    weights::SourceError,
 };
 
 /// What a command ends with when it does not succeed.

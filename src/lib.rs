@@ -10,9 +10,10 @@
 //! - [`session`]: a named adapter with its optimizer and clipping
 //! - [`optim`]: AdamW and SGD over flat shards, schedule, clipping
 //! - [`loss`]: causal language-model loss, chunked over tokens and vocabulary
-//! - [`model`]: HF config, families, weight sources, blocks
+//! - [`model`]: HF config, families, blocks
 //! - [`lora`]: targets, initialisation, modules and their registry
 //! - [`ops`]: operations as explicit forward/backward pairs, with kernels for CPUs and GPUs
+//! - [`weights`]: weight sources: HF files, random values
 //! - [`data`]: sources, chat template, tokenise, pack, deterministic order, loader
 //! - [`shard`]: who owns which byte of which tensor; ring, adapter shards, groups of ranks, the way of rows to their experts
 //! - [`comm`]: communicators (solo, MPI, NCCL), memory that ranks of a host share, launcher checks, ledger of bytes, control mesh
@@ -50,5 +51,6 @@ pub mod session;
 pub mod shard;
 pub mod trace;
 pub mod train;
+pub mod weights;
 
 pub use error::{Error, Result};

@@ -17,13 +17,13 @@ use xorl_dist::{
     model::{
         base_plan::{Options, all_projections},
         hf_config::HfModel,
-        source::{SafetensorsSource, validate},
         transformer::{Batch, Transformer},
     },
     optim::{Optimizer, Schedule, Settings},
     session::Session,
     shard::ProcessGroups,
     train::Trainer,
+    weights::{SafetensorsSource, validate},
 };
 
 fn floats(file: &SafeTensors, name: &str) -> Vec<f32> {

@@ -18,7 +18,7 @@ use std::{
 };
 use xorl_dist::{
     checkpoint::publish,
-    model::source::{RandomSource, SafetensorsSource, WeightSource},
+    weights::{RandomSource, SafetensorsSource, WeightSource},
 };
 
 const AUTO: [&str; 2] = ["--train.load_checkpoint_path", "auto"];

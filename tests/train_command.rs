@@ -17,10 +17,10 @@ use xorl_dist::{
     model::{
         base_plan::{Options, all_projections},
         hf_config::HfModel,
-        source::SafetensorsSource,
         transformer::{Batch, Transformer},
     },
     shard::ProcessGroups,
+    weights::SafetensorsSource,
 };
 
 /// A tiny random model made by ours is not independent; transformers makes this one, of an architecture with more of its

@@ -4,7 +4,7 @@
 use super::{CheckpointError, io};
 use crate::{
     dtype::DType,
-    model::source::{SourceError, WeightSource, weight_files},
+    weights::{SourceError, WeightSource, weight_files},
 };
 use serde_json::{Map, Value, json};
 use std::{
@@ -157,7 +157,7 @@ fn fault(error: SourceError) -> CheckpointError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::source::{RandomSource, SafetensorsSource, digest};
+    use crate::weights::{RandomSource, SafetensorsSource, digest};
     use std::os::unix::fs::{MetadataExt, symlink};
 
     fn random() -> RandomSource {

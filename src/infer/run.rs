@@ -13,10 +13,10 @@ use crate::{
         ModelSpec,
         base_plan::{Options, all_projections},
         hf_config::HfModel,
-        source::{SafetensorsSource, WeightSource, validate},
         transformer::{Batch, MicroBatchLoss, Transformer},
     },
     shard::ProcessGroups,
+    weights::{SafetensorsSource, WeightSource, validate},
 };
 use serde_json::{Value, json};
 use std::{

@@ -8,7 +8,6 @@ pub mod hf_config;
 pub mod layer;
 pub mod router_load;
 pub mod rows;
-pub mod source;
 pub mod spec;
 pub mod transformer;
 

@@ -9,7 +9,6 @@ use super::{
     layer::LayerPlan,
     router_load::RouterLoad,
     rows::RowAdapters,
-    source::WeightSource,
 };
 use crate::{
     clock::Clock,
@@ -25,6 +24,7 @@ use crate::{
     },
     shard::{ExpertDispatcher, ProcessGroups, ShardError, SlotPool},
     trace::{self, Category},
+    weights::WeightSource,
 };
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};

@@ -8,7 +8,7 @@ pub mod layout;
 pub mod process_groups;
 pub mod slots;
 
-use crate::{comm::CommError, device::DeviceError, model::source::SourceError};
+use crate::{comm::CommError, device::DeviceError, weights::SourceError};
 
 pub use adapter::{AdapterRegions, AdapterShards, Owned};
 pub use dispatcher::{ExpertDispatcher, ExpertRoute};

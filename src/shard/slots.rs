@@ -12,7 +12,7 @@ use super::{RegionLayout, ShardError};
 use crate::{
     comm::{Communicator, PAGE, Pending, SharedMemory},
     device::Staging,
-    model::source::WeightSource,
+    weights::WeightSource,
 };
 use std::{ops::Range, rc::Rc};
 use tch::{Device, Kind, Tensor};

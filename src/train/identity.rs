@@ -5,7 +5,7 @@ use super::Run;
 use crate::{
     comm::Communicator,
     error::{Error, Result, agree},
-    model::source,
+    weights,
 };
 use object::Object;
 use serde::{Deserialize, Serialize};
@@ -17,7 +17,7 @@ struct Identity {
     program: String,
     /// Resolved, as YAML.
     config: String,
-    /// [`source::digest`]
+    /// [`weights::digest`]
     model: String,
     /// [`crate::data::Dataset::fingerprint`]
     data: String,
@@ -46,7 +46,7 @@ impl Run {
         Ok(Identity {
             program: format!("{} {}", env!("CARGO_PKG_VERSION"), build_id().unwrap_or_default()),
             config: self.config.to_yaml(),
-            model: source::digest(self.source.as_ref())?,
+            model: weights::digest(self.source.as_ref())?,
             data: self.dataset.fingerprint().to_owned(),
         })
     }

@@ -19,9 +19,9 @@ use crate::{
     error::{Error, Result, agree, broadcast_from_root},
     lora::{AdapterPlan, LayerAdapterPlan},
     mesh::Mesh,
-    model::source,
     optim::{Optimizer, Schedule},
     shard::{AdapterRegions, Region, RegionLayout, ShardError},
+    weights,
 };
 use std::{
     collections::HashMap,
@@ -172,7 +172,7 @@ impl Run {
         let units = adapter_layout(&self.plans()?.1, &self.mesh);
         let own = Cut { units: &units, shards: self.mesh.block() };
         let pieces = read_pieces(path, &state, own, rank % self.mesh.block())?;
-        if rank == 0 && source::digest(self.source.as_ref())? != state.base {
+        if rank == 0 && weights::digest(self.source.as_ref())? != state.base {
             return Err(unfit("the base is another one than it was trained on".into()).into());
         }
         self.same_course(&state).map_err(unfit)?;

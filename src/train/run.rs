@@ -28,13 +28,13 @@ use crate::{
         ModelSpec,
         base_plan::{BasePlan, Options, all_projections},
         hf_config::HfModel,
-        source::{RandomSource, SafetensorsSource, WeightSource, validate},
         transformer::{Batch, Transformer},
     },
     optim::{Optimizer, Schedule, Settings},
     session::Session,
     shard::ProcessGroups,
     trace::{self, Category},
+    weights::{RandomSource, SafetensorsSource, WeightSource, validate},
 };
 use std::{
     path::{Path, PathBuf},

@@ -16,8 +16,8 @@ use crate::{
     device::Staging,
     error::{Result, agree, broadcast_from_root},
     lora::Parameter,
-    model::source,
     shard::{Owned, ShardError},
+    weights,
 };
 use std::{
     collections::HashMap,
@@ -51,7 +51,7 @@ impl<'a> Saver<'a> {
     pub(super) fn new(run: &'a Run, rank: usize) -> Result<Self> {
         let model = run.resumed().map(|resumed| resumed.path.join(checkpoint::base::FOLDER));
         let units = adapter_layout(&run.plans()?.1, &run.mesh);
-        let base = if rank == 0 { source::digest(run.source.as_ref())? } else { String::new() };
+        let base = if rank == 0 { weights::digest(run.source.as_ref())? } else { String::new() };
         let (known, model) = (KnownHashes::default(), model.filter(|path| path.is_dir()));
         Ok(Self { run, rank, units, known, base, model })
     }

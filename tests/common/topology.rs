@@ -18,7 +18,6 @@ use xorl_dist::{
     model::{
         ModelSpec, MoeSpec, QkNorm, RopeScaling, RopeSpec,
         base_plan::{BasePlan, Options, all_projections},
-        source::{RandomSource, SourceError, TensorMeta, WeightSource},
         transformer::{Batch, Transformer},
     },
     optim::{Optimizer, Schedule, Settings},
@@ -27,6 +26,7 @@ use xorl_dist::{
     session::Session,
     shard::ProcessGroups,
     train::{Trainer, metrics::received_since},
+    weights::{RandomSource, SourceError, TensorMeta, WeightSource},
 };
 
 pub const STEPS: usize = 20;
