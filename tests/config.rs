@@ -51,6 +51,14 @@ fn broken_files_are_refused_at_the_right_place() {
             "a number from 0 to 1, got 1.5",
         ),
         (
+            train("adam_beta1: 1"),
+            "run.yaml:6: train.adam_beta1:",
+            "expected a number from 0 to below 1, got 1",
+        ),
+        (train("adam_beta2: -0.1"), "run.yaml:6: train.adam_beta2:", "from 0 to below 1, got -0.1"),
+        (train("adam_epsilon: 0"), "run.yaml:6: train.adam_epsilon:", "a positive number, got 0"),
+        (train("adam_epsilon: 1e-60"), "run.yaml:6: train.adam_epsilon:", "1e-60 is 0 in fp32"),
+        (
             train("max_steps: 0"),
             "run.yaml:6: train.max_steps:",
             "a whole number of at least 1, or null, got 0",

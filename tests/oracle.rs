@@ -11,7 +11,7 @@ use tch::{Device, Tensor};
 use xorl_dist::{
     checkpoint::peft,
     comm::World,
-    config::{CheckpointingMethod, Optimizer as OptimizerKind, ReduceGradients, TrainArgs},
+    config::{CheckpointingMethod, ReduceGradients, TrainArgs},
     dtype::DType,
     lora::{Adapter, LoraShape, Site},
     model::{
@@ -173,11 +173,9 @@ fn equals_reference(directory: &Path, checkpointing: CheckpointingMethod, merge:
     }
 
     let number = |key: &str| run[key].as_f64().unwrap();
-    let optimizer = Optimizer::new(
-        Settings::new(OptimizerKind::Adamw, number("weight_decay")),
-        session_adapter.regions(),
-    );
-    let schedule = Schedule::new(&TrainArgs { lr: number("lr"), ..TrainArgs::default() }, 20);
+    let args = TrainArgs { lr: number("lr"), weight_decay: number("weight_decay"), ..TrainArgs::default() };
+    let optimizer = Optimizer::new(&Settings::from(&args), session_adapter.pieces());
+    let schedule = Schedule::new(&args, 20);
     let world = World::start().unwrap().group("world", 0);
     let session = Session {
         name: name.clone(),

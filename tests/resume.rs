@@ -261,6 +261,8 @@ fn another_run_cannot_take_a_step_for_its_own() {
         (&["--lora.lora_target_modules", "all-linear"], "missing"),
         (&["--train.seed", "7"], "its train.seed is 42, the run's 7"),
         (&["--train.optimizer", "sgd"], "its train.optimizer is adamw, the run's sgd"),
+        (&["--train.adam_beta1", "0.8"], "its train.adam_beta1 is 0.9, the run's 0.8"),
+        (&["--train.adam_beta2", "0.999"], "its train.adam_beta2 is 0.95, the run's 0.999"),
         (&["--data.datasets", &data], "30 rows then, 20 now"),
         (&["--train.load_checkpoint_path", "/nowhere"], "there is no such directory"),
     ];
@@ -278,6 +280,32 @@ fn another_run_cannot_take_a_step_for_its_own() {
         assert!(line.contains(words), "{field}: {line}");
     }
     assert!(tree(&run.at("out")) == before, "a refused run changed something");
+}
+
+#[test]
+fn numbers_that_shape_no_state_may_change_on_a_resume() {
+    let run = TinyRun::new();
+    let settings =
+        ["--train.adam_beta1", "0.8", "--train.adam_beta2", "0.99", "--train.adam_epsilon", "1e-6"];
+    succeeded(&run.run(1, "out", &[&settings[..], &["--train.max_steps", "5"]].concat()));
+    let resume = |out: &str, more: &[&str]| {
+        copy_tree(&run.at("out"), &run.at(out));
+        run.run(1, out, &[&AUTO[..], &settings[..4], &["--train.max_steps", "6"], more].concat())
+    };
+    let same = resume("same", &settings[4..]);
+    succeeded(&same);
+    let said = String::from_utf8_lossy(&same.stderr).into_owned();
+    assert!(!said.contains("from here on"), "{said}");
+    let other = resume("other", &["--train.weight_decay", "0.5"]);
+    succeeded(&other);
+    let said = String::from_utf8_lossy(&other.stderr).into_owned();
+    for words in
+        ["adam_epsilon: 1e-8 from here on, 1e-6 before", "weight_decay: 0.5 from here on, 0.01 before"]
+    {
+        assert!(said.contains(words), "{words} in {said}");
+    }
+    let adapters = ["same", "other"].map(|out| adapter(&run.step(out, 6)));
+    assert_ne!(adapters[0], adapters[1]);
 }
 
 /// On two ranks, where the file of either may be the broken one.
@@ -304,7 +332,7 @@ fn mpi_broken_state_files_are_refused_in_one_line() {
         (state, cut(state), false, "bytes,"),
         (state, cut(state), true, "EOF"),
         (state, b"[]".to_vec(), true, "no format"),
-        (state, stated("\"format\": 2", "\"format\": 9"), true, "format 9"),
+        (state, stated("\"format\": 3", "\"format\": 9"), true, "format 9"),
         (state, stated("\"shards\": 2", "\"shards\": 1"), true, "reaches past"),
         (state, stated("\"expert_groups\": 1", "\"expert_groups\": 3"), true, "3 groups of experts over 2"),
         (state, stated("\"updates\": 5", "\"updates\": -5"), true, "invalid value"),

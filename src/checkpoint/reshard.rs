@@ -1,66 +1,32 @@
 //! From the pieces that one world stored to the pieces that another one owns: pure range arithmetic.
 //!
-//! Masters and moments of a unit share one flat element space that is cut into equal pieces. Where a parameter lies
-//! in it does not depend on the world, only the length of a piece does; but that of experts lies one group of experts after
-//! another. Parameters are matched by name all the same,
-//! because fused and split GEMMs order them differently and compute the same.
+//! The master and the optimizer's state tensors of a region share one flat element space that is cut into equal pieces.
+//! Parameters are matched by name: another world cuts the space elsewhere, other groups of experts order it otherwise,
+//! and fused and split GEMMs place the same parameters differently.
 
-use serde::{Deserialize, Serialize};
+use crate::shard::{FlatRegion, PlacedParameter};
 use std::{
     collections::{BTreeMap, BTreeSet},
     ops::Range,
 };
 
-/// One unit's flat element space and how it is cut.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct UnitLayout {
-    /// Elements that each shard owns.
-    pub piece: usize,
-    /// Into how many groups of experts the space is divided; shard s owns a piece of group s mod that. 1 where nothing
-    /// belongs to single experts.
-    #[serde(default = "one")]
-    pub expert_groups: usize,
-    pub parameters: Vec<PlacedParameter>,
-}
-
-/// A logical parameter and its first element in its unit's flat space.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PlacedParameter {
-    /// `model.layers.3.self_attn.q_proj.lora_A`
-    pub name: String,
-    pub shape: [usize; 2],
-    pub first: usize,
-}
-
-impl PlacedParameter {
-    /// Its elements in the unit's flat space, or `None` if their numbers are none that memory could hold.
-    pub(super) fn elements(&self) -> Option<Range<usize>> {
-        let count = self.shape[0].checked_mul(self.shape[1])?;
-        Some(self.first..self.first.checked_add(count)?)
-    }
-}
-
-const fn one() -> usize {
-    1
-}
-
-/// Units that are cut over as many shards.
+/// Regions that are cut over `shards` shards.
 #[derive(Clone, Copy, Debug)]
 pub struct Cut<'a> {
-    pub units: &'a [UnitLayout],
+    pub regions: &'a [FlatRegion],
     pub shards: usize,
 }
 
 impl Cut<'_> {
-    /// Which piece of `unit` shard `shard` owns.
-    fn piece_of(self, unit: usize, shard: usize) -> usize {
-        let groups = self.units[unit].expert_groups;
+    /// The number of the piece of `region` that shard `shard` owns.
+    fn piece_of(self, region: &FlatRegion, shard: usize) -> usize {
+        let groups = region.expert_groups;
         shard % groups * (self.shards / groups) + shard / groups
     }
 
-    /// Which shard owns piece `piece` of `unit`.
-    fn shard_of(self, unit: usize, piece: usize) -> usize {
-        let groups = self.units[unit].expert_groups;
+    /// The shard that owns piece `piece` of `region`.
+    fn shard_of(self, region: &FlatRegion, piece: usize) -> usize {
+        let groups = region.expert_groups;
         let each = self.shards / groups;
         piece % each * groups + piece / each
     }
@@ -68,32 +34,38 @@ impl Cut<'_> {
 
 /// A run of elements to copy.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Move {
-    /// The stored shard and unit that have it, and where in that piece.
+pub struct Move<'a> {
+    /// The stored shard and region that have it, and its place in that piece.
     pub shard: usize,
-    pub stored_unit: usize,
+    pub stored: &'a FlatRegion,
     pub from: Range<usize>,
-    /// The unit that takes it, and where in this rank's piece.
-    pub unit: usize,
+    /// The region that takes it, and its first place in this rank's piece.
+    pub own: &'a FlatRegion,
     pub to: usize,
 }
 
-/// Whether the units hold their parameters: what is read from a file may claim anything.
-pub fn check(Cut { units, shards }: Cut) -> Result<(), String> {
+/// Checks that the regions hold their parameters and no name is there twice: a file may claim anything.
+///
+/// # Errors
+/// The first contradiction, in one line.
+pub fn check(Cut { regions, shards }: Cut) -> Result<(), String> {
     if shards == 0 {
         return Err("it was cut into 0 shards".into());
     }
-    let mut names = BTreeSet::new();
-    for (index, unit) in units.iter().enumerate() {
-        let all = unit.piece.checked_mul(shards).ok_or("its pieces are larger than memory")?;
-        if unit.expert_groups == 0 || !shards.is_multiple_of(unit.expert_groups) {
-            let groups = unit.expert_groups;
-            return Err(format!("unit {index} has {groups} groups of experts over {shards} shards"));
+    let (mut names, mut region_names) = (BTreeSet::new(), BTreeSet::new());
+    for region in regions {
+        let FlatRegion { name: of, piece, expert_groups: groups, parameters } = region;
+        let all = piece.checked_mul(shards).ok_or("its pieces are larger than memory")?;
+        if !region_names.insert(of) {
+            return Err(format!("region {of} is there twice"));
         }
-        for parameter in &unit.parameters {
+        if *groups == 0 || !shards.is_multiple_of(*groups) {
+            return Err(format!("region {of} has {groups} groups of experts over {shards} shards"));
+        }
+        for parameter in parameters {
             let name = &parameter.name;
             if parameter.elements().is_none_or(|elements| elements.end > all) {
-                return Err(format!("{name} reaches past the {all} elements of unit {index}"));
+                return Err(format!("{name} reaches past the {all} elements of region {of}"));
             }
             if !names.insert(name) {
                 return Err(format!("{name} is there twice"));
@@ -103,39 +75,38 @@ pub fn check(Cut { units, shards }: Cut) -> Result<(), String> {
     Ok(())
 }
 
-/// What shard `shard` of `own` copies from the `stored` pieces; both have passed [`check`].
+/// Lists the copies that give shard `shard` of `own` its pieces out of `stored`; both have passed [`check`].
 ///
 /// # Errors
-/// In which parameters the two differ, in one line.
-pub fn plan(stored: Cut, own: Cut, shard: usize) -> Result<Vec<Move>, String> {
-    let placed = stored.units.iter().enumerate();
-    let mut by_name: BTreeMap<&str, (usize, &PlacedParameter)> = placed
-        .flat_map(|(unit, layout)| layout.parameters.iter().map(move |p| (p.name.as_str(), (unit, p))))
-        .collect();
+/// The parameters in which the two differ, in one line.
+pub fn plan<'a>(stored: Cut<'a>, own: Cut<'a>, shard: usize) -> Result<Vec<Move<'a>>, String> {
+    let placed =
+        |region: &'a FlatRegion| region.parameters.iter().map(move |p| (p.name.as_str(), (region, p)));
+    let mut by_name: BTreeMap<&str, (&FlatRegion, &PlacedParameter)> =
+        stored.regions.iter().flat_map(placed).collect();
     let (mut moves, mut faults) = (Vec::new(), Vec::new());
-    for (unit, layout) in own.units.iter().enumerate() {
-        let own_piece = own.piece_of(unit, shard);
-        for parameter in &layout.parameters {
+    for region in own.regions {
+        let own_piece = own.piece_of(region, shard);
+        let piece = own_piece * region.piece..(own_piece + 1) * region.piece;
+        for parameter in &region.parameters {
             let PlacedParameter { name, shape, first } = parameter;
             match by_name.remove(name.as_str()) {
                 None => faults.push(format!("{name} is missing")),
                 Some((_, found)) if found.shape != *shape => {
                     faults.push(format!("{name} is {:?}, expected {shape:?}", found.shape));
                 }
-                Some((stored_unit, found)) => {
-                    let piece = own_piece * layout.piece..(own_piece + 1) * layout.piece;
+                Some((stored_region, found)) => {
                     let all = *first..first + shape[0] * shape[1];
                     let mine = all.start.max(piece.start)..all.end.min(piece.end);
                     // The same elements in the stored flat space, cut where its pieces end.
-                    let stored_piece = stored.units[stored_unit].piece;
                     let mut at = mine.start;
                     while at < mine.end {
                         let source = found.first + (at - first);
-                        let shard = stored.shard_of(stored_unit, source / stored_piece);
-                        let from = source % stored_piece;
-                        let count = (mine.end - at).min(stored_piece - from);
-                        let to = at - piece.start;
-                        moves.push(Move { shard, stored_unit, from: from..from + count, unit, to });
+                        let shard = stored.shard_of(stored_region, source / stored_region.piece);
+                        let from = source % stored_region.piece;
+                        let count = (mine.end - at).min(stored_region.piece - from);
+                        let (from, to) = (from..from + count, at - piece.start);
+                        moves.push(Move { shard, stored: stored_region, from, own: region, to });
                         at += count;
                     }
                 }
@@ -146,7 +117,7 @@ pub fn plan(stored: Cut, own: Cut, shard: usize) -> Result<Vec<Move>, String> {
     if faults.is_empty() { Ok(moves) } else { Err(in_one_line(faults)) }
 }
 
-/// The first few of a list that may be as long as the model.
+/// The first few faults of a list that may be as long as the model.
 fn in_one_line(mut faults: Vec<String>) -> String {
     const SHOWN: usize = 4;
     if faults.len() > SHOWN {
@@ -165,7 +136,7 @@ mod tests {
     const ALIGN: usize = 4;
 
     /// Units of parameters laid out one after another, aligned, padded and cut as regions are.
-    fn layout(units: &[Vec<[usize; 2]>], shards: usize) -> Vec<UnitLayout> {
+    fn layout(units: &[Vec<[usize; 2]>], shards: usize) -> Vec<FlatRegion> {
         layout_of_experts(units, shards, 1, 1)
     }
 
@@ -175,7 +146,7 @@ mod tests {
         shards: usize,
         experts: usize,
         groups: usize,
-    ) -> Vec<UnitLayout> {
+    ) -> Vec<FlatRegion> {
         let unit = |(u, shapes): (usize, &Vec<[usize; 2]>)| {
             let (mut parameters, mut piece) = (Vec::new(), 0);
             for group in 0..groups {
@@ -198,7 +169,7 @@ mod tests {
                 ..parameter
             };
             let parameters = parameters.into_iter().map(place).collect();
-            UnitLayout { piece, expert_groups: groups, parameters }
+            FlatRegion { name: format!("{u}"), piece, expert_groups: groups, parameters }
         };
         units.iter().enumerate().map(unit).collect()
     }
@@ -210,8 +181,8 @@ mod tests {
     }
 
     /// The pieces of shard `shard`, by unit. The ranks with the same experts are `groups` apart.
-    fn pieces(Cut { units, shards }: Cut, shard: usize) -> Vec<Vec<f64>> {
-        let unit = |unit: &UnitLayout| {
+    fn pieces(Cut { regions, shards }: Cut, shard: usize) -> Vec<Vec<f64>> {
+        let piece = |unit: &FlatRegion| {
             let mut piece = vec![0.0; unit.piece];
             let (group, place) = (shard % unit.expert_groups, shard / unit.expert_groups);
             let own = group * shards / unit.expert_groups + place;
@@ -224,19 +195,21 @@ mod tests {
             }
             piece
         };
-        units.iter().map(unit).collect()
+        regions.iter().map(piece).collect()
     }
 
-    fn cut(units: &[UnitLayout], shards: usize) -> Cut<'_> {
-        Cut { units, shards }
+    fn cut(regions: &[FlatRegion], shards: usize) -> Cut<'_> {
+        Cut { regions, shards }
     }
 
     /// What shard `shard` of `own` has after making its moves out of `stored`.
     fn moved(stored: Cut, own: Cut, shard: usize) -> Vec<Vec<f64>> {
         let files: Vec<_> = (0..stored.shards).map(|shard| pieces(stored, shard)).collect();
-        let mut mine: Vec<_> = own.units.iter().map(|unit| vec![0.0; unit.piece]).collect();
-        for Move { shard, stored_unit, from, unit, to } in plan(stored, own, shard).unwrap() {
-            mine[unit][to..to + from.len()].copy_from_slice(&files[shard][stored_unit][from]);
+        let mut mine: Vec<_> = own.regions.iter().map(|region| vec![0.0; region.piece]).collect();
+        let place = |cut: Cut, region: &FlatRegion| cut.regions.iter().position(|r| r.name == region.name);
+        for Move { shard, stored: region, from, own: to_region, to } in plan(stored, own, shard).unwrap() {
+            let (source, target) = (place(stored, region).unwrap(), place(own, to_region).unwrap());
+            mine[target][to..to + from.len()].copy_from_slice(&files[shard][source][from]);
         }
         mine
     }
@@ -247,7 +220,8 @@ mod tests {
         let (two, three) = (layout(&shapes, 2), layout(&shapes, 3));
         assert_eq!((two[0].piece, three[0].piece), (12, 8));
         let moves = plan(cut(&two, 2), cut(&three, 3), 1).unwrap();
-        let expected = |shard, from: Range<usize>, to| Move { shard, stored_unit: 0, from, unit: 0, to };
+        let expected =
+            |shard, from: Range<usize>, to| Move { shard, stored: &two[0], from, own: &three[0], to };
         assert_eq!(moves, [expected(0, 8..12, 0), expected(1, 0..4, 4)]);
     }
 
@@ -282,7 +256,7 @@ mod tests {
         let good = layout(&[vec![[2, 3]]], 2);
         assert_eq!(check(cut(&good, 2)), Ok(()));
         assert!(check(cut(&good, 0)).is_err());
-        let with = |change: &dyn Fn(&mut UnitLayout)| {
+        let with = |change: &dyn Fn(&mut FlatRegion)| {
             let mut units = good.clone();
             change(&mut units[0]);
             check(cut(&units, 2))
@@ -294,6 +268,8 @@ mod tests {
         assert!(with(&|unit| unit.parameters[0].first = usize::MAX).is_err());
         assert!(with(&|unit| unit.parameters[0].shape = [usize::MAX, 2]).is_err());
         assert!(with(&|unit| unit.parameters.push(unit.parameters[0].clone())).is_err());
+        let twice = [good[0].clone(), FlatRegion { parameters: vec![], ..good[0].clone() }];
+        assert_eq!(check(cut(&twice, 2)), Err("region 0 is there twice".into()));
     }
 
     /// Shards, and groups that divide them and 12 experts.

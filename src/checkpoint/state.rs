@@ -1,18 +1,20 @@
-//! `training_state/` of a step: what a resume needs beyond the adapter. `trainer_state.json` says where the run stands,
-//! `optimizer-{rank}-of-{world}.safetensors` holds the fp32 masters and moments of one rank's pieces.
+//! `training_state/` of a step: what a resume needs besides the adapter. `trainer_state.json` says where the run stands.
+//! `optimizer-{rank}-of-{world}.safetensors` holds one rank's pieces: the fp32 master of each region and the optimizer's
+//! state tensors, under `{region}.{tensor}`.
 //!
-//! With replicas only the ranks of the first copy write, which own all pieces between them: as many files as shards.
+//! With replicas only the ranks of the first copy write. They own all pieces between them: as many files as shards.
 
 use super::{
     CheckpointError, io,
     publish::{Manifest, sync},
-    reshard::{self, Cut, Move, UnitLayout},
+    reshard::{self, Cut, Move},
     steps,
 };
-use crate::{config::Optimizer, data::schedule::DataCursor, optim::Schedule};
+use crate::{config::Optimizer, data::schedule::DataCursor, optim::Schedule, shard::FlatRegion};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use std::{
     collections::BTreeMap,
     fs::{self, File},
@@ -21,11 +23,13 @@ use std::{
 
 /// The folder in a step.
 pub const FOLDER: &str = "training_state";
+/// The tensor of every region that the optimizer updates; the others are the optimizer's state.
+pub const MASTER: &str = "master";
 const STATE_FILE: &str = "training_state/trainer_state.json";
-/// Changes when older programs could not read it: since 2 experts may be divided over groups.
-const FORMAT: u32 = 2;
+/// The format that is written. It changes when older programs could not read it; see [`upgrade`].
+const FORMAT: u32 = 3;
 
-/// Where a run stands after a step, and what it was, so that another one cannot take it for its own.
+/// Progress of a run after a step, and the identity of the run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TrainerState {
     pub format: u32,
@@ -35,12 +39,12 @@ pub struct TrainerState {
     pub total_steps: usize,
     /// The epoch of the last step made.
     pub epoch: usize,
-    /// Where the next step begins in the data.
+    /// Place in the data at which the next step begins.
     pub position: DataCursor,
     pub global_batch_size: usize,
     pub seed: u64,
-    /// Ranks, and how many of them, the first, own a piece and have a file.
     pub world: usize,
+    /// Ranks that own a piece and have a file: the first of `world`.
     pub shards: usize,
     pub optimizer: OptimizerState,
     pub schedule: Schedule,
@@ -48,16 +52,18 @@ pub struct TrainerState {
     pub lora: LoraIdentity,
     /// Digest of the base; see `train::save`.
     pub base: String,
-    /// By unit: what lies where in its flat space, and how it is cut.
-    pub units: Vec<UnitLayout>,
+    /// The regions of the adapter, as they are cut.
+    pub regions: Vec<FlatRegion>,
 }
 
-/// The optimizer besides its moments.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+/// The optimizer besides its state tensors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OptimizerState {
     pub kind: Optimizer,
-    /// Updates that the moments have seen: skipped steps are none.
+    /// Updates that the state tensors have seen; skipped steps are none.
     pub updates: u64,
+    /// Its numbers by field of section `train`; see [`crate::optim::Number`].
+    pub numbers: BTreeMap<String, f64>,
 }
 
 /// The data that positions refer to.
@@ -75,28 +81,33 @@ pub struct LoraIdentity {
     pub alpha: f64,
 }
 
-/// What one rank owns of one unit: flat fp32 `[piece elements]` each.
+/// One rank's pieces: flat fp32 tensors `[piece elements]` by region and name.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct UnitPieces {
-    pub master: Vec<f32>,
-    /// Both empty when the optimizer keeps none.
-    pub exp_avg: Vec<f32>,
-    pub exp_avg_sq: Vec<f32>,
-}
+pub struct Pieces(BTreeMap<String, BTreeMap<String, Vec<f32>>>);
 
-impl UnitPieces {
-    fn zeros(elements: usize, moments: bool) -> Self {
-        let moment = vec![0.0; if moments { elements } else { 0 }];
-        Self { master: vec![0.0; elements], exp_avg: moment.clone(), exp_avg_sq: moment }
+impl Pieces {
+    pub fn insert(&mut self, region: &str, tensor: &str, values: Vec<f32>) {
+        self.0.entry(region.to_owned()).or_default().insert(tensor.to_owned(), values);
     }
 
-    /// The tensors by the last part of their name.
-    fn tensors(&self) -> [(&'static str, &Vec<f32>); 3] {
-        [("master", &self.master), ("exp_avg", &self.exp_avg), ("exp_avg_sq", &self.exp_avg_sq)]
+    /// Takes a tensor out, so that it need not be held twice.
+    pub fn take(&mut self, region: &str, tensor: &str) -> Option<Vec<f32>> {
+        self.0.get_mut(region)?.remove(tensor)
     }
 
-    fn tensors_mut(&mut self) -> [(&'static str, &mut Vec<f32>); 3] {
-        [("master", &mut self.master), ("exp_avg", &mut self.exp_avg), ("exp_avg_sq", &mut self.exp_avg_sq)]
+    /// Zeros for `tensors` of every region of `own`.
+    fn zeros(own: Cut, tensors: &[&str]) -> Self {
+        let zeros = |region: &FlatRegion| {
+            let named = tensors.iter().map(|&tensor| (tensor.to_owned(), vec![0.0; region.piece]));
+            (region.name.clone(), named.collect())
+        };
+        Self(own.regions.iter().map(zeros).collect())
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (&str, &str, &Vec<f32>)> {
+        self.0.iter().flat_map(|(region, tensors)| {
+            tensors.iter().map(move |(tensor, values)| (region.as_str(), tensor.as_str(), values))
+        })
     }
 }
 
@@ -111,8 +122,11 @@ impl TrainerState {
         fs::write(&path, text + "\n").map_err(io(&path))
     }
 
-    /// Reads and checks the state of the whole step `step`. What it says of pieces can be relied on afterwards, and
+    /// Reads and checks the state of the whole step `step`. Afterwards its account of pieces can be relied on, and
     /// every file that it needs is in the step.
+    ///
+    /// # Errors
+    /// A step without training state, a file that is no state, or one that contradicts itself.
     pub fn read(step: &Path) -> Result<Self, CheckpointError> {
         let (path, manifest) = (step.join(STATE_FILE), Manifest::read(step)?);
         let unfit = |reason: String| CheckpointError::Unfit { path: step.to_owned(), reason };
@@ -123,10 +137,9 @@ impl TrainerState {
         }
         let format = |reason: String| CheckpointError::Format { path: path.clone(), reason };
         let text = fs::read_to_string(&path).map_err(|error| format(error.to_string()))?;
-        let json: serde_json::Value =
-            serde_json::from_str(&text).map_err(|error| format(error.to_string()))?;
+        let mut json: Value = serde_json::from_str(&text).map_err(|error| format(error.to_string()))?;
         match json["format"].as_u64() {
-            Some(known) if (1..=u64::from(FORMAT)).contains(&known) => {}
+            Some(known) if (1..=u64::from(FORMAT)).contains(&known) => upgrade(&mut json, known),
             Some(other) => {
                 return Err(format(format!("format {other} is not known here, only 1 to {FORMAT}")));
             }
@@ -154,20 +167,43 @@ impl TrainerState {
         }
     }
 
-    /// Its units, as they are cut.
+    /// Its regions, as they are cut.
     pub fn cut(&self) -> Cut<'_> {
-        Cut { units: &self.units, shards: self.shards }
+        Cut { regions: &self.regions, shards: self.shards }
     }
 
     /// The files with the pieces of all shards, in a step.
     pub fn piece_files(&self) -> impl Iterator<Item = String> {
         (0..self.shards).map(|rank| optimizer_file(rank, self.world))
     }
+}
 
-    /// Whether the optimizer keeps moments.
-    fn has_moments(&self) -> bool {
-        self.optimizer.kind == Optimizer::Adamw
+/// Brings the JSON of an older format to the present one; files of pieces stay as they are.
+///
+/// - 1: there were no groups of experts.
+/// - 2: regions had no names and stood under `units`. Their pieces are stored as `unit.{place in the list}.{tensor}`,
+///   so `unit.{place}` becomes the name. AdamW's betas and epsilon were fixed.
+fn upgrade(json: &mut Value, format: u64) {
+    let Some(state) = json.as_object_mut().filter(|_| format < 3) else { return };
+    if let Some(mut units) = state.remove("units") {
+        for (place, unit) in units.as_array_mut().into_iter().flatten().enumerate() {
+            if let Some(unit) = unit.as_object_mut() {
+                unit.insert("name".into(), json!(format!("unit.{place}")));
+                unit.entry("expert_groups").or_insert(json!(1));
+            }
+        }
+        state.insert("regions".into(), units);
     }
+    if let Some(optimizer) = state.get_mut("optimizer").and_then(Value::as_object_mut) {
+        let numbers = match optimizer.get("kind") {
+            Some(kind) if kind == "adamw" => {
+                json!({"adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-8})
+            }
+            _ => json!({}),
+        };
+        optimizer.insert("numbers".into(), numbers);
+    }
+    state.insert("format".into(), json!(FORMAT));
 }
 
 /// The file of rank `rank` of `world`, in a step.
@@ -175,62 +211,57 @@ fn optimizer_file(rank: usize, world: usize) -> String {
     format!("{FOLDER}/optimizer-{rank}-of-{world}.safetensors")
 }
 
-/// Writes what rank `rank` of `world` owns of each unit into the step directory `step`, and waits until it is on the
-/// disk: another node's sync would not bring it there.
-pub fn write_pieces(
-    step: &Path,
-    rank: usize,
-    world: usize,
-    units: &[UnitPieces],
-) -> Result<(), CheckpointError> {
+/// Writes the pieces of rank `rank` of `world` into the step directory `step`, and waits until they are on the disk:
+/// another node's sync would not bring them there.
+pub fn write_pieces(step: &Path, rank: usize, world: usize, pieces: &Pieces) -> Result<(), CheckpointError> {
     let path = step.join(optimizer_file(rank, world));
     let format = |reason: String| CheckpointError::Format { path: path.clone(), reason };
     let mut views = BTreeMap::new();
-    for (unit, pieces) in units.iter().enumerate() {
-        for (what, values) in pieces.tensors() {
-            let view = TensorView::new(Dtype::F32, vec![values.len()], bytemuck::cast_slice(values));
-            views.insert(key(unit, what), view.map_err(|error| format(error.to_string()))?);
-        }
+    for (region, tensor, values) in pieces.iter() {
+        let view = TensorView::new(Dtype::F32, vec![values.len()], bytemuck::cast_slice(values));
+        views.insert(key(region, tensor), view.map_err(|error| format(error.to_string()))?);
     }
     let bytes = safetensors::serialize(views, None).map_err(|error| format(error.to_string()))?;
     fs::write(&path, bytes).map_err(io(&path))?;
     sync(&path)
 }
 
-/// What shard `shard` of `own` owns after a resume from `step`, whose state is `state`. Reads the files that hold a
-/// part of it, and of those that part.
+/// Reads the pieces that shard `shard` of `own` owns after a resume from `step`, whose state is `state`: the master and
+/// the optimizer's `state_names` of every region. Reads the files that hold a part of them, and of those that part.
+///
+/// # Errors
+/// Parameters that differ from the stored ones, and files that do not hold what `state` says.
 pub fn read_pieces(
     step: &Path,
     state: &TrainerState,
     own: Cut,
     shard: usize,
-) -> Result<Vec<UnitPieces>, CheckpointError> {
+    state_names: &[&str],
+) -> Result<Pieces, CheckpointError> {
     let unfit = |reason| CheckpointError::Unfit { path: step.to_owned(), reason };
     let moves = reshard::plan(state.cut(), own, shard).map_err(unfit)?;
-    let mut units: Vec<_> =
-        own.units.iter().map(|unit| UnitPieces::zeros(unit.piece, state.has_moments())).collect();
+    let mut pieces = Pieces::zeros(own, &[&[MASTER], state_names].concat());
     for stored in 0..state.shards {
         let from_here: Vec<&Move> = moves.iter().filter(|part| part.shard == stored).collect();
         if !from_here.is_empty() {
-            PiecesFile::open(step, stored, state)?.copy(&from_here, &mut units)?;
+            PiecesFile::open(step, stored, state)?.copy(&from_here, &mut pieces)?;
         }
     }
-    Ok(units)
+    Ok(pieces)
 }
 
-fn key(unit: usize, what: &str) -> String {
-    format!("unit.{unit}.{what}")
+fn key(region: &str, tensor: &str) -> String {
+    format!("{region}.{tensor}")
 }
 
 /// One rank's stored pieces, mapped.
-struct PiecesFile<'a> {
+struct PiecesFile {
     path: PathBuf,
     map: Mmap,
-    state: &'a TrainerState,
 }
 
-impl<'a> PiecesFile<'a> {
-    fn open(step: &Path, rank: usize, state: &'a TrainerState) -> Result<Self, CheckpointError> {
+impl PiecesFile {
+    fn open(step: &Path, rank: usize, state: &TrainerState) -> Result<Self, CheckpointError> {
         let path = step.join(optimizer_file(rank, state.world));
         let fault =
             |error: std::io::Error| CheckpointError::Format { path: path.clone(), reason: error.to_string() };
@@ -238,23 +269,19 @@ impl<'a> PiecesFile<'a> {
         // SAFETY: published steps are not written to. A file that shrinks under us would end the process with
         // SIGBUS, as it would for every reader of mapped weights.
         let map = unsafe { Mmap::map(&file) }.map_err(fault)?;
-        Ok(Self { path, map, state })
+        Ok(Self { path, map })
     }
 
-    /// Copies what `moves` take from this file into `units`.
-    fn copy(&self, moves: &[&Move], units: &mut [UnitPieces]) -> Result<(), CheckpointError> {
+    /// Copies the sources of `moves` from this file into `pieces`.
+    fn copy(&self, moves: &[&Move], pieces: &mut Pieces) -> Result<(), CheckpointError> {
         let format = |reason: String| CheckpointError::Format { path: self.path.clone(), reason };
         let file = SafeTensors::deserialize(&self.map).map_err(|error| format(error.to_string()))?;
-        for Move { stored_unit, from, unit, to, .. } in moves {
-            let piece = self.state.units[*stored_unit].piece;
-            for (what, target) in units[*unit].tensors_mut() {
-                if target.is_empty() {
-                    continue;
-                }
-                let key = key(*stored_unit, what);
+        for Move { stored, from, own, to, .. } in moves {
+            for (tensor, target) in pieces.0.get_mut(&own.name).into_iter().flatten() {
+                let key = key(&stored.name, tensor);
                 let view = file.tensor(&key).map_err(|_| format(format!("{key} is missing")))?;
-                if view.dtype() != Dtype::F32 || view.shape() != [piece] {
-                    let (dtype, shape) = (view.dtype(), view.shape());
+                if view.dtype() != Dtype::F32 || view.shape() != [stored.piece] {
+                    let (dtype, shape, piece) = (view.dtype(), view.shape(), stored.piece);
                     return Err(format(format!("{key} is {dtype:?} {shape:?}, expected F32 [{piece}]")));
                 }
                 let bytes = &view.data()[from.start * 4..from.end * 4];
@@ -268,22 +295,27 @@ impl<'a> PiecesFile<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{StepWriter, publish::KnownHashes, reshard::PlacedParameter};
+    use super::super::{StepWriter, publish::KnownHashes};
     use super::*;
-    use crate::config::TrainArgs;
+    use crate::{config::TrainArgs, shard::PlacedParameter};
     use proptest::prelude::*;
-    use serde_json::{Value, json};
 
-    /// Two units over `shards`: one of 10 + 6 elements, one without parameters.
-    fn units(shards: usize) -> Vec<UnitLayout> {
+    /// Two regions over `shards`: one of 10 + 6 elements, one without parameters.
+    fn regions(shards: usize) -> Vec<FlatRegion> {
         let placed = |name: &str, shape, first| PlacedParameter { name: name.into(), shape, first };
         let parameters = vec![placed("a", [2, 5], 0), placed("b", [3, 2], 12)];
         let piece = 18usize.next_multiple_of(4 * shards) / shards;
-        let unit = |piece, parameters| UnitLayout { piece, expert_groups: 1, parameters };
-        vec![unit(piece, parameters), unit(0, vec![])]
+        let region = |name: &str, piece, parameters| {
+            let name = name.to_owned();
+            FlatRegion { name, piece, expert_groups: 1, parameters }
+        };
+        vec![region("layers.0", piece, parameters), region("layers.1", 0, vec![])]
     }
 
+    const STATE_NAMES: &[&str] = &["exp_avg", "exp_avg_sq"];
+
     fn state(world: usize) -> TrainerState {
+        let numbers = [("adam_beta1", 0.9), ("adam_beta2", 0.95), ("adam_epsilon", 1e-8)];
         TrainerState {
             format: FORMAT,
             run_id: "run".into(),
@@ -295,27 +327,43 @@ mod tests {
             seed: 42,
             world,
             shards: world,
-            optimizer: OptimizerState { kind: Optimizer::Adamw, updates: 9 },
+            optimizer: OptimizerState {
+                kind: Optimizer::Adamw,
+                updates: 9,
+                numbers: numbers.map(|(name, value)| (name.to_owned(), value)).into(),
+            },
             schedule: Schedule::new(&TrainArgs { lr: 0.1 + 0.2, ..TrainArgs::default() }, 20),
             data: DataIdentity { rows: 30, fingerprint: "f".into() },
             lora: LoraIdentity { rank: 4, alpha: 8.0 },
             base: "b".into(),
-            units: units(world),
+            regions: regions(world),
         }
     }
 
-    /// What shard `rank` owns; values say where they belong.
-    fn pieces(layout: &[UnitLayout], rank: usize) -> Vec<UnitPieces> {
-        let unit = |unit: &UnitLayout| {
+    /// The pieces of shard `rank`; values say where they belong. Without moments if `names` is empty.
+    fn pieces(regions: &[FlatRegion], rank: usize, names: &[&str]) -> Pieces {
+        let mut pieces = Pieces::default();
+        for region in regions {
             let value = |what: usize, at: usize| {
-                let at = rank * unit.piece + at;
+                let at = rank * region.piece + at;
                 let inside = |p: &PlacedParameter| p.elements().unwrap().contains(&at);
-                if unit.parameters.iter().any(inside) { (what * 1000 + at) as f32 + 0.5 } else { 0.0 }
+                if region.parameters.iter().any(inside) { (what * 1000 + at) as f32 + 0.5 } else { 0.0 }
             };
-            let of = |what| (0..unit.piece).map(|at| value(what, at)).collect();
-            UnitPieces { master: of(1), exp_avg: of(2), exp_avg_sq: of(3) }
-        };
-        layout.iter().map(unit).collect()
+            for (what, tensor) in [MASTER].iter().chain(names).enumerate() {
+                let values = (0..region.piece).map(|at| value(what + 1, at)).collect();
+                pieces.insert(&region.name, tensor, values);
+            }
+        }
+        pieces
+    }
+
+    fn read_all(
+        step: &Path,
+        state: &TrainerState,
+        own: Cut,
+        shard: usize,
+    ) -> Result<Pieces, CheckpointError> {
+        read_pieces(step, state, own, shard, STATE_NAMES)
     }
 
     /// A published step of `world` ranks; `change` is done to its hidden directory.
@@ -324,7 +372,8 @@ mod tests {
         fs::create_dir(writer.directory().join(FOLDER)).unwrap();
         state(world).write(writer.directory()).unwrap();
         for rank in 0..world {
-            write_pieces(writer.directory(), rank, world, &pieces(&units(world), rank)).unwrap();
+            let own = pieces(&regions(world), rank, STATE_NAMES);
+            write_pieces(writer.directory(), rank, world, &own).unwrap();
         }
         change(writer.directory());
         writer.publish(&mut KnownHashes::default()).unwrap()
@@ -338,28 +387,65 @@ mod tests {
             let read = TrainerState::read(&step).unwrap();
             assert_eq!(read, state(from), "every bit of every number survives the text");
             for shard in 0..to {
-                let own = read_pieces(&step, &read, Cut { units: &units(to), shards: to }, shard).unwrap();
-                assert_eq!(own, pieces(&units(to), shard), "{from} to {to}, shard {shard}");
+                let own = read_all(&step, &read, Cut { regions: &regions(to), shards: to }, shard).unwrap();
+                assert_eq!(own, pieces(&regions(to), shard, STATE_NAMES), "{from} to {to}, shard {shard}");
             }
         }
     }
 
     #[test]
-    fn sgd_has_no_moments() {
+    fn an_optimizer_without_state_stores_masters_alone() {
         let run = tempfile::tempdir().unwrap();
-        let mut sgd = state(1);
-        sgd.optimizer.kind = Optimizer::Sgd;
-        let masters = |mut units: Vec<UnitPieces>| {
-            units.iter_mut().for_each(|unit| (unit.exp_avg, unit.exp_avg_sq) = (vec![], vec![]));
-            units
-        };
         let step = step_of(run.path(), 1, |step| {
-            sgd.write(step).unwrap();
-            write_pieces(step, 0, 1, &masters(pieces(&units(1), 0))).unwrap();
+            write_pieces(step, 0, 1, &pieces(&regions(1), 0, &[])).unwrap();
         });
-        let read = TrainerState::read(&step).unwrap();
-        let own = read_pieces(&step, &read, Cut { units: &units(1), shards: 1 }, 0).unwrap();
-        assert_eq!(own, masters(pieces(&units(1), 0)));
+        let (read, own) = (TrainerState::read(&step).unwrap(), regions(1));
+        let own = Cut { regions: &own, shards: 1 };
+        assert_eq!(read_pieces(&step, &read, own, 0, &[]).unwrap(), pieces(&regions(1), 0, &[]));
+        let error = read_all(&step, &read, own, 0).unwrap_err().to_string();
+        assert!(error.contains("layers.0.exp_avg is missing"), "{error}");
+    }
+
+    /// The text and the keys that programs of format 1 and 2 wrote.
+    #[test]
+    fn older_formats_are_read() {
+        for format in [1, 2] {
+            let run = tempfile::tempdir().unwrap();
+            let step = step_of(run.path(), 2, |step| {
+                let parameters = json!([{"name": "a", "shape": [2, 5], "first": 0},
+                    {"name": "b", "shape": [3, 2], "first": 12}]);
+                let mut units = json!([{"piece": 12, "expert_groups": 1, "parameters": parameters},
+                    {"piece": 0, "expert_groups": 1, "parameters": []}]);
+                if format == 1 {
+                    for unit in units.as_array_mut().unwrap() {
+                        unit.as_object_mut().unwrap().remove("expert_groups");
+                    }
+                }
+                let old = json!({"format": format, "run_id": "run", "step": 10, "total_steps": 20, "epoch": 1,
+                    "position": {"epoch": 1, "row": 20}, "global_batch_size": 5, "seed": 42, "world": 2, "shards": 2,
+                    "optimizer": {"kind": "adamw", "updates": 9}, "schedule": state(2).schedule,
+                    "data": {"rows": 30, "fingerprint": "f"}, "lora": {"rank": 4, "alpha": 8.0}, "base": "b",
+                    "units": units});
+                fs::write(step.join(STATE_FILE), old.to_string()).unwrap();
+                for rank in 0..2 {
+                    let mut own = pieces(&regions(2), rank, STATE_NAMES);
+                    let renamed = ["layers.0", "layers.1"].iter().enumerate();
+                    let renamed =
+                        renamed.map(|(i, name)| (format!("unit.{i}"), own.0.remove(*name).unwrap()));
+                    write_pieces(step, rank, 2, &Pieces(renamed.collect())).unwrap();
+                }
+            });
+            let read = TrainerState::read(&step).unwrap();
+            let mut expected = state(2);
+            for (place, region) in expected.regions.iter_mut().enumerate() {
+                region.name = format!("unit.{place}");
+            }
+            assert_eq!(read, expected);
+            for shard in 0..3 {
+                let own = read_all(&step, &read, Cut { regions: &regions(3), shards: 3 }, shard).unwrap();
+                assert_eq!(own, pieces(&regions(3), shard, STATE_NAMES), "format {format}, shard {shard}");
+            }
+        }
     }
 
     #[test]
@@ -378,8 +464,8 @@ mod tests {
             assert!(message.contains("trainer_state.json") && message.contains(words), "{field}: {message}");
             assert_eq!(message.lines().count(), 1);
         };
-        said("/format", json!(3), "format 3 is not known");
-        said("/units/0/expert_groups", json!(0), "0 groups of experts over 2 shards");
+        said("/format", json!(4), "format 4 is not known");
+        said("/regions/0/expert_groups", json!(0), "0 groups of experts over 2 shards");
         said("/format", json!("one"), "no format");
         said("/step", json!(-1), "invalid value");
         said("/step", json!(null), "invalid type");
@@ -388,8 +474,9 @@ mod tests {
         said("/shards", json!(0), "0 shards");
         said("/shards", json!(3), "3 shards of 2 ranks");
         said("/world", json!(4), "optimizer-0-of-4.safetensors");
-        said("/units/0/piece", json!(2), "reaches past");
-        said("/units/0/piece", json!(u64::MAX), "larger than memory");
+        said("/regions/0/piece", json!(2), "reaches past");
+        said("/regions/1/name", json!("layers.0"), "region layers.0 is there twice");
+        said("/regions/0/piece", json!(u64::MAX), "larger than memory");
         said("/optimizer/kind", json!("muon"), "muon");
         let run = tempfile::tempdir().unwrap();
         let step = step_of(run.path(), 1, |step| fs::remove_file(step.join(STATE_FILE)).unwrap());
@@ -416,7 +503,9 @@ mod tests {
                 fs::write(&path, bytes).unwrap();
             });
             // Values, or one typed error of the user's: never a panic, whatever a file claims.
-            let read = TrainerState::read(&step).and_then(|state| read_pieces(&step, &state, Cut { units: &units(1), shards: 1 }, 0));
+            let own = regions(1);
+            let own = Cut { regions: &own, shards: 1 };
+            let read = TrainerState::read(&step).and_then(|state| read_all(&step, &state, own, 0));
             if let Err(error) = read {
                 prop_assert_eq!(error.exit_code(), 2);
                 prop_assert_eq!(error.to_string().lines().count(), 1);

@@ -16,7 +16,7 @@ choices! {
 
     /// What turns gradients into updates.
     pub enum Optimizer {
-        /// Decoupled weight decay, betas 0.9 and 0.95, fp32 moments.
+        /// Decoupled weight decay, fp32 moments.
         Adamw = "adamw",
         Sgd = "sgd",
     }
@@ -136,8 +136,14 @@ section! {
         num_train_epochs: usize = 1 => OneOrMore;
         /// Stop after this many steps; also the length of the schedule. null: `num_train_epochs` decides.
         max_steps: Option<usize> = None => OneOrMore;
-        /// `adamw` (decoupled decay, betas 0.9 and 0.95, fp32 moments) or `sgd`.
+        /// `adamw` (decoupled decay, fp32 moments) or `sgd`.
         optimizer: Optimizer = Optimizer::Adamw;
+        /// adamw: decay of the first moment. A resume with another one is refused.
+        adam_beta1: f64 = 0.9 => BelowOne;
+        /// adamw: decay of the second moment. A resume with another one is refused.
+        adam_beta2: f64 = 0.95 => BelowOne;
+        /// adamw: added to the root of the second moment.
+        adam_epsilon: f64 = 1e-8 => Positive;
         /// Peak learning rate.
         lr: f64 = 5e-5 => Positive;
         /// Learning rate at the end of the decay.

@@ -36,6 +36,10 @@ pub(super) fn validate(config: &mut RunConfig, places: &FieldLocations) -> Resul
     if train.lr_warmup_ratio > 0.0 && train.lr_start > train.lr {
         return conflict("train.lr_start", format!("{:?} is above train.lr {:?}", train.lr_start, train.lr));
     }
+    if train.adam_epsilon as f32 == 0.0 {
+        let words = format!("{:?} is 0 in fp32, in which AdamW computes", train.adam_epsilon);
+        return conflict("train.adam_epsilon", words);
+    }
     if train.ulysses_parallel_size > 1 {
         let reason = "sequence parallelism is not built; leave it at 1";
         return refuse("train.ulysses_parallel_size", train.ulysses_parallel_size.to_string(), reason);

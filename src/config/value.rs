@@ -15,6 +15,8 @@ pub(super) enum Rule {
     NonNegative,
     /// From 0 to 1.
     Ratio,
+    /// From 0 to less than 1.
+    BelowOne,
     /// A count of at least one.
     OneOrMore,
     /// A size of the mesh: -1 stands for the ranks that are left.
@@ -90,6 +92,7 @@ impl Value for f64 {
             Rule::Positive => Description::new("number > 0", "a positive number"),
             Rule::NonNegative => Description::new("number >= 0", "a number of at least 0"),
             Rule::Ratio => Description::new("number in 0..1", "a number from 0 to 1"),
+            Rule::BelowOne => Description::new("number >= 0 and < 1", "a number from 0 to below 1"),
             _ => Description::new("number", "a number"),
         }
     }
@@ -101,6 +104,7 @@ impl Value for f64 {
                     Rule::Positive => *x > 0.0,
                     Rule::NonNegative => *x >= 0.0,
                     Rule::Ratio => (0.0..=1.0).contains(x),
+                    Rule::BelowOne => (0.0..1.0).contains(x),
                     _ => true,
                 }
         };

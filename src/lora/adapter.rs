@@ -6,7 +6,7 @@ use crate::{
     config::ReduceGradients,
     device::{RankDevice, Staging},
     ops::linear::BoundAdapter,
-    shard::{AdapterRegions, ProcessGroups, Region, ShardError},
+    shard::{AdapterRegions, OwnedPiece, ProcessGroups, Region, ShardError},
 };
 use std::{collections::BTreeMap, ops::Range};
 
@@ -45,6 +45,14 @@ impl Adapter {
 
     pub fn regions_mut(&mut self) -> &mut AdapterRegions {
         &mut self.regions
+    }
+
+    /// This rank's pieces: of the dense region of every layer, then of the experts' of every layer.
+    pub fn pieces(&self) -> impl Iterator<Item = OwnedPiece<'_>> {
+        [Region::Dense, Region::Experts].into_iter().flat_map(|region| {
+            let (shards, flat) = (self.regions.of(region), self.plan.flat_of(region));
+            flat.iter().enumerate().map(|(unit, region)| shards.piece(unit, region))
+        })
     }
 
     /// Range of `parameter` in `unit`'s flat element space.

@@ -7,7 +7,7 @@ use super::{
 use crate::{
     dtype::DType,
     mesh::Mesh,
-    shard::{EntrySpec, Region, RegionLayout, adapter::align_bytes},
+    shard::{EntrySpec, FlatRegion, PlacedParameter, Region, RegionLayout, adapter::align_bytes},
 };
 
 /// Rank and scale of an adapter.
@@ -40,6 +40,10 @@ pub struct AdapterPlan {
     pub dense: Vec<RegionLayout>,
     /// Parameters of the experts of one rank; without entries where there are none.
     pub experts: Vec<RegionLayout>,
+    /// The flat spaces of `dense` with the parameters in them.
+    flat_dense: Vec<FlatRegion>,
+    /// The flat spaces of the experts of all ranks, which `experts` are a part of.
+    flat_experts: Vec<FlatRegion>,
 }
 
 impl AdapterPlan {
@@ -63,12 +67,35 @@ impl AdapterPlan {
             experts.push(cut(format!("adapter of the experts of layer {i}"), Region::Experts));
             layers.push(layer);
         }
-        Self { layers, dense, experts }
+        let flat = |region, suffix: &str, layouts: &[RegionLayout], expert_groups| -> Vec<FlatRegion> {
+            let layers = layers.iter().zip(layouts).enumerate();
+            let named = layers.map(|(i, (layer, layout))| (format!("layers.{i}{suffix}"), layer, layout));
+            named
+                .map(|(name, layer, layout)| flat_region(name, layer, layout, region, expert_groups))
+                .collect()
+        };
+        let flat_dense = flat(Region::Dense, "", &dense, 1);
+        let flat_experts = flat(Region::Experts, ".experts", &experts, mesh.expert());
+        Self { layers, dense, experts, flat_dense, flat_experts }
     }
 
     /// The logical parameters of each layer.
     pub fn parameters(&self) -> Vec<Vec<Parameter>> {
         self.layers.iter().map(|layer| layer.parameters().collect()).collect()
+    }
+
+    /// The flat spaces of all regions with their parameters: the dense one of every layer, then the experts' of every
+    /// layer. The same on every rank.
+    pub fn flat(&self) -> impl Iterator<Item = &FlatRegion> {
+        self.flat_dense.iter().chain(&self.flat_experts)
+    }
+
+    /// The flat spaces of one region, by layer.
+    pub(super) fn flat_of(&self, region: Region) -> &[FlatRegion] {
+        match region {
+            Region::Dense => &self.flat_dense,
+            Region::Experts => &self.flat_experts,
+        }
     }
 
     /// The layouts of one region, by layer.
@@ -78,6 +105,24 @@ impl AdapterPlan {
             Region::Experts => &self.experts,
         }
     }
+}
+
+/// The flat space of a layer's `region`, which `layout` is one expert group's part of, and its parameters.
+fn flat_region(
+    name: String,
+    layer: &LayerAdapterPlan,
+    layout: &RegionLayout,
+    region: Region,
+    expert_groups: usize,
+) -> FlatRegion {
+    let size = layout.entries.first().map_or(1, |entry| entry.spec.dtype.size());
+    let placed = layer.parameters().filter(|parameter| parameter.region == region).map(|parameter| {
+        let in_group = layout.entries[parameter.entry].offset / size + parameter.first;
+        let first = parameter.group * (layout.padded / size) + in_group;
+        PlacedParameter { name: parameter.name, shape: parameter.shape, first }
+    });
+    let parameters = placed.collect();
+    FlatRegion { name, piece: layout.piece_bytes() / size, expert_groups, parameters }
 }
 
 /// The modules of one layer and their entries.

@@ -1,175 +1,236 @@
-//! Optimizers over flat fp32 shards, learning-rate schedule, and the one global gradient norm.
+//! Optimizers over the pieces of an adapter that a rank owns, the learning-rate schedule, and the one global gradient
+//! norm.
+//!
+//! An optimizer is an [`UpdateRule`] in a file of its own, and an arm of [`Settings::rule`]. [`Optimizer`] holds the
+//! rule together with its state, which is named: by region, then by state (`exp_avg`).
 
+mod adamw;
 pub mod clip;
 pub mod schedule;
+mod sgd;
 
 use crate::{
-    config,
-    ops::adamw::{State, Update},
-    shard::{AdapterRegions, Owned, ShardError},
+    config::{self, TrainArgs},
+    shard::{FlatRegion, OwnedPiece, ShardError},
 };
-use tch::{Device, Kind, Tensor};
+use adamw::AdamW;
+use sgd::Sgd;
+use std::{collections::BTreeMap, ops::Index};
+use tch::Tensor;
 
 pub use clip::{ClippedNorm, global_norm};
 pub use schedule::Schedule;
 
-/// What an optimizer step depends on besides gradient and learning rate.
+/// The choice of an optimizer and its numbers.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Settings {
     pub kind: config::Optimizer,
     pub weight_decay: f64,
+    /// AdamW's β₁ and β₂, each from 0 to below 1.
     pub betas: (f64, f64),
+    /// AdamW's addend to the root of the second moment, above 0.
     pub eps: f64,
 }
 
-impl Settings {
-    /// AdamW's betas (.9, .95) and eps 1e-8, as xorl has them.
-    pub fn new(kind: config::Optimizer, weight_decay: f64) -> Self {
-        Self { kind, weight_decay, betas: (0.9, 0.95), eps: 1e-8 }
+impl From<&TrainArgs> for Settings {
+    fn from(train: &TrainArgs) -> Self {
+        Self {
+            kind: train.optimizer,
+            weight_decay: train.weight_decay,
+            betas: (train.adam_beta1, train.adam_beta2),
+            eps: train.adam_epsilon,
+        }
     }
 }
 
-/// First and second moment of one piece, flat fp32 `[piece elements]`.
-pub struct Moments {
-    pub exp_avg: Tensor,
-    pub exp_avg_sq: Tensor,
+impl Settings {
+    /// The rule that these settings choose.
+    pub fn rule(&self) -> Box<dyn UpdateRule> {
+        let &Self { kind, weight_decay, betas, eps } = self;
+        match kind {
+            config::Optimizer::Adamw => Box::new(AdamW { weight_decay, betas, eps }),
+            config::Optimizer::Sgd => Box::new(Sgd { weight_decay }),
+        }
+    }
 }
 
-/// The optimizer of a whole adapter. Moments live with the piece that they belong to.
+/// Names of the state tensors of an optimizer; see [`UpdateRule::state_names`].
+pub fn state_names(kind: config::Optimizer) -> &'static [&'static str] {
+    let train = TrainArgs { optimizer: kind, ..TrainArgs::default() };
+    Settings::from(&train).rule().state_names()
+}
+
+/// One update of a whole adapter.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Update {
+    pub lr: f64,
+    /// Factor of every gradient, from clipping.
+    pub coefficient: f64,
+    /// Updates so far, this one included: t of a bias correction.
+    pub count: u64,
+}
+
+/// The arithmetic of an optimizer.
+pub trait UpdateRule {
+    /// Names of its state tensors. A region's piece has one of each: fp32 `[piece elements]`, zero at first.
+    fn state_names(&self) -> &'static [&'static str];
+
+    /// Its numbers, by their field in the configuration.
+    fn numbers(&self) -> Vec<Number>;
+
+    /// Updates the master of every piece from its gradient, which stays as it is, and rounds the master into the
+    /// compute copy. `state` has every piece's region.
+    ///
+    /// An optimizer of matrices finds the parameters of a piece with [`OwnedPiece::parts`]. It can make them whole over
+    /// [`OwnedPiece::shards`]: every rank of a group passes the same regions in the same order.
+    ///
+    /// # Errors
+    /// Those of collectives, if it enters any.
+    fn step(&self, pieces: &[OwnedPiece], state: &State, update: &Update) -> Result<(), ShardError>;
+}
+
+/// A number of an optimizer, as a resume compares it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Number {
+    /// `adam_beta1`, of section `train`.
+    pub field: &'static str,
+    pub value: f64,
+    /// The state means nothing under another value: a resume with one is refused. Others may change on a resume.
+    pub shapes_state: bool,
+}
+
+/// State tensors by region and name.
+#[derive(Default)]
+pub struct State(BTreeMap<String, BTreeMap<&'static str, Tensor>>);
+
+impl Index<&FlatRegion> for State {
+    type Output = BTreeMap<&'static str, Tensor>;
+
+    fn index(&self, region: &FlatRegion) -> &Self::Output {
+        &self.0[&region.name]
+    }
+}
+
+/// The optimizer of a whole adapter, on this rank.
 pub struct Optimizer {
-    settings: Settings,
-    /// One for each piece that this rank owns; none for sgd.
-    moments: Vec<Moments>,
-    /// Updates made so far, which AdamW's bias correction counts.
+    rule: Box<dyn UpdateRule>,
+    state: State,
     updates: u64,
 }
 
 impl Optimizer {
-    /// A fresh optimizer for `adapter`.
-    pub fn new(settings: Settings, adapter: &AdapterRegions) -> Self {
-        let fresh = |Owned { master, .. }: Owned| Moments {
-            exp_avg: master.zeros_like(),
-            exp_avg_sq: master.zeros_like(),
+    /// A fresh optimizer for the adapter that has `pieces`.
+    pub fn new<'a>(settings: &Settings, pieces: impl IntoIterator<Item = OwnedPiece<'a>>) -> Self {
+        let rule = settings.rule();
+        let fresh = |piece: OwnedPiece| {
+            let tensors = rule.state_names().iter().map(|&name| (name, piece.master.zeros_like()));
+            (piece.region.name.clone(), tensors.collect())
         };
-        let keeps_moments = settings.kind == config::Optimizer::Adamw;
-        let moments = if keeps_moments { adapter.owned().map(fresh).collect() } else { Vec::new() };
-        Self { settings, moments, updates: 0 }
+        let state = State(pieces.into_iter().map(fresh).collect());
+        Self { rule, state, updates: 0 }
     }
 
+    /// Updates made so far.
     pub fn updates(&self) -> u64 {
         self.updates
     }
 
-    /// For a resume: how many updates the moments have seen.
+    /// Sets the count of updates that the state has seen, for a resume.
     pub fn set_updates(&mut self, updates: u64) {
         self.updates = updates;
     }
 
-    /// For a resume: the moments of piece `piece`, each as long as that; nothing for sgd.
-    pub fn set_moments(&mut self, piece: usize, exp_avg: &[f32], exp_avg_sq: &[f32]) {
-        if let Some(own) = self.moments.get_mut(piece) {
-            own.exp_avg.copy_(&Tensor::from_slice(exp_avg));
-            own.exp_avg_sq.copy_(&Tensor::from_slice(exp_avg_sq));
-        }
+    /// The state tensors by name, fp32 `[piece elements]` each. A resume copies into them.
+    pub fn state(&self) -> &State {
+        &self.state
     }
 
-    /// The moments, one for each piece that this rank owns; empty for sgd.
-    pub fn moments(&self) -> &[Moments] {
-        &self.moments
+    /// The numbers of its rule; see [`UpdateRule::numbers`].
+    pub fn numbers(&self) -> Vec<Number> {
+        self.rule.numbers()
     }
 
-    /// Moves every master against its gradient times `coefficient` (from clipping) at learning rate `lr`, and the
-    /// compute copies with them.
+    /// Updates the masters and compute copies of `pieces` at learning rate `lr`, with gradients times `coefficient`.
+    /// What is gathered of the adapter is stale afterwards: the caller invalidates it before.
     ///
-    /// AdamW: see [`crate::ops::adamw`]. sgd: p ← p − lr·(g + wd·p).
-    pub fn step(
+    /// # Errors
+    /// See [`UpdateRule::step`].
+    pub fn step<'a>(
         &mut self,
-        adapter: &mut AdapterRegions,
+        pieces: impl IntoIterator<Item = OwnedPiece<'a>>,
         lr: f64,
         coefficient: f64,
     ) -> Result<(), ShardError> {
         let _span = crate::trace::operation("optimizer.step");
         let _guard = tch::no_grad_guard();
         self.updates += 1;
-        let Settings { kind, weight_decay, betas, eps } = self.settings;
-        match kind {
-            config::Optimizer::Adamw => {
-                let update = Update { lr, weight_decay, betas, eps, count: self.updates, coefficient };
-                adapter.invalidate()?;
-                for (owned, Moments { exp_avg, exp_avg_sq }) in adapter.owned().zip(&self.moments) {
-                    let Some(compute) = &owned.compute else { continue };
-                    update
-                        .apply(owned.gradient, &State { master: owned.master, exp_avg, exp_avg_sq, compute });
-                }
-                Ok(())
-            }
-            config::Optimizer::Sgd => {
-                for Owned { master, gradient, .. } in adapter.owned() {
-                    let mut master = master.shallow_clone();
-                    let gradient = gradient * coefficient;
-                    let update = (gradient + &master * weight_decay) * lr;
-                    let _ = master.g_sub_(&update);
-                }
-                adapter.refresh()
-            }
-        }
+        let pieces: Vec<OwnedPiece> = pieces.into_iter().collect();
+        self.rule.step(&pieces, &self.state, &Update { lr, coefficient, count: self.updates })
     }
 }
 
-/// Elements whose squares a CPU sums at a time, for libtorch writes down both the squares and what they are in fp64.
-const SQUARES: i64 = 1 << 15;
-
-/// Σ of squares of a flat tensor, accumulated in fp64: `[]` fp64.
-fn sum_of_squares(values: &Tensor) -> Tensor {
-    let sum = |values: &Tensor| values.square().sum(Kind::Double);
-    if values.device() != Device::Cpu {
-        return sum(values);
-    }
-    Tensor::stack(&values.split(SQUARES, 0).iter().map(sum).collect::<Vec<_>>(), 0).sum(Kind::Double)
-}
-
+/// An adapter of three elements on one rank, for the tests of optimizers.
 #[cfg(test)]
-mod tests {
+mod testing {
     use super::*;
     use crate::{
         comm::World,
         config::ReduceGradients,
         dtype::DType,
-        shard::{EntrySpec, ProcessGroups, Region, RegionLayout, adapter::align_bytes},
+        shard::{
+            AdapterRegions, EntrySpec, PlacedParameter, ProcessGroups, Region, RegionLayout,
+            adapter::align_bytes,
+        },
     };
 
-    #[test]
-    fn adamw_follows_its_formula() {
-        let spec = EntrySpec { name: "a".into(), shape: vec![3], dtype: DType::F32, spans: Vec::new() };
-        let layout = RegionLayout::new("unit", vec![spec], 1, align_bytes(DType::F32));
-        let world = World::start().unwrap();
-        let groups = ProcessGroups::one_block(&world);
-        let mut adapter = AdapterRegions::new(vec![layout], vec![], 1, &groups, ReduceGradients::Step);
-        let start = [1.0f32, -2.0, 0.5];
-        adapter.of_mut(Region::Dense).set_master(0, 0..3, &start);
-        let settings = Settings::new(config::Optimizer::Adamw, 0.1);
-        let mut optimizer = Optimizer::new(settings, &adapter);
-        let (mut p, mut m, mut v) = (start.map(f64::from), [0.0f64; 3], [0.0f64; 3]);
-        for t in 1..=5 {
-            let gradient = [0.3 * t as f32, -0.1, 2.0];
-            let dense = adapter.of(Region::Dense);
-            dense.gradient(0).narrow(0, 0, 3).copy_(&Tensor::from_slice(&gradient));
-            optimizer.step(&mut adapter, 0.01, 0.5).unwrap();
-            for i in 0..3 {
-                let g = f64::from(gradient[i]) * 0.5;
-                m[i] = 0.9 * m[i] + 0.1 * g;
-                v[i] = 0.95 * v[i] + 0.05 * g * g;
-                p[i] -= 0.01 * 0.1 * p[i];
-                let (m_hat, v_hat) = (m[i] / (1.0 - 0.9f64.powi(t)), v[i] / (1.0 - 0.95f64.powi(t)));
-                p[i] -= 0.01 * m_hat / (v_hat.sqrt() + 1e-8);
-            }
+    pub const START: [f32; 3] = [1.0, -2.0, 0.5];
+
+    /// The gradients of five steps.
+    pub const GRADIENTS: [[f32; 3]; 5] =
+        [[0.3, -0.1, 2.0], [0.6, -0.1, -2.0], [0.9, -0.1, 2.0], [1.2, 0.0, 2.0], [1.5, -0.1, 0.25]];
+
+    pub struct Adapter(AdapterRegions, FlatRegion);
+
+    impl Adapter {
+        pub fn new() -> Self {
+            let spec = EntrySpec { name: "a".into(), shape: vec![3], dtype: DType::F32, spans: Vec::new() };
+            let layout = RegionLayout::new("unit", vec![spec], 1, align_bytes(DType::F32));
+            let piece = layout.piece_bytes() / DType::F32.size();
+            let parameters = vec![PlacedParameter { name: "a".into(), shape: [1, 3], first: 0 }];
+            let region = FlatRegion { name: "layers.0".into(), piece, expert_groups: 1, parameters };
+            let groups = ProcessGroups::one_block(&World::start().unwrap());
+            let mut adapter = AdapterRegions::new(vec![layout], vec![], 1, &groups, ReduceGradients::Step);
+            adapter.of_mut(Region::Dense).set_master(0, 0..3, &START);
+            Self(adapter, region)
         }
-        let dense = adapter.of(Region::Dense);
-        assert_eq!(&dense.compute(0).unwrap(), dense.master(0));
-        let ours: Vec<f32> = dense.master(0).narrow(0, 0, 3).try_into().unwrap();
-        for (ours, expected) in ours.iter().zip(p) {
-            assert!((f64::from(*ours) - expected).abs() < 1e-6, "{ours} {expected}");
+
+        pub fn pieces(&self) -> [OwnedPiece<'_>; 1] {
+            [self.0.of(Region::Dense).piece(0, &self.1)]
         }
-        assert_eq!(optimizer.updates(), 5);
+
+        /// Makes one step of `optimizer`.
+        pub fn update(&mut self, optimizer: &mut Optimizer, gradient: [f32; 3], lr: f64, coefficient: f64) {
+            let own = self.0.of(Region::Dense).gradient(0);
+            own.narrow(0, 0, 3).copy_(&Tensor::from_slice(&gradient));
+            optimizer.step(self.pieces(), lr, coefficient).unwrap();
+        }
+
+        /// The masters are `expected`, and the compute copies are the masters.
+        pub fn equals(&self, expected: [f64; 3], what: &str) {
+            let dense = self.0.of(Region::Dense);
+            assert_eq!(&dense.compute(0).unwrap(), dense.master(0));
+            near(dense.master(0), expected, what);
+        }
+
+        pub fn state_equals(&self, optimizer: &Optimizer, name: &str, expected: [f64; 3]) {
+            near(&optimizer.state()[&self.1][name], expected, name);
+        }
+    }
+
+    fn near(tensor: &Tensor, expected: [f64; 3], what: &str) {
+        let ours: Vec<f32> = tensor.narrow(0, 0, 3).try_into().unwrap();
+        for (ours, expected) in ours.iter().zip(expected) {
+            assert!((f64::from(*ours) - expected).abs() < 1e-6, "{what}: {ours} {expected}");
+        }
     }
 }

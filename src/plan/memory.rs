@@ -12,6 +12,7 @@ use crate::{
         ModelSpec, QkNorm,
         base_plan::{BasePlan, Options, Regions},
     },
+    optim,
     shard::RegionLayout,
 };
 use std::ops::Range;
@@ -69,10 +70,7 @@ impl Memory {
         let fp32 = |bytes: usize| bytes / options.compute.size() * size_of::<f32>();
         let pieces = |held: &[Held]| held.iter().map(|held| held.pieces).sum::<usize>();
         let whole = |held: &[Held]| held.iter().map(|held| held.in_slots(whole_at_a_time)).sum::<usize>();
-        let moments = match optimizer {
-            config::Optimizer::Adamw => 2,
-            config::Optimizer::Sgd => 0,
-        };
+        let moments = optim::state_names(optimizer).len();
         let unreduced = |held: &Held| match options.reduce {
             _ if held.shards == 1 => 0,
             config::ReduceGradients::Step => held.pieces * held.shards,

@@ -35,10 +35,12 @@ impl Session {
     /// Clips the reduced gradient and steps the optimizer at learning rate `lr`. Collective over `world`, the ranks that
     /// train.
     pub fn update(&mut self, lr: f64, world: &Rc<dyn Communicator>) -> Result<Update, ShardError> {
-        let clipped = ClippedNorm::new(global_norm(self.adapter.regions())?, self.max_grad_norm);
+        let norm = global_norm(self.adapter.pieces(), &**self.adapter.regions().block())?;
+        let clipped = ClippedNorm::new(norm, self.max_grad_norm);
         let mut update = Update { grad_norm: clipped.norm, non_finite: Vec::new() };
         if clipped.norm.is_finite() {
-            self.optimizer.step(self.adapter.regions_mut(), lr, clipped.coefficient)?;
+            self.adapter.regions_mut().invalidate()?;
+            self.optimizer.step(self.adapter.pieces(), lr, clipped.coefficient)?;
         } else {
             update.non_finite = self.non_finite(&**world)?;
         }

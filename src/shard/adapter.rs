@@ -5,7 +5,7 @@
 //! the world. That of experts lies one group of experts after another, each cut over the ranks that have it. Gradients
 //! accumulate in fp32 and are reduce-scattered in fp32 inside the shard group, then summed over the replicas.
 
-use super::{ProcessGroups, Region, RegionLayout, ShardError, SlotPool};
+use super::{FlatRegion, OwnedPiece, ProcessGroups, Region, RegionLayout, ShardError, SlotPool};
 use crate::{buffers::Buffer, comm::Communicator, config::ReduceGradients, dtype::DType};
 use std::{ops::Range, rc::Rc};
 use tch::{Kind, Tensor};
@@ -20,16 +20,6 @@ struct UnitShards {
     gradient: Tensor,
     /// The gradient of the whole region, before it is reduced: `[all elements]`. `None` on one rank: `gradient` is whole.
     full: Option<Tensor>,
-}
-
-/// This rank's part of one region.
-pub struct Owned<'a> {
-    /// fp32 `[piece elements]`
-    pub master: &'a Tensor,
-    /// Reduced, fp32 `[piece elements]`
-    pub gradient: &'a Tensor,
-    /// The copy that the all-gather sends, in compute dtype `[piece elements]`; `None` for a unit without adapter.
-    pub compute: Option<Tensor>,
 }
 
 /// The adapters of all units: the region that a block shares, and the region of single experts.
@@ -69,17 +59,6 @@ impl AdapterRegions {
         [&mut self.dense, &mut self.experts]
     }
 
-    /// This rank's parts: the dense region of every unit, then the experts' of every unit.
-    pub fn owned(&self) -> impl Iterator<Item = Owned<'_>> {
-        [&self.dense, &self.experts].into_iter().flat_map(|shards| {
-            (0..shards.len()).map(|unit| Owned {
-                master: shards.master(unit),
-                gradient: shards.gradient(unit),
-                compute: shards.compute(unit),
-            })
-        })
-    }
-
     /// The ranks that own all of it between them, no element twice.
     pub fn block(&self) -> &Rc<dyn Communicator> {
         &self.dense.block
@@ -94,11 +73,7 @@ impl AdapterRegions {
     /// master alone.
     pub fn refresh(&mut self) -> Result<(), ShardError> {
         self.invalidate()?;
-        for Owned { master, compute, .. } in self.owned() {
-            if let Some(mut compute) = compute {
-                compute.copy_(master);
-            }
-        }
+        self.both().into_iter().for_each(|shards| shards.refresh());
         Ok(())
     }
 
@@ -195,6 +170,18 @@ impl AdapterShards {
         self.ring.layout(unit)
     }
 
+    /// This rank's piece of `unit`, whose flat space is `region`.
+    pub fn piece<'a>(&'a self, unit: usize, region: &'a FlatRegion) -> OwnedPiece<'a> {
+        OwnedPiece {
+            region,
+            owned: self.owned(unit),
+            master: self.master(unit),
+            gradient: self.gradient(unit),
+            compute: self.compute(unit),
+            shards: &*self.shard,
+        }
+    }
+
     /// Element range of `unit`'s flat space that this rank owns.
     pub fn owned(&self, unit: usize) -> Range<usize> {
         let n = self.units[unit].master.numel();
@@ -240,6 +227,15 @@ impl AdapterShards {
         let range = self.elements(unit, 0, entry);
         let shape: Vec<i64> = self.layout(unit).entries[entry].spec.shape.iter().map(|&n| n as i64).collect();
         flat.narrow(0, range.start as i64, range.len() as i64).view(&shape[..])
+    }
+
+    /// Copies the masters into the compute copies.
+    fn refresh(&mut self) {
+        for unit in 0..self.len() {
+            if let Some(mut compute) = self.compute(unit) {
+                compute.copy_(self.master(unit));
+            }
+        }
     }
 
     fn zero_gradients(&mut self) {

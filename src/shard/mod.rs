@@ -1,18 +1,20 @@
 //! Who owns which byte of which tensor ([`layout`], pure), the rings that make a unit whole while it computes
-//! ([`slots`]), the sharded adapter with its gradients and moments ([`adapter`]), the groups of ranks that all this is
-//! cut over ([`process_groups`]), and the way of rows to the rank that has their expert ([`dispatcher`]). Knows nothing of models.
+//! ([`slots`]), the sharded adapter with its gradients ([`adapter`]) and its pieces by name ([`piece`]), the
+//! groups of ranks that all this is cut over ([`process_groups`]), and the way of rows to the rank that has their expert ([`dispatcher`]). Knows nothing of models.
 
 pub mod adapter;
 pub mod dispatcher;
 pub mod layout;
+pub mod piece;
 pub mod process_groups;
 pub mod slots;
 
 use crate::{comm::CommError, device::DeviceError, weights::SourceError};
 
-pub use adapter::{AdapterRegions, AdapterShards, Owned};
+pub use adapter::{AdapterRegions, AdapterShards};
 pub use dispatcher::{ExpertDispatcher, ExpertRoute};
 pub use layout::{Entry, EntrySpec, Piece, Region, RegionLayout, Span};
+pub use piece::{FlatRegion, OwnedPart, OwnedPiece, PlacedParameter};
 pub use process_groups::ProcessGroups;
 pub use slots::SlotPool;
 

@@ -1,5 +1,5 @@
-//! Whether all ranks are about to do the same: one program, one configuration, one model, the same data. A rank with an old
-//! binary or another copy of a file would train, and nobody would know on what.
+//! Compares all ranks before they train: program, configuration, model and data, and after a resume the steps that are
+//! left. A rank with an old binary or another copy of a file would train, and nobody would know on what.
 
 use super::Run;
 use crate::{
@@ -10,7 +10,7 @@ use crate::{
 use object::Object;
 use serde::{Deserialize, Serialize};
 
-/// What a rank is about to run.
+/// Program and inputs of a rank's run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Identity {
     /// Version, and the linker's number of this very build.
@@ -24,22 +24,37 @@ struct Identity {
 }
 
 impl Run {
-    /// Compares what the ranks have prepared. Collective.
+    /// Compares program and inputs of the ranks, before anything is read of an earlier run. Collective.
     ///
     /// # Errors
-    /// Of the first rank that differs from rank 0, what in; [`Error::Elsewhere`] on the others.
+    /// The first rank that differs from rank 0 says in what; the others return [`Error::Elsewhere`].
     pub fn same_on_all_ranks(&self, world: &dyn Communicator) -> Result<()> {
         let own = agree(world, self.identity())?;
         let all = world.all_gather_host(&serde_json::to_vec(&own).unwrap_or_default())?;
         let first = all.first().and_then(|bytes| serde_json::from_slice::<Identity>(bytes).ok());
-        // What says it in another way is another program.
+        // An identity that cannot be read is another program's.
         let another = || Some("runs another xorl-dist than rank 0: start one on all hosts".to_owned());
         let differs = first.map_or_else(another, |first| own.difference(&first));
-        let verdict = match differs {
-            None => Ok(()),
-            Some(what) => Err(Error::Input(format!("rank {} {what}", world.rank()))),
-        };
-        agree(world, verdict)
+        same(world, differs)
+    }
+
+    /// Compares what the ranks have taken over from a step: fields of the configuration, and the steps that are left.
+    /// Collective.
+    ///
+    /// # Errors
+    /// As of [`same_on_all_ranks`](Self::same_on_all_ranks).
+    pub(super) fn same_plan_on_all_ranks(&self, world: &dyn Communicator) -> Result<()> {
+        let (done, next) = self.standing();
+        let left =
+            format!("steps {done} to {}, from row {} of epoch {}", self.total_steps, next.row, next.epoch);
+        let own = self.config.to_yaml() + &left;
+        let all = world.all_gather_host(own.as_bytes())?;
+        let first = all.first().map(|bytes| String::from_utf8_lossy(bytes)).unwrap_or_default();
+        let differs = differing_line(&own, &first);
+        same(
+            world,
+            differs.map(|(own, first)| format!("resumes otherwise than rank 0: `{own}`, not `{first}`")),
+        )
     }
 
     fn identity(&self) -> Result<Identity> {
@@ -53,7 +68,7 @@ impl Run {
 }
 
 impl Identity {
-    /// In what a rank differs from the `first`, for after its number.
+    /// The first difference of a rank from the `first`, to stand behind the rank's number.
     fn difference(&self, first: &Self) -> Option<String> {
         if self.program != first.program {
             let (own, first) = (&self.program, &first.program);
@@ -61,10 +76,7 @@ impl Identity {
                 "runs another xorl-dist ({own}) than rank 0 ({first}): start one on all hosts"
             ));
         }
-        if self.config != first.config {
-            let pairs = self.config.lines().zip(first.config.lines());
-            let differing = pairs.into_iter().find(|(own, first)| own != first);
-            let (own, first) = differing.map_or(("more", "less"), |(own, first)| (own.trim(), first.trim()));
+        if let Some((own, first)) = differing_line(&self.config, &first.config) {
             return Some(format!("has another configuration than rank 0: `{own}`, not `{first}`"));
         }
         if self.model != first.model {
@@ -74,10 +86,28 @@ impl Identity {
     }
 }
 
-/// What the linker made of all that is in this program; `None` where it was told not to.
+/// The end of a comparison on all ranks: `differs` is this rank's difference from rank 0. Collective.
+fn same(world: &dyn Communicator, differs: Option<String>) -> Result<()> {
+    let verdict = match differs {
+        None => Ok(()),
+        Some(what) => Err(Error::Input(format!("rank {} {what}", world.rank()))),
+    };
+    agree(world, verdict)
+}
+
+/// The first line in which two texts differ, of both.
+fn differing_line<'a>(own: &'a str, first: &'a str) -> Option<(&'a str, &'a str)> {
+    if own == first {
+        return None;
+    }
+    let differing = own.lines().zip(first.lines()).find(|(own, first)| own != first);
+    Some(differing.map_or(("more", "less"), |(own, first)| (own.trim(), first.trim())))
+}
+
+/// The linker's number of this build; `None` where it was told to give none.
 fn build_id() -> Option<String> {
     let file = std::fs::File::open("/proc/self/exe").ok()?;
-    // SAFETY: a program that runs is not written to.
+    // SAFETY: the kernel refuses writes to the file of a running program (ETXTBSY), so the map stays as it is.
     let map = unsafe { memmap2::Mmap::map(&file) }.ok()?;
     let program = object::File::parse(&*map).ok()?;
     Some(program.build_id().ok()??.iter().map(|byte| format!("{byte:02x}")).collect())

@@ -9,18 +9,17 @@ use crate::{
         self, CheckpointError, TrainerState,
         output::{OutputLock, SharedToken},
         publish::verify,
-        reshard::{Cut, PlacedParameter, UnitLayout},
-        state::{UnitPieces, read_pieces},
+        reshard::Cut,
+        state::{MASTER, Pieces, read_pieces},
         steps,
     },
     comm::Communicator,
     config::LoadCheckpoint,
     data::schedule::DataCursor,
     error::{Error, Result, agree, broadcast_from_root},
-    lora::{AdapterPlan, LayerAdapterPlan},
-    mesh::Mesh,
-    optim::{Optimizer, Schedule},
-    shard::{AdapterRegions, Region, RegionLayout, ShardError},
+    lora::Adapter,
+    optim::{Number, Optimizer, Schedule, Settings},
+    shard::FlatRegion,
     weights,
 };
 use std::{
@@ -43,42 +42,31 @@ pub(super) struct Resumed {
     /// The step directory.
     pub path: PathBuf,
     pub state: TrainerState,
-    /// What this rank owns, by unit, until it is restored.
-    pub pieces: Vec<UnitPieces>,
+    /// This rank's pieces, until they are restored.
+    pub pieces: Pieces,
 }
 
 impl Resumed {
-    /// Moves the pieces into this rank's masters and moments.
-    pub fn restore(
-        &mut self,
-        adapter: &mut AdapterRegions,
-        optimizer: &mut Optimizer,
-    ) -> Result<(), ShardError> {
-        let stored = std::mem::take(&mut self.pieces);
-        for (i, (owned, pieces)) in adapter.owned().zip(stored).enumerate() {
-            owned.master.shallow_clone().copy_(&Tensor::from_slice(&pieces.master));
-            optimizer.set_moments(i, &pieces.exp_avg, &pieces.exp_avg_sq);
+    /// Moves the pieces into this rank's masters and the optimizer's state.
+    ///
+    /// # Errors
+    /// A piece that was not read (a bug).
+    pub fn restore(&mut self, adapter: &mut Adapter, optimizer: &mut Optimizer) -> Result<()> {
+        let mut copy = |region: &FlatRegion, name: &str, tensor: &Tensor| {
+            let values = self.pieces.take(&region.name, name);
+            let absent = || Error::Failure(format!("{name} of {} was not read (a bug)", region.name));
+            tensor.shallow_clone().copy_(&Tensor::from_slice(&values.ok_or_else(absent)?));
+            Ok::<_, Error>(())
+        };
+        for piece in adapter.pieces() {
+            copy(piece.region, MASTER, piece.master)?;
+            for (name, tensor) in &optimizer.state()[piece.region] {
+                copy(piece.region, name, tensor)?;
+            }
         }
         optimizer.set_updates(self.state.optimizer.updates);
-        adapter.refresh()
+        Ok(adapter.regions_mut().refresh()?)
     }
-}
-
-/// What lies where in the flat spaces of the adapter, and how these are cut over the block: the dense region of every layer,
-/// then the experts' of every layer, as ranks own them.
-pub(super) fn adapter_layout(plan: &AdapterPlan, mesh: &Mesh) -> Vec<UnitLayout> {
-    let unit = |(plan, layout): (&LayerAdapterPlan, &RegionLayout), region, expert_groups| {
-        let size = layout.entries.first().map_or(1, |entry| entry.spec.dtype.size());
-        let placed = plan.parameters().filter(|parameter| parameter.region == region).map(|parameter| {
-            let in_group = layout.entries[parameter.entry].offset / size + parameter.first;
-            let first = parameter.group * (layout.padded / size) + in_group;
-            PlacedParameter { name: parameter.name, shape: parameter.shape, first }
-        });
-        UnitLayout { piece: layout.piece_bytes() / size, expert_groups, parameters: placed.collect() }
-    };
-    let dense = plan.layers.iter().zip(&plan.dense).map(|layer| unit(layer, Region::Dense, 1));
-    let experts = plan.layers.iter().zip(&plan.experts);
-    dense.chain(experts.map(|layer| unit(layer, Region::Experts, mesh.expert()))).collect()
 }
 
 impl Run {
@@ -103,6 +91,9 @@ impl Run {
             path => self.read_step(Path::new(path), world.rank()),
         };
         agree(world, read)?;
+        if self.resumed().is_some() {
+            self.same_plan_on_all_ranks(world)?;
+        }
         self.take_output(world)
     }
 
@@ -169,13 +160,14 @@ impl Run {
         let state = TrainerState::read(path)?;
         let unfit = |reason| CheckpointError::Unfit { path: path.to_owned(), reason };
         self.same_beginning(&state).map_err(unfit)?;
-        let units = adapter_layout(&self.plans()?.1, &self.mesh);
-        let own = Cut { units: &units, shards: self.mesh.block() };
-        let pieces = read_pieces(path, &state, own, rank % self.mesh.block())?;
+        self.same_course(&state).map_err(unfit)?;
+        let regions: Vec<FlatRegion> = self.plans()?.1.flat().cloned().collect();
+        let own = Cut { regions: &regions, shards: self.mesh.block() };
+        let names = Settings::from(&self.config.train).rule().state_names();
+        let pieces = read_pieces(path, &state, own, rank % self.mesh.block(), names)?;
         if rank == 0 && weights::digest(self.source.as_ref())? != state.base {
             return Err(unfit("the base is another one than it was trained on".into()).into());
         }
-        self.same_course(&state).map_err(unfit)?;
 
         if !self.places.is_given("train.run_id") {
             self.config.train.run_id.clone_from(&state.run_id);
@@ -218,6 +210,10 @@ impl Run {
             let (theirs, ours) = (name(state.optimizer.kind), name(train.optimizer));
             return Err(format!("its train.optimizer is {theirs}, the run's {ours}"));
         }
+        for (Number { field, value, .. }, before) in self.changed_numbers(state).filter(|n| n.0.shapes_state)
+        {
+            return Err(format!("its train.{field} is {before:?}, the run's {value:?}"));
+        }
         if state.data.fingerprint != self.dataset.fingerprint() {
             return Err(format!(
                 "its data are others ({} rows then, {} now), so its place in them means nothing; to train its \
@@ -227,6 +223,15 @@ impl Run {
             ));
         }
         Ok(())
+    }
+
+    /// The optimizer's numbers that differ from those of the step, and the step's. A step that does not know a number
+    /// has the run's.
+    fn changed_numbers(&self, state: &TrainerState) -> impl Iterator<Item = (Number, f64)> {
+        let numbers = Settings::from(&self.config.train).rule().numbers().into_iter();
+        let before = |number: &Number| state.optimizer.numbers.get(number.field).copied();
+        let paired = numbers.filter_map(move |number| Some((number, before(&number)?)));
+        paired.filter(|(number, before)| number.value != *before)
     }
 
     /// Takes over the global batch unless another one was given, and counts the steps that are left.
@@ -242,6 +247,9 @@ impl Run {
                 tracing::warn!("train.global_batch_size: {given} rows a step from here on, {before} before");
             }
             Some(_) => {}
+        }
+        for (Number { field, value, .. }, before) in self.changed_numbers(state).filter(|_| rank == 0) {
+            tracing::warn!("train.{field}: {value:?} from here on, {before:?} before");
         }
         let total = state.step.saturating_add(self.batches.steps_from(state.position));
         self.total_steps = self.config.train.max_steps.map_or(total, |limit| limit.min(total));

@@ -232,9 +232,8 @@ impl Run {
         model.load(self.source.as_ref())?;
         groups.open(self.spec.moe.is_some())?;
         tracing::info!("rank {} read {} bytes of the base", world.rank(), self.source.bytes_read());
-        let settings = Settings::new(train.optimizer, train.weight_decay);
         let mut adapter = model.new_adapter(&self.sites, self.lora_shape())?;
-        let mut optimizer = Optimizer::new(settings, adapter.regions());
+        let mut optimizer = Optimizer::new(&Settings::from(train), adapter.pieces());
         // Values are dropped once they are in place: they are as large as the adapter and its moments.
         match &mut self.start {
             Start::Fresh => adapter.init(train.seed, lora.lora_b_init_std)?,
@@ -242,7 +241,7 @@ impl Run {
                 let values = std::mem::take(values);
                 adapter.set(|parameter, range| values[&parameter.name][range].to_vec())?;
             }
-            Start::Resumed(resumed) => resumed.restore(adapter.regions_mut(), &mut optimizer)?,
+            Start::Resumed(resumed) => resumed.restore(&mut adapter, &mut optimizer)?,
         }
         let schedule = Schedule::new(train, self.total_steps);
         let name = train.run_id.clone();

@@ -2,28 +2,27 @@
 //! pieces, rank 0 publishes and prunes. After each part all ranks agree on whether to go on, so a save that fails on
 //! one rank ends all with that rank's error and leaves the steps before it untouched.
 
-use super::{Run, Trainer, resume::adapter_layout};
+use super::{Run, Trainer};
 use crate::{
     checkpoint::{
         self, AdapterConfig, CheckpointError, StepWriter, TrainerState,
         base::BaseFiles,
         publish::KnownHashes,
-        reshard::{self, UnitLayout},
-        state::{DataIdentity, LoraIdentity, OptimizerState, UnitPieces, write_pieces},
+        reshard,
+        state::{DataIdentity, LoraIdentity, MASTER, OptimizerState, Pieces, write_pieces},
         steps,
     },
     data::schedule::DataCursor,
     device::Staging,
     error::{Result, agree, broadcast_from_root},
     lora::Parameter,
-    shard::{Owned, ShardError},
+    shard::ShardError,
     weights,
 };
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
 };
-use tch::Tensor;
 
 /// Where the run stands after a step.
 #[derive(Clone, Copy, Debug)]
@@ -39,7 +38,6 @@ pub(super) struct Progress {
 pub(super) struct Saver<'a> {
     run: &'a Run,
     rank: usize,
-    units: Vec<UnitLayout>,
     known: KnownHashes,
     /// Which base this is; rank 0's.
     base: String,
@@ -50,10 +48,9 @@ pub(super) struct Saver<'a> {
 impl<'a> Saver<'a> {
     pub(super) fn new(run: &'a Run, rank: usize) -> Result<Self> {
         let model = run.resumed().map(|resumed| resumed.path.join(checkpoint::base::FOLDER));
-        let units = adapter_layout(&run.plans()?.1, &run.mesh);
         let base = if rank == 0 { weights::digest(run.source.as_ref())? } else { String::new() };
         let (known, model) = (KnownHashes::default(), model.filter(|path| path.is_dir()));
-        Ok(Self { run, rank, units, known, base, model })
+        Ok(Self { run, rank, known, base, model })
     }
 
     /// Publishes the run as it stands. Collective.
@@ -133,6 +130,7 @@ impl<'a> Saver<'a> {
     fn state(&self, trainer: &Trainer, at: Progress) -> Result<TrainerState> {
         let Run { config, mesh, dataset, batches, .. } = self.run;
         let (train, lora) = (&config.train, &config.lora);
+        let numbers = trainer.session.optimizer.numbers();
         Ok(TrainerState {
             format: TrainerState::FORMAT,
             run_id: train.run_id.clone(),
@@ -144,12 +142,16 @@ impl<'a> Saver<'a> {
             seed: train.seed,
             world: mesh.world(),
             shards: mesh.block(),
-            optimizer: OptimizerState { kind: train.optimizer, updates: trainer.session.optimizer.updates() },
+            optimizer: OptimizerState {
+                kind: train.optimizer,
+                updates: trainer.session.optimizer.updates(),
+                numbers: numbers.iter().map(|number| (number.field.to_owned(), number.value)).collect(),
+            },
             schedule: trainer.schedule,
             data: DataIdentity { rows: dataset.rows(), fingerprint: dataset.fingerprint().to_owned() },
             lora: LoraIdentity { rank: lora.lora_rank, alpha: lora.lora_alpha },
             base: self.base.clone(),
-            units: self.units.clone(),
+            regions: trainer.session.adapter.plan().flat().cloned().collect(),
         })
     }
 
@@ -158,14 +160,16 @@ impl<'a> Saver<'a> {
         if mesh.coordinates(self.rank).replicate > 0 {
             return Ok(());
         }
-        let moments = trainer.session.optimizer.moments();
-        let mut units: Vec<UnitPieces> = Vec::new();
+        let mut pieces = Pieces::default();
         let mut staging = Staging::new(trainer.model.device()).map_err(ShardError::from)?;
-        for (i, owned) in trainer.session.adapter.regions().owned().enumerate() {
-            let moments = moments.get(i).map(|m| [&m.exp_avg, &m.exp_avg_sq]);
-            units.push(pieces_of(&owned, moments, &mut staging)?);
+        let mut fetch = |tensor| staging.fetch(tensor).map_err(ShardError::from);
+        for piece in trainer.session.adapter.pieces() {
+            pieces.insert(&piece.region.name, MASTER, fetch(piece.master)?);
+            for (name, tensor) in &trainer.session.optimizer.state()[piece.region] {
+                pieces.insert(&piece.region.name, name, fetch(tensor)?);
+            }
         }
-        Ok(write_pieces(step, self.rank, mesh.world(), &units)?)
+        Ok(write_pieces(step, self.rank, mesh.world(), &pieces)?)
     }
 
     /// Rank 0 makes the step visible and lets older ones go.
@@ -189,18 +193,4 @@ impl<'a> Saver<'a> {
         }
         Ok(())
     }
-}
-
-/// What this rank owns of a region, with the two moments where the optimizer keeps them.
-fn pieces_of(
-    owned: &Owned,
-    moments: Option<[&Tensor; 2]>,
-    staging: &mut Staging,
-) -> Result<UnitPieces, ShardError> {
-    let mut floats = |tensor: &Tensor| staging.fetch(tensor);
-    let [exp_avg, exp_avg_sq] = match moments {
-        Some([first, second]) => [floats(first)?, floats(second)?],
-        None => [Vec::new(), Vec::new()],
-    };
-    Ok(UnitPieces { master: floats(owned.master)?, exp_avg, exp_avg_sq })
 }

@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, path::Path, rc::Rc};
 use tch::{Device, Tensor};
 use xorl_dist::{
     comm::{CommError, Communicator, Operation, Parts, Pending, Received, Reduce, World},
-    config::{CheckpointingMethod, Optimizer as OptimizerKind, ReduceGradients, TrainArgs},
+    config::{CheckpointingMethod, ReduceGradients, TrainArgs},
     device::DeviceChoice,
     dtype::DType,
     lora::{Adapter, LoraShape, MoeNames, Site, targets::resolve},
@@ -406,8 +406,8 @@ pub fn worker() {
     let (model, adapter) = new(&groups);
     let mut lone = (case.experts_over > 1).then(|| new(&ProcessGroups::alone()));
     let initial = digest(&adapter);
-    let optimizer = Optimizer::new(Settings::new(OptimizerKind::Adamw, 0.01), adapter.regions());
-    let args = TrainArgs { lr: 2e-3, ..TrainArgs::default() };
+    let args = TrainArgs { lr: 2e-3, weight_decay: 0.01, ..TrainArgs::default() };
+    let optimizer = Optimizer::new(&Settings::from(&args), adapter.pieces());
     let schedule = Schedule::new(&args, STEPS);
     let session = Session { name: "test".into(), adapter, optimizer, max_grad_norm: LIMIT };
     let mut trainer = Trainer { model, session, schedule, world: groups.world.clone() };
@@ -453,12 +453,8 @@ pub fn worker() {
             *received.entry(key).or_default() += bytes;
         }
         reports.push(json!([report.loss.unwrap(), report.grad_norm, report.valid_tokens]));
-        let squares = trainer
-            .session
-            .adapter
-            .regions()
-            .owned()
-            .map(|owned| owned.gradient.square().sum(None).double_value(&[]));
+        let pieces = trainer.session.adapter.pieces();
+        let squares = pieces.map(|piece| piece.gradient.square().sum(None).double_value(&[]));
         norms.push(squares.sum::<f64>().sqrt());
     }
     let adapter: Vec<Value> =

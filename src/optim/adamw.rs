@@ -1,0 +1,97 @@
+//! AdamW, with first and second moment in fp32. Formula and kernels: [`ops::adamw`](crate::ops::adamw).
+
+use super::{Number, State, Update, UpdateRule};
+use crate::{
+    ops::adamw,
+    shard::{OwnedPiece, ShardError},
+};
+
+const EXP_AVG: &str = "exp_avg";
+const EXP_AVG_SQ: &str = "exp_avg_sq";
+
+/// AdamW with decoupled weight decay.
+pub(super) struct AdamW {
+    pub weight_decay: f64,
+    pub betas: (f64, f64),
+    pub eps: f64,
+}
+
+impl UpdateRule for AdamW {
+    fn state_names(&self) -> &'static [&'static str] {
+        &[EXP_AVG, EXP_AVG_SQ]
+    }
+
+    fn numbers(&self) -> Vec<Number> {
+        let number = |field, value, shapes_state| Number { field, value, shapes_state };
+        // Bias correction takes it that all updates so far had the same betas.
+        vec![
+            number("adam_beta1", self.betas.0, true),
+            number("adam_beta2", self.betas.1, true),
+            number("adam_epsilon", self.eps, false),
+            number("weight_decay", self.weight_decay, false),
+        ]
+    }
+
+    fn step(&self, pieces: &[OwnedPiece], state: &State, update: &Update) -> Result<(), ShardError> {
+        let &Self { weight_decay, betas, eps } = self;
+        let &Update { lr, coefficient, count } = update;
+        let update = adamw::Update { lr, weight_decay, betas, eps, count, coefficient };
+        for piece in pieces {
+            let Some(compute) = &piece.compute else { continue };
+            let own = &state[piece.region];
+            let (master, exp_avg, exp_avg_sq) = (piece.master, &own[EXP_AVG], &own[EXP_AVG_SQ]);
+            update.apply(piece.gradient, &adamw::State { master, exp_avg, exp_avg_sq, compute });
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{
+        Optimizer, Settings,
+        testing::{Adapter, GRADIENTS, START},
+    };
+    use crate::config::TrainArgs;
+
+    #[test]
+    fn adamw_follows_its_formula_for_every_setting() {
+        for (beta1, beta2, eps, weight_decay) in
+            [(0.9, 0.95, 1e-8, 0.1), (0.9, 0.999, 1e-6, 0.0), (0.0, 0.5, 1e-3, 0.3)]
+        {
+            let train = TrainArgs {
+                adam_beta1: beta1,
+                adam_beta2: beta2,
+                adam_epsilon: eps,
+                weight_decay,
+                ..TrainArgs::default()
+            };
+            let mut adapter = Adapter::new();
+            let mut optimizer = Optimizer::new(&Settings::from(&train), adapter.pieces());
+            let (mut p, mut m, mut v) = (START.map(f64::from), [0.0f64; 3], [0.0f64; 3]);
+            for (t, gradient) in (1..).zip(GRADIENTS) {
+                adapter.update(&mut optimizer, gradient, 0.01, 0.5);
+                for i in 0..3 {
+                    let g = f64::from(gradient[i]) * 0.5;
+                    m[i] = beta1 * m[i] + (1.0 - beta1) * g;
+                    v[i] = beta2 * v[i] + (1.0 - beta2) * g * g;
+                    p[i] -= 0.01 * weight_decay * p[i];
+                    let (m_hat, v_hat) = (m[i] / (1.0 - beta1.powi(t)), v[i] / (1.0 - beta2.powi(t)));
+                    p[i] -= 0.01 * m_hat / (v_hat.sqrt() + eps);
+                }
+            }
+            adapter.equals(p, &format!("betas {beta1} {beta2}, eps {eps}"));
+            assert_eq!(optimizer.updates(), GRADIENTS.len() as u64);
+        }
+    }
+
+    #[test]
+    fn its_state_is_found_by_region_and_name() {
+        let mut adapter = Adapter::new();
+        let mut optimizer = Optimizer::new(&Settings::from(&TrainArgs::default()), adapter.pieces());
+        adapter.update(&mut optimizer, [1.0, 2.0, -4.0], 0.01, 0.5);
+        for (name, expected) in [("exp_avg", [0.05, 0.1, -0.2]), ("exp_avg_sq", [0.0125, 0.05, 0.2])] {
+            adapter.state_equals(&optimizer, name, expected);
+        }
+    }
+}

@@ -1,0 +1,58 @@
+//! Stochastic gradient descent without momentum: p ← p − lr·(g + wd·p).
+
+use super::{Number, State, Update, UpdateRule};
+use crate::shard::{OwnedPiece, ShardError};
+
+/// Gradient descent with weight decay in the gradient, as torch's SGD has it.
+pub(super) struct Sgd {
+    pub weight_decay: f64,
+}
+
+impl UpdateRule for Sgd {
+    fn state_names(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    fn numbers(&self) -> Vec<Number> {
+        vec![Number { field: "weight_decay", value: self.weight_decay, shapes_state: false }]
+    }
+
+    fn step(&self, pieces: &[OwnedPiece], _: &State, update: &Update) -> Result<(), ShardError> {
+        for piece in pieces {
+            let Some(mut compute) = piece.compute.as_ref().map(tch::Tensor::shallow_clone) else { continue };
+            let mut master = piece.master.shallow_clone();
+            let gradient = piece.gradient * update.coefficient;
+            let change = (gradient + &master * self.weight_decay) * update.lr;
+            let _ = master.g_sub_(&change);
+            compute.copy_(&master);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{
+        Optimizer, Settings,
+        testing::{Adapter, GRADIENTS, START},
+    };
+    use crate::config::{self, TrainArgs};
+
+    #[test]
+    fn sgd_follows_its_formula() {
+        for weight_decay in [0.0, 0.1] {
+            let kind = config::Optimizer::Sgd;
+            let train = TrainArgs { optimizer: kind, weight_decay, ..TrainArgs::default() };
+            let mut adapter = Adapter::new();
+            let mut optimizer = Optimizer::new(&Settings::from(&train), adapter.pieces());
+            let mut p = START.map(f64::from);
+            for gradient in GRADIENTS {
+                adapter.update(&mut optimizer, gradient, 0.01, 0.5);
+                for i in 0..3 {
+                    p[i] -= 0.01 * (f64::from(gradient[i]) * 0.5 + weight_decay * p[i]);
+                }
+            }
+            adapter.equals(p, "sgd");
+        }
+    }
+}
