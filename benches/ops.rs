@@ -15,7 +15,7 @@ mod measure;
 
 use measure::{Benches, Work, random};
 use tch::{Device::Cpu, Kind, Tensor};
-use xorl_dist::loss::LinearCrossEntropy;
+use xorl_dist::loss::{CrossEntropy, HeadPass, Targets, TokenLoss};
 use xorl_dist::ops::attention::{self, Documents, Heads};
 use xorl_dist::ops::linear::{
     self, AdapterGradient, Base, BoundAdapter, GroupedLinear, Linear, Matrices, Part, RowSegments,
@@ -197,12 +197,14 @@ fn attentions(benches: &mut Benches, name: &str, heads: Heads, lengths: &[usize]
 /// The losses and the gradient of the hidden states, with the whole head at once as by default.
 fn cross_entropy(benches: &mut Benches) {
     let (x, weight) = (random(&[TOKENS, HIDDEN]), random(&[VOCABULARY, HIDDEN]) * 0.02);
-    let targets = Tensor::randint(VOCABULARY, [TOKENS], (Kind::Int64, Cpu));
+    let ids: Vec<i64> = Tensor::randint(VOCABULARY, [TOKENS], (Kind::Int64, Cpu)).try_into().unwrap();
+    let targets = Targets::new(&ids, 1, &[TOKENS as usize], Cpu);
     let work = Work::Products(2 * 2 * TOKENS * HIDDEN * VOCABULARY);
     benches.run("cross_entropy/loss and gradient", work, || {
-        let mut pass = LinearCrossEntropy::new(&x, &targets, TOKENS as usize, true);
+        let mut pass = HeadPass::new(&x, &targets, TOKENS as usize, true);
         pass.add_rows(&weight, 0);
-        pass.finish(1.0 / TOKENS as f64)
+        let loss = CrossEntropy { scale: 1.0 / TOKENS as f64 }.evaluate(&pass.log_probs());
+        (loss.values, pass.backward(&loss.coefficients))
     });
 }
 

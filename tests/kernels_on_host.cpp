@@ -40,6 +40,9 @@ template <class To, class From> static To same_bits(From from) {
 static float __uint_as_float(unsigned x) { return same_bits<float>(x); }
 static unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
 
+static float __fmul_rn(float x, float y) { return x * y; }
+static float __fsub_rn(float x, float y) { return x - y; }
+
 static std::unique_ptr<std::barrier<>> block_barrier;
 static std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
 static float exchanged[1024];
@@ -67,7 +70,7 @@ template <class... P> static Kernel unpacked(void (*kernel)(P...)) { return unpa
 static const std::map<std::string, Kernel> kernels = {
     NAMED(norm_forward), NAMED(norm_recompute), NAMED(norm_backward), NAMED(rope),
     NAMED(swiglu_forward), NAMED(swiglu_backward), NAMED(gather_rows),  NAMED(combine_rows),
-    NAMED(exponentials), NAMED(adamw),
+    NAMED(exponentials), NAMED(head_gradient), {"head_gradient_wide_bf16", unpacked(head_gradient_wide_bf16)}, NAMED(adamw),
 };
 
 // 0, or 1 where there is no such kernel.

@@ -14,6 +14,7 @@ use xorl_dist::{
     config::{CheckpointingMethod, ReduceGradients, TrainArgs},
     dtype::DType,
     lora::{Adapter, LoraShape, Site},
+    loss::CrossEntropy,
     model::{
         base_plan::{Options, all_projections},
         hf_config::HfModel,
@@ -160,7 +161,8 @@ fn equals_reference(directory: &Path, checkpointing: CheckpointingMethod, merge:
     // The gradient of the first step, before any update.
     let first = batch(&run["steps"][0]);
     session_adapter.regions_mut().zero_gradients();
-    model.forward_backward(&first, &mut [&mut session_adapter], 1.0 / first.valid_tokens() as f64).unwrap();
+    let loss = CrossEntropy { scale: 1.0 / first.valid_tokens() as f64 };
+    model.forward_backward(&first, &mut [&mut session_adapter], &loss).unwrap();
     let gradients = adapter(&directory.join("gradient"), &sites, &run);
     for (unit, parameters) in session_adapter.plan().parameters().into_iter().enumerate() {
         for parameter in parameters {

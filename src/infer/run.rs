@@ -9,6 +9,7 @@ use crate::{
     dtype::DType,
     error::{Error, Result},
     lora::{Adapter, LoraShape, Site},
+    loss::CrossEntropy,
     model::{
         ModelSpec,
         base_plan::{Options, all_projections},
@@ -153,7 +154,7 @@ impl Generation {
             if let Some((index, continuation)) = own {
                 let completion = self.tokenizer.decode(&continuation, true)?;
                 lines.push(json!({"prompt_index": index, "completion": completion,
-                    "loss_sum": loss.map(|loss| loss.sum), "loss_tokens": loss.map(|loss| loss.tokens)}));
+                    "loss_sum": loss.as_ref().map(|loss| loss.sum), "loss_tokens": loss.as_ref().map(|loss| loss.tokens)}));
             }
         }
         let mut all = Vec::new();
@@ -191,5 +192,6 @@ fn reference_loss(
 ) -> Result<MicroBatchLoss> {
     let (ids, labels) = reference.map_or((&[][..], &[][..]), |reference| (&reference.ids, &reference.labels));
     let device = model.device().tensors();
-    Ok(model.evaluate(&Batch::new(ids, labels, &[ids.len()], device), adapters)?)
+    let batch = Batch::new(ids, labels, &[ids.len()], device);
+    Ok(model.evaluate(&batch, adapters, &CrossEntropy { scale: 1.0 })?)
 }

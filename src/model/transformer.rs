@@ -14,7 +14,7 @@ use crate::{
     clock::Clock,
     device::{RankDevice, Staging},
     lora::{Adapter, LoraShape, Site},
-    loss::LinearCrossEntropy,
+    loss::{HeadPass, LossValues, Targets, TokenLoss},
     mesh::MeshError,
     ops::{
         Buffer,
@@ -33,40 +33,49 @@ use tch::{Device, Kind, Tensor};
 pub struct Batch {
     /// `[tokens]` i64
     pub ids: Tensor,
-    /// `[tokens]` i64: what each token should predict, negative where there is no loss.
-    pub targets: Tensor,
+    /// Up to K targets of each token.
+    targets: Targets,
     /// `[tokens]` i64, from 0 in each document.
     positions: Tensor,
     longest: usize,
     documents: Rc<Documents>,
     adapters: Rc<RowAdapters>,
-    valid: usize,
 }
 
 impl Batch {
-    /// From aligned `ids` and `labels` (not shifted) of documents of the given lengths. The shift is done here and
+    /// Batch of aligned `ids` and `labels` (not shifted) of documents of the given lengths. The shift is done here and
     /// never crosses a document: its last token has no target.
     pub fn new(ids: &[i64], labels: &[i64], document_lengths: &[usize], device: Device) -> Self {
         debug_assert_eq!(ids.len(), labels.len());
-        debug_assert_eq!(ids.len(), document_lengths.iter().sum::<usize>());
         let mut targets = Vec::with_capacity(ids.len());
-        let mut positions = Vec::with_capacity(ids.len());
         let mut start = 0;
         for &length in document_lengths.iter().filter(|&&length| length > 0) {
             targets.extend_from_slice(&labels[start + 1..start + length]);
             targets.push(crate::data::IGNORE_INDEX);
-            positions.extend(0..length as i64);
             start += length;
         }
+        Self::with_targets(ids, &targets, 1, document_lengths, device)
+    }
+
+    /// Batch of `ids` `[tokens]` with `targets` `[tokens × k]`, token by token: what each token should predict, already
+    /// shifted, negative where a target is absent. Each document is a sequence of the loss.
+    pub fn with_targets(
+        ids: &[i64],
+        targets: &[i64],
+        k: usize,
+        document_lengths: &[usize],
+        device: Device,
+    ) -> Self {
+        debug_assert_eq!(ids.len(), document_lengths.iter().sum::<usize>());
+        let positions: Vec<i64> = document_lengths.iter().flat_map(|&length| 0..length as i64).collect();
         let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(device);
         Self {
             ids: tensor(ids),
-            targets: tensor(&targets),
+            targets: Targets::new(targets, k, document_lengths, device),
             positions: tensor(&positions),
             longest: document_lengths.iter().copied().max().unwrap_or(0),
             documents: Rc::new(Documents::new(document_lengths, device)),
             adapters: Rc::new(RowAdapters::one(ids.len())),
-            valid: targets.iter().filter(|&&target| target >= 0).count(),
         }
     }
 
@@ -76,12 +85,11 @@ impl Batch {
         let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(device);
         Self {
             ids: tensor(ids),
-            targets: tensor(&vec![crate::data::IGNORE_INDEX; ids.len()]),
+            targets: Targets::none(ids.len(), device),
             positions: tensor(positions),
             longest: positions.iter().max().map_or(0, |&last| last as usize + 1),
             documents: Rc::new(Documents::new(&vec![1; ids.len()], device)),
             adapters: Rc::new(RowAdapters::one(ids.len())),
-            valid: 0,
         }
     }
 
@@ -95,18 +103,28 @@ impl Batch {
         &self.documents
     }
 
-    /// Tokens that carry loss.
+    /// Targets of its tokens.
+    pub fn targets(&self) -> &Targets {
+        &self.targets
+    }
+
+    /// Tokens that have a target.
     pub fn valid_tokens(&self) -> usize {
-        self.valid
+        self.targets.valid_in(0..self.tokens())
     }
 }
 
-/// What one micro-batch adds to the step.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+/// Loss of one micro-batch of this rank.
+#[derive(Debug)]
 pub struct MicroBatchLoss {
-    /// Σ of the token losses of this rank's tokens, not divided.
+    /// Σ of the loss values, not divided.
     pub sum: f64,
+    /// Tokens that have a target.
     pub tokens: usize,
+    /// `[tokens]` fp32: the loss values. [`Targets::sum`] adds up those of some rows as it does for `sum`.
+    pub values: Tensor,
+    /// `[tokens, K]` fp32: log p of each target, 0 where absent.
+    pub log_probs: Tensor,
 }
 
 /// What is kept of a layer from forward to backward: its input `[tokens, hidden]`, what need not be computed again, and
@@ -348,36 +366,38 @@ impl Transformer {
         Ok(())
     }
 
-    /// The pass over the head: losses, and the gradient of the hidden states `scale·Σ ℓ` if wanted.
+    /// Pass over the head: the loss, and the gradient of the hidden states if wanted.
     fn head_loss(
         &mut self,
         x: &Tensor,
         batch: &Batch,
-        scale: Option<f64>,
+        loss: &dyn TokenLoss,
+        wants_gradient: bool,
     ) -> Result<(MicroBatchLoss, Option<Buffer>), ShardError> {
         let _loss = self.clock.phase("loss");
         self.final_norm.gather(0)?;
         let weight = self.final_norm.view(0, 0)?;
         let (normed, r) = norm::forward(x, &weight, self.spec.rms_norm_eps);
-        let chunk_tokens = self.options.loss_chunk_tokens;
-        let mut pass = LinearCrossEntropy::new(&normed, &batch.targets, chunk_tokens, scale.is_some());
+        let mut pass = HeadPass::new(&normed, &batch.targets, self.options.loss_chunk_tokens, wants_gradient);
         for chunk in 0..self.vocab_chunks() {
             let (weight, first) = self.vocab_chunk(chunk, true)?;
             pass.add_rows(&weight, first);
         }
-        let losses = pass.finish(scale.unwrap_or(1.0));
-        let d_x = losses.d_x.map(|d| norm::backward(d, x, &weight, &r, None));
-        Ok((MicroBatchLoss { sum: losses.sum, tokens: losses.tokens }, d_x))
+        let log_probs = pass.log_probs();
+        let LossValues { values, coefficients } = loss.evaluate(&log_probs);
+        let d_x = pass.backward(&coefficients).map(|d| norm::backward(d, x, &weight, &r, None));
+        let sum = batch.targets.sum(&values, 0..batch.tokens());
+        let tokens = batch.valid_tokens();
+        Ok((MicroBatchLoss { sum, tokens, values, log_probs: log_probs.values }, d_x))
     }
 
-    /// One micro-batch: adds the gradient of scale·Σ ℓ to the gradients of the adapters of its rows. `scale` is 1 ÷ valid
-    /// tokens of the whole step. Every rank passes the same adapters in the same order; ranks without tokens pass an empty
-    /// batch. Collective.
+    /// One micro-batch: adds the gradient of `loss` to the gradients of the adapters of its rows. Every rank passes the same
+    /// adapters in the same order; ranks without tokens pass an empty batch. Collective.
     pub fn forward_backward(
         &mut self,
         batch: &Batch,
         adapters: &mut [&mut Adapter],
-        scale: f64,
+        loss: &dyn TokenLoss,
     ) -> Result<MicroBatchLoss, ShardError> {
         let _guard = tch::no_grad_guard();
         let context = self.context(batch);
@@ -391,7 +411,7 @@ impl Transformer {
             kept.push(Kept { x, attention, mlp: checkpointing.keeps_mlp().then_some(mlp), chosen });
         })?;
         self.router_load.add(&loads);
-        let (loss, d_x) = self.head_loss(&x, batch, Some(scale))?;
+        let (loss, d_x) = self.head_loss(&x, batch, loss, true)?;
         drop(x);
         let _backward = self.clock.phase("backward");
         let Some(mut d_x) = d_x else { return Ok(loss) };
@@ -415,16 +435,17 @@ impl Transformer {
         Ok(loss)
     }
 
-    /// Losses of a batch without any gradient.
+    /// Loss and log-probabilities of a batch without any gradient.
     pub fn evaluate(
         &mut self,
         batch: &Batch,
         adapters: &mut [&mut Adapter],
+        loss: &dyn TokenLoss,
     ) -> Result<MicroBatchLoss, ShardError> {
         let _guard = tch::no_grad_guard();
         let context = self.context(batch);
         let x = self.forward_layers(adapters, batch, &context, within(&context), |_, _, _| ())?;
-        Ok(self.head_loss(&x, batch, None)?.0)
+        Ok(self.head_loss(&x, batch, loss, false)?.0)
     }
 
     /// Logits `[tokens, vocab]` fp32 of every token of a batch.

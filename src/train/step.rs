@@ -5,6 +5,7 @@
 
 use crate::{
     comm::{Communicator, Reduce},
+    loss::{CrossEntropy, TokenLoss},
     model::{
         router_load::RouterReport,
         transformer::{Batch, Transformer},
@@ -59,7 +60,7 @@ impl Trainer {
             // All ranks see the same count and stay out of the collectives of a pass alike.
             return Ok(report);
         }
-        let loss = self.accumulate(micro_batches, 1.0 / valid)?;
+        let loss = self.accumulate(micro_batches, &CrossEntropy { scale: 1.0 / valid })?;
         report.loss = Some(self.reduce(loss)? / valid);
         report.router = self.router_report()?;
         let update = self.update(report.lr)?;
@@ -75,15 +76,15 @@ impl Trainer {
         Ok(counts)
     }
 
-    /// Forward and backward of every micro-batch: Σ token losses of this rank, and gradients of scale·Σ.
-    fn accumulate(&mut self, micro_batches: &[Batch], scale: f64) -> Result<f64, ShardError> {
+    /// Forward and backward of every micro-batch: Σ loss values of this rank, and gradients of `loss`.
+    fn accumulate(&mut self, micro_batches: &[Batch], loss: &dyn TokenLoss) -> Result<f64, ShardError> {
         let adapter = &mut self.session.adapter;
         adapter.regions_mut().zero_gradients();
-        let mut loss = 0.0;
+        let mut sum = 0.0;
         for batch in micro_batches {
-            loss += self.model.forward_backward(batch, &mut [&mut *adapter], scale)?.sum;
+            sum += self.model.forward_backward(batch, &mut [&mut *adapter], loss)?.sum;
         }
-        Ok(loss)
+        Ok(sum)
     }
 
     /// Sums gradients and loss over all ranks.

@@ -14,6 +14,7 @@ use xorl_dist::{
     device::DeviceChoice,
     dtype::DType,
     lora::{Adapter, LoraShape, MoeNames, Site, targets::resolve},
+    loss::CrossEntropy,
     mesh::{Mesh, MeshSizes},
     model::{
         ModelSpec, MoeSpec, QkNorm, RopeScaling, RopeSpec,
@@ -347,7 +348,7 @@ fn choices(
         trained.whole().unwrap().into_iter().map(|(parameter, values)| (parameter.name, values)).collect();
     adapter.set(|parameter, range| values[&parameter.name][range].to_vec()).unwrap();
     let of_batch = |batch: &Batch| {
-        lone.forward_backward(batch, &mut [&mut *adapter], 1.0).unwrap();
+        lone.forward_backward(batch, &mut [&mut *adapter], &CrossEntropy { scale: 1.0 }).unwrap();
         let sums = lone.take_router_load().sums();
         let layers = sums.chunks_exact(2 * EXPERTS);
         layers.map(|layer| layer[..EXPERTS].to_vec()).collect()

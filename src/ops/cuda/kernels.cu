@@ -46,6 +46,9 @@ __device__ inline void store(const float *from, float *to) {
   for (int i = 0; i < PACK; i += 4) __stcg((float4 *)(to + i), make_float4(from[i], from[i + 1], from[i + 2], from[i + 3]));
 }
 
+__device__ inline void put(float x, bf16 *to) { to->bits = narrow(x); }
+__device__ inline void put(float x, float *to) { *to = x; }
+
 // The rows of a tensor whose columns are dense: after `inner` rows `outer_stride` counts from the first of them.
 struct Rows {
   void *first;
@@ -240,17 +243,22 @@ __device__ inline void combine_rows(Rows x, const long long *at, int k, Rows add
   }
 }
 
-// --- cross entropy: a block for each row of logits
+// --- cross entropy
 
-// Logits become p; the running sums m, s and l_t take them in; e.
+// Logits become p; the running sums m, s and l_t take them in; e. A block for each row of logits. A row has `width` targets,
+// those outside of the chunk are not in 0..n.
 template <class T>
-__device__ inline void exponentials(Rows logits, const long long *targets, float *m, float *s, float *target_logit, float *rescale, int n) {
+__device__ inline void exponentials(Rows logits, const long long *targets, int width, float *m, float *s, float *target_logits,
+                                    float *rescale, int n) {
   __shared__ float box[WARP];
-  long long row = blockIdx.x, target = targets[row];
+  long long row = blockIdx.x;
   T *l = row_of<T>(logits, row);
   const float none = __uint_as_float(0xff800000);  // minus infinity
   float before = m[row], maximum = before;
-  if (threadIdx.x == 0 && target >= 0 && target < n) target_logit[row] = wide(l[target]);
+  for (long long k = row * width + threadIdx.x; k < (row + 1) * width; k += blockDim.x) {
+    long long target = targets[k];
+    if (target >= 0 && target < n) target_logits[k] = wide(l[target]);
+  }
   int first = threadIdx.x * PACK, step = blockDim.x * PACK;
   for (int i = first; i < n; i += step) {
     float v[PACK];
@@ -258,12 +266,18 @@ __device__ inline void exponentials(Rows logits, const long long *targets, float
     for (int k = 0; k < PACK; k++) maximum = fmaxf(maximum, v[k]);
   }
   maximum = over_block<warp_max>(maximum, box, none);
+  // The maximum has taken in the targets. From here on their exponentials are 0.
+  for (long long k = row * width + threadIdx.x; k < (row + 1) * width; k += blockDim.x) {
+    long long target = targets[k];
+    if (target >= 0 && target < n) put(none, l + target);
+  }
+  __syncthreads();
   float sum = 0;
   for (int i = first; i < n; i += step) {
     float v[PACK];
     load(l + i, v);
     for (int k = 0; k < PACK; k++) {
-      v[k] = i + k == target ? 0 : expf(v[k] - maximum);
+      v[k] = expf(v[k] - maximum);
       sum += v[k];
     }
     store(v, l + i);
@@ -274,6 +288,30 @@ __device__ inline void exponentials(Rows logits, const long long *targets, float
   rescale[row] = e;
   s[row] = s[row] * e + sum;
   m[row] = maximum;
+}
+
+// a becomes (share * a - the sum over targets of target * w) * scale, each operation rounded. A warp for each row; row i has
+// the rows offsets[i] .. offsets[i + 1] of w, the values target[i * width ..] for them, and share and scale at factors[2 * i].
+template <class A, class T>
+__device__ inline void head_gradient(Rows a, Rows w, const long long *offsets, const float *target, int width, const float *factors,
+                                     long long rows, int n) {
+  long long row = warp_row();
+  if (row >= rows) return;
+  A *to = row_of<A>(a, row);
+  long long begin = offsets[row];
+  int own = offsets[row + 1] - begin;
+  float share = factors[2 * row], scale = factors[2 * row + 1];
+  MY_COLUMNS(i, n) {
+    float v[PACK], u[PACK];
+    load(to + i, v);
+    for (int k = 0; k < PACK; k++) v[k] = __fmul_rn(v[k], share);
+    for (int t = 0; t < own; t++) {
+      load(row_of<T>(w, begin + t) + i, u);
+      for (int k = 0; k < PACK; k++) v[k] = __fsub_rn(v[k], __fmul_rn(u[k], target[row * width + t]));
+    }
+    for (int k = 0; k < PACK; k++) v[k] = __fmul_rn(v[k], scale);
+    store(v, to + i);
+  }
 }
 
 // --- adamw: a thread for each pack of a flat piece
@@ -321,8 +359,16 @@ BOTH(gather_rows, (Rows x, const long long *at, Rows out, long long rows, int n)
 BOTH(combine_rows, (Rows x, const long long *at, int k, Rows add, int has_add, Rows out, long long rows, int n),
      (x, at, k, add, has_add, out, rows, n))
 BOTH(exponentials,
-     (Rows logits, const long long *targets, float *m, float *s, float *target_logit, float *rescale, int n),
-     (logits, targets, m, s, target_logit, rescale, n))
+     (Rows logits, const long long *targets, int width, float *m, float *s, float *target_logits, float *rescale, int n),
+     (logits, targets, width, m, s, target_logits, rescale, n))
+#define HEAD_GRADIENT(name, A, T)                                                                                       \
+  extern "C" __global__ void name(Rows a, Rows w, const long long *offsets, const float *target, int width,             \
+                                  const float *factors, long long rows, int n) {                                        \
+    head_gradient<A, T>(a, w, offsets, target, width, factors, rows, n);                                                \
+  }
+HEAD_GRADIENT(head_gradient_bf16, bf16, bf16)
+HEAD_GRADIENT(head_gradient_f32, float, float)
+HEAD_GRADIENT(head_gradient_wide_bf16, float, bf16)
 extern "C" __global__ void adamw_bf16(const float *g, float *p, float *m, float *v, bf16 *compute, Factors f, long long n) {
   adamw(g, p, m, v, compute, f, n);
 }

@@ -5,7 +5,10 @@
 //! device comes; where that is not possible, a warning says so and libtorch computes all. Tests beside the operations run
 //! the same text on threads of the host.
 
-use super::row_layout::RowLayout;
+use super::{
+    cross_entropy::{GradientFactors, TargetRows},
+    row_layout::RowLayout,
+};
 use crate::device::{
     self, DeviceError,
     kernels::{Launch, Program},
@@ -28,12 +31,12 @@ const WARP: u32 = 32;
 /// Threads of a block.
 const THREADS: u32 = 256;
 
-/// A kernel for each kind.
+/// A kernel for each kind, and behind them those of one kind.
 macro_rules! named {
-    ($($name:literal),*) => { [$(concat!($name, "_bf16"), concat!($name, "_f32")),*] };
+    ($($name:literal),*; $($whole:literal),*) => { [$(concat!($name, "_bf16"), concat!($name, "_f32"),)* $($whole),*] };
 }
 
-const NAMES: [&str; 20] = named!(
+const NAMES: [&str; 23] = named!(
     "norm_forward",
     "norm_recompute",
     "norm_backward",
@@ -43,7 +46,9 @@ const NAMES: [&str; 20] = named!(
     "gather_rows",
     "combine_rows",
     "exponentials",
-    "adamw"
+    "head_gradient",
+    "adamw";
+    "head_gradient_wide_bf16"
 );
 
 /// The kernels of this rank's device.
@@ -151,8 +156,13 @@ macro_rules! start {
             Kind::Float => concat!($name, "_f32"),
             _ => return None,
         };
-        $kernels.start(kernel, $blocks, &mut [$(from_mut(&mut { $argument }).cast::<c_void>()),*])
+        $kernels.start(kernel, $blocks, &mut arguments!($($argument),*))
     }};
+}
+
+/// The addresses of a kernel's arguments.
+macro_rules! arguments {
+    ($($argument:expr),*) => { [$(from_mut(&mut { $argument }).cast::<c_void>()),*] };
 }
 
 impl Kernels {
@@ -267,14 +277,50 @@ impl Kernels {
         run().is_some()
     }
 
-    /// See [`super::cross_entropy::Sums::exponentials`]; `sums` are m, s, l_t and e.
+    /// See [`super::cross_entropy::Sums::exponentials`]; `sums` are m, s, l_t and r.
     pub fn exponentials(&self, logits: &Tensor, targets: &Tensor, sums: [&Tensor; 4]) -> bool {
         let run = || {
             let all @ Rows { raw, kind, rows, columns } = Rows::of(logits)?;
-            let [m, s, target_logit, rescale] = sums.map(|sum| all.floats(sum));
-            let (m, s, target_logit, rescale) = (m?, s?, target_logit?, rescale?);
-            let targets = all.values(targets, Kind::Int64, 1)?;
-            start!(self, "exponentials", kind, rows, raw, targets, m, s, target_logit, rescale, columns)
+            let [m, s, target_logits, rescale] = sums;
+            let width = *targets.size().get(1)?;
+            let (m, s, rescale) = (all.floats(m)?, all.floats(s)?, all.floats(rescale)?);
+            let target_logits = all.values(target_logits, Kind::Float, width)?;
+            let (targets, width) = (all.values(targets, Kind::Int64, width)?, width as i32);
+            start!(
+                self,
+                "exponentials",
+                kind,
+                rows,
+                raw,
+                targets,
+                width,
+                m,
+                s,
+                target_logits,
+                rescale,
+                columns
+            )
+        };
+        run().is_some()
+    }
+
+    /// See [`super::cross_entropy::Sums::gradient`].
+    pub fn head_gradient(&self, a: &Tensor, targets: TargetRows, factors: &GradientFactors) -> bool {
+        let run = || {
+            let all @ Rows { raw, kind, rows, columns } = Rows::of(a)?;
+            let weight = Rows::of(targets.weight).filter(|weight| weight.columns == columns)?;
+            let offsets = values(targets.offsets, Kind::Int64)?;
+            let width = *factors.target.size().get(1)?;
+            let target = all.values(&factors.target, Kind::Float, width)?;
+            let (row, width) = (all.values(&factors.row, Kind::Float, 2)?, width as i32);
+            let (blocks, w) = (warps(rows), weight.raw);
+            let name = match (kind, weight.kind) {
+                (Kind::BFloat16, Kind::BFloat16) => "head_gradient_bf16",
+                (Kind::Float, Kind::Float) => "head_gradient_f32",
+                (Kind::Float, Kind::BFloat16) => "head_gradient_wide_bf16",
+                _ => return None,
+            };
+            self.start(name, blocks, &mut arguments!(raw, w, offsets, target, width, row, rows, columns))
         };
         run().is_some()
     }
