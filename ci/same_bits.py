@@ -353,15 +353,17 @@ def optimizer_state(step: Path) -> dict[str, tuple[str, list[int], bytes]]:
     shards, world = state['shards'], state['world']
     files = [safetensors(step / f'training_state/optimizer-{shard}-of-{world}.safetensors') for shard in range(shards)]
     found = {}
-    for index, unit in enumerate(state['units']):
-        groups = unit.get('expert_groups', 1)
+    # Regions have names since format 3; before, their place in `units` was the key.
+    for index, region in enumerate(state.get('regions') or state['units']):
+        name = region.get('name', f'unit.{index}')
+        groups = region.get('expert_groups', 1)
         each = shards // groups
-        kinds = {name.rsplit('.', 1)[1] for name in files[0] if name.startswith(f'unit.{index}.')}
+        kinds = {kind for key in files[0] for owner, kind in [key.rsplit('.', 1)] if owner == name}
         for kind in kinds:
             # Shard s has piece s // groups of the group s mod groups; groups lie one after another.
             order = [piece % each * groups + piece // each for piece in range(shards)]
-            flat = b''.join(files[shard][f'unit.{index}.{kind}'][2] for shard in order)
-            for parameter in unit['parameters'] if flat else []:
+            flat = b''.join(files[shard][f'{name}.{kind}'][2] for shard in order)
+            for parameter in region['parameters'] if flat else []:
                 rows, columns = parameter['shape']
                 at = 4 * parameter['first']
                 found[f'{parameter["name"]}.{kind}'] = 'F32', parameter['shape'], flat[at:at + 4 * rows * columns]
