@@ -27,7 +27,7 @@ const TOKENS: i64 = 1024;
 const HIDDEN: i64 = 576;
 const INTERMEDIATE: i64 = 1536;
 const VOCABULARY: i64 = 49152;
-const HEADS: Heads = Heads { query: 9, key_value: 3, dim: 64, window: None };
+const HEADS: Heads = Heads { query: 9, key_value: 3, dim: 64, value_dim: 64, scale: 0.125, window: None };
 const RANK: i64 = 16;
 /// Bytes of a bf16 number.
 const BF16: i64 = 2;
@@ -73,7 +73,7 @@ fn main() {
     linears(&mut benches, "down of 16 experts, 64 rows each, 30B-A3B", 768, &[2048], &offsets);
     attentions(&mut benches, "2x512", HEADS, &[512; 2]);
     attentions(&mut benches, "1x2048", HEADS, &[2048]);
-    let large = Heads { query: 16, key_value: 8, dim: 128, window: None };
+    let large = Heads::new(16, 8, 128);
     attentions(&mut benches, "2x512, 16/8 heads of 128", large, &[512; 2]);
     cross_entropy(&mut benches);
     adamw(&mut benches);
@@ -93,13 +93,14 @@ fn norms(benches: &mut Benches) {
 /// In place, so on the same numbers again and again: a rotation leaves them as large as they are.
 fn ropes(benches: &mut Benches) {
     let half = HEADS.dim / 2;
-    let rotated = HEADS.query + HEADS.key_value;
-    let qkv = random(&[TOKENS, (rotated + HEADS.key_value) * HEADS.dim]);
+    let heads = HEADS.query + HEADS.key_value;
+    let rotated = rope::Rotated { heads, dim: HEADS.dim };
+    let qkv = random(&[TOKENS, HEADS.widths().iter().sum()]);
     let inv_freq: Vec<f32> = (0..half).map(|i| 1e4f32.powf(-(i as f32) / half as f32)).collect();
     let positions = Tensor::arange(TOKENS, (Kind::Int64, Cpu));
     let (cos, sin) = rope::RopeTable::new(&inv_freq, Cpu).at(&positions, TOKENS as usize);
     // q and k are read and written, cos and sin are read in fp32.
-    let work = Work::InPlace(TOKENS * (2 * rotated * HEADS.dim * BF16 + 2 * half * 4));
+    let work = Work::InPlace(TOKENS * (2 * heads * HEADS.dim * BF16 + 2 * half * 4));
     benches.run("rope/forward", work, || rope::forward(&qkv, rotated, &cos, &sin));
     benches.run("rope/backward", work, || rope::backward(&qkv, rotated, &cos, &sin));
 }

@@ -114,7 +114,7 @@ impl Block<'_> {
             let _ = qkv.clamp_(-most, most);
             clipped
         });
-        rope::forward(&qkv, self.rotated_heads(), &self.batch.cos, &self.batch.sin);
+        rope::forward(&qkv, self.rotated(), &self.batch.cos, &self.batch.sin);
         let (out, lse) = attend(&qkv, self.spec.heads);
         let (middle, h_o) = linear::forward(&out, all(&self.layer.o), Some(x));
         AttentionSaved { r_input, qk, clipped, qkv, out, lse, middle, h_qkv, h_o }
@@ -186,7 +186,7 @@ impl Block<'_> {
         linear::backward_parameters(&d_middle, &out, h_o.as_deref(), &g, o);
         let mut d_qkv = attention::backward(&d_out, &qkv, &out, &lse, self.spec.heads, &self.batch.documents);
         drop((d_out, out, qkv));
-        rope::backward(&d_qkv, self.rotated_heads(), &self.batch.cos, &self.batch.sin);
+        rope::backward(&d_qkv, self.rotated(), &self.batch.cos, &self.batch.sin);
         if let Some(clipped) = clipped {
             let _ = d_qkv.masked_fill_(&clipped, 0.0);
         }
@@ -206,7 +206,7 @@ impl Block<'_> {
 
     /// Normalises q and k of `qkv` in place.
     fn normalise_qk(&self, qkv: &Tensor, weights: &[Tensor; 2]) -> UnnormedQk {
-        let width = self.rotated_heads() * self.spec.heads.dim;
+        let width = self.rotated().heads * self.spec.heads.dim;
         let mut qk = Buffer::empty(&[qkv.size()[0], width], qkv.kind(), qkv.device());
         qk.copy_(&qkv.narrow(1, 0, width));
         let [q, k] = self.normed_parts(&qk, weights);
@@ -227,7 +227,8 @@ impl Block<'_> {
         )
     }
 
-    fn rotated_heads(&self) -> i64 {
-        self.spec.heads.query + self.spec.heads.key_value
+    fn rotated(&self) -> rope::Rotated {
+        let Heads { query, key_value, dim, .. } = self.spec.heads;
+        rope::Rotated { heads: query + key_value, dim }
     }
 }

@@ -297,12 +297,10 @@ impl Transformer {
         unit: usize,
         batch: &'a BatchContext,
     ) -> Result<Block<'a>, ShardError> {
-        let heads = Heads {
-            query: self.spec.num_heads as i64,
-            key_value: self.spec.num_kv_heads as i64,
-            dim: self.spec.head_dim as i64,
-            window: self.spec.layer_windows[unit].map(|window| window as i64),
-        };
+        let spec = &self.spec;
+        let [query, key_value, dim] = [spec.num_heads, spec.num_kv_heads, spec.head_dim].map(|n| n as i64);
+        let window = spec.layer_windows[unit].map(|window| window as i64);
+        let heads = Heads { window, ..Heads::new(query, key_value, dim) };
         Ok(Block {
             spec: BlockSpec { heads, eps: self.spec.rms_norm_eps, clip_qkv: self.spec.clip_qkv },
             layer: self.plans[unit].bind(

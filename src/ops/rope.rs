@@ -1,7 +1,9 @@
 //! Rotary position embedding (Su et al., 2021) in the half-split layout of HF models.
 //!
-//! forward   y₁ = x₁·cos − x₂·sin,  y₂ = x₂·cos + x₁·sin   with x = [x₁ | x₂]
+//! forward   y₁ = x₁·cos − x₂·sin,  y₂ = x₂·cos + x₁·sin   with a head's first `rotary` columns x = [x₁ | x₂]
 //! backward  the rotation by the opposite angle
+//!
+//! Columns of a head beyond `rotary` stay as they are (partial rotary).
 
 use super::{
     cpu::{Element, Real, Rows, dispatch, each_row},
@@ -10,7 +12,7 @@ use super::{
 use crate::device::has_kernels;
 use tch::{Device, Kind, Tensor};
 
-/// cos and sin of every position up to a length: [positions, head_dim / 2] fp32.
+/// cos and sin of every position up to a length: `[positions, rotary / 2]` fp32.
 pub struct RopeTable {
     inv_freq: Tensor,
     cos: Tensor,
@@ -18,14 +20,14 @@ pub struct RopeTable {
 }
 
 impl RopeTable {
-    /// A table that grows as longer documents come. `inv_freq` [head_dim / 2] in radians per position.
+    /// A table that grows with the longest document seen. `inv_freq` `[rotary / 2]` in radians per position.
     pub fn new(inv_freq: &[f32], device: Device) -> Self {
         let empty = Tensor::zeros([0, inv_freq.len() as i64], (Kind::Float, device));
         let inv_freq = Tensor::from_slice(inv_freq).to_device(device);
         Self { inv_freq, cos: empty.copy(), sin: empty }
     }
 
-    /// cos and sin of `positions` `[tokens]` i64, which are below `length`: each [tokens, 1, head_dim / 2].
+    /// cos and sin of `positions` `[tokens]` i64, all below `length`: each `[tokens, 1, rotary / 2]`.
     pub fn at(&mut self, positions: &Tensor, length: usize) -> (Tensor, Tensor) {
         if (self.cos.size()[0] as usize) < length {
             let steps = Tensor::arange(length as i64, (Kind::Float, self.inv_freq.device()));
@@ -36,25 +38,33 @@ impl RopeTable {
     }
 }
 
-/// Rotates the first `heads` heads of each row of `qkv` [tokens, all heads·head_dim], q and k of q|k|v, in place. cos and
-/// sin [tokens, 1, head_dim / 2] are fp32, or fp64 for fp64 rows (tests).
-pub fn forward(qkv: &Tensor, heads: i64, cos: &Tensor, sin: &Tensor) {
+/// The leading heads of a row that are rotated: q and k of q|k|v.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rotated {
+    pub heads: i64,
+    /// Width of a head; its first `rotary` columns are rotated, as many as cos and sin have angles twice.
+    pub dim: i64,
+}
+
+/// Rotates the leading heads of each row of `qkv` `[tokens, columns]`, in place. cos and sin `[tokens, 1, rotary / 2]` are
+/// fp32, or fp64 for fp64 rows (tests).
+pub fn forward(qkv: &Tensor, rotated: Rotated, cos: &Tensor, sin: &Tensor) {
     let _span = crate::trace::operation("rope.forward");
-    rotate(qkv, heads, cos, sin, 1.0);
+    rotate(qkv, rotated, cos, sin, 1.0);
 }
 
-/// Turns the gradient of what [`forward`] gives into that of what it takes, in place.
-pub fn backward(d_qkv: &Tensor, heads: i64, cos: &Tensor, sin: &Tensor) {
+/// Backward of [`forward`], in place.
+pub fn backward(d_qkv: &Tensor, rotated: Rotated, cos: &Tensor, sin: &Tensor) {
     let _span = crate::trace::operation("rope.backward");
-    rotate(d_qkv, heads, cos, sin, -1.0);
+    rotate(d_qkv, rotated, cos, sin, -1.0);
 }
 
-/// `direction` is 1 or −1: by the angle or the opposite one.
-fn rotate(x: &Tensor, heads: i64, cos: &Tensor, sin: &Tensor, direction: f64) {
+/// Rotates by `direction` (1 or −1) times the angles.
+fn rotate(x: &Tensor, rotated: Rotated, cos: &Tensor, sin: &Tensor, direction: f64) {
     if has_kernels(x) {
-        dispatch!(x.kind(), E => rows::rotate::<E>(x, heads as usize, cos, sin, direction));
-    } else if !cuda::kernels(x).is_some_and(|kernels| kernels.rope(x, heads, cos, sin, direction)) {
-        torch::rotate(x, heads, cos, sin, direction);
+        dispatch!(x.kind(), E => rows::rotate::<E>(x, rotated, cos, sin, direction));
+    } else if !cuda::kernels(x).is_some_and(|kernels| kernels.rope(x, rotated, cos, sin, direction)) {
+        torch::rotate(x, rotated, cos, sin, direction);
     }
 }
 
@@ -62,17 +72,18 @@ fn rotate(x: &Tensor, heads: i64, cos: &Tensor, sin: &Tensor, direction: f64) {
 mod rows {
     use super::*;
 
-    pub fn rotate<E: Element>(x: &Tensor, heads: usize, cos: &Tensor, sin: &Tensor, direction: f64) {
+    pub fn rotate<E: Element>(x: &Tensor, rotated: Rotated, cos: &Tensor, sin: &Tensor, direction: f64) {
         let (cos, sin) = (Rows::of(cos), Rows::of(sin));
         let (half, direction) = (cos.columns(), E::Accum::of(direction));
+        let (heads, dim) = (rotated.heads as usize, rotated.dim as usize);
         each_row::<E, _, _, _>(
             [],
             [Rows::of(x)],
             [cos, sin],
             #[inline(always)]
             |_, [], [row], [cos, sin]| {
-                for head in row[..heads * 2 * half].chunks_exact_mut(2 * half) {
-                    let (first, second) = head.split_at_mut(half);
+                for head in row[..heads * dim].chunks_exact_mut(dim) {
+                    let (first, second) = head[..2 * half].split_at_mut(half);
                     rotate_head(first, second, cos, sin, direction);
                 }
             },
@@ -99,12 +110,12 @@ mod rows {
 mod torch {
     use super::*;
 
-    pub fn rotate(x: &Tensor, heads: i64, cos: &Tensor, sin: &Tensor, direction: f64) {
-        let (tokens, half) = (x.size()[0], cos.size()[2]);
-        let x = x.narrow(1, 0, heads * 2 * half).view([tokens, heads, 2 * half]);
+    pub fn rotate(x: &Tensor, Rotated { heads, dim }: Rotated, cos: &Tensor, sin: &Tensor, direction: f64) {
+        let half = cos.size()[2];
+        let x = x.narrow(1, 0, heads * dim).unflatten(1, [heads, dim]);
         let (mut first, mut second) = (x.narrow(2, 0, half), x.narrow(2, half, half));
         let (a, b, sin) = (first.to_kind(cos.kind()), second.to_kind(cos.kind()), sin * direction);
-        // Both before one is written: where the kinds are the same, a and b are what is written to.
+        // Computed before either is written: where the kinds are the same, a and b are views of x.
         let (y1, y2) = (&a * cos - &b * &sin, &b * cos + &a * &sin);
         first.copy_(&y1);
         second.copy_(&y2);
@@ -120,20 +131,34 @@ mod tests {
     fn matches_autograd() {
         let kernels = cuda::on_host::kernels();
         for (kind, tolerance) in KINDS {
-            for (tokens, heads, dim) in [(5, 3, 8), (1, 1, 6), (0, 2, 4), (300, 5, 64), (7, 2, 128)] {
+            for (tokens, heads, dim, rotary) in [
+                (5, 3, 8, 8),
+                (1, 1, 6, 6),
+                (0, 2, 4, 4),
+                (300, 5, 64, 64),
+                (7, 2, 128, 128),
+                // Partial rotary.
+                (9, 3, 64, 32),
+                (4, 2, 24, 6),
+            ] {
                 // Two heads of v follow, which stay as they are.
                 let rounded = |t: &Tensor| t.detach().to_kind(kind).to_kind(Kind::Double);
                 let shape = [tokens, heads + 2, dim];
                 let x = rounded(&leaf(&shape)).set_requires_grad(true);
                 let d_y = rounded(&leaf(&shape));
                 let wide = if kind == Kind::Double { kind } else { Kind::Float };
-                let angles = Tensor::randn([tokens, 1, dim / 2], (wide, Device::Cpu)) * 3.0;
+                let half = rotary / 2;
+                let angles = Tensor::randn([tokens, 1, half], (wide, Device::Cpu)) * 3.0;
                 let (cos, sin) = (angles.cos(), angles.sin());
-                let part = x.narrow(1, 0, heads);
-                let (a, b) = (part.narrow(2, 0, dim / 2), part.narrow(2, dim / 2, dim / 2));
+                let (part, rest) = (
+                    x.narrow(1, 0, heads).narrow(2, 0, rotary),
+                    x.narrow(1, 0, heads).slice(2, rotary, None, 1),
+                );
+                let (a, b) = (part.narrow(2, 0, half), part.narrow(2, half, half));
                 let twice = |t: &Tensor| Tensor::cat(&[t, t], 2).to_kind(Kind::Double);
-                let rotated = &part * twice(&cos) + Tensor::cat(&[-b, a], 2) * twice(&sin);
-                let y = Tensor::cat(&[rotated, x.narrow(1, heads, 2)], 1);
+                let turned = &part * twice(&cos) + Tensor::cat(&[-b, a], 2) * twice(&sin);
+                let y = Tensor::cat(&[Tensor::cat(&[turned, rest], 2), x.narrow(1, heads, 2)], 1);
+                let rotated = Rotated { heads, dim };
                 let expected = autograd(&y, &d_y, &[&x]).remove(0);
                 let near = |ours: &Tensor, exact: &Tensor| {
                     let off = distance(&ours.view(shape), exact);
@@ -142,21 +167,21 @@ mod tests {
                 let flat = |t: &Tensor| t.detach().to_kind(kind).copy().view([tokens, (heads + 2) * dim]);
                 everywhere(|| {
                     let (ours, d) = (flat(&x), flat(&d_y));
-                    forward(&ours, heads, &cos, &sin);
-                    backward(&d, heads, &cos, &sin);
+                    forward(&ours, rotated, &cos, &sin);
+                    backward(&d, rotated, &cos, &sin);
                     near(&ours, &y);
                     near(&d, &expected);
                 });
                 let (ours, d) = (flat(&x), flat(&d_y));
-                torch::rotate(&ours, heads, &cos, &sin, 1.0);
-                torch::rotate(&d, heads, &cos, &sin, -1.0);
+                torch::rotate(&ours, rotated, &cos, &sin, 1.0);
+                torch::rotate(&d, rotated, &cos, &sin, -1.0);
                 near(&ours, &y);
                 near(&d, &expected);
                 let (ours, d) = (flat(&x), flat(&d_y));
-                let taken = kernels.rope(&ours, heads, &cos, &sin, 1.0);
-                assert_eq!(taken, kind != Kind::Double && dim % 16 == 0);
+                let taken = kernels.rope(&ours, rotated, &cos, &sin, 1.0);
+                assert_eq!(taken, kind != Kind::Double && rotary % 16 == 0 && dim % 8 == 0);
                 if taken {
-                    assert!(kernels.rope(&d, heads, &cos, &sin, -1.0));
+                    assert!(kernels.rope(&d, rotated, &cos, &sin, -1.0));
                     near(&ours, &y);
                     near(&d, &expected);
                 }

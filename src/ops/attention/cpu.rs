@@ -1,5 +1,5 @@
-//! FlashAttention-2 (Dao, 2023) on the CPU: tiles of scores that stay in the cache, fp32 sums, no work above the diagonal,
-//! beyond a window or across documents.
+//! FlashAttention-2 (Dao, 2023) on the CPU: tiles of scores that stay in the CPU's cache, fp32 sums, no work above the
+//! diagonal, beyond a window or across documents.
 //!
 //! One task computes the query heads of one key-value head in one document, whose keys and values it packs once.
 
@@ -28,7 +28,10 @@ struct Task {
 struct Shape {
     query: usize,
     key_value: usize,
+    /// Width of a head of q and k.
     dim: usize,
+    /// Width of a head of v and of the output.
+    value_dim: usize,
     window: usize,
     scale: f64,
 }
@@ -39,8 +42,9 @@ impl Shape {
             query: heads.query as usize,
             key_value: heads.key_value as usize,
             dim: heads.dim as usize,
+            value_dim: heads.value_dim as usize,
             window: heads.window.map_or(usize::MAX, |window| window as usize),
-            scale: (heads.dim as f64).sqrt().recip(),
+            scale: heads.scale,
         }
     }
 
@@ -48,7 +52,7 @@ impl Shape {
         let heads =
             |tokens: Range<usize>| (0..self.key_value).map(move |head| Task { tokens: tokens.clone(), head });
         let mut tasks: Vec<Task> = documents.ranges().flat_map(heads).collect();
-        // The longest first, so that no thread begins one when the others are done.
+        // Longest first, so that no thread starts a long task when the others have finished.
         tasks.sort_by_key(|task| std::cmp::Reverse(task.tokens.len()));
         tasks
     }
@@ -59,25 +63,20 @@ impl Shape {
         head * size..(head + 1) * size
     }
 
-    /// Columns of head `index` in fused q|k|v, and of query head `index` in the output.
-    fn columns(&self, index: usize) -> Range<usize> {
-        index * self.dim..(index + 1) * self.dim
+    /// Columns of query head `head` in fused q|k|v.
+    fn columns(&self, head: usize) -> Range<usize> {
+        head * self.dim..(head + 1) * self.dim
     }
 
-    /// Columns of a head's keys and values.
+    /// Columns of query head `head` in the output.
+    fn output_columns(&self, head: usize) -> Range<usize> {
+        head * self.value_dim..(head + 1) * self.value_dim
+    }
+
+    /// Columns of the keys and values of key-value head `head` in fused q|k|v.
     fn key_value_columns(&self, head: usize) -> [Range<usize>; 2] {
-        let first = self.query + head;
-        [self.columns(first), self.columns(first + self.key_value)]
-    }
-
-    /// Columns of a tile that is as wide as a head.
-    fn width<M: MicroKernel>(&self) -> usize {
-        self.dim.next_multiple_of(M::WIDTH)
-    }
-
-    /// Units of a head's row, those with zeros behind it included.
-    fn units<M: MicroKernel>(&self) -> usize {
-        self.dim.div_ceil(M::GROUP).next_multiple_of(M::UNITS)
+        let first_value = (self.query + self.key_value) * self.dim + head * self.value_dim;
+        [self.columns(self.query + head), first_value..first_value + self.value_dim]
     }
 
     /// The tiles of keys that queries `queries` of a document see.
@@ -86,14 +85,14 @@ impl Shape {
         first / TILE..queries.end.div_ceil(TILE)
     }
 
-    /// Of the keys from `first` in a tile, those that query `i` sees.
+    /// The range that query `i` sees of the keys of a tile that starts at `first`.
     fn seen(&self, i: usize, first: usize) -> Range<usize> {
         let end = (i + 1).saturating_sub(first).min(TILE);
         (i + 1).saturating_sub(self.window).saturating_sub(first).min(end)..end
     }
 }
 
-/// Writes o `[tokens, query·dim]` and L (see [`super::forward`]) of q|k|v.
+/// Writes o `[tokens, query·value_dim]` and L (see [`super::forward`]) of q|k|v.
 pub fn forward<M: MicroKernel>(
     machine: M,
     qkv: Rows<M::Stored>,
@@ -140,8 +139,8 @@ impl<M: MicroKernel> NullaryFnOnce for Forward<'_, M> {
     #[inline(always)]
     fn call(self) {
         let Self { machine, shape, task, qkv, out, lse } = self;
-        let (length, width) = (task.tokens.len(), shape.width::<M>());
-        let units = shape.units::<M>();
+        let (length, width) = (task.tokens.len(), width::<M>(shape.value_dim));
+        let units = units::<M>(shape.dim);
         let padded = length.next_multiple_of(TILE);
         let need = words::<M::Unit>(units * padded)
             + words::<M::Unit>(padded / M::GROUP * width)
@@ -179,7 +178,7 @@ impl<M: MicroKernel> NullaryFnOnce for Forward<'_, M> {
                     let left = Left { units: query, row: units, unit: 1 };
                     let key_tile = &keys[tile * TILE * units..(tile + 1) * TILE * units];
                     machine.multiply(left, key_tile, &mut scores[..rows * TILE], TILE, false);
-                    // Row by row each of these waits for what comes before; all rows at a time they do not wait for each other.
+                    // Rows are independent: one loop over all of them has no dependent chain, unlike a chain of steps by row.
                     for (r, i) in queries.clone().enumerate() {
                         let row = &mut scores[r * TILE..(r + 1) * TILE];
                         hide(row, &shape.seen(i, tile * TILE), M::Number::NEG_INFINITY);
@@ -187,7 +186,7 @@ impl<M: MicroKernel> NullaryFnOnce for Forward<'_, M> {
                     }
                     for ((shrink, latest), maximum) in shrinks.iter_mut().zip(&mut *latest).zip(&mut *maxima)
                     {
-                        // A row that has seen nothing yet has weights of zero, not NaN.
+                        // A row that has seen no key yet gets weights of zero, not NaN.
                         let base = if *latest == M::Number::NEG_INFINITY { M::Number::ZERO } else { *latest };
                         *shrink = ((*maximum - base) * scale).exp();
                         (*maximum, *latest) = (*latest, base);
@@ -213,7 +212,7 @@ impl<M: MicroKernel> NullaryFnOnce for Forward<'_, M> {
                     let total = total(totals[r]);
                     let inverse = M::Number::ONE / total;
                     // SAFETY: only this task has the columns of `head` in the rows of its document.
-                    let out = unsafe { out.part_mut(task.tokens.start + i, shape.columns(head)) };
+                    let out = unsafe { out.part_mut(task.tokens.start + i, shape.output_columns(head)) };
                     for (out, &sum) in out.iter_mut().zip(&sums[r * width..]) {
                         *out = M::Stored::narrow(sum * inverse);
                     }
@@ -244,17 +243,21 @@ impl<M: MicroKernel> NullaryFnOnce for Backward<'_, M> {
     #[inline(always)]
     fn call(self) {
         let Self { machine, shape, task, d_out, qkv, out, lse, d_qkv } = self;
-        let (length, width) = (task.tokens.len(), shape.width::<M>());
-        let units = shape.units::<M>();
+        let length = task.tokens.len();
+        let (width, value_width) = (width::<M>(shape.dim), width::<M>(shape.value_dim));
+        let (units, value_units) = (units::<M>(shape.dim), units::<M>(shape.value_dim));
         let padded = length.next_multiple_of(TILE);
         let tile_units = TILE * TILE / M::GROUP;
-        let need = 2 * words::<M::Unit>(units * padded)
+        let need = [units, value_units].map(|units| words::<M::Unit>(units * padded)).iter().sum::<usize>()
             + words::<M::Unit>(padded / M::GROUP * width)
-            + 2 * words::<M::Unit>(TILE * units)
-            + 2 * words::<M::Unit>(TILE / M::GROUP * width)
+            + [units, value_units].map(|units| words::<M::Unit>(TILE * units)).iter().sum::<usize>()
+            + [width, value_width]
+                .map(|width| words::<M::Unit>(TILE / M::GROUP * width))
+                .iter()
+                .sum::<usize>()
             + 3 * words::<M::Unit>(tile_units)
             + 2 * words::<M::Number>(TILE * TILE)
-            + 2 * words::<M::Number>(padded * width)
+            + [width, value_width].map(|width| words::<M::Number>(padded * width)).iter().sum::<usize>()
             + words::<M::Number>(TILE * width);
         let mut memory = Memory::take(need);
         let mut scratch = memory.scratch();
@@ -262,32 +265,32 @@ impl<M: MicroKernel> NullaryFnOnce for Backward<'_, M> {
         let [key_columns, value_columns] = shape.key_value_columns(task.head);
         let (key, value) = (of(qkv, key_columns.clone()), of(qkv, value_columns.clone()));
         let keys_along_dim = key.along_dim::<M>(&mut scratch, units);
-        let values_along_dim = value.along_dim::<M>(&mut scratch, units);
+        let values_along_dim = value.along_dim::<M>(&mut scratch, value_units);
         let keys_along_tokens = key.along_tokens::<M>(&mut scratch, padded, width);
-        let [query, d_o]: [&mut [M::Unit]; 2] = [scratch.cut(TILE * units), scratch.cut(TILE * units)];
+        let [query, d_o]: [&mut [M::Unit]; 2] = [scratch.cut(TILE * units), scratch.cut(TILE * value_units)];
         let d_scores_rows: &mut [M::Unit] = scratch.cut(tile_units);
         let [weights, d_scores_across]: [&mut [M::Unit]; 2] =
             [scratch.cut(tile_units), scratch.cut(tile_units)];
         let [scores, d_weights]: [&mut [M::Number]; 2] = [scratch.cut(TILE * TILE), scratch.cut(TILE * TILE)];
         let [d_keys, d_values]: [&mut [M::Number]; 2] =
-            [scratch.cut(padded * width), scratch.cut(padded * width)];
+            [scratch.cut(padded * width), scratch.cut(padded * value_width)];
         let d_query: &mut [M::Number] = scratch.cut(TILE * width);
         let across: [&mut [M::Unit]; 2] =
-            [scratch.cut(TILE / M::GROUP * width), scratch.cut(TILE / M::GROUP * width)];
+            [scratch.cut(TILE / M::GROUP * width), scratch.cut(TILE / M::GROUP * value_width)];
         d_keys.fill(M::Number::ZERO);
         d_values.fill(M::Number::ZERO);
         let scale = M::Number::of(shape.scale);
 
         for head in shape.group(task.head) {
-            let (q, d) = (of(qkv, shape.columns(head)), of(d_out, shape.columns(head)));
-            let o = of(out, shape.columns(head));
+            let q = of(qkv, shape.columns(head));
+            let [d, o] = [d_out, out].map(|rows| of(rows, shape.output_columns(head)));
             for first in (0..length).step_by(TILE) {
                 let queries = first..length.min(first + TILE);
                 let rows = queries.len().next_multiple_of(M::ROWS);
                 q.rows_of::<M>(&queries, query, units);
-                d.rows_of::<M>(&queries, d_o, units);
+                d.rows_of::<M>(&queries, d_o, value_units);
                 q.pairs_of::<M>(&queries, across[0], width);
-                d.pairs_of::<M>(&queries, across[1], width);
+                d.pairs_of::<M>(&queries, across[1], value_width);
                 let mut dots = [M::Number::ZERO; TILE];
                 let mut lses = [M::Number::ZERO; TILE];
                 for (r, i) in queries.clone().enumerate() {
@@ -298,18 +301,16 @@ impl<M: MicroKernel> NullaryFnOnce for Backward<'_, M> {
                 }
                 d_query.fill(M::Number::ZERO);
                 for tile in shape.tiles(&queries) {
-                    let dims = tile * TILE * units..(tile + 1) * TILE * units;
-                    let left = |units_of| Left { units: units_of, row: units, unit: 1 };
                     machine.multiply(
-                        left(query),
-                        &keys_along_dim[dims.clone()],
+                        Left { units: query, row: units, unit: 1 },
+                        &keys_along_dim[tile * TILE * units..(tile + 1) * TILE * units],
                         &mut scores[..rows * TILE],
                         TILE,
                         false,
                     );
                     machine.multiply(
-                        left(d_o),
-                        &values_along_dim[dims],
+                        Left { units: d_o, row: value_units, unit: 1 },
+                        &values_along_dim[tile * TILE * value_units..(tile + 1) * TILE * value_units],
                         &mut d_weights[..rows * TILE],
                         TILE,
                         false,
@@ -326,23 +327,22 @@ impl<M: MicroKernel> NullaryFnOnce for Backward<'_, M> {
                         hide(d, &seen, M::Number::ZERO);
                         M::pack(d, &mut d_scores_rows[r * TILE / M::GROUP..(r + 1) * TILE / M::GROUP]);
                     }
-                    // What lies behind the last query counts for nothing.
+                    // Rows behind the last query must add nothing.
                     scores[queries.len() * TILE..].fill(M::Number::ZERO);
                     d_weights[queries.len() * TILE..].fill(M::Number::ZERO);
                     d_scores_rows[queries.len() * TILE / M::GROUP..].fill(bytemuck::Zeroable::zeroed());
 
-                    let keys_of_tile = tile * TILE * width..(tile + 1) * TILE * width;
                     machine.multiply(
                         machine.transposed(scores, TILE, weights),
                         across[1],
-                        &mut d_values[keys_of_tile.clone()],
-                        width,
+                        &mut d_values[tile * TILE * value_width..(tile + 1) * TILE * value_width],
+                        value_width,
                         true,
                     );
                     machine.multiply(
                         machine.transposed(d_weights, TILE, d_scores_across),
                         across[0],
-                        &mut d_keys[keys_of_tile],
+                        &mut d_keys[tile * TILE * width..(tile + 1) * TILE * width],
                         width,
                         true,
                     );
@@ -361,12 +361,14 @@ impl<M: MicroKernel> NullaryFnOnce for Backward<'_, M> {
             }
         }
         for i in 0..length {
-            let parts =
-                [(key_columns.clone(), &d_keys, scale), (value_columns.clone(), &d_values, M::Number::ONE)];
+            let parts = [
+                (key_columns.clone(), &d_keys[i * width..], scale),
+                (value_columns.clone(), &d_values[i * value_width..], M::Number::ONE),
+            ];
             for (columns, d, scale) in parts {
                 // SAFETY: only this task has the columns of its key-value head in the rows of its document.
                 let target = unsafe { d_qkv.part_mut(task.tokens.start + i, columns) };
-                for (target, &d) in target.iter_mut().zip(&d[i * width..]) {
+                for (target, &d) in target.iter_mut().zip(d) {
                     *target = M::Stored::narrow(d * scale);
                 }
             }
@@ -374,13 +376,23 @@ impl<M: MicroKernel> NullaryFnOnce for Backward<'_, M> {
     }
 }
 
-/// Where L of query `i` of a document and head `head` lies: by document, head, token.
+/// Columns of a tile that holds a head of `dim` columns.
+fn width<M: MicroKernel>(dim: usize) -> usize {
+    dim.next_multiple_of(M::WIDTH)
+}
+
+/// Units of a row of a head of `dim` columns, the zeros behind it included.
+fn units<M: MicroKernel>(dim: usize) -> usize {
+    dim.div_ceil(M::GROUP).next_multiple_of(M::UNITS)
+}
+
+/// Index in L of query `i` of a document and head `head`: L is ordered by document, head, token.
 #[inline(always)]
 fn lse_index(shape: &Shape, task: &Task, head: usize, i: usize) -> usize {
     task.tokens.start * shape.query + head * task.tokens.len() + i
 }
 
-/// One head of a document: `columns` of the rows `tokens` of a tensor that nothing writes to.
+/// One head of a document: `columns` of the rows `tokens` of a tensor that is only read.
 #[derive(Clone)]
 struct Source<'a, E> {
     rows: Rows<'a, E>,
@@ -487,14 +499,14 @@ fn units_of<M: MicroKernel>(row: &[M::Stored], mut put: impl FnMut(usize, M::Uni
     }
 }
 
-/// Sets what is not `seen` to `value`.
+/// Sets the columns outside `seen` to `value`.
 #[inline(always)]
 fn hide<R: Real>(row: &mut [R], seen: &Range<usize>, value: R) {
     row[..seen.start].fill(value);
     row[seen.end..].fill(value);
 }
 
-/// Turns each x into exp((x − base)·scale); `sums` become what they are times `shrink` plus those, in lanes.
+/// x ← exp((x − base)·scale) in place; sums ← sums·shrink + Σ x, by lane.
 #[inline(always)]
 fn exponentials<R: Real>(row: &mut [R], base: R, scale: R, shrink: R, sums: &mut [R; LANES]) {
     let mut lanes = *sums;

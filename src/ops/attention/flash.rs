@@ -4,24 +4,22 @@ use super::{Documents, Heads};
 use crate::device::has_flash;
 use tch::{Device, Kind, Tensor};
 
-/// Whether its kernels take this: half-width kinds, and heads that are neither odd nor wide.
+/// Whether the kernels take these: 16-bit kinds, heads of one width, a multiple of 8 up to 256.
 pub fn takes(qkv: &Tensor, heads: Heads) -> bool {
     let kind = matches!(qkv.kind(), Kind::BFloat16 | Kind::Half);
-    matches!(qkv.device(), Device::Cuda(_)) && has_flash() && kind && heads.dim % 8 == 0 && heads.dim <= 256
-}
-
-/// q, k, v of `qkv`, each [tokens, heads, dim].
-fn split(qkv: &Tensor, heads: Heads) -> [Tensor; 3] {
-    let (q, n) = (heads.query, heads.key_value);
-    let all = qkv.view([-1, q + 2 * n, heads.dim]);
-    [all.narrow(1, 0, q), all.narrow(1, q, n), all.narrow(1, q + n, n)]
+    matches!(qkv.device(), Device::Cuda(_))
+        && has_flash()
+        && kind
+        && heads.dim % 8 == 0
+        && heads.dim <= 256
+        && heads.value_dim == heads.dim
 }
 
 fn by_head(rows: &Tensor, heads: Heads) -> Tensor {
     rows.view([-1, heads.query, heads.dim])
 }
 
-/// Tokens before its own that a query sees, where that is limited.
+/// Tokens before its own that a query sees, where limited.
 fn left(heads: Heads) -> Option<i64> {
     heads.window.map(|window| window - 1)
 }
@@ -34,7 +32,7 @@ pub fn forward(
     out: &Tensor,
     lse: &Tensor,
 ) -> Result<(), tch::TchError> {
-    let [q, k, v] = split(qkv, heads);
+    let [q, k, v] = heads.split(qkv);
     let (offsets, longest) = (&documents.offsets, documents.longest());
     let no: Option<&Tensor> = None;
     let sums = Tensor::f_internal_flash_attention_forward_no_dropout_inplace(
@@ -49,7 +47,7 @@ pub fn forward(
         0.0,
         true,
         false,
-        None,
+        Some(heads.scale),
         left(heads),
         Some(0),
         no,
@@ -67,9 +65,9 @@ pub fn backward(
     documents: &Documents,
     d_qkv: &Tensor,
 ) -> Result<(), tch::TchError> {
-    let [q, k, v] = split(qkv, heads);
+    let [q, k, v] = heads.split(qkv);
     let (offsets, longest) = (&documents.offsets, documents.longest());
-    // The state of a generator, which only dropout asks for.
+    // State of a generator, which only dropout uses.
     let unused = Tensor::zeros([2], (Kind::Int64, qkv.device()));
     let gradients = Tensor::f_internal_flash_attention_backward(
         &by_head(d_out, heads),
@@ -86,11 +84,11 @@ pub fn backward(
         true,
         &unused,
         &unused,
-        None,
+        Some(heads.scale),
         left(heads),
         Some(0),
     )?;
-    for (mut target, gradient) in split(d_qkv, heads).into_iter().zip([gradients.0, gradients.1, gradients.2])
+    for (mut target, gradient) in heads.split(d_qkv).into_iter().zip([gradients.0, gradients.1, gradients.2])
     {
         target.f_copy_(&gradient)?;
     }

@@ -1,4 +1,4 @@
-//! The formulas in libtorch's operations, for devices that have no kernel of ours.
+//! The formulas in libtorch's operations, for tensors that no kernel takes.
 
 use super::{Documents, Heads, accum_kind};
 use tch::{Kind, Tensor};
@@ -6,21 +6,17 @@ use tch::{Kind, Tensor};
 /// Documents of one length: (first token, documents, tokens per document).
 type Run = (i64, i64, i64);
 
-/// q, k, v of one run of `qkv`, each `[documents, key-value heads, query heads of each or 1, length, dim]`.
+/// q, k, v of one run of `qkv`, each `[documents, key-value heads, query heads of each or 1, length, width of a head]`.
 fn split(qkv: &Tensor, heads: Heads, &(start, count, length): &Run) -> [Tensor; 3] {
-    let all = heads.query + 2 * heads.key_value;
-    let run = qkv.narrow(0, start, count * length).view([count, length, all, heads.dim]).transpose(1, 2);
-    let part = |first, n: i64| {
-        let shape = [count, heads.key_value, n / heads.key_value, length, heads.dim];
-        run.narrow(1, first, n).unflatten(1, &shape[1..3])
-    };
-    let (q, n) = (heads.query, heads.key_value);
-    [part(0, q), part(q, n), part(q + n, n)]
+    heads.split(&qkv.narrow(0, start, count * length)).map(|part| {
+        let each = part.size()[1] / heads.key_value;
+        part.unflatten(0, [count, length]).transpose(1, 2).unflatten(1, [heads.key_value, each])
+    })
 }
 
-/// Rows of a run, each `[documents, key-value heads, query heads of each, length, dim]`.
+/// Rows of a run, each `[documents, key-value heads, query heads of each, length, value_dim]`.
 fn by_head(rows: &Tensor, heads: Heads, &(start, count, length): &Run) -> Tensor {
-    let run = rows.narrow(0, start, count * length).view([count, length, heads.query, heads.dim]);
+    let run = rows.narrow(0, start, count * length).view([count, length, heads.query, heads.value_dim]);
     run.transpose(1, 2).unflatten(1, [heads.key_value, heads.query / heads.key_value])
 }
 
@@ -31,10 +27,10 @@ fn sums_of(lse: &Tensor, heads: Heads, &(start, count, length): &Run) -> Tensor 
     run.view([count, heads.key_value, group, length, 1])
 }
 
-/// Scores q·kᵀ/√d in a wide kind, −∞ where nothing is seen.
+/// Scores c·q·kᵀ in fp32 (fp64 for fp64), −∞ where a key is hidden.
 fn scores(q: &Tensor, k: &Tensor, heads: Heads, length: i64) -> Tensor {
     let wide = accum_kind(q.kind());
-    let scores = q.to_kind(wide).matmul(&k.to_kind(wide).transpose(-1, -2)) / (heads.dim as f64).sqrt();
+    let scores = q.to_kind(wide).matmul(&k.to_kind(wide).transpose(-1, -2)) * heads.scale;
     let position = Tensor::arange(length, (Kind::Int64, q.device()));
     let age = position.unsqueeze(1) - position.unsqueeze(0);
     let hidden = age.lt(0).logical_or(&age.ge(heads.window.unwrap_or(i64::MAX)));
@@ -70,7 +66,7 @@ pub fn backward(
         let (q, k, v) = (wide(&q), wide(&k), wide(&v));
         let d_o = wide(&by_head(d_out, heads, run));
         let dot = (&d_o * wide(&by_head(out, heads, run))).sum_dim_intlist(-1, true, None);
-        let d_scores = &weights * (d_o.matmul(&v.transpose(-1, -2)) - dot) / (heads.dim as f64).sqrt();
+        let d_scores = &weights * (d_o.matmul(&v.transpose(-1, -2)) - dot) * heads.scale;
         let over_group = |d: Tensor| d.sum_dim_intlist(2, true, None);
         let d_v = over_group(weights.transpose(-1, -2).matmul(&d_o));
         let d_k = over_group(d_scores.transpose(-1, -2).matmul(&q));

@@ -1,10 +1,12 @@
 //! Causal grouped-query attention over packed documents: no document attends to another, and no mask exists.
 //!
-//! forward   P = softmax(q·kᵀ/√d),  o = P·v,  L = logsumexp of each score row
-//! backward  FlashAttention-2 (Dao, 2023): dv = Pᵀ·do,  dS = P ∘ (do·vᵀ − rowsum(do∘o)),  dq = dS·k/√d,  dk = dSᵀ·q/√d
+//! forward   P = softmax(c·q·kᵀ),  o = P·v,  L = logsumexp of each score row
+//! backward  FlashAttention-2 (Dao, 2023): dv = Pᵀ·do,  dS = P ∘ (do·vᵀ − rowsum(do∘o)),  dq = c·dS·k,  dk = c·dSᵀ·q
 //!
-//! On the CPU both are kernels of tiles (`cpu`), on CUDA libtorch's (`flash`); what neither takes its operations compute
-//! (`formula`).
+//! c is the scale, 1/√d by default. Heads of v may be narrower than those of q and k.
+//!
+//! Backends: tiled kernels of our own on the CPU (`cpu`), libtorch's FlashAttention on CUDA (`flash`), libtorch operations
+//! for anything else (`formula`).
 
 mod cpu;
 mod flash;
@@ -48,7 +50,7 @@ impl Documents {
         Self { runs, offsets: Tensor::from_slice(&offsets).to_device(device) }
     }
 
-    /// Tokens of the longest.
+    /// Tokens of the longest document.
     fn longest(&self) -> i64 {
         self.runs.iter().map(|&(_, _, tokens)| tokens).max().unwrap_or(0)
     }
@@ -64,22 +66,52 @@ impl Documents {
     }
 }
 
-/// Widths of the fused q|k|v tensor.
-#[derive(Clone, Copy, Debug)]
+/// Heads of the fused q|k|v tensor, and the score function.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Heads {
     pub query: i64,
     pub key_value: i64,
+    /// Width of a head of q and k.
     pub dim: i64,
-    /// A query sees this many tokens, itself included; `None` for all before it.
+    /// Width of a head of v and of the output.
+    pub value_dim: i64,
+    /// Factor of the scores.
+    pub scale: f64,
+    /// Tokens that a query sees, itself included; `None` for all before it.
     pub window: Option<i64>,
 }
 
-/// o [tokens, query·dim] and L `[tokens·query]` fp32 (in an order that [`backward`] knows) from fused q|k|v
-/// [tokens, (query + 2·key_value)·dim].
+impl Heads {
+    /// Heads of one width, scores over √dim, no window.
+    pub fn new(query: i64, key_value: i64, dim: i64) -> Self {
+        let scale = (dim as f64).sqrt().recip();
+        Self { query, key_value, dim, value_dim: dim, scale, window: None }
+    }
+
+    /// Columns of q, k and v.
+    pub fn widths(&self) -> [i64; 3] {
+        [self.query * self.dim, self.key_value * self.dim, self.key_value * self.value_dim]
+    }
+
+    /// Columns of the output.
+    pub fn output(&self) -> i64 {
+        self.query * self.value_dim
+    }
+
+    /// q, k and v of `qkv` `[tokens, Σ widths]`, each a view `[tokens, heads, width of a head]`.
+    pub fn split(&self, qkv: &Tensor) -> [Tensor; 3] {
+        let [q, k, v] = self.widths();
+        let part = |first, columns, dim| qkv.narrow(1, first, columns).unflatten(1, [columns / dim, dim]);
+        [part(0, q, self.dim), part(q, k, self.dim), part(q + k, v, self.value_dim)]
+    }
+}
+
+/// o `[tokens, query·value_dim]` and L `[tokens·query]` fp32 (in the backend's order) from fused q|k|v
+/// `[tokens, Σ widths]`.
 pub fn forward(qkv: &Tensor, heads: Heads, documents: &Documents) -> (Buffer, Tensor) {
     let _span = crate::trace::operation("attention.forward");
     let tokens = qkv.size()[0];
-    let out = Buffer::empty(&[tokens, heads.query * heads.dim], qkv.kind(), qkv.device());
+    let out = Buffer::empty(&[tokens, heads.output()], qkv.kind(), qkv.device());
     let lse = Tensor::empty([tokens * heads.query], (accum_kind(qkv.kind()), qkv.device()));
     struct Forward<'a>(&'a Tensor, Heads, &'a Documents, &'a Tensor, &'a Tensor);
     impl Kernel for Forward<'_> {
@@ -98,7 +130,7 @@ pub fn forward(qkv: &Tensor, heads: Heads, documents: &Documents) -> (Buffer, Te
     (out, lse)
 }
 
-/// The gradient of fused q|k|v from do [tokens, query·dim] and what forward gave.
+/// Backward of [`forward`]: the gradient of fused q|k|v from do `[tokens, query·value_dim]`, o and L.
 pub fn backward(
     d_out: &Tensor,
     qkv: &Tensor,
@@ -127,19 +159,19 @@ pub fn backward(
     d_qkv
 }
 
-/// libtorch's operations panic where they fail; so do these.
+/// Panics on an error, as tch's own wrappers of libtorch do.
 fn libtorch(done: Result<(), tch::TchError>) {
     if let Err(error) = done {
         panic!("attention of libtorch: {error}");
     }
 }
 
-/// What runs on any machine that multiplies tiles.
+/// A kernel generic over the micro-kernel that multiplies its tiles.
 trait Kernel {
     fn run<M: MicroKernel>(self, machine: M);
 }
 
-/// Runs `kernel` on the best machine for tensors of `kind`.
+/// Runs `kernel` with the best micro-kernel for tensors of `kind`.
 fn on_cpu(kind: Kind, kernel: impl Kernel) {
     let level = Isa::current();
     match kind {
@@ -157,12 +189,12 @@ fn on_cpu(kind: Kind, kernel: impl Kernel) {
     }
 }
 
-/// Attention of one new token of each sequence over that sequence's cache, for generation: q [sequences, query, dim];
-/// k, v [sequences, places, key_value, dim], of which the first `lengths` `[sequences]` i64 count, the new token last.
-/// Returns o [sequences, query·dim].
+/// Attention of one new token of each sequence over that sequence's cache, for generation: q `[sequences, query, dim]`,
+/// k `[sequences, places, key_value, dim]`, v `[sequences, places, key_value, value_dim]`. The first `lengths`
+/// `[sequences]` i64 places count; the last of them is the new token. Returns o `[sequences, query·value_dim]`.
 pub fn with_cache(q: &Tensor, k: &Tensor, v: &Tensor, lengths: &Tensor, heads: Heads) -> Tensor {
     let (sequences, places) = (k.size()[0], k.size()[1]);
-    let shape = [sequences, heads.query * heads.dim];
+    let shape = [sequences, heads.output()];
     if sequences == 0 {
         return Tensor::empty(shape, (q.kind(), q.device()));
     }
@@ -174,13 +206,14 @@ pub fn with_cache(q: &Tensor, k: &Tensor, v: &Tensor, lengths: &Tensor, heads: H
     let mask = Tensor::zeros([sequences, places], (q.kind(), q.device()));
     let mask = mask.masked_fill(&hidden, f64::NEG_INFINITY).view([sequences, 1, 1, places]);
     let (k, v) = (k.transpose(1, 2), v.transpose(1, 2));
-    let o = if has_kernels(q) {
-        let (q, mask) = (q.unsqueeze(2), Some(&mask));
-        Tensor::internal_scaled_dot_product_flash_attention_for_cpu(&q, &k, &v, 0.0, false, mask, None).0
+    // libtorch's kernel takes heads of one width.
+    let o = if has_kernels(q) && heads.dim == heads.value_dim {
+        let (q, mask, scale) = (q.unsqueeze(2), Some(&mask), Some(heads.scale));
+        Tensor::internal_scaled_dot_product_flash_attention_for_cpu(&q, &k, &v, 0.0, false, mask, scale).0
     } else {
         // The heads of a group side by side: [sequences, key_value, group, dim].
         let q = q.reshape([sequences, heads.key_value, -1, heads.dim]);
-        let scores = q.matmul(&k.transpose(-1, -2)) / (heads.dim as f64).sqrt() + mask;
+        let scores = q.matmul(&k.transpose(-1, -2)) * heads.scale + mask;
         scores.softmax(-1, accum_kind(q.kind())).to_kind(v.kind()).matmul(&v)
     };
     o.reshape(shape)
@@ -200,17 +233,24 @@ mod tests {
         let mut start = 0;
         for &length in lengths {
             let length = length as i64;
-            let t = qkv.narrow(0, start, length).view([length, heads.query + 2 * heads.key_value, heads.dim]);
+            let [q, k, v] = [
+                (0, heads.query, heads.dim),
+                (heads.query * heads.dim, heads.key_value, heads.dim),
+                ((heads.query + heads.key_value) * heads.dim, heads.key_value, heads.value_dim),
+            ]
+            .map(|(first, n, dim)| {
+                let part = qkv.narrow(0, start, length).narrow(1, first, n * dim);
+                part.reshape([length, n, dim])
+            });
             let position = Tensor::arange(length, (Kind::Int64, Device::Cpu));
             let ahead = position.unsqueeze(1) - position.unsqueeze(0);
             let hidden = ahead.lt(0).logical_or(&ahead.ge(heads.window.unwrap_or(i64::MAX)));
             let columns: Vec<Tensor> = (0..heads.query)
                 .map(|h| {
                     let kv = h / (heads.query / heads.key_value);
-                    let head = |i: i64| t.select(1, i);
-                    let scores = head(h).matmul(&head(heads.query + kv).tr()) / (heads.dim as f64).sqrt();
+                    let scores = q.select(1, h).matmul(&k.select(1, kv).tr()) * heads.scale;
                     let p = scores.masked_fill(&hidden, f64::NEG_INFINITY).softmax(-1, None);
-                    p.matmul(&head(heads.query + heads.key_value + kv))
+                    p.matmul(&v.select(1, kv))
                 })
                 .collect();
             rows.push(Tensor::cat(&columns, 1));
@@ -235,7 +275,7 @@ mod tests {
         [out, d_qkv]
     }
 
-    /// The same in the tiles of a machine that has none.
+    /// The same in emulated tile registers.
     fn in_emulated_tiles(qkv: &Tensor, d_out: &Tensor, heads: Heads, lengths: &[usize]) -> [Buffer; 2] {
         let (machine, documents) = (InTiles(Emulated), Documents::new(lengths, Device::Cpu));
         let (out, d_qkv) = (Buffer::like(d_out), Buffer::like(qkv));
@@ -247,9 +287,9 @@ mod tests {
         [out, d_qkv]
     }
 
-    /// Heads, windows and documents of every kind.
+    /// Heads, windows, scales and documents of every kind.
     fn cases() -> Vec<(Heads, Vec<usize>)> {
-        let heads = |query, key_value, dim, window| Heads { query, key_value, dim, window };
+        let heads = |query, key_value, dim, window| Heads { window, ..Heads::new(query, key_value, dim) };
         vec![
             (heads(4, 2, 8, None), vec![1]),
             (heads(4, 2, 8, None), vec![5, 5, 1, 0, 9]),
@@ -259,13 +299,18 @@ mod tests {
             (heads(2, 2, 80, Some(70)), vec![150, 193]),
             (heads(2, 1, 6, Some(1)), vec![67]),
             (heads(2, 1, 128, None), vec![3]),
+            (Heads { scale: 0.5, ..heads(4, 2, 16, None) }, vec![70, 3]),
+            // v narrower than q and k, as in multi-head latent attention, and wider.
+            (Heads { value_dim: 16, ..heads(3, 3, 24, None) }, vec![66, 5]),
+            (Heads { value_dim: 64, scale: 0.1, ..heads(4, 2, 96, Some(40)) }, vec![130, 1]),
+            (Heads { value_dim: 40, ..heads(2, 1, 6, None) }, vec![67, 4]),
         ]
     }
 
     fn inputs((heads, lengths): &(Heads, Vec<usize>)) -> [Tensor; 2] {
         let tokens = lengths.iter().sum::<usize>() as i64;
         let normal = |width| Tensor::randn([tokens, width], (Kind::Double, Device::Cpu));
-        [normal((heads.query + 2 * heads.key_value) * heads.dim), normal(heads.query * heads.dim)]
+        [normal(heads.widths().iter().sum()), normal(heads.output())]
     }
 
     #[test]
@@ -323,24 +368,26 @@ mod tests {
     fn a_cache_continues_documents_of_different_lengths() {
         let lengths = [9usize, 4, 1];
         for window in [None, Some(3)] {
-            let heads = Heads { query: 4, key_value: 2, dim: 8, window };
-            let qkv = leaf(&[14, 64]).detach();
-            let whole = reference(&qkv, heads, &lengths);
-            let t = qkv.view([14, 8, 8]);
-            // What lies behind a sequence's end must not count.
-            let cache = Tensor::full([3, 12, 4, 8], 7.0, (Kind::Double, Device::Cpu));
-            let (mut last, mut end) = (Vec::new(), 0);
-            for (i, &length) in lengths.iter().enumerate() {
-                let own = t.narrow(0, end, length as i64).narrow(1, 4, 4);
-                cache.get(i as i64).narrow(0, 0, length as i64).copy_(&own);
-                end += length as i64;
-                last.push(end - 1);
+            for (value_dim, scale) in [(8, 0.3), (8, 8f64.sqrt().recip()), (5, 0.7)] {
+                let heads = Heads { query: 4, key_value: 2, dim: 8, value_dim, scale, window };
+                let qkv = leaf(&[14, heads.widths().iter().sum()]).detach();
+                let whole = reference(&qkv, heads, &lengths);
+                let [q, k, v] = heads.split(&qkv);
+                // Places behind a sequence's end must not count.
+                let caches = [&k, &v].map(|part| {
+                    let cache = Tensor::full([3, 12, 2, part.size()[2]], 7.0, (Kind::Double, Device::Cpu));
+                    let mut end = 0;
+                    for (i, length) in lengths.iter().map(|&length| length as i64).enumerate() {
+                        cache.get(i as i64).narrow(0, 0, length).copy_(&part.narrow(0, end, length));
+                        end += length;
+                    }
+                    cache
+                });
+                let last = Tensor::from_slice(&[8i64, 12, 13]);
+                let q = q.index_select(0, &last);
+                let o = with_cache(&q, &caches[0], &caches[1], &Tensor::from_slice(&[9i64, 4, 1]), heads);
+                assert!(distance(&o, &whole.index_select(0, &last)) < 1e-12, "{heads:?}");
             }
-            let last = Tensor::from_slice(&last);
-            let q = t.narrow(1, 0, 4).index_select(0, &last);
-            let (k, v) = (cache.narrow(2, 0, 2), cache.narrow(2, 2, 2));
-            let o = with_cache(&q, &k, &v, &Tensor::from_slice(&[9i64, 4, 1]), heads);
-            assert!(distance(&o, &whole.index_select(0, &last)) < 1e-12, "{window:?}");
         }
     }
 }

@@ -140,16 +140,17 @@ __device__ inline void norm_backward(Rows d, Rows x, const float *w, const float
   }
 }
 
-// --- rope: a thread for each pack of the first half of a head, with its partner in the second
+// --- rope: a thread for each pack of the first half of a head's rotated columns, with its partner in the second
 
 template <class T>
-__device__ inline void rope(Rows x, const float *cos, const float *sin, float direction, long long rows, int heads, int half) {
+__device__ inline void rope(Rows x, const float *cos, const float *sin, float direction, long long rows, int heads, int dim,
+                            int half) {
   long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
   int packs = half / PACK;
   long long row = i / packs / heads;
   if (row >= rows) return;
   int column = i % packs * PACK, head = i / packs % heads;
-  T *first = row_of<T>(x, row) + head * 2 * half + column, *second = first + half;
+  T *first = row_of<T>(x, row) + head * dim + column, *second = first + half;
   float a[PACK], b[PACK];
   load(first, a);
   load(second, b);
@@ -350,8 +351,9 @@ BOTH(norm_forward, (Rows x, const float *w, Rows y, float *r, long long rows, in
 BOTH(norm_recompute, (Rows x, const float *w, Rows y, const float *r, long long rows, int n), (x, w, y, r, rows, n))
 BOTH(norm_backward, (Rows d, Rows x, const float *w, const float *r, Rows add, int has_add, long long rows, int n),
      (d, x, w, r, add, has_add, rows, n))
-BOTH(rope, (Rows x, const float *cos, const float *sin, float direction, long long rows, int heads, int half),
-     (x, cos, sin, direction, rows, heads, half))
+BOTH(rope,
+     (Rows x, const float *cos, const float *sin, float direction, long long rows, int heads, int dim, int half),
+     (x, cos, sin, direction, rows, heads, dim, half))
 BOTH(swiglu_forward, (Rows gate_up, const float *scale, Rows y, long long rows, int n), (gate_up, scale, y, rows, n))
 BOTH(swiglu_backward, (Rows d, Rows gate_up, const float *scale, float *d_scale, long long rows, int n),
      (d, gate_up, scale, d_scale, rows, n))

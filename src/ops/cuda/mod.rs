@@ -7,6 +7,7 @@
 
 use super::{
     cross_entropy::{GradientFactors, TargetRows},
+    rope::Rotated,
     row_layout::RowLayout,
 };
 use crate::device::{
@@ -217,18 +218,20 @@ impl Kernels {
     }
 
     /// See [`super::rope::forward`]; `direction` is 1 or −1.
-    pub fn rope(&self, x: &Tensor, heads: i64, cos: &Tensor, sin: &Tensor, direction: f64) -> bool {
+    pub fn rope(&self, x: &Tensor, rotated: Rotated, cos: &Tensor, sin: &Tensor, direction: f64) -> bool {
+        let Rotated { heads, dim } = rotated;
         let run = || {
             let all @ Rows { raw, kind, rows, columns } = Rows::of(x)?;
             let half = *cos.size().last()?;
-            if half % PACK as i64 != 0 || heads * 2 * half > i64::from(columns) {
+            if half % PACK as i64 != 0 || dim % PACK as i64 != 0 || heads * dim > i64::from(columns) {
                 return None;
             }
             let packs = rows * heads * half / PACK as i64;
             let blocks = (packs as u64).div_ceil(u64::from(THREADS)) as i64;
             let table = |table| all.values(table, Kind::Float, half);
-            let (cos, sin, heads, half) = (table(cos)?, table(sin)?, heads as i32, half as i32);
-            start!(self, "rope", kind, blocks, raw, cos, sin, direction as f32, rows, heads, half)
+            let (cos, sin) = (table(cos)?, table(sin)?);
+            let (heads, dim, half) = (heads as i32, dim as i32, half as i32);
+            start!(self, "rope", kind, blocks, raw, cos, sin, direction as f32, rows, heads, dim, half)
         };
         run().is_some()
     }
