@@ -161,6 +161,11 @@ impl Mesh {
         self.replicate * self.shard
     }
 
+    /// Index of `rank` among the data-parallel ranks: rows are dealt by it. Ranks that share a sequence have the same.
+    pub fn data_rank(&self, rank: usize) -> usize {
+        rank / self.sequence
+    }
+
     /// The axes of `rank`.
     pub fn coordinates(&self, rank: usize) -> Coordinates {
         Coordinates {
@@ -190,6 +195,12 @@ impl Mesh {
     /// The ranks that hold the same shard as `rank`, one in each block.
     pub fn replicate_group(&self, rank: usize) -> Vec<usize> {
         (rank % self.block()..self.world()).step_by(self.block()).collect()
+    }
+
+    /// The neighbours that share the sequences of `rank`: context parallelism exchanges tokens for heads among them.
+    pub fn sequence_group(&self, rank: usize) -> Vec<usize> {
+        let first = rank - rank % self.sequence;
+        (first..first + self.sequence).collect()
     }
 
     /// The neighbours that own all experts between them and exchange tokens.
@@ -359,6 +370,18 @@ mod tests {
         assert_eq!(mesh.experts_of(0, 5), Err(MeshError::Experts { expert: 2, experts: 5 }));
     }
 
+    #[test]
+    fn ranks_of_a_sequence_are_neighbours_with_one_data_rank() {
+        let mesh = mesh(8, sizes(2, 2, 2, 1));
+        let groups: Vec<_> = (0..8).map(|rank| (mesh.sequence_group(rank), mesh.data_rank(rank))).collect();
+        for (rank, group) in groups.iter().enumerate() {
+            let expected = [(vec![0, 1], 0), (vec![2, 3], 1), (vec![4, 5], 2), (vec![6, 7], 3)];
+            assert_eq!(group, &expected[rank / 2], "rank {rank}");
+        }
+        let alone = self::mesh(3, sizes(-1, -1, 1, 1));
+        assert_eq!((alone.sequence_group(2), alone.data_rank(2)), (vec![2], 2));
+    }
+
     /// Each family of groups covers every rank once, and the members of a group agree on who is in it.
     #[test]
     fn groups_partition_every_world() {
@@ -371,6 +394,7 @@ mod tests {
                         for group in [
                             Mesh::shard_group,
                             Mesh::replicate_group,
+                            Mesh::sequence_group,
                             Mesh::expert_group,
                             Mesh::expert_shard_group,
                         ] {

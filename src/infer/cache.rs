@@ -1,26 +1,52 @@
-//! Keys and values of the tokens so far, for several sequences of different lengths.
+//! Keys and values of the tokens so far, for several sequences of different lengths, and attention over them.
 
 use crate::{
-    model::ModelSpec,
-    ops::attention::{self, Heads},
+    model::{ModelSpec, attend::Attend},
+    ops::{
+        Buffer,
+        attention::{self, Documents, Heads},
+    },
+    shard::ShardError,
 };
 use tch::{Device, Kind, Tensor};
 
 /// Keys and values, rotated, of every layer. A place is a token of a sequence: sequence·capacity + position.
 pub struct KvCache {
-    /// Per layer k|v: [places, 2·key_value, dim]
+    /// Per layer k|v: `[places, key_value·(dim + value_dim)]`
     layers: Vec<Tensor>,
     sequences: i64,
     capacity: i64,
+}
+
+/// Attention of whole prompts, whose keys and values go into the cache.
+pub struct Prefill<'a> {
+    pub cache: &'a KvCache,
+    /// The place of each token: `[tokens]` i64.
+    pub places: Tensor,
+    pub documents: &'a Documents,
+}
+
+/// Attention of the next token of every sequence over all of its tokens.
+pub struct NextTokens<'a> {
+    pub cache: &'a KvCache,
+    /// The place of each sequence's new token: `[sequences]` i64.
+    pub places: Tensor,
+    /// Tokens of each sequence, the new one included: `[sequences]` i64.
+    pub lengths: Tensor,
+    /// The largest of `lengths`.
+    pub longest: usize,
 }
 
 impl KvCache {
     /// An empty cache of `sequences` sequences of at most `capacity` tokens.
     pub fn new(spec: &ModelSpec, sequences: usize, capacity: usize, kind: Kind, device: Device) -> Self {
         let (sequences, capacity) = (sequences as i64, capacity as i64);
-        let shape = [sequences * capacity, 2 * spec.num_kv_heads as i64, spec.head_dim as i64];
-        let layers = (0..spec.num_layers).map(|_| Tensor::zeros(shape, (kind, device))).collect();
-        Self { layers, sequences, capacity }
+        let columns = |heads: Heads| heads.key_value * (heads.dim + heads.value_dim);
+        let layers = spec.layers.iter().map(|layer| {
+            let shape = [sequences * capacity, columns(layer.mixer.cached_heads())];
+            Tensor::zeros(shape, (kind, device))
+        });
+        Self { layers: layers.collect(), sequences, capacity }
     }
 
     /// The place of each (sequence, position): `[tokens]` i64.
@@ -30,29 +56,31 @@ impl KvCache {
         Tensor::from_slice(&places).to_device(device)
     }
 
-    /// Keeps keys and values of q|k|v `[tokens, (query + 2·key_value)·dim]` at `places` `[tokens]` i64.
-    pub fn store(&self, layer: usize, qkv: &Tensor, heads: Heads, places: &Tensor) {
-        let width = 2 * heads.key_value;
-        let key_value =
-            qkv.view([qkv.size()[0], heads.query + width, heads.dim]).narrow(1, heads.query, width);
-        let _ = self.layers[layer].shallow_clone().index_copy_(0, places, &key_value);
+    /// Copies keys and values of q|k|v `[tokens, Σ widths]` to `places` `[tokens]` i64.
+    fn store(&self, layer: usize, qkv: &Tensor, heads: Heads, places: &Tensor) {
+        let [q, k, v] = heads.widths();
+        let _ = self.layers[layer].shallow_clone().index_copy_(0, places, &qkv.narrow(1, q, k + v));
     }
+}
 
-    /// Attention of q|k|v `[sequences, (query + 2·key_value)·dim]`, whose keys and values are stored, over each sequence's
-    /// first `lengths` `[sequences]` i64 tokens, none above `longest`. Returns `[sequences, query·dim]`.
-    pub fn attend(
-        &self,
-        layer: usize,
-        qkv: &Tensor,
-        heads: Heads,
-        lengths: &Tensor,
-        longest: usize,
-    ) -> Tensor {
-        let width = 2 * heads.key_value;
-        let q = qkv.view([self.sequences, heads.query + width, heads.dim]).narrow(1, 0, heads.query);
-        let all = self.layers[layer].view([self.sequences, self.capacity, width, heads.dim]);
-        let all = all.narrow(1, 0, longest as i64);
-        let (k, v) = (all.narrow(2, 0, heads.key_value), all.narrow(2, heads.key_value, heads.key_value));
-        attention::with_cache(&q, &k, &v, lengths, heads)
+impl Attend for Prefill<'_> {
+    fn forward(&self, layer: usize, qkv: &Tensor, heads: Heads) -> Result<(Buffer, Tensor), ShardError> {
+        self.cache.store(layer, qkv, heads, &self.places);
+        Ok(attention::forward(qkv, heads, self.documents))
+    }
+}
+
+impl Attend for NextTokens<'_> {
+    fn forward(&self, layer: usize, qkv: &Tensor, heads: Heads) -> Result<(Buffer, Tensor), ShardError> {
+        let Self { cache, places, lengths, longest } = self;
+        cache.store(layer, qkv, heads, places);
+        let [_, k, v] = heads.widths();
+        let all = cache.layers[layer].view([cache.sequences, cache.capacity, k + v]);
+        let all = all.narrow(1, 0, *longest as i64);
+        let part = |first, columns, dim| all.narrow(2, first, columns).unflatten(2, [heads.key_value, dim]);
+        let (k, v) = (part(0, k, heads.dim), part(k, v, heads.value_dim));
+        let [q, _, _] = heads.split(qkv);
+        let out = attention::with_cache(&q, &k, &v, lengths, heads);
+        Ok((out.into(), Tensor::zeros([0], (Kind::Float, qkv.device()))))
     }
 }

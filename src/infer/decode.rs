@@ -1,12 +1,11 @@
 //! Greedy decoding. Each rank continues its own prompts; all ranks gather the same layers, so a rank that is done, or
 //! that has no prompt, keeps step with the others.
 
-use super::cache::KvCache;
+use super::cache::{KvCache, NextTokens, Prefill};
 use crate::{
     comm::{Communicator, Reduce},
     lora::Adapter,
     model::transformer::{Batch, Transformer},
-    ops::attention,
     shard::ShardError,
 };
 use tch::Tensor;
@@ -64,10 +63,8 @@ fn greedy_round(
         Some(*end)
     });
     let ends = Tensor::from_slice(&ends.collect::<Vec<i64>>()).to_device(device);
-    let mut logits = model.logits_of(&batch, adapters, Some(&ends), |layer, qkv, heads| {
-        cache.store(layer, qkv, heads, &places);
-        attention::forward(qkv, heads, batch.documents()).0
-    })?;
+    let prefill = Prefill { cache: &cache, places, documents: batch.documents() };
+    let mut logits = model.logits_of(&batch, adapters, Some(&ends), &prefill)?;
 
     let mut continuations = vec![Vec::new(); prompts.len()];
     let mut ended = vec![false; prompts.len()];
@@ -88,11 +85,9 @@ fn greedy_round(
         let positions: Vec<i64> = lengths.iter().map(|&length| (length + new) as i64).collect();
         let batch = Batch::of_single_tokens(&next, &positions, device);
         let places = cache.places(lengths.iter().map(|&length| length + new).enumerate(), device);
-        let so_far = Tensor::from_slice(&positions).to_device(device) + 1;
-        logits = model.logits_of(&batch, adapters, None, |layer, qkv, heads| {
-            cache.store(layer, qkv, heads, &places);
-            cache.attend(layer, qkv, heads, &so_far, longest + new + 1).into()
-        })?;
+        let lengths = Tensor::from_slice(&positions).to_device(device) + 1;
+        let attend = NextTokens { cache: &cache, places, lengths, longest: longest + new + 1 };
+        logits = model.logits_of(&batch, adapters, None, &attend)?;
     }
     Ok(continuations)
 }

@@ -3,7 +3,9 @@
 
 use super::{
     ModelSpec,
-    layer::{LayerPlan, projections},
+    declare::EntryForm,
+    layer::LayerPlan,
+    spec::{EMBEDDING, FINAL_NORM, HEAD},
 };
 use crate::{
     config::{CheckpointingMethod, ReduceGradients},
@@ -60,10 +62,13 @@ impl BasePlan {
     /// # Errors
     /// `mesh` does not divide the experts of `spec`.
     pub fn new(spec: &ModelSpec, options: &Options, mesh: &Mesh, rank: usize) -> Result<Self, MeshError> {
-        let experts = spec.moe.as_ref().map(|moe| mesh.experts_of(rank, moe.experts)).transpose()?;
-        let experts = experts.unwrap_or_default();
-        let plan = |i| LayerPlan::new(spec, i, options.compute, options.merge, experts.clone());
-        let plans: Vec<LayerPlan> = (0..spec.num_layers).map(plan).collect();
+        let Options { compute, merge, .. } = *options;
+        let plan = |layer| {
+            let experts = spec.moe_of(layer).map(|moe| mesh.experts_of(rank, moe.experts)).transpose()?;
+            let experts = experts.unwrap_or_default();
+            Ok(LayerPlan::new(spec, layer, EntryForm { compute, merge, experts }))
+        };
+        let plans: Vec<LayerPlan> = (0..spec.layers.len()).map(plan).collect::<Result<_, _>>()?;
         let cut = |name: String, specs, region: Region, align| {
             RegionLayout::new(name, specs, region.shards(mesh), align)
         };
@@ -99,11 +104,7 @@ impl BasePlan {
     }
 }
 
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
-const FINAL_NORM: &str = "model.norm.weight";
-
 /// All projections of a model, in unit order: what targets are resolved against.
 pub fn all_projections(spec: &ModelSpec) -> Vec<crate::lora::targets::Projection> {
-    (0..spec.num_layers).flat_map(|i| projections(spec, i)).collect()
+    spec.layer_plans().flat_map(|layer| layer.projections).collect()
 }

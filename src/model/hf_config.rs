@@ -2,14 +2,14 @@
 //! unless it holds its neutral value; a field that nobody here knows is refused too, because it might.
 
 use super::{
-    family::{FAMILIES, Family},
+    family::{Decoder, FAMILIES, Family},
     spec::{ModelSpec, RopeScaling, RopeSpec},
 };
 use crate::dtype::DType;
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 
-/// Why a config cannot be used. All of them are the user's to mend.
+/// Reasons to refuse a config; all are user errors (exit 2).
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     #[error("{path}: {error}")]
@@ -106,7 +106,7 @@ pub struct Fields {
 }
 
 impl Fields {
-    fn fault(&self, field: &str, expected: impl Into<String>, found: &Value) -> ConfigError {
+    pub(super) fn fault(&self, field: &str, expected: impl Into<String>, found: &Value) -> ConfigError {
         let (field, found) = (field.to_owned(), found.to_string());
         ConfigError::Value { path: self.path.clone(), field, expected: expected.into(), found }
     }
@@ -186,8 +186,9 @@ impl Fields {
         names.iter().map(of).collect()
     }
 
-    /// Rotary parameters in the forms of transformers v4 (`rope_theta`, `rope_scaling`) and v5 (`rope_parameters`).
-    fn rope(&self) -> Result<RopeSpec, ConfigError> {
+    /// Rotary parameters of `dim` columns, in the forms of transformers v4 (`rope_theta`, `rope_scaling`) and v5
+    /// (`rope_parameters`).
+    pub fn rope(&self, dim: usize) -> Result<RopeSpec, ConfigError> {
         let empty = Map::new();
         let table = |field: &str| match self.get(field) {
             None => Ok(&empty),
@@ -220,7 +221,7 @@ impl Fields {
         if let Some(partial) = scaling_partial(parameters) {
             return Err(self.fault("rope_parameters.partial_rotary_factor", "1.0", partial));
         }
-        Ok(RopeSpec { theta: theta.unwrap_or(10_000.0), scaling })
+        Ok(RopeSpec { theta: theta.unwrap_or(10_000.0), scaling, dim })
     }
 
     /// Refuses fields that are not neutral and fields that `family` does not know.
@@ -279,42 +280,22 @@ impl HfModel {
             .find(|family| family.model_type == named)
             .ok_or_else(|| ConfigError::Family { path: fields.path.clone(), found: named.to_owned() })?;
         fields.check(family)?;
-        let num_heads = fields.size("num_attention_heads")?;
-        let hidden_size = fields.size("hidden_size")?;
-        let num_kv_heads = fields.optional_size("num_key_value_heads")?.unwrap_or(num_heads);
-        if !num_heads.is_multiple_of(num_kv_heads) {
-            let expected = format!("a divisor of num_attention_heads {num_heads}");
-            return Err(fields.fault("num_key_value_heads", expected, &Value::from(num_kv_heads)));
-        }
-        let head_dim = fields.optional_size("head_dim")?.unwrap_or(hidden_size / num_heads);
-        if head_dim % 2 != 0 {
-            return Err(fields.fault("head_dim", "an even number (rotation pairs)", &Value::from(head_dim)));
-        }
-        let num_layers = fields.size("num_hidden_layers")?;
-        let traits = (family.traits)(fields, num_layers)?;
-        if let Some(moe) = traits.moe.as_ref().filter(|moe| moe.top_k > moe.experts) {
-            let expected = format!("at most the {} experts", moe.experts);
-            return Err(fields.fault("num_experts_per_tok", expected, &Value::from(moe.top_k)));
+        let rms_norm_eps = fields.optional_positive("rms_norm_eps")?.unwrap_or(1e-6);
+        let decoder = Decoder { num_layers: fields.size("num_hidden_layers")?, rms_norm_eps };
+        let layers = (family.layers)(fields, &decoder)?;
+        for moe in layers.iter().filter_map(|layer| layer.ffn.moe()) {
+            if moe.top_k > moe.experts {
+                let expected = format!("at most the {} experts", moe.experts);
+                return Err(fields.fault("num_experts_per_tok", expected, &Value::from(moe.top_k)));
+            }
         }
         let spec = ModelSpec {
             vocab_size: fields.size("vocab_size")?,
-            hidden_size,
-            intermediate_size: fields.size("intermediate_size")?,
-            num_layers,
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            rms_norm_eps: fields.positive(&fields.map, "rms_norm_eps")?.unwrap_or(1e-6),
-            rope: fields.rope()?,
+            hidden_size: fields.size("hidden_size")?,
+            layers,
+            rms_norm_eps,
             tie_word_embeddings: fields.flag("tie_word_embeddings", false)?,
-            qkv_bias: traits.qkv_bias,
-            o_bias: traits.o_bias,
-            mlp_bias: traits.mlp_bias,
-            qk_norm: traits.qk_norm,
-            clip_qkv: traits.clip_qkv,
-            moe: traits.moe,
-            layer_windows: traits.layer_windows,
-            initializer_range: fields.positive(&fields.map, "initializer_range")?.unwrap_or(0.02),
+            initializer_range: fields.optional_positive("initializer_range")?.unwrap_or(0.02),
         };
         let dtype = match fields.get("dtype").or(fields.get("torch_dtype")).and_then(Value::as_str) {
             Some("float32") => Some(DType::F32),
@@ -351,6 +332,7 @@ fn read_object(path: &Path) -> Result<Map<String, Value>, ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Mixer;
     use serde_json::json;
 
     fn parse(value: Value) -> Result<HfModel, ConfigError> {
@@ -373,7 +355,8 @@ mod tests {
     #[test]
     fn llama_3_1_8b_in_both_forms() {
         let old = parse(llama()).unwrap();
-        assert_eq!((old.spec.head_dim, old.spec.num_kv_heads, old.dtype), (128, 8, Some(DType::Bf16)));
+        let Mixer::Gqa(gqa) = old.spec.layers[31].mixer;
+        assert_eq!((gqa.head_dim, gqa.num_kv_heads, old.dtype), (128, 8, Some(DType::Bf16)));
         assert_eq!(old.eos_token_ids, [128001, 128008, 128009]);
         let parameters: usize =
             old.spec.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();

@@ -1,8 +1,14 @@
-//! What a decoder-only model computes, whatever its family calls it: the normalised form of a config.json.
+//! Description of a decoder-only model, independent of its family: the normalised form of a config.json.
 
-use crate::lora::MoeNames;
+use super::{
+    declare::EntryForm,
+    ffn::{Ffn, MoeSpec},
+    layer::LayerPlan,
+    mixer::Mixer,
+};
+use crate::dtype::DType;
 
-/// How rotary frequencies are stretched for longer contexts.
+/// Scaling of rotary frequencies for longer contexts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum RopeScaling {
     None,
@@ -15,155 +21,91 @@ pub enum RopeScaling {
     },
 }
 
-/// Rotary embedding of a model.
+/// Rotary embedding.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RopeSpec {
     pub theta: f64,
     pub scaling: RopeScaling,
+    /// Columns of a head that are rotated, an even number.
+    pub dim: usize,
 }
 
-/// What RMSNorm of q and k before the rotation runs over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum QkNorm {
-    /// Each head (Qwen3).
-    Head,
-    /// All heads together (OLMoE).
-    All,
+/// RMSNorms of a layer, one before each half.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NormSpec {
+    pub eps: f64,
+    /// Name in the layer's module, before the mixer.
+    pub mixer: &'static str,
+    /// Name in the layer's module, before the feed-forward network.
+    pub ffn: &'static str,
 }
 
-/// The layers whose MLP is a mixture of experts.
-#[derive(Clone, Debug, PartialEq)]
-pub struct MoeSpec {
-    /// Per layer: whether it has experts, or one dense MLP.
-    pub layers: Vec<bool>,
-    pub experts: usize,
-    /// How many experts a token goes to.
-    pub top_k: usize,
-    /// Whether the weights of a token's experts are divided by their sum.
-    pub normalise: bool,
-    /// Width of an expert.
-    pub width: usize,
-    /// Width of the expert that all tokens go to, weighted by a sigmoid of its own (Qwen2-MoE).
-    pub shared_width: Option<usize>,
-    pub names: MoeNames,
+impl NormSpec {
+    /// The names that most families use.
+    pub fn new(eps: f64) -> Self {
+        Self { eps, mixer: "input_layernorm", ffn: "post_attention_layernorm" }
+    }
 }
 
-/// Sizes and switches of one model. `heads × head_dim` may differ from `hidden_size`.
+/// One decoder layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LayerSpec {
+    pub mixer: Mixer,
+    pub ffn: Ffn,
+    pub norms: NormSpec,
+}
+
+/// A model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelSpec {
     pub vocab_size: usize,
     pub hidden_size: usize,
-    /// Width of a dense MLP.
-    pub intermediate_size: usize,
-    pub num_layers: usize,
-    pub num_heads: usize,
-    pub num_kv_heads: usize,
-    pub head_dim: usize,
+    pub layers: Vec<LayerSpec>,
+    /// Of the final norm.
     pub rms_norm_eps: f64,
-    pub rope: RopeSpec,
     pub tie_word_embeddings: bool,
-    pub qkv_bias: bool,
-    pub o_bias: bool,
-    pub mlp_bias: bool,
-    pub qk_norm: Option<QkNorm>,
-    /// q, k and v are cut off at ± this, before the rotation (OLMoE).
-    pub clip_qkv: Option<f64>,
-    pub moe: Option<MoeSpec>,
-    /// Per layer: how many tokens a query sees, itself included; `None` for all.
-    pub layer_windows: Vec<Option<usize>>,
     /// Standard deviation of a random initialisation.
     pub initializer_range: f64,
 }
 
+pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
+pub(super) const HEAD: &str = "lm_head.weight";
+pub(super) const FINAL_NORM: &str = "model.norm.weight";
+
 impl ModelSpec {
-    /// The experts of layer `layer`, if it has any.
+    /// The routed experts of layer `layer`, if it has any.
     pub fn moe_of(&self, layer: usize) -> Option<&MoeSpec> {
-        self.moe.as_ref().filter(|moe| moe.layers[layer])
+        self.layers[layer].ffn.moe()
     }
 
-    /// Widths of the norms of q and k.
-    pub fn qk_norm_widths(&self) -> Option<[usize; 2]> {
-        self.qk_norm.map(|over| match over {
-            QkNorm::Head => [self.head_dim; 2],
-            QkNorm::All => [self.num_heads, self.num_kv_heads].map(|heads| heads * self.head_dim),
-        })
+    /// The routed experts of the first layer that has any. Layers of a model that have experts have as many.
+    pub fn moe(&self) -> Option<&MoeSpec> {
+        self.layers.iter().find_map(|layer| layer.ffn.moe())
+    }
+
+    /// The plans of all layers, for what does not depend on the form of the entries: names, shapes, projections, costs.
+    pub fn layer_plans(&self) -> impl Iterator<Item = LayerPlan> {
+        let form = EntryForm { compute: DType::F32, merge: true, experts: 0..0 };
+        (0..self.layers.len()).map(move |layer| LayerPlan::new(self, layer, form.clone()))
     }
 
     /// HF names and shapes of all tensors of the model.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let hidden = self.hidden_size;
-        let (q, kv) = (self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim);
-        let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![self.vocab_size, hidden])];
-        for layer in 0..self.num_layers {
-            let mut add = |name: &str, shape: &[usize]| {
-                tensors.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
-            };
-            let attention = [
-                ("self_attn.q_proj", q, hidden, self.qkv_bias),
-                ("self_attn.k_proj", kv, hidden, self.qkv_bias),
-                ("self_attn.v_proj", kv, hidden, self.qkv_bias),
-                ("self_attn.o_proj", hidden, q, self.o_bias),
-            ];
-            for (name, output, input, bias) in attention {
-                add(&format!("{name}.weight"), &[output, input]);
-                if bias {
-                    add(&format!("{name}.bias"), &[output]);
-                }
-            }
-            if let Some([query, key]) = self.qk_norm_widths() {
-                add("self_attn.q_norm.weight", &[query]);
-                add("self_attn.k_norm.weight", &[key]);
-            }
-            match self.moe_of(layer) {
-                None => {
-                    let wide = self.intermediate_size;
-                    for (name, output, input) in
-                        [("gate_proj", wide, hidden), ("up_proj", wide, hidden), ("down_proj", hidden, wide)]
-                    {
-                        add(&format!("mlp.{name}.weight"), &[output, input]);
-                        if self.mlp_bias {
-                            add(&format!("mlp.{name}.bias"), &[output]);
-                        }
-                    }
-                }
-                Some(moe) => moe.tensors(hidden, add),
-            }
-            let mut add = |name: &str| {
-                tensors.push((format!("model.layers.{layer}.{name}.weight"), vec![hidden]));
-            };
-            add("input_layernorm");
-            add("post_attention_layernorm");
-        }
-        tensors.push(("model.norm.weight".to_owned(), vec![hidden]));
+        let vocab = vec![self.vocab_size, self.hidden_size];
+        let mut tensors = vec![(EMBEDDING.to_owned(), vocab.clone())];
+        tensors.extend(self.layer_plans().flat_map(|layer| layer.tensors().to_vec()));
+        tensors.push((FINAL_NORM.to_owned(), vec![self.hidden_size]));
         if !self.tie_word_embeddings {
-            tensors.push(("lm_head.weight".to_owned(), vec![self.vocab_size, hidden]));
+            tensors.push((HEAD.to_owned(), vocab));
         }
         tensors
     }
 }
 
-impl MoeSpec {
-    fn tensors(&self, hidden: usize, mut add: impl FnMut(&str, &[usize])) {
-        let MoeNames { block, gate, up, down } = self.names;
-        add(&format!("{block}.gate.weight"), &[self.experts, hidden]);
-        for expert in 0..self.experts {
-            add(&format!("{block}.experts.{expert}.{gate}.weight"), &[self.width, hidden]);
-            add(&format!("{block}.experts.{expert}.{up}.weight"), &[self.width, hidden]);
-            add(&format!("{block}.experts.{expert}.{down}.weight"), &[hidden, self.width]);
-        }
-        if let Some(width) = self.shared_width {
-            add(&format!("{block}.shared_expert.gate_proj.weight"), &[width, hidden]);
-            add(&format!("{block}.shared_expert.up_proj.weight"), &[width, hidden]);
-            add(&format!("{block}.shared_expert.down_proj.weight"), &[hidden, width]);
-            add(&format!("{block}.shared_expert_gate.weight"), &[1, hidden]);
-        }
-    }
-}
-
 impl RopeSpec {
-    /// Radians per position of each pair: `[head_dim / 2]`, as transformers computes them.
-    pub fn inv_freq(&self, head_dim: usize) -> Vec<f32> {
-        let plain = (0..head_dim / 2).map(|i| 1.0 / self.theta.powf(2.0 * i as f64 / head_dim as f64));
+    /// Radians per position of each pair: `[dim / 2]`, as transformers computes them.
+    pub fn inv_freq(&self) -> Vec<f32> {
+        let plain = (0..self.dim / 2).map(|i| 1.0 / self.theta.powf(2.0 * i as f64 / self.dim as f64));
         let stretch = |frequency: f64| match self.scaling {
             RopeScaling::None => frequency,
             RopeScaling::Llama3 {

@@ -3,12 +3,14 @@
 
 use super::{
     ModelSpec,
+    attend::{Attend, WithinDocuments},
     base_plan::{BasePlan, Options},
-    block::{AttentionSaved, BatchContext, Block, BlockSpec, MlpSaved},
-    ffn::moe::MoeSaved,
-    layer::LayerPlan,
+    context::{BatchContext, RotaryTables},
+    gathered::GatheredLayer,
+    layer::{LayerPlan, LayerState},
     router_load::RouterLoad,
     rows::RowAdapters,
+    sublayer::BackwardContext,
 };
 use crate::{
     clock::Clock,
@@ -16,12 +18,7 @@ use crate::{
     lora::{Adapter, LoraShape, Site},
     loss::{HeadPass, LossValues, Targets, TokenLoss},
     mesh::MeshError,
-    ops::{
-        Buffer,
-        attention::{self, Documents, Heads},
-        norm,
-        rope::RopeTable,
-    },
+    ops::{Buffer, attention::Documents, norm},
     shard::{ExpertDispatcher, ProcessGroups, ShardError, SlotPool},
     trace::{self, Category},
     weights::WeightSource,
@@ -127,15 +124,6 @@ pub struct MicroBatchLoss {
     pub log_probs: Tensor,
 }
 
-/// What is kept of a layer from forward to backward: its input `[tokens, hidden]`, what need not be computed again, and
-/// the experts of each token, so that what is computed again goes to the same.
-struct Kept {
-    x: Buffer,
-    attention: Option<AttentionSaved>,
-    mlp: Option<MlpSaved>,
-    chosen: Option<Tensor>,
-}
-
 /// The sharded base.
 pub struct Transformer {
     spec: ModelSpec,
@@ -148,7 +136,7 @@ pub struct Transformer {
     /// Embedding chunks, then head chunks unless the two are tied.
     vocab: SlotPool,
     final_norm: SlotPool,
-    rope: RopeTable,
+    rotary: Rc<RotaryTables>,
     router_load: RouterLoad,
     groups: ProcessGroups,
     /// Seconds of forward, loss, backward and gather.
@@ -165,7 +153,6 @@ impl Transformer {
         let BasePlan { layers, regions } = BasePlan::new(&spec, &options, &groups.mesh, groups.rank)?;
         let pool = |name, layouts, slots| SlotPool::new(name, layouts, slots, groups.shard.clone(), device);
         let experts = groups.expert_shard.clone();
-        let rope = RopeTable::new(&spec.rope.inv_freq(spec.head_dim), device);
         Ok(Self {
             layers: pool("layers", regions.layers, options.slots),
             experts: SlotPool::new("experts", regions.experts, options.slots, experts, device),
@@ -175,7 +162,7 @@ impl Transformer {
             spec,
             options,
             plans: layers,
-            rope,
+            rotary: Rc::new(RotaryTables::new(device)),
             router_load: RouterLoad::default(),
             groups: groups.clone(),
             clock: Clock::default(),
@@ -237,9 +224,9 @@ impl Transformer {
         std::mem::take(&mut self.router_load)
     }
 
-    fn context(&mut self, batch: &Batch) -> BatchContext {
-        let (cos, sin) = self.rope.at(&batch.positions, batch.longest);
-        BatchContext { documents: batch.documents.clone(), cos, sin, adapters: batch.adapters.clone() }
+    fn context<'a>(&self, batch: &Batch, attend: &'a dyn Attend) -> BatchContext<'a> {
+        let rotary = self.rotary.at(&batch.positions, batch.longest);
+        BatchContext { adapters: batch.adapters.clone(), attend, rotary }
     }
 
     /// Chunks of the embedding; the head has as many, in the same places of the ring when tied.
@@ -290,52 +277,35 @@ impl Transformer {
         Ok(())
     }
 
-    /// Layer `unit`, whose tensors are gathered, as it computes on a batch.
-    fn block<'a>(
-        &self,
-        adapters: &[&mut Adapter],
-        unit: usize,
-        batch: &'a BatchContext,
-    ) -> Result<Block<'a>, ShardError> {
-        let spec = &self.spec;
-        let [query, key_value, dim] = [spec.num_heads, spec.num_kv_heads, spec.head_dim].map(|n| n as i64);
-        let window = spec.layer_windows[unit].map(|window| window as i64);
-        let heads = Heads { window, ..Heads::new(query, key_value, dim) };
-        Ok(Block {
-            spec: BlockSpec { heads, eps: self.spec.rms_norm_eps, clip_qkv: self.spec.clip_qkv },
-            layer: self.plans[unit].bind(
-                [&self.layers, &self.experts],
-                unit,
-                adapters,
-                self.dispatcher.as_ref(),
-            )?,
-            batch,
-        })
+    /// Layer `unit`, whose tensors are gathered.
+    fn layer<'a>(&'a self, adapters: &'a [&'a mut Adapter], unit: usize) -> GatheredLayer<'a> {
+        GatheredLayer {
+            plan: &self.plans[unit],
+            unit,
+            dense: &self.layers,
+            experts: &self.experts,
+            adapters,
+            dispatcher: self.dispatcher.as_ref(),
+        }
     }
 
-    /// Hidden states after the last layer, calling `keep` with each layer's input and what it leaves for backward.
-    /// `attend` is the attention of a layer: see [`Block::attention`].
+    /// Hidden states after the last layer. `keep` gets each layer's input and its state for backward.
     fn forward_layers(
         &mut self,
         adapters: &mut [&mut Adapter],
-        batch: &Batch,
+        ids: &Tensor,
         context: &BatchContext,
-        mut attend: impl FnMut(usize, &Tensor, Heads) -> (Buffer, Tensor),
-        mut keep: impl FnMut(Buffer, AttentionSaved, MlpSaved),
+        mut keep: impl FnMut(Buffer, LayerState),
     ) -> Result<Buffer, ShardError> {
         let _forward = self.clock.phase("forward");
-        let mut x = Buffer::from(self.embed(&batch.ids)?);
+        let mut x = Buffer::from(self.embed(ids)?);
         let layers = self.layers.len();
         for unit in 0..layers {
             let _layer = trace::span(Category::Phase, "layer.forward").with("unit", unit);
             self.gather(adapters, unit, Some(unit + 1).filter(|&next| next < layers))?;
-            let block = self.block(adapters, unit, context)?;
-            let attention = block.attention(&x, |qkv, heads| attend(unit, qkv, heads));
-            let mut mlp = block.mlp(&attention, None)?;
-            let y = block.output(&attention, &mut mlp)?;
-            drop(block);
+            let (y, state) = self.layer(adapters, unit).forward(&x, context)?;
             self.examine(adapters, unit, "forward", &y)?;
-            keep(std::mem::replace(&mut x, y), attention, mlp);
+            keep(std::mem::replace(&mut x, y), state);
         }
         Ok(x)
     }
@@ -398,33 +368,27 @@ impl Transformer {
         loss: &dyn TokenLoss,
     ) -> Result<MicroBatchLoss, ShardError> {
         let _guard = tch::no_grad_guard();
-        let context = self.context(batch);
+        let attend = WithinDocuments(&batch.documents);
+        let context = self.context(batch, &attend);
         let checkpointing = self.options.checkpointing;
         let mut kept = Vec::with_capacity(self.layers.len());
         let mut loads = Vec::new();
-        let x = self.forward_layers(adapters, batch, &context, within(&context), |x, attention, mlp| {
-            loads.extend(mlp.moe().map(MoeSaved::load));
-            let chosen = mlp.moe().map(|moe| moe.chosen().shallow_clone());
-            let attention = checkpointing.keeps_attention().then_some(attention);
-            kept.push(Kept { x, attention, mlp: checkpointing.keeps_mlp().then_some(mlp), chosen });
+        let x = self.forward_layers(adapters, &batch.ids, &context, |x, mut state| {
+            loads.extend(state.router_loads());
+            state.release(checkpointing);
+            kept.push((x, state));
         })?;
         self.router_load.add(&loads);
         let (loss, d_x) = self.head_loss(&x, batch, loss, true)?;
         drop(x);
         let _backward = self.clock.phase("backward");
         let Some(mut d_x) = d_x else { return Ok(loss) };
-        while let Some(Kept { x, attention, mlp, chosen }) = kept.pop() {
+        let context = BackwardContext { batch: &context, attend: &attend };
+        while let Some((x, state)) = kept.pop() {
             let unit = kept.len();
             let _layer = trace::span(Category::Phase, "layer.backward").with("unit", unit);
             self.gather(adapters, unit, unit.checked_sub(1))?;
-            let block = self.block(adapters, unit, &context)?;
-            let recompute = trace::span(Category::Phase, "layer.recompute").with("unit", unit);
-            let attention = attention
-                .unwrap_or_else(|| block.attention(&x, |qkv, heads| within(&context)(unit, qkv, heads)));
-            let mlp = mlp.map_or_else(|| block.mlp_again(&attention, chosen.as_ref()), Ok)?;
-            drop(recompute);
-            d_x = block.backward(d_x, &x, attention, mlp)?;
-            drop(block);
+            d_x = state.backward(d_x, &x, &self.layer(adapters, unit), &context)?;
             self.examine(adapters, unit, "backward", &d_x)?;
             let _reducing = self.clock.phase("reduce");
             let done = |adapter: &mut &mut Adapter| adapter.regions_mut().micro_batch_done(unit);
@@ -441,32 +405,29 @@ impl Transformer {
         loss: &dyn TokenLoss,
     ) -> Result<MicroBatchLoss, ShardError> {
         let _guard = tch::no_grad_guard();
-        let context = self.context(batch);
-        let x = self.forward_layers(adapters, batch, &context, within(&context), |_, _, _| ())?;
+        let attend = WithinDocuments(&batch.documents);
+        let context = self.context(batch, &attend);
+        let x = self.forward_layers(adapters, &batch.ids, &context, |_, _| ())?;
         Ok(self.head_loss(&x, batch, loss, false)?.0)
     }
 
     /// Logits `[tokens, vocab]` fp32 of every token of a batch.
     pub fn logits(&mut self, batch: &Batch, adapters: &mut [&mut Adapter]) -> Result<Tensor, ShardError> {
-        self.logits_of(batch, adapters, None, |_, qkv, heads| {
-            attention::forward(qkv, heads, &batch.documents).0
-        })
+        self.logits_of(batch, adapters, None, &WithinDocuments(&batch.documents))
     }
 
-    /// Logits `[rows, vocab]` fp32 of the tokens `rows` `[rows]` i64 of a batch, all when `None`. `attend(layer, q|k|v,
-    /// heads)` is each layer's attention.
+    /// Logits `[rows, vocab]` fp32 of the tokens `rows` `[rows]` i64 of a batch, all when `None`. `attend` is the attention
+    /// of each layer.
     pub fn logits_of(
         &mut self,
         batch: &Batch,
         adapters: &mut [&mut Adapter],
         rows: Option<&Tensor>,
-        mut attend: impl FnMut(usize, &Tensor, Heads) -> Buffer,
+        attend: &dyn Attend,
     ) -> Result<Tensor, ShardError> {
         let _guard = tch::no_grad_guard();
-        let context = self.context(batch);
-        let no_sums = Tensor::zeros([0], (Kind::Float, batch.ids.device()));
-        let attend = |layer, qkv: &Tensor, heads| (attend(layer, qkv, heads), no_sums.shallow_clone());
-        let x = self.forward_layers(adapters, batch, &context, attend, |_, _, _| ())?;
+        let context = self.context(batch, attend);
+        let x = self.forward_layers(adapters, &batch.ids, &context, |_, _| ())?;
         let x = rows.map_or_else(|| x.shallow_clone(), |rows| x.index_select(0, rows));
         self.final_norm.gather(0)?;
         let (normed, _) = norm::forward(&x, &self.final_norm.view(0, 0)?, self.spec.rms_norm_eps);
@@ -477,9 +438,4 @@ impl Transformer {
         }
         Ok(Tensor::cat(&columns, 1))
     }
-}
-
-/// Attention inside the documents of a batch.
-fn within(context: &BatchContext) -> impl Fn(usize, &Tensor, Heads) -> (Buffer, Tensor) {
-    |_, qkv, heads| attention::forward(qkv, heads, &context.documents)
 }

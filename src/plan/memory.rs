@@ -6,28 +6,22 @@
 
 use crate::{
     config,
-    lora::{AdapterPlan, LayerAdapterPlan},
+    lora::AdapterPlan,
     loss::HOST_ROWS,
     model::{
-        ModelSpec, QkNorm,
-        base_plan::{BasePlan, Options, Regions},
+        ModelSpec,
+        base_plan::{BasePlan, Options},
+        declare::ProjectionId,
+        sublayer::CostSizes,
     },
     optim,
     shard::RegionLayout,
 };
-use std::ops::Range;
+
+pub use crate::model::sublayer::MicroBatch;
 
 /// VmHWM of a rank that trains next to nothing under mpirun: libtorch, MPI, tokenizer (measured, CPU).
 pub const LIBRARIES: usize = 165_000_000;
-
-/// The largest micro-batch of a run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MicroBatch {
-    /// All tokens.
-    pub tokens: usize,
-    /// Tokens of its longest document.
-    pub longest: usize,
-}
 
 /// Bytes of a rank, by what they are for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,7 +56,8 @@ impl Memory {
         batch: MicroBatch,
     ) -> Self {
         let regions = &base.regions;
-        let kept = Kept::new(spec, regions, adapter, options, batch);
+        let kept = Kept::new(spec, base, adapter, options, batch);
+        let layer = kept.again + layer_scratch(spec, base, options, batch);
         let base = [&regions.layers, &regions.experts].map(|layouts| Held::new(layouts));
         let adapters = [&adapter.dense, &adapter.experts].map(|layouts| Held::new(layouts));
         let [vocab, norm] = [&regions.vocab[..], std::slice::from_ref(&regions.final_norm)].map(Held::new);
@@ -78,7 +73,6 @@ impl Memory {
         };
         let gradients = pieces(&adapters) + adapters.iter().map(unreduced).sum::<usize>();
 
-        let layer = kept.again + layer_scratch(spec, options, batch);
         let scratch = |rows| loss_scratch(spec, options, batch, rows).max(layer);
         Self {
             base: pieces(&base) + vocab.pieces + norm.pieces,
@@ -140,84 +134,50 @@ impl Held {
     }
 }
 
-/// Bytes of what forward keeps; see [`block`](crate::model::block).
+/// Bytes that forward keeps for backward, as the layers' halves state them.
 struct Kept {
-    /// From forward until backward comes to it.
+    /// From forward until backward of the layer.
     all: usize,
-    /// Of the layer that is computed again.
+    /// Of the one layer that is computed again.
     again: usize,
 }
 
 impl Kept {
     fn new(
         spec: &ModelSpec,
-        regions: &Regions,
+        base: &BasePlan,
         adapter: &AdapterPlan,
         options: &Options,
         batch: MicroBatch,
     ) -> Self {
         let c = options.compute.size();
-        // Of rows that come from other ranks those of x are kept too.
-        let Regions { layers, experts, .. } = regions;
         let shards = |layouts: &[RegionLayout]| layouts.first().map_or(1, |layout| layout.shards);
-        let travels = shards(layers) > shards(experts);
-        let layers = || adapter.layers.iter().enumerate();
-        let of_layers = |kept: bool, of: fn(&ModelSpec, usize, &LayerAdapterPlan, usize) -> usize| {
-            let layers = layers().map(|(layer, plan)| of(spec, layer, plan, c));
-            if kept { (layers.sum(), 0) } else { (0, layers.max().unwrap_or(0)) }
-        };
-        let keeps_mlp = options.checkpointing.keeps_mlp();
-        let attention = of_layers(options.checkpointing.keeps_attention(), kept_of_attention);
-        let mlp = of_layers(keeps_mlp, if travels { kept_of_mlp_and_rows } else { kept_of_mlp });
-        // The embedding's output enters the first layer, the last one's leaves it.
-        let inputs = (spec.num_layers + 1) * spec.hidden_size * c;
-        // What a router chose is kept in any case.
-        let chosen =
-            layers().filter_map(|(layer, _)| spec.moe_of(layer)).map(|moe| 8 * moe.top_k).sum::<usize>();
-        let chosen = if keeps_mlp { 0 } else { chosen };
-        Self {
-            all: (inputs + chosen + attention.0 + mlp.0) * batch.tokens,
-            again: (attention.1 + mlp.1) * batch.tokens,
+        let experts_elsewhere = shards(&base.regions.layers) > shards(&base.regions.experts);
+        let (mut all, mut mixer_again, mut ffn_again) = (0, 0, 0);
+        for (layer, adapter) in base.layers.iter().zip(&adapter.layers) {
+            let lora_ranks =
+                |id: ProjectionId| adapter.modules[id.index()].as_ref().map_or(0, |module| module.ranks());
+            let sizes = CostSizes { element: c, lora_ranks: &lora_ranks, experts_elsewhere };
+            // u, the input of the second half, is kept with the mixer.
+            let mixer = layer.mixer.kept_bytes(&sizes) + spec.hidden_size * c;
+            let ffn = layer.ffn.kept_bytes(&sizes);
+            if options.checkpointing.keeps_attention() {
+                all += mixer;
+            } else {
+                all += layer.mixer.replay_bytes();
+                mixer_again = mixer.max(mixer_again);
+            }
+            if options.checkpointing.keeps_mlp() {
+                all += ffn;
+            } else {
+                all += layer.ffn.replay_bytes();
+                ffn_again = ffn.max(ffn_again);
+            }
         }
+        // The input of each layer and the output of the last.
+        let inputs = (base.layers.len() + 1) * spec.hidden_size * c;
+        Self { all: (inputs + all) * batch.tokens, again: (mixer_again + ffn_again) * batch.tokens }
     }
-}
-
-/// Bytes a token of the thin LoRA activations of some projections.
-fn lora_hidden(plan: &LayerAdapterPlan, projections: Range<usize>, c: usize) -> usize {
-    let modules = plan.modules.iter().take(projections.end).skip(projections.start).flatten();
-    modules.map(|module| module.ranks()).sum::<usize>() * c
-}
-
-/// Bytes a token: q|k|v, attention's output and row sums, the middle, the first norm's statistics, q|k before its norm,
-/// where it was cut off.
-fn kept_of_attention(spec: &ModelSpec, _layer: usize, plan: &LayerAdapterPlan, c: usize) -> usize {
-    let (query, key_value) = (spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim);
-    let statistics = match spec.qk_norm {
-        None => None,
-        Some(QkNorm::Head) => Some(spec.num_heads + spec.num_kv_heads),
-        Some(QkNorm::All) => Some(2),
-    };
-    let qk_norm = statistics.map_or(0, |count| (query + key_value) * c + 4 * count);
-    let clipped = if spec.clip_qkv.is_some() { query + 2 * key_value } else { 0 };
-    let rest = (2 * query + 2 * key_value + spec.hidden_size) * c + 4 * (spec.num_heads + 1);
-    rest + qk_norm + clipped + lora_hidden(plan, 0..2, c)
-}
-
-/// The same where experts are divided over ranks: as many rows come as go, if the routers choose evenly.
-fn kept_of_mlp_and_rows(spec: &ModelSpec, layer: usize, plan: &LayerAdapterPlan, c: usize) -> usize {
-    let rows = spec.moe_of(layer).map_or(0, |moe| moe.top_k * spec.hidden_size * c);
-    kept_of_mlp(spec, layer, plan, c) + rows
-}
-
-/// Bytes a token: gate|up, the second norm's statistics; of experts a row each with its scale, which row is whose, and
-/// all that the router computed. The rows that fill up an expert's slice are not known before and not counted.
-fn kept_of_mlp(spec: &ModelSpec, layer: usize, plan: &LayerAdapterPlan, c: usize) -> usize {
-    let gated = |width: usize, projections| 2 * width * c + lora_hidden(plan, projections, c);
-    let Some(moe) = spec.moe_of(layer) else { return 4 + gated(spec.intermediate_size, 2..4) };
-    let row = gated(moe.width, 2..4) + 4 + 3 * 8;
-    let router = moe.top_k * (8 + 4) + 4 * moe.experts;
-    let shared = moe.shared_width.map_or(0, |width| 4 + gated(width, 4..6));
-    4 + moe.top_k * row + router + shared
 }
 
 /// The largest moment of the pass over the head, of which at most `most` rows are taken in at a time: a chunk of logits
@@ -231,15 +191,11 @@ fn loss_scratch(spec: &ModelSpec, options: &Options, batch: MicroBatch, most: us
     logits + batch.tokens * spec.hidden_size * (5 * c + sum)
 }
 
-/// The largest moment of a layer besides what it keeps: SwiGLU's output beside the gradient that comes in and a
-/// normalised input, with experts once more for the rows of each of theirs; and the tiles of attention, of each thread.
-fn layer_scratch(spec: &ModelSpec, options: &Options, batch: MicroBatch) -> usize {
+/// The largest moment of a layer besides what it keeps: the temporaries of its halves beside the gradient of the output and
+/// a normalised input.
+fn layer_scratch(spec: &ModelSpec, base: &BasePlan, options: &Options, batch: MicroBatch) -> usize {
     let c = options.compute.size();
-    let tiles = batch.longest * spec.head_dim * (3 * c + 2 * 4);
-    let hidden = 2 * spec.hidden_size;
-    let token = |layer| match spec.moe_of(layer) {
-        None => spec.intermediate_size + hidden,
-        Some(moe) => hidden + (moe.top_k * (moe.width + hidden)).max(moe.shared_width.unwrap_or(0)),
-    };
-    (0..spec.num_layers).map(token).max().unwrap_or(0) * c * batch.tokens + tiles
+    let mixer = base.layers.iter().map(|layer| layer.mixer.scratch_bytes(c, batch)).max();
+    let ffn = base.layers.iter().map(|layer| layer.ffn.scratch_bytes(c, batch)).max();
+    mixer.unwrap_or(0) + ffn.unwrap_or(0) + 2 * spec.hidden_size * c * batch.tokens
 }

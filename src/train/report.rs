@@ -37,7 +37,7 @@ impl Run {
             memory: Memory::new(&self.spec, &base, &adapter, &options, train.optimizer, batch),
             first_step: traffic.step(micro_batches, false),
             step: traffic.step(micro_batches, true),
-            all_to_all: micro_batches * (0..self.spec.num_layers).map(travels).sum::<usize>(),
+            all_to_all: micro_batches * (0..self.spec.layers.len()).map(travels).sum::<usize>(),
             flops_per_token: flops_per_token(&self.spec, &self.sites, rank, longest),
         })
     }

@@ -37,6 +37,7 @@ use crate::{
     weights::{RandomSource, SafetensorsSource, WeightSource, validate},
 };
 use std::{
+    ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -90,7 +91,7 @@ impl Run {
         let mesh = Mesh::new(world, MeshSizes::from(&config.train))?;
         let hf = HfModel::open(&config.model.hf_config())?;
         let spec = hf.spec;
-        let experts = spec.moe.as_ref().map(|moe| moe.experts);
+        let experts = spec.moe().map(|moe| moe.experts);
         if experts.is_none() && mesh.expert() > 1 {
             return Err(refused(
                 "train.expert_parallel_size",
@@ -189,7 +190,7 @@ impl Run {
         Options {
             compute,
             merge: self.config.model.merge_qkv && !self.config.lora.unfuse_for_lora,
-            slots: if train.reshard_after_forward { train.ring_slots } else { self.spec.num_layers },
+            slots: if train.reshard_after_forward { train.ring_slots } else { self.spec.layers.len() },
             vocab_chunk_rows: train.vocab_chunk_rows.unwrap_or(VOCAB_CHUNK_BYTES / row_bytes).max(1),
             loss_chunk_tokens: train.loss_chunk_tokens,
             checkpointing: train.checkpointing(),
@@ -230,7 +231,7 @@ impl Run {
         let device = world.device();
         let mut model = Transformer::new(self.spec.clone(), self.options(), &groups)?;
         model.load(self.source.as_ref())?;
-        groups.open(self.spec.moe.is_some())?;
+        groups.open(self.spec.moe().is_some())?;
         tracing::info!("rank {} read {} bytes of the base", world.rank(), self.source.bytes_read());
         let mut adapter = model.new_adapter(&self.sites, self.lora_shape())?;
         let mut optimizer = Optimizer::new(&Settings::from(train), adapter.pieces());
@@ -339,13 +340,19 @@ impl Run {
 
     /// Rows of this rank, step by step.
     fn step_plans(&self, rank: usize) -> impl Iterator<Item = StepPlan> + Send + use<> {
-        let (ranks, micro) = (self.mesh.data_parallel(), self.config.train.micro_batch_size);
+        let (mesh, micro) = (self.mesh, self.config.train.micro_batch_size);
         let (done, _) = self.standing();
-        (done..).zip(self.step_rows()).map(move |(step, StepRows { epoch, rows, .. })| {
-            let micro_batches = schedule::deal(rows, rank, ranks, micro);
-            StepPlan { step, epoch, micro_batches }
+        (done..).zip(self.step_rows()).map(move |(step, StepRows { epoch, rows, .. })| StepPlan {
+            step,
+            epoch,
+            micro_batches: deal(&mesh, rank, rows, micro),
         })
     }
+}
+
+/// Rows of `rank` of a step's `rows`, by micro-batch of at most `micro`. Ranks that share a sequence have the same rows.
+fn deal(mesh: &Mesh, rank: usize, rows: Range<usize>, micro: usize) -> Vec<Vec<usize>> {
+    schedule::deal(rows, mesh.data_rank(rank), mesh.data_parallel(), micro)
 }
 
 /// A micro-batch of rows, flat.
@@ -354,4 +361,26 @@ fn batch(rows: &[Row], device: Device) -> Batch {
     let labels: Vec<i64> = rows.iter().flat_map(|row| row.labels.iter().copied()).collect();
     let lengths: Vec<usize> = rows.iter().flat_map(|row| row.document_lengths.iter().copied()).collect();
     Batch::new(&ids, &labels, &lengths, device)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 8 ranks = 2 replicas × 2 shards × 2 ranks a sequence.
+    #[test]
+    fn ranks_of_a_sequence_compute_the_same_rows() {
+        let sizes = MeshSizes { replicate: 2, shard: 2, sequence: 2, expert: 1 };
+        let mesh = Mesh::new(8, sizes).unwrap();
+        let of = |rank| deal(&mesh, rank, 10..20, 2);
+        let expected = [
+            vec![vec![10, 11], vec![12]],
+            vec![vec![13, 14], vec![15]],
+            vec![vec![16, 17], vec![]],
+            vec![vec![18, 19], vec![]],
+        ];
+        for rank in 0..8 {
+            assert_eq!(of(rank), expected[rank / 2], "rank {rank}");
+        }
+    }
 }

@@ -102,7 +102,7 @@ impl Trainer {
         let clock = self.model.clock.clone();
         let _reducing = clock.phase("reduce");
         let mut load = self.model.take_router_load().sums();
-        let Some(moe) = &self.model.spec().moe else { return Ok(None) };
+        let Some(moe) = self.model.spec().moe() else { return Ok(None) };
         self.world.all_reduce_host(&mut load, Reduce::Sum)?;
         Ok(RouterReport::new(&load, moe.experts, moe.top_k))
     }

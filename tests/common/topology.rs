@@ -17,7 +17,8 @@ use xorl_dist::{
     loss::CrossEntropy,
     mesh::{Mesh, MeshSizes},
     model::{
-        ModelSpec, MoeSpec, QkNorm, RopeScaling, RopeSpec,
+        DenseSpec, Ffn, GqaSpec, LayerSpec, Mixer, ModelSpec, MoeSpec, NormSpec, QkNorm, RopeScaling,
+        RopeSpec,
         base_plan::{BasePlan, Options, all_projections},
         transformer::{Batch, Transformer},
     },
@@ -151,34 +152,39 @@ impl Case {
 
 /// A Qwen3-like model whose sizes divide by nothing convenient; with experts in all layers but the first.
 fn spec(moe: bool) -> ModelSpec {
-    let names = MoeNames::MLP;
-    let moe = moe.then(|| MoeSpec {
-        layers: vec![false, true, true],
+    let gqa = GqaSpec {
+        num_heads: 4,
+        num_kv_heads: 2,
+        head_dim: 16,
+        value_dim: 16,
+        scale: None,
+        rope: RopeSpec { theta: 10000.0, scaling: RopeScaling::None, dim: 16 },
+        qkv_bias: true,
+        o_bias: false,
+        qk_norm: Some(QkNorm::Head),
+        qk_norm_eps: 1e-6,
+        clip_qkv: None,
+        window: None,
+    };
+    let experts = MoeSpec {
         experts: EXPERTS,
         top_k: 2,
         normalise: true,
         width: 28,
         shared_width: Some(36),
-        names,
-    });
+        names: MoeNames::MLP,
+    };
+    let layer = |i: usize| LayerSpec {
+        mixer: Mixer::Gqa(GqaSpec { window: (i == 1).then_some(5), ..gqa }),
+        ffn: if moe && i > 0 { Ffn::Moe(experts) } else { Ffn::Dense(DenseSpec { width: 72, bias: false }) },
+        norms: NormSpec::new(1e-6),
+    };
     ModelSpec {
         vocab_size: VOCAB,
         hidden_size: 40,
-        intermediate_size: 72,
-        num_layers: 3,
-        num_heads: 4,
-        num_kv_heads: 2,
-        head_dim: 16,
+        layers: (0..3).map(layer).collect(),
         rms_norm_eps: 1e-6,
-        rope: RopeSpec { theta: 10000.0, scaling: RopeScaling::None },
         tie_word_embeddings: false,
-        qkv_bias: true,
-        o_bias: false,
-        mlp_bias: false,
-        qk_norm: Some(QkNorm::Head),
-        clip_qkv: None,
-        moe,
-        layer_windows: vec![None, Some(5), None],
         initializer_range: 0.2,
     }
 }

@@ -1,13 +1,15 @@
-//! Mistral 7B and its kin: no biases; a `sliding_window` that is not null holds for every layer.
+//! Mistral 7B and relatives: no biases; a `sliding_window` that is not null holds for every layer.
 
-use super::{ATTENTION_AND_MLP, Family, Traits};
+use super::{ATTENTION_AND_MLP, Family};
+use crate::model::{Ffn, GqaSpec, Mixer};
 
 pub const FAMILY: Family = Family {
     model_type: "mistral",
     fields: &["sliding_window"],
     default_targets: ATTENTION_AND_MLP,
-    traits: |fields, layers| {
-        let window = fields.optional_size("sliding_window")?;
-        Ok(Traits { layer_windows: vec![window; layers], ..Traits::default() })
+    layers: |fields, decoder| {
+        let gqa = GqaSpec { window: fields.optional_size("sliding_window")?, ..decoder.gqa(fields)? };
+        let dense = decoder.dense(fields)?;
+        Ok(decoder.layers(|_| (Mixer::Gqa(gqa), Ffn::Dense(dense))))
     },
 };

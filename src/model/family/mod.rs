@@ -1,4 +1,4 @@
-//! The families: one page each, with the config fields that it knows and what differs from the common decoder.
+//! The families: one page each, with its config fields and the layers that they describe.
 
 mod llama;
 mod mistral;
@@ -10,7 +10,7 @@ mod qwen3;
 mod qwen3_moe;
 
 use super::{
-    MoeSpec, QkNorm,
+    DenseSpec, Ffn, GqaSpec, LayerSpec, Mixer, MoeSpec, NormSpec,
     hf_config::{ConfigError, Fields},
 };
 use crate::lora::MoeNames;
@@ -22,22 +22,61 @@ pub struct Family {
     pub model_type: &'static str,
     /// Its config fields besides those that all families share.
     pub fields: &'static [&'static str],
-    /// What a null `lora_target_modules` means.
+    /// The targets of a null `lora_target_modules`.
     pub default_targets: &'static [&'static str],
-    /// Reads what differs, for a model of so many layers.
-    pub traits: fn(&Fields, usize) -> Result<Traits, ConfigError>,
+    /// Reads the layers of a model.
+    pub layers: fn(&Fields, &Decoder) -> Result<Vec<LayerSpec>, ConfigError>,
 }
 
-/// What differs between families.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Traits {
-    pub qkv_bias: bool,
-    pub o_bias: bool,
-    pub mlp_bias: bool,
-    pub qk_norm: Option<QkNorm>,
-    pub clip_qkv: Option<f64>,
-    pub layer_windows: Vec<Option<usize>>,
-    pub moe: Option<MoeSpec>,
+/// Settings that all families read alike.
+pub struct Decoder {
+    pub num_layers: usize,
+    pub rms_norm_eps: f64,
+}
+
+impl Decoder {
+    /// Plain grouped-query attention of the common fields: no biases, norms or windows.
+    fn gqa(&self, fields: &Fields) -> Result<GqaSpec, ConfigError> {
+        let num_heads = fields.size("num_attention_heads")?;
+        let num_kv_heads = fields.optional_size("num_key_value_heads")?.unwrap_or(num_heads);
+        if !num_heads.is_multiple_of(num_kv_heads) {
+            let expected = format!("a divisor of num_attention_heads {num_heads}");
+            return Err(fields.fault("num_key_value_heads", expected, &num_kv_heads.into()));
+        }
+        let head_dim = match fields.optional_size("head_dim")? {
+            Some(head_dim) => head_dim,
+            None => fields.size("hidden_size")? / num_heads,
+        };
+        if head_dim % 2 != 0 {
+            return Err(fields.fault("head_dim", "an even number (rotation pairs)", &head_dim.into()));
+        }
+        Ok(GqaSpec {
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            value_dim: head_dim,
+            scale: None,
+            rope: fields.rope(head_dim)?,
+            qkv_bias: false,
+            o_bias: false,
+            qk_norm: None,
+            qk_norm_eps: self.rms_norm_eps,
+            clip_qkv: None,
+            window: None,
+        })
+    }
+
+    /// The dense MLP of the common fields, without biases.
+    fn dense(&self, fields: &Fields) -> Result<DenseSpec, ConfigError> {
+        Ok(DenseSpec { width: fields.size("intermediate_size")?, bias: false })
+    }
+
+    /// All layers: `layer(i)` is the mixer and the feed-forward network of layer i, behind norms of the usual names.
+    fn layers(&self, layer: impl Fn(usize) -> (Mixer, Ffn)) -> Vec<LayerSpec> {
+        let norms = NormSpec::new(self.rms_norm_eps);
+        let of = |(mixer, ffn)| LayerSpec { mixer, ffn, norms };
+        (0..self.num_layers).map(|i| of(layer(i))).collect()
+    }
 }
 
 /// Every family that is built.
@@ -52,16 +91,11 @@ pub const FAMILIES: &[Family] = &[
     qwen3_moe::FAMILY,
 ];
 
-/// The experts of Qwen's kind, whose width is the field `width`; `decoder_sparse_step` and `mlp_only_layers`, where a family
-/// has them, leave some layers dense.
-fn mixture(fields: &Fields, layers: usize, width: &str) -> Result<MoeSpec, ConfigError> {
-    let step = fields.optional_size("decoder_sparse_step")?.unwrap_or(1);
-    let dense = fields.indices("mlp_only_layers")?;
-    let sparse = |layer: usize| !dense.contains(&layer) && (layer + 1).is_multiple_of(step);
-    // transformers writes the one or the other.
+/// The experts of Qwen's kind, as wide as the field `width` says.
+fn mixture(fields: &Fields, width: &str) -> Result<MoeSpec, ConfigError> {
+    // transformers writes either name.
     let experts = fields.optional_size("num_local_experts")?;
     Ok(MoeSpec {
-        layers: (0..layers).map(sparse).collect(),
         experts: experts.map_or_else(|| fields.size("num_experts"), Ok)?,
         top_k: fields.size("num_experts_per_tok")?,
         normalise: fields.flag("norm_topk_prob", false)?,
@@ -71,6 +105,15 @@ fn mixture(fields: &Fields, layers: usize, width: &str) -> Result<MoeSpec, Confi
     })
 }
 
-/// Attention and MLP, the default targets; a name selects dense layers and experts alike.
+/// The feed-forward network of each layer: `moe`, but dense in the layers that `decoder_sparse_step` and `mlp_only_layers`
+/// leave out.
+fn sparse(fields: &Fields, moe: MoeSpec, dense: DenseSpec) -> Result<impl Fn(usize) -> Ffn, ConfigError> {
+    let step = fields.optional_size("decoder_sparse_step")?.unwrap_or(1);
+    let mlp_only = fields.indices("mlp_only_layers")?;
+    let is_sparse = move |layer: usize| !mlp_only.contains(&layer) && (layer + 1).is_multiple_of(step);
+    Ok(move |layer| if is_sparse(layer) { Ffn::Moe(moe) } else { Ffn::Dense(dense) })
+}
+
+/// The default targets: attention and MLP. A name selects dense layers and experts alike.
 const ATTENTION_AND_MLP: &[&str] =
     &["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];

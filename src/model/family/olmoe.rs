@@ -1,8 +1,8 @@
 //! OLMoE: an RMSNorm over all heads of q and of k together, `clip_qkv` after it; every layer has `num_experts` experts as
 //! wide as `intermediate_size`.
 
-use super::{ATTENTION_AND_MLP, Family, Traits, mixture};
-use crate::model::QkNorm;
+use super::{ATTENTION_AND_MLP, Family, mixture};
+use crate::model::{Ffn, GqaSpec, Mixer, QkNorm};
 
 pub const FAMILY: Family = Family {
     model_type: "olmoe",
@@ -16,17 +16,16 @@ pub const FAMILY: Family = Family {
         "router_aux_loss_coef",
     ],
     default_targets: ATTENTION_AND_MLP,
-    traits: |fields, layers| {
+    layers: |fields, decoder| {
         let bias = fields.flag("attention_bias", false)?;
-        let moe = mixture(fields, layers, "intermediate_size")?;
-        Ok(Traits {
+        let gqa = GqaSpec {
             qkv_bias: bias,
             o_bias: bias,
             qk_norm: Some(QkNorm::All),
             clip_qkv: fields.optional_positive("clip_qkv")?,
-            layer_windows: vec![None; layers],
-            moe: Some(moe),
-            ..Traits::default()
-        })
+            ..decoder.gqa(fields)?
+        };
+        let moe = mixture(fields, "intermediate_size")?;
+        Ok(decoder.layers(|_| (Mixer::Gqa(gqa), Ffn::Moe(moe))))
     },
 };

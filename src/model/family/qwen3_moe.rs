@@ -1,7 +1,8 @@
 //! Qwen3-MoE: Qwen3's attention; `decoder_sparse_step` and `mlp_only_layers` leave some layers dense. A model that slides
 //! does so in every layer.
 
-use super::{ATTENTION_AND_MLP, Family, Traits, mixture, qwen3};
+use super::{ATTENTION_AND_MLP, Family, mixture, qwen3, sparse};
+use crate::model::{GqaSpec, Mixer};
 
 pub const FAMILY: Family = Family {
     model_type: "qwen3_moe",
@@ -21,10 +22,11 @@ pub const FAMILY: Family = Family {
         "use_sliding_window",
     ],
     default_targets: ATTENTION_AND_MLP,
-    traits: |fields, layers| {
+    layers: |fields, decoder| {
         let slides = fields.flag("use_sliding_window", false)?;
         let window = fields.optional_size("sliding_window")?.filter(|_| slides);
-        let moe = mixture(fields, layers, "moe_intermediate_size")?;
-        Ok(Traits { moe: Some(moe), ..qwen3::attention(fields, vec![window; layers])? })
+        let gqa = GqaSpec { window, ..qwen3::attention(fields, decoder)? };
+        let ffn = sparse(fields, mixture(fields, "moe_intermediate_size")?, decoder.dense(fields)?)?;
+        Ok(decoder.layers(|i| (Mixer::Gqa(gqa), ffn(i))))
     },
 };
