@@ -4,7 +4,7 @@ use super::targets::{Factor, Site, SiteKind};
 use crate::{
     dtype::DType,
     ops::linear::{AdapterGradient, BoundAdapter, Matrices, Part},
-    shard::{AdapterRegions, EntrySpec, Region, ShardError},
+    shard::{AdapterRegions, EntrySpec, Region, ShardError, Storage},
 };
 
 /// One logical parameter: what is named, initialised and exported as one, however it is stored.
@@ -159,7 +159,10 @@ impl Stack {
         let entry = |name: String, factor, shape: [usize; 2]| {
             let leading = self.is_copied(factor).then(|| first.copies(factor) / self.expert_groups);
             let shape = leading.into_iter().chain(shape).collect();
-            (self.region(factor), EntrySpec { name, shape, dtype, spans: Vec::new() })
+            (
+                self.region(factor),
+                EntrySpec { name, shape, storage: Storage::Plain(dtype), spans: Vec::new() },
+            )
         };
         let a =
             entry(format!("{}.lora_A", first.path()), Factor::A, [self.rank * self.sites.len(), first.input]);

@@ -115,7 +115,7 @@ fn flat_region(
     region: Region,
     expert_groups: usize,
 ) -> FlatRegion {
-    let size = layout.entries.first().map_or(1, |entry| entry.spec.dtype.size());
+    let size = layout.entries.first().map_or(1, |entry| entry.spec.storage.bytes(1));
     let placed = layer.parameters().filter(|parameter| parameter.region == region).map(|parameter| {
         let in_group = layout.entries[parameter.entry].offset / size + parameter.first;
         let first = parameter.group * (layout.padded / size) + in_group;

@@ -5,7 +5,7 @@
 use crate::{
     dtype::DType,
     lora::targets::{Experts, Projection},
-    shard::{EntrySpec, Span},
+    shard::{EntrySpec, Span, Storage},
 };
 use std::ops::Range;
 
@@ -129,7 +129,7 @@ impl Declarations {
         self.experts.push(EntrySpec {
             name: format!("experts.{}", names.join("|")),
             shape: vec![own.len(), rows, input],
-            dtype: self.form.compute,
+            storage: Storage::Plain(self.form.compute),
             spans: matrices.map(span).collect(),
         });
         let base = BaseEntries::Experts(self.experts.len() - 1);
@@ -180,5 +180,10 @@ fn stacked(parent: &str, leaves: &[(&str, usize)], input: Option<usize>, dtype: 
     });
     let names: Vec<&str> = leaves.iter().map(|(leaf, _)| *leaf).collect();
     let shape = std::iter::once(rows).chain(input).collect();
-    EntrySpec { name: format!("{}.{kind}", names.join("|")), shape, dtype, spans: spans.collect() }
+    EntrySpec {
+        name: format!("{}.{kind}", names.join("|")),
+        shape,
+        storage: Storage::Plain(dtype),
+        spans: spans.collect(),
+    }
 }

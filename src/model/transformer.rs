@@ -19,7 +19,7 @@ use crate::{
     loss::{HeadPass, LossValues, Targets, TokenLoss},
     mesh::MeshError,
     ops::{Buffer, attention::Documents, norm},
-    shard::{ExpertDispatcher, ProcessGroups, ShardError, SlotPool},
+    shard::{ExpertDispatcher, Piece, ProcessGroups, ShardError, SlotPool},
     trace::{self, Category},
     weights::WeightSource,
 };
@@ -202,6 +202,20 @@ impl Transformer {
                 ring.share()?;
             }
             ring.load(source, &mut staging)?;
+        }
+        Ok(())
+    }
+
+    /// Changes the frozen tensors in place, as a merge does: `change` gets each range of a tensor that this rank owns with
+    /// its values `[elements]`, a view in the stored dtype. The next gathers of all ranks show it. Collective.
+    pub fn update(
+        &mut self,
+        mut change: impl FnMut(&Piece, &Tensor) -> Result<(), ShardError>,
+    ) -> Result<(), ShardError> {
+        for pool in [&mut self.layers, &mut self.experts, &mut self.vocab, &mut self.final_norm] {
+            for unit in 0..pool.len() {
+                pool.update(unit, &mut change)?;
+            }
         }
         Ok(())
     }

@@ -178,7 +178,7 @@ mod testing {
         config::ReduceGradients,
         dtype::DType,
         shard::{
-            AdapterRegions, EntrySpec, PlacedParameter, ProcessGroups, Region, RegionLayout,
+            AdapterRegions, EntrySpec, PlacedParameter, ProcessGroups, Region, RegionLayout, Storage,
             adapter::align_bytes,
         },
     };
@@ -193,7 +193,12 @@ mod testing {
 
     impl Adapter {
         pub fn new() -> Self {
-            let spec = EntrySpec { name: "a".into(), shape: vec![3], dtype: DType::F32, spans: Vec::new() };
+            let spec = EntrySpec {
+                name: "a".into(),
+                shape: vec![3],
+                storage: Storage::Plain(DType::F32),
+                spans: Vec::new(),
+            };
             let layout = RegionLayout::new("unit", vec![spec], 1, align_bytes(DType::F32));
             let piece = layout.piece_bytes() / DType::F32.size();
             let parameters = vec![PlacedParameter { name: "a".into(), shape: [1, 3], first: 0 }];

@@ -5,7 +5,7 @@
 //! the world. That of experts lies one group of experts after another, each cut over the ranks that have it. Gradients
 //! accumulate in fp32 and are reduce-scattered in fp32 inside the shard group, then summed over the replicas.
 
-use super::{FlatRegion, OwnedPiece, ProcessGroups, Region, RegionLayout, ShardError, SlotPool};
+use super::{FlatRegion, OwnedPiece, ProcessGroups, Region, RegionLayout, ShardError, SlotPool, Storage};
 use crate::{buffers::Buffer, comm::Communicator, config::ReduceGradients, dtype::DType};
 use std::{ops::Range, rc::Rc};
 use tch::{Kind, Tensor};
@@ -144,8 +144,9 @@ impl AdapterShards {
         let replicate = groups.replicate.clone();
         let lone = shard.size() == 1;
         let zeros = |n: usize| Tensor::zeros([n as i64], (Kind::Float, device));
-        let elements =
-            |layout: &RegionLayout| layout.entries.first().map_or(0, |e| layout.padded / e.spec.dtype.size());
+        let elements = |layout: &RegionLayout| {
+            layout.entries.first().map_or(0, |e| e.spec.storage.element_at(layout.padded))
+        };
         let unit = |layout: &RegionLayout| {
             let (all, own) = (elements(layout), elements(layout) / layout.shards);
             let keeps_full = !lone && reduce == ReduceGradients::Step;
@@ -193,7 +194,7 @@ impl AdapterShards {
     pub fn elements(&self, unit: usize, group: usize, entry: usize) -> Range<usize> {
         let entry = &self.ring.layout(unit).entries[entry];
         let first = group * self.units[unit].master.numel() * self.shard.size();
-        let start = first + entry.offset / entry.spec.dtype.size();
+        let start = first + entry.spec.storage.element_at(entry.offset);
         start..start + entry.elements()
     }
 
@@ -210,8 +211,8 @@ impl AdapterShards {
     /// The compute copy of this rank's piece of `unit`, from which it is gathered: `[piece elements]`. None where the
     /// unit has no adapter.
     pub fn compute(&self, unit: usize) -> Option<Tensor> {
-        let entry = self.ring.layout(unit).entries.first()?;
-        Some(self.ring.shard(unit).view_dtype(entry.spec.dtype.kind()))
+        let Storage::Plain(dtype) = self.ring.layout(unit).entries.first()?.spec.storage else { return None };
+        Some(self.ring.shard(unit).view_dtype(dtype.kind()))
     }
 
     /// Entry `entry` of `unit`, gathered, in compute dtype.

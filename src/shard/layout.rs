@@ -5,6 +5,7 @@
 //! *is* the buffer that a unit computes from. Offsets do not depend on the number of shards; only the padding at
 //! the end does, which is what lets any world read what another world stored.
 
+use super::storage::Storage;
 use crate::{dtype::DType, mesh::Mesh};
 use std::ops::Range;
 
@@ -35,26 +36,26 @@ impl Region {
 pub struct Span {
     /// Name in the model files.
     pub tensor: String,
-    /// Where the run starts in that tensor (elements).
+    /// First element of the run in that tensor (elements).
     pub start: usize,
     /// Its length (elements).
     pub elements: usize,
 }
 
-/// What a region shall hold: one tensor, made of spans in row order.
+/// A tensor of a region, made of spans in row order. A packed tensor's spans are whole tiles, but for the last.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EntrySpec {
     pub name: String,
     pub shape: Vec<usize>,
-    pub dtype: DType,
+    pub storage: Storage,
     pub spans: Vec<Span>,
 }
 
 impl EntrySpec {
-    /// A tensor that is exactly `tensor` of the model files.
+    /// The whole tensor `tensor` of the model files, in plain numbers.
     pub fn whole(name: &str, tensor: String, shape: &[usize], dtype: DType) -> Self {
         let span = Span { tensor, start: 0, elements: shape.iter().product() };
-        Self { name: name.into(), shape: shape.to_vec(), dtype, spans: vec![span] }
+        Self { name: name.into(), shape: shape.to_vec(), storage: Storage::Plain(dtype), spans: vec![span] }
     }
 }
 
@@ -73,7 +74,7 @@ impl Entry {
 
     /// Bytes of the tensor, padding not included.
     pub fn bytes(&self) -> usize {
-        self.elements() * self.spec.dtype.size()
+        self.spec.storage.bytes(self.elements())
     }
 }
 
@@ -84,7 +85,7 @@ pub struct Piece {
     pub tensor: String,
     /// Elements of that tensor.
     pub range: Range<usize>,
-    pub dtype: DType,
+    pub storage: Storage,
     /// First byte in the rank's piece.
     pub at: usize,
 }
@@ -94,14 +95,15 @@ pub struct Piece {
 pub struct RegionLayout {
     pub name: String,
     pub entries: Vec<Entry>,
-    /// Bytes of the whole buffer, a multiple of alignment × shards.
+    /// Bytes of the whole buffer: a multiple of shards × the alignment of all entries, so that a shard border cuts no tile.
     pub padded: usize,
     pub shards: usize,
 }
 
 impl RegionLayout {
-    /// Places `specs` one after another at multiples of `align` bytes.
+    /// Places `specs` one after another at multiples of `align` bytes, packed ones at multiples of their tile too.
     pub fn new(name: impl Into<String>, specs: Vec<EntrySpec>, shards: usize, align: usize) -> Self {
+        let align = specs.iter().fold(align, |align, spec| spec.storage.align(align));
         let mut end = 0usize;
         let mut entries = Vec::with_capacity(specs.len());
         for spec in specs {
@@ -124,20 +126,21 @@ impl RegionLayout {
         rank * bytes..(rank + 1) * bytes
     }
 
-    /// What `rank` has to read to fill its piece. Every element of every entry is in exactly one rank's list.
+    /// Runs of file tensors in the piece of `rank`: the plan for reading it, and for writing a merged base back. Every
+    /// element of every entry is in exactly one rank's list.
     pub fn reads(&self, rank: usize) -> Vec<Piece> {
         let own = self.piece(rank);
         let mut reads = Vec::new();
         for entry in &self.entries {
-            let size = entry.spec.dtype.size();
+            let storage = entry.spec.storage;
             let mut begin = entry.offset;
             for span in &entry.spec.spans {
-                let end = begin + span.elements * size;
+                let end = begin + storage.bytes(span.elements);
                 let (from, to) = (begin.max(own.start), end.min(own.end));
                 if from < to {
-                    let range = span.start + (from - begin) / size..span.start + (to - begin) / size;
+                    let element = |byte| span.start + storage.element_at(byte - begin).min(span.elements);
                     let (tensor, at) = (span.tensor.clone(), from - own.start);
-                    reads.push(Piece { tensor, range, dtype: entry.spec.dtype, at });
+                    reads.push(Piece { tensor, range: element(from)..element(to), storage, at });
                 }
                 begin = end;
             }
@@ -153,6 +156,7 @@ impl RegionLayout {
 
 #[cfg(test)]
 mod tests {
+    use super::super::storage::Tile;
     use super::*;
     use proptest::prelude::*;
 
@@ -165,7 +169,7 @@ mod tests {
         let fused = EntrySpec {
             name: "qkv".into(),
             shape: vec![6, 5],
-            dtype: DType::F32,
+            storage: Storage::Plain(DType::F32),
             spans: vec![
                 Span { tensor: "q".into(), start: 0, elements: 20 },
                 Span { tensor: "k".into(), start: 0, elements: 10 },
@@ -173,7 +177,12 @@ mod tests {
         };
         let layout = RegionLayout::new("layer", vec![fused], 3, 16);
         assert_eq!((layout.padded, layout.piece_bytes()), (144, 48));
-        let piece = |tensor: &str, range, at| Piece { tensor: tensor.into(), range, dtype: DType::F32, at };
+        let piece = |tensor: &str, range, at| Piece {
+            tensor: tensor.into(),
+            range,
+            storage: Storage::Plain(DType::F32),
+            at,
+        };
         assert_eq!(layout.reads(0), [piece("q", 0..12, 0)]);
         assert_eq!(layout.reads(1), [piece("q", 12..20, 0), piece("k", 0..4, 32)]);
         assert_eq!(layout.reads(2), [piece("k", 4..10, 0)]);
@@ -189,28 +198,42 @@ mod tests {
 
     proptest! {
         #[test]
-        fn reads_tile_every_tensor(
-            shapes in prop::collection::vec((1usize..40, 1usize..40, any::<bool>()), 1..6),
+        fn reads_tile_every_tensor_and_borders_cut_no_tile(
+            shapes in prop::collection::vec((1usize..40, 1usize..40, 0usize..5), 1..6),
             shards in 1usize..9,
         ) {
-            let dtype = |wide: bool| if wide { DType::F32 } else { DType::Bf16 };
-            let specs: Vec<_> = shapes.iter().enumerate()
-                .map(|(i, &(rows, cols, wide))| spec(&i.to_string(), &[rows, cols], dtype(wide))).collect();
+            let packed = |elements, bytes| Storage::Packed(Tile { elements, bytes });
+            let storages = [
+                Storage::Plain(DType::F32),
+                Storage::Plain(DType::Bf16),
+                packed(64, 36),
+                packed(16, 9),
+                packed(128, 132),
+            ];
+            let specs: Vec<_> = shapes.iter().enumerate().map(|(i, &(rows, columns, storage))| EntrySpec {
+                storage: storages[storage],
+                ..spec(&i.to_string(), &[rows, columns], DType::F32)
+            }).collect();
             let layout = RegionLayout::new("unit", specs, shards, BASE_ALIGN);
             prop_assert_eq!(layout.padded % (BASE_ALIGN * shards), 0);
+            let mut end = 0;
             for entry in &layout.entries {
-                prop_assert_eq!(entry.offset % BASE_ALIGN, 0);
+                let (storage, tile) = (entry.spec.storage, entry.spec.storage.tile());
+                prop_assert!(entry.offset % BASE_ALIGN == 0 && entry.offset >= end);
+                end = entry.offset + entry.bytes();
                 let mut next = 0;
                 for rank in 0..shards {
                     for read in layout.reads(rank).into_iter().filter(|read| read.tensor == entry.spec.name) {
                         prop_assert_eq!(read.range.start, next);
-                        prop_assert_eq!(layout.piece(rank).start + read.at,
-                            entry.offset + read.range.start * entry.spec.dtype.size());
+                        prop_assert_eq!(read.range.start % tile.elements, 0);
+                        prop_assert_eq!(layout.piece(rank).start + read.at, entry.offset + storage.bytes(read.range.start));
+                        prop_assert!(read.at + storage.bytes(read.range.len()) <= layout.piece_bytes());
                         next = read.range.end;
                     }
                 }
                 prop_assert_eq!(next, entry.elements());
             }
+            prop_assert!(end <= layout.padded);
         }
     }
 }

@@ -8,6 +8,7 @@ pub mod layout;
 pub mod piece;
 pub mod process_groups;
 pub mod slots;
+pub mod storage;
 
 use crate::{comm::CommError, device::DeviceError, weights::SourceError};
 
@@ -17,6 +18,7 @@ pub use layout::{Entry, EntrySpec, Piece, Region, RegionLayout, Span};
 pub use piece::{FlatRegion, OwnedPart, OwnedPiece, PlacedParameter};
 pub use process_groups::ProcessGroups;
 pub use slots::SlotPool;
+pub use storage::{Storage, Tile};
 
 /// Why a unit could not be made whole.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +27,8 @@ pub enum ShardError {
     Comm(#[from] CommError),
     #[error(transparent)]
     Source(#[from] SourceError),
+    #[error("tensor {tensor} is stored packed, and no weight source reads packed tensors")]
+    Packed { tensor: String },
     #[error(transparent)]
     Device(#[from] DeviceError),
     #[error("{ring}: {wanted} is used while its slot holds {held} (a bug: every use follows its gather)")]

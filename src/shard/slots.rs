@@ -8,7 +8,7 @@
 //! Ranks of one host may keep their pieces in memory that all of them see, beside each other ([`SlotPool::share`]). Then a unit is
 //! whole where its pieces are, a gather moves nothing, and a slot is but the pages that a rank has on its books.
 
-use super::{RegionLayout, ShardError};
+use super::{Piece, RegionLayout, ShardError, Storage};
 use crate::{
     comm::{Communicator, PAGE, Pending, SharedMemory},
     device::Staging,
@@ -134,11 +134,14 @@ impl SlotPool {
     pub fn load(&self, source: &dyn WeightSource, staging: &mut Staging) -> Result<(), ShardError> {
         for (layout, shard) in self.layouts.iter().zip(&self.shards) {
             for read in layout.reads(self.comm.rank()) {
-                let (size, at) = (read.dtype.size(), read.at as i64);
+                let Storage::Plain(dtype) = read.storage else {
+                    return Err(ShardError::Packed { tensor: read.tensor });
+                };
+                let (size, at) = (dtype.size(), read.at as i64);
                 let target = shard.narrow(0, at, (read.range.len() * size) as i64);
                 staging.send(&target, |first, bytes| {
                     let first = read.range.start + first / size;
-                    source.read(&read.tensor, first..first + bytes.len() / size, read.dtype, bytes)?;
+                    source.read(&read.tensor, first..first + bytes.len() / size, dtype, bytes)?;
                     Ok::<_, ShardError>(())
                 })?;
             }
@@ -146,6 +149,29 @@ impl SlotPool {
         if self.shared.is_some() {
             self.comm.barrier()?;
         }
+        Ok(())
+    }
+
+    /// Changes this rank's piece of `unit` in place, as a merge does: `change` gets each range of a tensor that the piece
+    /// holds ([`RegionLayout::reads`]) with its values, a view: plain ones `[elements]`, packed ones `[tiles, bytes]` u8. The next gather of every
+    /// rank shows the new values. Collective: every rank calls it for the same units in the same order.
+    ///
+    /// # Errors
+    /// The error of `change`, or of a collective.
+    pub fn update(
+        &mut self,
+        unit: usize,
+        mut change: impl FnMut(&Piece, &Tensor) -> Result<(), ShardError>,
+    ) -> Result<(), ShardError> {
+        self.invalidate()?;
+        // Shared pieces are read where they lie: no rank may still compute from them, nor read them half changed.
+        self.comm.barrier()?;
+        for piece in self.layouts[unit].reads(self.comm.rank()) {
+            let bytes = piece.storage.bytes(piece.range.len()) as i64;
+            let values = self.shards[unit].f_narrow(0, piece.at as i64, bytes)?;
+            change(&piece, &typed(&values, piece.storage)?)?;
+        }
+        self.comm.barrier()?;
         Ok(())
     }
 
@@ -245,10 +271,22 @@ impl SlotPool {
     }
 }
 
-/// Entry `entry` of a whole region in `buffer` `[bytes]` u8, as a view of its dtype and shape.
+/// Entry `entry` of a whole region in `buffer` `[bytes]` u8: a view of its dtype and shape, or of its packed tiles.
 fn view(buffer: &Tensor, layout: &RegionLayout, entry: usize) -> Result<Tensor, ShardError> {
     let entry = &layout.entries[entry];
-    let shape: Vec<i64> = entry.spec.shape.iter().map(|&n| n as i64).collect();
     let bytes = buffer.f_narrow(0, entry.offset as i64, entry.bytes() as i64)?;
-    Ok(bytes.f_view_dtype(entry.spec.dtype.kind())?.f_view(&shape[..])?)
+    let values = typed(&bytes, entry.spec.storage)?;
+    let shape: Vec<i64> = entry.spec.shape.iter().map(|&n| n as i64).collect();
+    match entry.spec.storage {
+        Storage::Plain(_) => Ok(values.f_view(&shape[..])?),
+        Storage::Packed(_) => Ok(values),
+    }
+}
+
+/// `bytes` `[bytes]` u8 as stored: plain numbers `[elements]` in their dtype, packed ones `[tiles, bytes of a tile]` u8.
+fn typed(bytes: &Tensor, storage: Storage) -> Result<Tensor, ShardError> {
+    Ok(match storage {
+        Storage::Plain(dtype) => bytes.f_view_dtype(dtype.kind())?,
+        Storage::Packed(tile) => bytes.f_view([-1, tile.bytes as i64])?,
+    })
 }

@@ -1,5 +1,5 @@
-//! Where base weights come from. A source knows names, shapes and types without reading data, and reads any
-//! run of elements of a tensor, so that a rank touches only the bytes that it owns.
+//! Sources of base weights. A source knows names, shapes and types without reading data, and reads any run of elements
+//! or rectangular tile of a tensor, so that a rank touches only the bytes that it owns.
 
 mod random;
 mod safetensors;
@@ -11,11 +11,20 @@ use std::{ops::Range, path::PathBuf};
 pub use random::RandomSource;
 pub use safetensors::{SafetensorsSource, weight_files};
 
-/// What a source knows of a tensor before reading it.
+/// Dtype and shape of a tensor, known before it is read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorMeta {
     pub dtype: DType,
     pub shape: Vec<usize>,
+}
+
+/// A rectangle of a matrix.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MatrixTile {
+    pub rows: Range<usize>,
+    pub columns: Range<usize>,
+    /// True if the source stores the transpose, `[columns, rows]`.
+    pub transposed: bool,
 }
 
 /// A named set of base tensors.
@@ -27,11 +36,50 @@ pub trait WeightSource {
     /// Reads elements `range` (row-major order) of `name`, converted to `dtype`, into `out`
     /// (`range.len() * dtype.size()` bytes).
     fn read(&self, name: &str, range: Range<usize>, dtype: DType, out: &mut [u8]) -> Result<(), SourceError>;
+    /// Reads rows × columns `tile` of the matrix `name`, converted to `dtype`, row by row into `out`
+    /// (`rows · columns · dtype.size()` bytes). Reads no element outside of the tile.
+    ///
+    /// # Errors
+    /// `name` is not there or no matrix, the tile lies outside of it, or [`read`](Self::read)'s.
+    fn read_tile(
+        &self,
+        name: &str,
+        tile: &MatrixTile,
+        dtype: DType,
+        out: &mut [u8],
+    ) -> Result<(), SourceError> {
+        let meta = self.meta(name).ok_or_else(|| unknown(name))?;
+        let &[stored_rows, stored_columns] = &meta.shape[..] else {
+            return Err(SourceError::NoMatrix { name: name.to_owned(), shape: meta.shape });
+        };
+        // Runs of the file are rows of the stored matrix.
+        let (rows, columns) =
+            if tile.transposed { (&tile.columns, &tile.rows) } else { (&tile.rows, &tile.columns) };
+        if rows.end > stored_rows || columns.end > stored_columns {
+            let (name, tile, shape) = (name.to_owned(), tile.clone(), [stored_rows, stored_columns]);
+            return Err(SourceError::Tile { name, tile, shape });
+        }
+        let size = dtype.size();
+        let mut run = vec![0; columns.len() * size];
+        for (i, row) in rows.clone().enumerate() {
+            let first = row * stored_columns;
+            self.read(name, first + columns.start..first + columns.end, dtype, &mut run)?;
+            if !tile.transposed {
+                out[i * run.len()..(i + 1) * run.len()].copy_from_slice(&run);
+                continue;
+            }
+            for (j, number) in run.chunks_exact(size).enumerate() {
+                let at = (j * rows.len() + i) * size;
+                out[at..at + size].copy_from_slice(number);
+            }
+        }
+        Ok(())
+    }
     /// Bytes of the source read so far by this process.
     fn bytes_read(&self) -> u64;
 }
 
-/// Why weights could not be opened or read. All of them are the user's to mend.
+/// Errors of opening or reading weights. All are user errors (exit 2).
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
     #[error("{path}: {error}")]
@@ -46,6 +94,10 @@ pub enum SourceError {
     Dtype { path: PathBuf, name: String, dtype: String },
     #[error("tensor {name}: elements {range:?} of {elements} were asked for")]
     Range { name: String, range: Range<usize>, elements: usize },
+    #[error("tensor {name} has shape {shape:?}, expected a matrix")]
+    NoMatrix { name: String, shape: Vec<usize> },
+    #[error("tensor {name} is stored as {shape:?}: it has no tile {tile:?}")]
+    Tile { name: String, tile: MatrixTile, shape: [usize; 2] },
     #[error("the model's tensors do not fit its config: {0}")]
     Mismatch(String),
 }
@@ -103,4 +155,51 @@ fn check_range(name: &str, range: &Range<usize>, meta: &TensorMeta) -> Result<()
 /// The error of asking for a tensor that is not there; [`validate`] has excluded it for a model's own tensors.
 fn unknown(name: &str) -> SourceError {
     SourceError::Mismatch(format!("missing: {name}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_equal_runs_of_the_whole_tensor() {
+        let source = RandomSource::new(vec![("w".into(), vec![7, 5]), ("v".into(), vec![4])], 0.1, 3);
+        for dtype in [DType::F32, DType::Bf16, DType::F16] {
+            let size = dtype.size();
+            let mut whole = vec![0; 35 * size];
+            source.read("w", 0..35, dtype, &mut whole).unwrap();
+            let number = |row: usize, column: usize| whole[(row * 5 + column) * size..][..size].to_vec();
+            for (rows, columns) in [(0..7, 0..5), (2..5, 1..4), (6..7, 4..5), (3..3, 0..5), (1..4, 2..2)] {
+                for transposed in [false, true] {
+                    // The logical matrix is [7, 5], or its transpose [5, 7] where the file has the other.
+                    let tile = if transposed {
+                        MatrixTile { rows: columns.clone(), columns: rows.clone(), transposed }
+                    } else {
+                        MatrixTile { rows: rows.clone(), columns: columns.clone(), transposed }
+                    };
+                    let mut found = vec![0; rows.len() * columns.len() * size];
+                    source.read_tile("w", &tile, dtype, &mut found).unwrap();
+                    let in_order = |row: usize, column: usize| {
+                        if transposed { number(column, row) } else { number(row, column) }
+                    };
+                    let expected: Vec<u8> = tile
+                        .rows
+                        .clone()
+                        .flat_map(|row| tile.columns.clone().flat_map(move |column| in_order(row, column)))
+                        .collect();
+                    assert_eq!(found, expected, "{dtype} {tile:?}");
+                }
+            }
+        }
+        let outside = MatrixTile { rows: 0..8, columns: 0..5, transposed: false };
+        let mut room = [0; 160];
+        assert!(matches!(
+            source.read_tile("w", &outside, DType::F32, &mut room),
+            Err(SourceError::Tile { .. })
+        ));
+        assert!(matches!(
+            source.read_tile("v", &outside, DType::F32, &mut room),
+            Err(SourceError::NoMatrix { .. })
+        ));
+    }
 }

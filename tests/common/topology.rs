@@ -151,7 +151,7 @@ impl Case {
 }
 
 /// A Qwen3-like model whose sizes divide by nothing convenient; with experts in all layers but the first.
-fn spec(moe: bool) -> ModelSpec {
+pub fn spec(moe: bool) -> ModelSpec {
     let gqa = GqaSpec {
         num_heads: 4,
         num_kv_heads: 2,
@@ -223,7 +223,7 @@ impl WeightSource for UnevenSource {
     }
 }
 
-fn load(model: &mut Transformer, data: Data) {
+pub fn load(model: &mut Transformer, data: Data) {
     let spec = model.spec();
     let random = RandomSource::new(spec.tensors(), spec.initializer_range, 1);
     match data {
@@ -234,7 +234,7 @@ fn load(model: &mut Transformer, data: Data) {
 
 /// Row `row` of step `step`: ids, labels and document lengths, the same in every topology. Lengths differ, so
 /// ranks get unequal numbers of tokens.
-fn row(step: usize, row: usize, data: Data) -> (Vec<i64>, Vec<i64>, Vec<usize>) {
+pub fn row(step: usize, row: usize, data: Data) -> (Vec<i64>, Vec<i64>, Vec<usize>) {
     let stream = Stream::new(5, &format!("row {step} {row}"));
     let lengths = vec![3 + (row * 5 + step) % 7, 1 + row % 4];
     let n: usize = lengths.iter().sum();
@@ -248,7 +248,7 @@ fn row(step: usize, row: usize, data: Data) -> (Vec<i64>, Vec<i64>, Vec<usize>) 
     (ids, labels, lengths)
 }
 
-fn batch(step: usize, rows: &[usize], data: Data) -> Batch {
+pub fn batch(step: usize, rows: &[usize], data: Data) -> Batch {
     let (mut ids, mut labels, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
     for &index in rows {
         let (i, l, d) = row(step, index, data);

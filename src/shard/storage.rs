@@ -1,0 +1,80 @@
+//! Storage of a tensor's elements: plain numbers, or packed blocks of codes with their scales. Pure.
+
+use crate::dtype::DType;
+
+/// The smallest run of elements that is stored, sent and owned as one: no shard border cuts it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tile {
+    pub elements: usize,
+    /// Bytes of the codes and of their scales.
+    pub bytes: usize,
+}
+
+/// Storage of a tensor's elements in a region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Storage {
+    /// Numbers of a dtype, one after another.
+    Plain(DType),
+    /// Whole tiles one after another, each with its scales; the last may be filled up. The format of a tile is the
+    /// business of the source that packs it and of the operation that decodes it.
+    Packed(Tile),
+}
+
+impl Storage {
+    /// Its tile; of plain numbers, the elements of 64 bytes.
+    pub fn tile(self) -> Tile {
+        match self {
+            Self::Plain(dtype) => {
+                Tile { elements: super::layout::BASE_ALIGN / dtype.size(), bytes: super::layout::BASE_ALIGN }
+            }
+            Self::Packed(tile) => tile,
+        }
+    }
+
+    /// Bytes of `elements` elements.
+    pub fn bytes(self, elements: usize) -> usize {
+        match self {
+            Self::Plain(dtype) => elements * dtype.size(),
+            Self::Packed(Tile { elements: tile, bytes }) => elements.div_ceil(tile) * bytes,
+        }
+    }
+
+    /// First element at byte `byte`, a border of elements or tiles.
+    pub fn element_at(self, byte: usize) -> usize {
+        match self {
+            Self::Plain(dtype) => byte / dtype.size(),
+            Self::Packed(Tile { elements, bytes }) => byte / bytes * elements,
+        }
+    }
+
+    /// Alignment in bytes of its entries and of shard borders, given that of plain numbers.
+    pub fn align(self, plain: usize) -> usize {
+        match self {
+            Self::Plain(_) => plain,
+            Self::Packed(Tile { bytes, .. }) => least_common_multiple(plain, bytes),
+        }
+    }
+}
+
+/// The least common multiple of two positive numbers.
+pub(super) fn least_common_multiple(a: usize, b: usize) -> usize {
+    let (mut x, mut y) = (a, b);
+    while y > 0 {
+        (x, y) = (y, x % y);
+    }
+    a / x * b
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_and_tiles_of_each_storage() {
+        let bf16 = Storage::Plain(DType::Bf16);
+        assert_eq!((bf16.tile(), bf16.bytes(5)), (Tile { elements: 32, bytes: 64 }, 10));
+        let packed = Storage::Packed(Tile { elements: 64, bytes: 36 });
+        assert_eq!([0, 1, 64, 65].map(|n| packed.bytes(n)), [0, 36, 36, 72]);
+        assert_eq!((packed.element_at(72), packed.align(64), bf16.align(64)), (128, 576, 64));
+    }
+}
