@@ -17,7 +17,7 @@ use xorl_dist::{
     optim::{Optimizer, Settings},
     rng::Stream,
     shard::{
-        AdapterRegions, EntrySpec, FlatRegion, PlacedParameter, ProcessGroups, Region, RegionLayout,
+        AdapterRegions, EntrySpec, FlatRegion, PlacedParameter, ProcessGroups, Region, RegionLayout, Storage,
         adapter::align_bytes,
     },
 };
@@ -55,7 +55,12 @@ fn torch(cases: &[Value]) -> Vec<Vec<Value>> {
 }
 
 fn adapter() -> (AdapterRegions, FlatRegion) {
-    let entry = EntrySpec { name: "a".into(), shape: vec![ELEMENTS], dtype: DType::F32, spans: Vec::new() };
+    let entry = EntrySpec {
+        name: "a".into(),
+        shape: vec![ELEMENTS],
+        storage: Storage::Plain(DType::F32),
+        spans: Vec::new(),
+    };
     let layout = RegionLayout::new("layer", vec![entry], 1, align_bytes(DType::F32));
     let parameters = vec![PlacedParameter { name: "a".into(), shape: [1, ELEMENTS], first: 0 }];
     let piece = layout.piece_bytes() / DType::F32.size();
