@@ -14,10 +14,12 @@
 
 mod cross_entropy;
 mod head;
+mod segments;
 mod targets;
 
 pub use cross_entropy::CrossEntropy;
 pub use head::{HOST_ROWS, HeadPass};
+pub use segments::BySegment;
 pub use targets::Targets;
 
 #[cfg(test)]

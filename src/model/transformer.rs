@@ -90,6 +90,14 @@ impl Batch {
         }
     }
 
+    /// The batch with rows of several adapters: neighbouring rows `(rows, adapter)`, `adapter` an index into the
+    /// `adapters` adapters of the pass, `None` for rows without one. All ranks of a pass make their batches so, or none.
+    pub fn with_adapters(mut self, segments: &[(usize, Option<usize>)], adapters: usize) -> Self {
+        debug_assert_eq!(segments.iter().map(|(rows, _)| rows).sum::<usize>(), self.tokens());
+        self.adapters = Rc::new(RowAdapters::mixed(segments, adapters, self.ids.device()));
+        self
+    }
+
     /// All tokens.
     pub fn tokens(&self) -> usize {
         self.ids.numel()
