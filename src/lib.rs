@@ -1,32 +1,34 @@
 //! `xorl-dist`: FSDP-style sharded LoRA fine-tuning of language models.
 //!
-//! The map of the house, one line a room; arrows point down only:
+//! The map of the house, one line a room. A room imports only rooms below it (`tests/architecture.rs`):
 //!
 //! - [`cli`]: the commands and the command line
-//! - [`train`]: the step, the loop, metrics, progress, signals
-//! - [`plan`]: bytes, memory and arithmetic of a configuration before it runs: pure
+//! - [`train`]: the step (count, accumulate, reduce, update), the loop, metrics, progress, signals
 //! - [`infer`]: KV cache, greedy decoding, generation
-//! - [`checkpoint`]: PEFT adapter files, training state, atomic publish, resume and reshard
+//! - [`plan`]: bytes, FLOPs and traffic of a configuration before it runs: pure
+//! - [`checkpoint`]: PEFT adapter files, training state by name, atomic publish, resume and reshard
 //! - [`session`]: a named adapter with its optimizer and clipping
-//! - [`optim`]: AdamW and SGD over flat shards, schedule, clipping
-//! - [`loss`]: causal language-model loss, chunked over tokens and vocabulary
-//! - [`model`]: HF config, families, blocks
-//! - [`lora`]: targets, initialisation, modules and their registry
+//! - [`model`]: HF config, families; a layer is mixer and feed-forward
+//! - [`lora`]: targets, plan, modules, initial values; an adapter with its shards
+//! - [`loss`]: losses over the log-probabilities of a micro-batch, and the one pass over the head
+//! - [`optim`]: optimizers with named state, schedule, clipping
 //! - [`ops`]: operations as explicit forward/backward pairs, with kernels for CPUs and GPUs
-//! - [`weights`]: weight sources: HF files, random values
+//! - [`shard`]: layout (which rank owns which tile of which tensor: pure), slot pools, adapter shards, process groups, expert
+//!   dispatch
+//! - [`weights`]: sources of base weights: HF files, random values
 //! - [`data`]: sources, chat template, tokenise, pack, deterministic order, loader
-//! - [`shard`]: who owns which byte of which tensor; ring, adapter shards, groups of ranks, the way of rows to their experts
-//! - [`comm`]: communicators (solo, MPI, NCCL), memory that ranks of a host share, launcher checks, ledger of bytes, control mesh
-//!   and watchdog
-//! - [`device`]: which device a rank computes on; its driver, streams, memory, run-time compiler and way to it
-//! - [`buffers`]: host memory of activations and temporaries, reused
+//! - [`comm`]: communicators (solo, MPI, NCCL), memory shared by the ranks of a host, launcher checks, ledger of bytes, control
+//!   mesh and watchdog
+//! - [`device`]: the device of a rank: driver, streams, memory, run-time compiler
 //! - [`mesh`]: ranks to axes and every divisibility rule: pure
 //! - [`config`]: typed `run.yaml`, defaults, validation
 //! - [`clock`]: seconds by phase of a step
 //! - [`trace`]: spans of phases, operations and collectives, for Chrome's trace viewer
+//! - [`buffers`]: host memory of activations and temporaries, reused
 //! - [`rng`]: counter-based random numbers keyed by name
 //! - [`dtype`]: element types of stored and gathered tensors
-//! - [`error`]: the one error type of the crate and its exit codes
+//! - [`error`]: the one error type of the crate and its exit codes; it gathers the rooms' errors and is imported by the rooms
+//!   at the top only
 
 pub mod buffers;
 pub mod checkpoint;

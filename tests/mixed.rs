@@ -35,7 +35,6 @@ const ADAPTERS: [(usize, f64, &[&str]); 3] = [
 /// The adapter of each row of the mixed batch.
 const ROWS: [Option<usize>; 8] = [Some(1), None, Some(0), Some(0), Some(2), Some(1), None, Some(2)];
 
-
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Case {
     world: usize,
