@@ -254,9 +254,17 @@ random_beside_peer() {
   beside_peer "$out/$1" "${@:2}"
 }
 
+# Three adapters and rows without one in a pass, dense and experts.
+mixed_pass() {
+  XORL_TEST_DEVICE=cuda cargo test --release --quiet --test mixed -- --ignored --nocapture gpu_ >"$out/mixed.log" 2>&1 ||
+    { cat "$out/mixed.log" >&2; return 1; }
+  echo 'losses, log-probabilities and gradients within 1e-5' >"$out/said"
+}
+
 row one 'experts on 1 GPU = on the CPU, fp32' experts_on_one
 row gpu 'experts on 1 GPU = on the CPU, bf16, grouped GEMM' grouped_on_one
 row gpu 'flash attention on 1 GPU = CPU: SmolLM2-135M, bf16, packs' flash_on_one
+row gpu 'adapters of one pass on 1 GPU = each alone, fp32' mixed_pass
 row several "nccl: $ranks ranks on $gpus GPUs = 1 GPU, experts gathered, fp32" over_nccl 1
 row several "nccl: $ranks ranks on $gpus GPUs = 1 GPU, experts over 2, fp32" over_nccl 2
 row gpu "nccl: $ranks ranks on $gpus GPUs = 1 GPU, experts over 2, bf16" over_nccl_grouped
