@@ -26,7 +26,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// What is asked for.
+/// A request to generate.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request {
     /// HF model directory.
@@ -35,11 +35,11 @@ pub struct Request {
     pub adapter_dir: Option<PathBuf>,
     pub prompts: Prompts,
     pub max_new_tokens: usize,
-    /// In what to compute; `None`: as the checkpoint is stored, fp16 in fp32.
+    /// Compute dtype; `None`: that of the checkpoint, fp32 for fp16.
     pub compute: Option<DType>,
 }
 
-/// What is continued, and where the continuations go.
+/// Prompts, and the destination of their continuations.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Prompts {
     /// One user message, rendered by the model's chat template; the answer goes to stdout.

@@ -1,6 +1,5 @@
-//! The way of rows between the ranks of an expert group: to the rank that owns their expert, and back.
-//!
-//! Every rank of the group enters every dispatcher, also without rows.
+//! Dispatch and combine between the ranks of an expert group: rows go to the rank that owns their expert, results come
+//! back. Every rank of the group enters every exchange, also without rows.
 
 use super::ShardError;
 use crate::comm::{CommError, Communicator, Parts};
@@ -13,33 +12,33 @@ pub struct ExpertDispatcher {
     comm: Rc<dyn Communicator>,
 }
 
-/// The way of rows for one choice of experts.
+/// Dispatch and combine for one choice of experts.
 pub struct ExpertRoute {
     comm: Rc<dyn Communicator>,
     places: RoutePlan,
 }
 
-/// Whose rows go where, as a rank sees it. The rows of an expert lie together at both ends: where they come from, sorted by expert,
-/// and where they go, behind each other by rank.
+/// Ranges of rows that one rank sends and receives. The rows of an expert are contiguous at both ends: sorted by expert at
+/// the sender, by expert and then by rank at the receiver.
 struct RoutePlan {
     /// For each rank the rows that go to each of its experts.
     sent: Vec<Vec<Range<usize>>>,
     /// For each rank the rows that come from it, to each of this one's experts.
     received: Vec<Vec<Range<usize>>>,
-    /// Where the rows of each of this rank's experts begin, and the end: `[experts + 1]`.
+    /// Offsets of the rows of this rank's experts: `[experts + 1]`.
     offsets: Vec<i64>,
-    /// Rows that are nobody's.
+    /// Rows that fill up an expert's segment; they are zero.
     gaps: Vec<Range<usize>>,
 }
 
 impl ExpertDispatcher {
-    /// Between the ranks of `comm`; `None` for one that has all experts.
+    /// Dispatcher between the ranks of `comm`; `None` for a group of one, which has all experts.
     pub fn over(comm: &Rc<dyn Communicator>) -> Option<Self> {
         (comm.size() > 1).then(|| Self { comm: comm.clone() })
     }
 
-    /// The route of rows that are sorted by expert, `counts` `[experts]` of each. Where they go an expert has `rows(count)` of them for
-    /// the `count` that come. Collective.
+    /// Route of rows that are sorted by expert, `counts` `[experts]` of each. At the receiver an expert has `rows(count)`
+    /// rows for the `count` that arrive. Collective.
     pub fn route(&self, counts: &[i64], rows: fn(i64) -> i64) -> Result<ExpertRoute, ShardError> {
         let mut table = Vec::with_capacity(self.comm.size());
         for (from, bytes) in self.comm.all_gather_host(bytemuck::cast_slice(counts))?.iter().enumerate() {
@@ -57,7 +56,7 @@ impl ExpertDispatcher {
 }
 
 impl RoutePlan {
-    /// As `rank` sees it, of the `table` `[ranks][experts]` of how many rows each rank has for each expert.
+    /// Plan of `rank` from `table` `[ranks][experts]`, the rows that each rank has for each expert.
     fn new(rank: usize, table: &[Vec<i64>], rows: fn(i64) -> i64) -> Self {
         let ranks = table.len();
         let each = table[rank].len() / ranks;
@@ -89,13 +88,13 @@ impl RoutePlan {
 }
 
 impl ExpertRoute {
-    /// Where the rows of each of this rank's experts begin, and the end: `[experts + 1]`.
+    /// Offsets of the rows of this rank's experts: `[experts + 1]`.
     pub fn offsets(&self) -> &[i64] {
         &self.places.offsets
     }
 
-    /// Sends `rows` `[sent, n]`, sorted by expert, to their experts; `arrived` `[received, n]` are then those that are for
-    /// this rank's, by expert, then by rank, zeros where they are nobody's. Collective.
+    /// Sends `rows` `[sent, n]`, sorted by expert, to their experts. `arrived` `[received, n]` gets the rows for this rank's
+    /// experts, by expert and then by rank, and zeros where an expert's segment is filled up. Collective.
     pub fn dispatch(&self, rows: &Tensor, arrived: &Tensor) -> Result<(), CommError> {
         for gap in &self.places.gaps {
             let _ = arrived.narrow(0, gap.start as i64, gap.len() as i64).zero_();
@@ -103,8 +102,7 @@ impl ExpertRoute {
         self.comm.all_to_all(self.own(rows), self.of_experts(arrived))
     }
 
-    /// The reverse of [`there`](Self::there): `arrived` `[sent, n]` are then what became of this rank's own rows.
-    /// Collective.
+    /// Reverse of [`dispatch`](Self::dispatch): `arrived` `[sent, n]` gets the results of this rank's own rows. Collective.
     pub fn combine(&self, rows: &Tensor, arrived: &Tensor) -> Result<(), CommError> {
         self.comm.all_to_all(self.of_experts(rows), self.own(arrived))
     }

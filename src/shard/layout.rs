@@ -1,4 +1,4 @@
-//! Which rank owns which byte of which tensor. Pure: no tensors, no ranks of a real run.
+//! Layout of regions: the owner of each byte of each tensor. Pure: no tensors, no ranks of a real run.
 //!
 //! A region is one flat buffer: tensors one after another, each aligned, the whole padded so that it cuts into
 //! equal pieces. Rank i of the shard group owns the i-th contiguous piece, so that one all-gather of the pieces
@@ -12,12 +12,12 @@ use std::ops::Range;
 /// Alignment of a tensor in a base region (bytes): a cache line, and what vector loads like.
 pub const BASE_ALIGN: usize = 64;
 
-/// Which of the two regions of a unit.
+/// Kind of region of a unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Region {
     /// Cut over a block.
     Dense,
-    /// What belongs to single experts: cut over the ranks of a block that have the same ones.
+    /// Tensors of single experts: cut over the ranks of a block that have the same experts.
     Experts,
 }
 

@@ -1,6 +1,6 @@
-//! Who owns which byte of which tensor ([`layout`], pure), the rings that make a unit whole while it computes
-//! ([`slots`]), the sharded adapter with its gradients ([`adapter`]) and its pieces by name ([`piece`]), the
-//! groups of ranks that all this is cut over ([`process_groups`]), and the way of rows to the rank that has their expert ([`dispatcher`]). Knows nothing of models.
+//! Sharding: layout of regions and storage of their tensors ([`layout`], [`storage`], pure), slots for gathered units
+//! ([`slots`]), the sharded adapter with its gradients ([`adapter`]) and its pieces by name ([`piece`]), process groups
+//! ([`process_groups`]), dispatch of rows to experts ([`dispatcher`]). Knows nothing of models.
 
 pub mod adapter;
 pub mod dispatcher;
@@ -20,7 +20,7 @@ pub use process_groups::ProcessGroups;
 pub use slots::SlotPool;
 pub use storage::{Storage, Tile};
 
-/// Why a unit could not be made whole.
+/// Errors of sharding.
 #[derive(Debug, thiserror::Error)]
 pub enum ShardError {
     #[error(transparent)]

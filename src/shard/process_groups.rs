@@ -1,4 +1,4 @@
-//! What this rank computes on, and the groups of ranks that it is in, one communicator each, as the [`Mesh`] lays them out.
+//! The process groups of a rank, one communicator each, as the [`Mesh`] lays them out, and its device.
 
 use crate::{
     comm::{CommError, Communicator, World, solo},
@@ -12,7 +12,7 @@ use std::rc::Rc;
 pub struct ProcessGroups {
     pub mesh: Mesh,
     pub rank: usize,
-    /// What this rank computes on.
+    /// The device of this rank.
     pub device: RankDevice,
     /// All ranks.
     pub world: Rc<dyn Communicator>,
@@ -30,7 +30,7 @@ impl ProcessGroups {
     /// Collective over all ranks of `world`, of which `mesh` has as many.
     pub fn new(world: &World, mesh: Mesh) -> Self {
         let rank = world.rank();
-        // A group is told by the rank that comes first in it.
+        // The first rank of a group identifies it.
         let group = |name, members: fn(&Mesh, usize) -> Vec<usize>| {
             world.group(name, members(&mesh, rank).first().copied().unwrap_or_default())
         };
@@ -46,7 +46,7 @@ impl ProcessGroups {
         }
     }
 
-    /// Makes what their collectives of tensors need, those of experts where there are any, while there is memory for it.
+    /// Creates the communicators' resources while there is memory for them, those of experts where there are any.
     /// Collective.
     pub fn open(&self, experts: bool) -> Result<(), CommError> {
         let of_experts = [&self.expert, &self.expert_shard].into_iter().filter(|_| experts);
@@ -54,7 +54,7 @@ impl ProcessGroups {
         moving.filter(|group| group.size() > 1).try_for_each(|group| group.open())
     }
 
-    /// ProcessGroups of this process alone, however many there are.
+    /// Groups of this process alone, whatever the world.
     pub fn alone() -> Self {
         let alone = || solo("alone");
         Self {

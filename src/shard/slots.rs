@@ -1,12 +1,12 @@
-//! Slots in which units are whole while they compute.
+//! Slots that hold gathered units while they compute.
 //!
 //! Unit u goes to slot u mod K. A gather writes the pieces of all ranks straight into the slot, and the weights
 //! of a unit are views of it: nothing is allocated or copied. Because slots are overwritten, nothing that
 //! survives a unit may refer to a slot, and each slot carries the unit that it holds; every use asserts it.
-//! A lone rank owns every piece, so its views are of the store itself and no slot exists.
+//! With one rank the views are of the shards themselves, and there are no slots.
 //!
-//! Ranks of one host may keep their pieces in memory that all of them see, beside each other ([`SlotPool::share`]). Then a unit is
-//! whole where its pieces are, a gather moves nothing, and a slot is but the pages that a rank has on its books.
+//! Ranks of one host may lay their pieces side by side in shared memory ([`SlotPool::share`]). Then a unit is whole where
+//! its pieces lie, a gather copies nothing, and a slot is only the set of pages that count for a rank's RSS.
 
 use super::{Piece, RegionLayout, ShardError, Storage};
 use crate::{
@@ -36,15 +36,15 @@ pub struct SlotPool {
     comm: Rc<dyn Communicator>,
 }
 
-/// Where the pieces of all ranks are.
+/// Pieces of all ranks in shared memory.
 struct SharedUnits {
     memory: SharedMemory,
-    /// Each unit `[padded bytes]` u8, and where it is.
+    /// Each unit `[padded bytes]` u8, and its range in the memory.
     units: Vec<(Tensor, Range<usize>)>,
 }
 
 impl SharedUnits {
-    /// The pieces of `unit` before and behind this rank's.
+    /// The other ranks' pieces of `unit`: those before and those behind this rank's.
     fn of_others(&self, unit: usize, comm: &dyn Communicator) -> [Range<usize>; 2] {
         let all = self.units[unit].1.clone();
         let piece = all.len() / comm.size();
@@ -52,19 +52,19 @@ impl SharedUnits {
         [all.start..own, own + piece..all.end]
     }
 
-    /// Has this rank see the others' pieces of `unit` at once.
+    /// Maps the pages of the others' pieces of `unit` at once.
     fn fetch(&self, unit: usize, comm: &dyn Communicator) {
         self.of_others(unit, comm).iter().for_each(|range| self.memory.fetch(range));
     }
 
-    /// Takes them off this rank's books.
+    /// Drops the pages of the others' pieces of `unit` from RSS (MADV_DONTNEED).
     fn release(&self, unit: usize, comm: &dyn Communicator) {
         self.of_others(unit, comm).iter().for_each(|range| self.memory.release(range));
     }
 }
 
 impl SlotPool {
-    /// A ring over `layouts` with `slots` slots; pieces are zero until filled. All layouts are cut over `comm`.
+    /// A pool over `layouts` with `slots` slots; pieces are zero until filled. All layouts are cut over `comm`.
     pub fn new(
         name: &'static str,
         layouts: Vec<RegionLayout>,
@@ -81,8 +81,8 @@ impl SlotPool {
         Self { name, layouts, shards, slots: (0..slots).map(slot).collect(), shared: None, comm }
     }
 
-    /// Puts the pieces into memory that all ranks see, where that can be had. For pieces that do not change once they are
-    /// [loaded](Self::load), which follows. Collective.
+    /// Moves the pieces into memory that all ranks of the host share, where there is such memory. [`load`](Self::load)
+    /// follows; later changes go through [`update`](Self::update). Collective.
     pub fn share(&mut self) -> Result<(), ShardError> {
         if self.slots.is_empty() || self.shared.is_some() {
             return Ok(());
@@ -107,7 +107,7 @@ impl SlotPool {
         Ok(())
     }
 
-    /// Whether no unit has to be sent: [`share`](Self::share) has had its memory, or there is nothing that another rank has.
+    /// True if no unit has to be sent: pieces are shared, or no other rank has any.
     pub fn is_shared(&self) -> bool {
         self.shared.is_some() || self.slots.is_empty() || self.layouts.iter().all(|layout| layout.padded == 0)
     }
@@ -175,7 +175,7 @@ impl SlotPool {
         Ok(())
     }
 
-    /// Makes `unit` whole and waits for it. A unit that is still in its slot is not gathered again.
+    /// Gathers `unit` and waits for it. A unit that is still in its slot is not gathered again.
     pub fn gather(&mut self, unit: usize) -> Result<(), ShardError> {
         self.prefetch(unit)?;
         if let Some(slot) = self.slot_of(unit)
@@ -186,7 +186,8 @@ impl SlotPool {
         Ok(())
     }
 
-    /// Starts making `unit` whole, unless it is whole or on its way. A unit without bytes leaves its slot alone.
+    /// Starts to gather `unit`, unless its slot holds it or a gather is under way. A unit without bytes leaves its slot
+    /// alone.
     pub fn prefetch(&mut self, unit: usize) -> Result<(), ShardError> {
         let Some(index) = self.slot_of(unit).filter(|_| self.layouts[unit].padded > 0) else { return Ok(()) };
         let slot = &mut self.slots[index];
@@ -211,7 +212,7 @@ impl SlotPool {
         Ok(())
     }
 
-    /// Starts making `unit` whole if that leaves the slot of `current` alone.
+    /// Starts to gather `unit` if that leaves the slot of `current` alone.
     pub fn prefetch_beside(&mut self, unit: usize, current: usize) -> Result<(), ShardError> {
         if self.slot_of(unit) == self.slot_of(current) {
             return Ok(());
@@ -219,17 +220,17 @@ impl SlotPool {
         self.prefetch(unit)
     }
 
-    /// For debugging: takes `unit` out of its slot, and leaves what is no number. Who still looks at it is found out.
+    /// Overwrites the slot of `unit` with NaN after use, for debugging: a later read shows.
     pub fn poison(&mut self, unit: usize) {
         let Some(slot) = self.slot_of(unit).map(|index| &mut self.slots[index]) else { return };
         if slot.unit == Some(unit) && slot.pending.is_none() {
             slot.unit = None;
-            // What is shared is the others' too; a run that looks at everything does not share.
+            // Shared pieces are the other ranks' too; a run with --debug does not share.
             let _ = slot.buffer.fill_(255);
         }
     }
 
-    /// The shards have changed: what the slots hold is stale.
+    /// Empties the slots, after the shards have changed.
     pub fn invalidate(&mut self) -> Result<(), ShardError> {
         for slot in &mut self.slots {
             if let Some(pending) = slot.pending.take() {
