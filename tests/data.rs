@@ -8,7 +8,10 @@ use std::{
 use tempfile::TempDir;
 use xorl_dist::{
     config::{DataArgs, DatasetArgs, DatasetType, PackingMethod},
-    data::{DataError, Dataset, Loader, Row, StepPlan, schedule},
+    data::{
+        DataError, Dataset, Loader, Row, StepPlan,
+        schedule::{self, BatchSplit},
+    },
 };
 
 fn write(dir: &Path, name: &str, lines: &[&str]) -> PathBuf {
@@ -290,11 +293,12 @@ fn ten_rows(dir: &TempDir) -> Arc<Dataset> {
 #[test]
 fn the_loader_yields_the_plan_in_order() {
     let dataset = ten_rows(&TempDir::new().unwrap());
+    let split = BatchSplit { data_parallel_size: 2, micro_batch_size: 1, rows_per_group: 1 };
     let plan = |rank| {
         (0..3).map(move |step| StepPlan {
             step,
             epoch: 0,
-            micro_batches: schedule::deal(4 * step..(4 * step + 4).min(10), rank, 2, 1),
+            micro_batches: schedule::deal(4 * step..(4 * step + 4).min(10), rank, split),
         })
     };
     let mut seen = Vec::new();

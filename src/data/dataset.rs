@@ -1,7 +1,7 @@
 //! The data of a run: all rows, the same on every rank, and which of them stands at which position of an epoch.
 
 use super::{
-    ChatTemplate, Clock, DataError, IGNORE_INDEX, LineProblem, Row, Tokenizer, order,
+    ChatTemplate, Clock, DataError, IGNORE_INDEX, LineProblem, ROWS_PER_GROUP, Row, Tokenizer, order,
     pack::pack,
     prepared::{self, hex},
     source,
@@ -153,7 +153,7 @@ impl Dataset {
             Some((of, order)) if *of == epoch => order.clone(),
             _ => {
                 let order: Arc<[usize]> =
-                    order::row_order(self.seed, epoch, self.rows(), self.shuffle).into();
+                    order::row_order(self.seed, epoch, self.rows(), ROWS_PER_GROUP, self.shuffle).into();
                 *cached = Some((epoch, order.clone()));
                 order
             }

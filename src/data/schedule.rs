@@ -1,11 +1,10 @@
-//! Which rows a step takes and which of them a rank computes: pure. A step's rows are dealt in contiguous runs that
-//! differ by at most one row, and every rank has the same number of micro-batches, because every rank enters every
-//! collective.
+//! Rows of each step, and of each rank in it: pure. Groups of a step's rows are dealt in contiguous runs that differ by at
+//! most one group. Every rank has the same number of micro-batches, because every rank enters every collective.
 
 use std::ops::Range;
 
-/// Where a run stands in its data: the first row that has not been consumed. A checkpoint keeps it, so that a resume
-/// goes on behind the last row even with another global batch.
+/// Position of a run in its data: the first row that has not been consumed. A checkpoint keeps it, so that a resume
+/// continues after the last row even with another global batch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct DataCursor {
     pub epoch: usize,
@@ -13,12 +12,12 @@ pub struct DataCursor {
     pub row: usize,
 }
 
-/// How a run walks over its data, step by step.
+/// Order in which a run takes its rows, step by step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchSchedule {
     /// Rows of an epoch.
     pub rows: usize,
-    /// Rows of a step; 0 counts as 1.
+    /// Rows of a step, a multiple of [`BatchSplit::rows_per_group`]; 0 counts as 1.
     pub global_batch: usize,
     /// Leave out the last rows of an epoch when they do not fill a step.
     pub drop_last: bool,
@@ -31,12 +30,12 @@ pub struct StepRows {
     pub epoch: usize,
     /// Positions within the epoch.
     pub rows: Range<usize>,
-    /// Where the next step starts.
+    /// Start of the next step.
     pub next: DataCursor,
 }
 
 impl StepRows {
-    /// Whether the next step belongs to another epoch.
+    /// True if the next step belongs to another epoch.
     pub fn ends_epoch(&self) -> bool {
         self.next.epoch > self.epoch
     }
@@ -90,28 +89,45 @@ impl BatchSchedule {
     }
 }
 
-/// The positions that `data_parallel_rank` computes, by micro-batch of at most `micro_batch_size` rows. Over all
-/// ranks every position of `step_rows` is dealt exactly once. All ranks get the same number of micro-batches,
-/// as many as the rank with most rows needs; the last ones of a rank may be smaller or empty.
-/// The sizes must be positive; 0 counts as 1.
-pub fn deal(
-    step_rows: Range<usize>,
-    data_parallel_rank: usize,
-    data_parallel_size: usize,
-    micro_batch_size: usize,
-) -> Vec<Vec<usize>> {
-    let (ranks, micro) = (data_parallel_size.max(1), micro_batch_size.max(1));
-    let (share, extra) = (step_rows.len() / ranks, step_rows.len() % ranks);
-    let before = data_parallel_rank * share + data_parallel_rank.min(extra);
-    let mine = share + usize::from(data_parallel_rank < extra);
-    let own: Vec<usize> = step_rows.clone().skip(before).take(mine).collect();
-    let chunk = |index: usize| own.iter().copied().skip(index * micro).take(micro).collect();
-    (0..micro_batches(step_rows.len(), ranks, micro)).map(chunk).collect()
+/// Positions that a rank computes, by micro-batch. All ranks get the same number of micro-batches, as many as the rank with
+/// most rows needs; the last ones of a rank may be smaller or empty. Over all ranks every position of `step_rows` is dealt
+/// exactly once.
+pub fn deal(step_rows: Range<usize>, data_parallel_rank: usize, split: BatchSplit) -> Vec<Vec<usize>> {
+    let (ranks, group) = (split.data_parallel_size.max(1), split.rows_per_group.max(1));
+    let groups = step_rows.len().div_ceil(group);
+    let (each, extra) = (groups / ranks, groups % ranks);
+    let before = data_parallel_rank * each + data_parallel_rank.min(extra);
+    let mine = each + usize::from(data_parallel_rank < extra);
+    let row = |group_index: usize| (step_rows.start + group_index * group).min(step_rows.end);
+    let micro = split.groups_of_micro_batch();
+    let micro_batch = |index: usize| {
+        let first = before + (index * micro).min(mine);
+        (row(first)..row((first + micro).min(before + mine))).collect()
+    };
+    (0..split.micro_batches(step_rows.len())).map(micro_batch).collect()
 }
 
-/// Micro-batches of a step of `rows` rows, on every rank.
-pub fn micro_batches(rows: usize, data_parallel_size: usize, micro_batch_size: usize) -> usize {
-    rows.div_ceil(data_parallel_size.max(1)).div_ceil(micro_batch_size.max(1))
+/// Division of a step's rows over ranks and micro-batches. Sizes are positive; 0 counts as 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchSplit {
+    pub data_parallel_size: usize,
+    /// Most rows of a micro-batch. A group with more rows is a micro-batch of its own.
+    pub micro_batch_size: usize,
+    /// Adjacent rows that a loss needs together, such as the 2 of a preference pair. They go to one rank and one micro-batch.
+    /// Groups are counted from the first row of the step; its last group may be shorter.
+    pub rows_per_group: usize,
+}
+
+impl BatchSplit {
+    /// Micro-batches of a step of `rows` rows, on every rank.
+    pub fn micro_batches(&self, rows: usize) -> usize {
+        let groups = rows.div_ceil(self.rows_per_group.max(1));
+        groups.div_ceil(self.data_parallel_size.max(1)).div_ceil(self.groups_of_micro_batch())
+    }
+
+    fn groups_of_micro_batch(&self) -> usize {
+        (self.micro_batch_size / self.rows_per_group.max(1)).max(1)
+    }
 }
 
 #[cfg(test)]
@@ -119,18 +135,45 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn split(data_parallel_size: usize, micro_batch_size: usize, rows_per_group: usize) -> BatchSplit {
+        BatchSplit { data_parallel_size, micro_batch_size, rows_per_group }
+    }
+
     #[test]
     fn ten_rows_over_three_ranks_in_micro_batches_of_two() {
-        assert_eq!(deal(20..30, 0, 3, 2), [vec![20, 21], vec![22, 23]]);
-        assert_eq!(deal(20..30, 1, 3, 2), [vec![24, 25], vec![26]]);
-        assert_eq!(deal(20..30, 2, 3, 2), [vec![27, 28], vec![29]]);
+        let split = split(3, 2, 1);
+        assert_eq!(deal(20..30, 0, split), [vec![20, 21], vec![22, 23]]);
+        assert_eq!(deal(20..30, 1, split), [vec![24, 25], vec![26]]);
+        assert_eq!(deal(20..30, 2, split), [vec![27, 28], vec![29]]);
     }
 
     #[test]
     fn ranks_without_rows_have_empty_micro_batches() {
-        assert_eq!(deal(0..1, 0, 3, 4), [vec![0]]);
-        assert_eq!(deal(0..1, 2, 3, 4), [Vec::<usize>::new()]);
-        assert!(deal(5..5, 0, 2, 1).is_empty());
+        assert_eq!(deal(0..1, 0, split(3, 4, 1)), [vec![0]]);
+        assert_eq!(deal(0..1, 2, split(3, 4, 1)), [Vec::<usize>::new()]);
+        assert!(deal(5..5, 0, split(2, 1, 1)).is_empty());
+        assert!(deal(5..5, 0, split(2, 1, 2)).is_empty());
+    }
+
+    #[test]
+    fn pairs_stay_together() {
+        // Five pairs: three and two. A micro-batch of five rows holds two whole pairs.
+        assert_eq!(deal(20..30, 0, split(2, 5, 2)), [vec![20, 21, 22, 23], vec![24, 25]]);
+        assert_eq!(deal(20..30, 1, split(2, 5, 2)), [vec![26, 27, 28, 29], vec![]]);
+        // A pair is no less than a micro-batch.
+        assert_eq!(deal(4..8, 1, split(2, 1, 2)), [vec![6, 7]]);
+        assert_eq!(split(2, 1, 2).micro_batches(8), 2);
+        // The last group is short.
+        assert_eq!(deal(0..5, 0, split(1, 4, 2)), [vec![0, 1, 2, 3], vec![4]]);
+    }
+
+    /// Rows one by one, as they were dealt before there were groups.
+    fn deal_rows(rows: Range<usize>, rank: usize, ranks: usize, micro: usize) -> Vec<Vec<usize>> {
+        let (each, extra) = (rows.len() / ranks, rows.len() % ranks);
+        let before = rank * each + rank.min(extra);
+        let own: Vec<usize> = rows.clone().skip(before).take(each + usize::from(rank < extra)).collect();
+        let chunk = |index: usize| own.iter().copied().skip(index * micro).take(micro).collect();
+        (0..rows.len().div_ceil(ranks).div_ceil(micro)).map(chunk).collect()
     }
 
     fn schedule(rows: usize, global_batch: usize, drop_last: bool) -> BatchSchedule {
@@ -170,15 +213,29 @@ mod tests {
     proptest! {
         #[test]
         fn every_row_is_dealt_once_and_all_ranks_enter_as_often(
-            start in 0usize..50, rows in 0usize..70, ranks in 1usize..9, micro in 1usize..6,
+            start in 0usize..50, rows in 0usize..70, ranks in 1usize..9, micro in 1usize..6, group in 1usize..5,
         ) {
-            let dealt: Vec<_> = (0..ranks).map(|rank| deal(start..start + rows, rank, ranks, micro)).collect();
+            let split = split(ranks, micro, group);
+            let dealt: Vec<_> = (0..ranks).map(|rank| deal(start..start + rows, rank, split)).collect();
             for micro_batches in &dealt {
-                prop_assert_eq!(micro_batches.len(), dealt[0].len());
-                prop_assert!(micro_batches.iter().all(|positions| positions.len() <= micro));
+                prop_assert_eq!(micro_batches.len(), split.micro_batches(rows));
+                prop_assert!(micro_batches.iter().all(|positions| positions.len() <= micro.max(group)));
+                // A micro-batch begins where a group does.
+                let first = micro_batches.iter().filter_map(|positions| positions.first());
+                prop_assert!(first.into_iter().all(|first| (first - start).is_multiple_of(group)));
             }
             let all: Vec<usize> = dealt.into_iter().flatten().flatten().collect();
             prop_assert_eq!(all, (start..start + rows).collect::<Vec<_>>());
+        }
+
+        #[test]
+        fn groups_of_one_are_dealt_as_rows(
+            start in 0usize..50, rows in 0usize..70, ranks in 1usize..9, micro in 1usize..6,
+        ) {
+            for rank in 0..ranks {
+                let ours = deal(start..start + rows, rank, split(ranks, micro, 1));
+                prop_assert_eq!(ours, deal_rows(start..start + rows, rank, ranks, micro));
+            }
         }
 
         #[test]

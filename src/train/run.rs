@@ -16,8 +16,8 @@ use crate::{
     comm::{Reduce, World},
     config::{FieldLocations, Override, ReduceGradients, RunConfig},
     data::{
-        Dataset, Loader, Row, StepPlan,
-        schedule::{self, BatchSchedule, DataCursor, StepRows},
+        Dataset, Loader, ROWS_PER_GROUP, Row, StepPlan,
+        schedule::{self, BatchSchedule, BatchSplit, DataCursor, StepRows},
     },
     device::Memory,
     dtype::DType,
@@ -206,8 +206,7 @@ impl Run {
 
     /// Micro-batches of a whole step.
     pub(super) fn micro_batches(&self) -> usize {
-        let micro = self.config.train.micro_batch_size;
-        schedule::micro_batches(self.batches.global_batch, self.mesh.data_parallel(), micro)
+        split(&self.mesh, self.config.train.micro_batch_size).micro_batches(self.batches.global_batch)
     }
 
     /// The base and the adapter without their tensors, as rank 0 has them; other ranks have as many experts.
@@ -352,7 +351,16 @@ impl Run {
 
 /// Rows of `rank` of a step's `rows`, by micro-batch of at most `micro`. Ranks that share a sequence have the same rows.
 fn deal(mesh: &Mesh, rank: usize, rows: Range<usize>, micro: usize) -> Vec<Vec<usize>> {
-    schedule::deal(rows, mesh.data_rank(rank), mesh.data_parallel(), micro)
+    schedule::deal(rows, mesh.data_rank(rank), split(mesh, micro))
+}
+
+/// Division of a step's rows over the ranks of `mesh` and micro-batches of at most `micro` rows.
+fn split(mesh: &Mesh, micro: usize) -> BatchSplit {
+    BatchSplit {
+        data_parallel_size: mesh.data_parallel(),
+        micro_batch_size: micro,
+        rows_per_group: ROWS_PER_GROUP,
+    }
 }
 
 /// A micro-batch of rows, flat.
