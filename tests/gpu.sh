@@ -95,6 +95,12 @@ train: {micro_batch_size: 1, max_steps: 4, lr: 1.0e-3}
 Y
   train cpu-bf16 1 cpu "$out/flash.yaml" && train gpu-bf16 1 cuda "$out/flash.yaml" && same gpu-bf16 cpu-bf16 2e-3
 }
+# The pass over the head with 1 and 3 targets a token, against fp64.
+losses_on_one() {
+  XORL_TEST_DEVICE=cuda cargo test --release --quiet --test losses the_pass_on_a_device >"$out/losses.log" 2>&1 ||
+    { tail -20 "$out/losses.log" >&2; return 1; }
+  echo 'equal: fp32 to 1e-5, bf16 to 5e-2 of fp64' >"$out/said"
+}
 over_nccl() { # EP
   [ $((ranks % $1)) = 0 ] || { echo "$ranks ranks cannot be dealt to $1" >"$out/said"; return; }
   [ -e "$out/gpu/metrics.jsonl" ] || train gpu 1 "$device" $moe --train.expert_parallel_size 1 "${fp32[@]}"
@@ -265,6 +271,7 @@ row one 'experts on 1 GPU = on the CPU, fp32' experts_on_one
 row gpu 'experts on 1 GPU = on the CPU, bf16, grouped GEMM' grouped_on_one
 row gpu 'flash attention on 1 GPU = CPU: SmolLM2-135M, bf16, packs' flash_on_one
 row gpu 'adapters of one pass on 1 GPU = each alone, fp32' mixed_pass
+row gpu 'losses by token on 1 GPU = fp64: 1 and 3 targets a token' losses_on_one
 row several "nccl: $ranks ranks on $gpus GPUs = 1 GPU, experts gathered, fp32" over_nccl 1
 row several "nccl: $ranks ranks on $gpus GPUs = 1 GPU, experts over 2, fp32" over_nccl 2
 row gpu "nccl: $ranks ranks on $gpus GPUs = 1 GPU, experts over 2, bf16" over_nccl_grouped

@@ -338,6 +338,7 @@ fn mpi_the_table_of_gpus() {
         ("experts on 1 GPU = on the CPU, bf16", "not run"),
         ("flash attention", "not run"),
         ("adapters of one pass", "not run"),
+        ("losses by token", "not run"),
         ("nccl: 2 ranks on 2 GPUs = 1 GPU, experts gathered", losses),
         ("nccl: 2 ranks on 2 GPUs = 1 GPU, experts over 2, fp32", losses),
         ("nccl: 2 ranks on 2 GPUs = 1 GPU, experts over 2, bf16", "not run"),

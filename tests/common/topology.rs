@@ -136,7 +136,7 @@ impl Case {
         Mesh::new(self.world, sizes).unwrap()
     }
 
-    fn options(&self) -> Options {
+    pub fn options(&self) -> Options {
         Options {
             compute: DType::F32,
             merge: self.merge,
