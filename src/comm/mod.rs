@@ -22,7 +22,10 @@ use crate::device::{
 use std::{ops::Range, rc::Rc};
 use tch::{Device, Kind, Tensor};
 
-pub use control::{Slow, Watcher};
+pub use control::{
+    Command, CommandError, CommandReceiver, CommandSender, Commands, Delivery, Slow,
+    WINDOW as COMMAND_WINDOW, Watcher,
+};
 pub use ledger::{Ledger, Operation, Received};
 pub use parts::Parts;
 pub use shared::{PAGE, SharedMemory};
@@ -75,6 +78,8 @@ pub enum CommError {
     VisibleDevices(String),
     #[error(transparent)]
     Device(#[from] DeviceError),
+    #[error(transparent)]
+    Command(#[from] CommandError),
 }
 
 impl CommError {
@@ -309,6 +314,17 @@ impl World {
     /// What a run tells the watchdog of itself.
     pub fn watcher(&self) -> Watcher {
         self.control.as_ref().map_or_else(Watcher::default, control::Control::watcher)
+    }
+
+    /// This rank's end of the command channel: rank 0 sends, every other rank receives.
+    ///
+    /// # Errors
+    /// This rank has no connection to rank 0; on rank 0, some rank has none.
+    pub fn commands(&self) -> Result<Commands, CommandError> {
+        match &self.control {
+            Some(control) => control.commands(),
+            None => Ok(Commands::Sender(CommandSender::solo())),
+        }
     }
 
     /// Ends all ranks at once with `code`. What the failing rank had to say must be on stderr already.

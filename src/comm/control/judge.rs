@@ -1,38 +1,56 @@
-//! Whether all ranks have to end, and because of whom. Pure.
+//! The verdict over all ranks: whether they have to end, and because of which one. Pure.
 
-use super::{Group, Status};
-use std::{fmt::Write, time::Duration};
+use super::{Group, Status, link::EndCause};
+use serde::{Deserialize, Serialize};
+use std::{
+    fmt::{self, Write},
+    time::Duration,
+};
+
+/// A rank and its process, as lines to the user name them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct PeerName {
+    pub rank: usize,
+    pub process: u32,
+    pub host: String,
+}
+
+impl fmt::Display for PeerName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rank {} (process {} on {})", self.rank, self.process, self.host)
+    }
+}
 
 /// A rank as rank 0 sees it.
 #[derive(Clone, Debug)]
 pub(super) struct Peer {
-    pub rank: usize,
-    pub host: String,
-    pub process: u32,
-    /// Since it was last heard.
+    pub name: PeerName,
+    /// Time since its last sign of life.
     pub silent: Duration,
-    /// Its connection ended, and it had not said that it would.
-    pub lost: bool,
+    /// Why its connection ended, if it did so unannounced.
+    pub lost: Option<EndCause>,
     pub status: Status,
 }
 
-/// What is wrong, in one line; `None` where nothing is. `peers` are all that are watched and have not said goodbye.
+/// The line that says why all ranks have to end; `None` where they need not. `peers` are all watched ranks that have
+/// not left.
+///
+/// An error that a rank reports comes before a lost connection, that before silence, and that before a late
+/// collective.
 pub(super) fn judge(peers: &[Peer], timeout: Duration) -> Option<String> {
-    if let Some((rank, fault)) = peers.iter().find_map(|peer| Some((peer.rank, peer.status.fault.as_ref()?)))
-    {
-        return Some(format!("rank {rank}: {fault}"));
-    }
-    if let Some(peer) = peers.iter().find(|peer| peer.lost) {
-        return Some(format!("{} has died; {}", peer.who(), peer.last()));
-    }
-    if let Some(peer) = peers.iter().find(|peer| peer.silent > timeout) {
+    let failed = |peer: &Peer| Some(format!("rank {}: {}", peer.name.rank, peer.status.fault.as_ref()?));
+    let lost = |peer: &Peer| Some(format!("{} {}; {}", peer.name, peer.lost.as_ref()?, peer.last()));
+    let silent = |peer: &Peer| {
         let seconds = peer.silent.as_secs();
-        return Some(format!("no sign of life from {} for {seconds} s; {}", peer.who(), peer.last()));
-    }
-    peers.iter().find_map(|waiting| late(waiting, peers, timeout))
+        let line = || format!("no sign of life from {} for {seconds} s; {}", peer.name, peer.last());
+        (peer.silent > timeout).then(line)
+    };
+    let first = peers.iter().find_map(failed).or_else(|| peers.iter().find_map(lost));
+    let first = first.or_else(|| peers.iter().find_map(silent));
+    first.or_else(|| peers.iter().find_map(|waiting| late(waiting, peers, timeout)))
 }
 
-/// Who keeps `waiting` waiting for too long, if anybody does.
+/// The line about the rank for which `waiting` has waited longer than `timeout`, if there is one.
 fn late(waiting: &Peer, peers: &[Peer], timeout: Duration) -> Option<String> {
     let inside = waiting.status.inside.as_ref()?;
     let group = waiting.status.groups.get(inside.group)?;
@@ -47,7 +65,7 @@ fn late(waiting: &Peer, peers: &[Peer], timeout: Duration) -> Option<String> {
     if missing.iter().any(|peer| peer.status.slow.is_some()) {
         return None;
     }
-    let (rank, seconds, step) = (waiting.rank, inside.seconds as u64, waiting.status.step);
+    let (rank, seconds, step) = (waiting.name.rank, inside.seconds as u64, waiting.status.step);
     let (operation, name, number) = (&group.operation, &group.name, inside.number);
     if missing.is_empty() && inside.on_device {
         return Some(format!(
@@ -55,20 +73,16 @@ fn late(waiting: &Peer, peers: &[Peer], timeout: Duration) -> Option<String> {
              {seconds} s (step {step})"
         ));
     }
-    // One that waits elsewhere is kept by somebody else.
+    // A missing rank that waits in another collective is held up by a third one.
     let culprit = missing.iter().find(|peer| peer.status.inside.is_none()).or(missing.first())?;
-    let (who, last) = (culprit.who(), culprit.last());
+    let (who, last) = (&culprit.name, culprit.last());
     Some(format!(
         "rank {rank}: no {operation} #{number} over {name} from {who} within {seconds} s (step {step}); {last}"
     ))
 }
 
 impl Peer {
-    fn who(&self) -> String {
-        format!("rank {} (process {} on {})", self.rank, self.process, self.host)
-    }
-
-    /// Where it was last seen.
+    /// The collectives that it reported last.
     fn last(&self) -> String {
         let Status { step, slow, groups, inside, .. } = &self.status;
         let of = |group: &Group| format!("{} #{} over {}", group.operation, group.entered, group.name);
@@ -79,7 +93,7 @@ impl Peer {
             None => format!("it last entered {}", all.join(", ")),
         };
         let _ = match slow {
-            Some(what) => write!(text, ", in {what}"),
+            Some(phase) => write!(text, ", in {phase}"),
             None => write!(text, ", in step {step}"),
         };
         text
@@ -88,12 +102,12 @@ impl Peer {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Inside;
+    use super::super::{Inside, frame::FrameError};
     use super::*;
 
     const TIMEOUT: Duration = Duration::from_secs(100);
 
-    /// Rank `rank` of a world, in shards of two, that has entered `world` and `shard` collectives.
+    /// Rank `rank` with shard groups of two ranks, after `world` and `shard` collectives.
     fn peer(rank: usize, world: u64, shard: u64) -> Peer {
         let group = |name: &str, color, entered, operation: &str| Group {
             name: name.into(),
@@ -104,11 +118,9 @@ mod tests {
         let groups =
             vec![group("world", 0, world, "all_reduce_host"), group("shard", rank / 2, shard, "all_gather")];
         Peer {
-            rank,
-            host: "node7".into(),
-            process: 100 + rank as u32,
+            name: PeerName { rank, process: 100 + rank as u32, host: "node7".into() },
             silent: Duration::from_millis(300),
-            lost: false,
+            lost: None,
             status: Status { step: 4, slow: None, groups, inside: None, fault: None },
         }
     }
@@ -125,19 +137,19 @@ mod tests {
     }
 
     #[test]
-    fn ranks_that_work_are_left_alone() {
+    fn ranks_at_work_get_no_verdict() {
         let peers = [
             peer(0, 3, 9),
             inside(peer(1, 3, 10), 1, 99.0),
             peer(2, 3, 12),
             inside(peer(3, 3, 12), 1, 500.0),
         ];
-        // Rank 3 waits for nobody that has not come: MPI is moving bytes.
+        // All ranks of rank 3's shard group have entered its collective: MPI is moving bytes.
         assert_eq!(judge(&peers, TIMEOUT), None);
     }
 
     #[test]
-    fn the_dead_are_named_before_the_silent_and_these_before_the_late() {
+    fn a_dead_rank_is_named_before_a_silent_one_and_that_before_a_late_one() {
         let mut peers = [inside(peer(0, 3, 10), 1, 300.0), peer(1, 3, 9), peer(2, 3, 9), peer(3, 3, 9)];
         let said = judge(&peers, TIMEOUT).unwrap();
         assert_eq!(
@@ -151,9 +163,16 @@ mod tests {
             said.starts_with("no sign of life from rank 2 (process 102 on node7) for 101 s; it last"),
             "{said}"
         );
-        peers[3].lost = true;
+        peers[3].lost = Some(EndCause::Closed);
         let said = judge(&peers, TIMEOUT).unwrap();
         assert!(said.starts_with("rank 3 (process 103 on node7) has died; it last entered"), "{said}");
+        peers[3].lost = Some(EndCause::Torn(FrameError::Torn(7)));
+        assert_eq!(judge(&peers, TIMEOUT), Some(said));
+        peers[3].lost = Some(EndCause::Broken(FrameError::Kind(9)));
+        let said = judge(&peers, TIMEOUT).unwrap();
+        let expected =
+            "rank 3 (process 103 on node7) sent a control frame of unknown kind 9; it last entered";
+        assert!(said.starts_with(expected), "{said}");
     }
 
     #[test]
@@ -162,7 +181,7 @@ mod tests {
             let inside = Some(Inside { group: 1, number, seconds, on_device: true });
             Peer { status: Status { inside, ..peer.status }, ..peer }
         };
-        // Rank 0's device is in the 8th, though the rank has started two more.
+        // Rank 0's device is in collective 8; the rank has started two more.
         let mut peers = [on_device(peer(0, 3, 10), 8, 99.0), peer(1, 3, 8), peer(2, 3, 9), peer(3, 3, 9)];
         assert_eq!(judge(&peers, TIMEOUT), None);
         peers[0] = on_device(peer(0, 3, 10), 8, 101.0);
@@ -179,8 +198,8 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_elsewhere_is_not_to_blame() {
-        // 0 waits in the world for 2, which waits in its shard for 3.
+    fn a_rank_that_waits_elsewhere_is_not_blamed() {
+        // Rank 0 waits in the world group for rank 2, which waits in its shard group for rank 3.
         let peers = [
             inside(peer(0, 5, 9), 0, 200.0),
             inside(peer(1, 5, 9), 0, 200.0),
@@ -192,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_slow_has_no_deadline_but_has_to_live() {
+    fn a_slow_phase_has_no_deadline_but_needs_signs_of_life() {
         let mut peers = [slow(peer(0, 4, 9), "save"), inside(peer(1, 5, 9), 0, 5000.0)];
         assert_eq!(judge(&peers, TIMEOUT), None);
         peers[0].silent = Duration::from_secs(200);

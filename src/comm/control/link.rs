@@ -1,412 +1,373 @@
-//! The connections of the mesh: every rank keeps one to rank 0, and both ends say a line of JSON now and then.
+//! One end of a control connection: a non-blocking TCP stream with its unfinished input and output, and the poll(2)
+//! that a control thread sleeps in.
 
 use super::{
-    super::{CommError, Communicator},
-    Shared, Status,
-    judge::{Peer, judge},
+    commands::Outgoing,
+    frame::{Decoder, Frame, FrameError, PART, message, part_head},
+    judge::PeerName,
 };
-use serde::{Deserialize, Serialize};
+use rustix::{
+    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
+    fd::{AsFd, BorrowedFd, OwnedFd},
+};
+use serde::Serialize;
 use std::{
-    io::{ErrorKind, Read, Write},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
-    thread::JoinHandle,
-    time::{Duration, Instant},
+    collections::VecDeque,
+    io::{self, ErrorKind, IoSlice, Read, Write},
+    net::TcpStream,
+    ops::Range,
+    sync::Arc,
+    time::Duration,
 };
 
-/// Between two looks at everything.
-const TICK: Duration = Duration::from_millis(100);
-/// Between two signs of life.
-const HEARTBEAT: Duration = Duration::from_millis(500);
-/// For one address of rank 0, and for all ranks to have come.
-const CONNECT: Duration = Duration::from_secs(3);
-const GATHER: Duration = Duration::from_secs(20);
-/// A tick that takes so long was no tick: the process was stopped, and what it knows of others is old.
-const STOPPED: Duration = Duration::from_secs(1);
-/// After that it only listens for a while: if the others have ended meanwhile, they have said why.
-const WAKING: Duration = Duration::from_secs(2);
-/// Longer lines are not ours.
-const LONGEST: usize = 1 << 20;
+/// Most bytes that a link reads or writes before the other links have their turn.
+const TURN: usize = 1 << 18;
 
-/// Where rank 0 can be reached, and by what it knows its own.
-#[derive(Serialize, Deserialize)]
-struct Invitation {
-    addresses: Vec<IpAddr>,
-    port: u16,
-    token: String,
-    host: String,
-    process: u32,
+/// Why a connection has ended.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum EndCause {
+    #[error("has died")]
+    Closed,
+    /// The process died while it was writing.
+    #[error("has died")]
+    Torn(FrameError),
+    #[error("sent {0}")]
+    Broken(FrameError),
 }
 
-/// What a rank says to rank 0.
-#[derive(Serialize, Deserialize)]
-enum ToFirst {
-    Hello {
-        token: String,
-        rank: usize,
-        host: String,
-        process: u32,
-    },
-    Alive(Status),
-    /// It ends, and nobody has to look for it.
-    Bye,
+/// The end of a connection that was not announced.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{peer} {cause}")]
+pub(super) struct LinkError {
+    pub peer: PeerName,
+    pub cause: EndCause,
 }
 
-/// What rank 0 says.
-#[derive(Serialize, Deserialize)]
-enum FromFirst {
-    Welcome,
-    Alive,
-    /// All ranks end, for this reason.
-    End(String),
-    Bye,
-}
+/// Wakes a control thread that sleeps in [`wait`].
+#[derive(Clone, Debug)]
+pub(super) struct Wakeup(Arc<OwnedFd>);
 
-/// What became of the mesh on this rank.
-#[derive(Default)]
-pub(super) struct Opened {
-    /// None where the rank stays unwatched.
-    pub thread: Option<JoinHandle<()>>,
-    /// What rank 0 has to tell the user.
-    pub warning: Option<String>,
-}
-
-/// Connects the ranks and starts this rank's thread. Collective.
-pub(super) fn open(world: &dyn Communicator, shared: &Shared) -> Result<Opened, CommError> {
-    let rank = world.rank();
-    let listener = if rank == 0 { listen().ok() } else { None };
-    let invitation =
-        listener.as_ref().map(|(_, invitation)| serde_json::to_vec(invitation).unwrap_or_default());
-    let all = world.all_gather_host(&invitation.unwrap_or_default())?;
-    let invitation: Option<Invitation> = all.first().and_then(|bytes| serde_json::from_slice(bytes).ok());
-    let shared = shared.clone();
-    let Some(invitation) = invitation else {
-        let warning = "no port for the control mesh: ranks that hang will not be noticed";
-        return Ok(Opened { thread: None, warning: (rank == 0).then(|| warning.to_owned()) });
-    };
-    if let Some((listener, invitation)) = listener {
-        // Others connect while this rank already waits for them, so that nobody waits for the end of the gather below.
-        let (size, token) = (world.size(), invitation.token);
-        let gathering = std::thread::spawn(move || gather(&listener, size, &token));
-        world.all_gather_host(&[])?;
-        let lines = gathering.join().unwrap_or_default();
-        let absent = size - 1 - lines.len();
-        let warning = (absent > 0).then(|| {
-            format!(
-                "{absent} ranks cannot reach the control port of rank 0: if they hang, it will not be noticed"
-            )
-        });
-        let first = First { shared, peers: lines, spoke: Instant::now() };
-        return Ok(Opened { thread: spawn(move || first.run()), warning });
+impl Wakeup {
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self(Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)))
     }
-    let line = join(&invitation, rank);
-    world.all_gather_host(&[])?;
-    let thread =
-        line.and_then(|line| spawn(move || Follower { rank, first: invitation, line, shared }.run()));
-    Ok(Opened { thread, warning: None })
-}
 
-fn spawn(run: impl FnOnce() + Send + 'static) -> Option<JoinHandle<()>> {
-    std::thread::Builder::new().name("watchdog".into()).spawn(run).ok()
-}
-
-fn listen() -> std::io::Result<(TcpListener, Invitation)> {
-    // On Linux the one port of both kinds of addresses.
-    let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, 0))
-        .or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)))?;
-    listener.set_nonblocking(true)?;
-    let mut token = [0u8; 16];
-    std::fs::File::open("/dev/urandom")?.read_exact(&mut token)?;
-    let mut addresses: Vec<IpAddr> = if_addrs::get_if_addrs()?.iter().map(if_addrs::Interface::ip).collect();
-    // Of another host's loopback somebody else answers: last.
-    addresses.sort_by_key(IpAddr::is_loopback);
-    let invitation = Invitation {
-        addresses,
-        port: listener.local_addr()?.port(),
-        token: token.iter().map(|byte| format!("{byte:02x}")).collect(),
-        host: host(),
-        process: std::process::id(),
-    };
-    Ok((listener, invitation))
-}
-
-/// This machine's name.
-pub(in crate::comm) fn host() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned()
-}
-
-/// Rank 0 takes in the others, until all have come or it has been long enough.
-fn gather(listener: &TcpListener, ranks: usize, token: &str) -> Vec<Heard> {
-    let begin = Instant::now();
-    let (mut strangers, mut heard): (Vec<Line>, Vec<Heard>) = (Vec::new(), Vec::new());
-    while heard.len() + 1 < ranks && begin.elapsed() < GATHER {
-        strangers.extend(listener.accept().ok().and_then(|(stream, _)| Line::new(stream)));
-        for mut line in std::mem::take(&mut strangers) {
-            match line.hear::<ToFirst>().first() {
-                Some(ToFirst::Hello { token: theirs, rank, host, process }) if theirs == token => {
-                    line.say(&FromFirst::Welcome);
-                    let peer = Peer {
-                        rank: *rank,
-                        host: host.clone(),
-                        process: *process,
-                        silent: Duration::ZERO,
-                        lost: false,
-                        status: Status::default(),
-                    };
-                    heard.push(Heard { line, peer, at: Instant::now(), left: false });
-                }
-                None if !line.ended => strangers.push(line),
-                _ => {}
-            }
-        }
-        std::thread::sleep(Duration::from_millis(2));
+    pub(super) fn wake(&self) {
+        // It fails only where the counter is full, and then the thread is awake.
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
     }
-    heard.sort_by_key(|heard| heard.peer.rank);
-    heard
+
+    /// Ends the readiness that [`wake`](Self::wake) began. Called before the thread looks for work.
+    pub(super) fn clear(&self) {
+        let _ = rustix::io::read(&self.0, &mut [0; 8]);
+    }
 }
 
-/// A connection to rank 0, if it can be had.
-fn join(invitation: &Invitation, rank: usize) -> Option<Line> {
-    let hello =
-        ToFirst::Hello { token: invitation.token.clone(), rank, host: host(), process: std::process::id() };
-    invitation.addresses.iter().find_map(|address| {
-        let stream = TcpStream::connect_timeout(&SocketAddr::new(*address, invitation.port), CONNECT).ok()?;
-        let mut line = Line::new(stream)?;
-        line.say(&hello);
-        let begin = Instant::now();
-        while begin.elapsed() < CONNECT && !line.ended {
-            if matches!(line.hear().first(), Some(FromFirst::Welcome)) {
-                return Some(line);
-            }
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        // It may have been taken in all the same.
-        line.say(&ToFirst::Bye);
-        None
-    })
+impl AsFd for Wakeup {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Sleeps until `other` or one of `links` is readable, a link with output is writable, or `timeout` is over.
+pub(super) fn wait<'a>(other: impl AsFd, links: impl Iterator<Item = &'a Link>, timeout: Duration) {
+    let mut all = vec![PollFd::from_borrowed_fd(other.as_fd(), PollFlags::IN)];
+    all.extend(links.filter_map(|link| {
+        let output = if link.has_output() { PollFlags::OUT } else { PollFlags::empty() };
+        link.polled(PollFlags::IN | output)
+    }));
+    poll_all(&mut all, timeout);
+}
+
+/// Sleeps until one of `links` is writable, or `timeout` is over.
+pub(super) fn wait_writable<'a>(links: impl Iterator<Item = &'a Link>, timeout: Duration) {
+    poll_all(&mut links.filter_map(|link| link.polled(PollFlags::OUT)).collect::<Vec<_>>(), timeout);
+}
+
+fn poll_all(all: &mut [PollFd<'_>], timeout: Duration) {
+    // After an error, as by a signal, the thread finds nothing ready and comes back.
+    let _ = poll(all, Timespec::try_from(timeout).ok().as_ref());
 }
 
 /// One end of a connection.
-struct Line {
+#[derive(Debug)]
+pub(super) struct Link {
     stream: TcpStream,
-    /// What was read and is no whole line yet.
-    begun: Vec<u8>,
-    ended: bool,
+    decoder: Decoder,
+    outbox: Outbox,
+    /// Why nothing more is read.
+    ended: Option<EndCause>,
 }
 
-impl Line {
-    fn new(stream: TcpStream) -> Option<Self> {
-        stream.set_nonblocking(true).ok()?;
-        let _ = stream.set_nodelay(true);
-        Some(Self { stream, begun: Vec::new(), ended: false })
+impl Link {
+    pub(super) fn new(stream: TcpStream) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        stream.set_nodelay(true)?;
+        Ok(Self { stream, decoder: Decoder::default(), outbox: Outbox::default(), ended: None })
     }
 
-    /// All that has come since the last time, without waiting. What is not understood ends the connection.
-    fn hear<M: for<'de> Deserialize<'de>>(&mut self) -> Vec<M> {
-        let mut buffer = [0; 1 << 14];
-        while !self.ended {
-            match self.stream.read(&mut buffer) {
-                Ok(0) => self.ended = true,
-                Ok(n) => self.begun.extend_from_slice(&buffer[..n]),
+    /// What poll(2) looks at: nothing once the connection has ended.
+    fn polled(&self, events: PollFlags) -> Option<PollFd<'_>> {
+        self.ended.is_none().then(|| PollFd::from_borrowed_fd(self.stream.as_fd(), events))
+    }
+
+    /// Why nothing more comes, if so.
+    pub(super) fn ended(&self) -> Option<&EndCause> {
+        self.ended.as_ref()
+    }
+
+    /// Reads what has arrived, without blocking, and calls `take` for each frame.
+    pub(super) fn read(
+        &mut self,
+        buffer: &mut [u8],
+        mut take: impl FnMut(Frame<'_>) -> Result<(), FrameError>,
+    ) {
+        let mut taken = 0;
+        while self.ended.is_none() && taken < TURN {
+            match self.stream.read(buffer) {
+                Ok(0) => {
+                    self.ended = Some(self.decoder.end().map_or_else(EndCause::Torn, |()| EndCause::Closed));
+                }
+                Ok(n) => {
+                    taken += n;
+                    self.decoder.push(&buffer[..n]);
+                    if let Err(error) = self.take_frames(&mut take) {
+                        self.ended = Some(EndCause::Broken(error));
+                    }
+                }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                Err(_) => self.ended = true,
-            }
-            self.ended |= self.begun.len() > LONGEST;
-        }
-        let mut messages = Vec::new();
-        while let Some(end) = self.begun.iter().position(|&byte| byte == b'\n') {
-            let line: Vec<u8> = self.begun.drain(..=end).collect();
-            match serde_json::from_slice(&line) {
-                Ok(message) => messages.push(message),
-                Err(_) => self.ended = true,
+                Err(_) => self.ended = Some(EndCause::Closed),
             }
         }
-        messages
     }
 
-    /// Says `message`, unless the other side does not listen: it will be noticed by its silence.
-    fn say(&mut self, message: &impl Serialize) {
-        let Ok(mut line) = serde_json::to_vec(message) else { return };
-        line.push(b'\n');
-        let mut rest = &line[..];
-        let begin = Instant::now();
-        while !rest.is_empty() && begin.elapsed() < TICK {
-            match self.stream.write(rest) {
-                Ok(n) => rest = &rest[n..],
-                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                Err(_) => return,
-            }
+    fn take_frames(
+        &mut self,
+        mut take: impl FnMut(Frame<'_>) -> Result<(), FrameError>,
+    ) -> Result<(), FrameError> {
+        while let Some(frame) = self.decoder.next()? {
+            take(frame)?;
         }
-        // Half a line would spoil the next.
-        self.ended |= !rest.is_empty() && rest.len() < line.len();
+        Ok(())
+    }
+
+    /// Queues `text`. It comes before commands of which nothing is written, and between the parts of one that is
+    /// being written.
+    pub(super) fn say(&mut self, text: &impl Serialize) {
+        // Messages are a few kilobytes of plain data: they can be written and are not too long.
+        self.outbox.messages.extend(message(text).ok());
+    }
+
+    /// Queues a sign of life, unless a message waits already: a peer that does not read takes no more memory with time.
+    pub(super) fn say_alive(&mut self, text: &impl Serialize) {
+        if self.outbox.messages.is_empty() {
+            self.say(text);
+        }
+    }
+
+    /// Queues `text` as the last frame, after all commands.
+    pub(super) fn say_last(&mut self, text: &impl Serialize) {
+        self.outbox.last = message(text).ok();
+    }
+
+    /// Queues a command.
+    pub(super) fn send(&mut self, command: Arc<Outgoing>) {
+        self.outbox.commands.push_back((command, 0));
+    }
+
+    /// Whether anything waits to be written.
+    pub(super) fn has_output(&self) -> bool {
+        !self.outbox.is_empty()
+    }
+
+    /// Writes what is queued, as far as the connection takes it without blocking.
+    pub(super) fn write(&mut self) {
+        if self.ended.is_some() || self.outbox.write(&mut self.stream, TURN).is_err() {
+            // The other end is gone. It is noticed where its last words are read.
+            self.outbox = Outbox::default();
+        }
     }
 }
 
-/// When this thread last looked, and whether the process was stopped since.
-struct Ticks {
-    last: Instant,
-    woke: Option<Instant>,
+/// Frames that wait to be written.
+#[derive(Debug, Default)]
+struct Outbox {
+    messages: VecDeque<Vec<u8>>,
+    /// Commands and how many bytes of each are in frames so far.
+    commands: VecDeque<(Arc<Outgoing>, usize)>,
+    last: Option<Vec<u8>>,
+    writing: Option<Writing>,
 }
 
-impl Ticks {
-    fn new() -> Self {
-        Self { last: Instant::now(), woke: None }
+/// The frame that is being written: all of it for a message, head and piece for a part.
+#[derive(Debug)]
+struct Writing {
+    head: Vec<u8>,
+    piece: Option<(Arc<Outgoing>, Range<usize>)>,
+    written: usize,
+}
+
+impl Writing {
+    /// The bytes that are not written, of the head and of the piece.
+    fn rest(&self) -> [&[u8]; 2] {
+        let piece = self.piece.as_ref().map_or(&[][..], |(command, range)| &command.payload[range.clone()]);
+        let of_head = self.written.min(self.head.len());
+        [&self.head[of_head..], &piece[self.written - of_head..]]
+    }
+}
+
+impl Outbox {
+    fn is_empty(&self) -> bool {
+        self.writing.is_none() && self.messages.is_empty() && self.commands.is_empty() && self.last.is_none()
     }
 
-    /// Begins the next tick; whether the process was stopped before it.
-    fn next_was_late(&mut self) -> bool {
-        let late = self.last.elapsed() > STOPPED;
-        self.last = Instant::now();
-        if late {
-            self.woke = Some(self.last);
+    /// The frame to write next: messages, then parts of commands, then the last message.
+    fn next_frame(&mut self) -> Option<Writing> {
+        if let Some(head) = self.messages.pop_front() {
+            return Some(Writing { head, piece: None, written: 0 });
         }
-        late
-    }
-
-    fn is_waking(&self) -> bool {
-        self.woke.is_some_and(|woke| woke.elapsed() < WAKING)
-    }
-}
-
-/// Another rank, as rank 0 hears it.
-struct Heard {
-    line: Line,
-    peer: Peer,
-    at: Instant,
-    /// It has said goodbye.
-    left: bool,
-}
-
-/// Rank 0's thread.
-struct First {
-    shared: Shared,
-    peers: Vec<Heard>,
-    spoke: Instant,
-}
-
-impl First {
-    fn run(mut self) {
-        let mut ticks = Ticks::new();
-        loop {
-            if ticks.next_was_late() {
-                self.peers.iter_mut().for_each(|heard| heard.at = Instant::now());
-            }
-            self.hear();
-            if self.shared.lock().closing {
-                return self.tell(&FromFirst::Bye);
-            }
-            let timeout = self.shared.lock().timeout;
-            if !ticks.is_waking()
-                && let Some(line) = judge(&self.seen(), timeout)
-            {
-                self.tell(&FromFirst::End(line.clone()));
-                end(&self.shared, 0, &line, true);
-            }
-            if self.spoke.elapsed() > HEARTBEAT {
-                self.spoke = Instant::now();
-                self.tell(&FromFirst::Alive);
-            }
-            std::thread::park_timeout(TICK);
-        }
-    }
-
-    fn hear(&mut self) {
-        for Heard { line, peer, at, left } in &mut self.peers {
-            for message in line.hear() {
-                *at = Instant::now();
-                match message {
-                    ToFirst::Alive(status) => peer.status = status,
-                    ToFirst::Bye => *left = true,
-                    ToFirst::Hello { .. } => {}
-                }
-            }
-            peer.silent = at.elapsed();
-            peer.lost = line.ended && !*left;
-        }
-    }
-
-    /// All that are watched, rank 0 too.
-    fn seen(&self) -> Vec<Peer> {
-        let own = Peer {
-            rank: 0,
-            host: host(),
-            process: std::process::id(),
-            silent: Duration::ZERO,
-            lost: false,
-            status: self.shared.status(),
+        let Some((command, in_frames)) = self.commands.front_mut() else {
+            return self.last.take().map(|head| Writing { head, piece: None, written: 0 });
         };
-        let others = self.peers.iter().filter(|heard| !heard.left).map(|heard| heard.peer.clone());
-        std::iter::once(own).chain(others).collect()
+        let range = *in_frames..command.payload.len().min(*in_frames + PART);
+        *in_frames = range.end;
+        let head = part_head(command, range.start, range.len());
+        let command = command.clone();
+        if range.end == command.payload.len() {
+            self.commands.pop_front();
+        }
+        Some(Writing { head, piece: Some((command, range)), written: 0 })
     }
 
-    fn tell(&mut self, message: &FromFirst) {
-        self.peers
-            .iter_mut()
-            .filter(|heard| !heard.left && !heard.line.ended)
-            .for_each(|heard| heard.line.say(message));
-    }
-}
-
-/// The thread of any other rank.
-struct Follower {
-    rank: usize,
-    first: Invitation,
-    line: Line,
-    shared: Shared,
-}
-
-impl Follower {
-    fn run(mut self) {
-        let (mut heard, mut spoke, mut ticks) = (Instant::now(), None::<Instant>, Ticks::new());
-        loop {
-            if ticks.next_was_late() {
-                heard = Instant::now();
+    /// Writes frames to `stream` until it blocks, all are written, or `most` bytes are.
+    fn write(&mut self, stream: &mut impl Write, most: usize) -> io::Result<()> {
+        let mut total = 0;
+        while total < most {
+            if self.writing.is_none() {
+                self.writing = self.next_frame();
             }
-            for message in self.line.hear() {
-                heard = Instant::now();
-                match message {
-                    FromFirst::Bye => return,
-                    FromFirst::End(line) => end(&self.shared, self.rank, &line, false),
-                    FromFirst::Welcome | FromFirst::Alive => {}
+            let Some(frame) = &mut self.writing else { return Ok(()) };
+            match stream.write_vectored(&frame.rest().map(IoSlice::new)) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(n) => {
+                    (frame.written, total) = (frame.written + n, total + n);
+                    if frame.rest().iter().all(|rest| rest.is_empty()) {
+                        self.writing = None;
+                    }
                 }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error),
             }
-            if self.shared.lock().closing {
-                return self.line.say(&ToFirst::Bye);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::frame::Assembler, *};
+
+    /// A stream that takes `room` bytes, at most `step` at a time, and then blocks.
+    struct Narrow {
+        room: usize,
+        step: usize,
+        taken: Vec<u8>,
+    }
+
+    impl Write for Narrow {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let n = bytes.len().min(self.room).min(self.step);
+            if n == 0 {
+                return Err(ErrorKind::WouldBlock.into());
             }
-            let Invitation { host, process, .. } = &self.first;
-            let timeout = self.shared.lock().timeout;
-            let verdict = if self.line.ended {
-                Some(format!("rank 0 (process {process} on {host}) has died"))
-            } else if heard.elapsed() > timeout {
-                let seconds = heard.elapsed().as_secs();
-                Some(format!("no sign of life from rank 0 (process {process} on {host}) for {seconds} s"))
-            } else {
-                None
-            };
-            if let Some(line) = verdict.filter(|_| !ticks.is_waking()) {
-                // All find out at once: one says it.
-                end(&self.shared, self.rank, &line, self.rank == 1);
-            }
-            if spoke.is_none_or(|spoke| spoke.elapsed() > HEARTBEAT) {
-                spoke = Some(Instant::now());
-                self.line.say(&ToFirst::Alive(self.shared.status()));
-            }
-            std::thread::park_timeout(TICK);
+            self.room -= n;
+            self.taken.extend_from_slice(&bytes[..n]);
+            Ok(n)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
         }
     }
-}
 
-/// Ends this process: says why if it is the one to say it, and leaves its last collectives behind.
-fn end(shared: &Shared, rank: usize, line: &str, says: bool) -> ! {
-    if says {
-        let _ = std::io::stderr().write_all(format!("error: {line}\n").as_bytes());
+    /// Values that were read, each with the number of bytes before it, to within 100.
+    type Found<T> = Vec<(usize, T)>;
+
+    /// Messages and commands in `bytes`.
+    fn read(bytes: &[u8]) -> (Found<String>, Found<Vec<u8>>) {
+        let (mut decoder, mut assembler) = (Decoder::default(), Assembler::default());
+        let (mut messages, mut commands) = (Vec::new(), Vec::new());
+        for (i, chunk) in bytes.chunks(100).enumerate() {
+            decoder.push(chunk);
+            while let Some(frame) = decoder.next().unwrap() {
+                match frame {
+                    Frame::Message(json) => messages.push((100 * i, serde_json::from_slice(json).unwrap())),
+                    Frame::Part(part) => commands
+                        .extend(assembler.add(&part).unwrap().map(|command| (100 * i, command.payload))),
+                }
+            }
+        }
+        decoder.end().unwrap();
+        (messages, commands)
     }
-    shared.write_flight(rank, line);
-    shared.abort();
-    // The launcher kills the others when the first is gone: whoever has something to say or to write comes first.
-    std::thread::sleep(Duration::from_millis(if says { 300 } else { 1000 }));
-    // SAFETY: ends the process without running what was registered for its exit, which may wait for a hung MPI.
-    unsafe { libc::_exit(1) }
+
+    #[test]
+    fn a_message_waits_for_one_part_of_a_command_at_most() {
+        let (first, second) = (vec![1; 30 * PART + 5], vec![2; 3]);
+        let mut outbox = Outbox::default();
+        for (sequence, payload) in [(1, first.clone()), (2, second.clone())] {
+            outbox.commands.push_back((Arc::new(Outgoing { sequence, payload }), 0));
+        }
+        outbox.last = message(&"bye").ok();
+        let mut stream = Narrow { room: 2 * PART + 1000, step: 7777, taken: Vec::new() };
+        outbox.write(&mut stream, usize::MAX).unwrap();
+        assert_eq!(stream.taken.len(), 2 * PART + 1000, "as much as it takes");
+        outbox.messages.extend(message(&"alive").ok());
+        stream.room = usize::MAX;
+        outbox.write(&mut stream, 10).unwrap();
+        assert!(stream.taken.len() < 3 * PART, "a turn is limited");
+        outbox.write(&mut stream, usize::MAX).unwrap();
+        assert!(outbox.is_empty());
+        let (messages, commands) = read(&stream.taken);
+        let [(alive, ref text), (last, ref bye)] = messages[..] else { panic!("{messages:?}") };
+        assert_eq!((text.as_str(), bye.as_str()), ("alive", "bye"));
+        assert!(alive < 3 * PART + 1000, "after {alive} bytes, before the rest of the command");
+        assert!(commands[0].1 == first && commands[1].1 == second);
+        assert!(last >= commands[1].0, "the last message comes after all commands");
+    }
+
+    #[test]
+    fn an_empty_command_is_a_frame() {
+        let mut outbox = Outbox::default();
+        outbox.commands.push_back((Arc::new(Outgoing { sequence: 1, payload: Vec::new() }), 0));
+        let mut stream = Narrow { room: usize::MAX, step: 3, taken: Vec::new() };
+        outbox.write(&mut stream, usize::MAX).unwrap();
+        assert_eq!(read(&stream.taken).1, [(0, Vec::new())]);
+    }
+
+    #[test]
+    fn a_wakeup_ends_a_wait_and_is_not_lost() {
+        let wakeup = Wakeup::new().unwrap();
+        let timed = |timeout| {
+            let begin = std::time::Instant::now();
+            wait(&wakeup, std::iter::empty(), timeout);
+            begin.elapsed()
+        };
+        let (short, long) = (Duration::from_millis(30), Duration::from_secs(60));
+        assert!(timed(short) >= short);
+        wakeup.wake();
+        assert!(timed(long) < long);
+        assert!(timed(long) < long, "until it is cleared");
+        wakeup.clear();
+        assert!(timed(short) >= short);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(short);
+                wakeup.wake();
+            });
+            assert!(timed(long) < long);
+        });
+    }
 }

@@ -1,17 +1,27 @@
-//! The control mesh: what every rank is doing, told once in a while over TCP, and the watchdog that ends all ranks when one
-//! has died, is silent, or does not come to a collective that others are in.
+//! The control mesh: a TCP connection from every rank to rank 0, for the watchdog and for commands.
 //!
-//! A plain thread on every rank, which calls no MPI: MPI can hang, and this is for when it does. Rank 0's thread hears
-//! all others ([`link`]) and decides ([`judge`], pure). What takes as long as it takes (loading, data, saving) is declared
-//! with [`Watcher::slow`]: then only signs of life are asked for. The last collectives of each rank are kept, and written
-//! to `{output_dir}/flight/` when the watchdog ends them.
+//! The watchdog ends all ranks when one has died, is silent, or does not enter a collective that others are in. It is
+//! a thread on every rank that calls no MPI, because MPI may hang. Rank 0's thread receives the status of all ranks
+//! and decides ([`judge`], pure). A slow phase (loading, data, saving, waiting for commands) is declared with
+//! [`Watcher::slow`]: it has no deadline and needs signs of life only. The last collectives of each rank are written
+//! to `{output_dir}/flight/` when the watchdog ends the run.
+//!
+//! Commands are bytes from rank 0 to all others ([`commands`]). They travel over the same connections in small parts
+//! ([`frame`]), so that a large command does not delay a sign of life. [`rendezvous`] connects the ranks, [`threads`]
+//! are the two kinds of control thread, and [`link`] is one end of a connection.
 
+mod commands;
+mod frame;
 mod judge;
 mod link;
+mod rendezvous;
+mod threads;
 
 use super::{CommError, Communicator};
 use crate::device::{DeviceError, Event};
-pub(super) use link::host;
+pub use commands::{Command, CommandError, CommandReceiver, CommandSender, Commands, Delivery, WINDOW};
+use link::Wakeup;
+pub(super) use rendezvous::host;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::VecDeque,
@@ -21,59 +31,61 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-/// Collectives that are kept of each rank.
+/// Collectives kept in the flight record of a rank.
 const KEPT: usize = 64;
-/// For a device to let go of its collectives, before the process ends all the same.
+/// Time for a device to abort its collectives, and for the thread to end. After it the process ends in any case.
 const ABORT: Duration = Duration::from_secs(1);
 /// `train.comm_timeout_s` until a configuration is read.
 const TIMEOUT: Duration = Duration::from_secs(600);
 
-/// What a rank is doing, as others hear it.
+/// State of a rank, as it reports it to rank 0.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Status {
-    /// The step that is being made, from 1; 0 before the first.
+    /// The current step, from 1; 0 before the first.
     step: usize,
-    /// What it does that takes as long as it takes.
+    /// The slow phase that it is in, by name.
     slow: Option<String>,
     groups: Vec<Group>,
-    /// The collective that it is in, or that its device is in.
+    /// The collective that the rank, or its device, is in.
     inside: Option<Inside>,
-    /// What has failed where nobody was called.
+    /// An error that no call could return.
     fault: Option<String>,
 }
 
-/// What a rank has done with one of its groups.
+/// Collectives of a rank over one of its groups.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Group {
     name: String,
-    /// Tells the groups of one name apart.
+    /// Distinguishes groups of one name.
     color: usize,
     /// Collectives entered so far.
     entered: u64,
-    /// The last of them.
+    /// Name of the last one.
     operation: String,
 }
 
+/// A collective that has not ended.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Inside {
-    /// Place in [`Status::groups`].
+    /// Index into [`Status::groups`].
     group: usize,
-    /// Which of the group's, from 1.
+    /// Its number among the group's collectives, from 1.
     number: u64,
+    /// Time since the rank entered it.
     seconds: f64,
-    /// Whether a device is in it, which went on without the rank.
+    /// The device is in it; the rank may have gone on.
     on_device: bool,
 }
 
-/// A communicator whose collectives a device carries out, as the watchdog's thread sees it.
+/// A communicator of a device, as the control thread sees it.
 pub(super) trait DeviceComm: Send + Sync {
-    /// What has failed in it since it was called last.
+    /// An error since the last call, if there was one.
     fn fault(&self) -> Option<String>;
-    /// Ends what is under way. May hang, as what it ends does.
+    /// Aborts its collectives. May hang, as they may.
     fn abort(&self);
 }
 
-/// A collective that a device has been given.
+/// A collective that was enqueued on the device.
 struct UnderWay {
     group: usize,
     number: u64,
@@ -81,34 +93,37 @@ struct UnderWay {
     done: Arc<Event>,
 }
 
-/// A collective, for the flight record.
+/// A collective in the flight record.
 #[derive(Clone, Debug, Serialize)]
 struct Flown {
     group: String,
-    /// Which of the group's, from 1.
+    /// Its number among the group's collectives, from 1.
     number: u64,
     operation: &'static str,
     step: usize,
     /// Seconds since 1970.
     entered: f64,
-    /// None: it was in it when it ended.
+    /// Seconds since 1970; `None`: it had not ended when the process did.
     left: Option<f64>,
 }
 
-/// What a rank knows of itself.
+/// State of this rank.
 struct Local {
     status: Status,
+    /// When the rank entered the collective that it is in.
     since: Instant,
     under_way: VecDeque<UnderWay>,
     devices: Vec<Arc<dyn DeviceComm>>,
     flight: VecDeque<Flown>,
     timeout: Duration,
+    /// Directory of the flight record.
     output: Option<PathBuf>,
-    thread: Option<JoinHandle<()>>,
+    /// The control thread and its wakeup.
+    thread: Option<(JoinHandle<()>, Wakeup)>,
     closing: bool,
 }
 
-/// A rank's own record, shared by its communicators and its thread.
+/// State of this rank, shared by its communicators and its control thread.
 #[derive(Clone)]
 struct Shared(Arc<Mutex<Local>>);
 
@@ -130,16 +145,16 @@ impl Shared {
     }
 
     fn lock(&self) -> MutexGuard<'_, Local> {
-        // What is in it is whole at any time.
+        // Every change is valid on its own, also where a panic came after it.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What it is doing now.
+    /// The status to report now.
     fn status(&self) -> Status {
         let fault = self.forget_done().err().map(|error| error.to_string());
         let local = self.lock();
         let mut status = local.status.clone();
-        // A rank may be held by what its device does not get done.
+        // The first unfinished collective of the device is what the rank waits for in the end.
         if let Some(&UnderWay { group, number, since, .. }) = local.under_way.front() {
             let seconds = since.elapsed().as_secs_f64();
             status.inside = Some(Inside { group, number, seconds, on_device: true });
@@ -152,11 +167,11 @@ impl Shared {
         Status { fault: status.fault.or(fault), ..status }
     }
 
-    /// Forgets what devices have done. They are asked without the lock: a driver may take its time, and a rank that does not
-    /// answer for it is silent.
+    /// Removes finished collectives of the device. The driver is called without the lock: it may block, and then only
+    /// the signs of life stop.
     ///
     /// # Errors
-    /// Something has gone wrong on a device.
+    /// The device reports an error.
     fn forget_done(&self) -> Result<(), DeviceError> {
         let all: Vec<Arc<Event>> =
             self.lock().under_way.iter().map(|collective| collective.done.clone()).collect();
@@ -170,7 +185,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Ends what devices are in, and waits for that a little.
+    /// Aborts the collectives of devices, and waits for that [`ABORT`] at most.
     fn abort(&self) {
         let devices = self.lock().devices.clone();
         if devices.is_empty() {
@@ -186,13 +201,13 @@ impl Shared {
         }
     }
 
-    /// Writes the last collectives to `{output_dir}/flight/rank_{rank}.json`, if there is such a place.
+    /// Writes the flight record to `{output_dir}/flight/rank_{rank}.json`, if that directory is known and exists.
     fn write_flight(&self, rank: usize, verdict: &str) {
         let local = self.lock();
         let Some(output) = local.output.as_ref().filter(|output| output.is_dir()) else { return };
         let folder = output.join("flight");
         let record = serde_json::json!({"rank": rank, "ended": verdict, "last": local.flight});
-        // The process ends in any case, and its reason is on stderr.
+        // An error here is ignored: the process ends in any case, and its reason is on stderr.
         let _ = std::fs::create_dir_all(&folder).and_then(|()| {
             std::fs::write(folder.join(format!("rank_{rank}.json")), record.to_string() + "\n")
         });
@@ -203,32 +218,38 @@ fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
-/// This rank's part of the mesh; nothing for a lone process.
+/// This rank's part of the mesh. A world of one rank has none.
 pub struct Control {
     shared: Shared,
-    /// Why somebody is not watched; nobody can be told before there is a log.
+    commands: Result<Commands, CommandError>,
+    /// Says that some ranks are not watched. It is printed later: the mesh opens before there is a log.
     pub(super) warning: Option<String>,
 }
 
 impl Control {
-    /// Opens the mesh over all ranks of `world`. Collective. Ranks that cannot reach rank 0 go on unwatched.
+    /// Opens the mesh over all ranks of `world`. Collective. Ranks that cannot reach rank 0 continue unwatched.
     pub(super) fn open(world: &dyn Communicator) -> Result<Self, CommError> {
         let shared = Shared::new();
-        let link::Opened { thread, warning } = link::open(world, &shared)?;
+        let rendezvous::Opened { thread, commands, warning } = rendezvous::open(world, &shared)?;
         shared.lock().thread = thread;
-        Ok(Self { shared, warning })
+        Ok(Self { shared, commands, warning })
     }
 
-    /// What the run tells the watchdog.
+    /// This rank's end of the command channel.
+    pub(super) fn commands(&self) -> Result<Commands, CommandError> {
+        self.commands.clone()
+    }
+
+    /// The handle by which the run reports its state.
     pub fn watcher(&self) -> Watcher {
         Watcher(Some(self.shared.clone()))
     }
 
-    /// What collectives of the group `name` tell it.
+    /// The handle by which the collectives of a group report.
     pub(super) fn group(&self, name: &str, color: usize) -> GroupWatch {
         let mut local = self.shared.lock();
         let groups = &mut local.status.groups;
-        // Of several communicators of a group ranks enter all collectives in the same order too.
+        // Communicators of one group share a count: ranks enter the collectives of all of them in one order.
         let known = groups.iter().position(|group| (group.name.as_str(), group.color) == (name, color));
         let group = known.unwrap_or_else(|| {
             groups.push(Group { name: name.to_owned(), color, entered: 0, operation: String::new() });
@@ -237,21 +258,21 @@ impl Control {
         GroupWatch { shared: self.shared.clone(), group }
     }
 
-    /// Ends what this rank's device is in.
+    /// Aborts the collectives of this rank's device.
     pub(super) fn abort(&self) {
         self.shared.abort();
     }
 
-    /// Says that this rank ends in good order, or with an error of its own: nobody should look for it.
+    /// Announces that this rank ends, in good order or with an error of its own, so that its silence is no fault.
     pub(super) fn close(&self) {
         let thread = {
             let mut local = self.shared.lock();
             local.closing = true;
             local.thread.take()
         };
-        if let Some(thread) = thread {
-            thread.thread().unpark();
-            // It ends by itself within a fraction of a second, unless a driver holds it.
+        if let Some((thread, wakeup)) = thread {
+            wakeup.wake();
+            // The thread ends within a fraction of a second, unless a driver call blocks it.
             let begin = Instant::now();
             while !thread.is_finished() && begin.elapsed() < ABORT {
                 std::thread::sleep(Duration::from_millis(1));
@@ -266,34 +287,34 @@ impl Drop for Control {
     }
 }
 
-/// What a run tells the watchdog of itself.
+/// Reports the state of a run to the watchdog; does nothing in a world of one rank.
 #[derive(Clone, Default)]
 pub struct Watcher(Option<Shared>);
 
 impl Watcher {
-    /// How long a peer may be silent, or keep others waiting.
+    /// Sets how long a rank may be silent, or keep others waiting.
     pub fn set_timeout(&self, timeout: Duration) {
         self.with(|local| local.timeout = timeout);
     }
 
-    /// Where the last collectives go when the watchdog ends the run.
+    /// Sets the directory of the flight record.
     pub fn set_output(&self, output_dir: &Path) {
         self.with(|local| local.output = Some(output_dir.to_owned()));
     }
 
-    /// Step `step`, from 1, begins: from here on there is a deadline.
+    /// Begins step `step`, from 1. Steps have a deadline.
     pub fn step(&self, step: usize) {
         self.with(|local| (local.status.step, local.status.slow) = (step, None));
     }
 
-    /// Until the guard is dropped `what` takes as long as it takes.
-    pub fn slow(&self, what: &str) -> Slow {
+    /// Begins the slow phase `name`, without a deadline. It ends when the guard is dropped.
+    pub fn slow(&self, name: &str) -> Slow {
         let mut before = None;
-        self.with(|local| before = local.status.slow.replace(what.to_owned()));
+        self.with(|local| before = local.status.slow.replace(name.to_owned()));
         Slow { watcher: self.clone(), before }
     }
 
-    /// Has all ranks end because of `fault`, if somebody watches; whether that is so.
+    /// Ends all ranks because of `fault`, if this rank is watched. Returns whether it is.
     pub fn fail(&self, fault: &str) -> bool {
         let mut watched = false;
         self.with(|local| {
@@ -310,7 +331,7 @@ impl Watcher {
     }
 }
 
-/// A part of a run without a deadline, while it lives.
+/// A slow phase, until this is dropped.
 #[must_use]
 pub struct Slow {
     watcher: Watcher,
@@ -324,7 +345,7 @@ impl Drop for Slow {
     }
 }
 
-/// What the collectives of one group tell.
+/// Reports the collectives of one group.
 #[derive(Clone)]
 pub(super) struct GroupWatch {
     shared: Shared,
@@ -332,13 +353,13 @@ pub(super) struct GroupWatch {
 }
 
 impl GroupWatch {
-    /// This rank enters a collective, and is in it until the guard is dropped.
+    /// Enters a collective. The rank is in it until the guard is dropped.
     pub(super) fn enter(&self, operation: &'static str) -> Within {
         self.start(operation);
         self.wait()
     }
 
-    /// This rank starts a collective and goes on.
+    /// Starts a collective that the rank does not wait for yet.
     pub(super) fn start(&self, operation: &'static str) {
         let mut guard = self.shared.lock();
         let local = &mut *guard;
@@ -354,12 +375,12 @@ impl GroupWatch {
         local.flight.push_back(Flown { group: name, number, operation, step, entered: now(), left: None });
     }
 
-    /// This rank waits for what it has started.
+    /// Waits for the collective that was started last, until the guard is dropped.
     pub(super) fn wait(&self) -> Within {
         self.within(false)
     }
 
-    /// This rank gives its device what it has started.
+    /// Enqueues the collective that was started last on the device, until the guard is dropped.
     pub(super) fn on_device(&self) -> Within {
         self.within(true)
     }
@@ -372,22 +393,22 @@ impl GroupWatch {
         Within(self.clone())
     }
 
-    /// The collective that was started last is `done` when its device says so; the rank goes on meanwhile.
+    /// Records that the device ends the collective that was started last with the event `done`.
     pub(super) fn under_way(&self, done: &Arc<Event>) {
-        // What has failed is told when the watchdog's thread looks; where there is none, nobody else forgets.
+        // Called here too, for ranks without a control thread. The control thread finds and reports the error.
         let _ = self.shared.forget_done();
         let mut local = self.shared.lock();
         let (group, number) = (self.group, local.status.groups[self.group].entered);
         local.under_way.push_back(UnderWay { group, number, since: Instant::now(), done: done.clone() });
     }
 
-    /// From now on the watchdog's thread asks `device` whether something has failed.
+    /// Registers `device`: the control thread asks it for errors.
     pub(super) fn look_after(&self, device: Arc<dyn DeviceComm>) {
         self.shared.lock().devices.push(device);
     }
 }
 
-/// This rank is in a collective.
+/// A collective that this rank is in, until this is dropped.
 pub(super) struct Within(GroupWatch);
 
 impl Drop for Within {
@@ -407,9 +428,14 @@ impl Drop for Within {
 mod tests {
     use super::*;
 
+    fn control() -> Control {
+        let commands = Ok(Commands::Sender(CommandSender::solo()));
+        Control { shared: Shared::new(), commands, warning: None }
+    }
+
     #[test]
-    fn a_rank_tells_where_it_is() {
-        let control = Control { shared: Shared::new(), warning: None };
+    fn a_rank_reports_its_state() {
+        let control = control();
         let (world, shard) = (control.group("world", 0), control.group("shard", 3));
         let watcher = control.watcher();
         assert_eq!(control.shared.status().slow.as_deref(), Some("start"));
@@ -431,7 +457,7 @@ mod tests {
     #[test]
     fn the_last_collectives_are_written() {
         let folder = tempfile::tempdir().unwrap();
-        let control = Control { shared: Shared::new(), warning: None };
+        let control = control();
         let shard = control.group("shard", 0);
         control.watcher().set_output(folder.path());
         (0..KEPT + 5).for_each(|_| drop(shard.enter("all_gather")));
