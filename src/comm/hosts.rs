@@ -1,37 +1,37 @@
-//! An all-gather of ranks on several hosts, in which each piece crosses the network once for a host, not once for each of
-//! its ranks. Pure: who sends which piece to whom.
+//! The route of an all-gather over several hosts, by which each piece crosses the network once per host, not once per
+//! rank. Pure.
 //!
-//! MPI's non-blocking all-gather sends every piece to every rank: measured with Open MPI 4.1 on two hosts of two ranks, twice
-//! the bytes that are needed went over the cable, and with more ranks a host it is as many times. Here the pieces of another
-//! host are dealt out among the ranks of this one, each fetches its own ([`Route::across`]), and then they give each other
-//! what they have ([`Route::within`]), through memory.
+//! MPI's non-blocking all-gather sends every piece to every rank. Measured with Open MPI 4.1 on two hosts of two
+//! ranks, twice the needed bytes crossed the network; with more ranks per host the factor grows. Here the pieces of
+//! another host are distributed over the ranks of this one. Each rank fetches its own ([`Route::across`]), then the
+//! ranks of a host exchange them ([`Route::within`]) through memory.
 
-/// A piece on its way, and the rank at the other end.
+/// A transfer of one piece: the piece, and the rank at the other end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Hop {
     pub piece: usize,
     pub peer: usize,
 }
 
-/// What a rank sends and receives at a time; between two ranks in the same order at both ends.
+/// Transfers of a rank that run at the same time. Between two ranks both list them in the same order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Round {
     pub sent: Vec<Hop>,
     pub received: Vec<Hop>,
 }
 
-/// A rank's part of an all-gather.
+/// Transfers of a rank in an all-gather.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Route {
-    /// Between hosts.
+    /// Transfers between hosts.
     pub across: Round,
-    /// Between ranks of a host, when all has come across.
+    /// Transfers between ranks of a host, after the first round.
     pub within: Round,
 }
 
 impl Route {
-    /// Of rank `rank` of a group, whose ranks are on `hosts`, by any numbers. `None` where pieces cross but once anyhow: all
-    /// are on one host, or each is on its own.
+    /// The route of `rank` in a group whose ranks are on `hosts` (any numbers). `None` where pieces cross once in any
+    /// case: all ranks are on one host, or each is on its own.
     pub fn new(hosts: &[usize], rank: usize) -> Option<Self> {
         let of = |host: usize| (0..hosts.len()).filter(|&rank| hosts[rank] == host).collect::<Vec<_>>();
         let own = of(hosts[rank]);
@@ -39,7 +39,7 @@ impl Route {
         if own.len() == hosts.len() || !shared {
             return None;
         }
-        // The rank of `host` that fetches the piece of `from`, which is on another.
+        // The rank of `host` that fetches the piece of `from`, a rank of another host.
         let fetches = |from: usize, host: usize| {
             let place = of(hosts[from]).iter().position(|&rank| rank == from).unwrap_or_default();
             let there = of(host);
@@ -69,7 +69,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn where_nothing_can_be_saved_there_is_no_route() {
+    fn one_host_or_one_rank_per_host_needs_no_route() {
         assert_eq!(Route::new(&[7], 0), None);
         assert_eq!(Route::new(&[3, 3, 3], 1), None);
         assert_eq!(Route::new(&[0, 1, 2], 1), None);
@@ -86,7 +86,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_piece_comes_once_and_crosses_once(hosts in prop::collection::vec(0usize..4, 2..14)) {
+        fn every_piece_arrives_once_and_crosses_once(hosts in prop::collection::vec(0usize..4, 2..14)) {
             let routes: Vec<Option<Route>> = (0..hosts.len()).map(|rank| Route::new(&hosts, rank)).collect();
             prop_assert!(routes.iter().all(Option::is_some) || routes.iter().all(Option::is_none));
             let Some(routes) = routes.into_iter().collect::<Option<Vec<_>>>() else { return Ok(()) };
@@ -94,7 +94,7 @@ mod tests {
             for (rank, route) in routes.iter().enumerate() {
                 let mut has = vec![rank];
                 for round in [&route.across, &route.within] {
-                    // What is sent is there, and what the other end expects next from this rank.
+                    // A rank sends only pieces that it has.
                     for hop in &round.sent {
                         prop_assert!(has.contains(&hop.piece));
                     }

@@ -1,10 +1,10 @@
-//! A communicator that enters what it does: received bytes into the ledger, times into the trace, where the rank is into the
-//! control mesh. The only place where any of it happens, whatever moves the bytes.
+//! A communicator that records its collectives: received bytes in the ledger, times in the trace, progress in the
+//! control mesh. It is the only place that does, for all backends.
 //!
-//! What a gather makes whole is counted in full, also where ranks see it in memory that they share and nothing is sent.
+//! An all-gather counts its received bytes in full, also where ranks share the memory and nothing is sent.
 //!
-//! In a trace, `bytes` are what the ledger counts, so host collectives have none. An all-gather is a transfer from its
-//! start to the end of its wait; waiting is a span of its own.
+//! In a trace, `bytes` are those of the ledger: host collectives have none. An all-gather is a transfer from its
+//! start to the end of its wait; the wait is a span of its own.
 
 use super::{
     CommError, Communicator, Completion, Ledger, Operation, Parts, Pending, Reduce, SharedMemory, bytes,
@@ -24,17 +24,17 @@ impl<C: Communicator> Instrumented<C> {
         trace::span(Category::Collective, name).with("group", self.group())
     }
 
-    /// A collective of host values.
+    /// Span and guard of a collective of host values.
     fn host(&self, name: &'static str) -> (Span, Within) {
         (self.span(name), self.watch.enter(name))
     }
 
-    /// Bytes that this rank receives for a whole array of `bytes`.
+    /// Bytes that this rank receives for a complete array of `bytes`.
     fn received(&self, operation: Operation, bytes: usize) -> usize {
         operation.received(bytes, self.size())
     }
 
-    /// Does a blocking collective over a whole array of `bytes`.
+    /// Runs and records a blocking collective over a complete array of `bytes`.
     fn record(
         &self,
         operation: Operation,
@@ -49,7 +49,7 @@ impl<C: Communicator> Instrumented<C> {
     }
 }
 
-/// An all-gather that is traced until it is waited for.
+/// A started all-gather, traced until the end of its wait.
 struct Started {
     pending: Pending,
     group: String,

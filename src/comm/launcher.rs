@@ -1,20 +1,20 @@
-//! Which launcher started this process, from the environment alone, before MPI is touched. Pure.
+//! Detection of the launcher that started this process, from the environment alone, before MPI is initialised. Pure.
 
-/// What the environment says of the launch.
+/// The launch, as the environment describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Launch {
-    /// The variable that told, and the number of ranks it names when it names one.
+    /// The variable found, and its number of ranks if it has one.
     found: Option<(&'static str, Option<usize>)>,
 }
 
-/// Variables of the launchers, nearest first: mpirun inside a slurm step sees slurm's variables too.
-/// Slurm's step size counts, not the job's: a plain program in a batch script is not launched by srun.
+/// Variables of the launchers with the number of ranks, nearest launcher first: mpirun inside a slurm step sees slurm's
+/// variables too. Slurm's step size counts, not the job's: srun does not launch a plain program in a batch script.
 const SIZES: [&str; 3] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", SLURM_STEP];
 const SLURM_STEP: &str = "SLURM_STEP_NUM_TASKS";
-/// A PMIx launcher tells a rank its rank, not the size.
+/// Rank variable of PMIx launchers, which set no size.
 const PMIX_RANK: &str = "PMIX_RANK";
 
-/// Reads the launch from `variable` (the process environment, or a test's table).
+/// Detects the launch. `variable` reads the process environment, or a test's table.
 pub(super) fn detect(variable: impl Fn(&str) -> Option<String>) -> Launch {
     let size = |name: &'static str| Some((name, variable(name)?.trim().parse().ok()?));
     for name in SIZES {
@@ -25,32 +25,32 @@ pub(super) fn detect(variable: impl Fn(&str) -> Option<String>) -> Launch {
     Launch { found: variable(PMIX_RANK).map(|_| (PMIX_RANK, None)) }
 }
 
-/// Variables that say which of its host's ranks one is.
+/// Variables of the launchers with the rank among those of the host.
 const LOCAL_RANKS: [&str; 3] = ["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"];
 
-/// The local rank that the launcher promises, if it does; read from `variable`.
+/// The local rank that the launcher sets, and its variable. `variable` is as for [`detect`].
 pub(super) fn local_rank(variable: impl Fn(&str) -> Option<String>) -> Option<(&'static str, usize)> {
     LOCAL_RANKS.iter().find_map(|name| Some((*name, variable(name)?.trim().parse().ok()?)))
 }
 
 impl Launch {
-    /// No launcher at all, or one that started a single process.
-    pub(super) fn is_lone(self) -> bool {
+    /// Returns true without a launcher, and for one that started a single process.
+    pub(super) fn is_single(self) -> bool {
         matches!(self.found, None | Some((_, Some(0 | 1))))
     }
 
-    /// No launcher at all.
+    /// Returns true without a launcher.
     pub(super) fn is_by_hand(self) -> bool {
         self.found.is_none()
     }
 
-    /// Whether signals come to a rank as they are sent: it was started by hand or by srun. mpirun takes TERM and INT
-    /// for itself, and kills its ranks about a second later.
+    /// Returns true if signals reach a rank as they are sent: it was started by hand or by srun. mpirun handles TERM
+    /// and INT itself, and kills its ranks about a second later.
     pub(super) fn leaves_signals(self) -> bool {
         matches!(self.found, None | Some((SLURM_STEP, _)))
     }
 
-    /// The variable and the number of ranks it promises, when MPI knows of fewer.
+    /// The variable and its number of ranks, if MPI has fewer (`actual`).
     pub(super) fn contradicts(self, actual: usize) -> Option<(&'static str, usize)> {
         match self.found {
             Some((name, Some(ranks))) if ranks > actual => Some((name, ranks)),
@@ -68,16 +68,16 @@ mod tests {
     }
 
     #[test]
-    fn a_process_without_launcher_is_alone() {
-        assert!(launch(&[]).is_lone() && launch(&[]).is_by_hand());
+    fn a_process_without_launcher_is_single() {
+        assert!(launch(&[]).is_single() && launch(&[]).is_by_hand());
         assert!(!launch(&[("SLURM_STEP_NUM_TASKS", "1")]).is_by_hand());
-        assert!(launch(&[("OMPI_COMM_WORLD_SIZE", "1")]).is_lone());
-        assert!(launch(&[("SLURM_STEP_NUM_TASKS", "1")]).is_lone());
-        assert!(!launch(&[("PMIX_RANK", "0")]).is_lone());
+        assert!(launch(&[("OMPI_COMM_WORLD_SIZE", "1")]).is_single());
+        assert!(launch(&[("SLURM_STEP_NUM_TASKS", "1")]).is_single());
+        assert!(!launch(&[("PMIX_RANK", "0")]).is_single());
     }
 
     #[test]
-    fn the_nearest_launcher_says_the_local_rank() {
+    fn the_nearest_launcher_sets_the_local_rank() {
         let table = |name: &str| match name {
             "SLURM_LOCALID" => Some("0".to_owned()),
             "OMPI_COMM_WORLD_LOCAL_RANK" => Some("3".to_owned()),
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn only_mpirun_takes_signals_for_itself() {
+    fn only_mpirun_handles_signals_itself() {
         assert!(launch(&[]).leaves_signals());
         assert!(launch(&[("SLURM_STEP_NUM_TASKS", "2"), ("PMIX_RANK", "0")]).leaves_signals());
         assert!(!launch(&[("OMPI_COMM_WORLD_SIZE", "1"), ("SLURM_STEP_NUM_TASKS", "2")]).leaves_signals());
@@ -99,7 +99,7 @@ mod tests {
     fn a_launcher_that_mpi_does_not_know_is_named() {
         assert_eq!(launch(&[("PMI_SIZE", "4")]).contradicts(1), Some(("PMI_SIZE", 4)));
         assert_eq!(launch(&[("PMI_SIZE", "4")]).contradicts(4), None);
-        // mpirun -n 2 inside an allocation of 4 tasks: mpirun's word counts.
+        // mpirun -n 2 inside an allocation of 4 tasks: mpirun's number counts.
         let nested = launch(&[("OMPI_COMM_WORLD_SIZE", "2"), ("SLURM_STEP_NUM_TASKS", "4")]);
         assert_eq!(nested.contradicts(2), None);
     }

@@ -1,4 +1,4 @@
-//! What the collectives of this rank have received, by operation and group; metrics print it.
+//! Bytes received by the collectives of this rank, by operation and group. Metrics report them.
 
 use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
 
@@ -12,6 +12,7 @@ pub enum Operation {
 }
 
 impl Operation {
+    /// Name in metrics, errors and traces.
     pub const fn name(self) -> &'static str {
         match self {
             Operation::AllGather => "all_gather",
@@ -21,9 +22,8 @@ impl Operation {
         }
     }
 
-    /// Bytes that a rank receives for a whole array of `bytes` over `ranks`: (N-1)/N of it, and twice that for
-    /// an all-reduce, which is a reduce-scatter followed by an all-gather. The array of an all-to-all is what the
-    /// other ranks send to this one.
+    /// Bytes that a rank receives for a complete array of `bytes` over N ranks: (N-1)/N of it, and twice that for an
+    /// all-reduce (a reduce-scatter and an all-gather). The array of an all-to-all is the bytes from the other ranks.
     pub const fn received(self, bytes: usize, ranks: usize) -> usize {
         match self {
             Operation::AllGather | Operation::ReduceScatter => bytes / ranks * (ranks - 1),
@@ -36,17 +36,17 @@ impl Operation {
 /// Received bytes by operation and group.
 pub type Received = BTreeMap<(Operation, String), u64>;
 
-/// Received bytes of one rank; clones share the same book.
+/// Received bytes of one rank. Clones share the counts.
 #[derive(Clone, Debug, Default)]
 pub struct Ledger(Rc<RefCell<Received>>);
 
 impl Ledger {
-    /// Enters one collective in which this rank has `received` bytes.
+    /// Adds a collective in which this rank has received `received` bytes.
     pub fn record(&self, operation: Operation, group: &str, received: usize) {
         *self.0.borrow_mut().entry((operation, group.to_owned())).or_default() += received as u64;
     }
 
-    /// Everything received so far.
+    /// Bytes received so far.
     pub fn totals(&self) -> Received {
         self.0.borrow().clone()
     }

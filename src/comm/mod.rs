@@ -1,8 +1,9 @@
-//! Communicators: the collectives that sharding needs, over MPI, over NCCL where tensors are on a device, or over nothing (a
-//! lone process).
+//! Communicators: the collectives that sharding needs, over MPI, over NCCL for tensors on a device, or within one
+//! process.
 //!
-//! Every rank of a group calls the same collectives in the same order. Tensor collectives check dtype,
-//! contiguity and length before they call C. Reductions are sums in fp32; bf16 never crosses a reduction.
+//! Every rank of a group calls the same collectives in the same order. Tensor collectives check dtype, contiguity and
+//! length before they call C. Reductions are sums in fp32; bf16 never crosses a reduction. The control mesh
+//! ([`Watcher`], [`Commands`]) calls no MPI.
 
 mod control;
 mod hosts;
@@ -30,7 +31,7 @@ pub use ledger::{Ledger, Operation, Received};
 pub use parts::Parts;
 pub use shared::{PAGE, SharedMemory};
 
-/// Why ranks could not be started or a collective could not be entered.
+/// Failures of starting ranks and of collectives.
 #[derive(Debug, thiserror::Error)]
 pub enum CommError {
     #[error(
@@ -74,7 +75,7 @@ pub enum CommError {
     Nccl { operation: &'static str, group: String, code: String, text: String },
     #[error("{operation} over {group}: a tensor on {actual:?}, expected on {expected:?}")]
     Elsewhere { operation: &'static str, group: String, actual: Device, expected: Device },
-    #[error("the ranks do not understand what one of them says of its devices (a bug): {0}")]
+    #[error("a rank's list of devices cannot be read (a bug): {0}")]
     VisibleDevices(String),
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -83,7 +84,7 @@ pub enum CommError {
 }
 
 impl CommError {
-    /// A wrong launcher and a device that cannot be had are the user's to mend, anything else is a failure.
+    /// The exit code of the process: 2 for user errors (a wrong launcher, a device that is missing), 1 for failures.
     pub fn exit_code(&self) -> i32 {
         match self {
             Self::ForeignLauncher { .. } => 2,
@@ -93,23 +94,25 @@ impl CommError {
     }
 }
 
-/// How small host values are combined over a group.
+/// Reduction of host values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reduce {
     Sum,
     Max,
 }
 
-/// A collective that was started; its buffers stay alive, and must not be touched, until it is waited for.
+/// A collective that was started. It keeps its buffers alive; the caller must not touch them before
+/// [`wait`](Self::wait).
 #[must_use = "a started collective is complete only after wait()"]
 pub struct Pending(Option<Box<dyn Completion>>);
 
-/// What a backend has to do to complete a started collective.
+/// The backend's part of completing a started collective.
 trait Completion {
     fn wait(self: Box<Self>) -> Result<(), CommError>;
 }
 
 impl Pending {
+    /// A collective that is complete.
     fn done() -> Self {
         Self(None)
     }
@@ -126,7 +129,7 @@ impl Pending {
 
 impl Drop for Pending {
     fn drop(&mut self) {
-        // A transfer in flight must not outlive its buffers, also when an error unwinds past it.
+        // A transfer must not outlive its buffers, also when an error returns early.
         if let Some(completion) = self.0.take() {
             let _ = completion.wait();
         }
@@ -135,57 +138,59 @@ impl Drop for Pending {
 
 /// The collectives of one group of ranks.
 pub trait Communicator {
-    /// This process's rank in the group.
+    /// Rank of this process in the group.
     fn rank(&self) -> usize;
-    /// Ranks in the group.
+    /// Number of ranks in the group.
     fn size(&self) -> usize;
-    /// The group's name in errors and in the ledger: `world`, `shard`, `replicate`.
+    /// Name of the group in errors and in the ledger: `world`, `shard`, `replicate`.
     fn group(&self) -> &str;
 
-    /// Makes now what the first collective of tensors would make, while there is memory for it. Collective.
+    /// Allocates now what the first collective of tensors would allocate, while there is memory for it. Collective.
     fn open(&self) -> Result<(), CommError> {
         Ok(())
     }
 
-    /// Memory of so many bytes that all ranks of the group see, where they are on one host and can. Collective.
+    /// `bytes` of memory shared by all ranks of the group; `None` where they are on several hosts or cannot map it.
+    /// Collective.
     fn share(&self, _bytes: usize) -> Result<Option<SharedMemory>, CommError> {
         Ok(None)
     }
 
-    /// Starts gathering `input` `[bytes]` of every rank into `output` `[size × bytes]`, in rank order. Any dtype.
+    /// Starts an all-gather of `input` `[n]` into `output` `[size × n]`, in rank order. Any dtype.
     ///
-    /// Where `output` is shared, the pieces are in it already: each rank has written its own, and knows from a barrier that the
-    /// others have.
+    /// If `output` lies in shared memory, it is complete already: every rank has written its piece there, and a
+    /// barrier came after that.
     fn start_all_gather(&self, input: &Tensor, output: &Tensor) -> Result<Pending, CommError>;
 
-    /// Sums `input` `[size × n]` fp32 over the ranks and leaves piece `rank` in `output` `[n]` fp32.
+    /// Reduce-scatter: sums `input` `[size × n]` fp32 over the ranks and writes piece `rank` to `output` `[n]` fp32.
     fn reduce_scatter(&self, input: &Tensor, output: &Tensor) -> Result<(), CommError>;
 
-    /// Sends each rank its pieces of `sent`, and leaves in `received` those that came from each, which has to send as many of
-    /// the same lengths. What is in no piece stays as it is. Any dtype.
+    /// All-to-all: sends every rank its pieces of `sent` and writes the pieces from every rank to `received`. Both
+    /// sides of a transfer have the same number of pieces, of the same lengths. Rows of `received` in no piece are
+    /// unchanged. Any dtype.
     fn all_to_all(&self, sent: Parts, received: Parts) -> Result<(), CommError>;
 
-    /// Sums `values` fp32 over the ranks in place; every rank ends with the same bits.
+    /// All-reduce: sums `values` fp32 over the ranks in place. The bits are equal on all ranks.
     fn all_reduce(&self, values: &Tensor) -> Result<(), CommError>;
 
-    /// Combines a few host numbers in place.
+    /// All-reduce of a few host numbers, in place.
     fn all_reduce_host(&self, values: &mut [f64], how: Reduce) -> Result<(), CommError>;
 
-    /// Every rank's bytes, in rank order; lengths may differ.
+    /// All-gather of host bytes, in rank order. Lengths may differ.
     fn all_gather_host(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError>;
 
-    /// Waits until every rank is here.
+    /// Waits until every rank of the group has entered.
     fn barrier(&self) -> Result<(), CommError>;
 
-    /// Gathers `input` of every rank into `output` and waits.
+    /// All-gather that returns when `output` is complete.
     fn all_gather(&self, input: &Tensor, output: &Tensor) -> Result<(), CommError> {
         self.start_all_gather(input, output)?.wait()
     }
 }
 
-/// The processes of this run: MPI when a launcher started us, a lone process otherwise.
+/// The ranks of this run: MPI's where a launcher started this process, otherwise this process alone.
 pub struct World {
-    /// Ends before MPI does.
+    /// Declared before `mpi`, so that it is dropped before MPI is finalised.
     control: Option<control::Control>,
     mpi: Option<mpi::Runtime>,
     launcher: launcher::Launch,
@@ -193,32 +198,35 @@ pub struct World {
     device: RankDevice,
     /// The stream of collectives on the device.
     stream: Option<Rc<CommStream>>,
-    /// What the user should know of where ranks are.
+    /// Warning about the placement of ranks on hosts.
     placement: Option<String>,
 }
 
 impl World {
-    /// Joins the ranks that the launcher started. A lone process never touches MPI.
+    /// Joins the ranks that the launcher started. MPI is not initialised for one rank.
+    ///
+    /// # Errors
+    /// MPI cannot be initialised, or the launcher started more ranks than MPI knows.
     pub fn start() -> Result<Self, CommError> {
         let launcher = launcher::detect(|name| std::env::var(name).ok());
         let ledger = Ledger::default();
-        let mpi = if launcher.is_lone() { None } else { Some(mpi::Runtime::start(&launcher)?) };
+        let mpi = if launcher.is_single() { None } else { Some(mpi::Runtime::start(&launcher)?) };
         let control = mpi.as_ref().map(|mpi| control::Control::open(&mpi.group("control", 0))).transpose()?;
         Ok(Self { control, mpi, launcher, ledger, device: RankDevice::host(), stream: None, placement: None })
     }
 
-    /// Finds this rank's device. Groups that are made from now on move tensors between devices. Collective; before the
-    /// first tensor.
+    /// Opens this rank's device. Groups made later move tensors between devices. Collective; called before the first
+    /// tensor is made.
     ///
     /// # Errors
-    /// A device is asked for and cannot be had. Then all ranks have an error, or one has, and the others have to be told.
+    /// A device is required and cannot be used. The error is on one rank at least; the caller ends the other ranks.
     pub fn use_device(&mut self, choice: DeviceChoice) -> Result<(), CommError> {
         let local_rank = self.mpi.as_ref().map_or(0, mpi::Runtime::local_rank);
         let own = device::visible(choice).and_then(|devices| {
             if self.mpi.is_none() || devices.is_empty() {
                 return Ok(devices);
             }
-            // Where they disagree, ranks of one host do not see each other's memory, and would take the same GPU.
+            // If they differ, ranks of one host do not share memory, and would choose the same GPU.
             match launcher::local_rank(|name| std::env::var(name).ok()) {
                 Some((variable, says)) if says != local_rank && devices.len() > 1 => {
                     return Err(DeviceError::LocalRank { variable, says, mpi: local_rank });
@@ -230,10 +238,10 @@ impl World {
         let shares = std::env::var(SHARES).is_ok_and(|value| value == "1");
         let visible = |devices| VisibleDevices { host: control::host(), local_rank, devices, shares };
         let failed = own.as_ref().err().cloned();
-        let told = serde_json::to_vec(&own.ok().map(visible)).unwrap_or_default();
+        let own = serde_json::to_vec(&own.ok().map(visible)).unwrap_or_default();
         let mut all = Vec::with_capacity(self.size());
-        for told in self.group("devices", 0).all_gather_host(&told)? {
-            let visible: Option<VisibleDevices> = serde_json::from_slice(&told)
+        for bytes in self.group("devices", 0).all_gather_host(&own)? {
+            let visible: Option<VisibleDevices> = serde_json::from_slice(&bytes)
                 .map_err(|error| CommError::VisibleDevices(error.to_string()))?;
             all.extend(visible);
         }
@@ -241,7 +249,7 @@ impl World {
             return Err(error.into());
         }
         if all.len() < self.size() {
-            // Others have failed, and say so.
+            // Another rank has failed and reports it.
             return Ok(());
         }
         self.placement = device::choose::scattered(&all).map(|host| {
@@ -257,7 +265,7 @@ impl World {
         Ok(())
     }
 
-    /// What this rank computes on.
+    /// This rank's device.
     pub fn device(&self) -> &RankDevice {
         &self.device
     }
@@ -270,22 +278,22 @@ impl World {
         self.mpi.as_ref().map_or(1, mpi::Runtime::size)
     }
 
-    /// Whether SIGTERM and SIGINT come to this rank as they are sent, with time to act on them.
+    /// Returns true if the launcher passes SIGTERM and SIGINT on and leaves this rank time to act on them.
     pub fn leaves_signals(&self) -> bool {
         self.launcher.leaves_signals()
     }
 
-    /// Whether no launcher started this process.
+    /// Returns true if no launcher started this process.
     pub fn is_by_hand(&self) -> bool {
         self.launcher.is_by_hand()
     }
 
-    /// The bytes that collectives of any group have received.
+    /// Bytes received by the collectives of all groups.
     pub fn ledger(&self) -> &Ledger {
         &self.ledger
     }
 
-    /// The group of ranks that pass the same `color`, ordered by world rank. Collective over all ranks.
+    /// The group of all ranks that pass the same `color`, in the order of their world ranks. Collective over all ranks.
     pub fn group(&self, name: &str, color: usize) -> Rc<dyn Communicator> {
         match (&self.mpi, &self.control) {
             (Some(runtime), Some(control)) => {
@@ -304,14 +312,14 @@ impl World {
         }
     }
 
-    /// What the user should know of how the ranks were joined.
+    /// Warnings for the user about the start of the ranks.
     pub fn warnings(&self) -> impl Iterator<Item = &str> {
         let unwatched = self.control.as_ref().and_then(|control| control.warning.as_deref());
         let placement = self.placement.as_deref().filter(|_| self.rank() == 0);
         [unwatched, placement].into_iter().flatten()
     }
 
-    /// What a run tells the watchdog of itself.
+    /// The handle by which the run reports its state to the watchdog.
     pub fn watcher(&self) -> Watcher {
         self.control.as_ref().map_or_else(Watcher::default, control::Control::watcher)
     }
@@ -327,7 +335,7 @@ impl World {
         }
     }
 
-    /// Ends all ranks at once with `code`. What the failing rank had to say must be on stderr already.
+    /// Ends all ranks at once with `code`. The caller has printed the reason.
     pub fn abort(&self, code: i32) -> ! {
         if let Some(control) = &self.control {
             control.close();
@@ -340,17 +348,17 @@ impl World {
     }
 }
 
-/// A group of this process alone: nothing moves.
+/// A group of this process alone.
 pub fn solo(name: &str) -> Rc<dyn Communicator> {
     Rc::new(solo::Solo::new(name))
 }
 
-/// The version line of the MPI library that this binary is linked to.
+/// Version line of the MPI library that this binary is linked to.
 pub fn mpi_library_version() -> String {
     mpi::library_version()
 }
 
-/// Checks one buffer of a collective.
+/// Checks dtype (`kind`), contiguity and length (`expected` bytes) of one buffer of a collective.
 fn check(
     operation: &'static str,
     group: &str,
@@ -378,6 +386,7 @@ fn check(
     Ok(())
 }
 
+/// Length of a contiguous tensor (bytes).
 fn bytes(tensor: &Tensor) -> usize {
     tensor.numel() * tensor.kind().elt_size_in_bytes()
 }

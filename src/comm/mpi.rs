@@ -1,8 +1,9 @@
-//! MPI, for ranks whose tensors are in host memory. All calls come from the thread that started MPI.
+//! MPI, for tensors in host memory. All calls come from the thread that initialised MPI.
 //!
-//! The fp32 reduce-scatter is pairwise exchange and add: `MPI_Reduce_scatter_block` was measured eight times
-//! slower with Open MPI 4.1. The all-to-all is a message for each piece: `MPI_Alltoallv` counts and places in C ints. Gathers are byte
-//! copies, so MPI needs no bf16 type; over several hosts they go the way of [`hosts`](super::hosts).
+//! The fp32 reduce-scatter is a pairwise exchange and add: `MPI_Reduce_scatter_block` was measured eight times slower
+//! with Open MPI 4.1. The all-to-all is a message per piece, because the counts and offsets of `MPI_Alltoallv` are C
+//! ints. Gathers are byte copies, so MPI needs no bf16 type. Over several hosts they take the route of
+//! [`hosts`](super::hosts).
 
 use super::{
     CommError, Communicator, Completion, Parts, Pending, Reduce, bytes, check,
@@ -22,15 +23,15 @@ use mpi::{
 use std::{cell::RefCell, ffi::c_void, mem::MaybeUninit, rc::Rc};
 use tch::{Kind, Tensor};
 
-/// MPI, initialised for as long as this value lives.
+/// MPI, initialised. It is finalised when this is dropped.
 pub(super) struct Runtime {
     universe: mpi::environment::Universe,
     local_rank: usize,
-    /// This rank's host, by the world rank that is first on it.
+    /// This rank's host, as the lowest world rank on it.
     host: usize,
 }
 
-/// For tests on one machine: so many consecutive ranks are taken for a host.
+/// Variable for tests on one machine: this many consecutive ranks count as one host.
 const RANKS_PER_HOST: &str = "XORL_RANKS_PER_HOST";
 
 impl Runtime {
@@ -84,7 +85,7 @@ impl Runtime {
         Mpi { comm: Rc::new(comm), group: name.to_owned(), route, on_one_host, shared: Rc::default() }
     }
 
-    /// This rank's place among the ranks of its host.
+    /// Rank of this process among those of its host.
     pub(super) fn local_rank(&self) -> usize {
         self.local_rank
     }
@@ -94,7 +95,7 @@ impl Runtime {
     }
 }
 
-/// First line of what the linked MPI library says of itself.
+/// First line of the version text of the linked MPI library.
 pub(super) fn library_version() -> String {
     mpi::environment::library_version()
         .ok()
@@ -102,17 +103,20 @@ pub(super) fn library_version() -> String {
         .unwrap_or_else(|| "unknown MPI".into())
 }
 
+/// A group of ranks over MPI.
 #[derive(Clone)]
 pub(super) struct Mpi {
     comm: Rc<SimpleCommunicator>,
     group: String,
-    /// How gathers go, where the group is on several hosts.
+    /// Route of all-gathers, where the group is on several hosts.
     route: Option<Rc<Route>>,
     on_one_host: bool,
+    /// Memory that the group shares.
     shared: Rc<RefCell<Vec<SharedMemory>>>,
 }
 
 impl Mpi {
+    /// The error of MPI's return `code`, if it is one.
     fn ok(&self, operation: &'static str, code: i32) -> Result<(), CommError> {
         if code == ffi::MPI_SUCCESS as i32 {
             return Ok(());
@@ -120,9 +124,9 @@ impl Mpi {
         Err(CommError::Mpi { operation, group: self.group.clone(), code })
     }
 
-    /// MPI counts are C ints: long messages are counted in larger units. Returns (count, datatype).
+    /// (count, datatype) of a message of `bytes`. MPI counts are C ints, so long messages are counted in larger units.
     fn count(&self, operation: &'static str, bytes: usize) -> Result<(i32, ffi::MPI_Datatype), CommError> {
-        // SAFETY: these are handles that MPI defines; reading them has no precondition after MPI_Init.
+        // SAFETY: the handles are constants of MPI after MPI_Init, which came before any group. They are only read.
         let units = unsafe { [(1, ffi::RSMPI_UINT8_T), (4, ffi::RSMPI_UINT32_T), (8, ffi::RSMPI_UINT64_T)] };
         for (unit, datatype) in units {
             if bytes.is_multiple_of(unit)
@@ -134,7 +138,8 @@ impl Mpi {
         Err(CommError::TooLarge { operation, group: self.group.clone(), bytes })
     }
 
-    /// Of a reduce-scatter: sends `sent` to rank `to` while `received` is filled by rank `from`.
+    /// One exchange of a reduce-scatter: sends `sent` to rank `to` and receives `received` from rank `from`. Both are
+    /// contiguous host memory and do not overlap.
     fn exchange(
         &self,
         (sent, to): (&Tensor, usize),
@@ -143,7 +148,8 @@ impl Mpi {
         const NAME: &str = "reduce_scatter";
         let (send_count, send_type) = self.count(NAME, bytes(sent))?;
         let (receive_count, receive_type) = self.count(NAME, bytes(received))?;
-        // SAFETY: callers pass contiguous host memory that does not overlap; its lengths are those counted.
+        // SAFETY: `reduce_scatter`, the only caller, passes contiguous host tensors: a piece of its input and a
+        // buffer of its own. The counts are their lengths, and the call returns after both transfers.
         let code = unsafe {
             ffi::MPI_Sendrecv(
                 sent.data_ptr() as *const c_void,
@@ -164,12 +170,12 @@ impl Mpi {
     }
 }
 
-/// Tags: of the two rounds of an all-gather over hosts, and of an all-to-all; 0 is what `exchange` uses.
+/// Message tags: the two rounds of an all-gather over hosts, and an all-to-all. `exchange` uses 0.
 const ACROSS: i32 = 1;
 const WITHIN: i32 = 2;
 const PIECE: i32 = 3;
 
-/// A contiguous piece of host memory, for or from rank `peer`.
+/// A contiguous piece of host memory, to or from rank `peer`.
 struct Message {
     at: *mut c_void,
     count: i32,
@@ -177,21 +183,21 @@ struct Message {
     peer: i32,
 }
 
-/// Messages under way.
+/// Messages that were started.
 struct Messages {
     operation: &'static str,
     group: String,
     requests: Vec<ffi::MPI_Request>,
-    /// What they read and write pieces of.
+    /// The tensors whose memory they read and write.
     _memory: Vec<Tensor>,
 }
 
 impl Messages {
-    /// Starts them. Between two ranks they meet in the order in which they are listed.
+    /// Starts all. Between two ranks, messages match in the order of the lists.
     ///
     /// # Safety
-    /// Every piece lies in `memory` and has the length that it counts. No other message writes what one writes, what is sent is
-    /// only read, and the caller touches neither before [`wait`](Self::wait).
+    /// Every piece lies in one of `memory`, with the length that it counts. Received pieces overlap no other piece. The
+    /// caller does not write sent pieces, nor touch received ones, before [`wait`](Self::wait) returns.
     unsafe fn start(
         mpi: &Mpi,
         operation: &'static str,
@@ -204,23 +210,26 @@ impl Messages {
         let comm = mpi.comm.as_raw();
         let mut codes = Vec::new();
         let mut post = |post: &dyn Fn(*mut ffi::MPI_Request) -> i32| {
-            // SAFETY: a constant of MPI.
+            // SAFETY: the handle is a constant of MPI after MPI_Init. It is only read.
             let mut request = unsafe { ffi::RSMPI_REQUEST_NULL };
             codes.push(post(&raw mut request));
             all.requests.push(request);
         };
-        // SAFETY of both calls: the caller's word, and self keeps the memory alive until the requests have completed.
         for Message { at, count, datatype, peer } in received {
+            // SAFETY: the caller promises that the piece is valid and written by nothing else. `all` keeps its memory
+            // alive, and waits for the request when it is dropped.
             post(&|request| unsafe { ffi::MPI_Irecv(at, count, datatype, peer, tag, comm, request) });
         }
         for Message { at, count, datatype, peer } in sent {
+            // SAFETY: the caller promises that the piece is valid and only read. `all` keeps its memory alive, and
+            // waits for the request when it is dropped.
             post(&|request| unsafe { ffi::MPI_Isend(at, count, datatype, peer, tag, comm, request) });
         }
         codes.into_iter().try_for_each(|code| mpi.ok(operation, code))?;
         Ok(all)
     }
 
-    /// Those of `round`, each a piece of `whole` of (count, datatype).
+    /// Starts the messages of `round`, each a piece of `whole` with (count, datatype).
     fn of_round(
         mpi: &Mpi,
         round: &Round,
@@ -235,15 +244,15 @@ impl Messages {
             Message { at, count, datatype, peer: hop.peer as i32 }
         };
         let (received, sent) = (round.received.iter().map(message), round.sent.iter().map(message));
-        // SAFETY: every piece lies in the array; a rank is sent a piece once and sends what it has whole, and the caller touches
-        // nothing before (contract of `Pending`).
+        // SAFETY: every piece is one of `size` equal parts of `whole`. A route receives each piece once and sends
+        // only pieces that are complete. The caller touches none of them before the wait (contract of `Pending`).
         unsafe { Self::start(mpi, "all_gather", tag, vec![whole.shallow_clone()], received, sent) }
     }
 
-    /// Waits for all.
+    /// Waits for all, also after an error: their memory is freed afterwards.
     fn wait(&mut self) -> Result<(), CommError> {
-        // All, whatever becomes of one: their memory is let go of after it.
-        // SAFETY: the requests were started, are waited for once, and their memory is alive in self.
+        // SAFETY: the requests come from MPI_Irecv and MPI_Isend, and `drain` gives each out once. Their memory is
+        // alive in self.
         let wait = |mut request| unsafe { ffi::MPI_Wait(&mut request, ffi::RSMPI_STATUS_IGNORE) };
         let codes: Vec<i32> = self.requests.drain(..).map(wait).collect();
         match codes.into_iter().find(|&code| code != ffi::MPI_SUCCESS as i32) {
@@ -259,10 +268,10 @@ impl Drop for Messages {
     }
 }
 
-/// An all-gather over hosts, whose first round is under way.
+/// An all-gather over hosts, in its first round.
 struct HostGather {
     across: Messages,
-    /// Of which the second round sends pieces.
+    /// The output, whose pieces the second round sends and receives.
     whole: Tensor,
     mpi: Mpi,
     route: Rc<Route>,
@@ -276,17 +285,18 @@ impl Completion for HostGather {
     }
 }
 
-/// A non-blocking all-gather in flight.
+/// A non-blocking all-gather that was started.
 struct Gather {
     request: ffi::MPI_Request,
-    // The library reads and writes these until the request completes.
+    // MPI reads and writes these until the request completes.
     _buffers: [Tensor; 2],
     group: String,
 }
 
 impl Completion for Gather {
     fn wait(mut self: Box<Self>) -> Result<(), CommError> {
-        // SAFETY: the request comes from MPI_Iallgather, is waited for once, and its buffers are alive in self.
+        // SAFETY: the request comes from MPI_Iallgather. `wait` consumes self, so this is the only wait, and self
+        // keeps the buffers alive until it returns.
         let code = unsafe { ffi::MPI_Wait(&mut self.request, ffi::RSMPI_STATUS_IGNORE) };
         if code == ffi::MPI_SUCCESS as i32 {
             return Ok(());
@@ -326,7 +336,7 @@ impl Communicator for Mpi {
         }
         let (count, datatype) = self.count(NAME, bytes(input))?;
         if let Some(route) = &self.route {
-            // Typed as it is, a piece of any shape: bytes are what moves.
+            // The own piece is copied here: the route moves pieces within `output`.
             let n = input.numel() as i64;
             output.view([-1]).narrow(0, self.rank() as i64 * n, n).copy_(&input.view([-1]));
             let (mpi, piece) = (self.clone(), (count, datatype));
@@ -335,7 +345,7 @@ impl Communicator for Mpi {
             return Ok(Pending::new(HostGather { across, whole, mpi, route, piece }));
         }
         let mut request = MaybeUninit::uninit();
-        // SAFETY: both buffers are contiguous host memory of the lengths just checked; `Gather` keeps them alive
+        // SAFETY: both buffers are contiguous host memory of the lengths just checked. `Gather` keeps them alive
         // until the request has completed, and the caller does not touch them before (contract of `Pending`).
         let code = unsafe {
             ffi::MPI_Iallgather(
@@ -350,7 +360,7 @@ impl Communicator for Mpi {
             )
         };
         self.ok(NAME, code)?;
-        // SAFETY: MPI_Iallgather succeeded, so it has written the request.
+        // SAFETY: MPI_Iallgather returned success, which `ok` checked, so it has written the request.
         let request = unsafe { request.assume_init() };
         let buffers = [input.shallow_clone(), output.shallow_clone()];
         Ok(Pending::new(Gather { request, _buffers: buffers, group: self.group.clone() }))
@@ -386,16 +396,16 @@ impl Communicator for Mpi {
             };
             (1..size).map(peers).flat_map(with).map(message).collect::<Result<Vec<_>, CommError>>()
         };
-        // Each begins with another one.
+        // Each rank starts with a different peer.
         let to = messages(sent, &|distance| (rank + distance) % size)?;
         let from = messages(received, &|distance| (rank + size - distance) % size)?;
         let memory = vec![sent.rows.shallow_clone(), received.rows.shallow_clone()];
-        // SAFETY: the pieces lie in the two tensors, contiguous ones, and those that are received do not overlap: that was checked. They
-        // are waited for before this returns.
-        let mut under_way =
+        // SAFETY: `check_parts` found both tensors contiguous, every piece within them, and received pieces without
+        // overlap. The messages are complete before this function returns.
+        let mut started =
             unsafe { Messages::start(self, NAME, PIECE, memory, from.into_iter(), to.into_iter())? };
         copy_own(rank, sent, received);
-        under_way.wait()
+        started.wait()
     }
 
     fn all_reduce(&self, values: &Tensor) -> Result<(), CommError> {
@@ -405,7 +415,8 @@ impl Communicator for Mpi {
             || CommError::TooLarge { operation: NAME, group: self.group.clone(), bytes: bytes(values) };
         let count = i32::try_from(values.numel()).map_err(|_| too_large())?;
         let copy = values.copy();
-        // SAFETY: `copy` and `values` are separate contiguous host buffers of `count` floats.
+        // SAFETY: `copy` is a new tensor, and `values` was checked to be contiguous fp32. Both hold `count` floats in
+        // host memory, and the call returns after the reduction.
         let code = unsafe {
             ffi::MPI_Allreduce(
                 copy.data_ptr() as *const c_void,
@@ -433,7 +444,7 @@ impl Communicator for Mpi {
     fn all_gather_host(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
         let mut lengths = vec![0u64; self.size()];
         self.comm.all_gather_into(&(bytes.len() as u64), &mut lengths[..]);
-        // Padded to the longest: a host gather is for messages of a few kilobytes.
+        // All are padded to the longest: host gathers are for a few kilobytes.
         let longest = lengths.iter().copied().max().unwrap_or(0) as usize;
         if longest == 0 {
             return Ok(vec![Vec::new(); self.size()]);

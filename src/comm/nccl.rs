@@ -1,14 +1,14 @@
-//! NCCL, for ranks whose tensors are on a device, through cudarc; MPI carries what is in host memory.
+//! NCCL, for tensors on a device, through cudarc. MPI carries host values.
 //!
-//! Collectives run on a stream of their own ([`CommStream`]), beside what libtorch computes: a gather that was started runs under
-//! the computation that follows, and [`Pending::wait`] orders what comes after it. All other collectives come between what
-//! was computed before and what is computed next; no call waits on the host. The stream is one for all groups, and one
-//! thread enters their collectives in the same order on every rank: of communicators that share a device NCCL demands such
-//! an order on the device too.
+//! Collectives run on a stream of their own ([`CommStream`]), beside libtorch's. A started gather overlaps the
+//! computation that follows; [`Pending::wait`] orders later computation after it. All other collectives come after
+//! the computation before the call and before the computation after it. No call waits on the host. All groups share
+//! the stream, and one thread enters their collectives in the same order on every rank: NCCL requires one order for
+//! communicators that share a device.
 //!
-//! A communicator is made at its group's first collective of tensors, or by [`open`](Communicator::open): groups that have
-//! none cost no memory. None is destroyed: that is collective, and a rank that fails would wait in it for the others. The
-//! process's end gives them back.
+//! A communicator is made at the group's first tensor collective, or by [`open`](Communicator::open): groups without
+//! any take no memory. None is destroyed, because that is collective: a rank that fails would wait in it for the
+//! others. The end of the process frees them.
 
 use super::{
     CommError, Communicator, Completion, Parts, Pending, Reduce, bytes, check,
@@ -33,7 +33,7 @@ use std::{
 };
 use tch::{Device, Kind, Tensor};
 
-/// What is called of NCCL.
+/// Functions of NCCL that are called.
 const SYMBOLS: [&str; 13] = [
     "ncclGetVersion",
     "ncclGetUniqueId",
@@ -50,9 +50,12 @@ const SYMBOLS: [&str; 13] = [
     "ncclGroupEnd",
 ];
 
-/// Loads NCCL, if it is there and has all that is called.
+/// Loads NCCL.
+///
+/// # Errors
+/// The library cannot be loaded, or lacks one of [`SYMBOLS`].
 pub(super) fn load() -> Result<(), DeviceError> {
-    // SAFETY: loading it runs no code of ours; it stays loaded.
+    // SAFETY: NCCL's initialisers have no preconditions, and cudarc never unloads the library.
     unsafe {
         if !sys::is_culib_present() {
             let why = "libnccl.so cannot be loaded: launch/setup.sh links it beside torch's libnccl.so.2; or name its \
@@ -63,22 +66,22 @@ pub(super) fn load() -> Result<(), DeviceError> {
     }
 }
 
-/// A communicator of NCCL, which the watchdog's thread looks at too.
+/// A communicator of NCCL. The control thread uses it too, for errors and to abort it.
 struct Handle {
     raw: sys::ncclComm_t,
     group: String,
     aborted: AtomicBool,
 }
 
-// SAFETY: the thread that made it enters its collectives. Others only ask for its errors and abort it, which NCCL allows
-// at any time.
+// SAFETY: a communicator is not tied to the thread that made it.
 unsafe impl Send for Handle {}
-// SAFETY: as above.
+// SAFETY: one thread enters collectives. Other threads call only ncclCommGetAsyncError, ncclGetLastError and
+// ncclCommAbort, which NCCL allows at the same time.
 unsafe impl Sync for Handle {}
 
 impl Handle {
-    /// Where it was aborted the process is about to end, and this thread must not enter it again.
-    fn stay_out_if_aborted(&self) {
+    /// Parks the thread if the communicator was aborted: the process is about to end, and must not enter it again.
+    fn park_if_aborted(&self) {
         while self.aborted.load(Ordering::Acquire) {
             std::thread::park();
         }
@@ -91,7 +94,8 @@ impl Handle {
 
 /// The error of a call over `group`.
 fn failed(operation: &'static str, group: &str, comm: sys::ncclComm_t, error: &NcclError) -> CommError {
-    // SAFETY: NCCL keeps the text, and takes a communicator that is none.
+    // SAFETY: ncclGetLastError takes a null communicator too. It returns null or a NUL-terminated text that NCCL
+    // keeps; the text is copied at once.
     let text = unsafe {
         let text = sys::ncclGetLastError(comm);
         if text.is_null() { String::new() } else { CStr::from_ptr(text).to_string_lossy().into_owned() }
@@ -105,7 +109,9 @@ impl DeviceComm for Handle {
             return None;
         }
         let mut state = sys::ncclResult_t::ncclSuccess;
-        // SAFETY: the communicator lives as long as self and was not aborted; see `abort`.
+        // SAFETY: the communicator is never destroyed, and `aborted` shows that it was not aborted. Only the control
+        // thread calls this, and an abort comes after its last call: from its own end, or after `Control::close` has
+        // ended it.
         let asked = unsafe { sys::ncclCommGetAsyncError(self.raw, &raw mut state) }.result();
         let error = asked.and_then(|_| state.result()).err()?;
         Some(failed("watch", &self.group, self.raw, &error).to_string())
@@ -113,20 +119,23 @@ impl DeviceComm for Handle {
 
     fn abort(&self) {
         if !self.aborted.swap(true, Ordering::AcqRel) {
-            // SAFETY: it is aborted once. The process ends after it: no collective is entered.
+            // SAFETY: the swap lets one call through. The process ends after it: `park_if_aborted` keeps the other
+            // thread out.
             let _ = unsafe { result::comm_abort(self.raw) };
         }
     }
 }
 
+/// A group of ranks over NCCL.
 pub(super) struct Nccl {
     /// The same group over MPI.
     host: Mpi,
     runtime: Arc<dyn DeviceRuntime>,
-    lane: Rc<CommStream>,
-    /// Where tensors are.
+    stream: Rc<CommStream>,
+    /// The device of the tensors.
     device: Device,
     watch: GroupWatch,
+    /// The communicator, once it is made.
     handle: OnceCell<Arc<Handle>>,
 }
 
@@ -134,11 +143,18 @@ impl Nccl {
     pub(super) fn new(
         host: Mpi,
         runtime: &Arc<dyn DeviceRuntime>,
-        lane: &Rc<CommStream>,
+        stream: &Rc<CommStream>,
         device: Device,
         watch: GroupWatch,
     ) -> Self {
-        Self { host, runtime: runtime.clone(), lane: lane.clone(), device, watch, handle: OnceCell::new() }
+        Self {
+            host,
+            runtime: runtime.clone(),
+            stream: stream.clone(),
+            device,
+            watch,
+            handle: OnceCell::new(),
+        }
     }
 
     /// The group's communicator. Collective the first time.
@@ -155,7 +171,7 @@ impl Nccl {
         let fail = |error: NcclError| failed(NAME, self.group(), null_mut(), &error);
         self.runtime.attach()?;
         let own = if self.rank() == 0 { result::get_uniqueid().map_err(fail).map(Some) } else { Ok(None) };
-        // Also where there is none: the others wait for it.
+        // The gather is entered also without an id: the others wait in it.
         let bytes = own.as_ref().ok().and_then(Option::as_ref).map(|id| id.internal.map(|byte| byte as u8));
         let all = self.host.all_gather_host(bytes.as_ref().map_or(&[], |bytes| &bytes[..]))?;
         own?;
@@ -164,12 +180,13 @@ impl Nccl {
                 operation: NAME,
                 group: self.group().to_owned(),
                 code: "no unique id".into(),
-                text: "the group's first rank has none and says why".into(),
+                text: "the group's first rank has none and reports why".into(),
             })?;
         let id = sys::ncclUniqueId { internal: first.map(|byte| byte as _) };
         let mut raw = null_mut();
         let (ranks, rank) = (self.size() as i32, self.rank() as i32);
-        // SAFETY: every rank of the group is here with the same id, and with a device of its own.
+        // SAFETY: `raw` is a valid place for the communicator, and this thread's device was attached. Every rank of
+        // the group makes this call with the same id and a rank of its own.
         unsafe { result::comm_init_rank(&raw mut raw, ranks, id, rank) }.map_err(fail)?;
         let handle =
             Arc::new(Handle { raw, group: self.group().to_owned(), aborted: AtomicBool::new(false) });
@@ -177,7 +194,8 @@ impl Nccl {
         Ok(handle)
     }
 
-    /// Gives `call` to the group's stream, after what was computed so far; `call` gets the communicator and the stream.
+    /// Enqueues a collective on the communication stream, after the computation so far. `call` gets the communicator
+    /// and the stream. The event is done when the collective is.
     fn launch(
         &self,
         operation: &'static str,
@@ -188,11 +206,11 @@ impl Nccl {
             let (group, expected) = (self.group().to_owned(), self.device);
             return Err(CommError::Elsewhere { operation, group, actual: elsewhere.device(), expected });
         }
-        // Connecting, and a full queue of the device, may hold the rank.
+        // The rank may block here, in connecting or at a full queue of the device.
         let _entering = self.watch.on_device();
         let handle = self.handle()?;
-        handle.stay_out_if_aborted();
-        let done = self.lane.run(|RawStream(stream)| {
+        handle.park_if_aborted();
+        let done = self.stream.run(|RawStream(stream)| {
             let status = call(handle.raw, without_provenance_mut(stream));
             handle.check(operation, status)
         })?;
@@ -202,16 +220,16 @@ impl Nccl {
     }
 }
 
-/// An all-gather under way.
+/// An all-gather that was started.
 struct Gather {
     done: Arc<Event>,
-    // The device reads and writes these until it is done.
+    // The device reads and writes these until the event is done.
     _buffers: [Tensor; 2],
 }
 
 impl Completion for Gather {
     fn wait(self: Box<Self>) -> Result<(), CommError> {
-        // What libtorch does next with their memory comes after it too.
+        // The buffers may be freed after this: libtorch reuses their memory in the order of its stream.
         Ok(CommStream::join(&self.done)?)
     }
 }
@@ -220,9 +238,8 @@ fn at(tensor: &Tensor) -> *mut c_void {
     tensor.data_ptr()
 }
 
-// SAFETY of every call of NCCL below: the buffers are contiguous memory of the communicator's device, of the lengths and
-// types that are checked first. They stay allocated until the event that ends the call: libtorch uses their memory again
-// only after it, since its stream is made to wait for that event before anybody can let go of them.
+// Buffers of a collective stay allocated until it is done. libtorch reuses freed memory in the order of its stream,
+// and that stream waits for the collective's event (`CommStream::join`) before the caller can free them.
 impl Communicator for Nccl {
     fn rank(&self) -> usize {
         self.host.rank()
@@ -245,6 +262,8 @@ impl Communicator for Nccl {
         const NAME: &str = "all_gather";
         check(NAME, self.group(), "input", input, None, bytes(input))?;
         check(NAME, self.group(), "output", output, Some(input.kind()), bytes(input) * self.size())?;
+        // SAFETY: both buffers were checked to be contiguous, on the communicator's device, and of these lengths.
+        // `Gather` keeps them until libtorch's stream waits for the event.
         let done = self.launch(NAME, &[input, output], |comm, stream| unsafe {
             result::all_gather(at(input), at(output), bytes(input), ncclDataType_t::ncclUint8, comm, stream)
         })?;
@@ -257,6 +276,8 @@ impl Communicator for Nccl {
         check(NAME, self.group(), "output", output, Some(Kind::Float), bytes(output))?;
         check(NAME, self.group(), "input", input, Some(Kind::Float), bytes(output) * self.size())?;
         let (count, float, sum) = (output.numel(), ncclDataType_t::ncclFloat32, ncclRedOp_t::ncclSum);
+        // SAFETY: both buffers were checked to be contiguous fp32, on the communicator's device, and of these
+        // lengths. The join below keeps their memory from being reused too early.
         let done = self.launch(NAME, &[input, output], |comm, stream| unsafe {
             result::reduce_scatter(at(input), at(output), count, float, sum, comm, stream)
         })?;
@@ -271,18 +292,21 @@ impl Communicator for Nccl {
         let done = self.launch(NAME, &[sent.rows, received.rows], |comm, stream| {
             result::group_start()?;
             let post = || {
-                // Also to itself: a copy of each piece would be a start each.
+                // Own pieces are sent too: copies would be a kernel launch each.
                 for peer in 0..size {
                     for out in sent.of(peer) {
+                        // SAFETY: `check_parts` found the tensor contiguous and the piece within it; `launch` checked
+                        // the device. The join below keeps the memory from being reused too early.
                         unsafe { result::send(at(&out), bytes(&out), byte, peer as i32, comm, stream)? };
                     }
                     for back in received.of(peer) {
+                        // SAFETY: as for sent pieces; received pieces do not overlap either.
                         unsafe { result::recv(at(&back), bytes(&back), byte, peer as i32, comm, stream)? };
                     }
                 }
                 Ok(())
             };
-            // A group that stays open would swallow what comes after it.
+            // The group is closed also after an error: an open one would take in all later calls.
             let (posted, ended) = (post(), result::group_end());
             posted.and(ended)
         })?;
@@ -293,6 +317,8 @@ impl Communicator for Nccl {
         const NAME: &str = "all_reduce";
         check(NAME, self.group(), "values", values, Some(Kind::Float), bytes(values))?;
         let (count, float, sum) = (values.numel(), ncclDataType_t::ncclFloat32, ncclRedOp_t::ncclSum);
+        // SAFETY: `values` was checked to be contiguous fp32 and on the communicator's device; NCCL reduces in place.
+        // The join below keeps the memory from being reused too early.
         let done = self.launch(NAME, &[values], |comm, stream| unsafe {
             result::all_reduce(at(values), at(values), count, float, sum, comm, stream)
         })?;
@@ -316,19 +342,19 @@ impl Communicator for Nccl {
 mod tests {
     use super::*;
 
-    /// The library itself, not what stands in for it in tests/nccl.rs.
+    /// Tests the real library; tests/nccl.rs uses a stand-in.
     #[test]
-    fn the_library_that_torch_brings_has_what_is_called() {
+    fn the_library_of_torch_has_all_functions_that_are_called() {
         load().expect("launch/setup.sh has linked libnccl.so");
         let version = result::get_nccl_version().expect("a version");
         assert!(version >= 22_700, "{version}");
         if std::path::Path::new("/dev/nvidiactl").exists() {
             return;
         }
-        // It works up to where it needs a driver, and then says so.
+        // Without a driver it fails where it needs one, with an error.
         let id = result::get_uniqueid().expect("an id");
         let mut raw = null_mut();
-        // SAFETY: one rank of one, with an id of its own.
+        // SAFETY: `raw` is a valid place for the communicator. The group has one rank and an id of its own.
         let error = unsafe { result::comm_init_rank(&raw mut raw, 1, id, 0) }.err().expect("no device");
         let said = failed("init", "shard", null_mut(), &error).to_string();
         assert!(said.starts_with("init over shard: ncclUnhandledCudaError of NCCL: "), "{said}");

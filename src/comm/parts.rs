@@ -1,11 +1,11 @@
-//! Which rows of a tensor an all-to-all sends to each rank, or receives from it.
+//! The rows of a tensor that an all-to-all sends to each rank, or receives from it.
 
 use super::{CommError, bytes, check};
 use std::ops::Range;
 use tch::Tensor;
 
-/// Rows of a contiguous tensor `[rows, …]` by rank of a group: the pieces that are for each, or come from each, in an order that both
-/// ends know. No two of those that are received may overlap.
+/// Rows of a contiguous tensor `[rows, …]` by rank of a group: the pieces for each rank, or from each rank. Both
+/// sides of a transfer list their pieces in the same order. Received pieces must not overlap.
 #[derive(Clone, Copy)]
 pub struct Parts<'a> {
     pub rows: &'a Tensor,
@@ -15,29 +15,34 @@ pub struct Parts<'a> {
 const NAME: &str = "all_to_all";
 
 impl<'a> Parts<'a> {
-    /// The pieces of `rank` that have rows.
+    /// The non-empty pieces of `rank`.
     pub(super) fn of(self, rank: usize) -> impl Iterator<Item = Tensor> + use<'a> {
         let pieces = self.pieces[rank].iter().filter(|piece| !piece.is_empty());
         pieces.map(move |piece| self.rows.narrow(0, piece.start as i64, piece.len() as i64))
     }
 
-    /// Bytes of all ranks' pieces but those of `rank`.
+    /// Bytes of the pieces of all ranks except `rank`.
     pub(super) fn bytes_of_others(self, rank: usize) -> usize {
         let others = self.pieces.iter().enumerate().filter(|(peer, _)| *peer != rank);
         others.flat_map(|(_, pieces)| pieces).map(Range::len).sum::<usize>() * self.row_bytes()
     }
 
+    /// Length of a row (bytes).
     fn row_bytes(self) -> usize {
         bytes(self.rows) / (self.rows.size()[0] as usize).max(1)
     }
 
-    /// Lengths of the pieces of `rank` that have rows.
+    /// Lengths (rows) of the non-empty pieces of `rank`.
     fn lengths(self, rank: usize) -> Vec<usize> {
         self.pieces[rank].iter().map(Range::len).filter(|&rows| rows > 0).collect()
     }
 }
 
-/// Checks the buffers of an all-to-all, as `rank` of `size` sees it.
+/// Checks the buffers of an all-to-all on rank `rank` of `size`.
+///
+/// # Errors
+/// A buffer has the wrong dtype, is not contiguous, or does not hold its pieces; received pieces overlap; or the pieces
+/// that the rank sends to itself do not match those that it receives from itself.
 pub(super) fn check_parts(
     group: &str,
     rank: usize,
@@ -73,7 +78,7 @@ pub(super) fn check_parts(
     Ok(())
 }
 
-/// Copies the pieces that a rank sends to itself.
+/// Copies the pieces that `rank` sends to itself.
 pub(super) fn copy_own(rank: usize, sent: Parts, received: Parts) {
     received.of(rank).zip(sent.of(rank)).for_each(|(mut to, from)| to.copy_(&from));
 }
@@ -84,7 +89,7 @@ mod tests {
     use tch::{Device, Kind};
 
     #[test]
-    fn what_cannot_be_exchanged_is_refused() {
+    fn pieces_that_do_not_fit_are_refused() {
         let [sent, received] = [6, 9].map(|rows| Tensor::zeros([rows, 2], (Kind::Float, Device::Cpu)));
         let check =
             |sent: &Tensor, own: &[Vec<Range<usize>>], received: &Tensor, theirs: &[Vec<Range<usize>>]| {

@@ -1,4 +1,4 @@
-//! The group of one rank: nothing moves, so nothing is recorded.
+//! The group of one rank. Its collectives are copies, and are not recorded.
 
 use super::{
     CommError, Communicator, Parts, Pending, Reduce, bytes, check,

@@ -1,28 +1,29 @@
-//! Which device is whose. Pure.
+//! The choice of a device for each rank. Pure.
 
 use super::DeviceError;
 use serde::{Deserialize, Serialize};
 
-/// What a rank sees before devices are dealt out.
+/// The devices that a rank may use, before the choice.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VisibleDevices {
     pub host: String,
-    /// Which of its host's ranks it is, in the order of their world ranks.
+    /// Rank among those of its host, in the order of their world ranks.
     pub local_rank: usize,
-    /// The ids of the devices that it may use, in order; none: it computes on the CPU.
+    /// Ids of the devices, in order; none: the rank computes on the CPU.
     pub devices: Vec<[u8; 16]>,
-    /// Whether it may share one with others of its host: see [`SHARES`].
+    /// The rank may share a device with others of its host: see [`SHARES`].
     pub shares: bool,
 }
 
 /// The variable by which NCCL (2.30 or newer) lets ranks share a device: 1. Slow; for trying several ranks on one GPU.
 pub const SHARES: &str = "NCCL_MULTI_RANK_GPU_ENABLE";
 
-/// Which of its devices rank `rank` of `all` takes: the one of its place among its host's ranks; or the only one, where the
-/// launcher has given each rank its own. Ranks that may share take them in turn. `None` where all compute on the CPU.
+/// Index of the device that rank `rank` of `all` uses: its local rank, or 0 where the launcher gave it one device.
+/// Ranks that may share take devices round-robin. `None` where all ranks compute on the CPU.
 ///
 /// # Errors
-/// Some ranks have devices and some have none, a host has more ranks than devices, or two ranks would share one that may not.
+/// Some ranks have devices and some have none, a host has more ranks than devices, or two ranks would share a device
+/// that they may not share.
 pub fn choose(all: &[VisibleDevices], rank: usize) -> Result<Option<usize>, DeviceError> {
     let without = all.iter().position(|visible| visible.devices.is_empty());
     let with = all.iter().position(|visible| !visible.devices.is_empty());
@@ -45,7 +46,7 @@ pub fn choose(all: &[VisibleDevices], rank: usize) -> Result<Option<usize>, Devi
             let (host, devices) = (visible.host.clone(), visible.devices.len());
             return Err(DeviceError::TooFew { host, ranks: here(), devices });
         };
-        // Ids are the same on no two hosts, but for a virtual one that was copied.
+        // Ids differ between hosts, except on copies of a virtual machine: the host is compared too.
         let own = (&visible.host, *id);
         let other = taken.iter().position(|taken| *taken == own);
         if let Some(other) = other.filter(|&other| !(visible.shares && all[other].shares)) {
@@ -59,7 +60,7 @@ pub fn choose(all: &[VisibleDevices], rank: usize) -> Result<Option<usize>, Devi
     Ok(all.get(rank).map(index))
 }
 
-/// A host whose ranks are no neighbours, if there is one: others come between them.
+/// A host whose ranks are not consecutive, if there is one.
 pub fn scattered(all: &[VisibleDevices]) -> Option<&str> {
     let hosts: Vec<&str> = all.iter().map(|visible| visible.host.as_str()).collect();
     let again = |&at: &usize| hosts[at] != hosts[at - 1] && hosts[..at].contains(&hosts[at]);
@@ -71,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn neighbours_that_are_parted_are_seen() {
+    fn scattered_ranks_of_a_host_are_found() {
         let on = |hosts: &[&str]| hosts.iter().map(|host| visible(host, 0, &[])).collect::<Vec<_>>();
         assert_eq!(scattered(&on(&["a", "a", "b", "b", "c"])), None);
         assert_eq!(scattered(&on(&["a", "b", "b", "a"])), Some("a"));
@@ -104,13 +105,13 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_the_launcher_gave_is_taken() {
+    fn the_only_device_of_a_rank_is_chosen() {
         // As slurm's --gpus-per-task does.
         assert_eq!(chosen(&[visible("a", 0, &[7]), visible("a", 1, &[8])]), [Some(0), Some(0)]);
     }
 
     #[test]
-    fn devices_are_shared_by_ranks_that_all_may() {
+    fn devices_are_shared_where_all_ranks_may() {
         assert_eq!(chosen(&[sharing(0, &[1]), sharing(1, &[1])]), [Some(0), Some(0)]);
         let three = [sharing(0, &[1, 2]), sharing(1, &[1, 2]), sharing(2, &[1, 2])];
         assert_eq!(chosen(&three), [Some(0), Some(1), Some(0)]);
@@ -119,14 +120,14 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_dealt_is_refused() {
+    fn impossible_choices_are_refused() {
         let few = refused(&[visible("a", 0, &[1, 2]), visible("a", 1, &[1, 2]), visible("a", 2, &[1, 2])]);
         assert!(few.starts_with("3 ranks on a, which has 2 GPUs"), "{few}");
         let one = refused(&[visible("a", 0, &[1]), visible("a", 1, &[1])]);
         assert!(one.starts_with("2 ranks on a, which has 1 GPUs"), "{one}");
         let mixed = refused(&[visible("a", 0, &[1]), visible("b", 0, &[])]);
         assert!(mixed.contains("rank 0 on a has a GPU, rank 1 on b has none"), "{mixed}");
-        // One was given a device that another takes by its place.
+        // Rank 1's only device is the one that rank 0 chooses by its local rank.
         let shared = refused(&[visible("a", 0, &[1, 2]), visible("a", 1, &[1])]);
         assert!(shared.contains("ranks 0 and 1 on a"), "{shared}");
     }

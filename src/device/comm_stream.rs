@@ -1,7 +1,8 @@
-//! A stream beside the one that libtorch computes on, and how the two are ordered.
+//! A stream beside the one that libtorch computes on, and their order.
 //!
-//! libtorch stays on the legacy default stream. What is given to a stream comes after all that libtorch was given before; and
-//! libtorch's next operation comes after it only where [`CommStream::join`] says so. Between the two, both go on at once.
+//! libtorch stays on the legacy default stream. Work on a [`CommStream`] starts after all that was enqueued on
+//! libtorch's stream before it. Later libtorch operations wait for it only after [`CommStream::join`]; until then
+//! both overlap.
 
 use super::{
     DeviceError,
@@ -9,7 +10,7 @@ use super::{
 };
 use std::sync::Arc;
 
-/// A stream for what is not libtorch's.
+/// A stream for communication.
 #[derive(Debug)]
 pub struct CommStream {
     stream: RawStream,
@@ -17,17 +18,25 @@ pub struct CommStream {
 }
 
 impl CommStream {
+    /// Creates the stream.
+    ///
+    /// # Errors
+    /// The driver fails.
     pub fn new(runtime: &Arc<dyn DeviceRuntime>) -> Result<Self, DeviceError> {
         Ok(Self { stream: runtime.create_stream()?, runtime: runtime.clone() })
     }
 
-    /// Gives the stream `work`, which is told the stream: it begins when all is done that libtorch was given so far, and the
-    /// event is done when it is.
+    /// Enqueues `work` on the stream, after all that was enqueued on libtorch's stream. The event is done when the
+    /// work is.
+    ///
+    /// # Errors
+    /// `work` or the driver fails.
     pub fn run<E: From<DeviceError>>(
         &self,
         work: impl FnOnce(RawStream) -> Result<(), E>,
     ) -> Result<Event, E> {
-        // SAFETY: libtorch's stream always exists; ours as long as self.
+        // SAFETY: `COMPUTE` is the legacy default stream, which always exists. `self.stream` was created by this
+        // runtime and is destroyed only when self is dropped. All events belong to this runtime.
         unsafe {
             Event::of(&self.runtime, COMPUTE)?.before(self.stream)?;
             work(self.stream)?;
@@ -35,16 +44,19 @@ impl CommStream {
         }
     }
 
-    /// What libtorch is given from now on begins when `event` is done.
+    /// Makes later operations of libtorch wait for `event`.
+    ///
+    /// # Errors
+    /// The driver fails.
     pub fn join(event: &Event) -> Result<(), DeviceError> {
-        // SAFETY: libtorch's stream always exists.
+        // SAFETY: `COMPUTE` is the legacy default stream, which always exists in every runtime.
         unsafe { event.before(COMPUTE) }
     }
 }
 
 impl Drop for CommStream {
     fn drop(&mut self) {
-        // SAFETY: it was made by this runtime and is given back once.
+        // SAFETY: the stream was created by this runtime, and is destroyed here only.
         unsafe { self.runtime.destroy_stream(self.stream) }
     }
 }
@@ -55,7 +67,7 @@ mod tests {
     use crate::device::runtime::{Memory, RawEvent};
     use std::{ptr::NonNull, sync::Mutex};
 
-    /// Remembers what it is called for.
+    /// A runtime that records its calls.
     #[derive(Debug, Default)]
     struct Recorder(Mutex<(usize, Vec<String>)>);
 
@@ -120,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn work_comes_after_what_was_computed_and_before_what_joins() {
+    fn work_comes_after_earlier_computation_and_before_the_join() {
         let recorder = Arc::new(Recorder::default());
         let runtime: Arc<dyn DeviceRuntime> = recorder.clone();
         let stream = CommStream::new(&runtime).unwrap();
@@ -130,7 +142,7 @@ mod tests {
             Ok::<_, DeviceError>(())
         };
         let done = stream.run(work).unwrap();
-        // Event 2 is of libtorch's stream, event 7 of ours.
+        // Event 2 is recorded on libtorch's stream, event 7 on the communication stream.
         let expected = ["event", "record 2 on 0", "1 waits for 2", "drop event 2", "work on 1", "event"];
         assert_eq!(recorder.taken(), [&expected[..], &["record 7 on 1"]].concat());
         CommStream::join(&done).unwrap();

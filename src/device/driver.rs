@@ -1,6 +1,6 @@
 //! [`DeviceRuntime`] by CUDA's driver, through cudarc.
 //!
-//! cudarc panics where a library or a symbol is missing: both are looked for first, and are typed errors.
+//! cudarc panics where a library or a symbol is missing. Both are checked first, and are typed errors.
 
 use super::{
     DeviceError, has_symbols,
@@ -16,7 +16,7 @@ use std::{
     ptr::{NonNull, without_provenance_mut},
 };
 
-/// What is called of the driver.
+/// Functions of the driver that are called.
 const SYMBOLS: [&str; 19] = [
     "cuInit",
     "cuGetErrorString",
@@ -39,19 +39,19 @@ const SYMBOLS: [&str; 19] = [
     "cuDeviceGetAttribute",
 ];
 
-/// Page-locked for every context, not only for the one in which it is allocated.
+/// CU_MEMHOSTALLOC_PORTABLE: memory is page-locked for all contexts, not only for the current one.
 const PORTABLE: u32 = 1;
 
-/// The primary context of one device, which libtorch uses too.
+/// The primary context of a device, which libtorch uses too.
 #[derive(Debug)]
 pub struct Driver {
     device: sys::CUdevice,
     context: usize,
-    /// Its compute capability, as in 90 for 9.0.
+    /// Compute capability (90 means 9.0).
     pub generation: i32,
 }
 
-/// Error of the driver's `call`.
+/// Converts an error of the driver's function `call`.
 pub(super) fn failed(call: &'static str) -> impl Fn(DriverError) -> DeviceError {
     move |error| {
         let text = error.error_string().map(|text| text.to_string_lossy().into_owned());
@@ -59,10 +59,13 @@ pub(super) fn failed(call: &'static str) -> impl Fn(DriverError) -> DeviceError 
     }
 }
 
-/// Loads the driver, if it is there and has all that is called.
+/// Loads and initialises the driver.
+///
+/// # Errors
+/// The library cannot be loaded, lacks one of [`SYMBOLS`], or fails.
 fn load() -> Result<(), DeviceError> {
     let what = "CUDA's driver";
-    // SAFETY: loading the driver runs no code of ours; it stays loaded.
+    // SAFETY: the driver's initialisers have no preconditions, and cudarc never unloads the library.
     unsafe {
         if !sys::is_culib_present() {
             let why = "libcuda.so.1 cannot be loaded: is an NVIDIA driver installed?".to_owned();
@@ -73,10 +76,10 @@ fn load() -> Result<(), DeviceError> {
     init().map_err(failed("cuInit"))
 }
 
-/// The ids of the devices that this process sees, in order.
+/// Ids (UUIDs) of the devices that the driver shows to this process, in order.
 ///
 /// # Errors
-/// There is no driver, or it does not work.
+/// The driver is missing, or fails.
 pub fn visible() -> Result<Vec<[u8; 16]>, DeviceError> {
     load()?;
     let count = device::get_count().map_err(failed("cuDeviceGetCount"))?;
@@ -88,15 +91,19 @@ pub fn visible() -> Result<Vec<[u8; 16]>, DeviceError> {
 }
 
 impl Driver {
-    /// Of device `index` of those that are [`visible`].
+    /// Opens device `index` of the [`visible`] ones.
+    ///
+    /// # Errors
+    /// The driver is missing, or fails.
     pub fn open(index: usize) -> Result<Self, DeviceError> {
         load()?;
         let device = device::get(index as c_int).map_err(failed("cuDeviceGet"))?;
-        // SAFETY: the device is the driver's own, here and below.
+        // SAFETY: the driver returned this device for a valid index.
         let attribute =
             |which| unsafe { device::get_attribute(device, which) }.map_err(failed("cuDeviceGetAttribute"));
         let major = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
         let minor = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        // SAFETY: the driver returned this device for a valid index. Dropping self releases the context.
         let context = unsafe { primary_ctx::retain(device) }.map_err(failed("cuDevicePrimaryCtxRetain"))?;
         Ok(Self { device, context: context.expose_provenance(), generation: 10 * major + minor })
     }
@@ -110,8 +117,7 @@ fn raw_event(event: RawEvent) -> sys::CUevent {
     without_provenance_mut(event.0)
 }
 
-// SAFETY of every block below: handles are this driver's and were not given back, as the trait demands of callers, and the
-// context was retained. The driver may be called from any thread that has a context, which `attach` sees to.
+// The driver may be called from any thread on which a context is current: each function calls `attach` first.
 impl DeviceRuntime for Driver {
     fn create_stream(&self) -> Result<RawStream, DeviceError> {
         self.attach()?;
@@ -120,7 +126,8 @@ impl DeviceRuntime for Driver {
     }
 
     unsafe fn destroy_stream(&self, stream: RawStream) {
-        // Nothing can be done about a stream that does not end.
+        // A stream that cannot be destroyed stays until the process ends.
+        // SAFETY: the caller promises that the stream comes from this driver and is not destroyed.
         let _ = self.attach().map(|()| unsafe { stream::destroy(raw_stream(stream)) });
     }
 
@@ -131,23 +138,27 @@ impl DeviceRuntime for Driver {
     }
 
     unsafe fn destroy_event(&self, event: RawEvent) {
+        // SAFETY: the caller promises that the event comes from this driver and is not destroyed.
         let _ = self.attach().map(|()| unsafe { event::destroy(raw_event(event)) });
     }
 
     unsafe fn record(&self, event: RawEvent, stream: RawStream) -> Result<(), DeviceError> {
         self.attach()?;
+        // SAFETY: the caller promises that event and stream come from this driver and are not destroyed.
         unsafe { event::record(raw_event(event), raw_stream(stream)) }.map_err(failed("cuEventRecord"))
     }
 
     unsafe fn wait(&self, stream: RawStream, event: RawEvent) -> Result<(), DeviceError> {
         self.attach()?;
         let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: the caller promises that stream and event come from this driver and are not destroyed.
         unsafe { stream::wait_event(raw_stream(stream), raw_event(event), flags) }
             .map_err(failed("cuStreamWaitEvent"))
     }
 
     unsafe fn is_done(&self, event: RawEvent) -> Result<bool, DeviceError> {
         self.attach()?;
+        // SAFETY: the caller promises that the event comes from this driver and is not destroyed.
         match unsafe { event::query(raw_event(event)) } {
             Ok(()) => Ok(true),
             Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
@@ -162,25 +173,28 @@ impl DeviceRuntime for Driver {
     }
 
     fn attach(&self) -> Result<(), DeviceError> {
-        // libtorch may have made another device the thread's.
+        // libtorch may have made another context current on this thread.
+        // SAFETY: the context was retained in `open`, and is released only when self is dropped.
         unsafe { ctx::set_current(without_provenance_mut(self.context)) }.map_err(failed("cuCtxSetCurrent"))
     }
 
     fn lock_memory(&self, bytes: usize) -> Result<NonNull<u8>, DeviceError> {
         self.attach()?;
+        // SAFETY: a context is current. The memory is not read before it is written: callers get a raw pointer.
         let start = unsafe { malloc_host(bytes, PORTABLE) }.map_err(failed("cuMemHostAlloc"))?;
         NonNull::new(start.cast())
             .ok_or_else(|| failed("cuMemHostAlloc")(DriverError(sys::CUresult::CUDA_ERROR_UNKNOWN)))
     }
 
     unsafe fn unlock_memory(&self, start: NonNull<u8>) {
+        // SAFETY: the caller promises that the memory comes from `lock_memory` and is not freed.
         let _ = self.attach().map(|()| unsafe { free_host(start.as_ptr().cast()) });
     }
 }
 
 impl Drop for Driver {
     fn drop(&mut self) {
-        // SAFETY: it was retained once.
+        // SAFETY: `open` has retained the context once for this value.
         let _ = unsafe { primary_ctx::release(self.device) };
     }
 }

@@ -1,5 +1,5 @@
-//! Kernels of our own on a device: compiled at run time by NVRTC, which torch's wheel brings, and started on libtorch's
-//! stream.
+//! Our own kernels on a device. NVRTC, which comes with torch's wheel, compiles them at run time. They run on
+//! libtorch's stream.
 
 use super::{
     DeviceError, DeviceRuntime,
@@ -22,7 +22,7 @@ use std::{
     sync::Arc,
 };
 
-/// What is called of the compiler.
+/// Functions of the compiler that are called.
 const SYMBOLS: [&str; 7] = [
     "nvrtcCreateProgram",
     "nvrtcCompileProgram",
@@ -33,16 +33,20 @@ const SYMBOLS: [&str; 7] = [
     "nvrtcGetProgramLog",
 ];
 
-/// What is called of the driver for kernels alone.
+/// Functions of the driver that are called for kernels only.
 const DRIVER_SYMBOLS: [&str; 3] = ["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel"];
 
-/// What starts kernels.
+/// Launches kernels.
 pub trait Launch: Send + Sync {
-    /// Starts `kernel` over `blocks` blocks of `threads` threads, after all that libtorch was given so far.
+    /// Enqueues `kernel` on libtorch's stream, with `blocks` blocks of `threads` threads.
+    ///
+    /// # Errors
+    /// The program has no such kernel, or the driver fails.
     ///
     /// # Safety
-    /// `arguments` point to values of the kernel's parameters, in order, and what it does with them is sound: memory is the
-    /// device's, large enough, and nobody else's until then.
+    /// `arguments` point to values of the kernel's parameters, in order and of their types. Pointers among them refer
+    /// to device memory of the length that the kernel accesses, which stays allocated until the kernel has ended and
+    /// which no work on another stream writes meanwhile.
     unsafe fn launch(
         &self,
         kernel: &'static str,
@@ -52,20 +56,20 @@ pub trait Launch: Send + Sync {
     ) -> Result<(), DeviceError>;
 }
 
-/// A program's kernels on a device.
+/// Compiled kernels, loaded on a device.
 pub struct Program {
     driver: Arc<Driver>,
     functions: HashMap<&'static str, usize>,
 }
 
-/// PTX of `source` for a GPU of compute capability `generation`, as in 90 for 9.0.
+/// Compiles `source` to PTX for compute capability `generation` (90 means 9.0).
 ///
 /// # Errors
-/// There is no compiler, or it refuses the source.
+/// The compiler is missing, or rejects the source.
 pub fn compile(source: &str, generation: i32) -> Result<CString, DeviceError> {
     let what = "CUDA's run-time compiler";
     load_from_wheel();
-    // SAFETY: its initialisers start nothing; it stays loaded.
+    // SAFETY: the compiler's initialisers have no preconditions, and cudarc never unloads the library.
     unsafe {
         if !sys::is_culib_present() {
             let why = "libnvrtc.so cannot be loaded: torch's wheel brings it in nvidia/cu13/lib".to_owned();
@@ -83,8 +87,8 @@ pub fn compile(source: &str, generation: i32) -> Result<CString, DeviceError> {
     CString::new(ptx.to_src()).map_err(|error| refused(error.to_string()))
 }
 
-/// Torch's wheel keeps the compiler, and a library which that looks for, where neither is found by its name, unless it is
-/// loaded already.
+/// Loads the compiler, and the library that it opens by name, from torch's wheel. Its folder is not in the library
+/// path, but loaded libraries are found by name.
 fn load_from_wheel() {
     let folder = torch::directory().and_then(|torch| std::fs::canonicalize(torch).ok());
     let packages = folder.as_deref().and_then(|torch| torch.parent()?.parent());
@@ -93,27 +97,31 @@ fn load_from_wheel() {
         let name = file.file_name();
         let name = name.to_string_lossy();
         if name.starts_with("libnvrtc-builtins.so") || name.starts_with("libnvrtc.so") {
-            // SAFETY: its initialisers start nothing; it is never unloaded.
+            // SAFETY: the libraries' initialisers have no preconditions. They are never unloaded.
             let loaded = unsafe { libloading::Library::new(file.path()) };
-            // Where it cannot be loaded, who needs it says so.
+            // An error is ignored here: the first use reports that the library is missing.
             std::mem::forget(loaded);
         }
     }
 }
 
 impl Program {
-    /// Compiles `source` for the device of `driver` and finds `kernels` in it.
+    /// Compiles `source` for the device of `driver`, and looks up `kernels` in it.
+    ///
+    /// # Errors
+    /// The compiler rejects the source, the driver fails, or a kernel is missing.
     pub fn load(driver: &Arc<Driver>, source: &str, kernels: &[&'static str]) -> Result<Self, DeviceError> {
         let ptx = compile(source, driver.generation)?;
         driver.attach()?;
-        // SAFETY: the driver is loaded and stays so. The text ends with a zero; the driver copies it.
+        // SAFETY: `has_symbols` shows that the functions exist, and the driver is never unloaded. The PTX ends with
+        // NUL, and the driver copies it.
         let module = unsafe {
             has_symbols("CUDA's driver", driver::sys::culib(), &DRIVER_SYMBOLS)?;
             module::load_data(ptx.as_ptr().cast()).map_err(failed("cuModuleLoadData"))?
         };
         let find = |&name: &&'static str| {
             let c_name = CString::new(name).unwrap_or_default();
-            // SAFETY: the module is never unloaded.
+            // SAFETY: the module was loaded above and is never unloaded, and the name ends with NUL.
             let function = unsafe { module::get_function(module, c_name) };
             Ok((name, function.map_err(failed("cuModuleGetFunction"))?.expose_provenance()))
         };
@@ -136,7 +144,8 @@ impl Launch for Program {
         })?;
         self.driver.attach()?;
         let (function, stream) = (without_provenance_mut(function), without_provenance_mut(COMPUTE.0));
-        // SAFETY: the function is the module's; the arguments are the caller's to vouch for.
+        // SAFETY: the function belongs to a module that is never unloaded, and the device was attached. The caller
+        // promises that the arguments fit the kernel.
         unsafe { launch_kernel(function, (blocks, 1, 1), (threads, 1, 1), 0, stream, arguments) }
             .map_err(failed("cuLaunchKernel"))
     }

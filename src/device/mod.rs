@@ -1,6 +1,6 @@
-//! The device that a rank computes on: which one ([`choose`], pure), its driver ([`runtime`] says what is called, [`driver`]
-//! calls CUDA), a stream beside libtorch's ([`CommStream`]), memory through which bytes go there ([`staging`]), kernels of our own
-//! ([`kernels`]), and libtorch's own half for it ([`torch`]).
+//! The device of a rank: its choice ([`choose`], pure), its driver ([`runtime`] is the interface, [`driver`] calls
+//! CUDA), the communication stream ([`CommStream`]), staging memory ([`staging`]), kernels ([`kernels`]), and
+//! libtorch's CUDA library ([`torch`]).
 
 pub mod choose;
 mod comm_stream;
@@ -21,7 +21,7 @@ use std::sync::{
 };
 use tch::{Device, Tensor};
 
-/// Why a device cannot be used.
+/// Failures of a device, and reasons why it cannot be used.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum DeviceError {
     #[error("{what} is missing: {why}")]
@@ -52,13 +52,13 @@ pub enum DeviceError {
 }
 
 impl DeviceError {
-    /// What a device does wrong is a failure, that there is none the user's to mend.
+    /// The exit code of the process: 1 for failures of a device, 2 for user errors (no usable device).
     pub fn exit_code(&self) -> i32 {
         if matches!(self, Self::Driver { .. }) { 1 } else { 2 }
     }
 }
 
-/// Where ranks compute.
+/// The kind of device that ranks use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum DeviceChoice {
     /// One GPU a rank where there are GPUs, else the CPU
@@ -68,7 +68,7 @@ pub enum DeviceChoice {
     Cpu,
     /// One GPU a rank, over NCCL
     Cuda,
-    /// As on GPUs, but with tensors in host memory: for the tests, whose library stands in for CUDA's driver and NCCL.
+    /// As on GPUs, but with tensors in host memory, for tests: a library of theirs replaces CUDA's driver and NCCL
     #[value(hide = true)]
     StandIn,
 }
@@ -86,7 +86,10 @@ impl RankDevice {
         Self { tensors: Device::Cpu, runtime: None }
     }
 
-    /// Device `index` of those that this process sees.
+    /// Opens device `index` of the [`visible`] ones.
+    ///
+    /// # Errors
+    /// The driver fails.
     pub fn open(choice: DeviceChoice, index: usize) -> Result<Self, DeviceError> {
         STANDS_IN.store(choice == DeviceChoice::StandIn, Ordering::Relaxed);
         let tensors = if choice == DeviceChoice::StandIn { Device::Cpu } else { Device::Cuda(index) };
@@ -96,29 +99,32 @@ impl RankDevice {
         Ok(Self { tensors, runtime: Some(driver) })
     }
 
-    /// Where tensors are.
+    /// Device of the tensors.
     pub fn tensors(&self) -> Device {
         self.tensors
     }
 
-    /// Its driver; `None` for the CPU.
+    /// Driver of the device; `None` for the CPU.
     pub fn runtime(&self) -> Option<&Arc<dyn DeviceRuntime>> {
         self.runtime.as_ref()
     }
 
-    /// Its memory; `None` for the CPU.
+    /// Memory of the device; `None` for the CPU.
     pub fn memory(&self) -> Result<Option<Memory>, DeviceError> {
         self.runtime.as_ref().map(|runtime| runtime.memory()).transpose()
     }
 }
 
-/// Whether `library` has all `symbols`; cudarc panics at the first call of one that it has not.
+/// Checks that `library` has all `symbols`: cudarc panics at the call of a missing one.
+///
+/// # Errors
+/// One is missing.
 pub(crate) fn has_symbols(
     what: &'static str,
     library: &Library,
     symbols: &[&str],
 ) -> Result<(), DeviceError> {
-    // SAFETY: what is found is not called.
+    // SAFETY: the symbol is only looked up. It is not called, so its type does not matter.
     let has = |symbol: &&&str| unsafe { library.get::<unsafe extern "C" fn()>(symbol.as_bytes()) }.is_ok();
     match symbols.iter().find(|symbol| !has(symbol)) {
         Some(symbol) => Err(DeviceError::Missing { what, why: format!("it is too old, it has no {symbol}") }),
@@ -126,41 +132,41 @@ pub(crate) fn has_symbols(
     }
 }
 
-/// Whether a tensor of another device is in host memory: see [`DeviceChoice::StandIn`].
+/// Device tensors are in host memory: see [`DeviceChoice::StandIn`].
 static STANDS_IN: AtomicBool = AtomicBool::new(false);
 
-/// See [`current`].
+/// The device that [`current`] returns.
 static CURRENT: OnceLock<Arc<driver::Driver>> = OnceLock::new();
 
-/// This rank's device, where it has one.
+/// This rank's device; `None` for the CPU.
 pub fn current() -> Option<&'static Arc<driver::Driver>> {
     CURRENT.get()
 }
 
-/// Whether this rank's device has FlashAttention in libtorch: from Ampere on.
+/// Returns true if libtorch has FlashAttention for this rank's device (Ampere and later).
 pub fn has_flash() -> bool {
     current().is_some_and(|driver| driver.generation >= 80)
 }
 
-/// Whether this rank's device has grouped GEMMs in libtorch: Hopper and Blackwell. Elsewhere libtorch waits for the host to
-/// learn the groups, and computes one after the other.
+/// Returns true if libtorch has grouped GEMMs for this rank's device (Hopper and Blackwell). On others libtorch
+/// copies the group sizes to the host and computes one group after the other.
 pub fn has_grouped_gemm() -> bool {
     current().is_some_and(|driver| matches!(driver.generation / 10, 9 | 10))
 }
 
-/// Whether `tensor` is where kernels of ours compute. Elsewhere libtorch's operations do.
+/// Returns true if our CPU kernels compute on `tensor`; libtorch's operations do otherwise.
 pub fn has_kernels(tensor: &Tensor) -> bool {
     tensor.device() == Device::Cpu && !STANDS_IN.load(Ordering::Relaxed)
 }
 
-/// The devices that this process may use as `choice` says; none: it computes on the CPU.
+/// Ids of the devices that this process may use under `choice`; none: it computes on the CPU.
 ///
 /// # Errors
-/// GPUs are asked for or found, and cannot be used.
+/// GPUs are required or found, and cannot be used.
 pub fn visible(choice: DeviceChoice) -> Result<Vec<[u8; 16]>, DeviceError> {
     let devices = match choice {
         DeviceChoice::Cpu => Vec::new(),
-        // Without a driver, or with one that finds nothing, nobody expects GPUs.
+        // Without a driver, or with one that finds no device, the CPU is the choice.
         DeviceChoice::Auto => driver::visible().unwrap_or_default(),
         DeviceChoice::Cuda | DeviceChoice::StandIn => {
             Some(driver::visible()?).filter(|devices| !devices.is_empty()).ok_or(DeviceError::None)?

@@ -1,5 +1,5 @@
-//! The calls of a device's driver that training needs beside libtorch: streams, events and memory. One trait, so that
-//! what orders them ([`CommStream`](super::CommStream)) can be tested by what it calls.
+//! The driver calls that training needs beside libtorch: streams, events and memory. They are a trait, so that a test
+//! can record the calls that order them ([`CommStream`](super::CommStream)).
 
 use super::DeviceError;
 use std::{
@@ -11,19 +11,19 @@ use std::{
     },
 };
 
-/// A stream, as the driver knows it.
+/// The driver's handle of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawStream(pub usize);
 
-/// libtorch's stream of every device: the legacy default stream. What is done there is ordered with nothing else but by
-/// events, since streams of ours are non-blocking.
+/// libtorch's stream of every device: the legacy default stream. Our streams are non-blocking, so only events order
+/// work between it and them.
 pub const COMPUTE: RawStream = RawStream(0);
 
-/// An event, as the driver knows it.
+/// The driver's handle of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawEvent(pub usize);
 
-/// Memory of a device (bytes), of all processes that use it.
+/// Memory of a device (bytes), for all processes together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
     pub free: usize,
@@ -31,6 +31,7 @@ pub struct Memory {
 }
 
 impl Memory {
+    /// Bytes in use.
     pub const fn used(self) -> usize {
         self.total - self.free
     }
@@ -39,81 +40,88 @@ impl Memory {
 /// One device's streams, events and memory. Any thread may call it.
 ///
 /// # Safety
-/// Of what is `unsafe`: the handles come from this runtime and were not given back.
+/// Callers of unsafe functions pass handles that come from this runtime and are not destroyed.
 pub trait DeviceRuntime: Debug + Send + Sync {
-    /// A new stream that does not wait for the legacy default stream by itself.
+    /// Creates a non-blocking stream: it does not wait for the legacy default stream.
     fn create_stream(&self) -> Result<RawStream, DeviceError>;
 
-    #[expect(clippy::missing_safety_doc, reason = "said of the trait")]
+    /// Destroys a stream. The driver finishes its work first.
+    #[expect(clippy::missing_safety_doc, reason = "stated for the trait")]
     unsafe fn destroy_stream(&self, stream: RawStream);
 
-    /// A new event; it counts as done until it is recorded.
+    /// Creates an event. It counts as done until it is recorded.
     fn create_event(&self) -> Result<RawEvent, DeviceError>;
 
-    #[expect(clippy::missing_safety_doc, reason = "said of the trait")]
+    /// Destroys an event.
+    #[expect(clippy::missing_safety_doc, reason = "stated for the trait")]
     unsafe fn destroy_event(&self, event: RawEvent);
 
-    /// The event is done when all is done that `stream` was given so far.
-    #[expect(clippy::missing_safety_doc, reason = "said of the trait")]
+    /// Records `event` on `stream`: it is done when all work enqueued so far is.
+    #[expect(clippy::missing_safety_doc, reason = "stated for the trait")]
     unsafe fn record(&self, event: RawEvent, stream: RawStream) -> Result<(), DeviceError>;
 
-    /// What `stream` is given from now on waits for the event.
-    #[expect(clippy::missing_safety_doc, reason = "said of the trait")]
+    /// Makes later work on `stream` wait for `event`.
+    #[expect(clippy::missing_safety_doc, reason = "stated for the trait")]
     unsafe fn wait(&self, stream: RawStream, event: RawEvent) -> Result<(), DeviceError>;
 
-    /// Whether the event is done; what went wrong on the device meanwhile is an error here.
-    #[expect(clippy::missing_safety_doc, reason = "said of the trait")]
+    /// Returns true if the event is done. Earlier errors of the device are returned here.
+    #[expect(clippy::missing_safety_doc, reason = "stated for the trait")]
     unsafe fn is_done(&self, event: RawEvent) -> Result<bool, DeviceError>;
 
+    /// Free and total memory of the device.
     fn memory(&self) -> Result<Memory, DeviceError>;
 
-    /// Makes the device the calling thread's, which libraries beside the driver go by.
+    /// Makes this device current on the calling thread. NCCL and libtorch use the current device.
     fn attach(&self) -> Result<(), DeviceError>;
 
-    /// Host memory that stays in place, so that the device can read and write it by itself.
+    /// Allocates `bytes` of page-locked host memory, which the device reads and writes directly.
     fn lock_memory(&self, bytes: usize) -> Result<NonNull<u8>, DeviceError>;
 
-    #[expect(clippy::missing_safety_doc, reason = "said of the trait")]
+    /// Frees memory of [`lock_memory`](Self::lock_memory).
+    #[expect(clippy::missing_safety_doc, reason = "stated for the trait")]
     unsafe fn unlock_memory(&self, start: NonNull<u8>);
 }
 
-/// An event that is given back when nobody needs it.
+/// An event that is destroyed when it is dropped.
 #[derive(Debug)]
 pub struct Event {
     raw: RawEvent,
     runtime: Arc<dyn DeviceRuntime>,
-    /// Whether it was seen done: the driver is not asked again.
+    /// The event was done at an earlier query: the driver is not queried again.
     done: AtomicBool,
 }
 
 impl Event {
-    /// An event that is done when all is done that `stream` was given so far.
+    /// Creates an event and records it on `stream`.
     ///
     /// # Safety
-    /// `stream` comes from `runtime` and was not given back.
+    /// `stream` comes from `runtime` and is not destroyed.
     pub(super) unsafe fn of(
         runtime: &Arc<dyn DeviceRuntime>,
         stream: RawStream,
     ) -> Result<Self, DeviceError> {
         let raw = runtime.create_event()?;
         let event = Self { raw, runtime: runtime.clone(), done: AtomicBool::new(false) };
-        // SAFETY: the event was made here, the stream is the caller's word.
+        // SAFETY: the event was created by this runtime above. The caller promises the same of the stream.
         unsafe { runtime.record(raw, stream)? };
         Ok(event)
     }
 
-    /// What `stream` is given from now on waits for it.
+    /// Makes later work on `stream` wait for this event.
     ///
     /// # Safety
-    /// `stream` comes from the runtime of this event and was not given back.
+    /// `stream` comes from the runtime of this event and is not destroyed.
     pub(super) unsafe fn before(&self, stream: RawStream) -> Result<(), DeviceError> {
-        // SAFETY: the event lives as long as self, the stream is the caller's word.
+        // SAFETY: the event is destroyed only when self is dropped. The caller promises that the stream is valid.
         unsafe { self.runtime.wait(stream, self.raw) }
     }
 
-    /// Whether it is done.
+    /// Returns true if the event is done.
+    ///
+    /// # Errors
+    /// The device has failed.
     pub fn is_done(&self) -> Result<bool, DeviceError> {
-        // SAFETY: the event lives as long as self.
+        // SAFETY: the event was created by this runtime, and is destroyed only when self is dropped.
         let done = self.done.load(Ordering::Acquire) || unsafe { self.runtime.is_done(self.raw)? };
         self.done.store(done, Ordering::Release);
         Ok(done)
@@ -122,7 +130,7 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
-        // SAFETY: it was made by this runtime and is given back once.
+        // SAFETY: the event was created by this runtime, and is destroyed here only.
         unsafe { self.runtime.destroy_event(self.raw) }
     }
 }

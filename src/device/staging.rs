@@ -1,13 +1,13 @@
-//! Host memory through which bytes go to a device and come from it.
+//! Staging: host memory through which bytes move to and from a device.
 //!
-//! Page-locked where there is a device: it reads and writes such memory by itself, at the speed of its bus; anything else
-//! the driver copies once more.
+//! It is page-locked where there is a device, which reads and writes such memory directly, at the speed of its bus. The
+//! driver copies other memory once more.
 
 use super::{DeviceError, RankDevice, runtime::DeviceRuntime};
 use std::{ptr::NonNull, sync::Arc};
 use tch::{Device, Kind, Tensor};
 
-/// Bytes that are under way at a time.
+/// Size of the block (bytes): larger tensors move in parts.
 const BYTES: usize = 4 << 20;
 
 /// A block of host memory.
@@ -16,14 +16,17 @@ pub struct Staging {
     owner: Owner,
 }
 
-/// Whose the block is.
+/// The owner of the block.
 enum Owner {
     Own(#[expect(dead_code, reason = "keeps the memory")] Vec<u8>),
     Locked(Arc<dyn DeviceRuntime>),
 }
 
 impl Staging {
-    /// A block for the tensors of `device`.
+    /// Allocates a block for the tensors of `device`.
+    ///
+    /// # Errors
+    /// Page-locked memory cannot be allocated.
     pub fn new(device: &RankDevice) -> Result<Self, DeviceError> {
         if let Some(runtime) = device.runtime() {
             return Ok(Self { start: runtime.lock_memory(BYTES)?, owner: Owner::Locked(runtime.clone()) });
@@ -32,7 +35,10 @@ impl Staging {
         Ok(Self { start: NonNull::from(own.as_mut_slice()).cast(), owner: Owner::Own(own) })
     }
 
-    /// Fills `target`, contiguous, part after part: `fill(first byte, bytes)` writes each.
+    /// Fills the contiguous tensor `target` part by part. `fill(offset, bytes)` writes the bytes from `offset` on.
+    ///
+    /// # Errors
+    /// `fill` or libtorch fails.
     pub fn send<E: From<tch::TchError>>(
         &mut self,
         target: &Tensor,
@@ -40,21 +46,26 @@ impl Staging {
     ) -> Result<(), E> {
         let target = bytes(target)?;
         for (first, n) in parts(target.numel()) {
-            // SAFETY: the block has `BYTES` bytes, and nothing else refers to it while it is borrowed.
+            // SAFETY: `n` is at most `BYTES`, the length of the block. `self` is borrowed mutably, and the view of
+            // the last part is gone, so nothing else refers to the block.
             fill(first, unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), n) })?;
             target.narrow(0, first as i64, n as i64).f_copy_(&self.view(n)?)?;
         }
         Ok(())
     }
 
-    /// The elements of `source`, contiguous, of the kind that `T` is.
+    /// The elements of the contiguous tensor `source`, whose dtype has the size of `T`.
+    ///
+    /// # Errors
+    /// libtorch fails.
     pub fn fetch<T: bytemuck::Pod>(&mut self, source: &Tensor) -> Result<Vec<T>, tch::TchError> {
         let source = bytes(source)?;
         let mut all = vec![T::zeroed(); source.numel() / size_of::<T>()];
         let out: &mut [u8] = bytemuck::cast_slice_mut(&mut all);
         for (first, n) in parts(out.len()) {
             self.view(n)?.f_copy_(&source.narrow(0, first as i64, n as i64))?;
-            // SAFETY: the block has `BYTES` bytes, and the copy into it is complete: libtorch waits for it.
+            // SAFETY: `n` is at most `BYTES`, the length of the block. The copy into it is complete: libtorch waits
+            // for a copy to the host.
             out[first..first + n]
                 .copy_from_slice(unsafe { std::slice::from_raw_parts(self.start.as_ptr(), n) });
         }
@@ -63,7 +74,7 @@ impl Staging {
 
     /// The first `n` bytes as a host tensor.
     fn view(&self, n: usize) -> Result<Tensor, tch::TchError> {
-        // SAFETY: the block has `BYTES` bytes and outlives the view, which no method lets out.
+        // SAFETY: `n` is at most `BYTES`, the length of the block. The view does not outlive it: no method returns one.
         unsafe { Tensor::f_from_blob(self.start.as_ptr(), &[n as i64], &[1], Kind::Uint8, Device::Cpu) }
     }
 }
@@ -71,18 +82,18 @@ impl Staging {
 impl Drop for Staging {
     fn drop(&mut self) {
         if let Owner::Locked(runtime) = &self.owner {
-            // SAFETY: it was locked by this runtime and is given back once.
+            // SAFETY: the memory comes from `lock_memory` of this runtime, and is freed here only.
             unsafe { runtime.unlock_memory(self.start) }
         }
     }
 }
 
-/// A contiguous tensor as its bytes.
+/// The bytes of a contiguous tensor: `[bytes]` u8.
 fn bytes(tensor: &Tensor) -> Result<Tensor, tch::TchError> {
     tensor.f_view([-1])?.f_view_dtype(Kind::Uint8)
 }
 
-/// (first, length) of the parts of `all` bytes that fit into a block.
+/// (offset, length) of the parts of `all` bytes, each at most a block.
 fn parts(all: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..all).step_by(BYTES).map(move |first| (first, BYTES.min(all - first)))
 }
@@ -92,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_sent_is_fetched() {
+    fn sent_bytes_are_fetched() {
         let mut staging = Staging::new(&RankDevice::host()).unwrap();
         for n in [0, 1, BYTES / 4, BYTES / 2 + 3] {
             let target = Tensor::zeros([n as i64], (Kind::Float, Device::Cpu));

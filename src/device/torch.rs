@@ -1,4 +1,4 @@
-//! libtorch's CUDA half. tch links libtorch without it, so that CUDA looks absent until it is loaded.
+//! libtorch's CUDA library. tch does not link it, so CUDA looks absent until it is loaded.
 
 use super::DeviceError;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW, Symbol};
@@ -8,10 +8,10 @@ use std::{
     sync::OnceLock,
 };
 
-/// Its file, beside the libtorch that this program is linked to.
+/// File name of the library, in the directory of the linked libtorch.
 pub const CUDA_HALF: &str = "libtorch_cuda.so";
 
-/// The directory of the loaded libtorch: from the process's memory map, else where it was at build time.
+/// Directory of the loaded libtorch: from the process's memory map, else from build time.
 pub fn directory() -> Option<PathBuf> {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let mapped = maps.lines().filter_map(|line| line.find('/').map(|start| Path::new(&line[start..])));
@@ -23,18 +23,19 @@ pub fn directory() -> Option<PathBuf> {
     loaded.or_else(|| option_env!("XORL_LIBTORCH_LIB").map(PathBuf::from))
 }
 
-/// Has libtorch take the algorithm that gives the same bits each time, and warn where it has none. tch has no name for it, so
-/// the functions of the libtorch that it is made for are found by theirs.
+/// Makes libtorch choose deterministic algorithms, and warn where it has none. tch has no binding for it, so the C++
+/// functions are looked up by their mangled names.
 ///
 /// # Errors
-/// This libtorch has them not.
+/// This libtorch has no such functions.
 pub fn prefer_deterministic() -> Result<(), DeviceError> {
     let missing = |error: libloading::Error| DeviceError::Missing {
         what: "libtorch's deterministic mode",
         why: error.to_string(),
     };
-    // SAFETY: at::globalContext() returns a reference to what lives as long as the process, and
-    // at::Context::setDeterministicAlgorithms(bool, bool) is a method of it; both as C++'s ABI passes them.
+    // SAFETY: the types are those of at::globalContext() and at::Context::setDeterministicAlgorithms(bool, bool) in
+    // the C++ ABI: a reference is a pointer, and a method takes its object first. The context lives as long as the
+    // process.
     unsafe {
         let this = Library::this();
         let context: Symbol<unsafe extern "C" fn() -> *mut c_void> =
@@ -47,20 +48,24 @@ pub fn prefer_deterministic() -> Result<(), DeviceError> {
     Ok(())
 }
 
-/// Loads it, before the first call of libtorch: costs 270 MB of RSS and up to a second, so only where it is wanted.
+/// Loads the library. Called before the first call of libtorch, and only where a GPU is used: it takes 270 MB of RSS
+/// and up to a second.
 ///
 /// # Errors
-/// This libtorch has none, or what it needs is missing.
+/// This libtorch has no such library, or its dependencies are missing.
 pub fn load_cuda() -> Result<(), DeviceError> {
     static LOADED: OnceLock<Result<(), String>> = OnceLock::new();
     let load = || {
         let path = directory().map(|directory| directory.join(CUDA_HALF));
-        let path = path.ok_or_else(|| "where libtorch lies is not known".to_owned())?;
-        // SAFETY: its initialisers register operations and start nothing; it is never unloaded.
+        let path = path.ok_or_else(|| "the directory of libtorch is not known".to_owned())?;
+        // SAFETY: the library's initialisers only register operations. It is never unloaded.
         let loaded = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) };
         loaded.map(std::mem::forget).map_err(|error| error.to_string())
     };
-    LOADED.get_or_init(load).clone().map_err(|why| DeviceError::Missing { what: "libtorch's CUDA half", why })
+    LOADED
+        .get_or_init(load)
+        .clone()
+        .map_err(|why| DeviceError::Missing { what: "libtorch's CUDA library", why })
 }
 
 #[cfg(test)]
@@ -68,8 +73,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn libtorch_is_told_to_be_deterministic() {
-        // SAFETY: as above; at::Context::deterministicAlgorithms() const.
+    fn libtorch_becomes_deterministic() {
+        // SAFETY: the types are those of at::globalContext() and at::Context::deterministicAlgorithms() const in the
+        // C++ ABI.
         let is = || unsafe {
             let this = Library::this();
             let context: Symbol<unsafe extern "C" fn() -> *mut c_void> =

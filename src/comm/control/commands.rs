@@ -167,7 +167,7 @@ impl CommandReceiver {
     /// The channel is closed: rank 0 has ended in good order, or this rank is about to.
     pub fn recv(&self) -> Result<Command, CommandError> {
         let command = self.commands.recv().map_err(|_| CommandError::Closed)?;
-        // After the end of the control thread nobody waits for acknowledgements.
+        // The control thread may have ended, and acknowledgements with it.
         if self.acknowledged.send(command.sequence).is_ok() {
             self.wakeup.wake();
         }
@@ -236,7 +236,7 @@ impl Progress {
         self.changed.notify_all();
     }
 
-    /// Closes the channel: nobody waits any longer.
+    /// Closes the channel: senders stop waiting.
     pub(super) fn close(&self) {
         self.lock().closed = true;
         self.changed.notify_all();

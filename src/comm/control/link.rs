@@ -106,7 +106,7 @@ impl Link {
         Ok(Self { stream, decoder: Decoder::default(), outbox: Outbox::default(), ended: None })
     }
 
-    /// What poll(2) looks at: nothing once the connection has ended.
+    /// Descriptor and events for poll(2): none once the connection has ended.
     fn polled(&self, events: PollFlags) -> Option<PollFd<'_>> {
         self.ended.is_none().then(|| PollFd::from_borrowed_fd(self.stream.as_fd(), events))
     }
@@ -176,7 +176,7 @@ impl Link {
         self.outbox.commands.push_back((command, 0));
     }
 
-    /// Whether anything waits to be written.
+    /// Returns true if anything waits to be written.
     pub(super) fn has_output(&self) -> bool {
         !self.outbox.is_empty()
     }

@@ -323,7 +323,7 @@ impl Follower {
             match frame {
                 Frame::Part(part) => {
                     if let Some(command) = assembler.add(&part)? {
-                        // The receiver may be gone: nobody is served any more.
+                        // Without a receiver the command is dropped.
                         let _ = commands.send(command);
                     }
                 }
