@@ -2,13 +2,18 @@
 
 use std::path::Path;
 use std::process::{Command as Process, Output};
-use xorl_dist::cli::{self, CheckArgs, Command, GenerateArgs, RunArgs};
+use xorl_dist::cli::{
+    self, Command, Common, Invocation,
+    check::Check,
+    generate::{DtypeChoice, Generate, Prompt},
+    train::Train,
+};
 use xorl_dist::config::Override;
 use xorl_dist::device::DeviceChoice;
 use xorl_dist::dtype::DType;
 use xorl_dist::infer::{Prompts, Request};
 
-fn parse(line: &str) -> Result<Command, String> {
+fn parse(line: &str) -> Result<Invocation, String> {
     cli::parse(line.split_whitespace()).map_err(|error| error.to_string())
 }
 
@@ -16,19 +21,24 @@ fn given(field: &str, values: &[&str]) -> Override {
     Override { field: field.into(), values: values.iter().map(|value| value.to_string()).collect() }
 }
 
-fn run_args(overrides: Vec<Override>, device: DeviceChoice) -> RunArgs {
-    RunArgs { config_path: "run.yaml".into(), overrides, device, debug: false }
+fn train(overrides: Vec<Override>, device: DeviceChoice) -> Invocation {
+    let common = Common { overrides, device, debug: false };
+    Invocation::Command(Command::Train(Train { config: "run.yaml".into() }), common)
+}
+
+fn check(ranks: Option<usize>, overrides: Vec<Override>, device: DeviceChoice) -> Invocation {
+    let common = Common { overrides, device, debug: false };
+    Invocation::Command(Command::Check(Check { config: "run.yaml".into(), ranks }), common)
 }
 
 #[test]
 fn train_is_the_default_command() {
-    let expected = Command::Train(run_args(vec![], DeviceChoice::Auto));
+    let expected = train(vec![], DeviceChoice::Auto);
     for line in ["--config run.yaml", "train --config run.yaml", "--config=run.yaml"] {
         assert_eq!(parse(line).as_ref(), Ok(&expected), "{line}");
     }
     for line in ["--device cpu check --config run.yaml", "check --config run.yaml --device cpu"] {
-        let run = run_args(vec![], DeviceChoice::Cpu);
-        assert_eq!(parse(line), Ok(Command::Check(CheckArgs { run, ranks: None })), "{line}");
+        assert_eq!(parse(line), Ok(check(None, vec![], DeviceChoice::Cpu)), "{line}");
     }
 }
 
@@ -43,17 +53,35 @@ fn overrides_are_taken_wherever_they_stand() {
     ];
     let line = "--train.lr 1e-4 --lora.lora_target_modules q_proj o_proj --config run.yaml --train.overwrite \
                 --device cuda --train.data_parallel_shard_size -1 --train.run_id=a=b";
-    assert_eq!(parse(line), Ok(Command::Train(run_args(overrides.clone(), DeviceChoice::Cuda))));
-    let check = CheckArgs { run: run_args(overrides, DeviceChoice::Cuda), ranks: Some(8) };
-    assert_eq!(parse(&format!("check --ranks 8 {line}")), Ok(Command::Check(check)));
+    assert_eq!(parse(line), Ok(train(overrides.clone(), DeviceChoice::Cuda)));
+    assert_eq!(parse(&format!("check --ranks 8 {line}")), Ok(check(Some(8), overrides, DeviceChoice::Cuda)));
     let empty = cli::parse(["--config", "run.yaml", "--train.max_steps", ""]).unwrap();
-    assert_eq!(empty, Command::Train(run_args(vec![given("train.max_steps", &[""])], DeviceChoice::Auto)));
+    assert_eq!(empty, train(vec![given("train.max_steps", &[""])], DeviceChoice::Auto));
     let equals = parse("--config run.yaml --train.max_steps=").unwrap();
     assert_eq!(equals, empty);
+    // The name of a command that takes no fields, as a value.
+    let named = train(vec![given("train.run_id", &["generate"])], DeviceChoice::Auto);
+    assert_eq!(parse("--train.run_id generate --config run.yaml"), Ok(named));
 }
 
 #[test]
 fn generate_takes_a_chat_or_a_prompt() {
+    let plain = Generate {
+        model: "m".into(),
+        adapter: None,
+        prompt: Prompt { prompt: Some("hi".into()), ..Prompt::default() },
+        out: None,
+        max_new_tokens: 128,
+        dtype: DtypeChoice::Auto,
+    };
+    let parsed = |words: &[&str]| match cli::parse(words).unwrap() {
+        Invocation::Command(Command::Generate(generate), common) if common.overrides.is_empty() => {
+            (generate, common.device)
+        }
+        other => panic!("{other:?}"),
+    };
+    let words = |line: &'static str| line.split_whitespace().collect::<Vec<_>>();
+    assert_eq!(parsed(&words("generate --model m --prompt hi")), (plain.clone(), DeviceChoice::Auto));
     let request = Request {
         model_dir: "m".into(),
         adapter_dir: None,
@@ -61,13 +89,11 @@ fn generate_takes_a_chat_or_a_prompt() {
         max_new_tokens: 128,
         compute: None,
     };
-    let args =
-        |request: &Request, device| Command::Generate(GenerateArgs { request: request.clone(), device });
-    assert_eq!(parse("generate --model m --prompt hi"), Ok(args(&request, DeviceChoice::Auto)));
+    assert_eq!(plain.request(), request);
     let line =
         ["generate", "--model", "m", "--adapter", "a", "--chat", "--train.lr is what?", "--device", "cpu"];
     let more = ["--max-new-tokens", "5", "--dtype", "bfloat16"];
-    let parsed = cli::parse(line.into_iter().chain(more)).unwrap();
+    let (generate, device) = parsed(&[&line[..], &more].concat());
     let expected = Request {
         adapter_dir: Some("a".into()),
         prompts: Prompts::Chat("--train.lr is what?".into()),
@@ -75,11 +101,12 @@ fn generate_takes_a_chat_or_a_prompt() {
         compute: Some(DType::Bf16),
         ..request.clone()
     };
-    assert_eq!(parsed, args(&expected, DeviceChoice::Cpu));
-    for (line, out) in [("", None), (" --out o.jsonl", Some("o.jsonl".into()))] {
+    assert_eq!((generate.request(), device), (expected, DeviceChoice::Cpu));
+    let chats = words("generate --model m --chat-file c.jsonl");
+    for (more, out) in [("", None), ("--out o.jsonl", Some("o.jsonl".into()))] {
         let expected = Request { prompts: Prompts::File { chats: "c.jsonl".into(), out }, ..request.clone() };
-        let parsed = parse(&format!("generate --model m --chat-file c.jsonl{line}"));
-        assert_eq!(parsed, Ok(args(&expected, DeviceChoice::Auto)));
+        let (generate, device) = parsed(&[&chats[..], &words(more)].concat());
+        assert_eq!((generate.request(), device), (expected, DeviceChoice::Auto));
     }
 }
 
@@ -100,6 +127,7 @@ fn what_is_no_command_is_refused_in_one_line() {
         ("generate --chat a", "--model"),
         ("generate --model m --chat a --chat-file f", "cannot be used with"),
         ("generate --model m --chat a --out o", "--chat-file"),
+        ("--train.lr=1 generate --model m --chat a", "--train.lr: generate reads no configuration"),
         ("generate --model m --chat a --max-new-tokens 0", "at least 1"),
     ] {
         let error = parse(line).expect_err(line);
@@ -111,23 +139,23 @@ fn what_is_no_command_is_refused_in_one_line() {
 
 #[test]
 fn help_shows_every_field() {
-    let Ok(Command::Help(help)) = parse("--help") else { panic!("no help") };
+    let Ok(Invocation::Help(help)) = parse("--help") else { panic!("no help") };
     for (section, field) in xorl_dist::config::schema() {
         assert!(help.contains(&format!("--{section}.{} <{}>", field.key, field.type_name)), "{}", field.key);
     }
     for line in ["check --help", "train --help"] {
-        let Ok(Command::Help(text)) = parse(line) else { panic!("{line}") };
+        let Ok(Invocation::Help(text)) = parse(line) else { panic!("{line}") };
         assert!(text.contains("--train.lr"), "{line}");
     }
-    let Ok(Command::Help(short)) = parse("-h") else { panic!("-h") };
+    let Ok(Invocation::Help(short)) = parse("-h") else { panic!("-h") };
     assert!(!short.contains("--train.lr"));
-    assert_eq!(parse("--version"), Ok(Command::Version));
+    assert_eq!(parse("--version"), Ok(Invocation::Version));
 }
 
 /// `XORL_UPDATE_SNAPSHOTS=1` writes the snapshot anew.
 #[test]
 fn help_is_as_the_snapshot_says() {
-    let Ok(Command::Help(help)) = parse("--help") else { panic!("no help") };
+    let Ok(Invocation::Help(help)) = parse("--help") else { panic!("no help") };
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/snapshots/help.txt");
     if std::env::var_os("XORL_UPDATE_SNAPSHOTS").is_some() {
         std::fs::write(&path, &help).unwrap();

@@ -1,5 +1,5 @@
-//! `model/` of a step: the base in HF layout, for `save_lora_only: false`. Files that exist are hard-linked, which
-//! takes no time and no space, or copied where that is not possible; random weights are written out.
+//! `model/` of a step: the base in HF layout, for `save_lora_only: false`. Existing files are hard-linked, which takes
+//! no time and no space, or copied where links are not possible. Random weights are written out.
 
 use super::{CheckpointError, io};
 use crate::{
@@ -21,10 +21,10 @@ const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 /// Small files that belong to an HF model: configs, tokenizer, chat template.
 const SIDE_FILES: &[&str] = &["json", "txt", "model", "jinja"];
-/// Elements that are read at a time.
+/// Elements read at a time.
 const CHUNK: usize = 1 << 20;
 
-/// Where the files of the base come from.
+/// Sources of the base's files.
 #[derive(Clone, Debug)]
 pub struct BaseFiles {
     /// HF directory of the weights; `None`: they are random and have no file.
@@ -36,11 +36,11 @@ pub struct BaseFiles {
 }
 
 impl BaseFiles {
-    /// Name in `model/` and present place of every file that there is.
+    /// Name in `model/` and present path of every file that exists.
     fn list(&self) -> Result<BTreeMap<String, PathBuf>, CheckpointError> {
         let config = if self.config.is_dir() { self.config.join(CONFIG) } else { self.config.clone() };
         let mut files = BTreeMap::new();
-        // A config that is named as a file may lie among others that are not of this model.
+        // A config that is named as a file may lie beside files of other models.
         let folders = [Some(&self.config), self.weights.as_ref(), Some(&self.tokenizer)];
         for folder in folders.into_iter().flatten() {
             for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
@@ -67,8 +67,8 @@ impl BaseFiles {
         Ok(files)
     }
 
-    /// Puts the base into the step directory `step`. `earlier` is the `model/` of an earlier step of this base, which
-    /// is linked where it is still there.
+    /// Puts the base into the step directory `step`. Links the files of `earlier`, the `model/` of an earlier step of
+    /// this base, where they still exist.
     pub fn write(
         &self,
         step: &Path,
@@ -94,13 +94,13 @@ impl BaseFiles {
     }
 }
 
-/// Files that lie about in model directories and describe other weights than these.
+/// Names of files in model directories that describe other weights than these.
 fn is_of_others(name: &str) -> bool {
     name.ends_with(".index.json") || name.starts_with("adapter_") || name == super::publish::MANIFEST
 }
 
 fn link_or_copy(from: &Path, to: &Path) -> Result<(), CheckpointError> {
-    // What a link in HF's cache points at, not the link: it is relative.
+    // The target of a link in HF's cache, as the link is relative.
     let real = from.canonicalize().map_err(io(from))?;
     if fs::hard_link(&real, to).is_ok() {
         return Ok(());
@@ -108,7 +108,7 @@ fn link_or_copy(from: &Path, to: &Path) -> Result<(), CheckpointError> {
     fs::copy(&real, to).map(|_| ()).map_err(io(to))
 }
 
-/// Writes all tensors of `source`, in the type that they have, a chunk at a time.
+/// Writes all tensors of `source` in their own dtype, a chunk at a time.
 fn write_weights(path: &Path, source: &dyn WeightSource) -> Result<(), CheckpointError> {
     let tensors: Vec<_> =
         source.names().into_iter().filter_map(|name| Some((source.meta(&name)?, name))).collect();
@@ -127,7 +127,7 @@ fn write_weights(path: &Path, source: &dyn WeightSource) -> Result<(), Checkpoin
         header.insert(name.clone(), entry);
     }
     let mut header = Value::Object(header).to_string();
-    // The data are aligned: spaces may follow the header.
+    // Spaces behind the header align the data.
     header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
 
     let mut file = BufWriter::new(File::create(path).map_err(io(path))?);

@@ -1,6 +1,7 @@
-//! Adapters of routed experts as PEFT's `target_parameters` hold them: transformers has a layer's experts in two fused
-//! parameters, `gate_up_proj` `[experts, 2 · width, hidden]` and `down_proj` `[experts, hidden, width]`, and PEFT adapts each
-//! as a whole. For `n` ranks an expert (seen in PEFT 0.21.2):
+//! Adapters of routed experts as PEFT's `target_parameters` hold them.
+//!
+//! transformers has a layer's experts in two fused parameters, `gate_up_proj` `[experts, 2 · width, hidden]` and
+//! `down_proj` `[experts, hidden, width]`. PEFT adapts each as a whole. For `n` ranks an expert (seen in PEFT 0.21.2):
 //!
 //! - lora_A `[experts · n, in]`: expert by expert
 //! - lora_B `[out, n · experts]`: the experts of a rank side by side
@@ -17,15 +18,15 @@ use std::{
 /// The adapters on one fused parameter of a layer.
 #[derive(Debug, PartialEq)]
 pub(super) struct Group {
-    /// Of its layer's experts: `layers.3.mlp.experts`.
+    /// Path of the layer's experts: `layers.3.mlp.experts`.
     pub parent: String,
     /// `gate_up_proj` or `down_proj`
     pub parameter: &'static str,
-    /// Of lora_A and lora_B.
+    /// Keys of lora_A and lora_B.
     pub keys: [String; 2],
     members: Vec<Member>,
     experts: usize,
-    /// Of each adapter.
+    /// Rank of each adapter.
     rank: usize,
     input: usize,
     output: usize,
@@ -34,9 +35,9 @@ pub(super) struct Group {
 /// One adapter of a group.
 #[derive(Debug, PartialEq)]
 struct Member {
-    /// Its place in the list of all adapters.
+    /// Place in the list of all adapters.
     index: usize,
-    /// The rows of the parameter that it adds to.
+    /// Rows of the parameter that the adapter adds to.
     rows: Range<usize>,
 }
 
@@ -82,8 +83,8 @@ pub(super) fn groups(adapters: &[LogicalAdapter]) -> Vec<Group> {
     groups
 }
 
-/// What `target_parameters` has to list for `groups`. A name without the layer is meant in every layer, and a wrapper too
-/// many changes the keys of the others: so where layers differ, each is named.
+/// The names in `target_parameters` for `groups`. A name without a layer means every layer, and a wrapper too many
+/// changes the keys of the others. So each layer is named where layers differ.
 pub(super) fn parameters(groups: &[Group]) -> BTreeSet<String> {
     let of_layer = |parent: &str| -> BTreeSet<&str> {
         groups.iter().filter(|group| group.parent == parent).map(|group| group.parameter).collect()
@@ -93,8 +94,8 @@ pub(super) fn parameters(groups: &[Group]) -> BTreeSet<String> {
     groups.iter().map(name).collect()
 }
 
-/// The patterns of the `groups` in which several adapters are one to PEFT: their ranks, and alphas, are as many times as
-/// large.
+/// The patterns of the `groups` in which PEFT sees several adapters as one, with the factor of its rank and alpha: the
+/// count of these adapters.
 pub(super) fn patterns(groups: &[Group]) -> BTreeMap<String, usize> {
     let gate_up = || groups.iter().filter(|group| group.parameter == GATE_UP);
     let several = gate_up().filter(|group| group.members.len() > 1);
@@ -107,12 +108,12 @@ pub(super) fn patterns(groups: &[Group]) -> BTreeMap<String, usize> {
 /// The pattern of the fused gate and up of all layers' experts.
 const EVERY_GATE_UP: &str = r".*experts\.gate_up_proj";
 
-/// Whether `pattern` is one of [`patterns`].
+/// True for a pattern that [`patterns`] writes.
 pub(super) fn is_pattern(pattern: &str) -> bool {
     pattern.ends_with(r"experts\.gate_up_proj")
 }
 
-/// Whether `pattern` matches the fused gate and up of the experts `parent`, a dotted path.
+/// True if `pattern` matches the fused gate and up of the experts `parent`, a dotted path.
 pub(super) fn matches(pattern: &str, parent: &str) -> bool {
     let path = format!("{parent}.{GATE_UP}").replace('.', r"\.");
     pattern == EVERY_GATE_UP || path.ends_with(&format!(r"\.{pattern}"))
@@ -124,18 +125,18 @@ impl Group {
         format!("{}.{}", self.parent, self.parameter)
     }
 
-    /// Ranks of an expert, of all adapters.
+    /// Ranks of an expert, summed over its adapters.
     pub fn ranks(&self) -> usize {
         self.members.len() * self.rank
     }
 
-    /// Of lora_A and lora_B.
+    /// Shapes of lora_A and lora_B.
     pub fn shapes(&self) -> [[usize; 2]; 2] {
         let all = self.experts * self.ranks();
         [[all, self.input], [self.output, all]]
     }
 
-    /// lora_A and lora_B.
+    /// Values of lora_A and lora_B.
     pub fn fuse(&self, adapters: &[LogicalAdapter]) -> [Vec<f32>; 2] {
         let a_size = self.rank * self.input;
         let mut a = Vec::with_capacity(self.experts * self.members.len() * a_size);
@@ -149,7 +150,8 @@ impl Group {
         [a, b]
     }
 
-    /// Fills the adapters from lora_A and lora_B of the right shapes; the value that fits none of them, if there is one.
+    /// Fills the adapters from lora_A and lora_B of the right shapes. Returns a value that belongs to none of them, if
+    /// there is one.
     pub fn split(&self, a: &[f32], b: &[f32], adapters: &mut [LogicalAdapter]) -> Option<f32> {
         let a_size = self.rank * self.input;
         for (place, part) in a.chunks_exact(a_size).enumerate() {

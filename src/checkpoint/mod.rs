@@ -1,7 +1,10 @@
-//! What a run leaves behind that another program reads: adapter files ([`peft`], their tensors in `stored`, of PEFT's experts in `experts`), the training state ([`state`])
-//! and how another world takes it over ([`reshard`]), the base in HF layout ([`base`]); steps that are published whole
-//! or not at all ([`publish`]), which of them there are ([`steps`]), and the lock on the place ([`output`]). Plain
-//! slices and paths: no ranks, no tensors.
+//! Checkpoints: files of a run that another program or a resume reads. Plain slices and paths: no ranks, no tensors.
+//!
+//! - [`peft`]: adapter files; `stored` and `experts` lay out their tensors
+//! - [`state`]: training state by name; [`reshard`]: its pieces for another world
+//! - [`base`]: the base in HF layout
+//! - [`publish`]: a step becomes visible whole or not at all; [`steps`]: the steps of a run
+//! - [`output`]: the lock on the output directory
 
 pub mod base;
 mod experts;
@@ -19,7 +22,7 @@ pub use peft::{AdapterConfig, LogicalAdapter};
 pub use publish::StepWriter;
 pub use state::TrainerState;
 
-/// Why a checkpoint cannot be written or read.
+/// The reason why a checkpoint cannot be written or read.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
     #[error("{path}: {error}")]
@@ -32,7 +35,7 @@ pub enum CheckpointError {
     Mismatch { path: PathBuf, reason: String },
     #[error("{path} is published already; a published step is never replaced")]
     Published { path: PathBuf },
-    /// A step that does not exist as far as anybody may rely on it.
+    /// A step directory that is not a whole step. Nobody may rely on it.
     #[error("{path} is not a whole step: {reason}")]
     Damaged { path: PathBuf, reason: String },
     /// A whole step that belongs to another run.
@@ -60,13 +63,13 @@ pub enum CheckpointError {
 }
 
 impl CheckpointError {
-    /// A disk that fails is a failure; anything else is the user's to mend.
+    /// The exit code: 1 for a disk that fails, 2 (a user error) for all else.
     pub fn exit_code(&self) -> i32 {
         if matches!(self, Self::Io { .. }) { 1 } else { 2 }
     }
 }
 
-/// Turns an I/O error at `path` into ours.
+/// Makes an I/O error at `path` a [`CheckpointError::Io`].
 fn io(path: &Path) -> impl FnOnce(std::io::Error) -> CheckpointError {
     move |error| CheckpointError::Io { path: path.to_owned(), error }
 }

@@ -1,4 +1,4 @@
-//! The output directory as a place that one run at a time writes and all its ranks see.
+//! The output directory: one run at a time writes it, and all ranks of the run see it.
 
 use super::{CheckpointError, io};
 use std::{
@@ -10,17 +10,20 @@ use std::{
 
 const LOCK_FILE: &str = ".lock";
 const TOKEN: &str = ".shared-";
-/// A network file system may show a new file late.
+/// Time in which a network file system shows a new file.
 const SEEN_WITHIN: Duration = Duration::from_secs(10);
 
-/// The lock on an output directory, held until dropped or until the process ends, however it ends.
+/// The lock on an output directory, held until dropped or until the process ends in any way.
 #[derive(Debug)]
 pub struct OutputLock {
     _file: File,
 }
 
 impl OutputLock {
-    /// Locks `output`, which must exist, or says who holds it.
+    /// Locks `output`, which must exist.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Locked`] names the holder.
     pub fn take(output: &Path) -> Result<Self, CheckpointError> {
         let path = output.join(LOCK_FILE);
         let mut file = OpenOptions::new()
@@ -38,14 +41,14 @@ impl OutputLock {
                 let holder = holder.lines().next().filter(|line| !line.is_empty()).unwrap_or("another run");
                 return Err(CheckpointError::Locked { path: output.to_owned(), holder: holder.to_owned() });
             }
-            // Some network file systems have no locks: better to train than to refuse.
+            // Some network file systems have no locks. A run there trains without one.
             Err(TryLockError::Error(error)) => {
                 tracing::warn!("{}: cannot be locked ({error}); run nothing else in it", path.display());
             }
         }
         let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let holder = format!("process {} on {}\n", std::process::id(), host.trim());
-        // Only for the message above: whoever cannot read it is refused all the same.
+        // The text serves the message above only. The lock holds without it.
         let _ = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| file.write_all(holder.as_bytes()));
         Ok(Self { _file: file })
     }
@@ -59,7 +62,7 @@ pub struct SharedToken {
 }
 
 impl SharedToken {
-    /// Puts a token into `output`, which the caller has locked; one that a killed run has left goes.
+    /// Puts a token into `output`, which the caller has locked. Removes one that a killed run has left.
     pub fn put(output: &Path) -> Result<Self, CheckpointError> {
         for entry in fs::read_dir(output).map_err(io(output))?.flatten() {
             if entry.file_name().to_string_lossy().starts_with(TOKEN) {
@@ -77,7 +80,7 @@ impl SharedToken {
         &self.name
     }
 
-    /// Whether `output`, as this process sees it, has the token `name`.
+    /// Checks that `output`, as this process sees it, has the token `name`.
     pub fn is_seen(output: &Path, name: &str) -> Result<(), CheckpointError> {
         let (path, begin) = (output.join(name), Instant::now());
         while begin.elapsed() < SEEN_WITHIN {

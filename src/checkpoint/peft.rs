@@ -1,6 +1,6 @@
-//! Adapters in the form that HF PEFT loads: `adapter_config.json` and `adapter_model.safetensors`, fp32, with HF's
-//! split names also for fused targets. Those of routed experts are in that of `target_parameters` (see `experts`), or as
-//! serving stacks want them (see `stored`).
+//! Adapters as HF PEFT loads them: `adapter_config.json` and `adapter_model.safetensors`, fp32, with HF's split names
+//! also for fused targets. Adapters of routed experts are stored as `target_parameters` (see `experts`), or in a form
+//! of serving stacks (see `stored`).
 
 use super::{CheckpointError, experts, io, stored::Layout};
 use crate::{
@@ -19,17 +19,17 @@ use std::{
 pub const CONFIG_FILE: &str = "adapter_config.json";
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
-/// The part of PEFT's adapter_config.json that we compute.
+/// The fields of PEFT's adapter_config.json that this program computes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AdapterConfig {
     pub r: usize,
     pub lora_alpha: f64,
     #[serde(default)]
     pub target_modules: Vec<String>,
-    /// Parameters that are adapted as a whole, as fused experts are.
+    /// Parameters that are adapted as a whole: those of fused experts.
     #[serde(default, deserialize_with = "null_is_empty")]
     pub target_parameters: Vec<String>,
-    /// r of what the patterns match.
+    /// r of the modules that a pattern matches.
     #[serde(default)]
     pub rank_pattern: BTreeMap<String, usize>,
     #[serde(default)]
@@ -50,9 +50,9 @@ pub struct LogicalAdapter {
     pub leaves: Vec<(String, usize)>,
     pub rank: usize,
     pub input: usize,
-    /// How many experts have such an adapter each: a leading dimension of A and B.
+    /// Count of experts with such an adapter each: the leading dimension of A and B.
     pub experts: Option<usize>,
-    /// What the model's files call those.
+    /// Names of the experts in the model's files.
     pub names: MoeNames,
     /// The factor that is the same for all experts.
     pub shared: Option<Factor>,
@@ -80,7 +80,7 @@ impl LogicalAdapter {
 }
 
 impl AdapterConfig {
-    /// With what `adapters` need of targets and patterns in `format`.
+    /// The configuration of `adapters` in `format`, with their targets and patterns.
     pub fn new(
         r: usize,
         lora_alpha: f64,
@@ -95,8 +95,8 @@ impl AdapterConfig {
         for adapter in adapters.iter().filter(as_modules) {
             for (leaf, _) in &adapter.leaves {
                 match adapter.parent.split_once(".mlp") {
-                    // Beside fused experts, whose parameters have the same leaf names, PEFT drops MLPs that are targeted
-                    // as modules.
+                    // PEFT drops MLPs that are targeted as modules beside fused experts: parameters of the experts
+                    // have the same leaf names.
                     Some((_, rest)) if !groups.is_empty() => {
                         parameters.insert(format!("mlp{rest}.{leaf}.weight"))
                     }
@@ -119,12 +119,12 @@ impl AdapterConfig {
     }
 }
 
-/// The adapters of experts that PEFT's `target_parameters` hold, if `format` is that.
+/// The groups of expert adapters that PEFT's `target_parameters` hold; none in another `format`.
 fn groups_of(adapters: &[LogicalAdapter], format: ExportFormat) -> Vec<experts::Group> {
     if format == ExportFormat::Peft { experts::groups(adapters) } else { Vec::new() }
 }
 
-/// Writes both files into `directory`, and looks whether all of the adapter is there.
+/// Writes both files into `directory`, and checks that the whole adapter is in them.
 pub fn write(
     directory: &Path,
     config: &AdapterConfig,
@@ -166,8 +166,8 @@ pub fn write(
     check_written(&path, adapters, format)
 }
 
-/// Whether the file at `path` has the tensors of `adapters` and no others, and every parameter as often as they need it:
-/// an adapter of which a part was lost loads, and does nothing there.
+/// Checks that the file at `path` has the tensors of `adapters` and no others, each parameter as often as they need it.
+/// An adapter with a part missing would load, and do nothing there.
 fn check_written(
     path: &Path,
     adapters: &[LogicalAdapter],
@@ -175,14 +175,16 @@ fn check_written(
 ) -> Result<(), CheckpointError> {
     let mismatch = |reason: String| CheckpointError::Mismatch { path: path.to_owned(), reason };
     let file = std::fs::File::open(path).map_err(io(path))?;
-    // SAFETY: this process has just written it, and nobody else writes in its hidden directory. Only its header is read.
+    // SAFETY: this process has just written the file, and no other writes in the hidden directory. Only the header is
+    // read.
     let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io(path))?;
     let file = SafeTensors::deserialize(&map).map_err(|error| mismatch(error.to_string()))?;
     let mut expected: BTreeSet<String> = BTreeSet::new();
     let mut count = 0;
     for adapter in adapters {
         let (parts, experts) = (adapter.leaves.len(), adapter.experts.unwrap_or(1));
-        // Of each leaf its own A and its rows of B; of what experts share one copy where the format has room for that.
+        // Each leaf needs an A and its rows of B. A factor that experts share is there once if the format has room for
+        // it.
         let copies = |factor| match format {
             ExportFormat::SglangSharedOuter if adapter.shared == Some(factor) => 1,
             _ => experts,
@@ -212,7 +214,7 @@ fn check_written(
     Ok(())
 }
 
-/// What the file holds: key, shape, values. An A or B that is too short is found out by its shape.
+/// The tensors of the file: key, shape, values. The shape reveals an A or B that is too short.
 fn tensors(adapters: &[LogicalAdapter], format: ExportFormat) -> Vec<(String, Vec<usize>, Cow<'_, [f32]>)> {
     let mut tensors = Vec::new();
     for adapter in adapters {
@@ -230,7 +232,10 @@ fn tensors(adapters: &[LogicalAdapter], format: ExportFormat) -> Vec<(String, Ve
     tensors
 }
 
-/// Reads adapter_config.json, refusing what changes the maths and is not built.
+/// Reads adapter_config.json.
+///
+/// # Errors
+/// A setting that changes the maths and is not built.
 pub fn read_config(directory: &Path) -> Result<AdapterConfig, CheckpointError> {
     let path = directory.join(CONFIG_FILE);
     let text = std::fs::read_to_string(&path).map_err(io(&path))?;
@@ -248,7 +253,7 @@ pub fn read_config(directory: &Path) -> Result<AdapterConfig, CheckpointError> {
     for field in ["use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"] {
         neutral(field, "false", &[false.into()])?;
     }
-    // Of independent adapters on the gate and up of experts: twice the rank, and the same scale.
+    // Independent adapters on gate and up of experts are stored as one of twice the rank and the same scale.
     for (field, of) in [("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")] {
         let twice = json[of].as_f64().map(|value| 2.0 * value);
         let ours =
@@ -263,8 +268,8 @@ pub fn read_config(directory: &Path) -> Result<AdapterConfig, CheckpointError> {
     serde_json::from_value(json).map_err(|error| format(error.to_string()))
 }
 
-/// Fills A and B of `adapters` from the adapter in `directory`, in whichever format it is. Every key must be there, in
-/// shape, and no other; leaves of a fused target need the same A, bit for bit.
+/// Fills A and B of `adapters` from the adapter in `directory`, in any format. Every key must be there, in shape, and
+/// no other. Leaves of a fused target need the same A, bit for bit.
 pub fn read(directory: &Path, adapters: &mut [LogicalAdapter]) -> Result<(), CheckpointError> {
     let path = directory.join(WEIGHTS_FILE);
     let bytes = std::fs::read(&path).map_err(io(&path))?;
@@ -325,9 +330,9 @@ pub fn read(directory: &Path, adapters: &mut [LogicalAdapter]) -> Result<(), Che
     }
 }
 
-/// The adapters on `sites` with the values that `value` has of each logical parameter (`….q_proj.lora_A`, of experts
-/// `….experts.3.up_proj.lora_A`); empty where it has none. A factor that experts share is written for each of them, which
-/// is exact.
+/// The adapters on `sites`, with the values that `value` returns for each logical parameter (`….q_proj.lora_A`, or
+/// `….experts.3.up_proj.lora_A` for an expert); empty where it returns none. A factor that experts share is repeated
+/// for each of them, which is exact.
 pub fn adapters(
     sites: &[Site],
     rank: usize,
@@ -346,7 +351,7 @@ pub fn adapters(
     sites.iter().map(with_values).collect()
 }
 
-/// What the copies of a site's factor are called.
+/// Names of the copies of a site's factor.
 fn parameters(site: &Site, factor: Factor) -> Vec<String> {
     let suffix = match factor {
         Factor::A => "lora_A",
@@ -355,8 +360,8 @@ fn parameters(site: &Site, factor: Factor) -> Vec<String> {
     (0..site.copies(factor)).map(|copy| format!("{}.{suffix}", site.path_of(factor, copy))).collect()
 }
 
-/// A and B of the adapter in `directory` by logical parameter name, for the adapters on `sites`. See [`adapters`] for the
-/// names, and [`read`]. A factor that experts share has to be the same for all of them, bit for bit.
+/// Reads A and B of the adapter in `directory` by logical parameter name, for the adapters on `sites`; see [`adapters`]
+/// for the names, and [`read`]. A factor that experts share has to be the same for all of them, bit for bit.
 pub fn read_values(
     directory: &Path,
     sites: &[Site],
@@ -381,9 +386,9 @@ pub fn read_values(
     Ok(named)
 }
 
-/// The sites on `projections` that the adapter in `directory` adapts. The keys of its file tell: what PEFT's
-/// `target_modules` mean depends on patterns, the keys do not. Of experts in PEFT's format it is `target_parameters`, whose
-/// keys do not name them; gate and up of one rank are one adapter on both.
+/// The sites on `projections` that the adapter in `directory` adapts, by the keys of its file: the meaning of PEFT's
+/// `target_modules` depends on patterns. Keys of experts in PEFT's format name no targets, so `target_parameters` does.
+/// Gate and up of one rank are one adapter on both.
 pub fn adapted_sites(
     directory: &Path,
     config: &AdapterConfig,
@@ -399,7 +404,7 @@ pub fn adapted_sites(
         if site.experts.is_none() || layout.format != ExportFormat::Peft {
             let tensors = layout.tensors(&LogicalAdapter::of(&site, 0));
             let mut found = tensors.iter().filter_map(|stored| file.tensor(&stored.key).ok()).peekable();
-            // What all experts share is stacked with a leading dimension of 1.
+            // A factor that all experts share is stacked with a leading dimension of 1.
             let one = |view: TensorView| view.shape().len() == 3 && view.shape()[0] == 1;
             let shares = site.experts.is_some() && (layout.shared_once || found.clone().any(one));
             let adapted = leaf && found.peek().is_some();

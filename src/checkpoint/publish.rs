@@ -1,6 +1,6 @@
-//! Publishing a step: files are written into a hidden directory, fsynced, listed with size and SHA-256 in
-//! `manifest.json`, which is written last; then the directory is renamed into place and `latest` follows. A step
-//! without a valid manifest does not exist, so a kill at any instant leaves the steps before it untouched.
+//! Publishing of a step. Files are written into a hidden directory, fsynced, and listed with size and SHA-256 in
+//! `manifest.json`, which is written last. Then the directory is renamed into place and `latest` follows. A step
+//! without a valid manifest does not exist: a kill at any instant leaves earlier steps untouched.
 
 use super::{CheckpointError, io, steps};
 use serde::{Deserialize, Serialize};
@@ -16,7 +16,7 @@ use std::{
 /// The file whose presence is the commit of a step.
 pub const MANIFEST: &str = "manifest.json";
 
-/// What `manifest.json` says of one file.
+/// A file's entry in `manifest.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Listed {
     size: u64,
@@ -29,7 +29,7 @@ struct Listed {
 pub struct Manifest(BTreeMap<String, Listed>);
 
 impl Manifest {
-    /// The manifest of `step`; whether the files are as it says is [`verify`]'s to find out.
+    /// Reads the manifest of `step`. [`verify`] compares the files with it.
     pub fn read(step: &Path) -> Result<Self, CheckpointError> {
         let damaged = |reason: String| CheckpointError::Damaged { path: step.to_owned(), reason };
         let text = fs::read_to_string(step.join(MANIFEST)).map_err(|error| {
@@ -41,13 +41,13 @@ impl Manifest {
         serde_json::from_str(&text).map_err(|error| damaged(format!("{MANIFEST}: {error}")))
     }
 
-    /// Whether the step has `file`.
+    /// True if the step has `file`.
     pub fn lists(&self, file: &str) -> bool {
         self.0.contains_key(file)
     }
 }
 
-/// Hashes of files that later steps hold too (a base that is linked into each): read once a run.
+/// Hashes of files that several steps hold (a base that is linked into each), computed once a run.
 #[derive(Debug, Default)]
 pub struct KnownHashes(HashMap<FileIdentity, String>);
 
@@ -59,7 +59,7 @@ fn identity(data: &Metadata) -> FileIdentity {
 }
 
 impl KnownHashes {
-    /// What a manifest says of `path`. Only files with several links are worth remembering.
+    /// The manifest entry of `path`. Remembers the hashes of files with several links.
     fn listed(&mut self, path: &Path) -> Result<Listed, CheckpointError> {
         let data = fs::metadata(path).map_err(io(path))?;
         let size = data.size();
@@ -85,17 +85,17 @@ pub struct StepWriter {
 }
 
 impl StepWriter {
-    /// Opens `{run}/.tmp-step_{step}-{pid}`; what an earlier process abandoned there is removed. The caller is the
-    /// only writer of `run`.
+    /// Opens `{run}/.tmp-step_{step}-{pid}`, and removes hidden directories that earlier processes have abandoned. The
+    /// caller is the only writer of `run`.
     pub fn begin(run: &Path, step: usize) -> Result<Self, CheckpointError> {
         let published = steps::directory(run, step);
-        // Something that is there and not whole does not exist; it goes when this step is published.
+        // A damaged step counts as absent. It goes when this one is published.
         if published.exists() && verify(&published).is_ok() {
             return Err(CheckpointError::Published { path: published });
         }
         if !run.is_dir() {
             fs::create_dir_all(run).map_err(io(run))?;
-            // `{output_dir}/weights/{run_id}`: each may be new.
+            // Each folder of `{output_dir}/weights/{run_id}` may be new.
             let above = run.ancestors().skip(1).take(2).filter(|folder| folder.is_dir());
             above.into_iter().try_for_each(sync)?;
         }
@@ -105,17 +105,17 @@ impl StepWriter {
         Ok(Self { run: run.to_owned(), step, hidden, expected: Vec::new() })
     }
 
-    /// Where the step's files go until it is published.
+    /// The hidden directory with the step's files.
     pub fn directory(&self) -> &Path {
         &self.hidden
     }
 
-    /// Publishing will fail unless `file` is there: another rank writes it.
+    /// Makes publishing fail unless `file` is there: another rank writes it.
     pub fn expect(&mut self, file: String) {
         self.expected.push(file);
     }
 
-    /// Makes the step visible, whole, and returns its directory.
+    /// Makes the whole step visible and returns its directory.
     pub fn publish(self, known: &mut KnownHashes) -> Result<PathBuf, CheckpointError> {
         let mut manifest = Manifest::default();
         list(&self.hidden, &self.hidden, &mut manifest, known)?;
@@ -188,7 +188,7 @@ pub fn verify(step: &Path) -> Result<(), CheckpointError> {
         }
         let path = step.join(name);
         let data = fs::metadata(&path).map_err(|error| damaged(format!("{name}: {error}")))?;
-        // The size first: it is cheap, and a device has no end.
+        // The size comes first: it is cheap to compare, and a device file has no end.
         if !data.is_file() || data.size() != expected.size {
             let (found, size) = (data.size(), expected.size);
             return Err(damaged(format!("{name} has {found} bytes, {size} were published")));

@@ -202,7 +202,7 @@ mod tests {
         Cut { regions, shards }
     }
 
-    /// What shard `shard` of `own` has after making its moves out of `stored`.
+    /// The pieces of shard `shard` of `own` after its moves out of `stored`.
     fn moved(stored: Cut, own: Cut, shard: usize) -> Vec<Vec<f64>> {
         let files: Vec<_> = (0..stored.shards).map(|shard| pieces(stored, shard)).collect();
         let mut mine: Vec<_> = own.regions.iter().map(|region| vec![0.0; region.piece]).collect();

@@ -1,6 +1,6 @@
-//! `training_state/` of a step: what a resume needs besides the adapter. `trainer_state.json` says where the run stands.
-//! `optimizer-{rank}-of-{world}.safetensors` holds one rank's pieces: the fp32 master of each region and the optimizer's
-//! state tensors, under `{region}.{tensor}`.
+//! `training_state/` of a step: what a resume needs besides the adapter. `trainer_state.json` says where the run
+//! stands. `optimizer-{rank}-of-{world}.safetensors` holds one rank's pieces: the fp32 master of each region and the
+//! optimizer's state tensors, under `{region}.{tensor}`.
 //!
 //! With replicas only the ranks of the first copy write. They own all pieces between them: as many files as shards.
 

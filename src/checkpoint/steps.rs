@@ -1,5 +1,5 @@
-//! The steps of a run directory (`{output_dir}/weights/{run_id}`): which there are, which is the newest whole one,
-//! which may go. The caller is the only writer of the directory.
+//! Steps of a run directory (`{output_dir}/weights/{run_id}`): lists them, finds the newest whole one, removes old
+//! ones. The caller is the only writer of the directory.
 
 use super::{
     CheckpointError, io,
@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// What names of directories begin with that are no steps, or no longer.
+/// Prefix of directories that are not steps yet, or no longer.
 pub(super) const HIDDEN: &str = ".tmp-";
 const LATEST: &str = "latest";
 
@@ -23,11 +23,11 @@ pub fn directory(run: &Path, step: usize) -> PathBuf {
 pub fn number(directory: &Path) -> Option<usize> {
     let name = directory.file_name()?.to_str()?;
     let number = name.strip_prefix("step_")?.parse().ok()?;
-    // `step_007` and `step_+7` are not ours.
+    // `step_007` and `step_+7` parse, but no step has such a name.
     (name == format!("step_{number}")).then_some(number)
 }
 
-/// The numbers of the steps in `run`, ascending; whether they are whole is [`verify`]'s to say.
+/// The numbers of the steps in `run`, ascending. They may be damaged: see [`verify`].
 pub fn published(run: &Path) -> Vec<usize> {
     let entries = fs::read_dir(run).into_iter().flatten().flatten();
     let mut steps: Vec<usize> = entries.filter_map(|entry| number(&entry.path())).collect();
@@ -48,9 +48,9 @@ pub fn newest_whole(run: &Path) -> (Option<PathBuf>, Vec<CheckpointError>) {
     (None, skipped)
 }
 
-/// Which of `steps` go so that the `limit` newest up to `newest`, which has just been published, stay: never `newest`
-/// itself, never `resumed`, the step that the run resumed from. What is numbered beyond `newest` is left over from
-/// before a resume, not whole, and neither counts nor goes: its own turn replaces it.
+/// The steps to remove so that the `limit` newest up to `newest` stay. `newest` has just been published, and stays; so
+/// does `resumed`, the step that the run resumed from. Steps beyond `newest` are damaged ones from before a resume:
+/// they neither count nor go, and are replaced when the run reaches them.
 pub fn surplus(steps: &[usize], limit: usize, newest: usize, resumed: Option<usize>) -> Vec<usize> {
     let mut own: Vec<usize> = steps.iter().copied().filter(|&step| step <= newest).collect();
     own.sort_unstable_by(|a, b| b.cmp(a));
@@ -58,7 +58,7 @@ pub fn surplus(steps: &[usize], limit: usize, newest: usize, resumed: Option<usi
     rest.filter(|&step| step != newest && Some(step) != resumed).collect()
 }
 
-/// Takes a step away. It disappears whole: a kill leaves at most a hidden directory.
+/// Removes a step. It disappears at once: a kill leaves at most a hidden directory.
 pub fn withdraw(run: &Path, step: usize) -> Result<(), CheckpointError> {
     let (path, hidden) = (directory(run, step), run.join(format!("{HIDDEN}withdrawn-step_{step}")));
     if hidden.exists() {
@@ -69,14 +69,14 @@ pub fn withdraw(run: &Path, step: usize) -> Result<(), CheckpointError> {
     fs::remove_dir_all(&hidden).map_err(io(&hidden))
 }
 
-/// Takes all steps away that are later than `after`; all of them when that is `None`.
+/// Removes all steps later than `after`, or all steps if that is `None`.
 pub fn withdraw_later(run: &Path, after: Option<usize>) -> Result<(), CheckpointError> {
     let later: Vec<usize> =
         published(run).into_iter().filter(|&step| after.is_none_or(|after| step > after)).collect();
     if later.is_empty() {
         return Ok(());
     }
-    // Before the steps: it never names one that is gone.
+    // `latest` changes before the steps go, so it never names a removed one.
     match after.filter(|&step| directory(run, step).is_dir()) {
         Some(step) => set_latest(run, step)?,
         None => {
@@ -98,7 +98,8 @@ pub(super) fn set_latest(run: &Path, step: usize) -> Result<(), CheckpointError>
     sync(run)
 }
 
-/// Removes what a killed process left half done. What cannot be removed is in nobody's way: a warning names it.
+/// Removes directories that a killed process has left unfinished. One that cannot be removed does no harm: a warning
+/// names it.
 pub fn sweep(run: &Path) {
     for entry in fs::read_dir(run).into_iter().flatten().flatten() {
         let path = entry.path();

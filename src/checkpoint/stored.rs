@@ -1,14 +1,15 @@
-//! The tensors of an adapter file that hold one factor of one leaf: of linear layers in every format, of routed experts in
-//! those that keep them apart or stack them. Pure: keys, shapes, and where the values are.
+//! Tensors of an adapter file that hold one factor of one leaf: linear layers in every format, routed experts in the
+//! formats that keep them apart or stack them. Pure: keys, shapes and places of values.
 //!
 //! - linear layers: `….{leaf}.lora_A.weight` `[rank, in]`, `….lora_B.weight` `[out, rank]`
 //! - `per_expert`: the same below `experts.{e}`, a shared factor for every expert
-//! - `sglang_shared_outer`: `experts.w1|w3|w2` (gate, up, down), with a leading dimension of the experts, 1 where shared
+//! - `sglang_shared_outer`: `experts.w1|w3|w2` (gate, up, down), with a leading dimension of the experts, 1 where
+//!   shared
 //!
-//! Experts are called what the model's own files call them, as those who serve the model do: of Mixtral
-//! `block_sparse_moe.experts.{e}.w1`. Names as transformers 5 has its modules (`mlp.experts.{e}.gate_proj`) are read too.
+//! Experts are named as in the model's own files, as serving stacks name them (Mixtral:
+//! `block_sparse_moe.experts.{e}.w1`). Names of transformers 5's modules (`mlp.experts.{e}.gate_proj`) are read too.
 //!
-//! A fused target has one A, which is written for each leaf, and a B that is cut.
+//! The A of a fused target is written for each leaf, and its B is cut.
 
 use super::LogicalAdapter;
 use crate::{
@@ -23,20 +24,20 @@ pub(super) struct Stored {
     pub key: String,
     pub shape: Vec<usize>,
     factor: Factor,
-    /// Rows of each expert's factor, or of the only one.
+    /// Rows of each expert's factor, or of the one factor.
     rows: Range<usize>,
-    /// The experts whose rows it has, one's after the other's.
+    /// The experts whose rows it has, one expert after another.
     experts: Range<usize>,
-    /// Whether it repeats what the tensor of another leaf has.
+    /// The tensor repeats that of another leaf.
     pub repeats: bool,
 }
 
-/// How a file keeps routed experts, or those of xorl, which writes what they share once.
+/// The layout of routed experts in a file. xorl's own layout writes shared factors once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Layout {
     pub format: ExportFormat,
     pub shared_once: bool,
-    /// Whether experts have the paths of transformers' modules, not those of the model's files, where the two differ.
+    /// Experts have the paths of transformers' modules instead of those of the model's files.
     pub as_modules: bool,
 }
 
@@ -47,7 +48,7 @@ impl From<ExportFormat> for Layout {
 }
 
 impl Layout {
-    /// That of a file with such keys.
+    /// The layout of a file with these keys.
     pub fn of<'a>(keys: impl IntoIterator<Item = &'a str>) -> Self {
         let mut layout = Self::from(ExportFormat::Peft);
         for key in keys {
@@ -66,7 +67,7 @@ impl Layout {
         layout
     }
 
-    /// The tensors of `adapter`; none of experts in the format of PEFT, which has its own.
+    /// The tensors of `adapter`; none for experts in PEFT's format, which `experts` lays out.
     pub fn tensors(self, adapter: &LogicalAdapter) -> Vec<Stored> {
         let mut tensors = Vec::new();
         let mut first = 0;
@@ -119,7 +120,7 @@ impl Layout {
 }
 
 impl Stored {
-    /// Elements of `expert`'s rows in its factor of `adapter`.
+    /// Elements of `expert`'s rows in the factor of `adapter`.
     fn elements(&self, adapter: &LogicalAdapter, expert: usize) -> Range<usize> {
         let (all, columns) = match self.factor {
             Factor::A => (adapter.rank, adapter.input),
@@ -129,7 +130,7 @@ impl Stored {
         first..first + self.rows.len() * columns
     }
 
-    /// The values out of `adapter`; fewer than the shape says where that has too few.
+    /// The values out of `adapter`; fewer than the shape says if `adapter` has too few.
     pub fn values<'a>(&self, adapter: &'a LogicalAdapter) -> Cow<'a, [f32]> {
         let factor = match self.factor {
             Factor::A => &adapter.a,
@@ -142,9 +143,9 @@ impl Stored {
         }
     }
 
-    /// Puts `values`, as many as the shape says, into `adapter`, which has room for all of its own.
+    /// Puts `values`, as many as the shape says, into `adapter`, whose A and B have their full length.
     pub fn fill(&self, values: &[f32], adapter: &mut LogicalAdapter) {
-        // What all experts share is every expert's.
+        // A factor that all experts share belongs to each.
         let is_shared = adapter.shared == Some(self.factor) && self.experts == (0..1);
         let experts = if is_shared { 0..adapter.experts.unwrap_or(1) } else { self.experts.clone() };
         let each = values.len() / self.experts.len().max(1);

@@ -1,27 +1,41 @@
 //! The command `check`.
 
-use super::{CheckArgs, ranks::on_all_ranks};
+use super::{Common, Runnable, at_least_one, ranks::on_all_ranks};
 use crate::{error::Result, train::Run};
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
-/// Carries the command out: what a run would find wrong before its first step, or what it would cost. Writes nothing
-/// but to stdout.
-pub(super) fn run(args: &CheckArgs) -> Result<ExitCode> {
-    on_all_ranks(
-        args.run.device,
-        false,
-        |world| {
-            let CheckArgs { run, ranks } = args;
-            let ranks = ranks.unwrap_or(world.size());
-            let mut run = Run::prepare(&run.config_path, &run.overrides, ranks)?;
-            run.start_afresh()?;
-            Ok(run)
-        },
-        |run, world| {
-            if world.rank() == 0 {
-                super::print(&run.report(world.device().memory()?)?);
-            }
-            Ok(ExitCode::SUCCESS)
-        },
-    )
+/// Validate config, model and data without training; print the resolved run, mesh, memory and traffic
+#[derive(Clone, Debug, PartialEq, clap::Args)]
+pub struct Check {
+    /// The run: a .yaml, .yml or .json file
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// Ranks of the run to be; those that have been started when absent
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    pub ranks: Option<usize>,
+}
+
+impl Runnable for Check {
+    const USAGE: &'static str = "check --config <FILE> [--ranks <N>]";
+    const TAKES_FIELDS: bool = true;
+
+    /// Finds the faults of a run before its first step, or prints its cost. Writes nothing but to stdout.
+    fn run(&self, common: &Common) -> Result<ExitCode> {
+        on_all_ranks(
+            common.device,
+            false,
+            |world| {
+                let ranks = self.ranks.unwrap_or(world.size());
+                let mut run = Run::prepare(&self.config, &common.overrides, ranks)?;
+                run.start_afresh()?;
+                Ok(run)
+            },
+            |run, world| {
+                if world.rank() == 0 {
+                    super::print(&run.report(world.device().memory()?)?);
+                }
+                Ok(ExitCode::SUCCESS)
+            },
+        )
+    }
 }

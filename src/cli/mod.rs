@@ -1,21 +1,21 @@
 //! The command line: `train` (default), `check`, `generate`, and `--section.field value` overrides.
 //!
-//! [`parse`] is a pure function from arguments to a [`Command`]; [`run`] carries one out.
+//! [`parse`] is a pure function from arguments to an [`Invocation`]; [`run`] carries one out. A command is a file with
+//! one type: clap parses its fields, and its [`Runnable`] runs it. A new one also gets its `mod` line and its line in
+//! `commands!` here.
 
-mod check;
-mod generate;
+pub mod check;
+pub mod generate;
 mod ranks;
-mod train;
+pub mod train;
 mod version;
 
 use crate::buffers;
 use crate::config::{self, Override};
 use crate::device::DeviceChoice;
-use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::infer::{Prompts, Request};
 use clap::error::ErrorKind;
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
@@ -23,71 +23,112 @@ use std::process::ExitCode;
 
 pub use version::version_report;
 
-/// In what `generate` computes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum DtypeChoice {
-    /// As the checkpoint is stored
-    #[default]
-    Auto,
-    Float32,
-    Bfloat16,
+/// A command: its type's doc comment is its line in the help, its fields are its arguments.
+trait Runnable: clap::Args {
+    /// Usage without the program and overrides: `check --config <FILE>`.
+    const USAGE: &'static str;
+    /// The command reads a configuration, so `--section.field` overrides it. Otherwise such words are text.
+    const TAKES_FIELDS: bool;
+
+    /// Checks what clap cannot.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for arguments that do not go together.
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Carries the command out on this rank.
+    ///
+    /// # Errors
+    /// The reason why it was not carried out.
+    fn run(&self, common: &Common) -> Result<ExitCode>;
+}
+
+/// Options of every command.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Common {
+    /// In the order of the command line; of a repeated field the last counts.
+    pub overrides: Vec<Override>,
+    pub device: DeviceChoice,
+    /// See `--debug`.
+    pub debug: bool,
+}
+
+/// A command by name.
+struct Known {
+    name: &'static str,
+    usage: &'static str,
+    takes_fields: bool,
+}
+
+impl Known {
+    const fn new<R: Runnable>(name: &'static str) -> Self {
+        Self { name, usage: R::USAGE, takes_fields: R::TAKES_FIELDS }
+    }
+}
+
+macro_rules! commands {
+    ($($module:ident::$name:ident),+ $(,)?) => {
+        /// A command with its arguments.
+        #[derive(Clone, Debug, PartialEq, Subcommand)]
+        pub enum Command {
+            $($name($module::$name),)+
+        }
+
+        const COMMANDS: &[Known] = &[$(Known::new::<$module::$name>(stringify!($module)),)+];
+
+        impl Command {
+            fn known(&self) -> Known {
+                match self {
+                    $(Self::$name(_) => Known::new::<$module::$name>(stringify!($module)),)+
+                }
+            }
+
+            fn check(&self) -> Result<()> {
+                match self {
+                    $(Self::$name(command) => command.check(),)+
+                }
+            }
+
+            fn run(&self, common: &Common) -> Result<ExitCode> {
+                match self {
+                    $(Self::$name(command) => command.run(common),)+
+                }
+            }
+        }
+    };
+}
+
+commands! {
+    train::Train,
+    check::Check,
+    generate::Generate,
 }
 
 /// A parsed command line.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Command {
-    Train(RunArgs),
-    Check(CheckArgs),
-    Generate(GenerateArgs),
+pub enum Invocation {
+    Command(Command, Common),
     /// The text to print.
     Help(String),
     Version,
 }
 
-/// What `train` is given.
-#[derive(Clone, Debug, PartialEq)]
-pub struct RunArgs {
-    pub config_path: PathBuf,
-    /// In the order of the command line; of a repeated field the last counts.
-    pub overrides: Vec<Override>,
-    pub device: DeviceChoice,
-    /// Looks at everything: see `--debug`.
-    pub debug: bool,
-}
-
-/// What `check` is given.
-#[derive(Clone, Debug, PartialEq)]
-pub struct CheckArgs {
-    pub run: RunArgs,
-    /// Ranks of the run to be; `None` for as many as have been started.
-    pub ranks: Option<usize>,
-}
-
-/// What `generate` is given.
-#[derive(Clone, Debug, PartialEq)]
-pub struct GenerateArgs {
-    pub request: Request,
-    pub device: DeviceChoice,
-}
-
 /// FSDP-style sharded LoRA fine-tuning of language models over MPI and NCCL
 #[derive(Parser)]
 #[command(name = "xorl-dist", disable_version_flag = true, disable_help_subcommand = true)]
-#[command(override_usage = "xorl-dist [train] --config <FILE> [--section.field <VALUE>]...\n       \
-                            xorl-dist check --config <FILE> [--ranks <N>] [--section.field <VALUE>]...\n       \
-                            xorl-dist generate --model <DIR> [--adapter <DIR>] \
-                            <--chat <TEXT>|--prompt <TEXT>|--chat-file <FILE> [--out <FILE>]>")]
 struct Cli {
     #[command(subcommand)]
-    command: Option<Sub>,
+    command: Option<Command>,
     /// The run to train: a .yaml, .yml or .json file
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Where ranks compute
+    /// Device of the ranks
     #[arg(long, global = true, value_enum, default_value_t)]
     device: DeviceChoice,
-    /// Train slowly and look at everything: shapes, sizes and collectives are logged, values of every layer have to be finite,
-    /// and a layer's weights are no numbers when it has computed
+    /// Train slowly and check everything: shapes, sizes and collectives are logged, values of every layer have to be
+    /// finite, and a layer's weights are overwritten with NaN after use
     #[arg(long, global = true)]
     debug: bool,
     /// Print the versions of xorl-dist, tch, libtorch, MPI, CUDA and NCCL as found
@@ -95,67 +136,7 @@ struct Cli {
     version: bool,
 }
 
-#[derive(Args)]
-struct ConfigArg {
-    /// The run: a .yaml, .yml or .json file
-    #[arg(long, value_name = "FILE")]
-    config: PathBuf,
-}
-
-#[derive(Args)]
-struct CheckCli {
-    #[command(flatten)]
-    config: ConfigArg,
-    /// Ranks of the run to be; those that have been started when absent
-    #[arg(long, value_name = "N", value_parser = at_least_one)]
-    ranks: Option<usize>,
-}
-
-#[derive(Subcommand)]
-enum Sub {
-    /// Train an adapter (the default)
-    Train(ConfigArg),
-    /// Validate config, model and data without training; print the resolved run, mesh, memory and traffic
-    Check(CheckCli),
-    /// Continue prompts with a model and an adapter, greedily; also sharded over the ranks of mpirun
-    Generate(GenerateCli),
-}
-
-#[derive(Args)]
-struct GenerateCli {
-    /// HF model directory
-    #[arg(long, value_name = "DIR")]
-    model: PathBuf,
-    /// PEFT adapter directory, such as a published step
-    #[arg(long, value_name = "DIR")]
-    adapter: Option<PathBuf>,
-    #[command(flatten)]
-    prompt: PromptCli,
-    /// Where the answers to --chat-file go, one JSON line each; stdout when absent
-    #[arg(long, value_name = "FILE")]
-    out: Option<PathBuf>,
-    /// Tokens to generate at most
-    #[arg(long, value_name = "N", default_value = "128", value_parser = at_least_one)]
-    max_new_tokens: usize,
-    /// In what to compute
-    #[arg(long, value_enum, default_value_t)]
-    dtype: DtypeChoice,
-}
-
-#[derive(Args)]
-#[group(required = true, multiple = false)]
-struct PromptCli {
-    /// One user message, rendered by the model's chat template
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
-    chat: Option<String>,
-    /// Text to continue as it is
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
-    prompt: Option<String>,
-    /// A jsonl file of chats; one that ends with an answer is continued before it, and the loss of that answer computed
-    #[arg(long, value_name = "FILE")]
-    chat_file: Option<PathBuf>,
-}
-
+/// The parser of a count.
 fn at_least_one(text: &str) -> Result<usize, String> {
     let number = text.parse().ok().filter(|number| *number >= 1);
     number.ok_or_else(|| "expected a whole number of at least 1".to_owned())
@@ -165,72 +146,50 @@ fn at_least_one(text: &str) -> Result<usize, String> {
 ///
 /// # Errors
 /// [`Error::Input`] in one line when they are no command.
-pub fn parse(args: impl IntoIterator<Item = impl Into<OsString>>) -> Result<Command> {
-    let args: Vec<OsString> = args.into_iter().map(Into::into).collect();
-    let (args, overrides) = if is_generate(&args) { (args, Vec::new()) } else { split_overrides(args)? };
+pub fn parse(args: impl IntoIterator<Item = impl Into<OsString>>) -> Result<Invocation> {
+    let mut parser = parser();
+    let (args, overrides) = split_overrides(args.into_iter().map(Into::into), &parser)?;
     let program = OsString::from("xorl-dist");
-    let matches = match command().try_get_matches_from(std::iter::once(program).chain(args)) {
+    let matches = match parser.try_get_matches_from_mut(std::iter::once(program).chain(args)) {
         Ok(matches) => matches,
-        Err(error) if error.kind() == ErrorKind::DisplayHelp => return Ok(Command::Help(error.to_string())),
-        Err(error) => return Err(usage(&error)),
+        Err(error) if error.kind() == ErrorKind::DisplayHelp => {
+            return Ok(Invocation::Help(error.to_string()));
+        }
+        Err(error) => return Err(usage_error(&error)),
     };
     let Cli { command, config, device, debug, version } =
-        Cli::from_arg_matches(&matches).map_err(|e| usage(&e))?;
-    let run_args = |config_path| RunArgs { config_path, overrides, device, debug };
-    match (command, config) {
-        _ if version => Ok(Command::Version),
+        Cli::from_arg_matches(&matches).map_err(|error| usage_error(&error))?;
+    let command = match (command, config) {
+        _ if version => return Ok(Invocation::Version),
         (None, None) => {
-            Err(Error::Input("no run was named: xorl-dist --config run.yaml (see --help)".into()))
+            return Err(Error::Input("no run was named: xorl-dist --config run.yaml (see --help)".into()));
         }
-        (Some(_), Some(_)) => Err(Error::Input("--config belongs after the command (see --help)".into())),
-        (None, Some(path)) => Ok(Command::Train(run_args(path))),
-        (Some(Sub::Train(arg)), None) => Ok(Command::Train(run_args(arg.config))),
-        (Some(Sub::Check(arg)), None) => {
-            Ok(Command::Check(CheckArgs { run: run_args(arg.config.config), ranks: arg.ranks }))
+        (Some(_), Some(_)) => {
+            return Err(Error::Input("--config belongs after the command (see --help)".into()));
         }
-        (Some(Sub::Generate(arg)), None) if arg.out.is_some() && arg.prompt.chat_file.is_none() => {
-            Err(Error::Input("--out goes with --chat-file".into()))
+        (None, Some(config)) => Command::Train(train::Train { config }),
+        (Some(command), None) => command,
+    };
+    command.check()?;
+    let Known { name, takes_fields, .. } = command.known();
+    match overrides.first() {
+        Some(Override { field, .. }) if !takes_fields => {
+            Err(Error::Input(format!("--{field}: {name} reads no configuration (see {name} --help)")))
         }
-        (Some(Sub::Generate(arg)), None) => {
-            Ok(Command::Generate(GenerateArgs { request: arg.request(), device }))
-        }
+        _ => Ok(Invocation::Command(command, Common { overrides, device, debug })),
     }
 }
 
-impl GenerateCli {
-    fn request(self) -> Request {
-        // clap's group has made sure that exactly one is there.
-        let prompts = match self.prompt {
-            PromptCli { chat: Some(text), .. } => Prompts::Chat(text),
-            PromptCli { chat_file: Some(chats), .. } => Prompts::File { chats, out: self.out },
-            PromptCli { prompt, .. } => Prompts::Text(prompt.unwrap_or_default()),
-        };
-        Request {
-            model_dir: self.model,
-            adapter_dir: self.adapter,
-            prompts,
-            max_new_tokens: self.max_new_tokens,
-            compute: match self.dtype {
-                DtypeChoice::Auto => None,
-                DtypeChoice::Float32 => Some(DType::F32),
-                DtypeChoice::Bfloat16 => Some(DType::Bf16),
-            },
-        }
-    }
-}
-
-/// Carries out a command.
+/// Carries out a command line.
 ///
 /// # Errors
-/// Whatever stopped it; [`Error::exit_code`] is the exit code of the rank.
-pub fn run(command: Command) -> Result<ExitCode> {
+/// The reason why it was not carried out; [`Error::exit_code`] is the exit code of the rank.
+pub fn run(invocation: Invocation) -> Result<ExitCode> {
     buffers::return_large_blocks();
-    match command {
-        Command::Train(args) => train::run(&args),
-        Command::Check(args) => check::run(&args),
-        Command::Generate(args) => generate::run(&args),
-        Command::Help(text) => Ok(print(&text)),
-        Command::Version => Ok(print(&version_report())),
+    match invocation {
+        Invocation::Command(command, common) => command.run(&common),
+        Invocation::Help(text) => Ok(print(&text)),
+        Invocation::Version => Ok(print(&version_report())),
     }
 }
 
@@ -240,38 +199,42 @@ fn print(text: &str) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// The clap command with the configuration's fields in its long help.
-fn command() -> clap::Command {
+/// The clap command, with the configuration's fields in the long help of the commands that take them.
+fn parser() -> clap::Command {
+    let usage = |Known { usage, takes_fields, .. }: &Known| {
+        let fields = if *takes_fields { " [--section.field <VALUE>]..." } else { "" };
+        format!("xorl-dist {usage}{fields}")
+    };
+    let usage = COMMANDS.iter().map(usage).collect::<Vec<_>>().join("\n       ");
     let fields = config::help();
     let with_fields = |command: clap::Command| command.after_long_help(fields.clone());
-    with_fields(Cli::command()).mut_subcommand("train", with_fields).mut_subcommand("check", with_fields)
+    let parser = with_fields(Cli::command().override_usage(usage));
+    let taking = COMMANDS.iter().filter(|known| known.takes_fields);
+    taking.fold(parser, |parser, known| parser.mut_subcommand(known.name, with_fields))
 }
 
-/// Whether the command is `generate`, whose texts may look like overrides.
-fn is_generate(args: &[OsString]) -> bool {
-    let mut words = args.iter();
-    while let Some(word) = words.next() {
-        if word == "--device" {
-            words.next();
-        } else if !word.to_string_lossy().starts_with('-') {
-            return word == "generate";
-        }
-    }
-    false
-}
-
-/// Takes `--section.field value…` and `--section.field=value` out of the arguments.
-fn split_overrides(args: Vec<OsString>) -> Result<(Vec<OsString>, Vec<Override>)> {
-    let mut rest = Vec::new();
-    let mut overrides: Vec<Override> = Vec::new();
-    let mut open = false;
-    for arg in args {
+/// Takes `--section.field value…` and `--section.field=value` out of the arguments, up to a command that takes no
+/// fields: its texts may look like them.
+fn split_overrides(
+    args: impl Iterator<Item = OsString>,
+    parser: &clap::Command,
+) -> Result<(Vec<OsString>, Vec<Override>)> {
+    let takes_value = |flag: &str| {
+        let mut known = parser.get_arguments();
+        known.any(|known| known.get_long() == Some(flag) && known.get_action().takes_values())
+    };
+    let takes_no_fields = |word: &str| COMMANDS.iter().any(|known| known.name == word && !known.takes_fields);
+    let (mut args, mut rest, mut overrides) = (args, Vec::new(), Vec::<Override>::new());
+    // The word before is an override, or another flag, and a value may follow.
+    let (mut open, mut value_follows) = (false, false);
+    while let Some(arg) = args.next() {
         let text = arg.to_string_lossy();
         match text.strip_prefix("--") {
             Some(flag) => {
                 let (name, value) =
                     flag.split_once('=').map_or((flag, None), |(name, value)| (name, Some(value)));
                 open = false;
+                value_follows = value.is_none() && takes_value(name);
                 if name.contains('.') {
                     text_of(&arg)?;
                     open = value.is_none();
@@ -288,6 +251,11 @@ fn split_overrides(args: Vec<OsString>) -> Result<(Vec<OsString>, Vec<Override>)
                     last.values.push(text_of(&arg)?.to_owned());
                     continue;
                 }
+                if !std::mem::take(&mut value_follows) && takes_no_fields(&text) {
+                    rest.push(arg);
+                    rest.extend(args);
+                    break;
+                }
             }
         }
         rest.push(arg);
@@ -300,7 +268,7 @@ fn text_of(arg: &OsString) -> Result<&str> {
 }
 
 /// clap's message in one line.
-fn usage(error: &clap::Error) -> Error {
+fn usage_error(error: &clap::Error) -> Error {
     let text = error.to_string();
     let message: Vec<_> = text
         .lines()

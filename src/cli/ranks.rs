@@ -1,4 +1,4 @@
-//! What every command does that runs on all ranks: join them, agree on whether to go on, end together.
+//! Frame of every command that runs on all ranks: join them, agree to go on, end together.
 
 use crate::{
     comm::{Watcher, World},
@@ -7,12 +7,12 @@ use crate::{
 };
 use std::{io::Write, process::ExitCode, time::Duration};
 
-/// In which the watchdog has ended a process that it was asked to end.
+/// Time in which the watchdog ends a process that it was asked to end.
 const TOLD: Duration = Duration::from_secs(5);
 
-/// Joins the ranks, lets each `prepare` (nothing written) and, when all could, `execute`. A fault that
-/// is found while preparing ends all ranks with one line; a rank that fails later says so and takes the others with it.
-/// They compute on what `choice` says. `debug`: every rank logs all that it has to say.
+/// Joins the ranks and has each `prepare`, which writes nothing. If all could, each `execute`s. A fault in preparing
+/// ends all ranks with one line. A rank that fails later prints its line and ends the others. Ranks compute on the
+/// device of `choice`. `debug`: every rank logs at level debug.
 pub(super) fn on_all_ranks<P>(
     choice: DeviceChoice,
     debug: bool,
@@ -28,10 +28,10 @@ pub(super) fn on_all_ranks<P>(
         _ => "warn",
     };
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
-    // A second initialisation is refused, and harmless.
+    // A second initialisation is refused, which does no harm.
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
 
-    // Said before the ranks part: where one has exited, mpirun ends the others.
+    // The line is printed before any rank exits: after the first exit mpirun ends the others.
     let everyone = world.group("world", 0);
     let found = world.use_device(choice).map_err(Error::from);
     agree(&*everyone, found).map_err(|error| said("", error))?;
@@ -39,14 +39,14 @@ pub(super) fn on_all_ranks<P>(
     if debug {
         device::torch::prefer_deterministic()?;
     }
-    // libtorch is first called when its half for the device is loaded.
+    // The first call of libtorch comes after its CUDA half is loaded.
     if std::env::var_os("OMP_NUM_THREADS").is_none() {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         tch::set_num_threads((cores / world.size()).max(1) as i32);
     }
     let prepared = agree(&*everyone, prepare(&world)).map_err(|error| said("", error))?;
     execute(prepared, &world).map_err(|error| {
-        // A rank that has nothing to say waits, in MPI's end, for the one that has.
+        // A rank without a line of its own waits in MPI_Finalize for the one that prints.
         if world.size() == 1 || matches!(error, Error::Elsewhere { .. }) {
             return error;
         }
@@ -54,8 +54,8 @@ pub(super) fn on_all_ranks<P>(
     })
 }
 
-/// A panic is a bug, or memory that libtorch could not have: it ends all ranks, and is told in one line, by the watchdog where
-/// there is one. To unwind would be to wait for the other ranks in MPI's end.
+/// Makes a panic end all ranks with one line, which the watchdog prints if there is one. A panic is a bug, or memory
+/// that libtorch could not get. Unwinding would wait for the other ranks in MPI_Finalize.
 fn end_on_panic(watcher: Watcher) {
     let default = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
@@ -63,7 +63,7 @@ fn end_on_panic(watcher: Watcher) {
             default(panic);
         }
         let text = panic.payload_as_str().unwrap_or("a panic");
-        // libtorch adds its call stack, and tch quotes the whole.
+        // The message of libtorch includes its call stack, quoted by tch.
         let text = text.split("\\n").next().unwrap_or(text).lines().next().unwrap_or(text);
         let place = panic.location().map(|at| format!(" ({}:{})", at.file(), at.line())).unwrap_or_default();
         let line = format!("{text}{place}");
@@ -71,15 +71,15 @@ fn end_on_panic(watcher: Watcher) {
             std::thread::sleep(TOLD);
         }
         let _ = std::io::stderr().write_all(format!("error: {line}\n").as_bytes());
-        // SAFETY: ends the process without running what was registered for its exit, which may wait for others.
+        // SAFETY: _exit has no preconditions. It skips exit handlers, as those of MPI may wait for other ranks.
         unsafe { libc::_exit(1) }
     }));
 }
 
-/// Writes the line of an error that is this rank's own, and leaves nothing to say.
+/// Prints the line of an error of this rank. The error that remains has been said.
 fn said(whose: &str, error: Error) -> Error {
     if !matches!(error, Error::Elsewhere { .. }) {
-        // One write, or the lines of several ranks mix.
+        // Lines of several ranks do not mix, as each is one write.
         let _ = std::io::stderr().write_all(format!("error: {whose}{error}\n").as_bytes());
     }
     Error::Elsewhere { code: error.exit_code() }

@@ -1,5 +1,5 @@
-//! What `--version` reports: the libraries as they are found on this machine when it is asked, not as they
-//! were at build time. Whatever is absent is reported as such; nothing here fails.
+//! Report of `--version`: the libraries found on this machine now, not those of build time. An absent one is reported
+//! as absent; nothing here fails.
 
 use crate::device::torch;
 use libloading::os::unix::{Library, Symbol};
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 const TCH: &str = "0.26";
 const NOT_FOUND: &str = "not found";
 
-/// One line a component.
+/// The versions, one line a component.
 pub fn version_report() -> String {
     let libtorch = torch::directory();
     let or_absent = |found: Option<String>| found.unwrap_or_else(|| NOT_FOUND.into());
@@ -38,11 +38,11 @@ fn libtorch_version() -> Option<String> {
     Some(format!("{major}.{minor}.{patch}"))
 }
 
-/// First line of what the MPI library says of itself; allowed before MPI is initialised.
+/// First line of the MPI library's version text, which may be asked for before MPI is initialised.
 fn mpi_version() -> Option<String> {
     let text = mpi::environment::library_version().ok()?;
     let line = text.trim_matches(['\0', '\n', ' ']).lines().next()?;
-    // Open MPI's line goes on with build host and date.
+    // Build host and date follow in Open MPI's line.
     Some(line.split(", package:").next()?.split(", ident:").next()?.trim().to_owned())
 }
 
@@ -51,13 +51,13 @@ fn cuda_driver_version() -> Option<String> {
     Some(format!("{}.{}", version / 1000, version % 1000 / 10))
 }
 
-/// Whether this libtorch brings its CUDA half.
+/// The path of this libtorch's CUDA half, if it has one.
 fn cuda_backend(libtorch: Option<&Path>) -> Option<String> {
     let library = libtorch?.join(torch::CUDA_HALF);
     library.exists().then(|| library.display().to_string())
 }
 
-/// NCCL of the system, else the one that the torch wheel brings beside libtorch.
+/// Version of the system's NCCL, else of the one beside libtorch in the torch wheel.
 fn nccl_version(libtorch: Option<&Path>) -> Option<String> {
     let name = PathBuf::from("libnccl.so.2");
     let beside = libtorch.and_then(|lib| Some(lib.parent()?.parent()?.join("nvidia/nccl/lib").join(&name)));
@@ -71,7 +71,7 @@ fn nccl_version(libtorch: Option<&Path>) -> Option<String> {
     })
 }
 
-/// Calls `int function(int *)` of a library and returns what it stored, if it could be had.
+/// Calls `int function(int *)` of a library and returns the number that it stored; `None` if any of it fails.
 fn integer_from(library: &Path, function: &[u8]) -> Option<c_int> {
     let mut value = 0;
     // SAFETY: both callers name a function of exactly this signature that only writes its argument. The library

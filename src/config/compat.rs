@@ -1,5 +1,5 @@
-//! xorl's fields that are not ours: which are accepted with a warning because they only hint at performance or
-//! have one meaning here, and which are refused because they would change the result or the mesh.
+//! Fields that only xorl has. Some are accepted with a warning, as they only hint at performance or have one meaning
+//! here. Others are refused, as they would change the result or the mesh.
 
 use super::error::Problem;
 use super::source::{Kind, Node};
@@ -20,7 +20,7 @@ pub(super) struct Refused {
     pub reason: &'static str,
 }
 
-/// A choice of xorl's for one of our own fields that is not built.
+/// A value of xorl's for a field of this program that is not built.
 pub(super) struct Unbuilt {
     pub field: &'static str,
     pub value: &'static str,
@@ -54,7 +54,7 @@ const LOCAL_DATA: &str = "data is read from local files as they are";
 const NO_EVALUATION: &str = "evaluation during training is not built";
 const ONE_DECAY: &str = "weight decay applies to the whole adapter";
 
-/// Ignored with a warning.
+/// Fields that are ignored with a warning.
 pub(super) const ACCEPTED_WITH_WARNING: &[Accepted] = &[
     hint("model.attn_implementation", KERNELS),
     hint("model.moe_implementation", KERNELS),
@@ -129,7 +129,7 @@ pub(super) const ACCEPTED_WITH_WARNING: &[Accepted] = &[
     hint("distill.stream_num_workers", NO_DISTILLATION),
 ];
 
-/// Refused by name unless neutral.
+/// Fields that are refused by name unless neutral.
 pub(super) const REFUSED: &[Refused] = &[
     refused("model.train_router", &["false"], "the router is part of the frozen base"),
     refused("model.foundation", &["{}", "null"], TEXT_ONLY),
@@ -177,7 +177,7 @@ pub(super) const REFUSED: &[Refused] = &[
 
 const NO_OPTIMIZER: &str = "not built; use adamw or sgd";
 
-/// Choices of our own fields that xorl has and we do not.
+/// Values of xorl's for fields of this program that are not built.
 pub(super) const UNBUILT_VALUES: &[Unbuilt] = &[
     Unbuilt { field: "train.optimizer", value: "anyprecision_adamw", reason: NO_OPTIMIZER },
     Unbuilt { field: "train.optimizer", value: "muon", reason: NO_OPTIMIZER },
@@ -195,13 +195,13 @@ pub(super) const UNBUILT_VALUES: &[Unbuilt] = &[
     },
 ];
 
-/// What becomes of a field that is not ours.
+/// The judgement of a field that only xorl has.
 #[derive(Debug, PartialEq)]
 pub(super) enum Verdict {
     Unknown,
     /// It has its neutral value.
     Neutral,
-    /// Ignored; the reason is worth a line.
+    /// Ignored; a warning gives the reason.
     Warn(&'static str),
 }
 
@@ -228,14 +228,14 @@ pub(super) fn check_dataset_field(key: &str, node: &Node) -> Result<(), Problem>
     }
 }
 
-/// The reason why a choice of xorl's for our own `field` is not there.
+/// The problem of a value of xorl's for `field` that is not built.
 pub(super) fn unbuilt(field: &str, node: &Node) -> Option<Problem> {
     let known =
         UNBUILT_VALUES.iter().find(|known| known.field == field && node.text() == Some(known.value))?;
     Some(Problem::Refused { value: known.value.to_owned(), reason: known.reason })
 }
 
-/// Whether the node is the value that `word` stands for.
+/// True if the node is the value that `word` stands for.
 fn means(node: &Node, word: &str) -> bool {
     match &node.kind {
         Kind::Bare => word == "true",

@@ -8,7 +8,7 @@ use super::value::{Description, ListItem, Rule, Value, choices};
 use std::path::{Path, PathBuf};
 
 choices! {
-    /// How samples become rows.
+    /// Forming of rows from samples.
     pub enum PackingMethod {
         /// A sample a row.
         None = "none",
@@ -18,7 +18,7 @@ choices! {
         Multipack = "multipack",
     }
 
-    /// What a data file holds.
+    /// Content of a data file.
     pub enum DatasetType {
         /// `input_ids` and `labels`.
         Tokenized = "tokenized",
@@ -40,9 +40,9 @@ section! {
 }
 
 section! {
-    /// Section `data`: what it is trained on, and how rows are formed.
+    /// Section `data`: the data sets, and the forming of rows.
     pub struct DataArgs {
-        /// What to train on, at least one entry.
+        /// Data sets to train on, at least one.
         datasets: Vec<DatasetArgs> = Vec::new() => NonEmpty;
         /// Samples longer than this are dropped with a warning (tokens). null: no limit besides the packing
         /// length.
@@ -52,7 +52,7 @@ section! {
         sample_packing_method: PackingMethod = PackingMethod::Sequential;
         /// Tokens per pack.
         sample_packing_sequence_len: usize = 32000 => OneOrMore;
-        /// Pads packs to a multiple of this many tokens; not with `none`. null: no padding.
+        /// Pad packs to a multiple of this many tokens; not with `none`. null: no padding.
         pad_to_multiple_of: Option<usize> = Some(128) => OneOrMore;
         /// Shuffle all samples together, by `train.seed`.
         shuffle_merged_datasets: bool = true;
@@ -68,7 +68,7 @@ section! {
 }
 
 impl DatasetArgs {
-    /// Whether this is the built-in source of random tokens.
+    /// True for the built-in source of random tokens.
     pub fn is_dummy(&self) -> bool {
         self.path == Path::new("dummy")
     }

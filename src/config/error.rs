@@ -1,10 +1,10 @@
-//! Where a setting was given, and what can be wrong with it. Every error is one line.
+//! Errors of a configuration, each one line: the place of a setting, and its problem.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-/// Where a setting was given.
+/// The place at which a setting was given.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
     /// `run.yaml:14: train.lr`
@@ -31,7 +31,7 @@ impl fmt::Display for Place {
     }
 }
 
-/// Where every field of a loaded configuration came from, for messages about it later.
+/// The places of all fields of a loaded configuration, for later messages about them.
 #[derive(Clone, Debug)]
 pub struct FieldLocations {
     pub(super) path: PathBuf,
@@ -44,7 +44,7 @@ impl FieldLocations {
         Self { path: path.to_owned(), sections: BTreeMap::new(), given: BTreeMap::new() }
     }
 
-    /// Where `field` (`train.lr`) was given; for a default, where its section starts.
+    /// The place of `field` (`train.lr`); for a default, the start of its section.
     pub fn of(&self, field: &str) -> Place {
         self.given.get(field).cloned().unwrap_or_else(|| {
             let section = field.split('.').next().unwrap_or(field);
@@ -53,13 +53,13 @@ impl FieldLocations {
         })
     }
 
-    /// Whether `field` was given in the file or on the command line, rather than left to its default.
+    /// True if `field` was given in the file or on the command line, false for a default.
     pub fn is_given(&self, field: &str) -> bool {
         self.given.contains_key(field)
     }
 }
 
-/// What is wrong with a field.
+/// The problem of a field.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Problem {
     /// The value has another type or is out of range.
@@ -86,7 +86,7 @@ fn did_you_mean(nearest: &Option<String>) -> String {
     nearest.as_ref().map_or_else(String::new, |name| format!("; did you mean {name}?"))
 }
 
-/// Why a configuration was not loaded.
+/// The reason why a configuration was not loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file is not there or not text.
@@ -103,8 +103,7 @@ pub enum ConfigError {
     Field { place: Place, problem: Problem },
 }
 
-/// What is wrong inside the value of a field: `suffix` (`[0].type`) and `line` say where when it is not the
-/// whole value.
+/// A problem inside the value of a field. `suffix` (`[0].type`) and `line` are the place of a part of the value.
 #[derive(Debug, PartialEq)]
 pub(super) struct Issue {
     pub suffix: String,
@@ -117,7 +116,7 @@ impl Issue {
         Problem::Expected { expected: expected.into(), got: got.into() }.into()
     }
 
-    /// FieldLocations the issue into an element or entry of the value.
+    /// Moves the issue into an element or entry of the value.
     pub fn inside(mut self, suffix: &str, line: usize) -> Self {
         self.suffix.insert_str(0, suffix);
         self.line.get_or_insert(line);

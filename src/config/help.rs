@@ -7,7 +7,7 @@ use super::{SECTIONS, compat, schema};
 /// Columns of the help text.
 const WIDTH: usize = 100;
 
-/// Every field with type, default and meaning, and what becomes of xorl's other fields.
+/// Every field with type, default and meaning, and lists of xorl's other fields.
 pub fn help() -> String {
     let mut text = String::from(
         "Configuration fields. In the file they stand under their section; on the command line \

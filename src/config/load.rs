@@ -1,5 +1,5 @@
-//! From a file and the command line to a typed, validated configuration. The command line wins: a field that
-//! is given there is not even read from the file.
+//! From a file and the command line to a typed, validated configuration. The command line wins: a field that is given
+//! there is not read from the file.
 
 use super::compat::{self, Verdict};
 use super::error::{ConfigError, FieldLocations, Place, Problem};
@@ -16,20 +16,20 @@ pub struct Override {
     pub values: Vec<String>,
 }
 
-/// A configuration with what is worth saying about it.
+/// A configuration with its warnings and places.
 #[derive(Clone, Debug)]
 pub struct Loaded {
     pub config: RunConfig,
     /// One line each, `run.yaml:7: model.attn_implementation: ignored: …`, for rank 0 to print.
     pub warnings: Vec<String>,
-    /// Where each field came from, for messages about values that only the model or the data can judge.
+    /// The place of each field, for messages about values that only the model or the data can judge.
     pub places: FieldLocations,
 }
 
 /// Reads the .yaml, .yml or .json file at `path`, lays `overrides` over it and validates the result.
 ///
 /// # Errors
-/// The first thing that is wrong, with its file and line or its flag.
+/// The first problem, with its file and line or its flag.
 pub fn load(path: &Path, overrides: &[Override]) -> Result<Loaded, ConfigError> {
     let json = match path.extension().and_then(|extension| extension.to_str()) {
         Some("yaml" | "yml") => false,
@@ -124,7 +124,7 @@ impl Loader {
         }
     }
 
-    /// Gives `node` to the field, or judges it as one of xorl's.
+    /// Sets the field to `node`, or judges it as a field of xorl's.
     fn assign(&mut self, place: Place, section: &str, key: &str, node: &Node) -> Result<(), ConfigError> {
         let known = match self.loaded.config.section_mut(section) {
             None => false,
@@ -156,7 +156,7 @@ impl Loader {
     }
 }
 
-/// Our sections and those that only xorl has.
+/// True for this program's sections and for those that only xorl has.
 fn is_section(name: &str) -> bool {
     super::SECTIONS.contains(&name) || compat::names().any(|field| field.split('.').next() == Some(name))
 }
@@ -176,7 +176,7 @@ fn node_of(values: &[String]) -> Node {
     match values {
         [] => Node { line: 1, kind: Kind::Bare },
         [one] if one.starts_with(['[', '{']) => {
-            // A glob may start with a bracket too: only what is JSON is read as such.
+            // A glob may start with a bracket too, so the text may be no JSON.
             source::parse_json(one).unwrap_or_else(|_| Node::plain(one))
         }
         [one] => Node::plain(one),

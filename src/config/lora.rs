@@ -5,19 +5,19 @@ use super::value::choices;
 use std::path::PathBuf;
 
 choices! {
-    /// How checkpoints keep the adapters of routed experts.
+    /// Format of routed experts' adapters in checkpoints.
     pub enum ExportFormat {
-        /// For PEFT on transformers' fused experts.
+        /// PEFT's, on transformers' fused experts.
         Peft = "peft",
-        /// One A and B of each expert.
+        /// One A and B for each expert.
         PerExpert = "per_expert",
-        /// Stacked, with what experts share once.
+        /// Stacked, with shared factors once.
         SglangSharedOuter = "sglang_shared_outer",
     }
 }
 
 section! {
-    /// Section `lora`: the adapter, which is all that is trained.
+    /// Section `lora`: the adapter. Nothing else is trained.
     pub struct LoraArgs {
         /// Must stay true: the base is frozen by design.
         enable_lora: bool = true;
@@ -38,10 +38,12 @@ section! {
         /// Checkpoints hold the adapter, not the base model. false: the base too, in `model/`, hard-linked where
         /// possible.
         save_lora_only: bool = true;
-        /// How checkpoints keep the adapters of routed experts: `peft` for PEFT's target_parameters, `per_expert` with an A
-        /// and B of each expert, `sglang_shared_outer` stacked, which needs moe_hybrid_shared_lora. All else is the same.
+        /// Format of routed experts' adapters in checkpoints: `peft` for PEFT's target_parameters, `per_expert` with an
+        /// A and B for each expert, `sglang_shared_outer` stacked, which needs moe_hybrid_shared_lora. All else is the
+        /// same.
         lora_export_format: ExportFormat = ExportFormat::Peft;
-        /// An adapter directory to start from, in any of these formats, with a fresh optimizer. A resume does not read it.
+        /// An adapter directory to start from, in any of these formats, with a fresh optimizer. A resume does not read
+        /// it.
         adapter_path: Option<PathBuf> = None;
     }
 }

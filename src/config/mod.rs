@@ -1,7 +1,7 @@
 //! Typed `run.yaml`: sections `model`, `data`, `train`, `lora` with xorl's names, defaults and validation.
 //!
 //! A field is declared once (`model.rs`, `data.rs`, `train.rs`, `lora.rs`); struct, default, help, schema,
-//! reading and writing follow from that line. `compat.rs` lists what becomes of xorl's other fields.
+//! reading and writing follow from that line. `compat.rs` lists xorl's other fields.
 
 mod compat;
 mod data;
@@ -30,7 +30,7 @@ pub use train::{
 
 use section::Section;
 
-/// The sections of a configuration, in the order in which they are written.
+/// The sections of a configuration, in the order of a written file.
 const SECTIONS: [&str; 4] = ["model", "data", "train", "lora"];
 
 /// A complete, resolved run configuration.
@@ -46,7 +46,7 @@ pub struct RunConfig {
 impl RunConfig {
     /// Every field with its value, as YAML that loads to the same configuration.
     pub fn to_yaml(&self) -> String {
-        // Plain numbers, texts, lists and maps: nothing in it can fail to be written.
+        // Plain numbers, texts, lists and maps always have a YAML form.
         serde_yaml::to_string(self).unwrap_or_default()
     }
 

@@ -4,7 +4,7 @@ use super::section::section;
 use std::path::PathBuf;
 
 section! {
-    /// Section `model`: what is trained.
+    /// Section `model`: the base model.
     pub struct ModelArgs {
         /// HF model directory (config.json, safetensors). null: random weights, `config_path` is then needed.
         model_path: Option<PathBuf> = None;
@@ -18,7 +18,7 @@ section! {
 }
 
 impl ModelArgs {
-    /// Where the HF config is: a config.json, or its directory.
+    /// The HF config: a config.json, or its directory.
     pub fn hf_config(&self) -> PathBuf {
         self.config_path.clone().or(self.model_path.clone()).unwrap_or_default()
     }

@@ -1,10 +1,10 @@
-//! "Did you mean": the known name that a misspelt one is closest to.
+//! "Did you mean": the known name closest to a misspelt one.
 
 use super::{compat, schema};
 use crate::config::data::DatasetArgs;
 use crate::config::section::Section;
 
-/// Below this similarity (Jaro-Winkler, 0 to 1) a suggestion would mislead.
+/// Least similarity (Jaro-Winkler, 0 to 1) of a suggestion; below it, one would mislead.
 const SIMILAR: f64 = 0.84;
 
 fn closest<S: AsRef<str>>(name: &str, known: impl IntoIterator<Item = S>) -> Option<String> {
@@ -18,7 +18,7 @@ fn all_fields() -> Vec<String> {
     ours.chain(compat::names().map(str::to_owned)).collect()
 }
 
-/// For an unknown `section.key`: a like name in the section, else the same name in another section.
+/// Suggests the same name in another section for an unknown `section.key`, else a similar name in the section.
 pub(super) fn field(section: &str, key: &str) -> Option<String> {
     let all = all_fields();
     let elsewhere = || all.iter().find(|name| name.rsplit('.').next() == Some(key)).cloned();
@@ -28,14 +28,14 @@ pub(super) fn field(section: &str, key: &str) -> Option<String> {
     elsewhere().or(here)
 }
 
-/// For an unknown section, or a field written where a section belongs.
+/// Suggests a name for an unknown section, or for a field in the place of a section.
 pub(super) fn section(name: &str) -> Option<String> {
     let sections = super::SECTIONS;
     let field = || all_fields().into_iter().find(|known| known.rsplit('.').next() == Some(name));
     field().or_else(|| closest(name, sections))
 }
 
-/// For an unknown field of an entry of `data.datasets`.
+/// Suggests a name for an unknown field of an entry of `data.datasets`.
 pub(super) fn dataset_field(key: &str) -> Option<String> {
     closest(key, DatasetArgs::default().fields().into_iter().map(|field| field.key))
 }

@@ -1,10 +1,10 @@
-//! The declaration of a section: from one line a field come the struct field with its doc comment, the
-//! default, the help, the schema, reading and writing.
+//! Declaration of a section, one line a field. The struct field with its doc comment, default, help, schema, reading
+//! and writing follow from it.
 
 use super::error::Issue;
 use super::source::Node;
 
-/// What the help and the schema say of a field.
+/// The entry of a field in help and schema.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FieldInfo {
     /// Its name in the file, without the section.
@@ -13,7 +13,7 @@ pub struct FieldInfo {
     pub type_name: String,
     /// Its default, as YAML.
     pub default: String,
-    /// What it means, in one or more sentences.
+    /// Its meaning, in one or more sentences.
     pub meaning: String,
 }
 

@@ -1,7 +1,7 @@
-//! Text to a tree of nodes that remember their line. YAML 1.2; JSON is read as the subset of YAML that it is.
+//! Text to a tree of nodes with their lines. The text is YAML 1.2, of which JSON is a subset.
 //!
-//! Scalars stay text: what `1e-5` or `yes` means is decided by the field that they are given to, so a file and
-//! the command line are read by the same code. Broken, nested or repeated input is an error, never a panic.
+//! Scalars stay text: the field that they are given to decides the meaning of `1e-5` or `yes`. So the same code reads
+//! files and the command line. Broken, nested or repeated input is an error, never a panic.
 
 use saphyr_parser::{Event, Parser, ScalarStyle};
 
@@ -57,7 +57,7 @@ impl Node {
         }
     }
 
-    /// Whether this is one of the spellings of "nothing" that YAML, JSON and xorl's command line know.
+    /// True for the spellings of null in YAML, JSON and xorl's command line.
     pub fn is_null(&self) -> bool {
         matches!(&self.kind, Kind::Scalar { text, quoted: false } if is_null_word(text))
     }

@@ -7,21 +7,21 @@ use super::value::{Description, Rule, Value, choices, quote};
 use std::path::PathBuf;
 
 choices! {
-    /// How the learning rate falls after warm-up.
+    /// Fall of the learning rate after warm-up.
     pub enum LrDecayStyle {
         Constant = "constant",
         Linear = "linear",
         Cosine = "cosine",
     }
 
-    /// What turns gradients into updates.
+    /// Rule that updates the adapter from its gradient.
     pub enum Optimizer {
         /// Decoupled weight decay, fp32 moments.
         Adamw = "adamw",
         Sgd = "sgd",
     }
 
-    /// When adapter gradients are reduced over the ranks.
+    /// Time at which adapter gradients are reduced over the ranks.
     pub enum ReduceGradients {
         /// Once, after the last micro-batch: full fp32 gradients are kept until then.
         Step = "step",
@@ -29,17 +29,17 @@ choices! {
         MicroBatch = "micro_batch",
     }
 
-    /// What is saved for backward and what is computed again.
+    /// Choice of activations that are saved for backward; the others are recomputed.
     pub enum CheckpointingMethod {
         /// Only the input of a layer is saved.
         RecomputeFullLayer = "recompute_full_layer",
-        /// All but the MLP's wide activations, which cost most bytes for the time that they save.
+        /// All but the MLP's wide activations is saved: those cost most bytes for the time that they save.
         Selective = "selective",
-        /// All that backward needs is saved.
+        /// Everything that backward needs is saved.
         NoRecompute = "no_recompute",
     }
 
-    /// How steps are shown.
+    /// Display of steps.
     pub enum LogFormat {
         /// A bar on a terminal, structured lines elsewhere.
         ProgressBar = "progress_bar",
@@ -49,19 +49,19 @@ choices! {
 }
 
 impl CheckpointingMethod {
-    /// Whether the attention block's activations are kept.
+    /// True if the attention block's activations are kept.
     pub fn keeps_attention(self) -> bool {
         self != Self::RecomputeFullLayer
     }
 
-    /// Whether the MLP's activations are kept.
+    /// True if the MLP's activations are kept.
     pub fn keeps_mlp(self) -> bool {
         self == Self::NoRecompute
     }
 }
 
 impl TrainArgs {
-    /// What is saved for backward.
+    /// The activations that are saved for backward.
     pub fn checkpointing(&self) -> CheckpointingMethod {
         if self.enable_gradient_checkpointing {
             self.gradient_checkpointing_method
@@ -120,8 +120,8 @@ section! {
         /// Names the run's checkpoints, `{output_dir}/weights/{run_id}/step_{N}`. A resume from a step keeps its run_id
         /// unless one is given.
         run_id: String = "run".into() => DirectoryName;
-        /// Remove the steps that this run_id has already: all of them, or on a resume those after the resumed one. Only
-        /// after everything has been validated.
+        /// Remove the steps that this run_id has already: all of them, or on a resume those after the resumed one.
+        /// Everything is validated first.
         overwrite: bool = false;
         /// Seed of the adapter's initial values and of the data order.
         seed: u64 = 42;
@@ -130,7 +130,7 @@ section! {
         /// Micro-batches per step and rank.
         gradient_accumulation_steps: usize = 1 => OneOrMore;
         /// Rows per step over all ranks. null: micro_batch_size × gradient_accumulation_steps × data-parallel
-        /// size; on a resume what the step had.
+        /// size, or on a resume that of the step.
         global_batch_size: Option<usize> = None => OneOrMore;
         /// Passes over the data.
         num_train_epochs: usize = 1 => OneOrMore;
@@ -152,7 +152,7 @@ section! {
         lr_start: f64 = 0.0 => NonNegative;
         /// Share of all steps that warms up from `lr_start` to `lr`.
         lr_warmup_ratio: f64 = 0.0 => Ratio;
-        /// How the learning rate falls from `lr` to `lr_min`.
+        /// Fall of the learning rate from `lr` to `lr_min`.
         lr_decay_style: LrDecayStyle = LrDecayStyle::Constant;
         /// Share of all steps after which the decay has reached `lr_min`.
         lr_decay_ratio: f64 = 1.0 => Ratio;
@@ -166,23 +166,23 @@ section! {
         data_parallel_shard_size: i64 = -1 => SizeOrRest;
         /// Ranks that share a sequence. Only 1 is built.
         ulysses_parallel_size: usize = 1 => OneOrMore;
-        /// Ranks over which the experts of a layer are divided, and to which tokens travel: it divides the ranks of a copy of
+        /// Ranks that divide the experts of a layer; tokens are dispatched to them. It divides the ranks of a copy of
         /// the base, and the experts. 1: experts are sharded and gathered like the rest.
         expert_parallel_size: usize = 1 => OneOrMore;
         /// Compute in bf16; masters, moments, reductions and loss stay fp32. false: all in fp32.
         enable_mixed_precision: bool = true;
-        /// Compute activations again in backward, as `gradient_checkpointing_method` says.
+        /// Recompute activations in backward, as `gradient_checkpointing_method` says.
         enable_gradient_checkpointing: bool = true;
-        /// `recompute_full_layer` keeps the input of each layer, `selective` also what attention needs and gave but
-        /// not the MLP's wide activations, `no_recompute` all that backward needs.
+        /// `recompute_full_layer` keeps the input of each layer, `selective` also the activations of attention but not
+        /// the MLP's wide ones, `no_recompute` everything that backward needs.
         gradient_checkpointing_method: CheckpointingMethod = CheckpointingMethod::RecomputeFullLayer;
         /// Free a layer's gathered weights after its forward and gather them again for backward. null: true.
         /// false: every layer is gathered once and stays.
         reshard_after_forward: bool = true => NullIsTrue;
         /// Layers that are whole on a rank at a time. With 2 the next is gathered while one computes.
         ring_slots: usize = 2 => OneOrMore;
-        /// When adapter gradients are reduced: once a `step` (less traffic) or after each `micro_batch` (less
-        /// memory). The same where a step is one micro-batch.
+        /// Reduce adapter gradients once a `step` (less traffic) or after each `micro_batch` (less memory). The same
+        /// where a step is one micro-batch.
         reduce_gradients: ReduceGradients = ReduceGradients::Step;
         /// Rows of the embedding and the head gathered at a time. null: as many as 512 MiB hold.
         vocab_chunk_rows: Option<usize> = None => OneOrMore;
@@ -203,8 +203,8 @@ section! {
         /// (chrome://tracing, Perfetto) with a table of times beside it. An earlier trace of this run_id is removed.
         /// 0: none.
         profile_steps: usize = 0;
-        /// Seconds for which a rank may be silent, or keep others waiting in a collective, before all ranks end with a line that
-        /// names it. Loading, data and saving take as long as they take.
+        /// Seconds for which a rank may be silent, or keep others waiting in a collective, before all ranks end with a
+        /// line that names it. Loading, data and saving have no limit.
         comm_timeout_s: usize = 600 => OneOrMore;
         /// Must stay false: metrics go to metrics.jsonl.
         use_wandb: bool = false;

@@ -1,10 +1,12 @@
-//! Rules between fields, and values of our own fields that are not built. What a field demands on its own
-//! stands in its declaration.
+//! Rules between fields, and values of fields that are not built. Demands on a single field stand in its declaration.
 
 use super::error::{ConfigError, FieldLocations, Problem};
 use super::{ExportFormat, LrDecayStyle, PackingMethod, RunConfig};
 
-/// Settles the defaults that depend on another field, then checks what needs more than one field.
+/// Sets the defaults that depend on another field, then checks the rules between fields.
+///
+/// # Errors
+/// The first rule that is broken.
 pub(super) fn validate(config: &mut RunConfig, places: &FieldLocations) -> Result<(), ConfigError> {
     let unpacked = config.data.sample_packing_method == PackingMethod::None;
     if unpacked && !places.is_given("data.pad_to_multiple_of") {

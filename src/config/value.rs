@@ -1,11 +1,11 @@
-//! How the types of fields are described, read and written: one trait, one implementation a type.
-//! A file and the command line share it, so both accept the same spellings.
+//! Types of fields: one trait describes, reads and writes them. Files and the command line share it, so both accept the
+//! same spellings.
 
 use super::error::{Issue, Problem};
 use super::source::{Kind, Node, is_null_word};
 use std::path::PathBuf;
 
-/// What a field demands beyond its type; stands in the field's declaration.
+/// A demand on a field beyond its type; stands in the field's declaration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Rule {
     Any,
@@ -29,7 +29,7 @@ pub(super) enum Rule {
     NullIsTrue,
 }
 
-/// A type as the help shows it (`number > 0`) and as an error asks for it (`a positive number`).
+/// A type in the help (`number > 0`) and in an error (`a positive number`).
 pub(super) struct Description {
     pub short: String,
     pub phrase: String,
@@ -45,14 +45,17 @@ impl Description {
 pub(super) trait Value: Sized {
     fn describe(rule: Rule) -> Description;
 
-    /// Reads the value; an issue has a phrase that says what would be right.
+    /// Reads the value.
+    ///
+    /// # Errors
+    /// An issue with a phrase for a right value.
     fn read(node: &Node, rule: Rule) -> Result<Self, Issue>;
 
     /// The value as YAML flow text that [`Value::read`] turns into the same value.
     fn write(&self) -> String;
 }
 
-/// The issue of a value that is not what `T` under `rule` asks for.
+/// The issue of a value that is no `T` under `rule`.
 fn mismatch<T: Value>(node: &Node, rule: Rule) -> Issue {
     Issue::expected(T::describe(rule).phrase, node.shown())
 }
@@ -257,7 +260,7 @@ impl<T: ListItem> Value for Vec<T> {
 pub(super) trait ListItem: Value {
     /// "a list of …"
     const PLURAL: &'static str;
-    /// Whether a lone scalar may stand for a list of one.
+    /// A lone scalar may stand for a list of one.
     const LONE: bool;
 }
 

@@ -151,7 +151,7 @@ impl Optimizer {
     }
 
     /// Updates the masters and compute copies of `pieces` at learning rate `lr`, with gradients times `coefficient`.
-    /// What is gathered of the adapter is stale afterwards: the caller invalidates it before.
+    /// The caller invalidates gathered copies of the adapter beforehand, as they are stale afterwards.
     ///
     /// # Errors
     /// See [`UpdateRule::step`].

@@ -42,7 +42,7 @@ impl Run {
     /// Collective.
     ///
     /// # Errors
-    /// As of [`same_on_all_ranks`](Self::same_on_all_ranks).
+    /// See [`same_on_all_ranks`](Self::same_on_all_ranks).
     pub(super) fn same_plan_on_all_ranks(&self, world: &dyn Communicator) -> Result<()> {
         let (done, next) = self.standing();
         let left =

@@ -1,4 +1,4 @@
-//! What a run tells: `metrics.jsonl` (a line a step), a line a step on stdout or a bar on a terminal,
+//! Metrics of a run: `metrics.jsonl` (a line a step), a line a step on stdout or a bar on a terminal, and
 //! `training_metrics.json` at the end. Rank 0 writes; the other ranks hold a [`Metrics`] that does nothing.
 
 use super::StepReport;
@@ -18,27 +18,27 @@ use std::{
     time::Duration,
 };
 
-/// A line a step.
+/// The file with a line a step.
 pub const METRICS_FILE: &str = "metrics.jsonl";
 /// The run in one object, written at its end.
 pub const SUMMARY_FILE: &str = "training_metrics.json";
 
-/// What one step has to tell.
+/// Metrics of one step.
 pub struct StepMetrics<'a> {
     /// Counted from 1.
     pub step: usize,
     pub epoch: usize,
     pub report: &'a StepReport,
-    /// From the end of the step before, or of its save, to the end of this one.
+    /// Time from the end of the step before, or of its save, to the end of this one.
     pub seconds: f64,
-    /// This rank's, by phase.
+    /// Seconds of this rank by phase.
     pub phases: BTreeMap<&'static str, f64>,
-    /// The largest of all ranks.
+    /// Largest VmHWM of all ranks.
     pub peak_rss_bytes: u64,
-    /// Memory in use on a device at the end of the step, the largest of all ranks'; of all that uses the device. libtorch
-    /// keeps what it once had, so that this is a peak too. `None` on the CPU.
+    /// Memory in use on a device at the end of the step, by all processes; the largest of all ranks. libtorch keeps
+    /// freed memory, so this is a peak too. `None` on the CPU.
     pub device_memory_bytes: Option<u64>,
-    /// What this rank's collectives have received in the step.
+    /// Bytes that this rank's collectives have received in the step.
     pub received: Received,
 }
 
@@ -47,14 +47,14 @@ pub struct Metrics {
     output: PathBuf,
     file: Option<File>,
     total_steps: usize,
-    /// On a terminal, instead of a line a step.
+    /// The bar that replaces a line a step on a terminal.
     bar: Option<ProgressBar>,
-    /// Steps made, and what `metrics.jsonl` knows of them.
+    /// Steps made.
     done: usize,
     history: History,
 }
 
-/// By step; `None` where there was none.
+/// Values by step; `None` for a step without one.
 #[derive(Debug, Default, PartialEq)]
 struct History {
     losses: Vec<Option<f64>>,
@@ -62,7 +62,7 @@ struct History {
 }
 
 impl Metrics {
-    /// For a rank that does not write.
+    /// The metrics of a rank that does not write.
     pub fn silent() -> Self {
         Self {
             output: PathBuf::new(),
@@ -74,8 +74,8 @@ impl Metrics {
         }
     }
 
-    /// Begins `metrics.jsonl` in `output` for a run of `total_steps`, or goes on behind the line of the step
-    /// `resumed`: what follows it is cut off.
+    /// Begins `metrics.jsonl` in `output` for a run of `total_steps`. A resumed run appends behind the line of step
+    /// `resumed`; later lines are cut off.
     pub fn open(
         output: &Path,
         total_steps: usize,
@@ -101,7 +101,7 @@ impl Metrics {
         Ok(Self { output, file: Some(file), total_steps, bar, done, history })
     }
 
-    /// Brings all lines to the disk: a step that is published must find them there.
+    /// Brings all lines to the disk, so that they are there before a step is published.
     pub fn sync(&self) -> Result<()> {
         let synced = self.file.as_ref().map_or(Ok(()), File::sync_data);
         synced.map_err(|error| fault(&self.output.join(METRICS_FILE), &error))
@@ -128,7 +128,7 @@ impl Metrics {
             line["router"] =
                 json!({"max_over_mean": max_over_mean, "entropy": entropy, "aux_loss": aux_loss});
         }
-        // One write, so that a kill leaves whole lines.
+        // A kill leaves whole lines, as each is one write.
         file.write_all(format!("{line}\n").as_bytes())
             .map_err(|error| fault(&self.output.join(METRICS_FILE), &error))?;
         match report.loss {
@@ -175,7 +175,7 @@ impl Metrics {
     }
 }
 
-/// A bar of `total` steps of which `done` are made.
+/// A bar of `total` steps, `done` of them made.
 fn progress_bar(total: usize, done: usize) -> ProgressBar {
     let style = ProgressStyle::with_template("{bar:24} {pos}/{len} [{elapsed}<{eta}] {msg}");
     let bar =
@@ -183,8 +183,8 @@ fn progress_bar(total: usize, done: usize) -> ProgressBar {
     bar.with_position(done as u64).with_elapsed(Duration::ZERO)
 }
 
-/// Of the lines of `text`, those up to `step`: their length in bytes, the last step among them (0: none), and their
-/// history. A line that is torn or is none of ours ends them.
+/// Reads the lines of `text` up to `step`: their length in bytes, the last step among them (0: none), and their
+/// history. A torn or foreign line ends them.
 fn lines_up_to(step: usize, text: &[u8]) -> (usize, usize, History) {
     let (mut length, mut last, mut history) = (0, 0, History::default());
     for line in text.split_inclusive(|&byte| byte == b'\n') {
@@ -209,7 +209,7 @@ fn open_at(path: &Path, length: usize) -> std::io::Result<File> {
     Ok(file)
 }
 
-/// What `ledger` has received since it stood at `before`.
+/// Bytes that `ledger` has counted since it stood at `before`.
 pub fn received_since(before: &Received, ledger: &Ledger) -> Received {
     let since = |(key, bytes): ((Operation, String), u64)| {
         let earlier = before.get(&key).copied().unwrap_or(0);
@@ -218,7 +218,7 @@ pub fn received_since(before: &Received, ledger: &Ledger) -> Received {
     ledger.totals().into_iter().map(since).filter(|(_, bytes)| *bytes > 0).collect()
 }
 
-/// VmHWM of this process; 0 where /proc does not tell.
+/// VmHWM of this process; 0 if /proc does not have it.
 pub fn peak_rss_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

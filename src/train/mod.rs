@@ -1,6 +1,11 @@
-//! Training: the step ([`step`]), reading like the algorithm that it is, and the run around it ([`run`]): what it
-//! starts from (`resume`), whether all ranks run the same (`identity`), what it saves (`save`), when it stops (`signals`) and what it tells, before it starts
-//! (`report`), as it goes ([`metrics`]) and of where its time goes (`profile`).
+//! Training.
+//!
+//! - [`step`]: one step, as the algorithm reads
+//! - [`run`]: the run around it
+//! - `identity`: all ranks run the same
+//! - `resume`: the start of a run, fresh or from a step; `save`: publishing of steps
+//! - `signals`: requests to stop
+//! - `report`: cost of a run, before it starts; [`metrics`]: its metrics; `profile`: traces of steps
 
 mod identity;
 pub mod metrics;

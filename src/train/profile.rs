@@ -1,4 +1,4 @@
-//! `train.profile_steps`: which steps of a run are traced, and when the trace is written.
+//! `train.profile_steps`: traces steps of a run after the warm-up, and writes the trace.
 
 use super::Trainer;
 use crate::{
@@ -11,7 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Steps that a process makes before one is traced: buffers are allocated and kernels chosen in them.
+/// Steps that a process makes before one is traced. They allocate buffers and choose kernels.
 const WARM_UP: usize = 2;
 
 /// The trace of a run, on this rank.
@@ -19,15 +19,15 @@ pub(super) struct Profile {
     folder: PathBuf,
     rank: usize,
     zero: Zero,
-    /// Which steps of this process, counted from 1; none when nothing is to be traced.
+    /// The traced steps of this process, counted from 1; empty if none are.
     window: RangeInclusive<usize>,
     /// Steps that this process has made.
     made: usize,
 }
 
 impl Profile {
-    /// Of the `steps` steps after the warm-up, into `folder`, from which rank 0 removes what is there. Collective
-    /// where `steps` is not 0: ranks agree on a zero of time.
+    /// A trace of the `steps` steps after the warm-up, into `folder`, which rank 0 removes first. Collective if `steps`
+    /// is not 0: ranks agree on a zero of time.
     pub fn new(steps: usize, folder: &Path, trainer: &Trainer) -> Result<Self> {
         let rank = trainer.world.rank();
         let mut profile =
@@ -43,15 +43,15 @@ impl Profile {
         Ok(profile)
     }
 
-    /// Before each step.
+    /// Starts the trace at the first step of the window. Called before each step.
     pub fn before_step(&self) {
         if self.window.contains(&(self.made + 1)) && !trace::is_on() {
             trace::start();
         }
     }
 
-    /// After each step; `ends` where it is the last that this process makes. Behind the last step of the window, or of
-    /// the process, the trace is written.
+    /// Writes the trace after the last step of the window, or of the process, which `ends` marks. Called after each
+    /// step.
     pub fn after_step(&mut self, step: usize, ends: bool) -> Result<()> {
         self.made += 1;
         if (ends || self.made >= *self.window.end())
@@ -78,7 +78,7 @@ fn window(steps: usize, warm_up: usize) -> RangeInclusive<usize> {
     warm_up + 1..=warm_up.saturating_add(steps)
 }
 
-/// Ranks of an earlier run may have been more: their files must not be taken for this one's.
+/// Removes the folder of an earlier trace: it may have more ranks, whose files would be taken for this run's.
 fn remove(folder: &Path) -> Result<(), trace::TraceError> {
     match std::fs::remove_dir_all(folder) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
@@ -92,7 +92,7 @@ fn remove(folder: &Path) -> Result<(), trace::TraceError> {
 mod tests {
     use super::*;
 
-    /// What each of `made` steps left in a profile of `steps`.
+    /// Steps of `made` that were traced in a profile of `steps`.
     fn traced(steps: usize, made: usize) -> Vec<bool> {
         let folder = tempfile::tempdir().unwrap();
         let at = folder.path().join("trace/run");

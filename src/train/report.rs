@@ -1,4 +1,4 @@
-//! What a run tells before it is started: `check` prints it.
+//! Report of a run before it is started, which `check` prints.
 
 use super::Run;
 use crate::{
@@ -8,7 +8,7 @@ use crate::{
 };
 
 impl Run {
-    /// What the run will cost on each rank.
+    /// The cost of the run on each rank.
     pub fn plan(&self) -> Result<Plan> {
         let ((base, adapter), options) = (self.plans()?, self.options());
         let train = &self.config.train;
@@ -42,8 +42,7 @@ impl Run {
         })
     }
 
-    /// What a reader wants to know of a run that is not started: the resolved configuration, the mesh, data and cost; and
-    /// whether there is room on a rank's `device`, which has so much memory.
+    /// The resolved configuration, mesh, data and cost of the run, compared with the memory of a rank's `device`.
     pub fn report(&self, device: Option<device::Memory>) -> Result<String> {
         let (data, plan) = (self.dataset.summary(), self.plan()?);
         let room = device.map_or_else(String::new, |memory| {

@@ -1,7 +1,7 @@
-//! What a run starts from: a fresh adapter, one that the user named, or a step of an earlier run.
+//! Start of a run: from a fresh adapter, from one that the user named, or from a step of an earlier run.
 //!
-//! Rank 0 looks and verifies; then every rank reads what it owns. All of it happens before anything is written, so
-//! whatever is wrong here ends all ranks with exit code 2 and leaves what is there alone.
+//! Rank 0 finds and verifies the step; then every rank reads its own pieces. Nothing is written before all of it is
+//! done: an error here ends all ranks with exit code 2 and changes no file.
 
 use super::Run;
 use crate::{
@@ -28,7 +28,7 @@ use std::{
 };
 use tch::Tensor;
 
-/// What the adapter and the optimizer start from.
+/// The values that the adapter and the optimizer start from.
 pub(super) enum Start {
     /// Values drawn from the seed.
     Fresh,
@@ -70,7 +70,7 @@ impl Resumed {
 }
 
 impl Run {
-    /// The step that the run goes on from, if any.
+    /// The step that the run resumes from, if any.
     pub(super) fn resumed(&self) -> Option<&Resumed> {
         match &self.start {
             Start::Resumed(resumed) => Some(resumed),
@@ -78,10 +78,10 @@ impl Run {
         }
     }
 
-    /// Finds and reads what the run starts from, and takes the output directory. Collective.
+    /// Finds and reads the start of the run, and locks the output directory. Collective.
     ///
     /// # Errors
-    /// The first rank's that has one, and [`Error::Elsewhere`] on the others. Nothing was written but the lock.
+    /// The error of the first rank that has one, and [`Error::Elsewhere`] on the others. Only the lock was written.
     pub fn settle(&mut self, world: &dyn Communicator) -> Result<()> {
         let found = if world.rank() == 0 { self.look() } else { Ok(None) };
         let found = agree(world, found)?.map(|path| path.display().to_string());
@@ -97,7 +97,7 @@ impl Run {
         self.take_output(world)
     }
 
-    /// Rank 0 decides on the step to resume from, and has read all of it.
+    /// Decides on the step to resume from, and verifies it. On rank 0.
     fn look(&mut self) -> Result<Option<PathBuf>> {
         let train = &self.config.train;
         if train.output_dir.is_dir() {
@@ -129,7 +129,7 @@ impl Run {
     /// Starts from the adapter that the user named, if there is one.
     pub fn start_afresh(&mut self) -> Result<()> {
         if let Some(path) = &self.config.lora.adapter_path {
-            // Whatever is wrong with an adapter that the user named is the user's to mend.
+            // The user named the adapter, so all faults of it are user errors.
             let place = self.places.of("lora.adapter_path");
             let values = self.starting_adapter(path);
             let values = values.map_err(|error| Error::Input(format!("{place}: {error}")))?;
@@ -155,7 +155,7 @@ impl Run {
         Ok(checkpoint::peft::read_values(path, &self.sites, lora.lora_rank)?)
     }
 
-    /// Reads the step at `path` as far as this rank needs it, and goes on where it stands.
+    /// Reads the parts of the step at `path` that this rank needs, and takes its progress over.
     fn read_step(&mut self, path: &Path, rank: usize) -> Result<()> {
         let state = TrainerState::read(path)?;
         let unfit = |reason| CheckpointError::Unfit { path: path.to_owned(), reason };
@@ -175,7 +175,7 @@ impl Run {
         }
         let later = steps::published(&self.run_dir).into_iter().filter(|&step| step > state.step);
         if rank == 0 && !self.config.train.overwrite {
-            // What is damaged does not exist: its turn replaces it.
+            // A damaged step counts as absent. It is replaced when the run reaches it.
             let whole = |&step: &usize| verify(&steps::directory(&self.run_dir, step)).is_ok();
             if let Some(step) = later.rev().find(whole) {
                 let (path, later) = (self.run_dir.clone(), format!("step_{step}"));
@@ -187,7 +187,10 @@ impl Run {
         Ok(())
     }
 
-    /// Whether seed, rank and scale are what the step has; shapes are compared where they are read.
+    /// Checks that seed, rank and scale are those of the step. Shapes are compared where they are read.
+    ///
+    /// # Errors
+    /// The first difference.
     fn same_beginning(&self, state: &TrainerState) -> Result<(), String> {
         let (lora, stored) = (&self.config.lora, &state.lora);
         if (stored.rank, stored.alpha) != (lora.lora_rank, lora.lora_alpha) {
@@ -202,7 +205,10 @@ impl Run {
         Ok(())
     }
 
-    /// Whether optimizer and data are those that the step's moments and position mean.
+    /// Checks that optimizer and data are those that the step's state tensors and position belong to.
+    ///
+    /// # Errors
+    /// The first difference.
     fn same_course(&self, state: &TrainerState) -> Result<(), String> {
         let train = &self.config.train;
         if state.optimizer.kind != train.optimizer {
@@ -260,16 +266,16 @@ impl Run {
         }
     }
 
-    /// Where the run stands before its first step: steps made, and its place in the data.
+    /// Steps made before the run's first one, and the place in the data at which it begins.
     pub(super) fn standing(&self) -> (usize, DataCursor) {
         self.resumed()
             .map_or((0, DataCursor::default()), |resumed| (resumed.state.step, resumed.state.position))
     }
 
-    /// Rank 0 locks output_dir, and all ranks see that it is the same. Collective.
+    /// Locks output_dir on rank 0, and checks that all ranks see the same directory. Collective.
     fn take_output(&mut self, world: &dyn Communicator) -> Result<()> {
         let output = self.config.train.output_dir.clone();
-        // What cannot be written is the user's to mend, as long as nothing was.
+        // A directory that cannot be written is a user error, as nothing was written yet.
         let place = self.places.of("train.output_dir");
         let input = |error: &dyn std::fmt::Display| Error::Input(format!("{place}: {error}"));
         let held = self.lock.take();

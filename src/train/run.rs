@@ -1,8 +1,8 @@
 //! A whole run: prepare from the configuration, train step by step, save, leave metrics behind.
 //!
-//! [`Run::prepare`] reads and validates everything and enters no collective, so that all ranks can agree on whether
-//! to go on before anything is written; [`Run::settle`] finds what the run starts from and takes the output directory;
-//! [`Run::execute`] is the loop.
+//! [`Run::prepare`] reads and validates everything. It enters no collective, so that ranks agree to go on before
+//! anything is written. [`Run::settle`] finds the step to resume from and locks the output directory. [`Run::execute`]
+//! is the loop.
 
 use super::{
     StopSignals, Trainer,
@@ -68,12 +68,12 @@ pub struct Run {
     pub(super) source: Box<dyn WeightSource>,
     pub(super) dataset: Arc<Dataset>,
     pub(super) batches: BatchSchedule,
-    /// Steps of the whole run, those before a resume included.
+    /// Steps of the whole run, including those before a resume.
     pub(super) total_steps: usize,
     /// `{output_dir}/weights/{run_id}`
     pub(super) run_dir: PathBuf,
     pub(super) start: Start,
-    /// Rank 0's, as long as the run lasts.
+    /// Held by rank 0 as long as the run lasts.
     pub(super) lock: Option<OutputLock>,
     debug: bool,
 }
@@ -194,7 +194,7 @@ impl Run {
             vocab_chunk_rows: train.vocab_chunk_rows.unwrap_or(VOCAB_CHUNK_BYTES / row_bytes).max(1),
             loss_chunk_tokens: train.loss_chunk_tokens,
             checkpointing: train.checkpointing(),
-            // A step of one micro-batch has nothing to sum up first: no full gradient needs to be kept.
+            // A step of one micro-batch accumulates nothing, so no full gradient is kept.
             reduce: if self.micro_batches() == 1 {
                 ReduceGradients::MicroBatch
             } else {
@@ -248,7 +248,7 @@ impl Run {
         let session = Session { name, adapter, optimizer, max_grad_norm: train.max_grad_norm };
         let mut trainer = Trainer { model, session, schedule, world: groups.world };
 
-        // Nothing is written or taken away before every rank is ready to train.
+        // Nothing is written or removed before every rank is ready to train.
         trainer.world.barrier()?;
         let rank = world.rank();
         let mut metrics = if rank == 0 { self.begin_output()? } else { Metrics::silent() };
@@ -301,7 +301,7 @@ impl Run {
                 // A resumed process gathers everything anew. So does this one, and both report the same bytes.
                 trainer.model.forget_gathered()?;
                 trainer.session.adapter.regions_mut().refresh()?;
-                // A save is in no step's time.
+                // The time of a save belongs to no step.
                 clock.take();
                 begin = Instant::now();
             }
@@ -318,7 +318,7 @@ impl Run {
         Ok(Ended::Done)
     }
 
-    /// Rank 0 begins the files of output_dir, and takes away what the user wants overwritten.
+    /// Begins the files of output_dir on rank 0, and removes the steps that the user wants overwritten.
     fn begin_output(&self) -> Result<Metrics> {
         let resumed = self.resumed().map(|resumed| resumed.state.step);
         if self.config.train.overwrite {

@@ -1,6 +1,6 @@
-//! Publishing a step, collectively: rank 0 opens it and writes the adapter, every rank of the first copy its own
-//! pieces, rank 0 publishes and prunes. After each part all ranks agree on whether to go on, so a save that fails on
-//! one rank ends all with that rank's error and leaves the steps before it untouched.
+//! Publishing of a step, collectively. Rank 0 opens it and writes the adapter, every rank of the first copy writes its
+//! pieces, rank 0 publishes and prunes. After each part all ranks agree to go on: a save that fails on one rank ends
+//! all with that rank's error, and earlier steps are untouched.
 
 use super::{Run, Trainer};
 use crate::{
@@ -24,22 +24,22 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Where the run stands after a step.
+/// Progress of the run after a step.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Progress {
     /// Steps made.
     pub step: usize,
-    /// The epoch of the last one.
+    /// The epoch of the last step made.
     pub epoch: usize,
     pub position: DataCursor,
 }
 
-/// What saving needs besides the trainer.
+/// Saves the steps of a run.
 pub(super) struct Saver<'a> {
     run: &'a Run,
     rank: usize,
     known: KnownHashes,
-    /// Which base this is; rank 0's.
+    /// Digest of the base, on rank 0.
     base: String,
     /// `model/` of the last step of this base that has one.
     model: Option<PathBuf>,
@@ -101,7 +101,7 @@ impl<'a> Saver<'a> {
         }
         let model_path = run.config.model.model_path.clone();
         let base = match model_path {
-            // A random base is nowhere but in the step.
+            // The step is the only place of a random base.
             None if saves_base => {
                 Some(steps::directory(&run.run_dir, at.step).join(checkpoint::base::FOLDER))
             }
@@ -172,7 +172,7 @@ impl<'a> Saver<'a> {
         Ok(write_pieces(step, self.rank, mesh.world(), &pieces)?)
     }
 
-    /// Rank 0 makes the step visible and lets older ones go.
+    /// Makes the step visible and removes older ones. On rank 0.
     fn publish(&mut self, writer: StepWriter, step: usize) -> Result<()> {
         let published = writer.publish(&mut self.known)?;
         tracing::info!("saved {}", published.display());
@@ -184,7 +184,7 @@ impl<'a> Saver<'a> {
             let run_dir = &self.run.run_dir;
             let resumed = self.run.resumed().map(|resumed| resumed.state.step);
             for step in steps::surplus(&steps::published(run_dir), limit, step, resumed) {
-                // A step too many is no reason to end a run.
+                // The run goes on with a step too many.
                 match steps::withdraw(run_dir, step) {
                     Ok(()) => tracing::info!("removed step {step}: train.save_total_limit is {limit}"),
                     Err(error) => tracing::warn!("could not remove step {step}: {error}"),
