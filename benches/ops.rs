@@ -6,10 +6,11 @@
 //!   XORL_BENCH_LEVELS=all cargo bench --bench ops -- norm       norm and attention with every instruction set
 //!   OMP_NUM_THREADS=1 cargo bench --bench ops                   as one of several ranks runs
 //!
-//! Criterion calls a FLOP `elem`. The table at the end has the median of each, and its share of what libtorch reached at
-//! best on as many threads: in a product of bf16 matrices, or in moving as many bytes as the operation does, since most of
-//! these fit in the cache. A FLOP counts where the formula needs it: masked scores do not, P computed again does.
-//! Nothing else should run meanwhile: it would slow the medians, but hardly the best.
+//! Criterion calls a FLOP `elem`. The table at the end has the median of each, and its share of what libtorch reached
+//! at best on as many threads: in a product of bf16 matrices, or in moving as many bytes as the operation does, since
+//! most of these fit in the cache. A FLOP counts where the formula needs it: masked scores do not, P computed again
+//! does. Nothing else should run meanwhile: it would slow the medians, but hardly the best.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a bench may panic")]
 
 mod measure;
 
@@ -182,8 +183,7 @@ fn layer(input: i64, widths: &[i64], groups: i64) -> Linear {
 }
 
 fn attentions(benches: &mut Benches, name: &str, heads: Heads, lengths: &[usize]) {
-    let (tokens, documents) =
-        (lengths.iter().sum::<usize>() as i64, Documents::new(lengths, tch::Device::Cpu));
+    let (tokens, documents) = (lengths.iter().sum::<usize>() as i64, Documents::new(lengths, Cpu));
     let qkv = random(&[tokens, (heads.query + 2 * heads.key_value) * heads.dim]);
     let d_out = random(&[tokens, heads.query * heads.dim]);
     let scores = heads.query * lengths.iter().map(|&n| (n * (n + 1) / 2) as i64).sum::<i64>();

@@ -22,9 +22,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 import machine
+import numpy as np
 import plot
 from processes import Failed, Process, run, run_together
 

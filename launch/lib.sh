@@ -1,4 +1,5 @@
-# What the scripts of this folder share; they source it. Not a program.
+# shellcheck shell=bash
+# Functions that the scripts of this folder source. Not a program.
 
 # Prints the program: XORL_DIST, the release build of the checkout $1, or xorl-dist on PATH.
 xorl_program() {
@@ -21,6 +22,11 @@ wait_through_signals() {
     kill -0 "$1" 2>/dev/null || break
   done
   # What came together with a signal was the signal's number.
-  wait "$1" 2>/dev/null && code=0 || { last=$?; [ $last = 127 ] || code=$last; }
+  if wait "$1" 2>/dev/null; then
+    code=0
+  else
+    last=$?
+    [ $last = 127 ] || code=$last
+  fi
   return "$code"
 }

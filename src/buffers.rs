@@ -1,35 +1,45 @@
-//! Host memory of activations and temporaries, reused from operation to operation and from step to step.
+//! Host memory for activations and temporaries, reused from operation to operation and from step to step.
 //!
 //! A fresh allocation of megabytes costs a page fault for every 4 KiB, which was measured to cost as much as some of
-//! the operations. So what is dropped here is kept for the next taker of about that size. When nothing fits and all
-//! together would be more than was ever in use at a time, the longest unused is given back to the system: what a step
-//! works with settles in one set of blocks, and never takes more than its own peak. For that to be true of the
-//! process, malloc must return what it is given back: [`return_large_blocks`].
+//! the operations. So a pool of each thread keeps blocks that are free and gives them to the next buffer of about their
+//! size. When none fits and all together would exceed the most bytes ever in use at a time, the longest unused blocks
+//! go back to the system. A step then settles in one set of blocks and never takes more than its own peak. For that to
+//! hold for the process, malloc must return freed blocks to the system: [`return_large_blocks`].
+//!
+//! A block goes back to a pool when libtorch frees the storage that lies in it: after the last tensor that views it.
 //!
 //! Tensors of other devices come from libtorch, which has such a pool for them.
 
 use std::{
+    alloc::{Layout, alloc, dealloc, handle_alloc_error},
     cell::RefCell,
     cmp::Reverse,
     collections::VecDeque,
+    ffi::{c_int, c_void},
     ops::{Deref, DerefMut},
+    ptr::{NonNull, null, null_mut},
 };
 use tch::{Device, Kind, Tensor};
 
-/// What is smaller is left to malloc, which reuses it well.
+/// Bytes below which malloc serves a buffer, which reuses small blocks well.
 const LEAST_BYTES: usize = 1 << 18;
 
-/// A block of this many bytes has pages of its own, which are unmapped when it is freed.
+/// Bytes from which on malloc maps a block, which is unmapped when it is freed.
 const MAPPED_BYTES: i32 = 1 << 20;
 
 /// Free bytes at the end of the heap that malloc keeps.
 const KEPT_BYTES: i32 = 1 << 26;
 
-/// Has malloc return large blocks to the system at once. By default glibc raises the size from which it does so to
-/// 32 MiB as the process goes; then the heap's holes made SmolLM2's peak RSS up to 25 % larger from run to run, at the
-/// same speed.
+/// Alignment of a block: a cache line, as libtorch's own allocator gives.
+const ALIGNMENT: usize = 64;
+
+/// The index in libtorch's `cpu`; `cpu:0` would be another device to it.
+const CPU_INDEX: i32 = -1;
+
+/// Makes malloc return large blocks to the system at once. By default glibc raises the size from which it does so to 32
+/// MiB over time. The heap's holes then made SmolLM2's peak RSS up to 25 % larger from run to run, at the same speed.
 pub fn return_large_blocks() {
-    // SAFETY: mallopt takes two numbers, and refuses what it does not know.
+    // SAFETY: mallopt takes two numbers, and refuses parameters that it does not know.
     #[cfg(target_env = "gnu")]
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED_BYTES);
@@ -37,14 +47,115 @@ pub fn return_large_blocks() {
     }
 }
 
-/// Blocks `[bytes]` u8.
+/// An owned block of memory, of any content.
+struct Block {
+    start: NonNull<u8>,
+    bytes: usize,
+}
+
+impl Block {
+    /// `bytes` is not 0.
+    fn layout(bytes: usize) -> Layout {
+        Layout::from_size_align(bytes, ALIGNMENT)
+            .unwrap_or_else(|error| panic!("a block of {bytes} bytes: {error}"))
+    }
+
+    fn new(bytes: usize) -> Self {
+        let layout = Self::layout(bytes.max(1));
+        // SAFETY: the layout has at least one byte.
+        let start = unsafe { alloc(layout) };
+        let start = NonNull::new(start).unwrap_or_else(|| handle_alloc_error(layout));
+        Self { start, bytes: layout.size() }
+    }
+
+    /// Gives the block to a tensor [bytes] u8, whose storage returns it to a pool when it is freed.
+    fn into_tensor(self, bytes: usize) -> Tensor {
+        assert!(bytes <= self.bytes, "{bytes} bytes of a block of {}", self.bytes);
+        let (size, stride, mut tensor) = (bytes as i64, 1, null_mut());
+        let block = std::mem::ManuallyDrop::new(self);
+        // SAFETY: the block is `bytes` bytes and more, which are the storage's alone until libtorch calls `put_back`
+        // with its address and size. libtorch copies size and stride, and sets `tensor` to a tensor of ours if it
+        // returns 0.
+        let code = unsafe {
+            let (u8s, cpu, strided) =
+                (aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), aoti_torch_layout_strided());
+            let (start, owned) = (block.start.as_ptr().cast(), std::ptr::without_provenance_mut(block.bytes));
+            torch_from_blob(
+                start,
+                1,
+                &raw const size,
+                &raw const stride,
+                0,
+                u8s,
+                cpu,
+                CPU_INDEX,
+                &raw mut tensor,
+                strided,
+                null(),
+                0,
+                put_back,
+                owned,
+            )
+        };
+        assert_eq!(code, 0, "torch_from_blob of {bytes} bytes");
+        // SAFETY: a handle of libtorch's C interface is an at::Tensor made by new, as tch's pointers are; this one is
+        // ours.
+        unsafe { Tensor::from_ptr(tensor.cast()) }
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        // SAFETY: `new` took the memory with this layout, and the block owns it.
+        unsafe { dealloc(self.start.as_ptr(), Self::layout(self.bytes)) };
+    }
+}
+
+/// Puts the block of a freed storage into the pool of the thread that freed it.
+unsafe extern "C" fn put_back(start: *mut c_void, bytes: *mut c_void) {
+    let Some(start) = NonNull::new(start.cast()) else { return };
+    let block = Block { start, bytes: bytes.addr() };
+    if cfg!(debug_assertions) {
+        // All ones are NaN in every floating-point kind: reading a new buffer before writing it is found out.
+        // SAFETY: the block is `bytes` bytes, and the last tensor in it has gone.
+        unsafe { block.start.write_bytes(0xff, block.bytes) };
+    }
+    // At the end of a thread its pool may be gone; the block is then freed.
+    let _ = POOL.try_with(|pool| pool.borrow_mut().put(block));
+}
+
+// SAFETY: libtorch exports these functions with these signatures (torch/csrc/stable/c/shim.h, aoti_torch/c/shim.h), a
+// stable C interface. tch has no tensor that frees its memory through a function of ours.
+unsafe extern "C" {
+    fn aoti_torch_dtype_uint8() -> i32;
+    fn aoti_torch_device_type_cpu() -> i32;
+    fn aoti_torch_layout_strided() -> i32;
+    fn torch_from_blob(
+        data: *mut c_void,
+        dimensions: i64,
+        sizes: *const i64,
+        strides: *const i64,
+        storage_offset: i64,
+        dtype: i32,
+        device_type: i32,
+        device_index: i32,
+        tensor: *mut *mut c_void,
+        layout: i32,
+        opaque_metadata: *const u8,
+        opaque_metadata_size: i64,
+        deleter: unsafe extern "C" fn(*mut c_void, *mut c_void),
+        deleter_context: *mut c_void,
+    ) -> c_int;
+}
+
+/// A thread's blocks.
 #[derive(Default)]
 struct Pool {
-    /// Those that nobody uses, the longest unused first.
-    free: VecDeque<Tensor>,
+    /// Free blocks, the longest unused first.
+    free: VecDeque<Block>,
     /// Bytes in use.
     used: usize,
-    /// The most bytes that were in use at a time.
+    /// The most bytes in use at a time so far.
     most: usize,
 }
 
@@ -54,46 +165,42 @@ thread_local! {
 
 impl Pool {
     /// A block of at least `bytes`.
-    fn take(&mut self, bytes: usize) -> Tensor {
-        let fitting = self.free.iter().enumerate().map(|(i, block)| (block.numel(), Reverse(i)));
-        // Of those of a size the one that was used last: it may still be in a cache.
+    fn take(&mut self, bytes: usize) -> Block {
+        let fitting = self.free.iter().enumerate().map(|(i, block)| (block.bytes, Reverse(i)));
+        // Among blocks of one size the one used last: it may still be in a cache.
         let best = fitting.filter(|&(size, _)| (bytes..=bytes + bytes / 4).contains(&size)).min();
         let found = best.and_then(|(_, Reverse(i))| self.free.remove(i));
-        self.used += found.as_ref().map_or(bytes, Tensor::numel);
+        self.used += found.as_ref().map_or(bytes, |block| block.bytes);
         self.most = self.most.max(self.used);
         while self.used + self.unused() > self.most && self.free.pop_front().is_some() {}
-        found.unwrap_or_else(|| Tensor::empty([bytes as i64], (Kind::Uint8, Device::Cpu)))
+        found.unwrap_or_else(|| Block::new(bytes))
     }
 
-    fn put(&mut self, block: Tensor) {
-        // One that another thread took is welcome too.
-        self.used = self.used.saturating_sub(block.numel());
+    fn put(&mut self, block: Block) {
+        // The block may be one that another thread took.
+        self.used = self.used.saturating_sub(block.bytes);
         self.free.push_back(block);
     }
 
-    /// Bytes that nobody uses.
+    /// Bytes of free blocks.
     fn unused(&self) -> usize {
-        self.free.iter().map(Tensor::numel).sum()
+        self.free.iter().map(|block| block.bytes).sum()
     }
 }
 
-/// A tensor whose memory goes to the next taker when this is dropped. No other tensor may view it then.
+/// A tensor with memory of the pool, which gets it back when this and every view of it have been dropped.
 #[derive(Debug)]
-pub struct Buffer {
-    tensor: Tensor,
-    block: Option<Tensor>,
-}
+pub struct Buffer(Tensor);
 
 impl Buffer {
     /// A tensor of any content.
     pub fn empty(shape: &[i64], kind: Kind, device: Device) -> Self {
         let bytes = shape.iter().product::<i64>() as usize * kind.elt_size_in_bytes();
         if device != Device::Cpu || bytes < LEAST_BYTES {
-            return Self { tensor: Tensor::empty(shape, (kind, device)), block: None };
+            return Self(Tensor::empty(shape, (kind, device)));
         }
         let block = POOL.with_borrow_mut(|pool| pool.take(bytes));
-        let tensor = block.narrow(0, 0, bytes as i64).view_dtype(kind).view(shape);
-        Self { tensor, block: Some(block) }
+        Self(block.into_tensor(bytes).view_dtype(kind).view(shape))
     }
 
     /// A tensor of any content, of the shape, kind and device of `tensor`.
@@ -103,9 +210,9 @@ impl Buffer {
 }
 
 impl From<Tensor> for Buffer {
-    /// A tensor whose memory is its own.
+    /// A tensor with memory of libtorch's allocator.
     fn from(tensor: Tensor) -> Self {
-        Self { tensor, block: None }
+        Self(tensor)
     }
 }
 
@@ -113,25 +220,13 @@ impl Deref for Buffer {
     type Target = Tensor;
 
     fn deref(&self) -> &Tensor {
-        &self.tensor
+        &self.0
     }
 }
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut Tensor {
-        &mut self.tensor
-    }
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        let Some(block) = self.block.take() else { return };
-        if cfg!(debug_assertions) {
-            // All ones are NaN in every floating-point kind: who still reads it is found out.
-            let _ = block.shallow_clone().fill_(255);
-        }
-        // At the end of a thread there is nobody to keep it for.
-        let _ = POOL.try_with(|pool| pool.borrow_mut().put(block));
+        &mut self.0
     }
 }
 
@@ -150,26 +245,26 @@ mod tests {
     }
 
     #[test]
-    fn what_is_dropped_is_taken_again() {
+    fn dropped_blocks_are_reused() {
         let n = LEAST_BYTES as i64;
         let (first, at) = taken(n);
-        let view = first.narrow(0, 0, 1);
         drop(first);
-        if cfg!(debug_assertions) {
-            assert!(view.double_value(&[0]).is_nan(), "a view of what was dropped is found out");
-        }
         let (second, again) = taken(n - 5);
-        assert_eq!((second.size(), at), (vec![n - 5], again));
+        assert_eq!((second.size(), again), (vec![n - 5], at));
+        if cfg!(debug_assertions) {
+            assert!(second.isnan().all().int64_value(&[]) == 1, "a new buffer is not a number");
+        }
         let (third, elsewhere) = taken(n);
         assert_ne!(elsewhere, at);
+        assert!(at.is_multiple_of(ALIGNMENT) && elsewhere.is_multiple_of(ALIGNMENT), "{at} {elsewhere}");
         drop(second);
         drop(third);
         assert_eq!(unused(), 8 * n as usize);
-        // The last used one first.
+        // The block used last comes first.
         let (third, first_again) = taken(n);
         assert_eq!(first_again, elsewhere);
         drop(third);
-        // What fits neither takes the place of both; what is much smaller does not use it up.
+        // A larger buffer takes the place of both blocks; a much smaller one does not use up a large block.
         let large = taken(2 * n).0;
         assert_eq!(unused(), 0);
         drop(large);
@@ -180,7 +275,26 @@ mod tests {
     }
 
     #[test]
-    fn small_ones_are_not_kept() {
+    fn a_view_keeps_its_block_from_the_pool() {
+        let n = LEAST_BYTES as i64;
+        let (mut first, at) = taken(n);
+        let _ = first.fill_(3.0);
+        let view = first.narrow(0, 5, 2);
+        drop(first);
+        assert_eq!(unused(), 0);
+        let (mut second, elsewhere) = taken(n);
+        let _ = second.fill_(4.0);
+        assert_ne!(elsewhere, at);
+        assert_eq!(view, Tensor::from_slice(&[3f32, 3.0]));
+        // The last view may go on another thread, and after its own.
+        let view = std::thread::spawn(move || view.get(0)).join().unwrap();
+        assert_eq!(unused(), 0);
+        drop(view);
+        assert_eq!(unused(), 4 * n as usize);
+    }
+
+    #[test]
+    fn small_buffers_are_not_kept() {
         drop(taken(7));
         assert_eq!(unused(), 0);
     }

@@ -2,7 +2,8 @@
 //! as a table. Any room may open a span. Off until [`start`]; off, a span is one look at a thread-local flag.
 //!
 //! Own code, because `tracing-chrome` (0.7) writes every process as pid 1, counts time from its own start instead of a
-//! zero that ranks share, streams from program start on instead of the steps asked for, and panics where it cannot write.
+//! zero that ranks share, streams from program start on instead of the steps asked for, and panics where it cannot
+//! write.
 
 use serde::Serialize;
 use serde_json::{Value, json};

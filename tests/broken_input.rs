@@ -1,5 +1,6 @@
 //! Whatever a user gets wrong in a config, a model or a data file: exit code 2, one line that names the place, and
 //! nothing written.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod common;
 

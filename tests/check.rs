@@ -1,5 +1,6 @@
 //! `check` tells what a run would find wrong and what it would cost, without training and without writing anything;
 //! what it says of memory is what a run then takes.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod common;
 
@@ -98,8 +99,8 @@ fn experts_over_8_ranks_from_their_configuration_alone() {
     // Gradients of experts are where they belong already.
     assert_eq!(figure(&report, "reduce_scatter/shard"), attentions * 4 / 8 * 7);
     assert!(!report.contains("expert_shard"), "{report}");
-    // 1024 tokens of 8 choices, seven eighths of which travel: there x (twice, as it is computed again) and dy, back y and
-    // dx; with a weight and its gradient.
+    // 1024 tokens of 8 choices, seven eighths of which travel: there x (twice, as it is computed again) and dy, back y
+    // and dx; with a weight and its gradient.
     let rows = 48 * 1024 * 8 / 8 * 7;
     assert_eq!(figure(&report, "all_to_all/expert"), rows * (5 * 2 * 2048 + 3 * 4));
 }

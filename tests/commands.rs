@@ -1,6 +1,7 @@
 //! Commands of rank 0 reach ranks that sleep within milliseconds; a rank that dies meanwhile ends all.
 //!
 //! Each test starts this binary under mpirun; its ranks run [`mpi_worker`].
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod common;
 

@@ -1,5 +1,6 @@
 //! `run.yaml` as a user meets it: every shipped file loads, broken ones are refused in one line at the right
 //! place, the command line wins, and what is written reads back.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 use proptest::prelude::*;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,5 @@
 //! libtorch's CUDA half, on a machine without a GPU: it is loaded, and says itself what is missing.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 use tch::{Device, Kind, Tensor};
 use xorl_dist::device::torch;

@@ -1,4 +1,5 @@
 //! `--debug` and `launch/debug.sh`: what is said, and that a value that is not finite is found where it arises.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod common;
 

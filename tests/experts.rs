@@ -1,5 +1,6 @@
-//! Experts over ranks train what one rank with all experts trains, in every topology; and a rank that does its part wrong
-//! is noticed.
+//! Experts over ranks train what one rank with all experts trains, in every topology; and a rank that does its part
+//! wrong is noticed.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod common;
 

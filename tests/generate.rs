@@ -1,5 +1,6 @@
 //! `xorl-dist generate` continues as transformers does, with an adapter that PEFT made, on one rank and sharded over
 //! several, whatever else is in the batch.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod common;
 

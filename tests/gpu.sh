@@ -69,12 +69,12 @@ moe=configs/local/tiny_moe_lora.yaml
 fp32=(--train.enable_mixed_precision false --train.max_steps 8)
 
 experts_on_one() {
-  train cpu 1 cpu $moe --train.expert_parallel_size 1 "${fp32[@]}" &&
-    train gpu 1 "$device" $moe --train.expert_parallel_size 1 "${fp32[@]}" && same gpu cpu 1e-4
+  train cpu 1 cpu "$moe" --train.expert_parallel_size 1 "${fp32[@]}" &&
+    train gpu 1 "$device" "$moe" --train.expert_parallel_size 1 "${fp32[@]}" && same gpu cpu 1e-4
 }
 grouped_on_one() {
   local bf16=(--train.expert_parallel_size 1 --train.max_steps 8 --train.profile_steps 1)
-  train cpu-grouped 1 cpu $moe "${bf16[@]}" && train gpu-grouped 1 cuda $moe "${bf16[@]}" || return
+  train cpu-grouped 1 cpu "$moe" "${bf16[@]}" && train gpu-grouped 1 cuda "$moe" "${bf16[@]}" || return
   grep -q linear.forward_at_once "$out"/gpu-grouped/trace/*/rank_0.txt || { echo 'one GEMM after the other' >"$out/said"; return 1; }
   same gpu-grouped cpu-grouped 5e-3
 }
@@ -103,15 +103,15 @@ losses_on_one() {
 }
 over_nccl() { # EP
   [ $((ranks % $1)) = 0 ] || { echo "$ranks ranks cannot be dealt to $1" >"$out/said"; return; }
-  [ -e "$out/gpu/metrics.jsonl" ] || train gpu 1 "$device" $moe --train.expert_parallel_size 1 "${fp32[@]}"
-  train "nccl-$1" "$ranks" "$device" $moe --train.expert_parallel_size "$1" "${fp32[@]}" && same "nccl-$1" gpu 1e-5
+  [ -e "$out/gpu/metrics.jsonl" ] || train gpu 1 "$device" "$moe" --train.expert_parallel_size 1 "${fp32[@]}"
+  train "nccl-$1" "$ranks" "$device" "$moe" --train.expert_parallel_size "$1" "${fp32[@]}" && same "nccl-$1" gpu 1e-5
 }
 
 # The grouped GEMM over rows of both ranks.
 over_nccl_grouped() {
-  [ "$ranks" -ge 2 ] && [ $((ranks % 2)) = 0 ] || { echo 'not run' >"$out/said"; return 0; }
+  if [ "$ranks" -lt 2 ] || [ $((ranks % 2)) != 0 ]; then echo 'not run' >"$out/said"; return 0; fi
   [ -e "$out/gpu-grouped/metrics.jsonl" ] || grouped_on_one || return
-  train nccl-grouped "$ranks" cuda $moe --train.expert_parallel_size 2 --train.max_steps 8 --train.profile_steps 1 || return
+  train nccl-grouped "$ranks" cuda "$moe" --train.expert_parallel_size 2 --train.max_steps 8 --train.profile_steps 1 || return
   grep -q linear.forward_at_once "$out"/nccl-grouped/trace/*/rank_0.txt || { echo 'one GEMM after the other' >"$out/said"; return 1; }
   same nccl-grouped gpu-grouped 5e-3
 }
@@ -119,11 +119,11 @@ over_nccl_grouped() {
 # From step 4 of 8 again: the same bytes. On every rank, with experts over two or all of them.
 resumed() {
   local run=weights/run again=(--train.expert_parallel_size $((ranks % 2 ? 1 : 2)) --train.save_steps 4 --train.max_steps 8)
-  train whole "$ranks" "$device" $moe "${again[@]}" || return
+  train whole "$ranks" "$device" "$moe" "${again[@]}" || return
   cp -r "$out/whole" "$out/again"
   rm -r "$out/again/$run/step_8"
   echo step_4 >"$out/again/$run/latest"
-  train again "$ranks" "$device" $moe "${again[@]}" || return
+  train again "$ranks" "$device" "$moe" "${again[@]}" || return
   grep -q 'on from .*step_4' "$out/again.log" || { echo 'began anew' >"$out/said"; return 1; }
   local files file
   files=$(cd "$out/whole/$run/step_8" && find . -name '*.safetensors' -o -name '*.bin' | sort)
@@ -137,20 +137,20 @@ resumed() {
 # One rank is stopped in the middle: the others name it, and all are gone.
 stopped() {
   local run begin took deadline=5
-  train stopped "$ranks" "$device" $moe --train.expert_parallel_size 1 --train.num_train_epochs 100000 --train.comm_timeout_s $deadline \
+  train stopped "$ranks" "$device" "$moe" --train.expert_parallel_size 1 --train.num_train_epochs 100000 --train.comm_timeout_s "$deadline" \
     2>/dev/null &
   run=$!
   for _ in $(seq 120); do
     sleep 0.5
-    [ "$(cat "$out/stopped/metrics.jsonl" 2>/dev/null | wc -l)" -lt 3 ] || break
+    [ "$(wc -l 2>/dev/null <"$out/stopped/metrics.jsonl" || echo 0)" -lt 3 ] || break
   done
   begin=$(date +%s)
   pkill -STOP -n -f "^$program .*$out/stopped" || { echo 'no rank to stop' >"$out/said"; pkill -f "$out/stopped"; return 1; }
-  while kill -0 $run 2>/dev/null && [ $(($(date +%s) - begin)) -lt 60 ]; do sleep 0.5; done
+  while kill -0 "$run" 2>/dev/null && [ $(($(date +%s) - begin)) -lt 60 ]; do sleep 0.5; done
   took=$(($(date +%s) - begin))
   echo "gone in $took s (deadline $deadline): $(grep -m1 '^error:' "$out/stopped.log" | cut -c1-70)" >"$out/said"
   if pkill -KILL -f "$out/stopped"; then echo "some were there after $took s" >"$out/said"; return 1; fi
-  ! wait $run && [ $took -le $((deadline + 10)) ] && grep -q '^error: .*from rank [0-9]' "$out/stopped.log"
+  ! wait "$run" && [ "$took" -le $((deadline + 10)) ] && grep -q '^error: .*from rank [0-9]' "$out/stopped.log"
 }
 
 model() {
@@ -161,7 +161,7 @@ generated() {
   model
   local where
   for where in cpu cuda; do
-    "$program" generate --device $where --model models/smollm2 --dtype float32 --prompt 'The capital of France is' \
+    "$program" generate --device "$where" --model models/smollm2 --dtype float32 --prompt 'The capital of France is' \
       --max-new-tokens 16 >"$out/generated-$where" 2>"$out/generate.log" || { cat "$out/generate.log" >&2; return 1; }
   done
   cmp "$out/generated-cpu" "$out/generated-cuda" >"$out/said" && echo 'equal: 16 tokens' >"$out/said"
@@ -199,10 +199,10 @@ memory() {
   rm -f "$out/memory.txt"
   local way
   for way in no_recompute recompute_full_layer; do
-    "$program" check --device cuda --config "$out/speed.yaml" --train.gradient_checkpointing_method $way \
+    "$program" check --device cuda --config "$out/speed.yaml" --train.gradient_checkpointing_method "$way" \
       --train.output_dir "$out/memory-$way" >"$out/check.log" || return
-    train "memory-$way" 1 cuda "$out/speed.yaml" --train.gradient_checkpointing_method $way --train.max_steps 3 || return
-    python3 - "$out" $way >>"$out/memory.txt" <<'P'
+    train "memory-$way" 1 cuda "$out/speed.yaml" --train.gradient_checkpointing_method "$way" --train.max_steps 3 || return
+    python3 - "$out" "$way" >>"$out/memory.txt" <<'P'
 import json, re, sys
 text = open(f'{sys.argv[1]}/check.log').read()
 planned, before = (int(re.search(pattern, text)[1]) for pattern in (r'a rank needs (\d+) bytes of it', r'(\d+) in use'))
@@ -212,7 +212,7 @@ print(f'{sys.argv[2]}: {used / 1e9:.2f} GB, {used / planned:.2f} of the plan')
 sys.exit(not 0.85 * planned < used < 1.15 * planned + 1e9)
 P
     local fits=$?
-    [ $fits = 0 ] || { cp "$out/memory.txt" "$out/said"; return 1; }
+    [ "$fits" = 0 ] || { cp "$out/memory.txt" "$out/said"; return 1; }
   done
   paste -sd ';' "$out/memory.txt" >"$out/said"
 }
@@ -232,7 +232,7 @@ beside_peer() {
   speed_config "$@"
   rm -rf "$out"/speed-*
   for way in recompute_full_layer selective no_recompute; do
-    train "speed-$way" "$gpus" cuda "$out/speed.yaml" --train.gradient_checkpointing_method $way || return
+    train "speed-$way" "$gpus" cuda "$out/speed.yaml" --train.gradient_checkpointing_method "$way" || return
   done
   python3 - "$out" >"$out/said" <<'P'
 import glob, json, os, statistics, sys

@@ -1,5 +1,6 @@
-//! Ranks on two hosts train what they train on one, and notice when the network between them is gone. The hosts are network
-//! namespaces with names and addresses of their own; that takes root and Open MPI: `ci/long.sh hosts`.
+//! Ranks on two hosts train what they train on one, and notice when the network between them is gone. The hosts are
+//! network namespaces with names and addresses of their own; that takes root and Open MPI: `ci/long.sh hosts`.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod common;
 
@@ -114,8 +115,8 @@ fn mpi_gathers_cross_the_network_once_for_a_host() {
         let lines = common::metrics(&run.at("two"));
         lines.iter().map(|line| line["comm_bytes"][operation].as_f64().unwrap()).sum()
     };
-    // A rank receives 3 of 4 pieces, two of which are of the other host: once for both ranks. A gradient's pieces come to
-    // each of the two ranks by themselves.
+    // A rank receives 3 of 4 pieces, two of which are of the other host: once for both ranks. A gradient's pieces come
+    // to each of the two ranks by themselves.
     let needed = received("all_gather/shard") * 2.0 / 3.0 + received("reduce_scatter/shard") * 4.0 / 3.0;
     println!("{{\"carried\": {carried}, \"needed\": {needed}}}");
     assert!(carried >= needed && carried < 1.15 * needed, "{carried} bytes, {needed} are needed");

@@ -1,6 +1,7 @@
 //! Losses by token through a whole model, and the pass over the head on a device.
 //!
 //! `XORL_TEST_DEVICE=cuda` runs the pass on the first GPU instead of the CPU: `tests/gpu.sh` does.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod common;
 

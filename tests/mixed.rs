@@ -1,4 +1,5 @@
 //! Rows of several adapters in one pass over the base: each adapter gets what it gets alone.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod common;
 

@@ -1,11 +1,12 @@
-//! The way over NCCL without a GPU: a library of ours stands in for CUDA's driver and NCCL (tests/stand_in), tensors stay in
-//! host memory, operations are those of devices. All else is what runs on GPUs: the communicator, its streams and events,
-//! the trainer, the watchdog.
+//! The way over NCCL without a GPU: a library of ours stands in for CUDA's driver and NCCL (tests/stand_in), tensors
+//! stay in host memory, operations are those of devices. All else is what runs on GPUs: the communicator, its streams
+//! and events, the trainer, the watchdog.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod common;
 
 use common::{
-    failed, is_mpich, stand_in, succeeded,
+    failed, is_mpich, relative, stand_in, succeeded,
     tiny::{TinyRun, adapter},
     topology::{self, Case, equals_one_rank},
 };
@@ -76,7 +77,8 @@ impl Seen {
     }
 }
 
-/// The one `error:` line of ranks that the watchdog has ended. MPICH's launcher may report the signal that it sent the last.
+/// The one `error:` line of ranks that the watchdog has ended. MPICH's launcher may report the signal that it sent the
+/// last.
 fn ended(output: &Output) -> String {
     let code = output.status.code();
     failed(output, if is_mpich() && code != Some(0) { code.unwrap_or(1) } else { 1 })
@@ -102,9 +104,8 @@ fn mpi_the_program_trains_saves_and_resumes() {
     let (losses, values) = story(&seen.run, "out");
     assert!(near(&losses, &expected.0), "{losses:?} {:?}", expected.0);
     for (name, values) in &values {
-        let apart = values.iter().zip(&expected.1[name]).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt();
-        let norm = values.iter().map(|a| a.powi(2)).sum::<f32>().sqrt();
-        assert!(apart <= 1e-4 * norm, "{name}: {apart} of {norm}");
+        let apart = relative(values, &expected.1[name]);
+        assert!(apart <= 1e-4, "{name}: {apart} apart");
     }
     let line = common::metrics(&seen.run.at("out")).remove(0);
     assert_eq!(line["device_memory_bytes"].as_u64(), Some(1 << 30), "what the stand-in says is used");
@@ -170,8 +171,8 @@ fn mpi_collectives_come_in_one_order_and_beside_what_is_computed() {
             .position(|later| later[..] == ["wait", "0", &after[1]].map(str::to_owned));
         events.push((i, joined.map(|at| i + 1 + at), words[0].clone()));
     }
-    // While a layer computes, the gather of the next is under way: between the wait for one layer and the wait for the next
-    // that one is started, and nothing is waited for at once but what is needed at once.
+    // While a layer computes, the gather of the next is under way: between the wait for one layer and the wait for the
+    // next that one is started, and nothing is waited for at once but what is needed at once.
     let started = |name: &str| events.iter().filter(|(_, _, call)| call == name).collect::<Vec<_>>();
     let beside = |&&(start, joined, _): &&(usize, Option<usize>, String)| {
         let joined = joined.expect("every gather is waited for");
@@ -180,8 +181,8 @@ fn mpi_collectives_come_in_one_order_and_beside_what_is_computed() {
     };
     let gathers = started("all_gather");
     let ahead = gathers.iter().filter(|gather| beside(gather) > 0).count();
-    // Two micro-batches, forward and backward, base and adapter; the first of each pass has nobody to hide behind, and in
-    // backward the last K - 1 = 1 layers are still there.
+    // Two micro-batches, forward and backward, base and adapter; the first of each pass has nobody to hide behind, and
+    // in backward the last K - 1 = 1 layers are still there.
     let per_pass = 2 * ((layers - 1) + (layers - 2));
     assert!(ahead >= 2 * (per_pass - 2), "{ahead} of {} gathers were started ahead", gathers.len());
     // A reduction is waited for at once.

@@ -1,8 +1,9 @@
 //! Optimizers make torch's steps: master and named state, for several settings, in fp32.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod common;
 
-use common::python;
+use common::{python, relative};
 use serde_json::{Value, json};
 use std::{
     io::Write,
@@ -86,10 +87,8 @@ fn compare(train: &TrainArgs, theirs: &[Value]) {
         assert_eq!(ours.len(), theirs.as_object().unwrap().len(), "{theirs}");
         for (name, tensor) in ours {
             let theirs: Vec<f64> = serde_json::from_value(theirs[name].clone()).unwrap();
-            let theirs = Tensor::from_slice(&theirs);
             let ours = tensor.narrow(0, 0, ELEMENTS as i64).to_kind(tch::Kind::Double);
-            let (apart, size) = ((ours - &theirs).norm(), theirs.norm());
-            let apart = (apart / size).double_value(&[]);
+            let apart = relative(&Vec::<f64>::try_from(ours).unwrap(), &theirs);
             assert!(apart <= 1e-6, "step {step}, {name}: {apart} apart with {train:?}");
         }
     }

@@ -1,9 +1,10 @@
 //! Every family computes what transformers and PEFT compute, in fp32: logits, LoRA gradients, and 20 AdamW steps
 //! with clipping. tests/oracle/reference.py writes the truth, from models that it makes.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod common;
 
-use common::python;
+use common::{floats, python, relative};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use std::{collections::HashMap, path::Path, process::Command};
@@ -11,8 +12,7 @@ use tch::{Device, Tensor};
 use xorl_dist::{
     checkpoint::peft,
     comm::World,
-    config::{CheckpointingMethod, ReduceGradients, TrainArgs},
-    dtype::DType,
+    config::{CheckpointingMethod, TrainArgs},
     lora::{Adapter, LoraShape, Site},
     loss::CrossEntropy,
     model::{
@@ -27,21 +27,9 @@ use xorl_dist::{
     weights::{SafetensorsSource, validate},
 };
 
-fn floats(file: &SafeTensors, name: &str) -> Vec<f32> {
-    let view = file.tensor(name).unwrap_or_else(|_| panic!("{name} is not in the file"));
-    view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
-}
-
 /// An adapter, or its gradient, by logical parameter.
 fn adapter(directory: &Path, sites: &[Site], run: &Value) -> HashMap<String, Vec<f32>> {
     peft::read_values(directory, sites, run["rank"].as_u64().unwrap() as usize).unwrap()
-}
-
-fn relative(a: &[f32], b: &[f32]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
-    let difference = norm(&mut a.iter().zip(b).map(|(a, b)| f64::from(*a) - f64::from(*b)));
-    difference / norm(&mut b.iter().map(|&b| f64::from(b))).max(1e-30)
 }
 
 fn integers(value: &Value) -> Vec<i64> {
@@ -78,16 +66,8 @@ fn load(
     }
     let lora =
         LoraShape { rank: run["rank"].as_u64().unwrap() as usize, alpha: run["alpha"].as_f64().unwrap() };
-    let options = Options {
-        compute: DType::F32,
-        merge,
-        slots: 2,
-        vocab_chunk_rows: 400,
-        loss_chunk_tokens: 16,
-        checkpointing,
-        reduce: ReduceGradients::Step,
-        debug: false,
-    };
+    let options =
+        Options { merge, vocab_chunk_rows: 400, loss_chunk_tokens: 16, checkpointing, ..Options::default() };
     let groups = ProcessGroups::one_block(&world);
     let mut model = Transformer::new(hf.spec, options, &groups).unwrap();
     model.load(&source).unwrap();
@@ -154,8 +134,8 @@ fn equals_reference(directory: &Path, checkpointing: CheckpointingMethod, merge:
     let theirs = Tensor::cat(&theirs, 0);
     let largest = theirs.abs().max().double_value(&[]);
     let distance = (logits.view([-1]) - theirs).abs().max().double_value(&[]);
-    // Both are fp32, and each is off: transformers' own logits of SmolLM2, up to 37, were measured 7e-5 to 9e-5 from its fp64
-    // ones on three machines, and up to 1.72e-4 from ours.
+    // Both are fp32, and each is off: transformers' own logits of SmolLM2, up to 37, were measured 7e-5 to 9e-5 from
+    // its fp64 ones on three machines, and up to 1.72e-4 from ours.
     assert!(distance < (8e-6 * largest).max(1e-4), "{name}: logits {distance} apart");
 
     // The gradient of the first step, before any update.

@@ -1,4 +1,5 @@
 //! `train.profile_steps`: the trace of every rank holds what the metrics say, nests, and changes nothing.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod common;
 

@@ -1,10 +1,11 @@
 //! A run that is interrupted and resumed is the run that was not: bit for bit in the same world, within tolerance in
 //! another; and what cannot be resumed is refused in one line before anything is written.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod common;
 
 use common::{
-    failed, succeeded,
+    failed, relative, succeeded,
     tiny::{STEPS, TinyRun, adapter, copy_tree, differences, tamper, tree},
 };
 use serde_json::{Value, json};
@@ -94,11 +95,8 @@ fn within_tolerance(run: &TinyRun, reference: &str, out: &str) {
     let (expected, found) = (adapter(&run.step(reference, STEPS)), adapter(&run.step(out, STEPS)));
     assert_eq!(expected.keys().collect::<Vec<_>>(), found.keys().collect::<Vec<_>>());
     for (name, expected) in &expected {
-        let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
-        let pairs = expected.iter().zip(&found[name]);
-        let apart = norm(&mut pairs.map(|(a, b)| f64::from(*a) - f64::from(*b)));
-        let size = norm(&mut expected.iter().map(|a| f64::from(*a)));
-        assert!(apart <= 1e-4 * size, "{out} {name}: {apart} of {size}");
+        let apart = relative(&found[name], expected);
+        assert!(apart <= 1e-4, "{out} {name}: {apart} apart");
     }
 }
 

@@ -1,4 +1,5 @@
 //! Ranks that are not about to run the same are refused before anything is written, in one line that says what differs.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod common;
 

@@ -1,5 +1,6 @@
 //! What a run leaves behind is whole or not there: killed while saving, with a rank that cannot write, with older steps
 //! pruned, with the base beside the adapter; and one run at a time writes an output directory that all its ranks see.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod common;
 

@@ -1,5 +1,6 @@
-//! The batch scripts on a real slurm cluster, which the test makes of this machine: they run to the end, and a job that is
-//! requeued saves, goes on by itself, and ends as if nothing had happened.
+//! The batch scripts on a real slurm cluster, which the test makes of this machine: they run to the end, and a job that
+//! is requeued saves, goes on by itself, and ends as if nothing had happened.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod common;
 

@@ -1,5 +1,6 @@
 //! Every topology trains what one rank trains: same losses, norms and adapters; and receives exactly the
 //! bytes that the plan says.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod common;
 
@@ -77,8 +78,8 @@ fn mpi_micro_batches_on_one_rank_equal_one_batch() {
     });
 }
 
-/// Ranks of one host see the base in memory; others are sent it: each on its own host, two of two, and one of three beside one
-/// of one.
+/// Ranks of one host see the base in memory; others are sent it: each on its own host, two of two, and one of three
+/// beside one of one.
 #[test]
 fn mpi_ranks_of_several_hosts_equal_one() {
     let hosts = |ranks| Case { world: 4, micro_batch_rows: 1, ranks_per_host: Some(ranks), ..Case::one() };

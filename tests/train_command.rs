@@ -1,9 +1,10 @@
 //! The program as users start it: two ranks leave what one leaves, PEFT loads it and computes our loss, and what
 //! is wrong ends every rank with exit code 2, one line, and nothing written.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod common;
 
-use common::{failed, make_rows, metrics, python, succeeded, xorl};
+use common::{failed, floats, make_rows, metrics, python, relative, succeeded, xorl};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use std::{path::Path, process::Command};
@@ -11,8 +12,6 @@ use tch::{Device, Tensor};
 use xorl_dist::{
     checkpoint::peft,
     comm::World,
-    config::{CheckpointingMethod, ReduceGradients},
-    dtype::DType,
     lora::LoraShape,
     model::{
         base_plan::{Options, all_projections},
@@ -23,8 +22,8 @@ use xorl_dist::{
     weights::SafetensorsSource,
 };
 
-/// A tiny random model made by ours is not independent; transformers makes this one, of an architecture with more of its
-/// config's fields.
+/// A tiny random model made by ours is not independent; transformers makes this one, of an architecture with more of
+/// its config's fields.
 fn make_model(directory: &Path, architecture: &str, fields: &str) {
     let script = format!(
         "import sys, torch\nfrom transformers import {architecture}Config, {architecture}ForCausalLM\ntorch.manual_seed(3)\n\
@@ -69,16 +68,7 @@ fn our_logits_are_theirs(folder: &Path, step: &str) {
     let config = peft::read_config(step).unwrap();
     let sites = peft::adapted_sites(step, &config, &all_projections(&spec)).unwrap();
     let values = peft::read_values(step, &sites, config.r).unwrap();
-    let options = Options {
-        compute: DType::F32,
-        merge: true,
-        slots: 1,
-        vocab_chunk_rows: 100,
-        loss_chunk_tokens: 64,
-        checkpointing: CheckpointingMethod::NoRecompute,
-        reduce: ReduceGradients::Step,
-        debug: false,
-    };
+    let options = Options { slots: 1, vocab_chunk_rows: 100, ..Options::default() };
     let groups = ProcessGroups::one_block(&World::start().unwrap());
     let lora = LoraShape { rank: config.r, alpha: config.lora_alpha };
     let mut model = Transformer::new(spec, options, &groups).unwrap();
@@ -98,11 +88,6 @@ fn our_logits_are_theirs(folder: &Path, step: &str) {
         let furthest = (ours - theirs).abs().max().double_value(&[]);
         assert!(furthest < 1e-4, "row {index}: {furthest}");
     }
-}
-
-fn floats(file: &SafeTensors, name: &str) -> Vec<f32> {
-    let data = file.tensor(name).unwrap().data().to_vec();
-    data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
 }
 
 #[test]
@@ -131,16 +116,14 @@ fn python_packed_and_unpacked_documents_give_the_same_gradient() {
         }
         let adapter = SafeTensors::deserialize(&adapter).unwrap();
         for name in expected.names() {
-            let (a, b) = (floats(&adapter, name), floats(&expected, name));
-            let norm = |v: &[f32]| v.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
-            let apart: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a - b).collect();
-            assert!(norm(&apart) < 1e-4 * norm(&b), "{packing} {name}: {} of {}", norm(&apart), norm(&b));
+            let apart = relative(&floats(&adapter, name), &floats(&expected, name));
+            assert!(apart < 1e-4, "{packing} {name}: {apart} apart");
         }
     }
 }
 
-/// What is read of adapters on experts, on dense layers among them and on shared experts, is what was trained: every way in
-/// which a target can meet them, in every format, by PEFT where it knows that.
+/// What is read of adapters on experts, on dense layers among them and on shared experts, is what was trained: every
+/// way in which a target can meet them, in every format, by PEFT where it knows that.
 #[test]
 fn mpi_experts_are_trained_and_peft_computes_our_logits() {
     let shared =
@@ -314,7 +297,7 @@ fn a_terminal_shows_a_bar() {
     let on_terminal = |out: &str, more: &[&str]| {
         let words = run.arguments(out, more);
         let line = std::iter::once(env!("CARGO_BIN_EXE_xorl-dist").to_owned()).chain(words);
-        let mut script = std::process::Command::new("script");
+        let mut script = Command::new("script");
         script.args(["-qec", &line.collect::<Vec<_>>().join(" "), "/dev/null"]).env("TERM", "xterm");
         let output = script.stdin(std::process::Stdio::null()).output().unwrap();
         succeeded(&output);

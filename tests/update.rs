@@ -1,4 +1,5 @@
 //! Frozen weights that ranks change in place, as a merge does, are what every rank gathers next.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! Ranks never hang: when one is killed or stops, all end soon, with a line that names it.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod common;
 

@@ -2,10 +2,7 @@
 
 use super::{
     ChatTemplate, Clock, DataError, IGNORE_INDEX, LineProblem, ROWS_PER_GROUP, Row, Tokenizer, order,
-    pack::pack,
-    prepared::{self, hex},
-    source,
-    store::RowStore,
+    pack::pack, prepared, source, store::RowStore,
 };
 use crate::{
     config::{DataArgs, DatasetArgs, DatasetType, PackingMethod},
@@ -119,7 +116,7 @@ impl Dataset {
         hash.update(store.digest());
         hash.update(seed.to_le_bytes());
         hash.update([u8::from(args.shuffle_merged_datasets)]);
-        let fingerprint = hex(&hash.finalize());
+        let fingerprint = format!("{:x}", hash.finalize());
         let shuffle = args.shuffle_merged_datasets;
         Ok(Self { store, summary, fingerprint, seed, shuffle, order: Mutex::new(None) })
     }
@@ -211,7 +208,7 @@ impl Recipe<'_> {
                 hash.update(hash_file(path)?);
             }
         }
-        Ok(hex(&hash.finalize()))
+        Ok(format!("{:x}", hash.finalize()))
     }
 
     fn build(&self) -> Result<(RowStore, Summary), DataError> {

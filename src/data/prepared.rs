@@ -82,10 +82,5 @@ pub(super) fn write(path: &Path, rows: &RowStore, summary: &Summary) -> std::io:
 
 /// SHA-256 over the rows and the text of their summary.
 fn hash(rows: &RowStore, counts: &str) -> String {
-    hex(&Sha256::new().chain_update(rows.digest()).chain_update(counts).finalize())
-}
-
-/// Lower-case hexadecimal.
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    format!("{:x}", Sha256::new().chain_update(rows.digest()).chain_update(counts).finalize())
 }

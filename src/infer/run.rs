@@ -4,7 +4,7 @@ use super::{Limits, greedy};
 use crate::{
     checkpoint::peft,
     comm::World,
-    config::{CheckpointingMethod, ReduceGradients},
+    config::ReduceGradients,
     data::{ChatTemplate, Prompt, Reference, Tokenizer},
     dtype::DType,
     error::{Error, Result},
@@ -118,16 +118,8 @@ impl Generation {
     pub fn execute(self, world: &World) -> Result<()> {
         let (rank, ranks) = (world.rank(), world.size());
         let groups = ProcessGroups::one_block(world);
-        let options = Options {
-            compute: self.compute,
-            merge: true,
-            slots: 2,
-            vocab_chunk_rows: self.spec.vocab_size,
-            loss_chunk_tokens: 256,
-            checkpointing: CheckpointingMethod::NoRecompute,
-            reduce: ReduceGradients::MicroBatch,
-            debug: false,
-        };
+        let options =
+            Options { compute: self.compute, reduce: ReduceGradients::MicroBatch, ..Options::default() };
         let mut model = Transformer::new(self.spec.clone(), options, &groups)?;
         model.load(&self.source as &dyn WeightSource)?;
         let mut adapter = None;

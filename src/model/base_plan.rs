@@ -35,6 +35,22 @@ pub struct Options {
     pub debug: bool,
 }
 
+impl Default for Options {
+    /// fp32, fused GEMMs, two slots, the vocabulary whole, all activations kept.
+    fn default() -> Self {
+        Self {
+            compute: DType::F32,
+            merge: true,
+            slots: 2,
+            vocab_chunk_rows: usize::MAX,
+            loss_chunk_tokens: 256,
+            checkpointing: CheckpointingMethod::NoRecompute,
+            reduce: ReduceGradients::Step,
+            debug: false,
+        }
+    }
+}
+
 impl Options {
     /// Rows of a vocabulary chunk of a model of `vocab_size` tokens; the last chunk may have fewer.
     pub fn chunk_rows(&self, vocab_size: usize) -> usize {

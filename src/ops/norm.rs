@@ -3,8 +3,8 @@
 //! forward   r = (mean(x²) + eps)^-½,  y = w ∘ x · r
 //! backward  dx = r · (w∘dy) − x · r³/n · Σ(w∘dy∘x)
 //!
-//! x, y and their gradients are [..., n] in compute dtype, w `[n]`; r is [..., 1] fp32, or fp64 for fp64 inputs (tests).
-//! The last dimension is dense; q or k inside a fused q|k|v, [tokens, heads, dim], will do.
+//! x, y and their gradients are [..., n] in compute dtype, w `[n]`; r is [..., 1] fp32, or fp64 for fp64 inputs
+//! (tests). The last dimension is dense; q or k inside a fused q|k|v, [tokens, heads, dim], will do.
 
 use super::{
     Buffer, accum_kind,

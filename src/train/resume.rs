@@ -216,7 +216,8 @@ impl Run {
             let (theirs, ours) = (name(state.optimizer.kind), name(train.optimizer));
             return Err(format!("its train.optimizer is {theirs}, the run's {ours}"));
         }
-        for (Number { field, value, .. }, before) in self.changed_numbers(state).filter(|n| n.0.shapes_state)
+        if let Some((Number { field, value, .. }, before)) =
+            self.changed_numbers(state).find(|n| n.0.shapes_state)
         {
             return Err(format!("its train.{field} is {before:?}, the run's {value:?}"));
         }

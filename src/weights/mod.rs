@@ -140,7 +140,7 @@ pub fn digest(source: &dyn WeightSource) -> Result<String, SourceError> {
         hash.update(format!("{name} {dtype} {shape:?}\n"));
         hash.update(values);
     }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(format!("{:x}", hash.finalize()))
 }
 
 /// Checks `range` against a tensor's size.

@@ -4,6 +4,7 @@
 pub mod tiny;
 pub mod topology;
 
+use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use std::{
     path::{Path, PathBuf},
@@ -100,6 +101,20 @@ pub fn make_rows(path: &Path) {
 pub fn metrics(output: &Path) -> Vec<Value> {
     let text = std::fs::read_to_string(output.join("metrics.jsonl")).unwrap();
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// The values of a file's fp32 tensor.
+pub fn floats(file: &SafeTensors, name: &str) -> Vec<f32> {
+    let view = file.tensor(name).unwrap_or_else(|_| panic!("{name} is not in the file"));
+    view.data().as_chunks().0.iter().map(|&word| f32::from_le_bytes(word)).collect()
+}
+
+/// Relative L2 distance ‖a − b‖ / ‖b‖.
+pub fn relative<T: Copy + Into<f64>>(a: &[T], b: &[T]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
+    let difference = norm(&mut a.iter().zip(b).map(|(&a, &b)| a.into() - b.into()));
+    difference / norm(&mut b.iter().map(|&b| b.into())).max(1e-30)
 }
 
 /// Polls until `found` has something.

@@ -1,6 +1,6 @@
 //! A tiny run of a random model that needs no Python: what the tests of resuming and saving start, kill and compare.
 
-use super::{make_rows, metrics, ranks_of, xorl};
+use super::{floats, make_rows, metrics, ranks_of, xorl};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -170,7 +170,7 @@ pub fn tamper(step: &Path, file: &str, bytes: &[u8], consistent: bool) {
     if consistent {
         let path = step.join("manifest.json");
         let mut manifest: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
-        let hash: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        let hash = format!("{:x}", Sha256::digest(bytes));
         manifest[file] = json!({"size": bytes.len(), "sha256": hash});
         fs::write(&path, manifest.to_string()).unwrap();
     }
@@ -180,6 +180,5 @@ pub fn tamper(step: &Path, file: &str, bytes: &[u8], consistent: bool) {
 pub fn adapter(step: &Path) -> BTreeMap<String, Vec<f32>> {
     let bytes = fs::read(step.join("adapter_model.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
-    let floats = |data: &[u8]| data.as_chunks().0.iter().map(|&word| f32::from_le_bytes(word)).collect();
-    file.tensors().into_iter().map(|(name, view)| (name, floats(view.data()))).collect()
+    file.names().into_iter().map(|name| (name.to_owned(), floats(&file, name))).collect()
 }

@@ -1,9 +1,9 @@
 //! Tiny models trained in fp32 over ranks, held against one rank: what topology tests share.
 //!
-//! Each case starts its own test binary under mpirun; its ranks run [`worker`], which trains and leaves what it saw in a
-//! file. A test program that uses this has a test `mpi_worker` that calls it.
+//! Each case starts its own test binary under mpirun; its ranks run [`worker`], which trains and leaves what it saw in
+//! a file. A test program that uses this has a test `mpi_worker` that calls it.
 
-use super::{ranks_of, stand_in};
+use super::{ranks_of, relative, stand_in};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::{collections::BTreeMap, path::Path, rc::Rc};
@@ -138,14 +138,13 @@ impl Case {
 
     pub fn options(&self) -> Options {
         Options {
-            compute: DType::F32,
             merge: self.merge,
             slots: self.slots,
             vocab_chunk_rows: self.vocab_chunk_rows,
             loss_chunk_tokens: 7,
             checkpointing: self.checkpointing,
             reduce: self.reduce,
-            debug: false,
+            ..Options::default()
         }
     }
 }
@@ -343,8 +342,8 @@ fn break_groups(groups: &mut ProcessGroups, fault: Fault) {
     *broken = Rc::new(Faulty { inner: broken.clone(), fault });
 }
 
-/// How often this rank's tokens chose each expert, [micro-batch][layer with experts][expert], by a model that is whole on
-/// this rank.
+/// How often this rank's tokens chose each expert, [micro-batch][layer with experts][expert], by a model that is whole
+/// on this rank.
 fn choices(
     (lone, adapter): &mut (Transformer, Adapter),
     trained: &Adapter,
@@ -483,7 +482,7 @@ fn digest(adapter: &Adapter) -> String {
         hash.update(parameter.name.as_bytes());
         hash.update(bytemuck::cast_slice::<f32, u8>(&values));
     }
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    format!("{:x}", hash.finalize())
 }
 
 /// What every rank of a case saw.
@@ -509,10 +508,6 @@ pub fn run(case: &Case) -> Vec<Value> {
     (0..case.world).map(|rank| serde_json::from_str(&read(rank)).unwrap()).collect()
 }
 
-fn relative(a: f64, b: f64) -> f64 {
-    (a - b).abs() / b.abs()
-}
-
 /// Where what a rank saw parts from what one rank alone saw, if it does.
 pub fn difference(seen: &Value, one: &Value) -> Option<String> {
     if seen["initial"] != one["initial"] {
@@ -521,7 +516,7 @@ pub fn difference(seen: &Value, one: &Value) -> Option<String> {
     for step in 0..STEPS {
         for (column, what) in ["loss", "grad norm"].iter().enumerate() {
             let [ours, theirs] = [seen, one].map(|seen| seen["steps"][step][column].as_f64().unwrap());
-            if relative(ours, theirs) >= 1e-5 {
+            if relative(&[ours], &[theirs]) >= 1e-5 {
                 return Some(format!("{what} of step {step}: {ours}, one rank {theirs}"));
             }
         }
@@ -537,11 +532,9 @@ pub fn difference(seen: &Value, one: &Value) -> Option<String> {
         let floats = |v: &Value| -> Vec<f64> {
             v[1].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
         };
-        let (a, b) = (floats(ours), floats(theirs));
-        let norm = |v: &[f64]| v.iter().map(|x| x * x).sum::<f64>().sqrt();
-        let apart: Vec<f64> = a.iter().zip(&b).map(|(a, b)| a - b).collect();
-        if norm(&apart) / norm(&b) >= 1e-4 {
-            return Some(format!("{}: {} apart", ours[0], norm(&apart) / norm(&b)));
+        let apart = relative(&floats(ours), &floats(theirs));
+        if apart >= 1e-4 {
+            return Some(format!("{}: {apart} apart", ours[0]));
         }
     }
     None

@@ -43,7 +43,7 @@ def write_tokenizers(out):
     trained.normalizer = normalizer
     words = pre_tokenizers.Split(re.escape("\u2581"), "merged_with_next")
     trained.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.Split("\n", "isolated")])
-    letters = [c for c in "\u2581abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?{}[]()<>|_/\\'\"-+*%"]
+    letters = list("\u2581abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?{}[]()<>|_/\\'\"-+*%")
     ascii_only = ["".join(c for c in text if c.isascii()) for text in corpus]
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=["<unk>", *bytes_], initial_alphabet=letters)
@@ -100,7 +100,7 @@ def main(out):
             for chat, conversation in conversations.items():
                 messages, tools = conversation["messages"], conversation.get("tools")
 
-                def render(some, prompt):
+                def render(some, prompt, tokenizer=tokenizer, tools=tools):
                     return tokenizer.apply_chat_template(some, tools, tokenize=False, add_generation_prompt=prompt)
 
                 entry = expected.setdefault(f"{path.stem}/{chat}", {})

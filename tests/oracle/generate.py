@@ -5,7 +5,8 @@
 Every chat ends with an assistant message: what is continued is all before it, its loss (end of turn included) is taken. Prints a
 line of JSON per chat: completion, loss_sum, loss_tokens, and margin, the smallest gap between the best two logits on the way.
 """
-import json, sys
+import json
+import sys
 
 import torch
 from peft import LoraConfig, get_peft_model

@@ -6,7 +6,9 @@ logits of each row, `[tokens, vocab]` named by its number.
 Experts that the file keeps apart (`experts.{e}.gate_proj`, as vLLM reads them) or stacked (`experts.w1`, as SGLang does), by the names of
 the model's files, are none that PEFT knows: there every B·A is added to the weights.
 """
-import json, re, sys
+import json
+import re
+import sys
 
 import torch
 from peft import PeftModel

@@ -1,4 +1,5 @@
-//! Ranks give each other bytes through files of one folder: written beside, then renamed, so that what is there is whole.
+//! Ranks give each other bytes through files of one folder: written beside, then renamed, so that what is there is
+//! whole.
 
 use std::{
     path::PathBuf,

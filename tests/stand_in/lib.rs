@@ -2,14 +2,14 @@
 //! memory of the host. For tests alone.
 //!
 //! A stream is a thread that does what it is given one after another ([`driver`]); the legacy default stream is whoever
-//! calls, since libtorch computes on the host at once. So a missing event is a race here too. Ranks exchange data through
-//! files ([`exchange`]); NCCL's calls become work on streams ([`nccl`]), and each says of itself what all have to agree on.
-//! Everything that is called is written down ([`journal`]).
+//! calls, since libtorch computes on the host at once. So a missing event is a race here too. Ranks exchange data
+//! through files ([`exchange`]); NCCL's calls become work on streams ([`nccl`]), and each says of itself what all have
+//! to agree on. Everything that is called is written down ([`journal`]).
 //!
 //! - `XORL_STAND_IN`: the folder of files and journals
 //! - `XORL_STAND_IN_JITTER_US`: before each piece of work a stream sleeps for up to so long
 //! - `XORL_STAND_IN_FAULT`: what goes wrong on purpose, see [`Fault`]
-
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 #![allow(non_snake_case, reason = "names of C")]
 #![allow(unsafe_op_in_unsafe_fn, clippy::missing_safety_doc, reason = "whole functions are C interfaces")]
 

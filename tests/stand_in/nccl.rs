@@ -1,5 +1,5 @@
-//! NCCL: collectives as work on streams. What the ranks of one have to agree on is said with the data; who says otherwise
-//! makes its communicator fail, as NCCL does behind the back of whoever called.
+//! NCCL: collectives as work on streams. What the ranks of one have to agree on is said with the data; who says
+//! otherwise makes its communicator fail, as NCCL does behind the back of whoever called.
 
 use crate::{Fault, driver::enqueue, exchange::Place, folder, journal, world_rank};
 use std::{

@@ -1,47 +1,48 @@
-//! Tile registers, as AMX has them: eight [tiles](super::packing), and c += a·b in fp32, where a is a tile of a left factor and b of a
-//! right one (Intel, Architecture Instruction Set Extensions Programming Reference, chapter 3).
+//! AMX tile registers: eight [tiles](super::packing), and c += a·b in fp32, where a is a tile of a left factor and b of
+//! a right one (Intel, Architecture Instruction Set Extensions Programming Reference, chapter 3).
 //!
-//! Measured on a Xeon, a core: 3.7 TFLOP/s in the registers, 3.0 with tiles from the first-level cache, 2.2 from the second,
-//! 1.5 where results are written too; libtorch's GEMM does 1.0 to 1.7 on large matrices and half of that on an expert's.
+//! Measured on one core of a Xeon: 3.7 TFLOP/s in the registers, 3.0 with tiles from the first-level cache, 2.2 from
+//! the second, 1.5 where results are written too. libtorch's GEMM does 1.0 to 1.7 on large matrices, half of that on an
+//! expert's.
 
 use super::packing::Packing;
 #[cfg(test)]
 use super::packing::{SIDE, Scalar};
 use pulp::NullaryFnOnce;
 
-/// A thread's eight registers.
+/// Eight tile registers of a thread. A value exists only where the CPU has them.
 pub trait Tiles: Copy + Send + Sync {
     type Registers;
-    /// Works wherever [`run`](Self::run) has called.
+    /// The CPU has its instructions where a value of this type exists.
     type Packing: Packing;
 
-    /// Calls `f`, compiled for what has the registers, with them ready for use on this thread.
+    /// Calls `f`, compiled for the CPU's instructions, with the registers configured on this thread.
     fn run<F: NullaryFnOnce>(self, f: F) -> F::Output;
 
     /// The registers, of any content.
     ///
     /// # Safety
-    /// This is called inside of [`run`](Self::run), and what it gives is used there alone, one at a time.
+    /// This is called inside of [`run`](Self::run). The result is used there alone, and no second one beside it.
     unsafe fn registers(self) -> Self::Registers;
 
-    /// Register `T` is zero.
+    /// Sets register `T` to zero.
     fn zero<const T: i32>(registers: &mut Self::Registers);
 
     /// # Safety
-    /// There are 16 rows of 64 readable bytes from `from` on, `stride` bytes apart.
+    /// `from` is the first of 16 rows of 64 readable bytes, `stride` bytes apart.
     unsafe fn load<const T: i32>(registers: &mut Self::Registers, from: *const u8, stride: usize);
 
-    /// The same, of what will not be read again soon.
+    /// Loads memory that will not be read again soon.
     ///
     /// # Safety
-    /// As for `load`.
+    /// `from` is the first of 16 rows of 64 readable bytes, `stride` bytes apart.
     unsafe fn load_once<const T: i32>(registers: &mut Self::Registers, from: *const u8, stride: usize);
 
     /// # Safety
-    /// There are 16 rows of 64 bytes from `to` on, `stride` bytes apart, to which nothing else refers.
+    /// `to` is the first of 16 rows of 64 bytes, `stride` bytes apart, to which nothing else refers.
     unsafe fn store<const T: i32>(registers: &mut Self::Registers, to: *mut u8, stride: usize);
 
-    /// c += a·b
+    /// Adds the product of registers `A` and `B` to register `C`.
     fn multiply_add<const C: i32, const A: i32, const B: i32>(registers: &mut Self::Registers);
 }
 
@@ -63,26 +64,27 @@ mod hardware {
         sync::OnceLock,
     };
 
-    /// The registers of a machine that has AMX with bf16.
+    /// The registers of a CPU that has AMX with bf16.
     #[derive(Clone, Copy, Debug)]
     pub struct Amx(());
 
-    /// Configured, until this is dropped.
+    /// Keeps the registers configured until it is dropped.
     struct Configured;
 
     impl Configured {
         /// # Safety
-        /// The machine has tiles, and Linux lets this process use them.
+        /// The CPU has tiles, and Linux lets this process use them.
         #[inline(always)]
         unsafe fn new() -> Self {
-            // SAFETY: the caller's.
+            // SAFETY: the caller promises that the CPU has tiles and the process may use them; the operand is the 64
+            // bytes that the instruction reads.
             unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const ALL_WHOLE, options(nostack, readonly)) };
             Self
         }
     }
 
     impl Amx {
-        /// If the machine has them, with AVX512-BF16 beside them, and the system lets this process use them.
+        /// `None` unless the CPU has AMX and AVX512-BF16, and the system lets this process use tiles.
         pub fn new() -> Option<Self> {
             static ALLOWED: OnceLock<bool> = OnceLock::new();
             let has_vectors = || {
@@ -94,17 +96,17 @@ mod hardware {
         }
     }
 
-    /// CPUID 7.0: AMX-BF16 and AMX-TILE.
+    /// True if CPUID 7.0 lists AMX-BF16 and AMX-TILE.
     fn has_tiles() -> bool {
         __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & (1 << 22 | 1 << 24) == 1 << 22 | 1 << 24
     }
 
-    /// Asks Linux for the right to use the registers, whose 8 KiB a process does not have by itself; all threads get it.
+    /// Asks Linux for the right to use the 8 KiB of registers, for all threads of the process.
     fn is_allowed() -> bool {
         const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
         const TILE_DATA: libc::c_long = 18;
         #[cfg(target_os = "linux")]
-        // SAFETY: arch_prctl takes two numbers here, and refuses what it does not know.
+        // SAFETY: arch_prctl takes two numbers here, touches no memory, and refuses requests that it does not know.
         return unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0 };
         #[cfg(not(target_os = "linux"))]
         false
@@ -132,12 +134,13 @@ mod hardware {
 
     impl Drop for Configured {
         fn drop(&mut self) {
-            // SAFETY: they are configured on this thread; no compiled code keeps anything in them.
+            // SAFETY: a `Configured` exists, so the CPU has tiles; no compiled code keeps values in tile registers.
             unsafe { asm!("tilerelease", options(nostack)) };
         }
     }
 
-    /// Says that this is inside of [`Tiles::run`].
+    /// Proof of being inside of [`Tiles::run`]. The instructions below fault (#UD) on a thread without configured
+    /// tiles.
     pub struct InRun(());
 
     impl Tiles for Amx {
@@ -146,7 +149,8 @@ mod hardware {
 
         #[inline(always)]
         fn run<F: NullaryFnOnce>(self, f: F) -> F::Output {
-            // SAFETY: an `Amx` exists only where the machine has tiles and Linux lets us use them.
+            // SAFETY: an `Amx` exists only where the CPU has tiles and Linux lets this process use them, see
+            // `Amx::new`.
             let _configured = unsafe { Configured::new() };
             Isa::Amx.run(f)
         }
@@ -158,13 +162,13 @@ mod hardware {
 
         #[inline(always)]
         fn zero<const T: i32>(_: &mut InRun) {
-            // SAFETY: the registers are configured inside of `run`.
+            // SAFETY: an `InRun` says that the registers are configured; the instruction touches no memory.
             unsafe { asm!("tilezero tmm{t}", t = const T, options(nostack, nomem, preserves_flags)) };
         }
 
         #[inline(always)]
         unsafe fn load<const T: i32>(_: &mut InRun, from: *const u8, stride: usize) {
-            // SAFETY: as for `zero`; the caller vouches for the memory.
+            // SAFETY: an `InRun` says that the registers are configured; the caller promises 16 readable rows.
             unsafe {
                 asm!("tileloadd tmm{t}, [{from} + {stride}]", t = const T, from = in(reg) from, stride = in(reg) stride,
                     options(nostack, readonly, preserves_flags));
@@ -173,7 +177,7 @@ mod hardware {
 
         #[inline(always)]
         unsafe fn load_once<const T: i32>(_: &mut InRun, from: *const u8, stride: usize) {
-            // SAFETY: as for `load`.
+            // SAFETY: an `InRun` says that the registers are configured; the caller promises 16 readable rows.
             unsafe {
                 asm!("tileloaddt1 tmm{t}, [{from} + {stride}]", t = const T, from = in(reg) from, stride = in(reg) stride,
                     options(nostack, readonly, preserves_flags));
@@ -182,7 +186,7 @@ mod hardware {
 
         #[inline(always)]
         unsafe fn store<const T: i32>(_: &mut InRun, to: *mut u8, stride: usize) {
-            // SAFETY: as for `load`.
+            // SAFETY: an `InRun` says that the registers are configured; the caller promises 16 rows of its own.
             unsafe {
                 asm!("tilestored [{to} + {stride}], tmm{t}", t = const T, to = in(reg) to, stride = in(reg) stride,
                     options(nostack, preserves_flags));
@@ -191,7 +195,7 @@ mod hardware {
 
         #[inline(always)]
         fn multiply_add<const C: i32, const A: i32, const B: i32>(_: &mut InRun) {
-            // SAFETY: as for `zero`.
+            // SAFETY: an `InRun` says that the registers are configured; the instruction touches no memory.
             unsafe {
                 asm!("tdpbf16ps tmm{c}, tmm{a}, tmm{b}", c = const C, a = const A, b = const B,
                     options(nostack, nomem, preserves_flags));
@@ -200,7 +204,7 @@ mod hardware {
     }
 }
 
-/// The same in plain arithmetic, so that what is built on tiles is tested on any machine.
+/// Tile registers in plain arithmetic, so that code built on them is tested on any machine.
 #[cfg(test)]
 #[derive(Clone, Copy, Debug)]
 pub struct Emulated;
@@ -224,19 +228,19 @@ impl Tiles for Emulated {
 
     unsafe fn load<const T: i32>(registers: &mut Self::Registers, from: *const u8, stride: usize) {
         for (i, row) in registers[T as usize].chunks_exact_mut(SIDE).enumerate() {
-            // SAFETY: the caller's; words need no alignment here.
+            // SAFETY: the caller promises 16 readable rows of 64 bytes; the read is unaligned.
             row.copy_from_slice(&unsafe { from.add(i * stride).cast::<[u32; SIDE]>().read_unaligned() });
         }
     }
 
     unsafe fn load_once<const T: i32>(registers: &mut Self::Registers, from: *const u8, stride: usize) {
-        // SAFETY: the caller's.
+        // SAFETY: both have the same contract, which the caller keeps.
         unsafe { Self::load::<T>(registers, from, stride) };
     }
 
     unsafe fn store<const T: i32>(registers: &mut Self::Registers, to: *mut u8, stride: usize) {
         for (i, row) in registers[T as usize].as_chunks::<SIDE>().0.iter().enumerate() {
-            // SAFETY: the caller's.
+            // SAFETY: the caller promises 16 rows of 64 bytes that nothing else refers to; the write is unaligned.
             unsafe { to.add(i * stride).cast::<[u32; SIDE]>().write_unaligned(*row) };
         }
     }
@@ -264,7 +268,7 @@ mod tests {
         testing::{STRIDE, WORDS, number, numbers},
     };
 
-    /// Twice a·b.
+    /// Twice a·b `[16, 16]`.
     fn computed<T: Tiles>(tiles: T, [a, b]: [&[u32]; 2]) -> Vec<u32> {
         let mut c = vec![0u32; SIDE * SIDE];
         // SAFETY: this is inside of `run`; a and b are 16 rows and more, c is 16 dense rows.

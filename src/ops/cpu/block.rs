@@ -1,5 +1,5 @@
-//! A block of a large product: the sums of 32 rows and columns, in registers, over terms whose factors are in
-//! [tiles](super::packing). In tile registers, or in vectors that multiply pairs.
+//! The micro-kernel of a large product: a block of 32 rows and columns, summed in registers over terms whose factors
+//! are [tiles](super::packing). It works in tile registers, or in vectors that multiply pairs.
 
 use super::{
     amx::Tiles,
@@ -8,7 +8,7 @@ use super::{
 };
 use half::bf16;
 
-/// bf16 numbers of a tile.
+/// A tile of bf16 numbers.
 pub type Tile = [bf16; NUMBERS];
 
 /// The sums of a block: the upper two tiles, then the lower two.
@@ -19,38 +19,39 @@ pub type Sums = [[[f32; SIDE]; SIDE]; 4];
 pub struct Stretch {
     pub tiles: usize,
     pub left: Place,
-    /// The first of a column of tiles, the next of which is right behind it.
+    /// The first of a column of tiles, which lie one behind the other.
     pub right: *const Tile,
-    /// Tiles from there to the same of the column on its right.
+    /// Tiles from a tile to its neighbour in the column on the right.
     pub next_column: usize,
 }
 
-/// Where a left factor's tiles are, two rows of them.
+/// Two rows of tiles of a left factor, as they lie in memory.
 #[derive(Clone, Copy)]
 pub struct Place {
     /// The first tile of the upper row of tiles.
     pub first: *const u8,
-    /// Bytes from a row of a tile to the next,
+    /// Bytes from a row of a tile to the next.
     pub row: usize,
-    /// from a tile to the next along the sum,
+    /// Bytes from a tile to the next along the sum.
     pub along: usize,
-    /// and from the upper row of tiles to the lower.
+    /// Bytes from the upper row of tiles to the lower.
     pub lower: usize,
 }
 
-/// A machine that computes blocks.
+/// A micro-kernel that computes blocks. A value exists only where the CPU has its instructions.
 pub trait Blocks: MicroKernel {
-    /// Works wherever [`run`](MicroKernel::run) has called.
+    /// The CPU has its instructions where a value of this type exists.
     type Packing: Packing;
 
-    /// Tiles of right factors that are packed at a time: most of a second-level cache.
+    /// Tiles of right factors packed at a time: most of a second-level cache.
     const PACKED_TILES: usize;
 
-    /// The sums over `stretches`, added to `sums` if `add`. Of sums beyond the first `rows` and `columns` any may be of any content.
+    /// Computes the sums over `stretches`, added to `sums` if `add`. Sums beyond the first `rows` and `columns`
+    /// (`shape`) have any value.
     ///
     /// # Safety
-    /// The tiles of all stretches can be read, those of the second row and column too, of any content where sums may be, and nothing
-    /// writes to them meanwhile. Those on the right begin at multiples of 64 bytes. This is called inside of [`run`](MicroKernel::run).
+    /// All tiles of the stretches can be read, those of the second row and column too, and have no writer. Right tiles
+    /// start at multiples of 64 bytes. This is called inside of [`run`](MicroKernel::run).
     unsafe fn block(
         self,
         stretches: impl Iterator<Item = Stretch> + Clone,
@@ -63,7 +64,7 @@ pub trait Blocks: MicroKernel {
 impl<T: Tiles> Blocks for InTiles<T> {
     type Packing = T::Packing;
 
-    // Of 2 MiB.
+    // Most of 2 MiB.
     const PACKED_TILES: usize = 1296;
 
     #[inline(always)]
@@ -74,7 +75,7 @@ impl<T: Tiles> Blocks for InTiles<T> {
         sums: &mut Sums,
         add: bool,
     ) {
-        // SAFETY: the caller's.
+        // SAFETY: the caller keeps the contract of `Blocks::block`, which is that of `in_tiles` too.
         unsafe {
             match [rows > SIDE, columns > SIDE] {
                 [true, true] => in_tiles::<T, true, true>(self.0, stretches, sums, add),
@@ -86,10 +87,10 @@ impl<T: Tiles> Blocks for InTiles<T> {
     }
 }
 
-/// All tiles of sums, or those without a `LOWER` row, without the column on the `RIGHT`.
+/// Computes all four tiles of sums, or only those of the upper row without `LOWER`, of the left column without `RIGHT`.
 ///
 /// # Safety
-/// As for [`Blocks::block`].
+/// The contract of [`Blocks::block`].
 #[inline(always)]
 unsafe fn in_tiles<T: Tiles, const LOWER: bool, const RIGHT: bool>(
     tiles: T,
@@ -97,7 +98,8 @@ unsafe fn in_tiles<T: Tiles, const LOWER: bool, const RIGHT: bool>(
     sums: &mut Sums,
     add: bool,
 ) {
-    // SAFETY: sums has four tiles; the caller's.
+    // SAFETY: `sums` is four tiles of 16 dense rows of 64 bytes. The caller promises that the tiles of all stretches
+    // can be read, and that this is inside of `run`, where the registers are configured.
     unsafe {
         let registers = &mut tiles.registers();
         let [s0, s1, s2, s3] = sums.each_mut().map(|tile| tile.as_mut_ptr().cast::<u8>());
@@ -153,7 +155,7 @@ mod vectors {
     impl Blocks for Pairs {
         type Packing = Avx512Bf16;
 
-        // Of 1 MiB.
+        // Most of 1 MiB.
         const PACKED_TILES: usize = 640;
 
         #[inline(always)]
@@ -164,8 +166,9 @@ mod vectors {
             sums: &mut Sums,
             add: bool,
         ) {
-            // As many sums at a time as hide how long each takes, of the 32 registers.
-            // SAFETY: the caller's; there are `Pairs` only where there is AVX512-BF16.
+            // 16 of the 32 registers hold sums: enough independent ones to hide the latency of each.
+            // SAFETY: the caller keeps the contract of `Blocks::block`; `Pairs` exists only where the CPU has
+            // AVX512-BF16; rows go up in steps of `ROWS` below 32.
             unsafe {
                 if columns > SIDE {
                     for row in (0..rows.min(BLOCK)).step_by(8) {
@@ -180,15 +183,15 @@ mod vectors {
         }
     }
 
-    /// A pair of bf16 numbers, wherever it lies.
+    /// A pair of bf16 numbers at any address.
     #[derive(Clone, Copy)]
     #[repr(C, packed)]
     struct Word(i32);
 
-    /// `ROWS` rows, a divisor of 16, of `N` tiles beside each other.
+    /// Computes `ROWS` rows, a divisor of 16, of `N` tiles side by side.
     ///
     /// # Safety
-    /// As for [`Blocks::block`], `row` is below 32 and a multiple of `ROWS`, and the machine has AVX512-BF16.
+    /// The contract of [`Blocks::block`]. `row` is below 32 and a multiple of `ROWS`. The CPU has AVX512-BF16.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bf16")]
     unsafe fn in_vectors<const ROWS: usize, const N: usize>(
@@ -198,7 +201,9 @@ mod vectors {
         add: bool,
     ) {
         let (below, row) = (row / SIDE, row % SIDE);
-        // SAFETY: the caller's; both types of a vector of pairs are 512 bits of any content.
+        // SAFETY: the caller promises readable tiles, the right ones at multiples of 64 bytes as `__m512bh` wants; a
+        // `Word` is packed, so it may lie anywhere. The rows of `sums` are 16 floats. Any 512 bits are a value of both
+        // vector types.
         unsafe {
             let zero = _mm512_setzero_ps();
             let mut totals = [[zero; N]; ROWS];
@@ -213,7 +218,7 @@ mod vectors {
                 let first = left.first.add(below * left.lower + row * left.row);
                 let mut pair = 0;
                 while pair < tiles * SIDE {
-                    // Loops without iterators, which made a build with little optimisation five times as slow.
+                    // No iterators in these loops: they made a build with little optimisation five times as slow.
                     let rights = right.cast::<__m512bh>().wrapping_add(pair);
                     let lefts =
                         first.wrapping_add(pair / SIDE * left.along + pair % SIDE * size_of::<Word>());

@@ -4,7 +4,7 @@ use half::bf16;
 use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
 use tch::Kind;
 
-/// The type in which a kernel computes.
+/// A type that kernels compute in.
 pub trait Real:
     Element<Accum = Self>
     + PartialOrd
@@ -25,7 +25,7 @@ pub trait Real:
     fn ln(self) -> Self;
     /// self · a + b, rounded once.
     fn mul_add(self, a: Self, b: Self) -> Self;
-    /// e to the power of self, at most 2 units in the last place off, vectorisable; 0 where that underflows.
+    /// e to the power of self, at most 2 units in the last place off; 0 where that underflows. Vectorisable.
     fn exp(self) -> Self;
 
     /// The larger one; `other` where self is NaN.
@@ -41,7 +41,7 @@ pub trait Real:
     }
 }
 
-/// The type in which a tensor's elements are stored.
+/// A type of a tensor's elements.
 pub trait Stored: Copy + Send + Sync + 'static {
     const KIND: Kind;
 }
@@ -56,11 +56,11 @@ impl Stored for bf16 {
 
 /// A stored type that kernels compute with.
 pub trait Element: Stored {
-    /// What it is computed in.
+    /// The type that it is computed in.
     type Accum: Real;
 
     fn to_accum(self) -> Self::Accum;
-    /// Rounded to nearest, ties to even.
+    /// Rounds to nearest, ties to even.
     fn narrow(value: Self::Accum) -> Self;
 }
 
@@ -76,7 +76,7 @@ impl Element for bf16 {
     fn narrow(value: f32) -> bf16 {
         let bits = value.to_bits();
         let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-        // Rounding could turn a NaN into a number.
+        // Rounding the bits of a NaN could give a number.
         bf16::from_bits(if value.is_nan() { 0x7fc0 } else { rounded as u16 })
     }
 }
@@ -159,17 +159,17 @@ fn exp_f32(x: f32) -> f32 {
     let p = p.mul_add(r, 1.666_666_5e-1);
     let p = p.mul_add(r, 0.5);
     let p = (p * r).mul_add(r, r) + 1.0;
-    // 88.72 / ln 2 rounds to 128, an exponent too large by one: the factor is split in two.
+    // 88.72 / ln 2 rounds to 128, an exponent too large by one, so the factor is split in two.
     let scale = |n: i32| f32::from_bits(((n + 127) << 23) as u32);
     let n = (shifted.to_bits() as i32) - (ROUND.to_bits() as i32);
     let half = n >> 1;
-    // A NaN is one in p already.
+    // A NaN in x is one in p.
     let e = p * scale(half) * scale(n - half);
     if x < LOWEST { 0.0 } else { e }
 }
 
-/// An expression with `E` the element type of a tensor kind: `dispatch!(kind, E => kernel::<E>(x))`. A kind that no
-/// kernel computes in is a mistake of the caller.
+/// Evaluates an expression with `E` the element type of a tensor kind: `dispatch!(kind, E => kernel::<E>(x))`. Panics
+/// for a kind that no kernel computes in.
 macro_rules! dispatch {
     ($kind:expr, $element:ident => $body:expr) => {
         match $kind {

@@ -1,4 +1,4 @@
-//! Instruction sets that kernels are compiled for, chosen at run time.
+//! Instruction sets that kernels are compiled for, one of which is chosen at run time.
 
 #[cfg(target_arch = "x86_64")]
 use super::amx::Amx;
@@ -10,15 +10,15 @@ use std::cell::Cell;
 /// An instruction set, the least first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Isa {
-    /// What the program was compiled for. On x86-64 that has no fused multiply-add, which is then a slow call.
+    /// The compiler's target. On x86-64 it has no fused multiply-add, which is then a slow call.
     Portable,
     /// AVX2 and FMA.
     Avx2,
     /// AVX-512 F, BW, CD, DQ, VL.
     Avx512,
-    /// That and AVX512-BF16.
+    /// `Avx512` and AVX512-BF16.
     Avx512Bf16,
-    /// That and AMX with bf16.
+    /// `Avx512Bf16` and AMX with bf16.
     Amx,
 }
 
@@ -27,7 +27,7 @@ thread_local! {
 }
 
 impl Isa {
-    /// The levels that this machine has.
+    /// The instruction sets of this machine.
     pub fn available() -> impl Iterator<Item = Self> {
         #[cfg(target_arch = "x86_64")]
         let has_bf16 = || V4::is_available() && std::arch::is_x86_feature_detected!("avx512bf16");
@@ -47,12 +47,12 @@ impl Isa {
         [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx].into_iter().filter(has)
     }
 
-    /// The best level that this machine has, or what [`forced`](Self::forced) asks for.
+    /// The best instruction set of this machine, or the one that [`forced`](Self::forced) asks for.
     pub fn current() -> Self {
         FORCED.get().or_else(|| Self::available().last()).unwrap_or(Isa::Portable)
     }
 
-    /// Calls `f` with kernels started by this thread on this level, for tests and benches.
+    /// Calls `f` with kernels of this thread on this instruction set, for tests and benches.
     pub fn forced<R>(self, f: impl FnOnce() -> R) -> R {
         let before = FORCED.replace(Some(self));
         let result = f();
@@ -60,13 +60,14 @@ impl Isa {
         result
     }
 
-    /// Calls `f`, compiled for this level; on a machine that lacks it, for what the machine has.
+    /// Calls `f`, compiled for this instruction set; on a machine that lacks it, for the best one below.
     #[inline]
     pub fn run<F: NullaryFnOnce>(self, f: F) -> F::Output {
         #[cfg(target_arch = "x86_64")]
         if self >= Isa::Avx512Bf16 && std::arch::is_x86_feature_detected!("avx512bf16") && V4::is_available()
         {
-            // SAFETY: the machine has what `avx512_bf16` is compiled for.
+            // SAFETY: V4 is AVX-512 F, BW, CD, DQ and VL with all that comes before them, and BF16 was asked for: the
+            // CPU has every feature that `avx512_bf16` enables.
             return unsafe { avx512_bf16(f) };
         }
         #[cfg(target_arch = "x86_64")]

@@ -1,4 +1,4 @@
-//! Reductions of a row in [`LANES`] partial results, which an instruction set's vectors hold.
+//! Reductions of a row in [`LANES`] partial results, held in vectors of any instruction set.
 
 use super::{Element, Real};
 
@@ -28,10 +28,10 @@ pub fn sum<E: Element, const N: usize>(
     total(lanes)
 }
 
-/// The largest element; −∞ of none. A NaN is passed over.
+/// The largest element; −∞ of no element. Skips NaN.
 #[inline(always)]
 pub fn maximum<E: Element>(row: &[E]) -> E::Accum {
-    // Several vectors of lanes: each maximum waits for the one before.
+    // Four independent vectors of lanes hide the latency of each maximum.
     let mut lanes = [[E::Accum::NEG_INFINITY; LANES]; 4];
     let (vectors, tail) = row.as_chunks::<LANES>();
     let (groups, rest) = vectors.as_chunks::<4>();
@@ -57,14 +57,14 @@ pub fn maximum<E: Element>(row: &[E]) -> E::Accum {
 
 #[inline(always)]
 fn enlarge<E: Element>(lanes: &mut [E::Accum; LANES], vector: &[E; LANES]) {
-    // A value that is chosen and then stored stays in a register; a choice whether to store does not.
+    // Writing the chosen value in all cases keeps the lanes in a register; a conditional store would not.
     *lanes = std::array::from_fn(
         #[inline(always)]
         |i| vector[i].to_accum().max(lanes[i]),
     );
 }
 
-/// Σ of partial sums.
+/// The sum of partial sums.
 #[inline(always)]
 pub fn total<W: Real>(lanes: [W; LANES]) -> W {
     halved(
@@ -74,7 +74,7 @@ pub fn total<W: Real>(lanes: [W; LANES]) -> W {
     )
 }
 
-/// One of all lanes, by halves: each step is one of vectors.
+/// Combines all lanes by halves, so that each step is one of vectors.
 #[inline(always)]
 fn halved<W: Real>(mut lanes: [W; LANES], both: impl Fn(W, W) -> W) -> W {
     let mut n = LANES / 2;

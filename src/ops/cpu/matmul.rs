@@ -1,13 +1,13 @@
-//! Products of large matrices: out = start + scale · Σ left·right over some terms, bf16 in, fp32 sums.
+//! GEMM for large matrices: out = start + scale · Σ left·right over some terms, bf16 in, fp32 sums.
 //!
-//! After Goto and van de Geijn (2008): right factors are packed into tiles by the thread that computes their columns of the
-//! output, as many columns at a time as fit the second-level cache. Rows of a left factor are rows of tiles as they lie in
-//! memory, and are read there. [Blocks](super::block) of the output are then summed over all terms in registers, so that an
-//! adapter's part of a layer's output costs neither a pass over the output nor a rounding.
+//! The scheme is that of Goto and van de Geijn (2008). A thread packs the right factors of its output columns into
+//! tiles, as many columns at a time as fit the second-level cache. Rows of a left factor already are rows of tiles and
+//! are read in place. [Blocks](super::block) of the output are summed over all terms in registers, so an adapter's part
+//! of a layer's output costs neither a pass over the output nor a rounding.
 //!
-//! Of few rows, as an expert has, most of the time is the reading of the right factor. Prefetching it, packing the next columns
-//! while the last are multiplied, multiplying its transpose, and results that bypass the caches were all measured no faster with
-//! AMX.
+//! With few rows, as an expert has, reading the right factor takes most of the time. Measured no faster with AMX:
+//! prefetching it, packing the next columns while the last are multiplied, multiplying its transpose, and stores that
+//! bypass the caches.
 
 use super::{
     block::{Blocks, Place, Stretch, Sums, Tile},
@@ -15,7 +15,7 @@ use super::{
     pool,
     scratch::{Memory, words},
 };
-use crate::ops::row_layout::RowLayout;
+use crate::ops::row_layout::{Footprint, RowLayout};
 use half::bf16;
 use std::{marker::PhantomData, ops::Range};
 use tch::{Device, Kind, Tensor};
@@ -23,10 +23,10 @@ use tch::{Device, Kind, Tensor};
 /// Tiles along the sum that are packed at a time.
 const PASS_TILES: usize = 48;
 
-/// Rows whose unfinished sums are kept at a time, where a sum is longer than a pass.
+/// Rows of unfinished sums that are kept at a time, where a sum is longer than a pass.
 const UNFINISHED_ROWS: usize = 1024;
 
-/// A bf16 or fp32 matrix in host memory, whose rows are dense.
+/// A bf16 or fp32 matrix `[rows, columns]` in host memory with dense rows.
 #[derive(Clone, Copy)]
 pub struct Matrix<'a, E> {
     first: *mut E,
@@ -34,18 +34,18 @@ pub struct Matrix<'a, E> {
     columns: usize,
     /// Numbers from a row to the next.
     stride: usize,
-    /// Rows from the first on that can be read, other ones behind its own among them.
+    /// Rows from the first on that can be read: its own and those of the same tensor behind it.
     readable: usize,
     tensor: PhantomData<&'a Tensor>,
 }
 
-// SAFETY: a `Matrix` is an address; those who read and write through it say why they may.
-unsafe impl<E> Send for Matrix<'_, E> {}
-// SAFETY: as above.
+// SAFETY: safe methods read sizes alone. Memory is reached in `multiply`, which checks that its output overlaps no
+// factor; its threads read the factors together, and each writes blocks of the output that no other one has. `E` is
+// bf16 or f32, plain data, for nothing else makes a `Matrix`.
 unsafe impl<E> Sync for Matrix<'_, E> {}
 
 impl<'a, E> Matrix<'a, E> {
-    /// A vector is one row. A tensor that is not such a matrix is a mistake of the caller.
+    /// The matrix that `tensor` is; a vector is one row. Panics if it is none of `kind` on the host with dense rows.
     fn in_host(tensor: &'a Tensor, kind: Kind) -> Self {
         Self::strided(tensor, kind, &tensor.size(), &tensor.stride(), 0)
     }
@@ -91,7 +91,14 @@ impl<'a, E> Matrix<'a, E> {
         [self.rows, self.columns]
     }
 
-    /// Where a number is, if there is one.
+    /// The bytes of its first `rows` rows.
+    fn footprint(&self, rows: usize) -> Footprint {
+        let Self { columns, stride, .. } = *self;
+        let layout = RowLayout { rows, columns, stride, inner: rows, outer_stride: 0 };
+        layout.footprint(self.first.addr(), size_of::<E>())
+    }
+
+    /// The address of a number. It may be read or written only if the matrix has it.
     #[inline(always)]
     fn at(&self, row: usize, column: usize) -> *mut E {
         self.first.wrapping_add(row * self.stride + column)
@@ -108,7 +115,7 @@ impl<'a> Matrix<'a, bf16> {
         Self::nth_in_host(tensor, Kind::BFloat16, index)
     }
 
-    /// A vector as each of some rows, not to be written to.
+    /// A matrix of `rows` rows that are all `vector`. [`multiply`] refuses it as an output.
     pub fn repeated(vector: &'a Tensor, rows: usize) -> Self {
         Self { rows, stride: 0, readable: rows, ..Self::of(vector) }
     }
@@ -143,8 +150,8 @@ impl Operand<'_> {
         }
     }
 
-    /// Where the rows `row..row + 32` are as a left factor's tiles from `k` on, if they lie there already: rows of a matrix are
-    /// rows of tiles. What becomes of rows behind the matrix is nobody's.
+    /// The rows `row..row + 32` as a left factor's tiles from `k` on, in place: rows of a matrix are rows of tiles.
+    /// Rows behind the matrix are read too, and their sums are not used. `None` where they have to be packed.
     #[inline(always)]
     fn in_place(&self, row: usize, k: usize) -> Option<Place> {
         let Self::Of(x) = self else { return None };
@@ -158,10 +165,10 @@ impl Operand<'_> {
         })
     }
 
-    /// As a left factor: two tiles of 16 rows of 32 numbers, from (row, k) and (row + 16, k) on.
+    /// Packs a left factor: two tiles of 16 rows of 32 numbers, from (row, k) and (row + 16, k) on.
     ///
     /// # Safety
-    /// The machine has what `P` is compiled for.
+    /// The CPU has the instructions of `P`.
     #[inline(always)]
     unsafe fn pack_left<P: Packing>(&self, row: usize, k: usize, both: [&mut Tile; 2]) {
         match self {
@@ -172,7 +179,7 @@ impl Operand<'_> {
             }
             Self::Transposed(x) => {
                 let mut pairs = [[0; SIDE * SIDE]; 2];
-                // SAFETY: each of `pairs` is 16 rows of 64 bytes; the caller's.
+                // SAFETY: the caller promises the instructions of `P`; each of `pairs` is 16 rows of 64 bytes.
                 unsafe {
                     pack_pairs::<P>(x, k, row, pairs.each_mut());
                     for (pairs, to) in pairs.iter().zip(both) {
@@ -183,25 +190,26 @@ impl Operand<'_> {
         }
     }
 
-    /// As a right factor: two tiles of 16 pairs of rows of 16 columns, from (k, column) and (k, column + 16) on.
+    /// Packs a right factor: two tiles of 16 pairs of rows of 16 columns, from (k, column) and (k, column + 16) on.
     ///
     /// # Safety
-    /// The machine has what `P` is compiled for.
+    /// The CPU has the instructions of `P`.
     #[inline(always)]
     unsafe fn pack_right<P: Packing>(&self, k: usize, column: usize, both: [&mut Tile; 2]) {
         match self {
-            // SAFETY: the caller's.
+            // SAFETY: the caller promises the instructions of `P`.
             Self::Of(x) => unsafe { pack_pairs::<P>(x, k, column, both.map(bytemuck::cast_mut)) },
             Self::Transposed(x) => {
                 for (tile, to) in both.into_iter().enumerate() {
                     let column = column + tile * SIDE;
                     if column + SIDE <= x.rows && k + DEPTH <= x.columns {
-                        // SAFETY: 16 rows of 32 numbers from (column, k) on lie within x; the caller's.
+                        // SAFETY: x has 16 rows of 32 numbers from (column, k) on, and no writer, see `multiply`; the
+                        // caller promises the instructions of `P`.
                         unsafe { P::transpose(x.at(column, k).cast(), x.stride * 2, bytemuck::cast_mut(to)) };
                     } else {
                         let mut edge = [bf16::ZERO; NUMBERS];
                         copy(x, column, k, &mut edge);
-                        // SAFETY: `edge` is 16 rows of 64 bytes; the caller's.
+                        // SAFETY: `edge` is 16 rows of 64 bytes; the caller promises the instructions of `P`.
                         unsafe { P::transpose(edge.as_ptr().cast(), ROW_BYTES, bytemuck::cast_mut(to)) };
                     }
                 }
@@ -210,13 +218,14 @@ impl Operand<'_> {
     }
 }
 
-/// 16 rows of 32 numbers of x from (row, column) on, zeros where x ends.
+/// Copies 16 rows of 32 numbers of x from (row, column) on, zeros where x ends.
 #[inline(always)]
 fn copy(x: &Matrix<bf16>, row: usize, column: usize, to: &mut Tile) {
     let rows = to.as_chunks_mut::<DEPTH>().0;
     if row + SIDE <= x.rows && column + DEPTH <= x.columns {
         for (i, to) in rows.iter_mut().enumerate() {
-            // SAFETY: 32 numbers from (row + i, column) on lie within x, which nothing writes to.
+            // SAFETY: x has 32 numbers from (row + i, column) on, and no writer: `multiply` checks that the output
+            // overlaps no factor.
             *to = unsafe { x.at(row + i, column).cast::<[bf16; DEPTH]>().read() };
         }
         return;
@@ -224,16 +233,17 @@ fn copy(x: &Matrix<bf16>, row: usize, column: usize, to: &mut Tile) {
     let n = x.columns.saturating_sub(column).min(DEPTH);
     for (i, to) in rows.iter_mut().enumerate() {
         let n = if row + i < x.rows { n } else { 0 };
-        // SAFETY: n numbers from (row + i, column) on lie within x, which nothing writes to.
+        // SAFETY: x has n numbers from (row + i, column) on, or n is 0; it has no writer: `multiply` checks that the
+        // output overlaps no factor.
         to[..n].copy_from_slice(unsafe { std::slice::from_raw_parts(x.at(row + i, column), n) });
         to[n..].fill(bf16::ZERO);
     }
 }
 
-/// 16 pairs of rows of two times 16 columns of x from (row, column) on, each pair in a word, zeros where x ends.
+/// Packs 16 pairs of rows of two times 16 columns of x from (row, column) on, each pair in a word, zeros where x ends.
 ///
 /// # Safety
-/// The machine has what `P` is compiled for.
+/// The CPU has the instructions of `P`.
 #[inline(always)]
 unsafe fn pack_pairs<P: Packing>(
     x: &Matrix<bf16>,
@@ -242,24 +252,25 @@ unsafe fn pack_pairs<P: Packing>(
     to: [&mut [u32; SIDE * SIDE]; 2],
 ) {
     if row + DEPTH <= x.rows && column + BLOCK <= x.columns {
-        // SAFETY: 32 numbers of each of 32 rows from (row, column) on lie within x; the caller's.
+        // SAFETY: x has 32 rows of 32 numbers from (row, column) on, and no writer, see `multiply`; the caller promises
+        // the instructions of `P`.
         return unsafe { P::pair(x.at(row, column), x.stride, to) };
     }
     let mut edge = [[bf16::ZERO; NUMBERS]; 2];
     for (i, edge) in edge.iter_mut().enumerate() {
         copy(x, row + i * SIDE, column, edge);
     }
-    // SAFETY: `edge` is 32 rows of 32 numbers; the caller's.
+    // SAFETY: `edge` is 32 rows of 32 numbers; the caller promises the instructions of `P`.
     unsafe { P::pair(edge.as_ptr().cast(), DEPTH, to) };
 }
 
-/// left `[rows, depth]` · right `[depth, columns]`
+/// A product to be summed: left `[rows, depth]` · right `[depth, columns]`.
 pub struct Term<'a> {
     pub left: Operand<'a>,
     pub right: Operand<'a>,
 }
 
-/// Where a product goes.
+/// The destination of a sum of products.
 pub enum Output<'a> {
     /// to = start + scale·product, rounded to bf16; `start` has the shape of `to`.
     Rounded { to: Matrix<'a, bf16>, start: Option<Matrix<'a, bf16>>, scale: f32 },
@@ -270,16 +281,14 @@ pub enum Output<'a> {
 }
 
 impl Output<'_> {
-    /// Whether it has a row more than once.
-    fn is_repeated(&self) -> bool {
-        let (rows, columns, stride) = match self {
-            Self::Rounded { to, .. } => (to.rows, to.columns, to.stride),
-            Self::Added(to) | Self::AddedTransposed(to) => (to.rows, to.columns, to.stride),
-        };
-        rows > 1 && stride < columns
+    fn footprint(&self) -> Footprint {
+        match self {
+            Self::Rounded { to, .. } => to.footprint(to.rows),
+            Self::Added(to) | Self::AddedTransposed(to) => to.footprint(to.rows),
+        }
     }
 
-    /// Of the product that fits.
+    /// [rows, columns] of the product.
     fn shape(&self) -> [usize; 2] {
         match self {
             Self::Rounded { to, .. } => to.shape(),
@@ -289,14 +298,14 @@ impl Output<'_> {
     }
 }
 
-/// Tiles `along` of term `term`, `packed` tiles behind the first of their pass.
+/// A pass's tiles of one term: tiles `along` of `term`, packed from the pass's tile `packed` on.
 struct DepthSlice {
     term: usize,
     along: Range<usize>,
     packed: usize,
 }
 
-/// The tiles along the sum, in passes of at most [`PASS_TILES`].
+/// Cuts the tiles along the sum into passes of at most [`PASS_TILES`].
 fn passes(lengths: impl Iterator<Item = usize>) -> Vec<Vec<DepthSlice>> {
     let mut passes = vec![Vec::new()];
     let mut used = 0;
@@ -317,7 +326,7 @@ fn passes(lengths: impl Iterator<Item = usize>) -> Vec<Vec<DepthSlice>> {
     passes
 }
 
-/// All that the threads share.
+/// A product as its threads share it.
 struct Product<'a, T> {
     machine: T,
     terms: &'a [Term<'a>],
@@ -327,17 +336,34 @@ struct Product<'a, T> {
     out: Output<'a>,
 }
 
-/// Computes the sum of `terms`, whose shapes have to agree with each other and with the output's. The output overlaps nothing
-/// that is read, but for what its sums start from, which may be itself.
+/// Computes the sum of `terms`. The sums may start from the output itself.
+///
+/// # Panics
+/// Shapes do not agree. The output has a number twice, overlaps a factor, or partly overlaps the matrix it starts from.
 pub fn multiply<T: Blocks>(machine: T, terms: &[Term], out: Output) {
     let [rows, columns] = out.shape();
     for Term { left, right } in terms {
         assert_eq!((left.shape()[0], left.shape()[1]), (rows, right.shape()[0]), "a left factor fits");
         assert_eq!(right.shape()[1], columns, "a right factor fits");
     }
-    assert!(!out.is_repeated(), "each number of an output is one");
-    if let Output::Rounded { start: Some(start), .. } = &out {
-        assert_eq!(start.shape(), [rows, columns], "what a sum starts from fits");
+    let written = out.footprint();
+    assert!(!written.is_repeated(), "rows of an output overlap: {written:?}");
+    let read = |factor: &Operand| {
+        let (Operand::Of(x) | Operand::Transposed(x)) = factor;
+        // A block at the edge reads rows behind the matrix too, see `in_place`.
+        x.footprint(x.readable.min(x.rows.next_multiple_of(BLOCK)))
+    };
+    for factor in terms.iter().flat_map(|term| [&term.left, &term.right]).map(read) {
+        assert!(!written.overlaps(&factor), "an output overlaps a factor: {written:?} and {factor:?}");
+    }
+    if let Output::Rounded { start: Some(start), to, .. } = &out {
+        assert_eq!(start.shape(), [rows, columns], "the matrix that a sum starts from fits");
+        let read = start.footprint(start.rows);
+        let is_itself = (start.first, start.stride) == (to.first, to.stride);
+        assert!(
+            is_itself || !written.overlaps(&read),
+            "an output overlaps its start: {written:?} and {read:?}"
+        );
     }
     let passes = passes(terms.iter().map(|term| term.right.shape()[0].div_ceil(DEPTH)));
     Product { machine, terms, passes, rows, columns, out }.compute();
@@ -352,7 +378,7 @@ impl<T: Blocks> Product<'_, T> {
         let deepest = self.passes.iter().map(|pass| depth_of(pass)).max().unwrap_or(0).max(1);
         let most = (T::PACKED_TILES / (2 * deepest)).max(1);
         let threads = pool::threads();
-        // As many parts as the threads can share evenly: columns first, for each of them has its own right factors.
+        // As many parts as the threads can share evenly. Columns first: each part packs its own right factors.
         let beside = across.div_ceil(most).next_multiple_of(threads).min(across);
         let below = threads.div_ceil(beside).min(down);
         let part = |i: usize, of: usize, n: usize| i * n / of..(i + 1) * n / of;
@@ -366,13 +392,14 @@ impl<T: Blocks> Product<'_, T> {
         });
     }
 
-    /// Some rows of the pairs of column tiles `pairs`, at most `deepest` tiles deep.
+    /// Computes the rows `rows` of the pairs of column tiles `pairs`; a pass has at most `deepest` tiles.
     #[inline(always)]
     fn part(&self, rows: Range<usize>, pairs: Range<usize>, deepest: usize) {
         let width = pairs.len();
         let passes = self.passes.len();
-        // Where one pass is all, a block is done when it has been computed; else all of them wait for the next pass. What is
-        // done is written while the next block is computed, for what tile registers store is not there for vectors at once.
+        // With one pass a block is done once it is computed; with more, all blocks wait for the next pass. A finished
+        // block is written while the next one is computed: stores of tile registers are not visible to vector loads at
+        // once.
         let height = if passes == 1 { rows.len() } else { rows.len().min(UNFINISHED_ROWS) };
         let kept = if passes == 1 { 2 } else { height.div_ceil(BLOCK) * width };
         let [left_tiles, right_tiles] = [2 * deepest, 2 * width * deepest];
@@ -409,8 +436,9 @@ impl<T: Blocks> Product<'_, T> {
                             },
                         );
                         let shape = [self.rows - row, self.columns - pair * BLOCK];
-                        // SAFETY: each place is two rows of as many tiles as its section has, `right` begins with two columns, at a
-                        // cache line as all tiles of the scratch do; `run` has called this.
+                        // SAFETY: a place has two rows of its section's tiles: of a matrix that `multiply` found apart
+                        // from the output, or packed above. `right` begins with two columns of tiles. Slices of a
+                        // scratch start at cache lines. `compute` calls this inside of `run`.
                         unsafe { self.machine.block(stretches, shape, &mut sums[place], number > 0) };
                         if number + 1 == passes
                             && let Some((row, pair, place)) = done.replace((row, pair, place))
@@ -420,14 +448,14 @@ impl<T: Blocks> Product<'_, T> {
                     }
                 }
             }
-            // The sums of the last block are written over by the next rows.
+            // The next rows overwrite the sums of the last block.
             if let Some((row, pair, place)) = done.take() {
                 self.put(row, pair * BLOCK, &sums[place]);
             }
         }
     }
 
-    /// Where the rows `row..row + 32` of a section are, packed if need be: `[2, tiles along the sum]`.
+    /// The rows `row..row + 32` of a section, packed if need be: `[2, tiles along the sum]`.
     #[inline(always)]
     fn place(&self, section: &DepthSlice, row: usize, packed: &mut [Tile]) -> Place {
         let left = &self.terms[section.term].left;
@@ -437,14 +465,14 @@ impl<T: Blocks> Product<'_, T> {
         let along = section.along.len();
         let (upper, lower) = packed.split_at_mut(along);
         for ((k, upper), lower) in section.along.clone().zip(upper).zip(lower) {
-            // SAFETY: `run` has called this.
+            // SAFETY: `self.machine` is a `T`, so the CPU has the instructions of its packing.
             unsafe { left.pack_left::<T::Packing>(row, k * DEPTH, [upper, lower]) };
         }
         let tile = NUMBERS * size_of::<bf16>();
         Place { first: packed.as_ptr().cast(), row: ROW_BYTES, along: tile, lower: along * tile }
     }
 
-    /// Packs a pass of pairs of column tiles: `[column tiles, tiles along the sum]`.
+    /// Packs the column tiles of a pass: `[column tiles, tiles along the sum]`.
     #[inline(always)]
     fn pack_right(&self, pass: &[DepthSlice], pairs: &Range<usize>, packed: &mut [Tile]) {
         let depth = depth_of(pass);
@@ -453,7 +481,7 @@ impl<T: Blocks> Product<'_, T> {
             let mut one = |k: usize, pair: usize| {
                 let place = (pair - pairs.start) * 2 * depth + section.packed + k - section.along.start;
                 let (first, second) = packed[place..].split_at_mut(depth);
-                // SAFETY: `run` has called this.
+                // SAFETY: `self.machine` is a `T`, so the CPU has the instructions of its packing.
                 unsafe {
                     right.pack_right::<T::Packing>(k * DEPTH, pair * BLOCK, [&mut first[0], &mut second[0]])
                 };
@@ -470,13 +498,14 @@ impl<T: Blocks> Product<'_, T> {
         }
     }
 
-    /// Writes a finished block to where it goes.
+    /// Writes a finished block to the output.
     #[inline(always)]
     fn put(&self, row: usize, column: usize, sums: &Sums) {
         let rows = self.rows.saturating_sub(row).min(BLOCK);
         let columns = self.columns.saturating_sub(column).min(BLOCK);
-        // SAFETY: `rows` rows and `columns` columns from (row, column) on lie within the output and what it starts from; nobody
-        // else has this block, and an output overlaps nothing that is read; `run` has called this.
+        // SAFETY: the output, and the matrix it starts from, have `rows` rows and `columns` columns from (row, column)
+        // on. Each block is put once, by the thread that computed it, and `multiply` checked that blocks overlap
+        // neither each other nor a factor. `self.machine` is a `T`, so the CPU has the instructions of its packing.
         unsafe {
             match self.out {
                 Output::Rounded { to, start, scale } => {
@@ -523,13 +552,13 @@ fn beside(sums: &Sums, i: usize) -> [&[f32; SIDE]; 2] {
     [&sums[tile][i % SIDE], &sums[tile + 1][i % SIDE]]
 }
 
-/// to += sums for n ≤ 32 numbers.
+/// to += sums, for n ≤ 32 numbers.
 ///
 /// # Safety
-/// They can be read and written.
+/// `to` is n numbers that nothing else refers to.
 #[inline(always)]
 unsafe fn add(sums: [&[f32; SIDE]; 2], to: *mut f32, n: usize) {
-    // SAFETY: the caller's.
+    // SAFETY: the caller promises n numbers that nothing else refers to.
     let to = unsafe { std::slice::from_raw_parts_mut(to, n) };
     if let Some(to) = to.as_chunks_mut::<SIDE>().0.first_chunk_mut::<2>() {
         for (to, sums) in to.iter_mut().zip(sums) {
@@ -543,7 +572,8 @@ unsafe fn add(sums: [&[f32; SIDE]; 2], to: *mut f32, n: usize) {
 /// to = start + scale·sums, rounded, for n ≤ 32 numbers.
 ///
 /// # Safety
-/// They can be read and written, and the machine has what `P` is compiled for.
+/// `to` is n numbers that nothing but `start` refers to, `start` n numbers: `to` itself or numbers apart from it. The
+/// CPU has the instructions of `P`.
 #[inline(always)]
 unsafe fn put_rounded<P: Packing>(
     sums: [&[f32; SIDE]; 2],
@@ -552,7 +582,8 @@ unsafe fn put_rounded<P: Packing>(
     to: *mut bf16,
     n: usize,
 ) {
-    // SAFETY: the caller's; where there are fewer numbers than a block has columns, no more are touched.
+    // SAFETY: the caller promises n numbers at both, and the instructions of `P`. `P::put` touches 32 numbers: the
+    // caller's where n is 32, and a row of this function elsewhere, of which n are copied.
     unsafe {
         if n == BLOCK {
             return P::put(sums, scale, start, to);
@@ -579,30 +610,30 @@ mod tests {
         leaf(&[rows, columns]).detach().to_kind(Kind::BFloat16)
     }
 
-    /// A view whose rows are farther apart than they are long, with other rows behind it.
+    /// A view with a stride longer than its rows, and other rows behind it.
     fn inside(whole: &Tensor) -> Tensor {
         let size = whole.size();
         whole.narrow(0, 0, size[0] - BEHIND).narrow(1, 3, size[1] - 5)
     }
 
-    /// The same, of which the rows behind are known.
+    /// The same as a matrix that may read the rows behind it.
     fn matrix_inside(whole: &Tensor) -> Matrix<'_, bf16> {
         let all = Matrix::of(whole);
         let [rows, columns] = all.shape();
         all.rows(&(0..rows - BEHIND as usize)).columns(&(3..columns - 2))
     }
 
-    /// Rows behind, as many as are read beside the last one.
+    /// Rows behind a view: as many as a block may read beside the last one.
     const BEHIND: i64 = 31;
 
-    /// Such a matrix, and whether it is read as its transpose.
+    /// A factor: its matrix, and true if it is read transposed.
     struct Given(Tensor, bool);
 
     impl Given {
         fn new(rows: i64, columns: i64, transposed: bool) -> Self {
             let [rows, columns] = if transposed { [columns, rows] } else { [rows, columns] };
             let whole = random(rows + BEHIND, columns + 5);
-            // What is behind and beside is nobody's.
+            // Numbers behind and beside the view must not count.
             for (dim, start, n) in [(0, rows, BEHIND), (1, 0, 3), (1, columns + 3, 2)] {
                 let _ = whole.narrow(dim, start, n).fill_(f64::NAN);
             }
@@ -620,7 +651,7 @@ mod tests {
         }
     }
 
-    /// Every output of the sum of two terms of these depths, against fp64.
+    /// Compares every output of the sum of two terms of these depths with fp64.
     fn check<T: Blocks>(machine: T, [rows, columns]: [i64; 2], depths: [i64; 2]) {
         let exact = |t: &Tensor| t.to_kind(Kind::Double);
         for transposed in [[false, false], [false, true], [true, false], [true, true]] {
@@ -628,7 +659,8 @@ mod tests {
                 [Given::new(rows, depth, transposed[0]), Given::new(depth, columns, transposed[1])]
             });
             let product: Tensor = operands.iter().map(|[a, b]| a.exact().matmul(&b.exact())).sum();
-            // Sums in fp32 of as many terms, then half a unit in the last place of a bf16 number.
+            // The error of fp32 sums of that many terms. Below, half a unit in the last place of a bf16 number is
+            // added.
             let depth = depths.iter().sum::<i64>() as f64;
             let rounding =
                 depth * f64::from(f32::EPSILON) * distance(&product, &product.zeros_like()).max(1.0);
@@ -679,6 +711,45 @@ mod tests {
         }
         check(machine, [UNFINISHED_ROWS as i64 + 40, 3], [20, PASS_TILES as i64 * DEPTH as i64 + 1]);
         tch::set_num_threads(before);
+    }
+
+    /// x `[40, 64]` times itself, transposed, into columns of `all` from `column` on, and rows from `row` on.
+    fn multiply_into(all: &Tensor, row: i64, column: i64) {
+        let x = all.narrow(0, 0, 40).narrow(1, 0, 64);
+        let (left, right) = (Operand::Of(Matrix::of(&x)), Operand::Transposed(Matrix::of(&x)));
+        let to = all.narrow(0, row, 40).narrow(1, column, 40);
+        let to = Output::Rounded { to: Matrix::of(&to), start: None, scale: 1.0 };
+        multiply(InTiles(Emulated), &[Term { left, right }], to);
+    }
+
+    #[test]
+    fn an_output_beside_its_factors_is_taken() {
+        multiply_into(&random(80, 104), 0, 64);
+        multiply_into(&random(80, 104), 40, 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "an output overlaps a factor")]
+    fn an_output_of_the_columns_of_a_factor_is_refused() {
+        multiply_into(&random(80, 104), 0, 63);
+    }
+
+    #[test]
+    #[should_panic(expected = "an output overlaps a factor")]
+    fn an_output_of_the_rows_behind_that_a_factor_reads_is_refused() {
+        let all = random(80, 64);
+        let [left, behind] = [0..40, 40..80].map(|rows| Matrix::of(&all).rows(&rows));
+        let right = random(64, 64);
+        let terms = [Term { left: Operand::Of(left), right: Operand::Of(Matrix::of(&right)) }];
+        multiply(InTiles(Emulated), &terms, Output::Rounded { to: behind, start: None, scale: 1.0 });
+    }
+
+    #[test]
+    #[should_panic(expected = "an output overlaps its start")]
+    fn an_output_that_is_shifted_from_its_start_is_refused() {
+        let all = random(41, 40);
+        let [start, to] = [0..40, 1..41].map(|rows| Matrix::of(&all).rows(&rows));
+        multiply(InTiles(Emulated), &[], Output::Rounded { to, start: Some(start), scale: 1.0 });
     }
 
     #[test]

@@ -1,11 +1,12 @@
-//! What the CPU kernels of the operations are made of: the instruction set chosen at run time ([`level`]), element types
-//! and their arithmetic ([`element`]), sums and maxima ([`lanes`]), libtorch's own threads ([`pool`]), the rows of tensors
-//! ([`rows`]), tiles of bf16 ([`packing`]) and the registers for them ([`amx`]), products of matrices in the cache ([`tile`]), of large
-//! ones ([`matmul`]) block by block ([`block`]), and memory for those ([`scratch`]).
+//! Building blocks of the operations' CPU kernels:
+//! - [`isa`] the instruction set chosen at run time, [`element`] element types and their arithmetic,
+//! - [`rows`] rows of tensors, [`lanes`] sums and maxima over them, [`pool`] libtorch's own threads,
+//! - [`packing`] tiles of bf16, [`amx`] registers for them, [`tile`] products of matrices in the cache,
+//! - [`matmul`] products of large matrices, [`block`] by block, with memory from [`scratch`].
 //!
 //! A kernel is plain Rust over slices, marked `#[inline(always)]` and called inside [`Isa::run`]: the compiler
 //! vectorises it once for each instruction set. Sums run in [`LANES`] lanes, so they do not depend on the set. A kernel
-//! takes its slices as arguments, not in arrays: only so does the compiler know that they do not overlap.
+//! takes its slices as arguments, not in arrays, for then the compiler knows that they do not overlap.
 
 pub mod amx;
 pub mod block;

@@ -1,7 +1,9 @@
-//! Tiles of bf16 numbers, 16 rows of 64 bytes: how numbers get into the order in which they are multiplied, and sums out of it.
+//! Packing of bf16 numbers into tiles of 16 rows of 64 bytes, the order in which they are multiplied, and of sums out
+//! of it.
 //!
-//! A tile of a left factor is 16 rows of 16 pairs of neighbours along the summed dimension, one of a right factor 16 such pairs for
-//! each of 16 columns, as AMX has them (TDPBF16PS); a row of the latter is what AVX512-BF16 multiplies at once (VDPBF16PS).
+//! A tile of a left factor is 16 rows of 16 pairs of neighbours along the summed dimension. A tile of a right factor is
+//! 16 such pairs for each of 16 columns, as AMX takes them (TDPBF16PS); AVX512-BF16 multiplies one row of it at once
+//! (VDPBF16PS).
 
 #[cfg(test)]
 use super::Element;
@@ -13,7 +15,7 @@ pub const SIDE: usize = 16;
 /// Bytes of a row.
 pub const ROW_BYTES: usize = 64;
 
-/// Rows and columns of sums that are made at a time: two tiles each.
+/// Rows and columns of a block of sums: two tiles each.
 pub const BLOCK: usize = 2 * SIDE;
 
 /// bf16 numbers of a row.
@@ -22,37 +24,40 @@ pub const DEPTH: usize = ROW_BYTES / 2;
 /// bf16 numbers of a tile.
 pub const NUMBERS: usize = SIDE * DEPTH;
 
-/// How a machine orders numbers.
+/// Packing with the instructions of one kind of CPU.
 pub trait Packing {
-    /// Word j of row i becomes word i of row j of `to`, which is dense; words have 32 bits.
+    /// Transposes 16 rows of 16 words of 32 bits: word j of row i becomes word i of row j of `to`, which is dense.
     ///
     /// # Safety
-    /// There are 16 rows of 64 readable bytes from `from` on, `stride` bytes apart, and the machine has what this is compiled for.
+    /// `from` is the first of 16 rows of 64 readable bytes, `stride` bytes apart. The CPU has this type's instructions.
     unsafe fn transpose(from: *const u8, stride: usize, to: &mut [u32; SIDE * SIDE]);
 
-    /// Two tiles of right factors, of 32 rows of 32 numbers: word j of row i is column j of rows 2i (its low half) and 2i + 1.
+    /// Packs 32 rows of 32 numbers as two tiles of right factors: word j of row i is column j of rows 2i (its low half)
+    /// and 2i + 1.
     ///
     /// # Safety
-    /// There are such rows from `from` on, `stride` numbers apart, and the machine has what this is compiled for.
+    /// `from` is the first of 32 rows of 32 readable numbers, `stride` numbers apart. The CPU has this type's
+    /// instructions.
     unsafe fn pair(from: *const bf16, stride: usize, to: [&mut [u32; SIDE * SIDE]; 2]);
 
     /// Rounds numbers to bf16, nearest, ties to even.
     ///
     /// # Safety
-    /// The machine has what this is compiled for.
+    /// The CPU has this type's instructions.
     unsafe fn round(numbers: &[f32; SIDE]) -> [bf16; SIDE];
 
-    /// to = start + scale·sums, rounded, for 32 numbers; a start is optional, and may be `to`.
+    /// to = start + scale·sums, rounded, for 32 numbers. A start is optional, and may be `to`.
     ///
     /// # Safety
-    /// They can be read and written, and the machine has what this is compiled for.
+    /// `to` is 32 numbers that nothing but `start` refers to, `start` 32 readable numbers: the same or apart from `to`.
+    /// The CPU has this type's instructions.
     unsafe fn put(sums: [&[f32; SIDE]; 2], scale: f32, start: Option<*const bf16>, to: *mut bf16);
 }
 
 #[cfg(target_arch = "x86_64")]
 pub use vectors::Avx512Bf16;
 
-/// In vectors of 512 bits.
+/// Packing in vectors of 512 bits.
 #[cfg(target_arch = "x86_64")]
 mod vectors {
     use super::*;
@@ -65,17 +70,17 @@ mod vectors {
         _mm512_unpacklo_epi64,
     };
 
-    /// Where there is AVX-512 with F, BW and BF16.
+    /// Needs AVX-512 with F, BW and BF16.
     pub struct Avx512Bf16;
 
     impl Packing for Avx512Bf16 {
-        // Fours of words that go below each other are loaded beside each other, four rows apart, so that only squares of four
-        // words are left to be transposed.
+        // Loads groups of four words from rows four apart into one vector, so that only 4 × 4 squares of words are left
+        // to be transposed.
         #[inline]
         #[target_feature(enable = "avx512f")]
         unsafe fn transpose(from: *const u8, stride: usize, to: &mut [u32; SIDE * SIDE]) {
             for column in 0..4 {
-                // SAFETY: four words of a row; the caller's.
+                // SAFETY: the caller promises 16 rows of 64 bytes; this is four words of one.
                 let word =
                     |row: usize| unsafe { _mm_loadu_si128(from.add(row * stride + column * 16).cast()) };
                 let rows = |row: usize| {
@@ -94,7 +99,7 @@ mod vectors {
                     _mm512_unpackhi_epi64(high_ab, high_cd),
                 ];
                 for (i, words) in columns.into_iter().enumerate() {
-                    // SAFETY: a row of `to`.
+                    // SAFETY: `to` has 16 rows of 16 words; this is row 4 · column + i < 16.
                     unsafe {
                         _mm512_storeu_si512(to.as_mut_ptr().add((4 * column + i) * SIDE).cast(), words)
                     };
@@ -105,11 +110,13 @@ mod vectors {
         #[inline]
         #[target_feature(enable = "avx512f,avx512bw")]
         unsafe fn pair(from: *const bf16, stride: usize, [left, right]: [&mut [u32; SIDE * SIDE]; 2]) {
-            // Interleaving goes by 128 bits: four columns of the low half, the next four of the high one.
+            // The instruction interleaves within 128 bits: four columns are in the low half, the next four in the high
+            // one.
             let first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
             let second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
             for i in 0..SIDE {
-                // SAFETY: the caller's; row i of both.
+                // SAFETY: the caller promises 32 rows of 32 numbers, of which these are 2i and 2i + 1; `left` and
+                // `right` have 16 rows of 16 words.
                 unsafe {
                     let row = from.add(2 * i * stride);
                     let (a, b) = (_mm512_loadu_si512(row.cast()), _mm512_loadu_si512(row.add(stride).cast()));
@@ -124,7 +131,7 @@ mod vectors {
         #[inline]
         #[target_feature(enable = "avx512f,avx512bf16")]
         unsafe fn round(numbers: &[f32; SIDE]) -> [bf16; SIDE] {
-            // SAFETY: 16 numbers; both types of the result are 256 bits of any content.
+            // SAFETY: `numbers` is 16 floats; any 256 bits are a value of both types of the result.
             unsafe { std::mem::transmute(_mm512_cvtneps_pbh(_mm512_loadu_ps(numbers.as_ptr()))) }
         }
 
@@ -132,7 +139,8 @@ mod vectors {
         #[target_feature(enable = "avx512f,avx512bf16")]
         unsafe fn put(sums: [&[f32; SIDE]; 2], scale: f32, start: Option<*const bf16>, to: *mut bf16) {
             let scale = _mm512_set1_ps(scale);
-            // SAFETY: the caller's; what is rounded is 512 bits of any content.
+            // SAFETY: the caller promises 32 numbers at `start` and at `to`; each of `sums` is 16 floats; any 512 bits
+            // are an `__m512i`.
             unsafe {
                 let [left, right] = sums.map(|sums| _mm512_loadu_ps(sums.as_ptr()));
                 let (left, right) = match start {
@@ -148,20 +156,20 @@ mod vectors {
         }
     }
 
-    /// 16 numbers.
+    /// Loads 16 numbers as fp32.
     ///
     /// # Safety
-    /// They can be read.
+    /// `from` is 16 readable numbers.
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn widened(from: *const bf16) -> __m512 {
-        // SAFETY: the caller's.
+        // SAFETY: the caller promises 16 numbers, which are 256 bits; the load is unaligned.
         let halves = _mm512_cvtepu16_epi32(unsafe { _mm256_loadu_si256(from.cast()) });
         _mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves))
     }
 }
 
-/// In plain arithmetic, so that what is built on tiles is tested on any machine.
+/// Packing in plain arithmetic, so that code built on tiles is tested on any machine.
 #[cfg(test)]
 pub struct Scalar;
 
@@ -169,7 +177,7 @@ pub struct Scalar;
 impl Packing for Scalar {
     unsafe fn transpose(from: *const u8, stride: usize, to: &mut [u32; SIDE * SIDE]) {
         for (i, word) in to.iter_mut().enumerate() {
-            // SAFETY: the caller's.
+            // SAFETY: the caller promises 16 rows of 16 words; the read is unaligned.
             *word = unsafe { from.add(i % SIDE * stride + i / SIDE * 4).cast::<u32>().read_unaligned() };
         }
     }
@@ -178,7 +186,7 @@ impl Packing for Scalar {
         for (tile, to) in to.into_iter().enumerate() {
             for (i, word) in to.iter_mut().enumerate() {
                 let (row, column) = (i / SIDE * 2, tile * SIDE + i % SIDE);
-                // SAFETY: the caller's.
+                // SAFETY: the caller promises 32 rows of 32 numbers, and both indices are below 32.
                 let half = |row: usize| unsafe { u32::from((*from.add(row * stride + column)).to_bits()) };
                 *word = half(row) | half(row + 1) << 16;
             }
@@ -191,7 +199,7 @@ impl Packing for Scalar {
 
     unsafe fn put(sums: [&[f32; SIDE]; 2], scale: f32, start: Option<*const bf16>, to: *mut bf16) {
         for (i, &sum) in sums.into_iter().flatten().enumerate() {
-            // SAFETY: the caller's.
+            // SAFETY: the caller promises 32 numbers at both, and i is below 32; read and write are unaligned.
             unsafe {
                 let start = start.map_or(0.0, |start| start.add(i).read_unaligned().to_accum());
                 to.add(i).write_unaligned(bf16::narrow(sum.mul_add(scale, start)));
@@ -200,24 +208,24 @@ impl Packing for Scalar {
     }
 }
 
-/// What tests of tiles multiply and move.
+/// Numbers that tests of tiles multiply and move.
 #[cfg(test)]
 pub mod testing {
     use super::*;
 
-    /// Words from a row to the next, three of which are nobody's.
+    /// Words from a row to the next; the last three are not the row's.
     pub const STRIDE: usize = SIDE + 3;
 
     /// Words of 32 rows.
     pub const WORDS: usize = 2 * SIDE * STRIDE;
 
-    /// Small whole numbers, so that every order of summing gives the same.
+    /// Small whole numbers, whose sums are exact in any order.
     pub fn numbers(n: usize, seed: u32) -> Vec<u32> {
         let half = |x: u32| f32::to_bits((x % 7) as f32 - 3.0) >> 16;
         (0..n as u32).map(|i| half(i * 5 + seed) | half(i * 3 + 2 * seed + 1) << 16).collect()
     }
 
-    /// One of the two of word i.
+    /// Half `half` of word i.
     pub fn number(words: &[u32], i: usize, half: usize) -> f32 {
         f32::from_bits(words[i] >> (16 * half) << 16)
     }
@@ -227,17 +235,17 @@ pub mod testing {
 mod tests {
     use super::{testing::*, *};
 
-    /// What is made of a.
+    /// Every packing of one set of rows.
     #[derive(Debug, PartialEq)]
     struct Packed {
         transposed: [u32; SIDE * SIDE],
         pairs: [[u32; SIDE * SIDE]; 2],
         rounded: [bf16; SIDE],
-        /// Half of [`sums`], and that added to the first 32 numbers of a.
+        /// Half of [`sums`], alone and added to the first 32 numbers of a.
         put: [[bf16; DEPTH]; 2],
     }
 
-    /// Numbers that are not in bf16.
+    /// Numbers that bf16 has to round.
     fn sums() -> [[f32; SIDE]; 2] {
         std::array::from_fn(|i| std::array::from_fn(|j| (i * SIDE + j) as f32 * 1.37 - 20.0))
     }
@@ -247,7 +255,7 @@ mod tests {
         let mut pairs = [[0; SIDE * SIDE]; 2];
         let mut put = [[bf16::ZERO; DEPTH]; 2];
         let sums = &sums();
-        // SAFETY: a is 32 rows of 16 words with three behind each; the caller has a machine for `P`.
+        // SAFETY: a is 32 rows of 16 words with three behind each; the tests name a `P` whose instructions the CPU has.
         let rounded = unsafe {
             P::transpose(a.as_ptr().cast(), STRIDE * 4, &mut transposed);
             P::pair(a.as_ptr().cast(), 2 * STRIDE, pairs.each_mut());

@@ -1,7 +1,7 @@
-//! Kernels run on the threads of libtorch's own OpenMP pool, so the two never fight for cores.
+//! Threads for kernels: those of libtorch's own OpenMP pool, so that the two do not compete for cores.
 //!
-//! `GOMP_parallel` is what a compiler makes of `#pragma omp parallel` (libgomp's ABI; LLVM's OpenMP offers it too). A
-//! libtorch that was built with another OpenMP has no such symbol: kernels then run on the calling thread.
+//! A compiler turns `#pragma omp parallel` into a call of `GOMP_parallel` (libgomp's ABI; LLVM's OpenMP offers it too).
+//! A libtorch built with another OpenMP has no such symbol: kernels then run on the calling thread.
 
 use std::{
     any::Any,
@@ -16,7 +16,7 @@ use std::{
 
 type Parallel = unsafe extern "C" fn(unsafe extern "C" fn(*mut c_void), *mut c_void, c_uint, c_uint);
 
-/// Threads that libtorch, and so a kernel, may use.
+/// Threads that libtorch and kernels may use.
 pub fn threads() -> usize {
     usize::try_from(tch::get_num_threads()).unwrap_or(1).max(1)
 }
@@ -26,8 +26,8 @@ pub fn tasks(tasks: usize, task: impl Fn(usize) + Sync) {
     let threads = threads().min(tasks);
     let Some(parallel) = entry().filter(|_| threads > 1) else { return (0..tasks).for_each(task) };
     let work = Work { next: AtomicUsize::new(0), tasks, task: &task, panic: Mutex::new(None) };
-    // SAFETY: `entry` is libgomp's function of this signature. It calls `work_on` with a pointer to `work`, which outlives
-    // the call: GOMP_parallel returns when all its threads have.
+    // SAFETY: `entry` is libgomp's function of this signature. It calls `work_on` with a pointer to `work` on several
+    // threads, which a `Work` allows, and returns when all of them have returned, so `work` outlives its use.
     unsafe { parallel(work_on, (&raw const work).cast_mut().cast(), threads as c_uint, 0) };
     let panic = work.panic.into_inner().unwrap_or_default();
     if let Some(panic) = panic {
@@ -35,9 +35,9 @@ pub fn tasks(tasks: usize, task: impl Fn(usize) + Sync) {
     }
 }
 
-/// Calls `task` with ranges that tile 0..n, each of at least `least` unless it is the last.
+/// Calls `task` with disjoint ranges that cover 0..n, each of at least `least` but for the last.
 pub fn ranges(n: usize, least: usize, task: impl Fn(Range<usize>) + Sync) {
-    // A few ranges a thread even out what the threads are slowed down by.
+    // A few ranges a thread, so that a thread that is slowed down takes fewer.
     let size = n.div_ceil(4 * threads()).max(least).max(1);
     if threads() == 1 || size >= n {
         return task(0..n);
@@ -52,9 +52,10 @@ struct Work<'a> {
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
-/// What each thread of a parallel region does.
+/// The body of the parallel region: takes tasks until none is left.
 unsafe extern "C" fn work_on(work: *mut c_void) {
-    // SAFETY: `tasks` passes a pointer to its `Work`, which lives until every thread has returned.
+    // SAFETY: `tasks` passes a pointer to its `Work`, which lives until every thread has returned, and of which only
+    // shared references exist.
     let work = unsafe { &*work.cast::<Work>() };
     // A panic must not unwind through C.
     let result = catch_unwind(AssertUnwindSafe(|| {
@@ -71,13 +72,13 @@ unsafe extern "C" fn work_on(work: *mut c_void) {
     }
 }
 
-/// libgomp's entry, if libtorch brought it.
+/// The function `GOMP_parallel`, if libtorch brought libgomp.
 fn entry() -> Option<Parallel> {
     static ENTRY: OnceLock<Option<Parallel>> = OnceLock::new();
     *ENTRY.get_or_init(|| {
-        // SAFETY: dlsym only reads its arguments, a NUL-terminated name among them.
+        // SAFETY: dlsym reads its arguments, of which the name is NUL-terminated, and searches the loaded libraries.
         let symbol = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"GOMP_parallel".as_ptr()) };
-        // SAFETY: a symbol of this name has libgomp's signature: (fn, data, threads, flags).
+        // SAFETY: the symbol is not null, and libgomp's ABI gives this name the signature (fn, data, threads, flags).
         (!symbol.is_null()).then(|| unsafe { std::mem::transmute::<*mut c_void, Parallel>(symbol) })
     })
 }

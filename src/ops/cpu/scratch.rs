@@ -1,4 +1,4 @@
-//! Memory of one thread's kernel, kept from call to call.
+//! Scratch memory of a thread's kernels, kept from call to call.
 
 use bytemuck::Pod;
 use std::cell::Cell;
@@ -10,7 +10,7 @@ thread_local! {
 /// Words in a cache line.
 const LINE: usize = 8;
 
-/// Slices of any content, each starting at a cache line, on which `block.rs` relies.
+/// Slices of any content. Each starts at a cache line, as `block.rs` needs.
 pub struct Scratch<'a>(&'a mut [u64]);
 
 impl<'a> Scratch<'a> {
@@ -22,16 +22,16 @@ impl<'a> Scratch<'a> {
     }
 }
 
-/// Words that [`Scratch::cut`] takes for `n` numbers.
+/// Words that [`Scratch::cut`] uses for `n` numbers.
 pub const fn words<T>(n: usize) -> usize {
     (n * size_of::<T>()).div_ceil(8).next_multiple_of(LINE)
 }
 
-/// This thread's memory, until this is dropped.
+/// This thread's memory, given back when this is dropped.
 pub struct Memory(Vec<u64>, usize);
 
 impl Memory {
-    /// At least `words`, of any content.
+    /// Takes at least `words` words, of any content.
     pub fn take(words: usize) -> Self {
         let mut memory = KEPT.take();
         if memory.len() < words + LINE {

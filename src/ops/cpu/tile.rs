@@ -1,7 +1,7 @@
-//! Products of small matrices that are in the cache, for kernels that make what they multiply: c (+)= a·b.
+//! Products of small matrices in the cache, c (+)= a·b, for kernels that produce their factors, as attention does.
 //!
 //! A [`MicroKernel`] multiplies *units*: one number, or a pair of bf16 neighbours along the summed dimension, which
-//! AVX512-BF16 (VDPBF16PS) and AMX (TDPBF16PS) multiply and add in fp32. So a factor is packed in units, wherever its dimensions lie.
+//! AVX512-BF16 (VDPBF16PS) and AMX (TDPBF16PS) multiply and add in fp32. A factor is packed in units.
 
 #[cfg(target_arch = "x86_64")]
 use super::amx::Amx;
@@ -16,29 +16,29 @@ use bytemuck::Pod;
 use half::bf16;
 use std::marker::PhantomData;
 
-/// Rows of c that vectors have in registers at a time.
+/// Rows of c that vectors hold in registers at a time.
 const VECTOR_ROWS: usize = 4;
 
-/// How a kernel multiplies what is stored as `Stored`.
+/// Multiplication of matrices stored as `Stored`. A value exists only where the CPU has its instructions.
 pub trait MicroKernel: Copy + Send + Sync {
     type Stored: Element<Accum = Self::Number>;
-    /// What sums are in.
+    /// The type of sums.
     type Number: Real + Pod;
     type Unit: Pod + Send + Sync;
     /// Numbers in a unit.
     const GROUP: usize;
-    /// Rows of c come in multiples of it.
+    /// Rows of c are a multiple of it.
     const ROWS: usize;
-    /// Columns of b and c come in multiples of it.
+    /// Columns of b and c are a multiple of it.
     const WIDTH: usize;
-    /// Units of a row of a come in multiples of it.
+    /// Units of a row of a are a multiple of it.
     const UNITS: usize;
 
-    /// Calls `f`, compiled for this machine; all that follows is called in there.
+    /// Calls `f`, compiled for the CPU's instructions. The methods below are called inside of `f`.
     fn run<F: pulp::NullaryFnOnce>(self, f: F) -> F::Output;
-    /// A unit of what is stored; `second` counts only in a pair.
+    /// A unit of stored numbers; `second` counts only in a pair.
     fn stored(first: Self::Stored, second: Self::Stored) -> Self::Unit;
-    /// A unit of numbers, rounded to what is stored; `second` counts only in a pair.
+    /// A unit of numbers rounded to `Stored`; `second` counts only in a pair.
     #[inline(always)]
     fn unit(first: Self::Number, second: Self::Number) -> Self::Unit {
         Self::stored(Self::Stored::narrow(first), Self::Stored::narrow(second))
@@ -52,8 +52,9 @@ pub trait MicroKernel: Copy + Send + Sync {
         }
     }
 
-    /// Rounds the numbers `[rows, columns]` to their transpose as a left factor, in `packed` of as many numbers. Rows are
-    /// multiples of [`UNITS`](Self::UNITS) · [`GROUP`](Self::GROUP), columns of [`ROWS`](Self::ROWS).
+    /// Rounds the numbers `[rows, columns]` and packs their transpose as a left factor into `packed`, of as many
+    /// numbers. Rows are a multiple of [`UNITS`](Self::UNITS) · [`GROUP`](Self::GROUP), columns of
+    /// [`ROWS`](Self::ROWS).
     #[inline(always)]
     fn transposed<'a>(
         self,
@@ -65,8 +66,8 @@ pub trait MicroKernel: Copy + Send + Sync {
         Left { units: packed, row: 1, unit: columns }
     }
 
-    /// c `[rows, columns]` = a `[rows, sum]` · b `[sum, columns]`, added to c if `add`; `sum` counts units. `b` and `c` have
-    /// rows of exactly `columns`.
+    /// c `[rows, columns]` = a `[rows, sum]` · b `[sum, columns]`, added to c if `add`; `sum` counts units. b and c are
+    /// dense.
     fn multiply(
         self,
         a: Left<Self::Unit>,
@@ -77,26 +78,27 @@ pub trait MicroKernel: Copy + Send + Sync {
     );
 }
 
-/// A machine that has vectors.
+/// A micro-kernel in vectors.
 trait Vectors: MicroKernel {
     /// [`LANES`] numbers.
     type Vector: Copy;
-    /// Vectors of a row of c that are in registers at a time.
+    /// Vectors of a row of c held in registers at a time.
     const COLUMNS: usize;
 
     /// # Safety
-    /// `from` and `to` are [`LANES`] numbers, `b` is [`LANES`] units, and the machine is what this program runs on.
+    /// `from` is [`LANES`] readable numbers, and the CPU has this type's instructions.
     unsafe fn load(from: *const Self::Number) -> Self::Vector;
     /// # Safety
-    /// As for `load`.
+    /// `to` is [`LANES`] numbers to which nothing else refers, and the CPU has this type's instructions.
     unsafe fn store(vector: Self::Vector, to: *mut Self::Number);
     /// sum + a·b in each lane.
+    ///
     /// # Safety
-    /// As for `load`.
+    /// `b` is [`LANES`] readable units, and the CPU has this type's instructions.
     unsafe fn multiply_add(sum: Self::Vector, a: Self::Unit, b: *const Self::Unit) -> Self::Vector;
 }
 
-/// Numbers `[rows, columns]` as units along the columns' direction: `[rows / GROUP, columns]`.
+/// Packs numbers `[rows, columns]` in units down the columns: `[rows / GROUP, columns]`.
 #[inline(always)]
 fn pack_pairs<M: MicroKernel>(numbers: &[M::Number], columns: usize, packed: &mut [M::Unit]) {
     let rows = numbers.chunks_exact(M::GROUP * columns);
@@ -108,13 +110,13 @@ fn pack_pairs<M: MicroKernel>(numbers: &[M::Number], columns: usize, packed: &mu
     }
 }
 
-/// Neighbours along the summed dimension, as the instructions want them: the first in the low half.
+/// A unit of two neighbours along the summed dimension: the first in the low half, as the instructions want it.
 #[inline(always)]
 fn pair(first: bf16, second: bf16) -> u32 {
     u32::from(first.to_bits()) | u32::from(second.to_bits()) << 16
 }
 
-/// Stored numbers, widened and multiplied one by one.
+/// Stored numbers, converted to their accumulation type and multiplied one by one.
 #[derive(Clone, Copy, Debug)]
 pub struct Plain<E>(Isa, PhantomData<E>);
 
@@ -161,19 +163,19 @@ impl<E: Element<Accum: Pod>> Vectors for Plain<E> {
 
     #[inline(always)]
     unsafe fn load(from: *const E::Accum) -> Self::Vector {
-        // SAFETY: the caller's: LANES numbers, which an array of them needs no more alignment than.
+        // SAFETY: the caller promises LANES readable numbers; an array of them has the alignment of one.
         unsafe { from.cast::<Self::Vector>().read() }
     }
 
     #[inline(always)]
     unsafe fn store(vector: Self::Vector, to: *mut E::Accum) {
-        // SAFETY: as for `load`.
+        // SAFETY: the caller promises LANES numbers of its own; an array of them has the alignment of one.
         unsafe { to.cast::<Self::Vector>().write(vector) }
     }
 
     #[inline(always)]
     unsafe fn multiply_add(mut sum: Self::Vector, a: E::Accum, b: *const E::Accum) -> Self::Vector {
-        // SAFETY: as for `load`.
+        // SAFETY: the caller promises LANES readable units, which are numbers here.
         let b = unsafe { b.cast::<Self::Vector>().read() };
         for (sum, b) in sum.iter_mut().zip(b) {
             *sum = a.mul_add(b, *sum);
@@ -189,7 +191,7 @@ pub struct Pairs(());
 
 #[cfg(target_arch = "x86_64")]
 impl Pairs {
-    /// If `level` is [`Isa::Avx512Bf16`] and the machine has it.
+    /// `None` unless `level` is [`Isa::Avx512Bf16`] and the CPU has it.
     pub fn new(level: Isa) -> Option<Self> {
         (level == Isa::Avx512Bf16 && Isa::available().any(|has| has == level)).then_some(Self(()))
     }
@@ -228,20 +230,23 @@ impl Vectors for Pairs {
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self::Vector {
-        // SAFETY: the caller's; the load is unaligned.
+        // SAFETY: the caller promises 16 readable floats; the load is unaligned; `Pairs` exists only where there is
+        // AVX-512.
         unsafe { std::arch::x86_64::_mm512_loadu_ps(from) }
     }
 
     #[inline(always)]
     unsafe fn store(vector: Self::Vector, to: *mut f32) {
-        // SAFETY: the caller's; the store is unaligned.
+        // SAFETY: the caller promises 16 floats of its own; the store is unaligned; `Pairs` exists only where there is
+        // AVX-512.
         unsafe { std::arch::x86_64::_mm512_storeu_ps(to, vector) }
     }
 
     #[inline(always)]
     unsafe fn multiply_add(sum: Self::Vector, a: u32, b: *const u32) -> Self::Vector {
         use std::arch::x86_64::{__m512bh, __m512i, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32};
-        // SAFETY: the caller's; both types are 512 bits of any content.
+        // SAFETY: the caller promises 16 readable units; the load is unaligned. Any 512 bits are a value of both types.
+        // `Pairs` exists only where the CPU has AVX512-BF16.
         unsafe {
             let a = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(a as i32));
             let b = std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(b.cast()));
@@ -277,7 +282,7 @@ impl<T: Tiles> MicroKernel for InTiles<T> {
     fn pack(row: &[f32], packed: &mut [u32]) {
         let (rows, packed) = (row.as_chunks::<SIDE>().0, packed.as_chunks_mut::<{ SIDE / 2 }>().0);
         for (numbers, packed) in rows.iter().zip(packed) {
-            // SAFETY: `run` has called this.
+            // SAFETY: a `T` exists only where the CPU has the instructions of its packing.
             *packed = bytemuck::cast(unsafe { T::Packing::round(numbers) });
         }
     }
@@ -298,13 +303,14 @@ impl<T: Tiles> MicroKernel for InTiles<T> {
                     pairs.as_chunks_mut::<SIDE>().0.iter_mut().zip(rows_of.chunks_exact(2 * columns))
                 {
                     let of = |row: usize| &two[row * columns + column..].as_chunks::<SIDE>().0[0];
-                    // SAFETY: `run` has called this.
+                    // SAFETY: a `T` exists only where the CPU has the instructions of its packing.
                     let (first, second) = unsafe { (T::Packing::round(of(0)), T::Packing::round(of(1))) };
                     for (pair, (a, b)) in pairs.iter_mut().zip(first.into_iter().zip(second)) {
                         *pair = Self::stored(a, b);
                     }
                 }
-                // SAFETY: `pairs` is 16 rows of 64 bytes; `run` has called this.
+                // SAFETY: `pairs` is 16 rows of 64 bytes; a `T` exists only where the CPU has the instructions of its
+                // packing.
                 unsafe { T::Packing::transpose(pairs.as_ptr().cast(), ROW_BYTES, &mut across) };
                 for (i, row) in across.as_chunks::<SIDE>().0.iter().enumerate() {
                     packed[(column + i) * (rows / 2) + block * SIDE..][..SIDE].copy_from_slice(row);
@@ -325,11 +331,13 @@ impl<T: Tiles> MicroKernel for InTiles<T> {
             "whole tiles"
         );
         assert!(rows == 0 || sum == 0 || (rows - 1) * a.row + sum <= a.units.len());
-        // SAFETY: `run` has called this.
+        // SAFETY: this is called inside of `run`, as the trait demands; elsewhere tile instructions fault. These
+        // registers are the only ones until this returns.
         let registers = &mut unsafe { self.0.registers() };
         for row in (0..rows).step_by(BLOCK) {
             for column in (0..columns).step_by(BLOCK) {
-                // SAFETY: the rows, columns and units of each block lie within, as asserted above.
+                // SAFETY: as asserted above, a has 32 rows of `sum` units from `row` on, b has `sum` rows and c 32 rows
+                // from `row` on, both of 32 columns from `column` on. c is borrowed for writing.
                 unsafe {
                     let a_row = a.units.as_ptr().add(row * a.row);
                     let (b, c) = (b.as_ptr().add(column), c.as_mut_ptr().add(row * columns + column));
@@ -340,20 +348,20 @@ impl<T: Tiles> MicroKernel for InTiles<T> {
     }
 }
 
-/// A machine that multiplies pairs of bf16.
+/// The micro-kernels that multiply pairs of bf16.
 #[derive(Clone, Copy, Debug)]
 pub enum Multiplier {
     #[cfg(target_arch = "x86_64")]
     Registers(InTiles<Amx>),
     #[cfg(target_arch = "x86_64")]
     Vectors(Pairs),
-    /// Registers that are none, for tests on any machine.
+    /// Emulated registers, for tests on any machine.
     #[cfg(test)]
     Emulated(InTiles<Emulated>),
 }
 
 impl Multiplier {
-    /// That of `level`, if there is one.
+    /// The multiplier of `level`, if it has one.
     pub fn of(level: Isa) -> Option<Self> {
         #[cfg(target_arch = "x86_64")]
         return match level {
@@ -376,8 +384,8 @@ pub struct Left<'a, U> {
     pub unit: usize,
 }
 
-/// c `[rows, columns]` = a `[rows, sum]` · b `[sum, columns]`, added to c if `add`; `sum` counts units. `b` and `c` have rows
-/// of exactly `columns`, a multiple of [`LANES`]; rows are a multiple of [`VECTOR_ROWS`].
+/// c `[rows, columns]` = a `[rows, sum]` · b `[sum, columns]`, added to c if `add`; `sum` counts units. b and c are
+/// dense, columns a multiple of [`LANES`], rows of [`VECTOR_ROWS`].
 #[inline(always)]
 fn multiply<M: Vectors>(a: Left<M::Unit>, b: &[M::Unit], c: &mut [M::Number], columns: usize, add: bool) {
     let (sum, rows) = (b.len() / columns, c.len() / columns);
@@ -385,27 +393,28 @@ fn multiply<M: Vectors>(a: Left<M::Unit>, b: &[M::Unit], c: &mut [M::Number], co
     assert!(rows == 0 || sum == 0 || (rows - 1) * a.row + (sum - 1) * a.unit < a.units.len());
     let mut column = 0;
     while column < columns {
-        let wide = columns - column >= M::COLUMNS * LANES;
+        let is_whole = columns - column >= M::COLUMNS * LANES;
         for row in (0..rows).step_by(VECTOR_ROWS) {
-            // SAFETY: rows row..row + VECTOR_ROWS of a and c and the columns of b and c lie within, as asserted above;
-            // `run` of the machine has called this.
+            // SAFETY: as asserted above, a and c have VECTOR_ROWS rows from `row` on, a of `sum` units; b and c have
+            // the columns from `column` on that a block takes. An `M` exists only where the CPU has its instructions.
             unsafe {
                 let (b, c) = (b.as_ptr().add(column), c.as_mut_ptr().add(row * columns + column));
-                if wide && M::COLUMNS == 4 {
+                if is_whole && M::COLUMNS == 4 {
                     block::<M, 4>(a, row, sum, b, c, columns, add);
                 } else {
                     block::<M, 1>(a, row, sum, b, c, columns, add);
                 }
             }
         }
-        column += if wide { M::COLUMNS * LANES } else { LANES };
+        column += if is_whole { M::COLUMNS * LANES } else { LANES };
     }
 }
 
-/// [`VECTOR_ROWS`] rows of `N` vectors of c, in registers.
+/// Computes [`VECTOR_ROWS`] rows of `N` vectors of c in registers.
 ///
 /// # Safety
-/// Rows `row..row + VECTOR_ROWS` of `a` exist; `b` has `sum` rows and `c` has [`VECTOR_ROWS`] rows of `N · LANES`, `stride` apart.
+/// `a` has rows `row..row + VECTOR_ROWS` of `sum` units. `b` has `sum` rows and `c` has [`VECTOR_ROWS`] rows of `N ·
+/// LANES`, `stride` apart, to which nothing else refers. The CPU has the instructions of `M`.
 #[inline(always)]
 unsafe fn block<M: Vectors, const N: usize>(
     a: Left<M::Unit>,
@@ -416,7 +425,8 @@ unsafe fn block<M: Vectors, const N: usize>(
     stride: usize,
     add: bool,
 ) {
-    // SAFETY: the caller's.
+    // SAFETY: the caller promises the rows of a, b and c that the loops below go through, each N vectors of LANES wide,
+    // and the instructions of `M`.
     unsafe {
         let zeros = [M::Number::ZERO; LANES];
         let start = |r: usize, n: usize| {
@@ -443,10 +453,11 @@ unsafe fn block<M: Vectors, const N: usize>(
     }
 }
 
-/// [`BLOCK`] rows and columns of c: `sum` units of two rows of tiles of a, times two columns of tiles of b.
+/// Computes [`BLOCK`] rows and columns of c: `sum` units of two rows of tiles of a, times two columns of tiles of b.
 ///
 /// # Safety
-/// There are as many rows and columns of a, b and c, rows of a `a_stride` units apart, those of b and c `columns`.
+/// a has [`BLOCK`] rows of `sum` units, `a_stride` units apart. b has `sum` rows and c has [`BLOCK`] rows of [`BLOCK`]
+/// columns, `columns` apart. Nothing else refers to those of c. This is called inside of [`MicroKernel::run`].
 #[inline(always)]
 unsafe fn in_tiles<T: Tiles>(
     registers: &mut T::Registers,
@@ -457,7 +468,8 @@ unsafe fn in_tiles<T: Tiles>(
     add: bool,
 ) {
     let stride = columns * 4;
-    // SAFETY: the caller's.
+    // SAFETY: the caller promises the rows of a, b and c, of which each load and store takes 16, and configured
+    // registers.
     unsafe {
         let corner = |row: usize, column: usize| c.add(row * SIDE * columns + column * SIDE).cast::<u8>();
         if add {

@@ -1,9 +1,9 @@
-//! Kernels of our own for NVIDIA GPUs (`kernels.cu`), and how the operations start them.
+//! CUDA kernels of this crate (`kernels.cu`), and the functions by which operations launch them.
 //!
-//! An operation asks [`kernels`] for them and calls one; where it says `false`, it has done nothing, and libtorch's operations
-//! compute the same: other kinds, rows that are no whole packs of 8 columns. The text is compiled when the first operation on a
-//! device comes; where that is not possible, a warning says so and libtorch computes all. Tests beside the operations run
-//! the same text on threads of the host.
+//! An operation asks [`kernels`] for them and calls one. `false` means that nothing was done, for a kind or shape that
+//! the kernels do not take, and that libtorch's operations have to compute. The source is compiled at the first
+//! operation on a device. If that fails, a warning says so and libtorch computes everything. Tests beside the
+//! operations run the same source on threads of the host.
 
 use super::{
     cross_entropy::{GradientFactors, TargetRows},
@@ -21,10 +21,10 @@ use std::{
 };
 use tch::{Device, Kind, Tensor};
 
-/// The kernels' text.
+/// The kernels' source.
 pub const SOURCE: &str = include_str!("kernels.cu");
 
-/// Columns of a pack: see the text.
+/// Columns that a thread loads at once, see `kernels.cu`. Rows are whole packs.
 const PACK: usize = 8;
 
 const WARP: u32 = 32;
@@ -32,7 +32,7 @@ const WARP: u32 = 32;
 /// Threads of a block.
 const THREADS: u32 = 256;
 
-/// A kernel for each kind, and behind them those of one kind.
+/// Names of kernels: those for bf16 and fp32, then those of one kind.
 macro_rules! named {
     ($($name:literal),*; $($whole:literal),*) => { [$(concat!($name, "_bf16"), concat!($name, "_f32"),)* $($whole),*] };
 }
@@ -55,7 +55,7 @@ const NAMES: [&str; 23] = named!(
 /// The kernels of this rank's device.
 pub struct Kernels(Box<dyn Launch>);
 
-/// The kernels where `tensor` is, if there are any.
+/// The kernels of the device of `tensor`, if it has any.
 pub fn kernels(tensor: &Tensor) -> Option<&'static Kernels> {
     static KERNELS: OnceLock<Option<Kernels>> = OnceLock::new();
     if !matches!(tensor.device(), Device::Cuda(_)) {
@@ -72,7 +72,7 @@ pub fn kernels(tensor: &Tensor) -> Option<&'static Kernels> {
     KERNELS.get_or_init(load).as_ref()
 }
 
-/// `Rows` of the text.
+/// `Rows` of `kernels.cu`.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct RawRows {
@@ -92,7 +92,7 @@ struct Rows {
 }
 
 impl Rows {
-    /// None where they are no packs.
+    /// `None` where rows are not whole packs at multiples of 16 bytes.
     fn of(tensor: &Tensor) -> Option<Self> {
         let layout = RowLayout::of(&tensor.size(), &tensor.stride())?;
         let RowLayout { rows, columns, stride, inner, outer_stride } = layout;
@@ -104,25 +104,25 @@ impl Rows {
         (whole && first.addr().is_multiple_of(16)).then_some(rows)
     }
 
-    /// Those of `tensor`, of the same kind and as many, with so many columns.
+    /// The rows of `tensor`, of the same kind and number, with `columns` columns.
     fn beside(&self, tensor: &Tensor, columns: i32) -> Option<RawRows> {
         let other = Self::of(tensor)?;
         let fits = (other.kind, other.rows, other.columns) == (self.kind, self.rows, columns);
         fits.then_some(other.raw)
     }
 
-    /// Those of `tensor`, of the same kind and with as many columns, however many they are.
+    /// The rows of `tensor`, of the same kind and columns, in any number.
     fn any(&self, tensor: &Tensor) -> Option<RawRows> {
         let other = Self::of(tensor)?;
         ((other.kind, other.columns) == (self.kind, self.columns)).then_some(other.raw)
     }
 
-    /// The values of a dense tensor of `kind` that has `each` of them for each row.
+    /// The values of a dense tensor of `kind` with `each` values a row.
     fn values(&self, tensor: &Tensor, kind: Kind, each: i64) -> Option<*mut c_void> {
         (tensor.numel() as i64 == self.rows * each).then(|| values(tensor, kind))?
     }
 
-    /// An fp32 value for each row; an address of nothing where there is no tensor.
+    /// An fp32 value for each row; null where there is no tensor.
     fn floats<'a>(&self, tensor: impl Into<Option<&'a Tensor>>) -> Option<*mut c_void> {
         tensor.into().map_or(Some(null_mut()), |tensor| self.values(tensor, Kind::Float, 1))
     }
@@ -144,12 +144,12 @@ fn flat(tensor: &Tensor, kind: Kind, n: usize) -> Option<*mut c_void> {
     (tensor.numel() == n && n.is_multiple_of(PACK)).then_some(values)
 }
 
-/// Blocks with a warp for each row.
+/// Blocks that give each row a warp.
 fn warps(rows: i64) -> i64 {
     (rows as u64).div_ceil(u64::from(THREADS / WARP)) as i64
 }
 
-/// Starts the kernel `$name` for tensors of `$kind` over `$blocks`; the arguments are values of its parameters' types.
+/// Launches the kernel `$name` for tensors of `$kind` over `$blocks`. The arguments have its parameters' types.
 macro_rules! start {
     ($kernels:expr, $name:literal, $kind:expr, $blocks:expr, $($argument:expr),* $(,)?) => {{
         let kernel = match $kind {
@@ -167,12 +167,13 @@ macro_rules! arguments {
 }
 
 impl Kernels {
-    /// libtorch's operations panic where they fail; so does this. Where there is nothing to do, nothing is started.
+    /// Launches a kernel, unless there is nothing to do. Panics on failure, as libtorch's operations do.
     fn start(&self, kernel: &'static str, blocks: i64, arguments: &mut [*mut c_void]) -> Option<()> {
         let blocks = u32::try_from(blocks).ok()?;
         if blocks > 0 {
-            // SAFETY: the methods below pass what the kernel of that name takes, of tensors whose shapes are what their
-            // operations say; libtorch gives memory back in the order of its stream, which is the kernel's.
+            // SAFETY: the methods below pass as many arguments as the kernel of that name has, of its types, and check
+            // that the tensors have the rows and columns that it goes through. The tensors outlive the call, and
+            // libtorch reuses freed memory in the order of its stream, which is the kernel's.
             let started = unsafe { self.0.launch(kernel, blocks, THREADS, arguments) };
             started.unwrap_or_else(|error: DeviceError| panic!("{kernel}: {error}"));
         }
@@ -258,7 +259,7 @@ impl Kernels {
         run().is_some()
     }
 
-    /// `out` [rows, n] from x [any, n]: row i is row `at[i]`, or zeros where that is negative.
+    /// `out` [rows, n] from x [any, n]: row i is row `at[i]`, or zeros where `at[i]` is negative.
     pub fn gather_rows(&self, x: &Tensor, at: &Tensor, out: &Tensor) -> bool {
         let run = || {
             let all @ Rows { raw, kind, rows, columns } = Rows::of(out)?;
@@ -268,7 +269,7 @@ impl Kernels {
         run().is_some()
     }
 
-    /// `out` [rows, n] from x [any, n]: row i is the sum of the rows `at[i]`, of [rows, k], and of `add`.
+    /// `out` [rows, n] from x [any, n]: row i is the sum of the k rows `at[i]` (`at` [rows, k]) and of row i of `add`.
     pub fn combine_rows(&self, x: &Tensor, at: &Tensor, add: Option<&Tensor>, out: &Tensor) -> bool {
         let run = || {
             let all @ Rows { raw, kind, rows, columns } = Rows::of(out)?;
@@ -328,7 +329,7 @@ impl Kernels {
         run().is_some()
     }
 
-    /// See [`super::adamw::Update::apply`]: of g, p, m and v, p in compute dtype, and the text's `Factors`.
+    /// See [`super::adamw::Update::apply`]: g, p, m and v, then p in compute dtype, and `Factors` of `kernels.cu`.
     pub fn adamw(&self, pieces: [&Tensor; 4], compute: &Tensor, factors: [f32; 9]) -> bool {
         let n = pieces[0].numel();
         let run = || {
@@ -344,7 +345,7 @@ impl Kernels {
 
 #[cfg(test)]
 pub(crate) mod on_host {
-    //! The kernels on threads of the host: `tests/kernels_on_host.cpp`.
+    //! Kernels on threads of the host, see `tests/kernels_on_host.cpp`.
 
     use super::*;
     use libloading::Library;
@@ -366,7 +367,8 @@ pub(crate) mod on_host {
         ) -> Result<(), DeviceError> {
             type Entry = unsafe extern "C" fn(*const c_char, u32, u32, *mut *mut c_void) -> c_int;
             let name = CString::new(kernel).unwrap();
-            // SAFETY: the library has this function; the arguments are the caller's to vouch for.
+            // SAFETY: tests/kernels_on_host.cpp defines `launch` with this signature; the caller promises arguments
+            // that the kernel takes, as `Launch::launch` demands.
             let code = unsafe {
                 let launch = self.0.get::<Entry>(b"launch\0").unwrap();
                 launch(name.as_ptr(), blocks, threads, arguments.as_mut_ptr())
@@ -376,7 +378,7 @@ pub(crate) mod on_host {
         }
     }
 
-    /// Compiled anew; where they may not be stale, a second is worth it.
+    /// Compiles the kernels anew, which takes a second and is never stale.
     pub fn kernels() -> Kernels {
         let folder = tempfile::tempdir().unwrap();
         let library = folder.path().join("kernels.so");
@@ -384,7 +386,8 @@ pub(crate) mod on_host {
         let mut compiler = Command::new("c++");
         compiler.args(["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]);
         assert!(compiler.arg(source).arg("-o").arg(&library).status().unwrap().success());
-        // SAFETY: its initialisers make a table.
+        // SAFETY: the library was just built from a source of this repository; its initialisers fill a table of
+        // kernels.
         Kernels(Box::new(Host(unsafe { Library::new(library) }.unwrap())))
     }
 }
