@@ -13,6 +13,7 @@
 #   ci/long.sh hosts           two hosts, which are network namespaces, against one; and their cable cut (root, Open MPI)
 #   ci/long.sh mpich           the tests of several ranks built and run with MPICH (Debian's, installed beside Open MPI)
 #   ci/long.sh same_bits       BEFORE AFTER: two builds train the same models, whose results are compared bit for bit; --quick
+#   ci/long.sh same_speed      BEFORE AFTER: two release builds in turns, tokens/s and memory beside each other (an hour)
 #   ci/long.sh real_size       one bf16 step of a random model with the shapes of Qwen2.5-1.5B, on 2 ranks
 #   ci/long.sh real_moe        the same with two layers of the shapes of Qwen3-30B-A3B, 64 experts on each rank
 set -euo pipefail
@@ -65,6 +66,12 @@ case "${1:-}" in
     shift
     case " $* " in *' --quick '* | *' --help '*) ;; *) smollm2 ;; esac
     exec python3 ci/same_bits.py "$@"
+    ;;
+  same_speed)
+    shift
+    launch/setup.sh
+    smollm2
+    HF_HUB_OFFLINE=1 exec .venv/bin/python benches/same_speed.py "$@"
     ;;
   real_size | real_moe)
     launch/setup.sh --no-tests
