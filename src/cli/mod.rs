@@ -1,7 +1,7 @@
 //! The command line: `train` (default), `check`, `generate`, and `--section.field value` overrides.
 //!
 //! [`parse`] is a pure function from arguments to an [`Invocation`]; [`run`] carries one out. A command is a file with
-//! one type: clap parses its fields, and its [`Runnable`] runs it. A new one also gets its `mod` line and its line in
+//! one type: clap parses its fields, and its `Runnable` runs it. A new one also gets its `mod` line and its line in
 //! `commands!` here.
 
 pub mod check;

@@ -4,7 +4,7 @@ use super::{DataError, Dataset, Row};
 use crossbeam::channel::{Receiver, bounded};
 use std::{sync::Arc, thread::JoinHandle};
 
-/// What one step of this rank takes: positions within `epoch`, by micro-batch (see [`super::deal`]).
+/// One step of this rank: positions within `epoch`, by micro-batch (see [`super::schedule::deal`]).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StepPlan {
     pub step: usize,

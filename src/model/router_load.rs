@@ -24,7 +24,7 @@ pub struct RouterReport {
 }
 
 impl RouterLoad {
-    /// Adds what the layers with experts did with a micro-batch, each `[2, experts]`: see [`MoeSaved::load`](super::ffn::moe::MoeSaved::load).
+    /// Adds what the layers with experts did with a micro-batch, each `[2, experts]`: see `MoeSaved::load`.
     pub fn add(&mut self, layers: &[Tensor]) {
         if layers.is_empty() {
             return;

@@ -9,8 +9,8 @@
 //!
 //! Base GEMMs run once over all rows of a base weight, adapter GEMMs by segment (segmented LoRA, as SGMV in Punica).
 //! Segments are slices of the same tensors: nothing is padded or copied, and a segment without rows costs nothing.
-//! [`backend`] chooses how: GEMMs of our own in bf16 on CPUs with AMX or AVX512-BF16 ([`tiled`]), libtorch's grouped GEMM
-//! on devices that have it ([`grouped`]), libtorch's GEMMs one after another elsewhere ([`plain`]; a grouped one was
+//! `backend` chooses how: GEMMs of our own in bf16 on CPUs with AMX or AVX512-BF16 (`tiled.rs`), libtorch's grouped GEMM
+//! on devices that have it (`grouped.rs`), libtorch's GEMMs one after another elsewhere (`plain.rs`; a grouped one was
 //! measured no faster on a CPU).
 
 mod grouped;
