@@ -30,6 +30,8 @@
 //! - [`error`]: the one error type of the crate and its exit codes; it gathers the rooms' errors and is imported by the rooms
 //!   at the top only
 
+#![doc = include_str!("ARCHITECTURE.md")]
+
 pub mod buffers;
 pub mod checkpoint;
 pub mod cli;
