@@ -33,7 +33,8 @@ PEER = ROOT / 'benches/peer_fsdp2_peft.py'
 # Keeps what was freed inside the process: without it every step pays the page faults of its buffers again.
 TUNED_MALLOC = {'MALLOC_MMAP_THRESHOLD_': '4294967296', 'MALLOC_TRIM_THRESHOLD_': '17179869184', 'MALLOC_TOP_PAD_': '268435456'}
 METHODS = ['recompute_full_layer', 'selective', 'no_recompute']
-# Of a try of the peer's ways, of one of torch.compile (its second step may compile once more), of a run that is watched.
+# Of a try of the peer's ways, of one of torch.compile (its second step may compile once more), of a run that is
+# watched.
 TRY_STEPS, COMPILE_STEPS, WATCHED_STEPS = 3, 4, 3
 
 
@@ -111,7 +112,8 @@ class Method:
         return f'xorl-dist ({self.method}{over}{"" if self.bf16 else ", fp32"})'
 
 
-# What of a model with experts is adapted, as PEFT's target_parameters and as our targets: gate and up of an expert by one.
+# What of a model with experts is adapted, as PEFT's target_parameters and as our targets: gate and up of an expert
+# by one.
 EXPERT_PARAMETERS = ['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']
 ATTENTION = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
 

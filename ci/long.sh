@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What is too long for ci/test.sh, by name.
 #
-#   ci/long.sh side_by_side    beside PyTorch FSDP2 + PEFT: tokens/s, memory, losses, in all cases (hours); its options may
+#   ci/long.sh side_by_side    beside PyTorch FSDP2 + PEFT: tokens/s, memory, losses, all cases (hours); options may
 #                              follow, as --cases smollm2-2x512 --repeats 1
 #   ci/long.sh losses          20 losses of both, side by side
 #   ci/long.sh two_jobs        2 ranks beside two jobs of 1 rank at once
@@ -10,10 +10,10 @@
 #   ci/long.sh quickstart      the quickstart, which ends with its score
 #   ci/long.sh topologies      experts in every topology of up to 4 ranks, in every way to compute, against one rank
 #   ci/long.sh watchdog        a rank of 4 killed, and a rank stopped, at 20 moments each
-#   ci/long.sh hosts           two hosts, which are network namespaces, against one; and their cable cut (root, Open MPI)
+#   ci/long.sh hosts           two hosts (network namespaces) against one; and their cable cut (root, Open MPI)
 #   ci/long.sh mpich           the tests of several ranks built and run with MPICH (Debian's, installed beside Open MPI)
-#   ci/long.sh same_bits       BEFORE AFTER: two builds train the same models, whose results are compared bit for bit; --quick
-#   ci/long.sh same_speed      BEFORE AFTER: two release builds in turns, tokens/s and memory beside each other (an hour)
+#   ci/long.sh same_bits       BEFORE AFTER: two builds train the same models; results are compared bit for bit; --quick
+#   ci/long.sh same_speed      BEFORE AFTER: two release builds in turns, tokens/s and memory beside each other (hour)
 #   ci/long.sh real_size       one bf16 step of a random model with the shapes of Qwen2.5-1.5B, on 2 ranks
 #   ci/long.sh real_moe        the same with two layers of the shapes of Qwen3-30B-A3B, 64 experts on each rank
 set -euo pipefail

@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# A few steps of a run in one process, on the GPU if there is one, looked at closely: every layer's shapes and sizes and every
-# collective are logged, the first value that is not finite ends it with the layer's number. Nothing of the run is touched.
+# A few steps of a run in one process, on the GPU if there is one, looked at closely: every layer's shapes and sizes
+# and every
+# collective are logged, the first value that is not finite ends it with the layer's number. Nothing of the run is
+# touched.
 #
 #   launch/debug.sh run.yaml [--section.field VALUE]...       3 steps; --train.max_steps says how many
-#   RANKS=2 launch/debug.sh run.yaml                          on two ranks, each layer's weights no numbers when it has computed
+#   RANKS=2 launch/debug.sh run.yaml                          on two ranks, each layer's weights no numbers when it
+#   has computed
 #
 # XORL_DIST=FILE names the program; else the release build of this checkout, or xorl-dist on PATH.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$here/launch/lib.sh"
-[ $# -gt 0 ] || { sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" >&2; exit 2; }
 config=$1
 shift
 # What cuBLAS needs to give the same bits each time.

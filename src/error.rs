@@ -15,7 +15,7 @@ use crate::{
     weights::SourceError,
 };
 
-/// What a command ends with when it does not succeed.
+/// Errors that end a command.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(transparent)]
@@ -91,7 +91,7 @@ pub fn agree<T>(world: &dyn Communicator, own: Result<T>) -> Result<T> {
     }
 }
 
-/// What rank 0 says, on every rank. Collective.
+/// Text of rank 0, on every rank. Collective.
 pub fn broadcast_from_root(world: &dyn Communicator, text: &str) -> Result<String> {
     let own: &[u8] = if world.rank() == 0 { text.as_bytes() } else { &[] };
     let all = world.all_gather_host(own)?;

@@ -13,12 +13,12 @@
 //! - [`loss`]: losses over the log-probabilities of a micro-batch, and the one pass over the head
 //! - [`optim`]: optimizers with named state, schedule, clipping
 //! - [`ops`]: operations as explicit forward/backward pairs, with kernels for CPUs and GPUs
-//! - [`shard`]: layout (which rank owns which tile of which tensor: pure), slot pools, adapter shards, process groups, expert
-//!   dispatch
+//! - [`shard`]: layout (which rank owns which tile of which tensor: pure), slot pools, adapter shards, process
+//!   groups, expert dispatch
 //! - [`weights`]: sources of base weights: HF files, random values
 //! - [`data`]: sources, chat template, tokenise, pack, deterministic order, loader
-//! - [`comm`]: communicators (solo, MPI, NCCL), memory shared by the ranks of a host, launcher checks, ledger of bytes, control
-//!   mesh and watchdog
+//! - [`comm`]: communicators (solo, MPI, NCCL), memory shared by the ranks of a host, launcher checks, ledger of
+//!   bytes, control mesh and watchdog
 //! - [`device`]: the device of a rank: driver, streams, memory, run-time compiler
 //! - [`mesh`]: ranks to axes and every divisibility rule: pure
 //! - [`config`]: typed `run.yaml`, defaults, validation
@@ -27,8 +27,8 @@
 //! - [`buffers`]: host memory of activations and temporaries, reused
 //! - [`rng`]: counter-based random numbers keyed by name
 //! - [`dtype`]: element types of stored and gathered tensors
-//! - [`error`]: the one error type of the crate and its exit codes; it gathers the rooms' errors and is imported by the rooms
-//!   at the top only
+//! - [`error`]: the one error type of the crate and its exit codes; it gathers the rooms' errors and is imported by
+//!   the rooms at the top only
 
 #![doc = include_str!("ARCHITECTURE.md")]
 

@@ -60,7 +60,7 @@ pub enum MeshError {
     Experts { expert: usize, experts: usize },
 }
 
-/// Where a rank stands on every axis.
+/// Coordinates of a rank on every axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Coordinates {
     pub replicate: usize,

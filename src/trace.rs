@@ -1,4 +1,4 @@
-//! Where the time of a step goes: nested spans of this thread, as Chrome trace events (chrome://tracing, Perfetto) and
+//! Time of a step: nested spans of this thread, as Chrome trace events (chrome://tracing, Perfetto) and
 //! as a table. Any room may open a span. Off until [`start`]; off, a span is one look at a thread-local flag.
 //!
 //! Own code, because `tracing-chrome` (0.7) writes every process as pid 1, counts time from its own start instead of a
@@ -27,7 +27,7 @@ pub enum TraceError {
     Io { path: PathBuf, error: std::io::Error },
 }
 
-/// What a span is a part of; the `cat` of its event.
+/// Category of a span; the `cat` of its event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Category {
@@ -48,7 +48,7 @@ impl Category {
     }
 }
 
-/// What this thread records.
+/// Recording of this thread.
 #[derive(Debug, Default)]
 struct Recording {
     spans: Vec<Event>,
@@ -170,7 +170,7 @@ impl Drop for Transfer {
     }
 }
 
-/// Whether this thread records.
+/// True if this thread records.
 pub fn is_on() -> bool {
     ON.get().is_some()
 }
@@ -192,7 +192,7 @@ pub fn finish() -> Option<Trace> {
     Some(Trace { begin, wall, length: begin.elapsed(), spans, transfers })
 }
 
-/// What was recorded.
+/// A recording.
 #[derive(Debug)]
 pub struct Trace {
     begin: Instant,
@@ -295,7 +295,7 @@ impl Trace {
         serde_json::to_string(&document).unwrap_or_default()
     }
 
-    /// Where the time went, the largest first: calls, total time, and own time without the spans inside, of which the
+    /// Time by name, the largest first: calls, total time, and own time without the spans inside, of which the
     /// share is taken. Own times add up to the traced time, but for what was in no span.
     pub fn table(&self) -> String {
         let mut rows: BTreeMap<(Category, &str), (usize, Duration, Duration)> = BTreeMap::new();

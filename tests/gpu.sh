@@ -2,11 +2,13 @@
 # What only a machine with NVIDIA GPUs can show, as a table; "not run" where there is none. Ends with 1 if a row fails.
 #
 #   tests/gpu.sh                   a rank on each GPU of this machine
-#   RANKS=2 tests/gpu.sh           two ranks; where they are more than GPUs they share them, which needs NCCL 2.30 (torch brings
+#   RANKS=2 tests/gpu.sh           two ranks; where they are more than GPUs they share them, which needs NCCL 2.30
+#   (torch brings
 #                                  2.29: name the folder of a newer one in LD_LIBRARY_PATH, and it in LD_PRELOAD)
 #   ROWS='nccl|resume' tests/gpu.sh  the rows whose names begin so
 #
-# XORL_DIST=FILE takes that binary as it is. DEVICE=stand-in is for the test of this script: then a library of ours stands in
+# XORL_DIST=FILE takes that binary as it is. DEVICE=stand-in is for the test of this script: then a library of ours
+# stands in
 # for the driver and NCCL, and what needs a real GPU is not run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -30,7 +32,8 @@ if [ "$ranks" -gt "$gpus" ]; then
   export NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0 NCCL_MAX_CTAS=1
 fi
 
-# row NEEDS NAME FUNCTION: a row of the table. NEEDS: gpu (a real one), one (device), several (ranks). What the function writes into
+# row NEEDS NAME FUNCTION: a row of the table. NEEDS: gpu (a real one), one (device), several (ranks). What the
+# function writes into
 # $out/said is the row's result.
 row() {
   local needs=$1 name=$2 result
@@ -217,7 +220,8 @@ P
   paste -sd ';' "$out/memory.txt" >"$out/said"
 }
 
-# beside_peer MODEL BATCH SEQUENCE [TARGETS]: FSDP2 + PEFT, eager and compiled, and ours, each of ours, from the same tokens. One rank a
+# beside_peer MODEL BATCH SEQUENCE [TARGETS]: FSDP2 + PEFT, eager and compiled, and ours, each of ours, from the same
+# tokens. One rank a
 # GPU.
 beside_peer() {
   local rows=$((gpus * $2 * 12)) way log peers=0

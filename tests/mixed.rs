@@ -54,8 +54,8 @@ impl Case {
         Self { experts_over, moe: true, ..Self::dense(world) }
     }
 
-    /// Largest ‖mixed − alone‖₂ / ‖alone‖₂ of a tensor in fp32. GEMMs of other numbers of rows add in another order: with
-    /// the stand-in, whose kernels are those of devices, 1.07e-6 was measured.
+    /// Largest ‖mixed − alone‖₂ / ‖alone‖₂ of a tensor in fp32. GEMMs of other numbers of rows add in another order:
+    /// with the stand-in, whose kernels are those of devices, 1.07e-6 was measured.
     fn tolerance(&self) -> f64 {
         match std::env::var("XORL_TEST_DEVICE") {
             Ok(_) => 1e-5,
@@ -65,7 +65,8 @@ impl Case {
     }
 }
 
-/// Losses, log-probabilities and gradients of one adapter, by name; a row of log-probabilities is on the rank of the row.
+/// Losses, log-probabilities and gradients of one adapter, by name; a row of log-probabilities is on the rank of the
+/// row.
 type Seen = BTreeMap<String, Vec<f32>>;
 
 /// ‖a − b‖₂ / ‖b‖₂; 0 where both are zero.
@@ -88,7 +89,8 @@ fn gradients(adapter: &mut Adapter) -> Seen {
     adapter.whole().unwrap().into_iter().map(|(parameter, values)| (parameter.name, values)).collect()
 }
 
-/// Computes rows `own` (numbers into [`ROWS`]) in one pass with the adapters `of_pass`, and sees what each adapter gets.
+/// Computes rows `own` (numbers into [`ROWS`]) in one pass with the adapters `of_pass`, and sees what each adapter
+/// gets.
 fn pass(
     model: &mut Transformer,
     groups: &ProcessGroups,

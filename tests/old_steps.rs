@@ -1,7 +1,7 @@
 //! A step that an older build saved goes on with this build as it went on with that one.
 //!
-//! The steps of tests/fixtures/steps were written by the build of commit 61338af, whose training state has format 2; make.py
-//! there says how. Beside each lie the metrics and the adapter of the run that was not stopped.
+//! The steps of tests/fixtures/steps were written by the build of commit 61338af, whose training state has format 2;
+//! make.py there says how. Beside each lie the metrics and the adapter of the run that was not stopped.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod common;

@@ -31,7 +31,7 @@ impl Chat {
     }
 }
 
-/// What `strftime_now` in a template reads.
+/// Clock of `strftime_now` in a template.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Clock {
     /// Local time at rendering.
@@ -135,7 +135,7 @@ impl ChatTemplate {
         Ok(self.render_messages(&chat.messages, chat.tools.as_ref(), false)?.text)
     }
 
-    /// Whether a template asks for today's date.
+    /// True if a template asks for today's date.
     pub fn reads_clock(&self) -> bool {
         self.sources.values().any(|source| source.contains("strftime_now"))
     }

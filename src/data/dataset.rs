@@ -25,7 +25,7 @@ const DUMMY_SAMPLES: usize = 128;
 /// Changes when the meaning of prepared rows does.
 const FORMAT: u32 = 1;
 
-/// What the data amount to.
+/// Counts of the data.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Summary {
     /// Samples that are used.

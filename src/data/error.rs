@@ -1,4 +1,4 @@
-//! What can be wrong with data, tokenizers and templates: one line each, with the place and what would be right.
+//! Errors of data, tokenizers and templates: one line each, with the place and what would be right.
 
 use std::path::PathBuf;
 
@@ -39,7 +39,7 @@ pub enum DataError {
     LoaderDied(String),
 }
 
-/// What is wrong with one line of a data file.
+/// Fault of one line of a data file.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LineProblem {
     #[error("not valid JSON at column {column}: {problem}")]
@@ -71,7 +71,7 @@ pub enum LineProblem {
 }
 
 impl DataError {
-    /// Whether the user can mend it (exit code 2) or the program failed (1).
+    /// True for a user error (exit code 2), false for a failure (1).
     pub fn is_input(&self) -> bool {
         !matches!(self, Self::DataCursor { .. } | Self::LoaderDied(_))
     }

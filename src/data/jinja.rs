@@ -12,7 +12,7 @@ use minijinja::{
 };
 use std::{borrow::Cow, cell::Cell};
 
-/// What `{% generation %}` calls; the output of a call block is recorded under this expression.
+/// Name that `{% generation %}` calls; the output of a call block is recorded under this expression.
 const GENERATION: &str = "__generation()";
 
 thread_local! {

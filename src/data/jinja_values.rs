@@ -5,7 +5,7 @@ use minijinja::{
     value::{Kwargs, Rest, ValueKind, ValueOrKwargs},
 };
 
-/// How `json.dumps` is asked to write.
+/// Options of `json.dumps`.
 struct JsonStyle {
     ensure_ascii: bool,
     indent: Option<String>,

@@ -31,8 +31,8 @@ pub use tokenizer::{Encoded, Tokenizer};
 /// Label of a token that carries no loss.
 pub const IGNORE_INDEX: i64 = -100;
 
-/// Adjacent rows that stay together from the order of an epoch to a micro-batch: the causal language-model loss needs one
-/// row at a time.
+/// Adjacent rows that stay together from the order of an epoch to a micro-batch: the causal language-model loss needs
+/// one row at a time.
 pub const ROWS_PER_GROUP: usize = 1;
 
 /// One row: a sample, or a pack of documents, formed before and independently of the world.

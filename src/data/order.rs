@@ -26,8 +26,8 @@ pub fn sample_order(seed: u64, sizes: &[usize], shuffle_each: bool, shuffle_merg
     order
 }
 
-/// Row at each position of `epoch`. Groups of `rows_per_group` (at least 1) adjacent rows keep their rows together and in
-/// order; rows that do not fill the last group come last.
+/// Row at each position of `epoch`. Groups of `rows_per_group` (at least 1) adjacent rows keep their rows together
+/// and in order; rows that do not fill the last group come last.
 pub fn row_order(seed: u64, epoch: usize, rows: usize, rows_per_group: usize, shuffle: bool) -> Vec<usize> {
     if !shuffle {
         return (0..rows).collect();

@@ -1,4 +1,4 @@
-//! What generation continues, as tokens: the chats of a file or of the command line, rendered up to where the
+//! Prompts of generation as tokens: the chats of a file or of the command line, rendered up to where the
 //! assistant's answer begins.
 
 use super::{Chat, ChatTemplate, DataError, IGNORE_INDEX, LineProblem, Tokenizer, source};

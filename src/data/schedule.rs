@@ -1,5 +1,5 @@
-//! Rows of each step, and of each rank in it: pure. Groups of a step's rows are dealt in contiguous runs that differ by at
-//! most one group. Every rank has the same number of micro-batches, because every rank enters every collective.
+//! Rows of each step, and of each rank in it: pure. Groups of a step's rows are dealt in contiguous runs that differ
+//! by at most one group. Every rank has the same number of micro-batches, because every rank enters every collective.
 
 use std::ops::Range;
 
@@ -89,9 +89,9 @@ impl BatchSchedule {
     }
 }
 
-/// Positions that a rank computes, by micro-batch. All ranks get the same number of micro-batches, as many as the rank with
-/// most rows needs; the last ones of a rank may be smaller or empty. Over all ranks every position of `step_rows` is dealt
-/// exactly once.
+/// Positions that a rank computes, by micro-batch. All ranks get the same number of micro-batches, as many as the
+/// rank with most rows needs; the last ones of a rank may be smaller or empty. Over all ranks every position of
+/// `step_rows` is dealt exactly once.
 pub fn deal(step_rows: Range<usize>, data_parallel_rank: usize, split: BatchSplit) -> Vec<Vec<usize>> {
     let (ranks, group) = (split.data_parallel_size.max(1), split.rows_per_group.max(1));
     let groups = step_rows.len().div_ceil(group);
@@ -113,8 +113,8 @@ pub struct BatchSplit {
     pub data_parallel_size: usize,
     /// Most rows of a micro-batch. A group with more rows is a micro-batch of its own.
     pub micro_batch_size: usize,
-    /// Adjacent rows that a loss needs together, such as the 2 of a preference pair. They go to one rank and one micro-batch.
-    /// Groups are counted from the first row of the step; its last group may be shorter.
+    /// Adjacent rows that a loss needs together, such as the 2 of a preference pair. They go to one rank and one
+    /// micro-batch. Groups are counted from the first row of the step; its last group may be shorter.
     pub rows_per_group: usize,
 }
 

@@ -3,7 +3,7 @@
 use super::{IGNORE_INDEX, Row};
 use sha2::{Digest, Sha256};
 
-/// How [`IGNORE_INDEX`] is stored; a vocabulary never reaches it.
+/// Stored form of [`IGNORE_INDEX`]; a vocabulary never reaches it.
 const NO_LABEL: u32 = u32::MAX;
 
 /// Rows of documents of tokens, in flat arrays.

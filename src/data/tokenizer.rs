@@ -14,7 +14,7 @@ pub struct Encoded {
 }
 
 impl Encoded {
-    /// Whether each token stands for any byte of `spans`, from the first such token of a span to the last.
+    /// True for each token that stands for a byte of `spans`, from the first such token of a span to the last.
     pub fn covered_by(&self, spans: &[Range<usize>]) -> Vec<bool> {
         let mut covered = vec![false; self.ids.len()];
         for span in spans.iter().filter(|span| !span.is_empty()) {

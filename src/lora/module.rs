@@ -15,7 +15,8 @@ pub struct Parameter {
     pub factor: Factor,
     /// A `[rank, in]`, B `[out, rank]`.
     pub shape: [usize; 2],
-    /// Its region in the unit, its group of experts (0 in dense regions), its entry there and its first element in that.
+    /// Its region in the unit, its group of experts (0 in dense regions), its entry there and its first element in
+    /// that.
     pub region: Region,
     pub group: usize,
     pub entry: usize,
@@ -101,9 +102,9 @@ impl LoraModule for LoraLinear {
     }
 }
 
-/// Adapters on slices of the output of every expert of a layer: A `[experts, Σ rank, in]`, each B `[experts, out, rank]`,
-/// one for each expert; without the leading dimension where experts share a factor. A rank stores the experts of its own
-/// group.
+/// Adapters on slices of the output of every expert of a layer: A `[experts, Σ rank, in]`, each B `[experts, out,
+/// rank]`, one for each expert; without the leading dimension where experts share a factor. A rank stores the experts
+/// of its own group.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MoeExpertsLora(Stack);
 

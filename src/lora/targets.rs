@@ -114,8 +114,8 @@ impl Site {
         format!("{}.{}", self.parent, self.name)
     }
 
-    /// The site with one factor shared by all experts, if it has experts: A of projections that read the hidden states, B of
-    /// those that write them (xorl's `moe_hybrid_shared_lora`).
+    /// The site with one factor shared by all experts, if it has experts: A of projections that read the hidden
+    /// states, B of those that write them (xorl's `moe_hybrid_shared_lora`).
     pub fn hybrid(self) -> Self {
         let shared = if self.name == "down_proj" { Factor::B } else { Factor::A };
         Self { shared: self.experts.map(|_| shared), ..self }

@@ -1,8 +1,9 @@
 //! The one pass over a head whose logits are never whole.
 //!
-//! The vocabulary comes in chunks, the tokens too. As in online softmax (Milakov & Gimelshein, 2018) a running maximum and
-//! sums are kept and rescaled when the maximum grows: [`ops::cross_entropy`] has the formulas. Tokens without a target stay
-//! out of the pass. The head rows of all targets are kept, because their factors are known only after the last chunk.
+//! The vocabulary comes in chunks, the tokens too. As in online softmax (Milakov & Gimelshein, 2018) a running
+//! maximum and sums are kept and rescaled when the maximum grows: [`ops::cross_entropy`] has the formulas. Tokens
+//! without a target stay out of the pass. The head rows of all targets are kept, because their factors are known only
+//! after the last chunk.
 
 use super::{LogProbs, Targets, targets::OnDevice};
 use crate::ops::{
@@ -111,8 +112,8 @@ impl<'a> HeadPass<'a> {
         }
     }
 
-    /// ∂L/∂x `[tokens, hidden]` in x's dtype, from the coefficients ∂L/∂log p `[tokens, K]`; zero where a token has no target.
-    /// `None` when no gradient was wanted.
+    /// ∂L/∂x `[tokens, hidden]` in x's dtype, from the coefficients ∂L/∂log p `[tokens, K]`; zero where a token has
+    /// no target. `None` when no gradient was wanted.
     pub fn backward(self, coefficients: &Tensor) -> Option<Buffer> {
         let _span = crate::trace::operation("cross_entropy.finish");
         let Self { targets, x, sums, gradient, .. } = self;
@@ -129,7 +130,8 @@ impl<'a> HeadPass<'a> {
     }
 }
 
-/// Coefficients by distinct target, shaped `like` `[valid, width]`: of a target that a token has several times, their sum.
+/// Coefficients by distinct target, shaped `like` `[valid, width]`: of a target that a token has several times, their
+/// sum.
 fn of_distinct(targets: &Targets, coefficients: &Tensor, like: &Tensor) -> Tensor {
     let OnDevice { index, column, .. } = &targets.on_device;
     let coefficients = coefficients.to_kind(like.kind()).index_select(0, index);

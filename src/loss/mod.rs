@@ -1,14 +1,14 @@
 //! Losses over the log-probabilities of a micro-batch, and the one pass over the head that gives them.
 //!
-//! [`HeadPass`] takes hidden states `[tokens, hidden]` and [`Targets`], up to K of them a token. It sees each chunk of the
-//! head once and then gives [`LogProbs`] `[tokens, K]`. A [`TokenLoss`] turns them into values and into coefficients
-//! c = ∂L/∂log p. The pass turns the coefficients into the gradient of the hidden states, without the head: for the head
-//! rows w_v, targets t with coefficients c_t and C = Σ_t c_t,
+//! [`HeadPass`] takes hidden states `[tokens, hidden]` and [`Targets`], up to K of them a token. It sees each chunk
+//! of the head once and then gives [`LogProbs`] `[tokens, K]`. A [`TokenLoss`] turns them into values and into
+//! coefficients c = ∂L/∂log p. The pass turns the coefficients into the gradient of the hidden states, without the
+//! head: for the head rows w_v, targets t with coefficients c_t and C = Σ_t c_t,
 //!
 //! dx = Σ_t c_t·w_t − C·Σ_v p_v·w_v
 //!
-//! is linear in c, and Σ_v p_v·w_v is known when the last chunk is. So a loss over whole sequences costs no second pass.
-//! [`crate::ops::cross_entropy`] has the form of this sum that loses no digits.
+//! is linear in c, and Σ_v p_v·w_v is known when the last chunk is. So a loss over whole sequences costs no second
+//! pass. [`crate::ops::cross_entropy`] has the form of this sum that loses no digits.
 //!
 //! A loss is pure: it knows no model, no ranks and no files. Adding one is a file beside `cross_entropy.rs`.
 
@@ -40,11 +40,11 @@ pub struct LogProbs<'a> {
 
 /// The result of a [`TokenLoss`].
 pub struct LossValues {
-    /// `[tokens]` in the kind of the log-probabilities: values that add up to the loss. A loss over sequences may put the
-    /// value of a sequence on any token of it.
+    /// `[tokens]` in the kind of the log-probabilities: values that add up to the loss. A loss over sequences may put
+    /// the value of a sequence on any token of it.
     pub values: Tensor,
-    /// `[tokens, K]` in the same kind: ∂L/∂log p of each target, where L is the loss times the factor that the loss was made
-    /// with. Values where a target is absent are ignored.
+    /// `[tokens, K]` in the same kind: ∂L/∂log p of each target, where L is the loss times the factor that the loss
+    /// was made with. Values where a target is absent are ignored.
     pub coefficients: Tensor,
 }
 

@@ -97,8 +97,8 @@ impl Targets {
         self.valid_range(range).len()
     }
 
-    /// Σ of `values` `[tokens]` over the tokens of `range`, in fp64. The tokens that have a target are added in an order of
-    /// their own, so the sum does not depend on tokens without one, nor on tokens outside of the range.
+    /// Σ of `values` `[tokens]` over the tokens of `range`, in fp64. The tokens that have a target are added in an
+    /// order of their own, so the sum does not depend on tokens without one, nor on tokens outside of the range.
     pub fn sum(&self, values: &Tensor, range: Range<usize>) -> f64 {
         let own = self.valid_range(range.clone());
         let index = self.on_device.index.narrow(0, own.start as i64, own.len() as i64);

@@ -64,7 +64,8 @@ impl TokenLoss for Policy {
     }
 }
 
-/// Preference loss over pairs of sequences: softplus(−β·(S_0 − R_0 − S_1 + R_1)), S the sum of a sequence's log-probabilities.
+/// Preference loss over pairs of sequences: softplus(−β·(S_0 − R_0 − S_1 + R_1)), S the sum of a sequence's
+/// log-probabilities.
 struct Preference {
     beta: f64,
     /// R `[sequences]`

@@ -1,6 +1,6 @@
 //! Declarations of a decoder layer's frozen tensors: HF names, shapes, LoRA projections and entries of the layer's
-//! regions, from one list. Each sublayer declares its own and keeps the ids, by which [`GatheredLayer`](super::gathered::GatheredLayer)
-//! finds the gathered tensors. Pure.
+//! regions, from one list. Each sublayer declares its own and keeps the ids, by which
+//! [`GatheredLayer`](super::gathered::GatheredLayer) finds the gathered tensors. Pure.
 
 use crate::{
     dtype::DType,
@@ -73,8 +73,8 @@ impl Declarations {
         Self { layer, hidden_size, form, tensors, projections, bases, dense, experts }
     }
 
-    /// A linear layer of `leaves` (name, width) in module `parent` (`self_attn`). All leaves have `input` columns; `fused`
-    /// names the target that covers all of them.
+    /// A linear layer of `leaves` (name, width) in module `parent` (`self_attn`). All leaves have `input` columns;
+    /// `fused` names the target that covers all of them.
     pub fn projection(
         &mut self,
         parent: &str,

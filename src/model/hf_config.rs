@@ -129,7 +129,7 @@ impl Fields {
         size.map(|n| Some(n as usize)).ok_or_else(|| self.fault(field, "a positive integer", value))
     }
 
-    /// Whether `field` is there and not null.
+    /// True if `field` is there and not null.
     pub fn has(&self, field: &str) -> bool {
         self.get(field).is_some()
     }

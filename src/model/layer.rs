@@ -1,7 +1,8 @@
 //! A decoder layer: two residual halves, u = x + mixer(norm(x)), y = u + ffn(norm(u)).
 //!
-//! [`LayerPlan`] is pure: the entries of the layer's regions and its projections, as its halves declare them. Between forward
-//! and backward a layer is a [`LayerState`]; the caller keeps x. See [`CheckpointingMethod`] for what is computed again.
+//! [`LayerPlan`] is pure: the entries of the layer's regions and its projections, as its halves declare them. Between
+//! forward and backward a layer is a [`LayerState`]; the caller keeps x. See [`CheckpointingMethod`] for what is
+//! computed again.
 
 use super::{
     context::BatchContext,

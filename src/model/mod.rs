@@ -1,7 +1,7 @@
 //! HF models: their specs by family, the sublayers that a decoder layer is made of, and the sharded transformer.
 //!
-//! A layer is a mixer and a feed-forward network ([`sublayer`], [`mixer`], [`ffn`]). A new mixer is a file in [`mixer`], its
-//! variant of [`mixer::Mixer`], and the page of the [`family`] that has it.
+//! A layer is a mixer and a feed-forward network ([`sublayer`], [`mixer`], [`ffn`]). A new mixer is a file in
+//! [`mixer`], its variant of [`mixer::Mixer`], and the page of the [`family`] that has it.
 
 pub mod attend;
 pub mod base_plan;

@@ -1,4 +1,4 @@
-//! How evenly the routers of a step spread its tokens: sums over the tokens of each layer, and what is made of them.
+//! Router statistics of a step: sums over the tokens of each layer, and measures of their evenness.
 
 use crate::ops::cpu::values;
 use tch::{Device, Tensor};
@@ -10,16 +10,16 @@ pub struct RouterLoad {
     sums: Option<Tensor>,
 }
 
-/// What a step's routers did, over all layers with experts.
+/// Measures of a step's routers, over all layers with experts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RouterReport {
     /// Tokens of the busiest expert over the mean of its layer, in the layer where that is most.
     pub max_over_mean: f64,
-    /// Of the distribution of choices over the experts of a layer, in nats, mean over the layers; even is ln(experts).
+    /// Entropy of the choices over the experts of a layer, in nats, mean over the layers; even is ln(experts).
     pub entropy: f64,
-    /// E · Σ f·P over the experts, with f the share of tokens that choose one and P its mean probability, over all layers
-    /// together: transformers' `load_balancing_loss_func` (after Fedus et al., 2021) without its coefficient. No gradient
-    /// of it is taken.
+    /// E · Σ f·P over the experts, with f the share of tokens that choose one and P its mean probability, over all
+    /// layers together: transformers' `load_balancing_loss_func` (after Fedus et al., 2021) without its coefficient.
+    /// No gradient of it is taken.
     pub aux_loss: f64,
 }
 
@@ -33,7 +33,7 @@ impl RouterLoad {
         self.sums = Some(self.sums.take().map_or_else(|| load.shallow_clone(), |sums| sums + &load));
     }
 
-    /// Of each layer with experts how often each was chosen, then the sum of each one's probability; to be added to those of
+    /// Choices of each expert, by layer with experts, then the sum of each one's probability; to be added to those of
     /// other ranks. Empty for a model without experts.
     pub fn sums(&self) -> Vec<f64> {
         self.sums.as_ref().map_or_else(Vec::new, |sums| values(&sums.to_device(Device::Cpu)))
@@ -41,7 +41,7 @@ impl RouterLoad {
 }
 
 impl RouterReport {
-    /// Of sums over all ranks, of which each token chose `top_k` of `experts`; `None` without experts or tokens.
+    /// Measures of sums over all ranks, where each token chose `top_k` of `experts`; `None` without experts or tokens.
     pub fn new(sums: &[f64], experts: usize, top_k: usize) -> Option<Self> {
         let layers: Vec<_> =
             sums.chunks_exact((2 * experts).max(1)).map(|layer| layer.split_at(experts)).collect();

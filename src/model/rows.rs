@@ -4,8 +4,8 @@ use crate::ops::linear::{Pattern, RowSegments, one_adapter};
 use std::rc::Rc;
 use tch::{Device, Tensor};
 
-/// The adapter of each row of a flat batch. A pass has the same pattern on every rank, so that ranks agree on the number
-/// of keys that experts exchange.
+/// The adapter of each row of a flat batch. A pass has the same pattern on every rank, so that ranks agree on the
+/// number of keys that experts exchange.
 #[derive(Debug)]
 pub struct RowAdapters {
     /// Segments of layers that all rows go through.

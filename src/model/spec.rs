@@ -61,7 +61,7 @@ pub struct ModelSpec {
     pub vocab_size: usize,
     pub hidden_size: usize,
     pub layers: Vec<LayerSpec>,
-    /// Of the final norm.
+    /// Epsilon of the final norm.
     pub rms_norm_eps: f64,
     pub tie_word_embeddings: bool,
     /// Standard deviation of a random initialisation.

@@ -1,5 +1,6 @@
-//! A decoder-only transformer whose base is sharded: one micro-batch through all units, forward and backward, with the
-//! adapters that it is handed. It takes its tensors from slot pools and knows nothing of files or of the number of ranks.
+//! A decoder-only transformer whose base is sharded: one micro-batch through all units, forward and backward, with
+//! the adapters that it is handed. It takes its tensors from slot pools and knows nothing of files or of the number
+//! of ranks.
 
 use super::{
     ModelSpec,
@@ -91,7 +92,8 @@ impl Batch {
     }
 
     /// The batch with rows of several adapters: neighbouring rows `(rows, adapter)`, `adapter` an index into the
-    /// `adapters` adapters of the pass, `None` for rows without one. All ranks of a pass make their batches so, or none.
+    /// `adapters` adapters of the pass, `None` for rows without one. All ranks of a pass make their batches so, or
+    /// none.
     pub fn with_adapters(mut self, segments: &[(usize, Option<usize>)], adapters: usize) -> Self {
         debug_assert_eq!(segments.iter().map(|(rows, _)| rows).sum::<usize>(), self.tokens());
         self.adapters = Rc::new(RowAdapters::mixed(segments, adapters, self.ids.device()));
@@ -103,7 +105,7 @@ impl Batch {
         self.ids.numel()
     }
 
-    /// Where its documents lie.
+    /// Its documents.
     pub fn documents(&self) -> &Documents {
         &self.documents
     }
@@ -214,8 +216,8 @@ impl Transformer {
         Ok(())
     }
 
-    /// Changes the frozen tensors in place, as a merge does: `change` gets each range of a tensor that this rank owns with
-    /// its values `[elements]`, a view in the stored dtype. The next gathers of all ranks show it. Collective.
+    /// Changes the frozen tensors in place, as a merge does: `change` gets each range of a tensor that this rank owns
+    /// with its values `[elements]`, a view in the stored dtype. The next gathers of all ranks show it. Collective.
     pub fn update(
         &mut self,
         mut change: impl FnMut(&Piece, &Tensor) -> Result<(), ShardError>,
@@ -228,7 +230,7 @@ impl Transformer {
         Ok(())
     }
 
-    /// Whether ranks see each other's pieces of the base in memory that they share.
+    /// True if ranks share the memory of the base's pieces.
     pub fn shares_memory(&self) -> bool {
         [&self.layers, &self.experts, &self.vocab, &self.final_norm].iter().all(|ring| ring.is_shared())
     }
@@ -381,8 +383,8 @@ impl Transformer {
         Ok((MicroBatchLoss { sum, tokens, values, log_probs: log_probs.values }, d_x))
     }
 
-    /// One micro-batch: adds the gradient of `loss` to the gradients of the adapters of its rows. Every rank passes the same
-    /// adapters in the same order; ranks without tokens pass an empty batch. Collective.
+    /// One micro-batch: adds the gradient of `loss` to the gradients of the adapters of its rows. Every rank passes
+    /// the same adapters in the same order; ranks without tokens pass an empty batch. Collective.
     pub fn forward_backward(
         &mut self,
         batch: &Batch,
@@ -438,8 +440,8 @@ impl Transformer {
         self.logits_of(batch, adapters, None, &WithinDocuments(&batch.documents))
     }
 
-    /// Logits `[rows, vocab]` fp32 of the tokens `rows` `[rows]` i64 of a batch, all when `None`. `attend` is the attention
-    /// of each layer.
+    /// Logits `[rows, vocab]` fp32 of the tokens `rows` `[rows]` i64 of a batch, all when `None`. `attend` is the
+    /// attention of each layer.
     pub fn logits_of(
         &mut self,
         batch: &Batch,

@@ -13,7 +13,7 @@ use crate::device::has_kernels;
 use half::bf16;
 use tch::{Kind, Tensor};
 
-/// What an update depends on besides the gradient.
+/// Numbers of an update.
 #[derive(Clone, Copy, Debug)]
 pub struct Update {
     pub lr: f64,
@@ -26,7 +26,7 @@ pub struct Update {
     pub coefficient: f64,
 }
 
-/// What an update changes: flat tensors as long as the gradient.
+/// Tensors that an update changes: flat, as long as the gradient.
 pub struct State<'a> {
     /// p, fp32
     pub master: &'a Tensor,
@@ -51,7 +51,7 @@ impl Update {
         }
     }
 
-    /// Whether a device's kernel does it.
+    /// True if a device's kernel does it.
     fn start(&self, kernels: &cuda::Kernels, gradient: &Tensor, state: &State) -> bool {
         let State { master, exp_avg, exp_avg_sq, compute } = state;
         let f = self.factors();

@@ -1,17 +1,18 @@
-//! Running sums and hidden gradient of log-probabilities over a vocabulary that comes in chunks. [`crate::loss`] has the
-//! pass over the head that calls this, and the derivation.
+//! Running sums and hidden gradient of log-probabilities over a vocabulary that comes in chunks. [`crate::loss`] has
+//! the pass over the head that calls this, and the derivation.
 //!
-//! T is the set of a token's distinct targets, l_v its logits seen so far. Kept are the maximum m = max l_v, the target
-//! logits l_t, s = Σ_{v∉T} exp(l_v − m) and a = Σ_{v∉T} exp(l_v − m)·w_v. With e_t = exp(l_t − m), Z = s + Σ_{t∈T} e_t and
-//! coefficients c_t = ∂L/∂log p_t:
+//! T is the set of a token's distinct targets, l_v its logits seen so far. Kept are the maximum m = max l_v, the
+//! target logits l_t, s = Σ_{v∉T} exp(l_v − m) and a = Σ_{v∉T} exp(l_v − m)·w_v. With e_t = exp(l_t − m), Z = s +
+//! Σ_{t∈T} e_t and coefficients c_t = ∂L/∂log p_t:
 //!
 //! exponentials       m′ = max(m, max l),  r = exp(m − m′),  s ← s·r + Σ_{v∉T} p_v,  p_v = exp(l_v − m′), p_t = 0
 //! accumulate         a ← a·r + p·W
 //! log_probabilities  log p_t = −log(1 + (s + Σ_{u≠t} e_u) / e_t)
 //! gradient           dx = (Σ_t (c_t·(s + Σ_{u≠t} e_u) − e_t·Σ_{u≠t} c_u)·w_t − (Σ_t c_t)·a) / Z
 //!
-//! No sum over the others of T is a difference of sums. So a target with p_t near 1 keeps the digits of 1 − p_t for any
-//! number of targets. One target is the case without others: log p_t = −log(1 + s/e_t), dx = −c·(a − s·w_t) / (s + e_t).
+//! No sum over the others of T is a difference of sums. So a target with p_t near 1 keeps the digits of 1 − p_t for
+//! any number of targets. One target is the case without others: log p_t = −log(1 + s/e_t), dx = −c·(a − s·w_t) / (s
+//! + e_t).
 
 use super::{
     accum_kind,
@@ -47,9 +48,9 @@ impl Sums {
         Self { maximum: part(&self.maximum), sum: part(&self.sum), target_logits: part(&self.target_logits) }
     }
 
-    /// Adds a chunk of the vocabulary: `logits` `[tokens, chunk]` in compute dtype become p. `targets` `[tokens, width]` i64
-    /// count from the chunk's start and may lie outside of it; those of a token inside the chunk are distinct. Returns
-    /// r `[tokens, 1]`.
+    /// Adds a chunk of the vocabulary: `logits` `[tokens, chunk]` in compute dtype become p. `targets` `[tokens,
+    /// width]` i64 count from the chunk's start and may lie outside of it; those of a token inside the chunk are
+    /// distinct. Returns r `[tokens, 1]`.
     pub fn exponentials(&self, logits: &Tensor, targets: &Tensor) -> Tensor {
         let rescale = self.maximum.empty_like();
         let sums = [&self.maximum, &self.sum, &self.target_logits, &rescale];
@@ -67,8 +68,8 @@ impl Sums {
         -((&self.sum + others).log() + &self.maximum - &self.target_logits).softplus()
     }
 
-    /// a `[tokens, hidden]` becomes dx, in a's kind: compute dtype, or the kind of the sums. `coefficients` `[tokens, width]`
-    /// are c_t in the kind of the sums, 0 where a token has fewer targets.
+    /// a `[tokens, hidden]` becomes dx, in a's kind: compute dtype, or the kind of the sums. `coefficients` `[tokens,
+    /// width]` are c_t in the kind of the sums, 0 where a token has fewer targets.
     pub fn gradient(&self, a: &Tensor, targets: TargetRows, coefficients: &Tensor) {
         if has_kernels(a) {
             let factors = dispatch!(self.sum.kind(), E => rows::factors::<E>(self, coefficients));
@@ -102,8 +103,8 @@ pub struct TargetRows<'a> {
     pub offsets: &'a Tensor,
 }
 
-/// dx by token as a sum of rows: dx = (share·a − Σ_t target_t·w_t)·scale. The coefficients are relative to the one of the
-/// largest magnitude, −scale·Z, so that one target computes with share 1 and target s exactly.
+/// dx by token as a sum of rows: dx = (share·a − Σ_t target_t·w_t)·scale. The coefficients are relative to the one of
+/// the largest magnitude, −scale·Z, so that one target computes with share 1 and target s exactly.
 pub struct GradientFactors {
     /// `[tokens, width]`, 0 where a token has fewer targets.
     pub target: Tensor,
@@ -407,8 +408,8 @@ mod tests {
                 let logits = (leaf(&[tokens, vocabulary]).detach() * 4.0).to_kind(kind);
                 let targets = targets_of(tokens, width, vocabulary);
                 let [p, s, target_logits, m] = exact(&logits.to_kind(Kind::Double), &targets);
-                // Half a unit in the last place of what sums are taken in: for each unit of an exponent l − m, four for each
-                // of two exponentials, one for each addition of a lane.
+                // Half a unit in the last place of what sums are taken in: for each unit of an exponent l − m, four
+                // for each of two exponentials, one for each addition of a lane.
                 let unit = if kind == Kind::Double { f64::EPSILON } else { f64::from(f32::EPSILON) } / 2.0;
                 let exponents = 2.0 * distance(&logits, &logits.zeros_like());
                 let rounding = unit * (exponents + 8.0 + (vocabulary as f64 / LANES as f64).ceil());

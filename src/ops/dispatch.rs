@@ -1,15 +1,15 @@
-//! The way of tokens to their experts and back: rows of one tensor, sorted by expert, so that an expert's tokens are one
-//! slice.
+//! The way of tokens to their experts and back: rows of one tensor, sorted by expert, so that an expert's tokens are
+//! one slice.
 //!
 //! gather    row i = x of its token
 //! combine   y of a token = add + Σ of its rows, summed in fp32
 //!
 //! Each is the other's backward. Weights are applied before an expert's last matrix, see [`swiglu`](super::swiglu).
 //!
-//! Where libtorch's GEMMs compute on a CPU ([`takes_any_rows`](super::linear::takes_any_rows)) each expert's slice is filled up with rows
-//! of zeros before it computes ([`Assignment::filled`]): a zero row stays zero through a gated MLP, forward and backward, and adds
-//! nothing to a gradient. Without it nearly every expert of every layer and step would have a GEMM of a new shape, for each of which
-//! oneDNN compiles a kernel and keeps it.
+//! Where libtorch's GEMMs compute on a CPU ([`takes_any_rows`](super::linear::takes_any_rows)) each expert's slice is
+//! filled up with rows of zeros before it computes ([`Assignment::filled`]): a zero row stays zero through a gated
+//! MLP, forward and backward, and adds nothing to a gradient. Without it nearly every expert of every layer and step
+//! would have a GEMM of a new shape, for each of which oneDNN compiles a kernel and keeps it.
 
 use super::{
     Buffer, accum_kind,
@@ -20,11 +20,11 @@ use super::{
 use crate::device::has_kernels;
 use tch::{Device, Kind, Tensor};
 
-/// What rows of an expert are a multiple of where they are computed.
+/// Rows of an expert are filled up to a multiple of this.
 const GRAIN: i64 = 32;
 
-/// Rows with which `count` are computed: a multiple of an eighth of the next power of two, and of 32. At most a quarter more
-/// from 128 up, in the mean a twelfth, and few numbers of rows in all: of each oneDNN keeps megabytes.
+/// Rows with which `count` are computed: a multiple of an eighth of the next power of two, and of 32. At most a
+/// quarter more from 128 up, in the mean a twelfth, and few numbers of rows in all: of each oneDNN keeps megabytes.
 pub fn filled(count: i64) -> i64 {
     let eighth = (count as u64).next_power_of_two() as i64 / 8;
     (count as u64).next_multiple_of(eighth.max(GRAIN) as u64) as i64
@@ -33,18 +33,18 @@ pub fn filled(count: i64) -> i64 {
 /// In place of a token or a choice, of a row that is nobody's.
 const NOBODY: i64 = -1;
 
-/// Which row is which token's.
+/// Rows of tokens, sorted by expert.
 pub struct Assignment {
     /// The token of each row: `[rows]` i64, by expert, then by token; or [`NOBODY`].
     tokens: Tensor,
-    /// Which of all tokens' choices each row is: `[rows]` i64, or [`NOBODY`].
+    /// The choice of each row among all tokens' choices: `[rows]` i64, or [`NOBODY`].
     choices: Tensor,
     /// The row of each choice: `[tokens, k]` i64.
     rows: Tensor,
     segments: RowSegments,
     /// Choices of each key: `[keys]` i64.
     counts: Tensor,
-    /// Whether there are rows that are nobody's.
+    /// True if segments are filled up with rows of zeros.
     is_filled: bool,
 }
 
@@ -52,8 +52,8 @@ pub struct Assignment {
 const COLUMNS: usize = 64;
 
 impl Assignment {
-    /// Sorts the rows of `chosen` `[tokens, k]` i64, keys below `keys`: experts, or pairs of an expert and an adapter of
-    /// `pattern`, expert-major.
+    /// Sorts the rows of `chosen` `[tokens, k]` i64, keys below `keys`: experts, or pairs of an expert and an adapter
+    /// of `pattern`, expert-major.
     pub fn new(chosen: &Tensor, keys: usize, pattern: &Pattern) -> Self {
         if chosen.device() == Device::Cpu {
             Self::on_host(chosen, keys, pattern, |count| count)
@@ -62,7 +62,8 @@ impl Assignment {
         }
     }
 
-    /// The same with as many rows as are computed well on a host that does not [take any](super::linear::takes_any_rows).
+    /// The same with as many rows as are computed well on a host that does not [take
+    /// any](super::linear::takes_any_rows).
     pub fn filled(chosen: &Tensor, keys: usize, pattern: &Pattern) -> Self {
         Self::on_host(chosen, keys, pattern, filled)
     }

@@ -1,8 +1,8 @@
 //! The operations that the blocks call: explicit forward/backward pairs, no autograd.
 //!
-//! A pair states both formulas and is held against libtorch autograd in fp64 by the tests beside it. The device
-//! is chosen in here, never in a block: kernels of ours for hosts ([`cpu`]) and GPUs ([`cuda`]), libtorch's operations for what
-//! they do not take. Everything works on flat batches: `tokens` rows, documents one after another.
+//! A pair states both formulas and is held against libtorch autograd in fp64 by the tests beside it. The device is
+//! chosen in here, never in a block: kernels of ours for hosts ([`cpu`]) and GPUs ([`cuda`]), libtorch's operations
+//! for what they do not take. Everything works on flat batches: `tokens` rows, documents one after another.
 
 pub mod adamw;
 pub mod attention;

@@ -1,5 +1,5 @@
-//! The router of a mixture of experts: which experts each token goes to, and with what weights (Shazeer et al., 2017; the
-//! softmax over all experts comes first, as in Mixtral and Qwen).
+//! The router of a mixture of experts: which experts each token goes to, and with what weights (Shazeer et al., 2017;
+//! the softmax over all experts comes first, as in Mixtral and Qwen).
 //!
 //! forward   p = softmax(x·Wᵀ) in fp32,  (w, e) = the k largest of p,  divided by their sum where the family says so
 //! backward  dl = q ∘ (dw at e − Σ dw ∘ w),  dx += dl·W,  with q = p, or w at e and 0 elsewhere where w was divided
@@ -9,7 +9,7 @@
 use super::accum_kind;
 use tch::{Kind, Tensor};
 
-/// What becomes of each token.
+/// Routing of each token.
 pub struct Routing {
     /// `[tokens, k]` i64
     pub experts: Tensor,
@@ -19,16 +19,16 @@ pub struct Routing {
     pub probabilities: Tensor,
 }
 
-/// How a router chooses.
+/// Rule by which a router chooses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TopK {
     pub k: i64,
-    /// Whether the weights of a token are divided by their sum.
+    /// True if the weights of a token are divided by their sum.
     pub normalise: bool,
 }
 
-/// The routing of x `[tokens, hidden]`. With `chosen` `[tokens, k]` the experts are those: what is computed again must go
-/// where it went before, whatever rounding did meanwhile.
+/// The routing of x `[tokens, hidden]`. With `chosen` `[tokens, k]` the experts are those: what is computed again
+/// must go where it went before, whatever rounding did meanwhile.
 pub fn forward(x: &Tensor, weight: &Tensor, choice: TopK, chosen: Option<&Tensor>) -> Routing {
     let _span = crate::trace::operation("routing.forward");
     let probabilities = x.mm(&weight.tr()).softmax(-1, accum_kind(x.kind()));

@@ -27,7 +27,7 @@ pub fn forward(gate_up: &Tensor, scale: Option<&Tensor>) -> Buffer {
     y
 }
 
-/// What [`backward`] gives.
+/// Results of [`backward`].
 pub struct Gradients {
     /// [tokens, 2n], in the memory of gate|up.
     pub gate_up: Buffer,

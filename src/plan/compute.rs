@@ -2,9 +2,9 @@
 
 use crate::{lora::Site, model::ModelSpec};
 
-/// Floating-point operations of forward and backward for a token of a document of `length` tokens: those of each layer's
-/// halves ([`Half::flops`](crate::model::sublayer::Half::flops)), 4 a parameter of the head, 6 a LoRA parameter that the token meets.
-/// The embedding lookup multiplies nothing; recomputation does not count.
+/// Floating-point operations of forward and backward for a token of a document of `length` tokens: those of each
+/// layer's halves ([`Half::flops`](crate::model::sublayer::Half::flops)), 4 a parameter of the head, 6 a LoRA
+/// parameter that the token meets. The embedding lookup multiplies nothing; recomputation does not count.
 pub fn flops_per_token(spec: &ModelSpec, sites: &[Site], rank: usize, length: usize) -> f64 {
     let layers: f64 =
         spec.layer_plans().map(|layer| layer.mixer.flops(length) + layer.ffn.flops(length)).sum();
@@ -58,7 +58,8 @@ mod tests {
         assert_eq!(flops_per_token(&spec, &sites, 5, 10), expected(10 + 10));
         spec.tie_word_embeddings = false;
         assert_eq!(flops_per_token(&spec, &sites, 5, 10), expected(10 + 10));
-        // With 5 experts of width 3 in layer 1, of which a token meets 2: less a dense MLP, more a router and those two.
+        // With 5 experts of width 3 in layer 1, of which a token meets 2: less a dense MLP, more a router and those
+        // two.
         let mut moe = spec.clone();
         let names = MoeNames::MLP;
         let (experts, top_k, width) = (5, 2, 3);

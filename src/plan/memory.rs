@@ -1,6 +1,6 @@
 //! Memory of a rank at the peak of a step.
 //!
-//! What is there all the time, plus the larger of two moments: the loss over a chunk of logits, and the backward of
+//! The constant part, plus the larger of two moments: the loss over a chunk of logits, and the backward of
 //! the last layer. Bytes that libtorch's kernels take for themselves and what the allocator does not give back are
 //! not known here: [`LIBRARIES`] and the tests' tolerance stand for them.
 
@@ -36,7 +36,7 @@ pub struct Memory {
     pub optimizer: usize,
     /// fp32 gradients: this rank's piece, and where the whole is summed before it is reduced.
     pub gradients: usize,
-    /// What forward keeps for backward.
+    /// Activations that forward keeps for backward.
     pub activations: usize,
     /// The larger of a chunk of logits and the backward of a layer.
     pub scratch: usize,
@@ -46,7 +46,7 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Of a rank that trains `adapter` on `base` of `spec` on micro-batches of at most `batch`.
+    /// Memory of a rank that trains `adapter` on `base` of `spec` on micro-batches of at most `batch`.
     pub fn new(
         spec: &ModelSpec,
         base: &BasePlan,
@@ -87,7 +87,7 @@ impl Memory {
         }
     }
 
-    /// What each part is for, and its bytes.
+    /// Name and bytes of each part.
     pub fn parts(&self) -> [(&'static str, usize); 8] {
         [
             ("base shards", self.base),
@@ -101,7 +101,7 @@ impl Memory {
         ]
     }
 
-    /// What of it is on the rank's device, where that is not the host.
+    /// Bytes on the rank's device, where that is not the host.
     pub fn on_device(&self) -> usize {
         self.total() - self.libraries - self.scratch + self.device_scratch
     }
@@ -128,7 +128,7 @@ impl Held {
         Self { pieces, largest, shards: layouts.first().map_or(1, |layout| layout.shards) }
     }
 
-    /// Of `slots` slots, which a lone rank does not need.
+    /// Bytes of `slots` slots; none with one rank.
     fn in_slots(&self, slots: usize) -> usize {
         if self.shards == 1 { 0 } else { slots * self.largest }
     }
@@ -138,7 +138,7 @@ impl Held {
 struct Kept {
     /// From forward until backward of the layer.
     all: usize,
-    /// Of the one layer that is computed again.
+    /// Activations of the one layer that is recomputed.
     again: usize,
 }
 
@@ -191,8 +191,8 @@ fn loss_scratch(spec: &ModelSpec, options: &Options, batch: MicroBatch, most: us
     logits + batch.tokens * spec.hidden_size * (5 * c + sum)
 }
 
-/// The largest moment of a layer besides what it keeps: the temporaries of its halves beside the gradient of the output and
-/// a normalised input.
+/// The largest moment of a layer besides what it keeps: the temporaries of its halves beside the gradient of the
+/// output and a normalised input.
 fn layer_scratch(spec: &ModelSpec, base: &BasePlan, options: &Options, batch: MicroBatch) -> usize {
     let c = options.compute.size();
     let mixer = base.layers.iter().map(|layer| layer.mixer.scratch_bytes(c, batch)).max();

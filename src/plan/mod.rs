@@ -1,5 +1,6 @@
-//! What a configuration will cost, before it runs: bytes received, memory, arithmetic. Pure functions of a
-//! [`BasePlan`](crate::model::base_plan::BasePlan) and an [`AdapterPlan`](crate::lora::AdapterPlan); `check` prints them, tests hold measurements against them.
+//! Costs of a configuration before it runs: bytes received, memory, arithmetic. Pure functions of a
+//! [`BasePlan`](crate::model::base_plan::BasePlan) and an [`AdapterPlan`](crate::lora::AdapterPlan); `check` prints
+//! them, tests hold measurements against them.
 
 pub mod compute;
 pub mod memory;
@@ -11,7 +12,7 @@ pub use traffic::{Traffic, Travellers};
 use crate::comm::Received;
 use std::{collections::BTreeMap, fmt};
 
-/// What a run will cost on each of its ranks.
+/// Costs of a run on each of its ranks.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// Parameters of the base.

@@ -25,7 +25,7 @@ pub struct Travellers {
     pub go: usize,
 }
 
-/// What the traffic of a model depends on.
+/// Inputs of the traffic formula.
 pub struct Traffic<'a> {
     pub spec: &'a ModelSpec,
     pub options: &'a Options,
@@ -73,8 +73,8 @@ impl Traffic<'_> {
 
     /// Received by expert parallelism for one layer and micro-batch of which `rows` come and go.
     ///
-    /// There go the rows of x, each with its weight, and in backward those of dy; back come those of y, and dx each with
-    /// the gradient of its weight. What is computed again sends x and weights again, and not y.
+    /// There go the rows of x, each with its weight, and in backward those of dy; back come those of y, and dx each
+    /// with the gradient of its weight. What is computed again sends x and weights again, and not y.
     pub fn all_to_all(&self, rows: Travellers) -> usize {
         let row = self.spec.hidden_size * self.options.compute.size();
         let weight = size_of::<f32>();

@@ -32,8 +32,8 @@ impl Session {
         self.adapter.regions_mut().step_done()
     }
 
-    /// Clips the reduced gradient and steps the optimizer at learning rate `lr`. Collective over `world`, the ranks that
-    /// train.
+    /// Clips the reduced gradient and steps the optimizer at learning rate `lr`. Collective over `world`, the ranks
+    /// that train.
     pub fn update(&mut self, lr: f64, world: &Rc<dyn Communicator>) -> Result<Update, ShardError> {
         let norm = global_norm(self.adapter.pieces(), &**self.adapter.regions().block())?;
         let clipped = ClippedNorm::new(norm, self.max_grad_norm);

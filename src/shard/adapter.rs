@@ -18,7 +18,8 @@ struct UnitShards {
     master: Tensor,
     /// The reduced gradient of this rank's piece, summed over micro-batches.
     gradient: Tensor,
-    /// The gradient of the whole region, before it is reduced: `[all elements]`. `None` on one rank: `gradient` is whole.
+    /// The gradient of the whole region, before it is reduced: `[all elements]`. `None` on one rank: `gradient` is
+    /// whole.
     full: Option<Tensor>,
 }
 

@@ -18,8 +18,8 @@ pub struct ExpertRoute {
     places: RoutePlan,
 }
 
-/// Ranges of rows that one rank sends and receives. The rows of an expert are contiguous at both ends: sorted by expert at
-/// the sender, by expert and then by rank at the receiver.
+/// Ranges of rows that one rank sends and receives. The rows of an expert are contiguous at both ends: sorted by
+/// expert at the sender, by expert and then by rank at the receiver.
 struct RoutePlan {
     /// For each rank the rows that go to each of its experts.
     sent: Vec<Vec<Range<usize>>>,
@@ -37,8 +37,8 @@ impl ExpertDispatcher {
         (comm.size() > 1).then(|| Self { comm: comm.clone() })
     }
 
-    /// Route of rows that are sorted by expert, `counts` `[experts]` of each. At the receiver an expert has `rows(count)`
-    /// rows for the `count` that arrive. Collective.
+    /// Route of rows that are sorted by expert, `counts` `[experts]` of each. At the receiver an expert has
+    /// `rows(count)` rows for the `count` that arrive. Collective.
     pub fn route(&self, counts: &[i64], rows: fn(i64) -> i64) -> Result<ExpertRoute, ShardError> {
         let mut table = Vec::with_capacity(self.comm.size());
         for (from, bytes) in self.comm.all_gather_host(bytemuck::cast_slice(counts))?.iter().enumerate() {
@@ -93,8 +93,8 @@ impl ExpertRoute {
         &self.places.offsets
     }
 
-    /// Sends `rows` `[sent, n]`, sorted by expert, to their experts. `arrived` `[received, n]` gets the rows for this rank's
-    /// experts, by expert and then by rank, and zeros where an expert's segment is filled up. Collective.
+    /// Sends `rows` `[sent, n]`, sorted by expert, to their experts. `arrived` `[received, n]` gets the rows for this
+    /// rank's experts, by expert and then by rank, and zeros where an expert's segment is filled up. Collective.
     pub fn dispatch(&self, rows: &Tensor, arrived: &Tensor) -> Result<(), CommError> {
         for gap in &self.places.gaps {
             let _ = arrived.narrow(0, gap.start as i64, gap.len() as i64).zero_();
@@ -102,7 +102,8 @@ impl ExpertRoute {
         self.comm.all_to_all(self.own(rows), self.of_experts(arrived))
     }
 
-    /// Reverse of [`dispatch`](Self::dispatch): `arrived` `[sent, n]` gets the results of this rank's own rows. Collective.
+    /// Reverse of [`dispatch`](Self::dispatch): `arrived` `[sent, n]` gets the results of this rank's own rows.
+    /// Collective.
     pub fn combine(&self, rows: &Tensor, arrived: &Tensor) -> Result<(), CommError> {
         self.comm.all_to_all(self.of_experts(rows), self.own(arrived))
     }

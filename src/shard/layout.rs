@@ -95,7 +95,8 @@ pub struct Piece {
 pub struct RegionLayout {
     pub name: String,
     pub entries: Vec<Entry>,
-    /// Bytes of the whole buffer: a multiple of shards × the alignment of all entries, so that a shard border cuts no tile.
+    /// Bytes of the whole buffer: a multiple of shards × the alignment of all entries, so that a shard border cuts no
+    /// tile.
     pub padded: usize,
     pub shards: usize,
 }

@@ -5,8 +5,8 @@
 //! survives a unit may refer to a slot, and each slot carries the unit that it holds; every use asserts it.
 //! With one rank the views are of the shards themselves, and there are no slots.
 //!
-//! Ranks of one host may lay their pieces side by side in shared memory ([`SlotPool::share`]). Then a unit is whole where
-//! its pieces lie, a gather copies nothing, and a slot is only the set of pages that count for a rank's RSS.
+//! Ranks of one host may lay their pieces side by side in shared memory ([`SlotPool::share`]). Then a unit is whole
+//! where its pieces lie, a gather copies nothing, and a slot is only the set of pages that count for a rank's RSS.
 
 use super::{Piece, RegionLayout, ShardError, Storage};
 use crate::{
@@ -152,9 +152,10 @@ impl SlotPool {
         Ok(())
     }
 
-    /// Changes this rank's piece of `unit` in place, as a merge does: `change` gets each range of a tensor that the piece
-    /// holds ([`RegionLayout::reads`]) with its values, a view: plain ones `[elements]`, packed ones `[tiles, bytes]` u8. The next gather of every
-    /// rank shows the new values. Collective: every rank calls it for the same units in the same order.
+    /// Changes this rank's piece of `unit` in place, as a merge does: `change` gets each range of a tensor that the
+    /// piece holds ([`RegionLayout::reads`]) with its values, a view: plain ones `[elements]`, packed ones `[tiles,
+    /// bytes]` u8. The next gather of every rank shows the new values. Collective: every rank calls it for the same
+    /// units in the same order.
     ///
     /// # Errors
     /// The error of `change`, or of a collective.
@@ -284,7 +285,8 @@ fn view(buffer: &Tensor, layout: &RegionLayout, entry: usize) -> Result<Tensor, 
     }
 }
 
-/// `bytes` `[bytes]` u8 as stored: plain numbers `[elements]` in their dtype, packed ones `[tiles, bytes of a tile]` u8.
+/// `bytes` `[bytes]` u8 as stored: plain numbers `[elements]` in their dtype, packed ones `[tiles, bytes of a tile]`
+/// u8.
 fn typed(bytes: &Tensor, storage: Storage) -> Result<Tensor, ShardError> {
     Ok(match storage {
         Storage::Plain(dtype) => bytes.f_view_dtype(dtype.kind())?,

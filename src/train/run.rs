@@ -349,7 +349,8 @@ impl Run {
     }
 }
 
-/// Rows of `rank` of a step's `rows`, by micro-batch of at most `micro`. Ranks that share a sequence have the same rows.
+/// Rows of `rank` of a step's `rows`, by micro-batch of at most `micro`. Ranks that share a sequence have the same
+/// rows.
 fn deal(mesh: &Mesh, rank: usize, rows: Range<usize>, micro: usize) -> Vec<Vec<usize>> {
     schedule::deal(rows, mesh.data_rank(rank), split(mesh, micro))
 }

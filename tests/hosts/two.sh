@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Two hosts on this machine: network namespaces with an address each, joined by a cable. As root; for tests with Open MPI.
+# Two hosts on this machine: network namespaces with an address each, joined by a cable. As root; for tests with Open
+# MPI.
 #
 #   two.sh up NAME             hosts NAME-a (10.77.0.1) and NAME-b (10.77.0.2)
 #   two.sh run NAME N COMMAND... N ranks of COMMAND on each, started on the first

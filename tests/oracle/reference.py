@@ -62,7 +62,8 @@ QWEN3_MOE = COMMON | dict(num_experts=8, num_experts_per_tok=3, moe_intermediate
                           head_dim=32)
 QWEN2_MOE = COMMON | dict(num_experts=6, num_experts_per_tok=1, moe_intermediate_size=40, shared_expert_intermediate_size=56,
                           decoder_sparse_step=2)
-# `independent` in the name: gate and up of the experts are adapters of their own; otherwise one, as PEFT's target_parameters are.
+# `independent` in the name: gate and up of the experts are adapters of their own; otherwise one, as PEFT's
+# target_parameters are.
 # `hybrid`: experts share A of gate and up, and B of down.
 MIXTURES = {
     'qwen3_moe': (Qwen3MoeForCausalLM, Qwen3MoeConfig(**QWEN3_MOE)),

@@ -1,5 +1,5 @@
-//! Mixtral: Mistral's attention; every layer has `num_local_experts` experts as wide as `intermediate_size`, their weights
-//! divided by their sum. In its files the block is `block_sparse_moe` and the matrices are w1, w3 and w2.
+//! Mixtral: Mistral's attention; every layer has `num_local_experts` experts as wide as `intermediate_size`, their
+//! weights divided by their sum. In its files the block is `block_sparse_moe` and the matrices are w1, w3 and w2.
 
 use super::{ATTENTION_AND_MLP, Family};
 use crate::{

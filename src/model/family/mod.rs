@@ -105,8 +105,8 @@ fn mixture(fields: &Fields, width: &str) -> Result<MoeSpec, ConfigError> {
     })
 }
 
-/// The feed-forward network of each layer: `moe`, but dense in the layers that `decoder_sparse_step` and `mlp_only_layers`
-/// leave out.
+/// The feed-forward network of each layer: `moe`, but dense in the layers that `decoder_sparse_step` and
+/// `mlp_only_layers` leave out.
 fn sparse(fields: &Fields, moe: MoeSpec, dense: DenseSpec) -> Result<impl Fn(usize) -> Ffn, ConfigError> {
     let step = fields.optional_size("decoder_sparse_step")?.unwrap_or(1);
     let mlp_only = fields.indices("mlp_only_layers")?;

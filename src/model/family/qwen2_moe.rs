@@ -1,6 +1,6 @@
-//! Qwen1.5-MoE and Qwen2-MoE: Qwen2's attention; a shared expert for every token, times a sigmoid, beside the routed ones.
-//! `decoder_sparse_step` and `mlp_only_layers` leave some layers dense. Without `layer_types`, a model that slides does so
-//! in every second layer up to `max_window_layers`, from the first on.
+//! Qwen1.5-MoE and Qwen2-MoE: Qwen2's attention; a shared expert for every token, times a sigmoid, beside the routed
+//! ones. `decoder_sparse_step` and `mlp_only_layers` leave some layers dense. Without `layer_types`, a model that
+//! slides does so in every second layer up to `max_window_layers`, from the first on.
 
 use super::{ATTENTION_AND_MLP, Family, mixture, sparse};
 use crate::model::{GqaSpec, Mixer, MoeSpec};

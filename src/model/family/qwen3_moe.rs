@@ -1,5 +1,5 @@
-//! Qwen3-MoE: Qwen3's attention; `decoder_sparse_step` and `mlp_only_layers` leave some layers dense. A model that slides
-//! does so in every layer.
+//! Qwen3-MoE: Qwen3's attention; `decoder_sparse_step` and `mlp_only_layers` leave some layers dense. A model that
+//! slides does so in every layer.
 
 use super::{ATTENTION_AND_MLP, Family, mixture, qwen3, sparse};
 use crate::model::{GqaSpec, Mixer};

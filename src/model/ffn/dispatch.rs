@@ -1,5 +1,5 @@
-//! The tokens of this rank at the experts that they go to, wherever these are: sorted by expert and carried to the rank that
-//! has it, where those of an expert lie together; and what becomes of them back to the tokens, summed.
+//! The tokens of this rank at the experts that they go to, wherever these are: sorted by expert and carried to the
+//! rank that has it, where those of an expert lie together; and what becomes of them back to the tokens, summed.
 
 use crate::{
     model::rows::RowAdapters,
@@ -13,9 +13,9 @@ use crate::{
 };
 use tch::{Device, Tensor};
 
-/// Which row of an expert is which token's, for one choice.
+/// Rows of experts for the tokens of one choice.
 pub struct Dispatch {
-    /// Of this rank's tokens to all experts.
+    /// This rank's tokens, sorted by expert.
     assignment: Assignment,
     /// Segments of an expert: one for each adapter of the pass.
     pattern: usize,
@@ -30,7 +30,8 @@ struct Remote {
 }
 
 impl Dispatch {
-    /// Of x `[tokens, hidden]` by `chosen` `[tokens, k]` i64, each one of `experts`. Collective over the ranks of `dispatcher`.
+    /// Dispatch of x `[tokens, hidden]` by `chosen` `[tokens, k]` i64, each one of `experts`. Collective over the
+    /// ranks of `dispatcher`.
     pub fn new(
         x: &Tensor,
         chosen: &Tensor,
@@ -57,7 +58,7 @@ impl Dispatch {
         Ok(Self { assignment, pattern: pattern.len(), remote: Some(Remote { route, segments }) })
     }
 
-    /// How often each of all experts was chosen by this rank's tokens: `[experts]` i64.
+    /// Choices of each expert by this rank's tokens: `[experts]` i64.
     pub fn counts(&self) -> Tensor {
         self.assignment.counts().view([-1, self.pattern as i64]).sum_dim_intlist(1, false, None)
     }
@@ -67,7 +68,7 @@ impl Dispatch {
         self.remote.as_ref().map_or_else(|| self.assignment.segments(), |remote| &remote.segments)
     }
 
-    /// Whether rows travel between ranks.
+    /// True if rows travel between ranks.
     pub fn is_remote(&self) -> bool {
         self.remote.is_some()
     }
@@ -79,7 +80,8 @@ impl Dispatch {
         remote.dispatch(&rows)
     }
 
-    /// `[tokens, n]` from what this rank's experts made of their rows, `[rows, n]`, plus `add` `[tokens, n]`. Collective.
+    /// `[tokens, n]` from what this rank's experts made of their rows, `[rows, n]`, plus `add` `[tokens, n]`.
+    /// Collective.
     pub fn combine(&self, rows: &Tensor, add: Option<&Tensor>) -> Result<Buffer, ShardError> {
         let Some(remote) = &self.remote else { return Ok(self.assignment.combine(rows, add)) };
         Ok(self.assignment.combine(&*remote.combine(rows, self.assignment.rows())?, add))

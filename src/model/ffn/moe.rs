@@ -31,7 +31,7 @@ pub struct MoeSpec {
     pub experts: usize,
     /// Experts of a token.
     pub top_k: usize,
-    /// Whether the weights of a token's experts are divided by their sum.
+    /// True if the weights of a token's experts are divided by their sum.
     pub normalise: bool,
     /// Width of an expert.
     pub width: usize,
@@ -115,8 +115,9 @@ impl SubLayer for Moe {
         Self { spec: *spec, hidden_size: hidden, router, experts, shared }
     }
 
-    /// A row of each chosen expert with its scale, its token and choice; the router's results. Rows that pad the segment
-    /// of an expert are not known before and not counted. Ranks exchange as many rows as they have if the routers choose evenly.
+    /// A row of each chosen expert with its scale, its token and choice; the router's results. Rows that pad the
+    /// segment of an expert are not known before and not counted. Ranks exchange as many rows as they have if the
+    /// routers choose evenly.
     fn kept_bytes(&self, sizes: &CostSizes) -> usize {
         let MoeSpec { experts, top_k, width, .. } = self.spec;
         let row = self.experts.kept_bytes(width, sizes) + 4 + 3 * 8;

@@ -2,8 +2,8 @@
 //!
 //! q|k|v = x·Wᵀ + b,  q, k ← norm(q), norm(k),  q|k|v clipped,  q, k rotated,  y = attention(q, k, v)·Wₒᵀ + bₒ
 //!
-//! Saved: q|k|v as attention saw them, its output and row sums, q|k before their norm with its statistics, the mask of the
-//! clipped elements, LoRA activations.
+//! Saved: q|k|v as attention saw them, its output and row sums, q|k before their norm with its statistics, the mask
+//! of the clipped elements, LoRA activations.
 
 use crate::{
     model::{
@@ -94,7 +94,7 @@ pub struct Gqa {
 pub struct Weights {
     qkv: Linear,
     o: Linear,
-    /// Of q and of k: `[head_dim]` fp32, or all heads' widths.
+    /// Weights of q and of k: `[head_dim]` fp32, or all heads' widths.
     qk_norm: Option<[Tensor; 2]>,
 }
 

@@ -178,7 +178,8 @@ impl<M: MicroKernel> NullaryFnOnce for Forward<'_, M> {
                     let left = Left { units: query, row: units, unit: 1 };
                     let key_tile = &keys[tile * TILE * units..(tile + 1) * TILE * units];
                     machine.multiply(left, key_tile, &mut scores[..rows * TILE], TILE, false);
-                    // Rows are independent: one loop over all of them has no dependent chain, unlike a chain of steps by row.
+                    // Rows are independent: one loop over all of them has no dependent chain, unlike a chain of steps
+                    // by row.
                     for (r, i) in queries.clone().enumerate() {
                         let row = &mut scores[r * TILE..(r + 1) * TILE];
                         hide(row, &shape.seen(i, tile * TILE), M::Number::NEG_INFINITY);

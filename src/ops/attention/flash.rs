@@ -4,7 +4,7 @@ use super::{Documents, Heads};
 use crate::device::has_flash;
 use tch::{Device, Kind, Tensor};
 
-/// Whether the kernels take these: 16-bit kinds, heads of one width, a multiple of 8 up to 256.
+/// True if the kernels take these: 16-bit kinds, heads of one width, a multiple of 8 up to 256.
 pub fn takes(qkv: &Tensor, heads: Heads) -> bool {
     let kind = matches!(qkv.kind(), Kind::BFloat16 | Kind::Half);
     matches!(qkv.device(), Device::Cuda(_))

@@ -5,8 +5,8 @@
 //!
 //! c is the scale, 1/√d by default. Heads of v may be narrower than those of q and k.
 //!
-//! Backends: tiled kernels of our own on the CPU (`cpu`), libtorch's FlashAttention on CUDA (`flash`), libtorch operations
-//! for anything else (`formula`).
+//! Backends: tiled kernels of our own on the CPU (`cpu`), libtorch's FlashAttention on CUDA (`flash`), libtorch
+//! operations for anything else (`formula`).
 
 mod cpu;
 mod flash;
@@ -29,7 +29,7 @@ use tch::{Device, Kind, Tensor};
 pub struct Documents {
     /// (first token, documents, tokens per document)
     runs: Vec<(i64, i64, i64)>,
-    /// Where each begins, and the end: `[documents + 1]` i32, where the batch is.
+    /// Cumulative lengths: `[documents + 1]` i32, where the batch is.
     offsets: Tensor,
 }
 

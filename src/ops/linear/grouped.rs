@@ -1,5 +1,5 @@
-//! All segments in one grouped GEMM of libtorch, for devices: starting a GEMM for each segment would take longer than the
-//! GEMMs themselves.
+//! All segments in one grouped GEMM of libtorch, for devices: starting a GEMM for each segment would take longer than
+//! the GEMMs themselves.
 //!
 //! Adapters of one pass may differ in rank, alpha and columns. Then they are stacked, padded with zeros to the largest
 //! rank (A `[segments, ranks, in]`, B `[segments, out, ranks]` over all output columns), which costs a copy of the

@@ -9,9 +9,9 @@
 //!
 //! Base GEMMs run once over all rows of a base weight, adapter GEMMs by segment (segmented LoRA, as SGMV in Punica).
 //! Segments are slices of the same tensors: nothing is padded or copied, and a segment without rows costs nothing.
-//! `backend` chooses how: GEMMs of our own in bf16 on CPUs with AMX or AVX512-BF16 (`tiled.rs`), libtorch's grouped GEMM
-//! on devices that have it (`grouped.rs`), libtorch's GEMMs one after another elsewhere (`plain.rs`; a grouped one was
-//! measured no faster on a CPU).
+//! `backend` chooses how: GEMMs of our own in bf16 on CPUs with AMX or AVX512-BF16 (`tiled.rs`), libtorch's grouped
+//! GEMM on devices that have it (`grouped.rs`), libtorch's GEMMs one after another elsewhere (`plain.rs`; a grouped
+//! one was measured no faster on a CPU).
 
 mod grouped;
 mod matrices;
@@ -146,8 +146,8 @@ fn backend<'a>(rows: &Tensor, layer: GroupedLinear<'a>) -> Box<dyn Backend + 'a>
     }
 }
 
-/// True if segments of any length cost alike. With libtorch's GEMMs on a CPU they do not: oneDNN compiles and keeps a kernel for
-/// each number of rows, except where every segment is short.
+/// True if segments of any length cost alike. With libtorch's GEMMs on a CPU they do not: oneDNN compiles and keeps a
+/// kernel for each number of rows, except where every segment is short.
 pub fn takes_any_rows(x: &Tensor) -> bool {
     x.device() != Device::Cpu || tiled::multiplier(x).is_some()
 }
@@ -173,8 +173,8 @@ pub fn backward_input(d_y: &Tensor, layer: GroupedLinear) -> (Buffer, LoraHidden
     backend(d_y, layer).backward_input(d_y)
 }
 
-/// Adds the adapters' gradients from dy, x, what [`forward`] returned and what [`backward_input`] did. A function of its
-/// own because x may become known only with dx, as SwiGLU's output does.
+/// Adds the adapters' gradients from dy, x, what [`forward`] returned and what [`backward_input`] did. A function of
+/// its own because x may become known only with dx, as SwiGLU's output does.
 pub fn backward_parameters(
     d_y: &Tensor,
     x: &Tensor,

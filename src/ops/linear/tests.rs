@@ -330,8 +330,8 @@ fn what_a_device_knows_of_groups_the_host_can_ask() {
     assert_eq!(groups.offsets(), [0, 2, 2, 7]);
 }
 
-/// Adapters of ranks 8, 4 and 16 on a layer from 16 columns to 24 of 3 bases: on all columns, on two parts, and on the last
-/// columns with an A that all bases share. Values that bf16 has too.
+/// Adapters of ranks 8, 4 and 16 on a layer from 16 columns to 24 of 3 bases: on all columns, on two parts, and on
+/// the last columns with an A that all bases share. Values that bf16 has too.
 struct Mixed {
     w: Tensor,
     adapters: Vec<Option<BoundAdapter>>,

@@ -1,5 +1,6 @@
-//! bf16 GEMMs of our own on CPUs with AMX or AVX512-BF16: where all rows of a base have one adapter, its part of an output
-//! is one more term of the same fp32 sum, without a pass or a rounding of its own; segments may have any length.
+//! bf16 GEMMs of our own on CPUs with AMX or AVX512-BF16: where all rows of a base have one adapter, its part of an
+//! output is one more term of the same fp32 sum, without a pass or a rounding of its own; segments may have any
+//! length.
 
 use super::{
     Backend, Base, BoundAdapter, GroupedLinear, LoraHiddenGrad, Matrices, Part, columns, rows_of,
@@ -26,8 +27,8 @@ pub(super) fn multiplier(x: &Tensor) -> Option<Multiplier> {
     fits.then(Isa::current).and_then(Multiplier::of)
 }
 
-/// Packing a weight for fewer rows, as in generation, was measured to cost more than it saves (in vectors; tile registers
-/// pack the same).
+/// Packing a weight for fewer rows, as in generation, was measured to cost more than it saves (in vectors; tile
+/// registers pack the same).
 const FEWEST_ROWS: i64 = 8;
 
 /// A layer computed so.
