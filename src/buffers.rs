@@ -11,7 +11,7 @@
 //! Tensors of other devices come from libtorch, which has such a pool for them.
 
 use std::{
-    alloc::{Layout, alloc, dealloc, handle_alloc_error},
+    alloc::{Layout, alloc, dealloc},
     cell::RefCell,
     cmp::Reverse,
     collections::VecDeque,
@@ -64,7 +64,8 @@ impl Block {
         let layout = Self::layout(bytes.max(1));
         // SAFETY: the layout has at least one byte.
         let start = unsafe { alloc(layout) };
-        let start = NonNull::new(start).unwrap_or_else(|| handle_alloc_error(layout));
+        // A panic, as libtorch's allocator panics, and no abort: it ends all ranks in one line.
+        let start = NonNull::new(start).unwrap_or_else(|| panic!("can't allocate memory for {bytes} bytes"));
         Self { start, bytes: layout.size() }
     }
 
