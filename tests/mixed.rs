@@ -4,7 +4,7 @@
 mod common;
 
 use common::{
-    ranks_of, stand_in,
+    relative, run_workers, stand_in,
     topology::{Data, load, row, spec},
 };
 use serde::{Deserialize, Serialize};
@@ -15,7 +15,6 @@ use xorl_dist::{
     comm::{Reduce, World},
     config::{CheckpointingMethod, ReduceGradients},
     device::DeviceChoice,
-    dtype::DType,
     lora::{Adapter, LoraShape, targets::resolve},
     loss::{BySegment, CrossEntropy, TokenLoss},
     mesh::{Mesh, MeshSizes},
@@ -69,13 +68,6 @@ impl Case {
 /// row.
 type Seen = BTreeMap<String, Vec<f32>>;
 
-/// ‖a − b‖₂ / ‖b‖₂; 0 where both are zero.
-fn relative(a: &[f32], b: &[f32]) -> f64 {
-    let norm = |of: &mut dyn Iterator<Item = f64>| of.map(|x| x * x).sum::<f64>().sqrt();
-    let apart = norm(&mut a.iter().zip(b).map(|(&a, &b)| f64::from(a) - f64::from(b)));
-    if apart == 0.0 { 0.0 } else { apart / norm(&mut b.iter().map(|&b| f64::from(b))) }
-}
-
 fn floats(tensor: &Tensor) -> Vec<f32> {
     Vec::try_from(tensor.to_kind(Kind::Float).reshape([-1])).unwrap()
 }
@@ -106,7 +98,7 @@ fn pass(
         .iter()
         .map(|&index| {
             let shape = LoraShape { rank: ADAPTERS[index].0, alpha: ADAPTERS[index].1 };
-            let mut adapter = model.new_adapter(&sites(index), shape).unwrap();
+            let mut adapter = model.new_adapter(&sites(index), shape);
             adapter.init(7 + index as u64, 0.05).unwrap();
             adapter
         })
@@ -165,14 +157,11 @@ fn mpi_worker() {
     let sizes = MeshSizes { replicate: 1, shard: -1, sequence: 1, expert: case.experts_over };
     let groups = ProcessGroups::new(&world, Mesh::new(size, sizes).unwrap());
     let options = Options {
-        compute: DType::F32,
-        merge: true,
-        slots: 2,
         vocab_chunk_rows: 300,
         loss_chunk_tokens: 7,
         checkpointing: CheckpointingMethod::Selective,
         reduce: case.reduce,
-        debug: false,
+        ..Options::default()
     };
     let mut model = Transformer::new(spec(case.moe), options, &groups).unwrap();
     load(&mut model, Data::Random);
@@ -204,17 +193,11 @@ fn mpi_worker() {
 /// Runs a case on its ranks; the losses of the adapters and of the rows without.
 fn run(case: &Case) -> Vec<f64> {
     let directory = tempfile::tempdir().unwrap();
-    let mut command = ranks_of(&std::env::current_exe().unwrap(), case.world);
-    command.args(["--exact", "mpi_worker", "--nocapture", "--test-threads=1"]);
-    command
-        .env("XORL_TEST_CASE", serde_json::to_string(case).unwrap())
-        .env("XORL_TEST_OUT", directory.path());
-    if case.stand_in {
-        stand_in(&mut command, directory.path());
-    }
-    let output = command.output().unwrap();
-    let text = [&output.stdout[..], &output.stderr].map(String::from_utf8_lossy).concat();
-    assert!(output.status.success(), "{case:?}: {text}");
+    run_workers(case.world, case, directory.path(), |command| {
+        if case.stand_in {
+            stand_in(command, directory.path());
+        }
+    });
     let seen = std::fs::read_to_string(directory.path().join("0.json")).unwrap();
     let seen: Vec<Value> = serde_json::from_str(&seen).unwrap();
     seen.iter().map(|of| of["loss"][0].as_f64().unwrap()).collect()

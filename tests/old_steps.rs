@@ -7,7 +7,7 @@
 mod common;
 
 use common::{
-    metrics, ranks_of, succeeded,
+    metrics, ranks_of, relative, succeeded,
     tiny::{adapter, copy_tree, differences},
 };
 use serde_json::Value;
@@ -29,13 +29,6 @@ fn cpu() -> String {
         lines.find(|(key, _)| key.trim() == name).map_or("", |(_, value)| value.trim()).to_owned()
     };
     ["vendor_id", "cpu family", "model"].map(field).join(" ")
-}
-
-/// ‖a - b‖ / ‖b‖
-fn distance(a: &[f32], b: &[f32]) -> f64 {
-    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
-    let apart = norm(&mut a.iter().zip(b).map(|(a, b)| f64::from(*a) - f64::from(*b)));
-    apart / norm(&mut b.iter().map(|b| f64::from(*b)))
 }
 
 /// Fails unless two numbers are equal, or close where `exact` is false; other values have to be equal.
@@ -86,7 +79,7 @@ fn goes_on(name: &str, ranks: usize, more: &[&str]) {
     let (found, was) = (adapter(&last), adapter(&fixture.join("expected")));
     assert_eq!(found.keys().collect::<Vec<_>>(), was.keys().collect::<Vec<_>>());
     for (tensor, was) in &was {
-        let apart = distance(&found[tensor], was);
+        let apart = relative(&found[tensor], was);
         let limit = if exact { 0.0 } else { TOLERANCE };
         assert!(apart <= limit, "{name} on {ranks} ranks: {tensor} is {apart} away");
     }

@@ -72,7 +72,7 @@ fn our_logits_are_theirs(folder: &Path, step: &str) {
     let groups = ProcessGroups::one_block(&World::start().unwrap());
     let lora = LoraShape { rank: config.r, alpha: config.lora_alpha };
     let mut model = Transformer::new(spec, options, &groups).unwrap();
-    let mut adapter = model.new_adapter(&sites, lora).unwrap();
+    let mut adapter = model.new_adapter(&sites, lora);
     model.load(&SafetensorsSource::open(&directory).unwrap()).unwrap();
     adapter.set(|parameter, range| values[&parameter.name][range].to_vec()).unwrap();
     let bytes = std::fs::read(folder.join("logits.safetensors")).unwrap();

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{
-    ranks_of,
+    run_workers,
     topology::{Data, batch, spec},
 };
 use serde::{Deserialize, Serialize};
@@ -12,7 +12,6 @@ use std::ops::Range;
 use tch::{Kind, Tensor};
 use xorl_dist::{
     comm::World,
-    config::{CheckpointingMethod, ReduceGradients},
     dtype::DType,
     mesh::{Mesh, MeshSizes},
     model::{base_plan::Options, transformer::Transformer},
@@ -69,15 +68,11 @@ fn mpi_worker() {
     let sizes = MeshSizes { replicate: 1, shard: -1, sequence: 1, expert: case.experts_over };
     let groups = ProcessGroups::new(&world, Mesh::new(world.size(), sizes).unwrap());
     let options = Options {
-        compute: DType::F32,
-        merge: true,
-        slots: 2,
         vocab_chunk_rows: 300,
         loss_chunk_tokens: 7,
-        checkpointing: CheckpointingMethod::NoRecompute,
-        reduce: ReduceGradients::Step,
         // Debugging keeps pieces apart.
         debug: !case.shared,
+        ..Options::default()
     };
     let spec = spec(true);
     let source = || RandomSource::new(spec.tensors(), spec.initializer_range, 1);
@@ -111,12 +106,8 @@ fn mpi_worker() {
 }
 
 fn run(case: Case) {
-    let mut command = ranks_of(&std::env::current_exe().unwrap(), case.world);
-    command.args(["--exact", "mpi_worker", "--nocapture", "--test-threads=1"]);
-    let output = command.env("XORL_TEST_CASE", serde_json::to_string(&case).unwrap()).output().unwrap();
-    let text = [&output.stdout[..], &output.stderr].map(String::from_utf8_lossy).concat();
-    assert!(output.status.success(), "{case:?}: {text}");
-    assert!(text.contains("1 passed"), "{text}");
+    let folder = tempfile::tempdir().unwrap();
+    run_workers(case.world, &case, folder.path(), |_| ());
 }
 
 #[test]

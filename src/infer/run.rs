@@ -124,7 +124,7 @@ impl Generation {
         model.load(&self.source as &dyn WeightSource)?;
         let mut adapter = None;
         if let Some(StoredAdapter { sites, shape, values }) = &self.adapter {
-            let mut own = model.new_adapter(sites, *shape)?;
+            let mut own = model.new_adapter(sites, *shape);
             own.set(|parameter, range| values[&parameter.name][range].to_vec())?;
             adapter = Some(own);
         }

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     clock::Clock,
     device::{RankDevice, Staging},
-    lora::{Adapter, LoraShape, Site},
+    lora::{Adapter, AdapterPlan, LoraShape, Site},
     loss::{HeadPass, LossValues, Targets, TokenLoss},
     mesh::MeshError,
     ops::{Buffer, attention::Documents, norm},
@@ -180,14 +180,10 @@ impl Transformer {
     }
 
     /// An adapter of zeros of `shape` on `sites` of this model.
-    ///
-    /// # Errors
-    /// The mesh does not divide the experts.
-    pub fn new_adapter(&self, sites: &[Site], shape: LoraShape) -> Result<Adapter, MeshError> {
-        let mesh = &self.groups.mesh;
-        let plan = BasePlan::new(&self.spec, &self.options, mesh, self.groups.rank)?;
-        let plan = plan.adapter(sites, shape, &self.options, mesh);
-        Ok(Adapter::new(plan, self.options.slots, self.options.reduce, &self.groups))
+    pub fn new_adapter(&self, sites: &[Site], shape: LoraShape) -> Adapter {
+        let projections = self.plans.iter().map(|layer| &layer.projections[..]);
+        let plan = AdapterPlan::new(projections, sites, shape, self.options.compute, &self.groups.mesh);
+        Adapter::new(plan, self.options.slots, self.options.reduce, &self.groups)
     }
 
     /// The device that it computes on.
@@ -206,12 +202,12 @@ impl Transformer {
     /// Reads this rank's pieces of the base, and nothing else. Collective.
     pub fn load(&mut self, source: &dyn WeightSource) -> Result<(), ShardError> {
         let mut staging = Staging::new(&self.groups.device)?;
-        for ring in [&mut self.layers, &mut self.experts, &mut self.vocab, &mut self.final_norm] {
+        for pool in [&mut self.layers, &mut self.experts, &mut self.vocab, &mut self.final_norm] {
             // Debugging destroys what was used, which is then better a rank's own.
             if !self.options.debug {
-                ring.share()?;
+                pool.share()?;
             }
-            ring.load(source, &mut staging)?;
+            pool.load(source, &mut staging)?;
         }
         Ok(())
     }
@@ -232,13 +228,13 @@ impl Transformer {
 
     /// True if ranks share the memory of the base's pieces.
     pub fn shares_memory(&self) -> bool {
-        [&self.layers, &self.experts, &self.vocab, &self.final_norm].iter().all(|ring| ring.is_shared())
+        [&self.layers, &self.experts, &self.vocab, &self.final_norm].iter().all(|pool| pool.is_shared())
     }
 
     /// Forgets what the slots hold, so that the next step gathers what the first one of a new process gathers.
     pub fn forget_gathered(&mut self) -> Result<(), ShardError> {
-        for ring in [&mut self.layers, &mut self.experts, &mut self.vocab, &mut self.final_norm] {
-            ring.invalidate()?;
+        for pool in [&mut self.layers, &mut self.experts, &mut self.vocab, &mut self.final_norm] {
+            pool.invalidate()?;
         }
         Ok(())
     }
@@ -253,7 +249,7 @@ impl Transformer {
         BatchContext { adapters: batch.adapters.clone(), attend, rotary }
     }
 
-    /// Chunks of the embedding; the head has as many, in the same places of the ring when tied.
+    /// Chunks of the embedding; the head has as many, in the same units of the pool when tied.
     fn vocab_chunks(&self) -> usize {
         self.spec.vocab_size.div_ceil(self.options.chunk_rows(self.spec.vocab_size))
     }

@@ -111,7 +111,7 @@ impl Memory {
     }
 }
 
-/// Bytes of the regions of a ring.
+/// Bytes of the regions of a slot pool.
 struct Held {
     /// A rank's pieces.
     pieces: usize,

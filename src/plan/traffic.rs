@@ -1,6 +1,6 @@
 //! Bytes that a rank receives in a step, by operation and group: the ledger of a run equals this exactly.
 //!
-//! A ring's unit u goes to slot u mod K, so the units of one slot come one after another: u₁, u₂, … uₙ in forward
+//! A pool's unit u goes to slot u mod K, so the units of one slot come one after another: u₁, u₂, … uₙ in forward
 //! and back again in backward. Forward ends with uₙ in the slot, where backward finds it; backward ends with u₁,
 //! where the next forward finds it. So each pass gathers all units of a slot but one, and only the first forward
 //! after the slots were emptied gathers them all.
@@ -103,7 +103,7 @@ impl Traffic<'_> {
     }
 }
 
-/// Received for one forward and one backward over a ring of `slots` slots.
+/// Received for one forward and one backward over a pool of `slots` slots.
 fn there_and_back(layouts: &[RegionLayout], slots: usize, warm: bool) -> usize {
     let slots = slots.clamp(1, layouts.len().max(1));
     let of_slot = |slot: usize| {

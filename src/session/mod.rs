@@ -6,7 +6,6 @@ use crate::{
     optim::{ClippedNorm, Optimizer, global_norm},
     shard::ShardError,
 };
-use std::rc::Rc;
 
 /// An adapter that is being trained.
 pub struct Session {
@@ -34,7 +33,7 @@ impl Session {
 
     /// Clips the reduced gradient and steps the optimizer at learning rate `lr`. Collective over `world`, the ranks
     /// that train.
-    pub fn update(&mut self, lr: f64, world: &Rc<dyn Communicator>) -> Result<Update, ShardError> {
+    pub fn update(&mut self, lr: f64, world: &dyn Communicator) -> Result<Update, ShardError> {
         let norm = global_norm(self.adapter.pieces(), &**self.adapter.regions().block())?;
         let clipped = ClippedNorm::new(norm, self.max_grad_norm);
         let mut update = Update { grad_norm: clipped.norm, non_finite: Vec::new() };
@@ -42,7 +41,7 @@ impl Session {
             self.adapter.regions_mut().invalidate()?;
             self.optimizer.step(self.adapter.pieces(), lr, clipped.coefficient)?;
         } else {
-            update.non_finite = self.non_finite(&**world)?;
+            update.non_finite = self.non_finite(world)?;
         }
         Ok(update)
     }

@@ -67,7 +67,7 @@ impl AdapterRegions {
 
     /// Marks gathered units as stale and waits for gathers under way. Called before every change of a compute copy.
     pub fn invalidate(&mut self) -> Result<(), ShardError> {
-        self.both().into_iter().try_for_each(|shards| shards.ring.invalidate())
+        self.both().into_iter().try_for_each(|shards| shards.pool.invalidate())
     }
 
     /// Copies the masters into the compute copies and marks gathered units as stale. Called after every change of a
@@ -80,17 +80,17 @@ impl AdapterRegions {
 
     /// Gathers `unit`'s adapters; see [`SlotPool::gather`].
     pub fn gather(&mut self, unit: usize) -> Result<(), ShardError> {
-        self.both().into_iter().try_for_each(|shards| shards.ring.gather(unit))
+        self.both().into_iter().try_for_each(|shards| shards.pool.gather(unit))
     }
 
     /// See [`SlotPool::prefetch_beside`].
     pub fn prefetch_beside(&mut self, unit: usize, current: usize) -> Result<(), ShardError> {
-        self.both().into_iter().try_for_each(|shards| shards.ring.prefetch_beside(unit, current))
+        self.both().into_iter().try_for_each(|shards| shards.pool.prefetch_beside(unit, current))
     }
 
     /// See [`SlotPool::poison`].
     pub fn poison(&mut self, unit: usize) {
-        self.both().into_iter().for_each(|shards| shards.ring.poison(unit));
+        self.both().into_iter().for_each(|shards| shards.pool.poison(unit));
     }
 
     /// Sets all gradients to zero, before a step.
@@ -113,7 +113,7 @@ impl AdapterRegions {
 /// The adapters of all units in one of their regions.
 pub struct AdapterShards {
     units: Vec<UnitShards>,
-    ring: SlotPool,
+    pool: SlotPool,
     shard: Rc<dyn Communicator>,
     replicate: Rc<dyn Communicator>,
     /// All ranks that own a part of the flat spaces.
@@ -127,7 +127,7 @@ pub struct AdapterShards {
 
 impl AdapterShards {
     /// Zero adapters over `layouts` (compute dtype, aligned to [`ADAPTER_ALIGN`] elements), with as many slots as
-    /// the base ring has.
+    /// the base pool has.
     fn new(
         layouts: Vec<RegionLayout>,
         slots: usize,
@@ -156,8 +156,8 @@ impl AdapterShards {
         let units = layouts.iter().map(unit).collect();
         let largest = layouts.iter().map(elements).max().unwrap_or(0);
         let scratch = (!lone && reduce == ReduceGradients::MicroBatch).then(|| zeros(largest));
-        let ring = SlotPool::new("adapter", layouts, slots, shard.clone(), device);
-        Self { units, ring, shard, replicate, block, expert_groups, expert_group, scratch }
+        let pool = SlotPool::new("adapter", layouts, slots, shard.clone(), device);
+        Self { units, pool, shard, replicate, block, expert_groups, expert_group, scratch }
     }
 
     pub fn len(&self) -> usize {
@@ -169,7 +169,7 @@ impl AdapterShards {
     }
 
     pub fn layout(&self, unit: usize) -> &RegionLayout {
-        self.ring.layout(unit)
+        self.pool.layout(unit)
     }
 
     /// This rank's piece of `unit`, whose flat space is `region`.
@@ -193,7 +193,7 @@ impl AdapterShards {
 
     /// Range of entry `entry` of the experts' group `group` (0 in dense regions) in `unit`'s flat element space.
     pub fn elements(&self, unit: usize, group: usize, entry: usize) -> Range<usize> {
-        let entry = &self.ring.layout(unit).entries[entry];
+        let entry = &self.pool.layout(unit).entries[entry];
         let first = group * self.units[unit].master.numel() * self.shard.size();
         let start = first + entry.spec.storage.element_at(entry.offset);
         start..start + entry.elements()
@@ -212,13 +212,13 @@ impl AdapterShards {
     /// The compute copy of this rank's piece of `unit`, from which it is gathered: `[piece elements]`. None where the
     /// unit has no adapter.
     pub fn compute(&self, unit: usize) -> Option<Tensor> {
-        let Storage::Plain(dtype) = self.ring.layout(unit).entries.first()?.spec.storage else { return None };
-        Some(self.ring.shard(unit).view_dtype(dtype.kind()))
+        let Storage::Plain(dtype) = self.pool.layout(unit).entries.first()?.spec.storage else { return None };
+        Some(self.pool.shard(unit).view_dtype(dtype.kind()))
     }
 
     /// Entry `entry` of `unit`, gathered, in compute dtype.
     pub fn view(&self, unit: usize, entry: usize) -> Result<Tensor, ShardError> {
-        self.ring.view(unit, entry)
+        self.pool.view(unit, entry)
     }
 
     /// Sum of the gradient of entry `entry`, to which `unit`'s backward adds: an fp32 view of the entry's shape.

@@ -42,7 +42,7 @@ pub struct Span {
     pub elements: usize,
 }
 
-/// A tensor of a region, made of spans in row order. A packed tensor's spans are whole tiles, but for the last.
+/// A tensor of a region, made of spans in row order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EntrySpec {
     pub name: String,
@@ -72,9 +72,13 @@ impl Entry {
         self.spec.shape.iter().product()
     }
 
-    /// Bytes of the tensor, padding not included.
+    /// Bytes of the tensor, padding not included. Each span of a packed tensor begins with a tile of its own.
     pub fn bytes(&self) -> usize {
-        self.spec.storage.bytes(self.elements())
+        let EntrySpec { storage, spans, .. } = &self.spec;
+        match spans.is_empty() {
+            true => storage.bytes(self.elements()),
+            false => spans.iter().map(|span| storage.bytes(span.elements)).sum(),
+        }
     }
 }
 
@@ -187,6 +191,24 @@ mod tests {
         assert_eq!(layout.reads(0), [piece("q", 0..12, 0)]);
         assert_eq!(layout.reads(1), [piece("q", 12..20, 0), piece("k", 0..4, 32)]);
         assert_eq!(layout.reads(2), [piece("k", 4..10, 0)]);
+    }
+
+    #[test]
+    fn spans_of_a_packed_tensor_have_tiles_of_their_own() {
+        let packed = Storage::Packed(Tile { elements: 64, bytes: 36 });
+        let span = |tensor: &str, elements| Span { tensor: tensor.into(), start: 0, elements };
+        let fused = EntrySpec {
+            name: "qkv".into(),
+            shape: vec![15, 10],
+            storage: packed,
+            spans: vec![span("q", 100), span("k", 30), span("v", 20)],
+        };
+        let layout = RegionLayout::new("layer", vec![fused, spec("norm", &[3], DType::F32)], 1, BASE_ALIGN);
+        // Two tiles of q, one each of k and v.
+        assert_eq!(layout.entries[0].bytes(), 4 * 36);
+        assert!(layout.entries[1].offset >= 4 * 36);
+        let read = |tensor: &str, range, at| Piece { tensor: tensor.into(), range, storage: packed, at };
+        assert_eq!(layout.reads(0)[..3], [read("q", 0..100, 0), read("k", 0..30, 72), read("v", 0..20, 108)]);
     }
 
     #[test]

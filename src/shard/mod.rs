@@ -31,8 +31,8 @@ pub enum ShardError {
     Packed { tensor: String },
     #[error(transparent)]
     Device(#[from] DeviceError),
-    #[error("{ring}: {wanted} is used while its slot holds {held} (a bug: every use follows its gather)")]
-    WrongUnit { ring: &'static str, wanted: String, held: String },
+    #[error("{pool}: {wanted} is used while its slot holds {held} (a bug: every use follows its gather)")]
+    WrongUnit { pool: &'static str, wanted: String, held: String },
     #[error("rank {from} of the expert group counts its rows in {actual} bytes, expected {expected} (a bug)")]
     Counts { from: usize, actual: usize, expected: usize },
     #[error("layer {layer}, {pass}: {count} of {of} values are not finite")]

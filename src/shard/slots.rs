@@ -253,7 +253,7 @@ impl SlotPool {
                 if slot.unit != Some(unit) || slot.pending.is_some() {
                     let held = slot.unit.map_or("nothing", |held| self.layouts[held].name.as_str());
                     return Err(ShardError::WrongUnit {
-                        ring: self.name,
+                        pool: self.name,
                         wanted: self.layouts[unit].name.clone(),
                         held: if slot.pending.is_some() {
                             format!("{held}, not yet gathered")

@@ -232,7 +232,7 @@ impl Run {
         model.load(self.source.as_ref())?;
         groups.open(self.spec.moe().is_some())?;
         tracing::info!("rank {} read {} bytes of the base", world.rank(), self.source.bytes_read());
-        let mut adapter = model.new_adapter(&self.sites, self.lora_shape())?;
+        let mut adapter = model.new_adapter(&self.sites, self.lora_shape());
         let mut optimizer = Optimizer::new(&Settings::from(train), adapter.pieces());
         // Values are dropped once they are in place: they are as large as the adapter and its moments.
         match &mut self.start {

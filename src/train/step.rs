@@ -111,6 +111,6 @@ impl Trainer {
     fn update(&mut self, lr: f64) -> Result<Update, ShardError> {
         let clock = self.model.clock.clone();
         let _updating = clock.phase("update");
-        self.session.update(lr, &self.world)
+        self.session.update(lr, &*self.world)
     }
 }

@@ -71,6 +71,25 @@ pub fn stand_in(command: &mut Command, folder: &Path) {
     command.env("XORL_STAND_IN_JITTER_US", "300");
 }
 
+/// Starts this test program once for each of `world` ranks; each runs its test `mpi_worker`, which finds `case` in
+/// XORL_TEST_CASE and leaves its results in `folder`. `prepare` may change the command.
+pub fn run_workers<C: serde::Serialize>(
+    world: usize,
+    case: &C,
+    folder: &Path,
+    prepare: impl FnOnce(&mut Command),
+) {
+    let mut command = ranks_of(&std::env::current_exe().unwrap(), world);
+    command.args(["--exact", "mpi_worker", "--nocapture", "--test-threads=1"]);
+    let case = serde_json::to_string(case).unwrap();
+    command.env("XORL_TEST_CASE", &case).env("XORL_TEST_OUT", folder);
+    prepare(&mut command);
+    let output = command.output().unwrap();
+    let text = [&output.stdout[..], &output.stderr].map(String::from_utf8_lossy).concat();
+    assert!(output.status.success(), "{case}: {text}");
+    assert!(text.contains("1 passed"), "{case}: {text}");
+}
+
 /// What the run said is part of the failure.
 pub fn succeeded(output: &Output) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

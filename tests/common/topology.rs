@@ -3,7 +3,7 @@
 //! Each case starts its own test binary under mpirun; its ranks run [`worker`], which trains and leaves what it saw in
 //! a file. A test program that uses this has a test `mpi_worker` that calls it.
 
-use super::{ranks_of, relative, stand_in};
+use super::{relative, run_workers, stand_in};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::{collections::BTreeMap, path::Path, rc::Rc};
@@ -405,7 +405,7 @@ pub fn worker() {
     let new = |groups: &ProcessGroups| {
         let mut model = Transformer::new(spec.clone(), options, groups).unwrap();
         load(&mut model, case.data);
-        let mut adapter = model.new_adapter(&sites, lora).unwrap();
+        let mut adapter = model.new_adapter(&sites, lora);
         adapter.init(3, 0.05).unwrap();
         (model, adapter)
     };
@@ -488,22 +488,14 @@ fn digest(adapter: &Adapter) -> String {
 /// What every rank of a case saw.
 pub fn run(case: &Case) -> Vec<Value> {
     let directory = tempfile::tempdir().unwrap();
-    let program = std::env::current_exe().unwrap();
-    let mut command = ranks_of(&program, case.world);
-    command.args(["--exact", "mpi_worker", "--nocapture", "--test-threads=1"]);
-    command
-        .env("XORL_TEST_CASE", serde_json::to_string(case).unwrap())
-        .env("XORL_TEST_OUT", directory.path());
-    if case.stand_in {
-        stand_in(&mut command, directory.path());
-    }
-    if let Some(ranks) = case.ranks_per_host {
-        command.env("XORL_RANKS_PER_HOST", ranks.to_string());
-    }
-    let output = command.output().unwrap();
-    let text =
-        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "{case:?}: {text}");
+    run_workers(case.world, case, directory.path(), |command| {
+        if case.stand_in {
+            stand_in(command, directory.path());
+        }
+        if let Some(ranks) = case.ranks_per_host {
+            command.env("XORL_RANKS_PER_HOST", ranks.to_string());
+        }
+    });
     let read = |rank: usize| std::fs::read_to_string(directory.path().join(format!("{rank}.json"))).unwrap();
     (0..case.world).map(|rank| serde_json::from_str(&read(rank)).unwrap()).collect()
 }
