@@ -41,6 +41,14 @@ impl RotaryTables {
 }
 
 impl Rotary {
+    /// Given angles of one rotary embedding, each `[tokens, 1, rotary / 2]`, of any kind.
+    #[cfg(test)]
+    pub fn given(rope: RopeSpec, angles: [Tensor; 2]) -> Self {
+        let tables = Rc::new(RotaryTables::new(Device::Cpu));
+        let positions = Tensor::zeros([0], (tch::Kind::Int64, Device::Cpu));
+        Self { tables, positions, longest: 0, angles: RefCell::new(vec![(rope, angles)]) }
+    }
+
     /// cos and sin of `rope`, each `[tokens, 1, rotary / 2]` fp32.
     pub fn of(&self, rope: &RopeSpec) -> [Tensor; 2] {
         let mut angles = self.angles.borrow_mut();

@@ -2,8 +2,8 @@
 //!
 //! q|k|v = x·Wᵀ + b,  q, k ← norm(q), norm(k),  q|k|v clipped,  q, k rotated,  y = attention(q, k, v)·Wₒᵀ + bₒ
 //!
-//! Saved: q|k|v as attention saw them, its output and row sums, q|k before their norm with its statistics, the mask
-//! of the clipped elements, LoRA activations.
+//! Saved: q|k|v as attention saw them, its output and row sums, q|k before their norm with its statistics, the mask of
+//! the clipped elements, LoRA activations.
 
 use crate::{
     model::{
@@ -94,7 +94,7 @@ pub struct Gqa {
 pub struct Weights {
     qkv: Linear,
     o: Linear,
-    /// Weights of q and of k: `[head_dim]` fp32, or all heads' widths.
+    /// Weights of q's and k's norms: `[head_dim]` fp32, or all heads' widths.
     qk_norm: Option<[Tensor; 2]>,
 }
 
@@ -286,5 +286,183 @@ impl SubLayer for Gqa {
         let (d_x, g) = linear::backward_input(&d_qkv, qkv);
         linear::backward_parameters(&d_qkv, &x(), h_qkv.as_deref(), &g, qkv);
         Ok(d_x)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        dtype::DType,
+        model::{
+            attend::WithinDocuments, context::Rotary, declare::EntryForm, rows::RowAdapters,
+            spec::RopeScaling,
+        },
+        ops::{
+            attention::Documents,
+            linear::{AdapterGradient, Base, BoundAdapter, Matrices, Part},
+            testing::{autograd, distance, leaf},
+        },
+    };
+    use std::rc::Rc;
+    use tch::{Device, Kind};
+
+    const HIDDEN: i64 = 20;
+    const RANK: i64 = 3;
+    const LENGTHS: [usize; 2] = [7, 4];
+    const EPS: f64 = 1e-6;
+
+    /// A linear layer with bias and an adapter on all columns: W, b, A, B.
+    fn linear(output: i64, input: i64) -> [Tensor; 4] {
+        [&[output, input][..], &[output], &[RANK, input], &[output, RANK]].map(leaf)
+    }
+
+    /// The same as operands, with zero gradients of A and B.
+    fn bound([w, b, lora_a, lora_b]: &[Tensor; 4]) -> Linear {
+        let shared = |tensor: &Tensor| Matrices::Shared(tensor.detach());
+        let zeros = |tensor: &Tensor| Matrices::Shared(tensor.detach().zeros_like());
+        let part = Part { out: 0..w.size()[0], ranks: 0..RANK, b: shared(lora_b) };
+        let gradient = AdapterGradient { a: zeros(lora_a), b: vec![zeros(lora_b)] };
+        let adapter = BoundAdapter { a: shared(lora_a), parts: vec![part], scaling: 0.5, gradient };
+        let base = Base { weight: shared(w), bias: Some(b.detach()) };
+        Linear { bases: vec![base], adapters: vec![Some(adapter)] }
+    }
+
+    fn applied([w, b, lora_a, lora_b]: &[Tensor; 4], x: &Tensor) -> Tensor {
+        x.matmul(&w.tr()) + b + x.matmul(&lora_a.tr()).matmul(&lora_b.tr()) * 0.5
+    }
+
+    /// The formulas by libtorch's operations, one document and head at a time.
+    fn reference(
+        spec: &GqaSpec,
+        x: &Tensor,
+        [qkv, o]: [&[Tensor; 4]; 2],
+        norms: &Option<[Tensor; 2]>,
+        [cos, sin]: [&Tensor; 2],
+    ) -> Tensor {
+        let [query, key_value, dim, value_dim] =
+            [spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.value_dim].map(|n| n as i64);
+        let all = applied(qkv, x);
+        let part = |first, heads, dim| all.narrow(1, first, heads * dim).reshape([-1, heads, dim]);
+        let clipped =
+            |part: Tensor| spec.clip_qkv.map_or(part.shallow_clone(), |most| part.clamp(-most, most));
+        let turned = |part: Tensor, norm: Option<&Tensor>| {
+            let normed = norm.map_or(part.shallow_clone(), |weight| {
+                let rows = part.reshape([x.size()[0], -1, weight.size()[0]]);
+                let mean = rows.square().mean_dim(-1, true, None::<Kind>);
+                (&rows * (mean + EPS).rsqrt() * weight).reshape(part.size())
+            });
+            let clipped = clipped(normed);
+            let half = spec.rope.dim as i64 / 2;
+            let (a, b) = (clipped.narrow(2, 0, half), clipped.narrow(2, half, half));
+            let rest = clipped.slice(2, 2 * half, None, 1);
+            Tensor::cat(&[&a * cos - &b * sin, &b * cos + &a * sin, rest], 2)
+        };
+        let q = turned(part(0, query, dim), norms.as_ref().map(|norms| &norms[0]));
+        let k = turned(part(query * dim, key_value, dim), norms.as_ref().map(|norms| &norms[1]));
+        let v = clipped(part((query + key_value) * dim, key_value, value_dim));
+        let (mut rows, mut start) = (Vec::new(), 0);
+        for length in LENGTHS.map(|length| length as i64) {
+            let position = Tensor::arange(length, (Kind::Int64, Device::Cpu));
+            let age = position.unsqueeze(1) - position.unsqueeze(0);
+            let window = spec.window.map_or(i64::MAX, |window| window as i64);
+            let hidden = age.lt(0).logical_or(&age.ge(window));
+            let heads: Vec<Tensor> = (0..query)
+                .map(|head| {
+                    let own = |part: &Tensor, head| part.narrow(0, start, length).select(1, head);
+                    let key_value = head / (query / key_value);
+                    let scale = spec.scale.unwrap_or(1.0 / (dim as f64).sqrt());
+                    let scores = own(&q, head).matmul(&own(&k, key_value).tr()) * scale;
+                    let weights = scores.masked_fill(&hidden, f64::NEG_INFINITY).softmax(-1, None::<Kind>);
+                    weights.matmul(&own(&v, key_value))
+                })
+                .collect();
+            rows.push(Tensor::cat(&heads, 1));
+            start += length;
+        }
+        applied(o, &Tensor::cat(&rows, 0))
+    }
+
+    fn cases() -> [GqaSpec; 4] {
+        let rope = |dim| RopeSpec { theta: 1e4, scaling: RopeScaling::None, dim };
+        let plain = GqaSpec {
+            num_heads: 4,
+            num_kv_heads: 2,
+            head_dim: 8,
+            value_dim: 8,
+            scale: None,
+            rope: rope(8),
+            qkv_bias: true,
+            o_bias: true,
+            qk_norm: None,
+            qk_norm_eps: EPS,
+            clip_qkv: None,
+            window: None,
+        };
+        [
+            GqaSpec { qk_norm: Some(QkNorm::Head), ..plain },
+            GqaSpec { qk_norm: Some(QkNorm::All), clip_qkv: Some(0.7), window: Some(3), ..plain },
+            GqaSpec { scale: Some(0.3), value_dim: 6, rope: rope(4), ..plain },
+            GqaSpec { head_dim: 12, value_dim: 5, rope: rope(2), qk_norm: Some(QkNorm::Head), ..plain },
+        ]
+    }
+
+    #[test]
+    fn matches_autograd_and_recomputes_what_backward_needs() {
+        let tokens = LENGTHS.iter().sum::<usize>();
+        for spec in cases() {
+            let form = EntryForm { compute: DType::F32, merge: true, experts: 0..0 };
+            let gqa = Gqa::declare(&spec, &mut Declarations::new(0, HIDDEN as usize, form));
+            let widths = spec.heads().widths();
+            let (x, d_y) = (leaf(&[tokens as i64, HIDDEN]), leaf(&[tokens as i64, HIDDEN]).detach());
+            let qkv = linear(widths.iter().sum(), HIDDEN);
+            let o = linear(HIDDEN, spec.output() as i64);
+            let norm_widths = spec.qk_norm.map(|over| match over {
+                QkNorm::Head => [spec.head_dim as i64; 2],
+                QkNorm::All => [widths[0], widths[1]],
+            });
+            let norms = norm_widths.map(|widths| widths.map(|width| leaf(&[width]).detach()));
+            let angles = leaf(&[tokens as i64, 1, spec.rope.dim as i64 / 2]).detach();
+            let (cos, sin) = (angles.cos(), angles.sin());
+            let expected = reference(&spec, &x, [&qkv, &o], &norms, [&cos, &sin]);
+            let leaves = [&x, &qkv[2], &qkv[3], &o[2], &o[3]];
+            let gradients = autograd(&expected, &d_y, &leaves);
+
+            let _guard = tch::no_grad_guard();
+            let documents = Documents::new(&LENGTHS, Device::Cpu);
+            let attend = WithinDocuments(&documents);
+            let batch = BatchContext {
+                adapters: Rc::new(RowAdapters::one(tokens)),
+                attend: &attend,
+                rotary: Rotary::given(spec.rope, [cos, sin]),
+            };
+            let x = || Buffer::from(x.detach().copy());
+            for skips_output in [false, true] {
+                let qk_norm = norms.as_ref().map(|norms| norms.each_ref().map(Tensor::shallow_clone));
+                let weights = Weights { qkv: bound(&qkv), o: bound(&o), qk_norm };
+                let attended = gqa.intermediate(&weights, x(), None, &batch).unwrap();
+                let saved = if skips_output {
+                    gqa.skip_output(&weights, attended, &batch)
+                } else {
+                    let add = x();
+                    let (y, saved) = gqa.output(&weights, attended, &add, &batch).unwrap();
+                    assert!(distance(&y, &(&expected + &*add)) < 1e-11, "{spec:?}");
+                    saved
+                };
+                let context = BackwardContext { batch: &batch, attend: &attend };
+                let d_x = gqa.backward(&weights, &d_y, x, saved, &context).unwrap();
+                let of = |linear: &Linear| {
+                    let gradient = &linear.adapters[0].as_ref().unwrap().gradient;
+                    [gradient.a.of(0), gradient.b[0].of(0)]
+                };
+                let [[d_a, d_b], [d_a_o, d_b_o]] = [of(&weights.qkv), of(&weights.o)];
+                for (i, (ours, exact)) in
+                    [&d_x, &d_a, &d_b, &d_a_o, &d_b_o].into_iter().zip(&gradients).enumerate()
+                {
+                    let most = 1.0 + exact.abs().max().double_value(&[]);
+                    assert!(distance(ours, exact) / most < 1e-11, "{spec:?}: gradient {i}");
+                }
+            }
+        }
     }
 }
