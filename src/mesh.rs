@@ -1,13 +1,13 @@
-//! Ranks to axes, and every divisibility rule between them. Pure: no MPI, no tensors.
+//! Axes of the ranks, and every divisibility rule between them. Pure: no MPI, no tensors.
 //!
-//! World = replicate R × shard S × sequence U, rank = ((r·S)+s)·U+u. One replica's S·U ranks are a *block*:
-//! base and adapter are sharded over a block and copied across blocks. The expert axis lies inside a block:
-//! ep-rank = rank mod ep, so the ranks that exchange tokens are neighbours.
+//! World = replicate R × shard S × sequence U, rank = ((r·S)+s)·U+u. One replica's S·U ranks are a *block*: base and
+//! adapter are sharded over a block and copied across blocks. The expert axis lies inside a block: ep-rank = rank mod
+//! ep, so the ranks that exchange tokens are neighbours. Ranks that share a sequence are neighbours too.
 
 use crate::config::TrainArgs;
 use std::ops::Range;
 
-/// The axes as they are asked for.
+/// Sizes of the axes as configured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MeshSizes {
     /// Copies of the base; -1: the ranks that are left (1 if `shard` is -1 too).
@@ -31,19 +31,19 @@ impl From<&TrainArgs> for MeshSizes {
     }
 }
 
-/// Why the axes do not fit the world.
+/// Sizes that do not fit the world.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MeshError {
-    /// A size that is no size.
+    /// A size that is not positive.
     #[error("{axis} is {size}; expected a whole number of at least 1{}", if *.rest { ", or -1 for the ranks that are left" } else { "" })]
     Size { axis: &'static str, size: i64, rest: bool },
     /// The sequence axis does not divide the world.
     #[error("{world} ranks cannot be divided into sequences of train.ulysses_parallel_size {sequence}")]
     Sequence { world: usize, sequence: usize },
-    /// One data-parallel size does not divide what is left for both.
+    /// One data-parallel size does not divide the ranks left for both.
     #[error("{ranks} data-parallel ranks cannot be divided by {axis} {size}")]
     Indivisible { ranks: usize, axis: &'static str, size: usize },
-    /// Both data-parallel sizes were given and do not make up the world.
+    /// Both data-parallel sizes are given and their product is not the world.
     #[error(
         "train.data_parallel_replicate_size {replicate} × train.data_parallel_shard_size {shard} × \
          train.ulysses_parallel_size {sequence} = {product} ranks, but {world} were started; \
@@ -60,13 +60,13 @@ pub enum MeshError {
     Experts { expert: usize, experts: usize },
 }
 
-/// Coordinates of a rank on every axis.
+/// Indices of a rank on every axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Coordinates {
     pub replicate: usize,
     pub shard: usize,
     pub sequence: usize,
-    /// ep-rank: which slice of the experts the rank owns.
+    /// ep-rank: index of the rank's slice of the experts.
     pub expert: usize,
 }
 
@@ -83,10 +83,10 @@ const REPLICATE: &str = "train.data_parallel_replicate_size";
 const SHARD: &str = "train.data_parallel_shard_size";
 
 impl Mesh {
-    /// Lays `sizes` over `world` ranks.
+    /// The mesh of `world` ranks with `sizes`.
     ///
     /// # Errors
-    /// The first size that is not one or does not divide what it has to.
+    /// The first size that is not positive or does not divide its ranks.
     pub fn new(world: usize, sizes: MeshSizes) -> Result<Self, MeshError> {
         let MeshSizes { sequence, expert, .. } = sizes;
         for (axis, size) in
@@ -176,7 +176,7 @@ impl Mesh {
         }
     }
 
-    /// The rank at `at`; its `expert` follows from the others and is not read.
+    /// The rank at `at`; `expert` follows from the others and is ignored.
     pub fn rank(&self, at: Coordinates) -> usize {
         (at.replicate * self.shard + at.shard) * self.sequence + at.sequence
     }
@@ -228,7 +228,7 @@ impl Mesh {
         Ok(first..first + each)
     }
 
-    /// The mesh as text: the axes, then a line a rank (the middle of a large world is left out).
+    /// The mesh as text: the axes, then a line a rank. The middle of a large world is left out.
     pub fn table(&self) -> String {
         const SHOWN: usize = 64;
         let world = self.world();
@@ -271,7 +271,7 @@ impl Mesh {
     }
 }
 
-/// A data-parallel size, or `None` for "what is left".
+/// A data-parallel size, or `None` for the rest of the ranks.
 fn given(axis: &'static str, size: i64) -> Result<Option<usize>, MeshError> {
     match usize::try_from(size) {
         Ok(size) if size >= 1 => Ok(Some(size)),
@@ -382,7 +382,7 @@ mod tests {
         assert_eq!((alone.sequence_group(2), alone.data_rank(2)), (vec![2], 2));
     }
 
-    /// Each family of groups covers every rank once, and the members of a group agree on who is in it.
+    /// Groups of one kind partition the ranks, and every member computes the same group.
     #[test]
     fn groups_partition_every_world() {
         for world in 1..=12 {

@@ -120,7 +120,7 @@ impl BasePlan {
     }
 }
 
-/// All projections of a model, in unit order: what targets are resolved against.
+/// All projections of a model, in unit order, against which targets are resolved.
 pub fn all_projections(spec: &ModelSpec) -> Vec<crate::lora::targets::Projection> {
     spec.layer_plans().flat_map(|layer| layer.projections).collect()
 }

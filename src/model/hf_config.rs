@@ -1,5 +1,5 @@
-//! Reads an HF `config.json` into a [`ModelSpec`]. A field that changes the maths and is not built is refused
-//! unless it holds its neutral value; a field that nobody here knows is refused too, because it might.
+//! Reads an HF `config.json` into a [`ModelSpec`]. A field that changes the maths and is not built is refused unless it
+//! holds its neutral value. An unknown field is refused too, because it might change the maths.
 
 use super::{
     family::{Decoder, FAMILIES, Family},
@@ -35,14 +35,14 @@ fn known() -> String {
 pub struct HfModel {
     pub family: &'static Family,
     pub spec: ModelSpec,
-    /// Dtype of the checkpoint, when the config says.
+    /// Dtype of the checkpoint, if the config has one.
     pub dtype: Option<DType>,
-    /// Tokens that end a generation; from generation_config.json too when that is beside the config.
+    /// Tokens that end a generation, those of a generation_config.json beside the config included.
     pub eos_token_ids: Vec<i64>,
     pub pad_token_id: Option<i64>,
 }
 
-/// Bookkeeping of HF files that no computation of ours reads.
+/// Fields of HF files that no computation reads.
 const HARMLESS: &[&str] = &[
     "_name_or_path",
     "architectures",
@@ -71,7 +71,7 @@ const HARMLESS: &[&str] = &[
     "_attn_implementation",
 ];
 
-/// Sizes that every family has.
+/// Fields that all families share.
 const SIZES: &[&str] = &[
     "head_dim",
     "hidden_size",
@@ -87,7 +87,7 @@ const SIZES: &[&str] = &[
     "vocab_size",
 ];
 
-/// Fields that change the maths and are not built, with the value at which they do nothing.
+/// Fields that change the maths and are not built, with the value at which they have no effect.
 const NEUTRAL: &[(&str, &str)] = &[
     ("attention_dropout", "0.0"),
     ("chunk_size_feed_forward", "0"),
@@ -111,12 +111,12 @@ impl Fields {
         ConfigError::Value { path: self.path.clone(), field, expected: expected.into(), found }
     }
 
-    /// `field` unless it is absent or null.
+    /// The value of `field`, `None` if absent or null.
     fn get(&self, field: &str) -> Option<&Value> {
         self.map.get(field).filter(|value| !value.is_null())
     }
 
-    /// A positive integer that must be there.
+    /// A required positive integer.
     pub fn size(&self, field: &str) -> Result<usize, ConfigError> {
         let missing = || ConfigError::Missing { path: self.path.clone(), field: field.to_owned() };
         self.optional_size(field)?.ok_or_else(missing)
@@ -129,7 +129,7 @@ impl Fields {
         size.map(|n| Some(n as usize)).ok_or_else(|| self.fault(field, "a positive integer", value))
     }
 
-    /// True if `field` is there and not null.
+    /// True if `field` is present and not null.
     pub fn has(&self, field: &str) -> bool {
         self.get(field).is_some()
     }
@@ -169,7 +169,7 @@ impl Fields {
         number.map(Some).ok_or_else(|| self.fault(field, "a positive number", value))
     }
 
-    /// Windows of the layers from `layer_types` (v5), or from `max_window_layers`: layers from that one on slide.
+    /// Windows of the layers from `layer_types` (v5), or from `max_window_layers`, the first layer with a window.
     pub fn windows(&self, layers: usize, window: Option<usize>) -> Result<Vec<Option<usize>>, ConfigError> {
         let Some(types) = self.get("layer_types") else {
             let first = self.optional_size("max_window_layers")?.unwrap_or(0);

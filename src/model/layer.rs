@@ -1,8 +1,8 @@
 //! A decoder layer: two residual halves, u = x + mixer(norm(x)), y = u + ffn(norm(u)).
 //!
 //! [`LayerPlan`] is pure: the entries of the layer's regions and its projections, as its halves declare them. Between
-//! forward and backward a layer is a [`LayerState`]; the caller keeps x. See [`CheckpointingMethod`] for what is
-//! computed again.
+//! forward and backward a layer is a [`LayerState`]; the caller keeps x. [`CheckpointingMethod`] selects the parts to
+//! recompute.
 
 use super::{
     context::BatchContext,
@@ -82,7 +82,7 @@ impl LayerState {
         [&self.mixer, &self.ffn].into_iter().filter_map(|half| half.router_load())
     }
 
-    /// Drops what `method` computes again.
+    /// Drops the tensors that `method` recomputes.
     pub fn release(&mut self, method: CheckpointingMethod) {
         if !method.keeps_attention() {
             self.middle = None;

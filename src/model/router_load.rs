@@ -1,30 +1,32 @@
-//! Router statistics of a step: sums over the tokens of each layer, and measures of their evenness.
+//! Balance of the routers of a step: sums over the tokens of each layer, and the statistics made from them.
 
 use crate::ops::cpu::values;
 use tch::{Device, Tensor};
 
-/// Sums of one step, of this rank's tokens.
+/// Sums of one step over this rank's tokens.
 #[derive(Debug, Default)]
 pub struct RouterLoad {
-    /// `[layers with experts, 2, experts]` fp64, where the layers are; `None` before the first tokens.
+    /// `[layers with experts, 2, experts]` fp64 on the model's device; `None` before the first tokens.
     sums: Option<Tensor>,
 }
 
-/// Measures of a step's routers, over all layers with experts.
+/// Statistics of a step over all layers with experts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RouterReport {
-    /// Tokens of the busiest expert over the mean of its layer, in the layer where that is most.
+    /// Tokens of the busiest expert ÷ mean of its layer, the largest over the layers.
     pub max_over_mean: f64,
-    /// Entropy of the choices over the experts of a layer, in nats, mean over the layers; even is ln(experts).
+    /// Entropy of the distribution of choices over the experts of a layer, in nats, mean over the layers. An even one
+    /// has ln(experts).
     pub entropy: f64,
     /// E · Σ f·P over the experts, with f the share of tokens that choose one and P its mean probability, over all
-    /// layers together: transformers' `load_balancing_loss_func` (after Fedus et al., 2021) without its coefficient.
-    /// No gradient of it is taken.
+    /// layers together: transformers' `load_balancing_loss_func` (after Fedus et al., 2021) without its coefficient. It
+    /// has no gradient.
     pub aux_loss: f64,
 }
 
 impl RouterLoad {
-    /// Adds what the layers with experts did with a micro-batch, each `[2, experts]`: see `MoeSaved::load`.
+    /// Adds the loads of a micro-batch, `[2, experts]` of each layer with experts: see
+    /// [`SubLayer::router_load`](super::sublayer::SubLayer::router_load).
     pub fn add(&mut self, layers: &[Tensor]) {
         if layers.is_empty() {
             return;
@@ -33,15 +35,15 @@ impl RouterLoad {
         self.sums = Some(self.sums.take().map_or_else(|| load.shallow_clone(), |sums| sums + &load));
     }
 
-    /// Choices of each expert, by layer with experts, then the sum of each one's probability; to be added to those of
-    /// other ranks. Empty for a model without experts.
+    /// Choices of each expert, then the sums of their probabilities, layer by layer; to be summed over ranks. Empty for
+    /// a model without experts.
     pub fn sums(&self) -> Vec<f64> {
         self.sums.as_ref().map_or_else(Vec::new, |sums| values(&sums.to_device(Device::Cpu)))
     }
 }
 
 impl RouterReport {
-    /// Measures of sums over all ranks, where each token chose `top_k` of `experts`; `None` without experts or tokens.
+    /// Statistics of sums over all ranks; a token has `top_k` of `experts`. `None` without experts or tokens.
     pub fn new(sums: &[f64], experts: usize, top_k: usize) -> Option<Self> {
         let layers: Vec<_> =
             sums.chunks_exact((2 * experts).max(1)).map(|layer| layer.split_at(experts)).collect();

@@ -61,7 +61,7 @@ pub struct ModelSpec {
     pub vocab_size: usize,
     pub hidden_size: usize,
     pub layers: Vec<LayerSpec>,
-    /// Epsilon of the final norm.
+    /// ε of the final norm.
     pub rms_norm_eps: f64,
     pub tie_word_embeddings: bool,
     /// Standard deviation of a random initialisation.
@@ -83,7 +83,8 @@ impl ModelSpec {
         self.layers.iter().find_map(|layer| layer.ffn.moe())
     }
 
-    /// The plans of all layers, for what does not depend on the form of the entries: names, shapes, projections, costs.
+    /// The plans of all layers, for names, shapes, projections and costs, which do not depend on the form of the
+    /// entries.
     pub fn layer_plans(&self) -> impl Iterator<Item = LayerPlan> {
         let form = EntryForm { compute: DType::F32, merge: true, experts: 0..0 };
         (0..self.layers.len()).map(move |layer| LayerPlan::new(self, layer, form.clone()))

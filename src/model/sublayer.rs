@@ -1,9 +1,9 @@
 //! The two halves of a decoder layer. A half is `x + sublayer(norm(x))`; the sublayer is a mixer
 //! ([`mixer`](super::mixer)) or a feed-forward network ([`ffn`](super::ffn)).
 //!
-//! [`SubLayer`] is what a new one implements: declaration, costs, and the forward/backward pair with its own saved
-//! state. [`Half`] and [`HalfState`] are the same without the types, for layers of any kinds; [`Residual`] implements
-//! them once.
+//! A new one implements [`SubLayer`]: declaration, costs, and the forward/backward pair with its own saved state.
+//! [`Half`] and [`HalfState`] are the same without the types, for layers of any kinds; [`Residual`] implements them
+//! once.
 
 use super::{
     attend::AttendBackward,
@@ -25,7 +25,7 @@ pub struct CostSizes<'a> {
     pub element: usize,
     /// Σ rank of the adapters on a projection.
     pub lora_ranks: &'a dyn Fn(ProjectionId) -> usize,
-    /// True if other ranks have some of the experts.
+    /// Some of the experts are on other ranks.
     pub experts_elsewhere: bool,
 }
 
@@ -45,7 +45,7 @@ pub struct MicroBatch {
     pub longest: usize,
 }
 
-/// A batch with what backward needs besides.
+/// A batch, with the backward of its attention.
 pub struct BackwardContext<'a> {
     pub batch: &'a BatchContext<'a>,
     pub attend: &'a dyn AttendBackward,
@@ -53,9 +53,8 @@ pub struct BackwardContext<'a> {
 
 /// A mixer or a feed-forward network.
 ///
-/// Forward has two steps, so that a recompute can leave out the second: [`intermediate`](Self::intermediate) up to
-/// the last projection, then [`output`](Self::output) or [`skip_output`](Self::skip_output). Saved state refers to no
-/// slot.
+/// Forward has two steps, so that a recompute can leave out the second: [`intermediate`](Self::intermediate) up to the
+/// last projection, then [`output`](Self::output) or [`skip_output`](Self::skip_output). Saved state refers to no slot.
 pub trait SubLayer: Debug + Sized + 'static {
     /// Description of the sublayer in a model's spec.
     type Spec;

@@ -1,6 +1,6 @@
-//! A decoder-only transformer whose base is sharded: one micro-batch through all units, forward and backward, with
-//! the adapters that it is handed. It takes its tensors from slot pools and knows nothing of files or of the number
-//! of ranks.
+//! A decoder-only transformer whose base is sharded: one micro-batch through all units, forward and backward, with the
+//! adapters that it is handed. It takes its tensors from slot pools and is independent of files and of the number of
+//! ranks.
 
 use super::{
     ModelSpec,
@@ -77,7 +77,7 @@ impl Batch {
         }
     }
 
-    /// One token of each of several documents, at its position in that: what generation computes at a time.
+    /// Batch of one token of each of several documents, at its position there: one step of generation.
     pub fn of_single_tokens(ids: &[i64], positions: &[i64], device: Device) -> Self {
         debug_assert_eq!(ids.len(), positions.len());
         let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(device);
@@ -203,7 +203,7 @@ impl Transformer {
     pub fn load(&mut self, source: &dyn WeightSource) -> Result<(), ShardError> {
         let mut staging = Staging::new(&self.groups.device)?;
         for pool in [&mut self.layers, &mut self.experts, &mut self.vocab, &mut self.final_norm] {
-            // Debugging destroys what was used, which is then better a rank's own.
+            // Debugging overwrites weights after use, so they must not be shared.
             if !self.options.debug {
                 pool.share()?;
             }
@@ -226,12 +226,12 @@ impl Transformer {
         Ok(())
     }
 
-    /// True if ranks share the memory of the base's pieces.
+    /// True if the ranks of a host share the memory of their pieces.
     pub fn shares_memory(&self) -> bool {
         [&self.layers, &self.experts, &self.vocab, &self.final_norm].iter().all(|pool| pool.is_shared())
     }
 
-    /// Forgets what the slots hold, so that the next step gathers what the first one of a new process gathers.
+    /// Invalidates the slots, so that the next step gathers as much as the first one of a new process.
     pub fn forget_gathered(&mut self) -> Result<(), ShardError> {
         for pool in [&mut self.layers, &mut self.experts, &mut self.vocab, &mut self.final_norm] {
             pool.invalidate()?;
@@ -249,12 +249,12 @@ impl Transformer {
         BatchContext { adapters: batch.adapters.clone(), attend, rotary }
     }
 
-    /// Chunks of the embedding; the head has as many, in the same units of the pool when tied.
+    /// Number of chunks of the embedding; the head has as many, the same ones when tied.
     fn vocab_chunks(&self) -> usize {
         self.spec.vocab_size.div_ceil(self.options.chunk_rows(self.spec.vocab_size))
     }
 
-    /// Whole chunk `chunk` of the embedding or the head, and its first row.
+    /// Gathers chunk `chunk` of the embedding or the head; returns it with its first row.
     fn vocab_chunk(&mut self, chunk: usize, head: bool) -> Result<(Tensor, usize), ShardError> {
         let _gathering = self.clock.phase("gather");
         let offset = if head && !self.spec.tie_word_embeddings { self.vocab_chunks() } else { 0 };
@@ -277,7 +277,7 @@ impl Transformer {
         Ok(x)
     }
 
-    /// Makes layer `unit` whole and starts on `next`.
+    /// Gathers layer `unit` and starts to gather `next`.
     fn gather(
         &mut self,
         adapters: &mut [&mut Adapter],
@@ -330,7 +330,8 @@ impl Transformer {
         Ok(x)
     }
 
-    /// For debugging: says what layer `unit` made, refuses what is not finite, and takes away the layer's weights.
+    /// Debugging: logs the output of layer `unit`, refuses values that are not finite, overwrites the layer's weights
+    /// with NaN.
     fn examine(
         &mut self,
         adapters: &mut [&mut Adapter],
@@ -379,8 +380,8 @@ impl Transformer {
         Ok((MicroBatchLoss { sum, tokens, values, log_probs: log_probs.values }, d_x))
     }
 
-    /// One micro-batch: adds the gradient of `loss` to the gradients of the adapters of its rows. Every rank passes
-    /// the same adapters in the same order; ranks without tokens pass an empty batch. Collective.
+    /// One micro-batch: adds the gradient of `loss` to the gradients of the adapters of its rows. Every rank passes the
+    /// same adapters in the same order; ranks without tokens pass an empty batch. Collective.
     pub fn forward_backward(
         &mut self,
         batch: &Batch,

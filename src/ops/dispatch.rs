@@ -1,15 +1,14 @@
-//! The way of tokens to their experts and back: rows of one tensor, sorted by expert, so that an expert's tokens are
-//! one slice.
+//! Rows of tokens sorted by expert, so that an expert's tokens are one slice, and their sums by token.
 //!
 //! gather    row i = x of its token
 //! combine   y of a token = add + Σ of its rows, summed in fp32
 //!
 //! Each is the other's backward. Weights are applied before an expert's last matrix, see [`swiglu`](super::swiglu).
 //!
-//! Where libtorch's GEMMs compute on a CPU ([`takes_any_rows`](super::linear::takes_any_rows)) each expert's slice is
-//! filled up with rows of zeros before it computes ([`Assignment::filled`]): a zero row stays zero through a gated
-//! MLP, forward and backward, and adds nothing to a gradient. Without it nearly every expert of every layer and step
-//! would have a GEMM of a new shape, for each of which oneDNN compiles a kernel and keeps it.
+//! libtorch's GEMMs on a CPU ([`takes_any_rows`](super::linear::takes_any_rows) is false) get slices padded with rows
+//! of zeros ([`Assignment::padded`]). A zero row stays zero through a gated MLP, forward and backward, and adds nothing
+//! to a gradient. Without padding nearly every expert of every layer and step would have a GEMM of a new shape, and
+//! oneDNN compiles and keeps a kernel for each.
 
 use super::{
     Buffer, accum_kind,
@@ -20,35 +19,36 @@ use super::{
 use crate::device::has_kernels;
 use tch::{Device, Kind, Tensor};
 
-/// Rows of an expert are filled up to a multiple of this.
+/// Padded slices have a multiple of so many rows.
 const GRAIN: i64 = 32;
 
-/// Rows with which `count` are computed: a multiple of an eighth of the next power of two, and of 32. At most a
-/// quarter more from 128 up, in the mean a twelfth, and few numbers of rows in all: of each oneDNN keeps megabytes.
-pub fn filled(count: i64) -> i64 {
+/// Rows of a padded slice of `count` rows: a multiple of an eighth of the next power of two, and of 32. From 128 rows
+/// up at most a quarter more, a twelfth in the mean. Few different numbers of rows remain: oneDNN keeps megabytes for
+/// each.
+pub fn padded(count: i64) -> i64 {
     let eighth = (count as u64).next_power_of_two() as i64 / 8;
     (count as u64).next_multiple_of(eighth.max(GRAIN) as u64) as i64
 }
 
-/// In place of a token or a choice, of a row that is nobody's.
-const NOBODY: i64 = -1;
+/// Token and choice of a padding row.
+const PADDING: i64 = -1;
 
-/// Rows of tokens, sorted by expert.
+/// Rows of the tokens, sorted by key: an expert, or a pair of an expert and an adapter.
 pub struct Assignment {
-    /// The token of each row: `[rows]` i64, by expert, then by token; or [`NOBODY`].
+    /// The token of each row: `[rows]` i64, sorted by key, then by token; or [`PADDING`].
     tokens: Tensor,
-    /// The choice of each row among all tokens' choices: `[rows]` i64, or [`NOBODY`].
+    /// The choice of each row, counted over all tokens: `[rows]` i64, or [`PADDING`].
     choices: Tensor,
     /// The row of each choice: `[tokens, k]` i64.
     rows: Tensor,
     segments: RowSegments,
     /// Choices of each key: `[keys]` i64.
     counts: Tensor,
-    /// True if segments are filled up with rows of zeros.
-    is_filled: bool,
+    /// True if there are padding rows.
+    is_padded: bool,
 }
 
-/// Columns that are summed at a time.
+/// Columns summed at a time.
 const COLUMNS: usize = 64;
 
 impl Assignment {
@@ -62,13 +62,13 @@ impl Assignment {
         }
     }
 
-    /// The same with as many rows as are computed well on a host that does not [take
-    /// any](super::linear::takes_any_rows).
-    pub fn filled(chosen: &Tensor, keys: usize, pattern: &Pattern) -> Self {
-        Self::on_host(chosen, keys, pattern, filled)
+    /// The same with [`padded`] slices, for a host whose GEMMs do not [take any number of
+    /// rows](super::linear::takes_any_rows).
+    pub fn padded(chosen: &Tensor, keys: usize, pattern: &Pattern) -> Self {
+        Self::on_host(chosen, keys, pattern, padded)
     }
 
-    /// By libtorch's operations, so that the host waits for no device.
+    /// Sorts by libtorch's operations, so that the host waits for no device.
     fn on_device(chosen: &Tensor, keys: usize, pattern: &Pattern) -> Self {
         let (k, device) = (chosen.size()[1], chosen.device());
         // Short numbers are sorted in fewer passes.
@@ -81,7 +81,7 @@ impl Assignment {
         let rows = choices.empty_like().scatter_(0, &choices, &numbers).view_as(chosen);
         let segments = RowSegments::on_device(&ends, &counts, pattern.clone());
         let tokens = choices.divide_scalar_mode(k, "floor");
-        Self { tokens, choices, rows, segments, counts: counts.to_kind(Kind::Int64), is_filled: false }
+        Self { tokens, choices, rows, segments, counts: counts.to_kind(Kind::Int64), is_padded: false }
     }
 
     /// A key with `count` choices has `rows(count)` rows.
@@ -98,7 +98,7 @@ impl Assignment {
         });
         let offsets: Vec<i64> = std::iter::once(0).chain(ends).collect();
         let mut next = offsets.clone();
-        let mut choices = vec![NOBODY; offsets[keys] as usize];
+        let mut choices = vec![PADDING; offsets[keys] as usize];
         let mut rows = Vec::with_capacity(of_choice.len());
         for (choice, &key) in of_choice.iter().enumerate() {
             let row = &mut next[key as usize];
@@ -107,8 +107,8 @@ impl Assignment {
             *row += 1;
         }
         let tokens: Vec<i64> =
-            choices.iter().map(|&choice| if choice == NOBODY { NOBODY } else { choice / k }).collect();
-        let is_filled = choices.len() > of_choice.len();
+            choices.iter().map(|&choice| if choice == PADDING { PADDING } else { choice / k }).collect();
+        let is_padded = choices.len() > of_choice.len();
         let [tokens, choices, rows, counts] =
             [tokens, choices, rows, counts].map(|values| Tensor::from_slice(&values));
         let rows = rows.view_as(chosen);
@@ -118,7 +118,7 @@ impl Assignment {
             rows,
             segments: RowSegments::new(offsets, pattern.clone()),
             counts,
-            is_filled,
+            is_padded,
         }
     }
 
@@ -137,7 +137,7 @@ impl Assignment {
         self.tokens.size()[0]
     }
 
-    /// `[rows, n]` from x `[tokens, n]`.
+    /// Rows `[rows, n]` of x `[tokens, n]`.
     pub fn gather(&self, x: &Tensor) -> Buffer {
         let _span = crate::trace::operation("dispatch.gather");
         let rows = Buffer::empty(&[self.rows(), x.size()[1]], x.kind(), x.device());
@@ -149,7 +149,7 @@ impl Assignment {
         rows
     }
 
-    /// `[tokens, n]` from `[rows, n]`, plus `add` `[tokens, n]`.
+    /// Sums `[tokens, n]` of rows `[rows, n]` by token, plus `add` `[tokens, n]`.
     pub fn combine(&self, rows: &Tensor, add: Option<&Tensor>) -> Buffer {
         let _span = crate::trace::operation("dispatch.combine");
         let y = Buffer::empty(&[self.rows.size()[0], rows.size()[1]], rows.kind(), rows.device());
@@ -162,23 +162,23 @@ impl Assignment {
         y
     }
 
-    /// `[rows, 1]` from what each choice has, `[tokens, k]`.
+    /// Values `[rows, 1]` of rows from those of choices `[tokens, k]`.
     pub fn by_row(&self, by_choice: &Tensor) -> Tensor {
         self.pick(&by_choice.reshape([-1, 1]), &self.choices)
     }
 
-    /// `[tokens, k]` from what each row has, `[rows, 1]`.
+    /// Values `[tokens, k]` of choices from those of rows `[rows, 1]`.
     pub fn by_choice(&self, by_row: &Tensor) -> Tensor {
         by_row.reshape([-1]).index_select(0, &self.rows.reshape([-1])).view_as(&self.rows)
     }
 
-    /// Rows `at` of x `[n, columns]`, zeros where that is [`NOBODY`].
+    /// Rows `at` of x `[n, columns]`, zeros for [`PADDING`].
     fn pick(&self, x: &Tensor, at: &Tensor) -> Tensor {
-        if !self.is_filled {
+        if !self.is_padded {
             return x.index_select(0, at);
         }
-        let nobody = at.lt(0).unsqueeze(1);
-        x.index_select(0, &at.clamp_min(0)).masked_fill_(&nobody, 0.0)
+        let padding = at.lt(0).unsqueeze(1);
+        x.index_select(0, &at.clamp_min(0)).masked_fill_(&padding, 0.0)
     }
 
     fn gather_rows<E: Element>(&self, x: &Tensor, rows: &Tensor) {
@@ -256,12 +256,12 @@ mod tests {
     /// Experts of 5 tokens, two each, of which expert 2 has none.
     fn assignment() -> Assignment {
         let chosen = [3i64, 0, 1, 3, 0, 1, 3, 0, 3, 1];
-        Assignment::filled(&Tensor::from_slice(&chosen).view([5, 2]), 4, &one_adapter())
+        Assignment::padded(&Tensor::from_slice(&chosen).view([5, 2]), 4, &one_adapter())
     }
 
     /// A slice of `GRAIN` rows.
     fn slice(of: &[i64]) -> Vec<i64> {
-        of.iter().copied().chain(std::iter::repeat(NOBODY)).take(GRAIN as usize).collect()
+        of.iter().copied().chain(std::iter::repeat(PADDING)).take(GRAIN as usize).collect()
     }
 
     #[test]
@@ -284,7 +284,7 @@ mod tests {
         for (tokens, k, experts) in
             [(5, 2, 4), (1, 1, 1), (0, 3, 5), (40, 3, 7), (300, 8, 128), (9, 2, 40_000)]
         {
-            // Expert 2 is nobody's choice.
+            // No token chooses expert 2.
             let of =
                 |i: i64| Some((i * i + i / 3) % experts as i64).filter(|&expert| expert != 2).unwrap_or(0);
             let chosen: Vec<i64> = (0..tokens * k).map(of).collect();
@@ -294,23 +294,23 @@ mod tests {
             assert_eq!(device.segments().offsets(), host.segments().offsets());
             let all = |a: &Assignment| [&a.tokens, &a.choices, &a.rows, &a.counts].map(Tensor::shallow_clone);
             assert_eq!(all(&device), all(&host), "{tokens} {k} {experts}");
-            // Kernels of devices take no other.
+            // Kernels of devices take only this kind.
             assert!(all(&device).iter().all(|tensor| tensor.kind() == Kind::Int64));
-            assert!(!host.is_filled && !device.is_filled);
+            assert!(!host.is_padded && !device.is_padded);
         }
     }
 
     #[test]
     fn few_numbers_of_rows_are_computed_and_hardly_more_than_needed() {
-        assert_eq!([0, 1, 32, 33, 256, 257, 513].map(filled), [0, 32, 32, 64, 256, 320, 640]);
-        let distinct: std::collections::BTreeSet<i64> = (0..4096).map(filled).collect();
+        assert_eq!([0, 1, 32, 33, 256, 257, 513].map(padded), [0, 32, 32, 64, 256, 320, 640]);
+        let distinct: std::collections::BTreeSet<i64> = (0..4096).map(padded).collect();
         assert!(distinct.len() < 30, "{}", distinct.len());
-        assert!((128..9999).all(|count| filled(count) >= count && filled(count) * 4 <= count * 5));
+        assert!((128..9999).all(|count| padded(count) >= count && padded(count) * 4 <= count * 5));
     }
 
     #[test]
     fn no_token_is_no_row() {
-        let none = Assignment::filled(&Tensor::zeros([0, 2], (Kind::Int64, Device::Cpu)), 3, &one_adapter());
+        let none = Assignment::padded(&Tensor::zeros([0, 2], (Kind::Int64, Device::Cpu)), 3, &one_adapter());
         assert_eq!(none.segments().offsets(), [0; 4]);
         let x = leaf(&[0, 7]).detach();
         assert_eq!(none.gather(&x).size(), [0, 7]);

@@ -46,8 +46,8 @@ pub struct Rotated {
     pub dim: i64,
 }
 
-/// Rotates the leading heads of each row of `qkv` `[tokens, columns]`, in place. cos and sin `[tokens, 1, rotary /
-/// 2]` are fp32, or fp64 for fp64 rows (tests).
+/// Rotates the leading heads of each row of `qkv` `[tokens, columns]`, in place. cos and sin `[tokens, 1, rotary / 2]`
+/// are fp32, or fp64 for fp64 rows (tests).
 pub fn forward(qkv: &Tensor, rotated: Rotated, cos: &Tensor, sin: &Tensor) {
     let _span = crate::trace::operation("rope.forward");
     rotate(qkv, rotated, cos, sin, 1.0);

@@ -1,15 +1,15 @@
-//! The router of a mixture of experts: which experts each token goes to, and with what weights (Shazeer et al., 2017;
-//! the softmax over all experts comes first, as in Mixtral and Qwen).
+//! The router of a mixture of experts: top-k experts of each token and their weights (Shazeer et al., 2017), with the
+//! softmax over all experts, as in Mixtral and Qwen.
 //!
-//! forward   p = softmax(x·Wᵀ) in fp32,  (w, e) = the k largest of p,  divided by their sum where the family says so
-//! backward  dl = q ∘ (dw at e − Σ dw ∘ w),  dx += dl·W,  with q = p, or w at e and 0 elsewhere where w was divided
+//! forward   p = softmax(x·Wᵀ) in fp32,  (w, e) = the k largest of p,  divided by their sum if normalised
+//! backward  dl = q ∘ (dw at e − Σ dw ∘ w),  dx += dl·W,  with q = p, or w at e and 0 elsewhere if normalised
 //!
-//! W [experts, hidden] is frozen.
+//! W `[experts, hidden]` is frozen.
 
 use super::accum_kind;
 use tch::{Kind, Tensor};
 
-/// Routing of each token.
+/// Experts and weights of each token.
 pub struct Routing {
     /// `[tokens, k]` i64
     pub experts: Tensor,
@@ -19,16 +19,16 @@ pub struct Routing {
     pub probabilities: Tensor,
 }
 
-/// Rule by which a router chooses.
+/// Choice of a router.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TopK {
     pub k: i64,
-    /// True if the weights of a token are divided by their sum.
+    /// Divide the weights of a token by their sum.
     pub normalise: bool,
 }
 
-/// The routing of x `[tokens, hidden]`. With `chosen` `[tokens, k]` the experts are those: what is computed again
-/// must go where it went before, whatever rounding did meanwhile.
+/// Routing of x `[tokens, hidden]`. `chosen` `[tokens, k]` replays the experts of an earlier forward, so that a
+/// recompute has the same ones whatever the rounding.
 pub fn forward(x: &Tensor, weight: &Tensor, choice: TopK, chosen: Option<&Tensor>) -> Routing {
     let _span = crate::trace::operation("routing.forward");
     let probabilities = x.mm(&weight.tr()).softmax(-1, accum_kind(x.kind()));
@@ -41,7 +41,7 @@ pub fn forward(x: &Tensor, weight: &Tensor, choice: TopK, chosen: Option<&Tensor
     Routing { experts, weights, probabilities }
 }
 
-/// Adds the gradient of x to `d_x` `[tokens, hidden]`, from that of the weights `[tokens, k]`.
+/// Backward of [`forward`]: adds the gradient of x to `d_x` `[tokens, hidden]`, from that of the weights `[tokens, k]`.
 pub fn backward(d_weights: &Tensor, routing: &Routing, weight: &Tensor, choice: TopK, d_x: &Tensor) {
     let _span = crate::trace::operation("routing.backward");
     let Routing { experts, weights, probabilities } = routing;

@@ -3,8 +3,8 @@
 use crate::{lora::Site, model::ModelSpec};
 
 /// Floating-point operations of forward and backward for a token of a document of `length` tokens: those of each
-/// layer's halves ([`Half::flops`](crate::model::sublayer::Half::flops)), 4 a parameter of the head, 6 a LoRA
-/// parameter that the token meets. The embedding lookup multiplies nothing; recomputation does not count.
+/// layer's halves ([`Half::flops`](crate::model::sublayer::Half::flops)), 4 a parameter of the head, 6 a LoRA parameter
+/// that the token meets. The embedding lookup multiplies nothing; recomputation does not count.
 pub fn flops_per_token(spec: &ModelSpec, sites: &[Site], rank: usize, length: usize) -> f64 {
     let layers: f64 =
         spec.layer_plans().map(|layer| layer.mixer.flops(length) + layer.ffn.flops(length)).sum();

@@ -1,8 +1,8 @@
 //! Memory of a rank at the peak of a step.
 //!
-//! The constant part, plus the larger of two moments: the loss over a chunk of logits, and the backward of
-//! the last layer. Bytes that libtorch's kernels take for themselves and what the allocator does not give back are
-//! not known here: [`LIBRARIES`] and the tests' tolerance stand for them.
+//! The sum of all that lives through the step and the larger of two moments: the loss over a chunk of logits, and the
+//! backward of the last layer. Temporaries of libtorch's kernels and blocks that the allocator keeps are not modelled:
+//! [`LIBRARIES`] and the tests' tolerance cover them.
 
 use crate::{
     config,
@@ -23,24 +23,24 @@ pub use crate::model::sublayer::MicroBatch;
 /// VmHWM of a rank that trains next to nothing under mpirun: libtorch, MPI, tokenizer (measured, CPU).
 pub const LIBRARIES: usize = 165_000_000;
 
-/// Bytes of a rank, by what they are for.
+/// Bytes of a rank by purpose.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Memory {
     /// This rank's pieces of the frozen base.
     pub base: usize,
-    /// Layers, a vocabulary chunk and the final norm while they are whole.
+    /// Slots of layers, a vocabulary chunk and the final norm.
     pub slots: usize,
-    /// This rank's compute copy of the adapter, and the adapters of the whole layers.
+    /// This rank's compute copy of the adapter, and the slots of adapters.
     pub adapter: usize,
     /// fp32 masters and moments.
     pub optimizer: usize,
-    /// fp32 gradients: this rank's piece, and where the whole is summed before it is reduced.
+    /// fp32 gradients: this rank's piece, and the full sums before they are reduced.
     pub gradients: usize,
-    /// Activations that forward keeps for backward.
+    /// Tensors kept for backward.
     pub activations: usize,
     /// The larger of a chunk of logits and the backward of a layer.
     pub scratch: usize,
-    /// The same on a device, which takes in more of the head at a time.
+    /// The same on a device, which computes more rows of the head at a time.
     pub device_scratch: usize,
     pub libraries: usize,
 }
@@ -61,10 +61,10 @@ impl Memory {
         let base = [&regions.layers, &regions.experts].map(|layouts| Held::new(layouts));
         let adapters = [&adapter.dense, &adapter.experts].map(|layouts| Held::new(layouts));
         let [vocab, norm] = [&regions.vocab[..], std::slice::from_ref(&regions.final_norm)].map(Held::new);
-        let whole_at_a_time = options.slots.clamp(1, regions.layers.len().max(1));
+        let slots_used = options.slots.clamp(1, regions.layers.len().max(1));
         let fp32 = |bytes: usize| bytes / options.compute.size() * size_of::<f32>();
         let pieces = |held: &[Held]| held.iter().map(|held| held.pieces).sum::<usize>();
-        let whole = |held: &[Held]| held.iter().map(|held| held.in_slots(whole_at_a_time)).sum::<usize>();
+        let whole = |held: &[Held]| held.iter().map(|held| held.in_slots(slots_used)).sum::<usize>();
         let moments = optim::state_names(optimizer).len();
         let unreduced = |held: &Held| match options.reduce {
             _ if held.shards == 1 => 0,
@@ -87,7 +87,7 @@ impl Memory {
         }
     }
 
-    /// Name and bytes of each part.
+    /// Names and bytes of the parts.
     pub fn parts(&self) -> [(&'static str, usize); 8] {
         [
             ("base shards", self.base),
@@ -101,7 +101,7 @@ impl Memory {
         ]
     }
 
-    /// Bytes on the rank's device, where that is not the host.
+    /// Bytes on the rank's device, for a device that is not the host.
     pub fn on_device(&self) -> usize {
         self.total() - self.libraries - self.scratch + self.device_scratch
     }
@@ -113,11 +113,11 @@ impl Memory {
 
 /// Bytes of the regions of a slot pool.
 struct Held {
-    /// A rank's pieces.
+    /// Pieces of a rank.
     pieces: usize,
-    /// The largest region, whole.
+    /// The largest gathered region.
     largest: usize,
-    /// Ranks that they are cut over.
+    /// Ranks that the regions are cut over.
     shards: usize,
 }
 
@@ -128,7 +128,7 @@ impl Held {
         Self { pieces, largest, shards: layouts.first().map_or(1, |layout| layout.shards) }
     }
 
-    /// Bytes of `slots` slots; none with one rank.
+    /// Bytes of `slots` slots; a single rank has none.
     fn in_slots(&self, slots: usize) -> usize {
         if self.shards == 1 { 0 } else { slots * self.largest }
     }
@@ -138,7 +138,7 @@ impl Held {
 struct Kept {
     /// From forward until backward of the layer.
     all: usize,
-    /// Activations of the one layer that is recomputed.
+    /// In the one layer that is computed again.
     again: usize,
 }
 
@@ -180,9 +180,9 @@ impl Kept {
     }
 }
 
-/// The largest moment of the pass over the head, of which at most `most` rows are taken in at a time: a chunk of logits
-/// beside the normalised hidden states, those that carry loss, the sum over the vocabulary, the targets' rows, and the
-/// gradient; with several chunks of vocabulary the sum is fp32.
+/// The largest moment of the pass over the head, which computes at most `most` rows at a time: a chunk of logits beside
+/// the normalised hidden states, those that carry loss, the sum over the vocabulary, the targets' rows, and the
+/// gradient. With several chunks of vocabulary the sum is fp32.
 fn loss_scratch(spec: &ModelSpec, options: &Options, batch: MicroBatch, most: usize) -> usize {
     let c = options.compute.size();
     let rows = options.chunk_rows(spec.vocab_size).min(most);
@@ -191,8 +191,8 @@ fn loss_scratch(spec: &ModelSpec, options: &Options, batch: MicroBatch, most: us
     logits + batch.tokens * spec.hidden_size * (5 * c + sum)
 }
 
-/// The largest moment of a layer besides what it keeps: the temporaries of its halves beside the gradient of the
-/// output and a normalised input.
+/// The largest moment of a layer besides what it keeps: the temporaries of its halves beside the gradient of the output
+/// and a normalised input.
 fn layer_scratch(spec: &ModelSpec, base: &BasePlan, options: &Options, batch: MicroBatch) -> usize {
     let c = options.compute.size();
     let mixer = base.layers.iter().map(|layer| layer.mixer.scratch_bytes(c, batch)).max();

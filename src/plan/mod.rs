@@ -1,36 +1,36 @@
 //! Costs of a configuration before it runs: bytes received, memory, arithmetic. Pure functions of a
-//! [`BasePlan`](crate::model::base_plan::BasePlan) and an [`AdapterPlan`](crate::lora::AdapterPlan); `check` prints
-//! them, tests hold measurements against them.
+//! [`BasePlan`](crate::model::base_plan::BasePlan) and an [`AdapterPlan`](crate::lora::AdapterPlan), which ask the
+//! layers' halves. `check` prints them; tests compare them with measurements.
 
 pub mod compute;
 pub mod memory;
 pub mod traffic;
 
 pub use memory::{Memory, MicroBatch};
-pub use traffic::{Traffic, Travellers};
+pub use traffic::{RoutedRows, Traffic};
 
 use crate::comm::Received;
 use std::{collections::BTreeMap, fmt};
 
-/// Costs of a run on each of its ranks.
+/// Costs of a run on each rank.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// Parameters of the base.
     pub frozen: usize,
     /// Parameters of the adapter, by target name.
     pub trainable: BTreeMap<&'static str, usize>,
-    /// The largest micro-batch that there can be.
+    /// The largest possible micro-batch.
     pub batch: MicroBatch,
     /// Micro-batches of a whole step.
     pub micro_batches: usize,
     pub memory: Memory,
-    /// Received in the first step, when nothing is gathered yet.
+    /// Bytes received in the first step, before any gather.
     pub first_step: Received,
-    /// Received in every step after it.
+    /// Bytes received in every later step.
     pub step: Received,
-    /// Received by expert parallelism in a step, if the routers choose evenly and every micro-batch is the largest.
+    /// Bytes received by expert parallelism in a step with even routers and micro-batches of the largest size.
     pub all_to_all: usize,
-    /// Floating-point operations, for a document as long as the longest row.
+    /// Floating-point operations a token, in a document as long as the longest row.
     pub flops_per_token: f64,
 }
 

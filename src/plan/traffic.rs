@@ -1,9 +1,9 @@
 //! Bytes that a rank receives in a step, by operation and group: the ledger of a run equals this exactly.
 //!
-//! A pool's unit u goes to slot u mod K, so the units of one slot come one after another: u₁, u₂, … uₙ in forward
-//! and back again in backward. Forward ends with uₙ in the slot, where backward finds it; backward ends with u₁,
-//! where the next forward finds it. So each pass gathers all units of a slot but one, and only the first forward
-//! after the slots were emptied gathers them all.
+//! Unit u of a slot pool goes to slot u mod K, so a slot holds the units u₁, u₂, … uₙ one after another in forward, and
+//! in reverse in backward. Forward ends with uₙ in the slot, where backward finds it; backward ends with u₁, where the
+//! next forward finds it. So each pass gathers all units of a slot but one. Only the first forward after the slots were
+//! invalidated gathers all.
 
 use crate::{
     comm::{Operation, Received},
@@ -16,16 +16,16 @@ use crate::{
     shard::RegionLayout,
 };
 
-/// Rows that travel between a rank and the others of its expert group.
+/// Rows sent between a rank and the others of its expert group.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Travellers {
-    /// Choices of other ranks' tokens that fall on this rank's experts.
-    pub come: usize,
-    /// Choices of this rank's tokens that fall on other ranks' experts.
-    pub go: usize,
+pub struct RoutedRows {
+    /// Choices of this rank's experts by tokens of other ranks.
+    pub received: usize,
+    /// Choices of other ranks' experts by tokens of this rank.
+    pub sent: usize,
 }
 
-/// Inputs of the traffic formula.
+/// Model and options that the traffic depends on.
 pub struct Traffic<'a> {
     pub spec: &'a ModelSpec,
     pub options: &'a Options,
@@ -36,16 +36,16 @@ pub struct Traffic<'a> {
 }
 
 impl Traffic<'_> {
-    /// Bytes of one step of `micro_batches` in which some token carried loss and the adapter was updated, but for what
-    /// depends on the routers' choices: [`all_to_all`](Self::all_to_all). `warm`: the
-    /// slots hold what a step before left in them, as in every step but the first and those after a save.
+    /// Bytes of one step of `micro_batches` in which some token carried loss and the adapter was updated, without those
+    /// that depend on the routers' choices ([`all_to_all`](Self::all_to_all)). `warm`: the slots hold the units of an
+    /// earlier step, as in every step but the first and those after a save.
     pub fn step(&self, micro_batches: usize, warm: bool) -> Received {
         let Regions { layers, experts, .. } = self.base;
         let AdapterPlan { dense: adapter, experts: expert_adapter, .. } = self.adapter;
         let passes = || (0..micro_batches).map(|i| (warm || i > 0, i > 0));
         let both = |base, adapter, (warm_base, warm_adapter)| {
             let slots = self.options.slots;
-            there_and_back(base, slots, warm_base) + there_and_back(adapter, slots, warm_adapter)
+            both_passes(base, slots, warm_base) + both_passes(adapter, slots, warm_adapter)
         };
         let dense = passes().map(|warm| both(layers, adapter, warm) + self.vocab_and_norm(warm.0)).sum();
         let of_experts = passes().map(|warm| both(experts, expert_adapter, warm)).sum();
@@ -71,27 +71,28 @@ impl Traffic<'_> {
         moved.map(|(operation, group, bytes)| ((operation, group.to_owned()), bytes as u64)).collect()
     }
 
-    /// Received by expert parallelism for one layer and micro-batch of which `rows` come and go.
+    /// Bytes received by expert parallelism for one layer and a micro-batch with `rows`.
     ///
-    /// There go the rows of x, each with its weight, and in backward those of dy; back come those of y, and dx each
-    /// with the gradient of its weight. What is computed again sends x and weights again, and not y.
-    pub fn all_to_all(&self, rows: Travellers) -> usize {
+    /// Dispatch sends the rows of x with their weights, and in backward those of dy. Combine sends those of y, and in
+    /// backward those of dx with the gradients of the weights. A recompute dispatches x and weights again, without
+    /// combine.
+    pub fn all_to_all(&self, rows: RoutedRows) -> usize {
         let row = self.spec.hidden_size * self.options.compute.size();
         let weight = size_of::<f32>();
         let again = if self.options.checkpointing.keeps_mlp() { 0 } else { row + weight };
-        rows.come * (row + weight + again + row) + rows.go * (row + row + weight)
+        rows.received * (row + weight + again + row) + rows.sent * (row + row + weight)
     }
 
-    /// Received by a step's gathers of vocabulary and final norm for one micro-batch. `warm`: their slots hold what the
-    /// micro-batch before left in them.
+    /// Bytes received by the gathers of vocabulary and final norm for one micro-batch. `warm`: their slots hold the
+    /// units of an earlier micro-batch.
     fn vocab_and_norm(&self, warm: bool) -> usize {
         let Regions { vocab, final_norm, .. } = self.base;
         let embedding_chunks = self.spec.vocab_size.div_ceil(self.options.chunk_rows(self.spec.vocab_size));
         let vocab = if embedding_chunks == 1 && vocab.len() == 1 {
-            // Tied and in one chunk: it never leaves its slot.
+            // Tied and in one chunk: it stays in its slot.
             if warm { 0 } else { received(&vocab[0]) }
         } else {
-            // The embedding's chunks, then the head's: each is pushed out by the next.
+            // The embedding's chunks, then the head's: each overwrites the one before.
             let tied = if vocab.len() == embedding_chunks { 2 } else { 1 };
             tied * vocab.iter().map(received).sum::<usize>()
         };
@@ -103,11 +104,11 @@ impl Traffic<'_> {
     }
 }
 
-/// Received for one forward and one backward over a pool of `slots` slots.
-fn there_and_back(layouts: &[RegionLayout], slots: usize, warm: bool) -> usize {
+/// Bytes received by one forward and one backward over a pool of `slots` slots.
+fn both_passes(layouts: &[RegionLayout], slots: usize, warm: bool) -> usize {
     let slots = slots.clamp(1, layouts.len().max(1));
     let of_slot = |slot: usize| {
-        // Units without bytes are not gathered and leave their slot alone.
+        // Units without bytes are not gathered: their slot keeps its unit.
         let mut units = layouts.iter().skip(slot).step_by(slots).map(received).filter(|bytes| *bytes > 0);
         let first = units.next()?;
         let (mut all, mut last) = (first, first);
@@ -140,7 +141,7 @@ mod tests {
         (0..count).map(unit).collect()
     }
 
-    /// The slots themselves, asked unit by unit.
+    /// Simulation of the slots, unit by unit.
     fn simulated(layouts: &[RegionLayout], slots: usize, passes: usize) -> Vec<usize> {
         let slots = slots.clamp(1, layouts.len());
         let mut held = vec![None; slots];
@@ -153,11 +154,11 @@ mod tests {
     }
 
     #[test]
-    fn a_ring_receives_what_its_slots_do_not_hold() {
+    fn a_pool_receives_the_units_that_its_slots_do_not_hold() {
         for (count, empty) in [(1, None), (5, None), (6, None), (6, Some(5)), (6, Some(0)), (7, Some(3))] {
             let layouts = units(count, empty);
             for slots in 1..9 {
-                let [cold, warm] = [false, true].map(|warm| there_and_back(&layouts, slots, warm));
+                let [cold, warm] = [false, true].map(|warm| both_passes(&layouts, slots, warm));
                 let seen = simulated(&layouts, slots, 3);
                 assert_eq!(seen, [cold, warm, warm], "{count} units, {empty:?} empty, {slots} slots");
             }

@@ -4,7 +4,7 @@ use super::Run;
 use crate::{
     Result, device,
     lora::targets,
-    plan::{Memory, MicroBatch, Plan, Traffic, Travellers, compute::flops_per_token},
+    plan::{Memory, MicroBatch, Plan, RoutedRows, Traffic, compute::flops_per_token},
 };
 
 impl Run {
@@ -25,8 +25,8 @@ impl Run {
         let experts_over = self.mesh.expert();
         let travels = |layer| {
             let rows = self.spec.moe_of(layer).map_or(0, |moe| moe.top_k * batch.tokens);
-            let abroad = rows * (experts_over - 1) / experts_over;
-            traffic.all_to_all(Travellers { come: abroad, go: abroad })
+            let elsewhere = rows * (experts_over - 1) / experts_over;
+            traffic.all_to_all(RoutedRows { received: elsewhere, sent: elsewhere })
         };
         let rank = self.config.lora.lora_rank;
         Ok(Plan {

@@ -23,7 +23,7 @@ use xorl_dist::{
         transformer::{Batch, Transformer},
     },
     optim::{Optimizer, Schedule, Settings},
-    plan::{Traffic, Travellers},
+    plan::{RoutedRows, Traffic},
     rng::Stream,
     session::Session,
     shard::ProcessGroups,
@@ -362,22 +362,22 @@ fn choices(
 }
 
 /// The rows that travel to and from this rank, for each micro-batch and layer.
-fn travellers(groups: &ProcessGroups, own: &[Vec<Vec<f64>>]) -> Vec<Travellers> {
+fn routed(groups: &ProcessGroups, own: &[Vec<Vec<f64>>]) -> Vec<RoutedRows> {
     let bytes = serde_json::to_vec(own).unwrap();
     let all = groups.expert.all_gather_host(&bytes).unwrap();
     let all: Vec<Vec<Vec<Vec<f64>>>> = all.iter().map(|own| serde_json::from_slice(own).unwrap()).collect();
     let (rank, each) = (groups.expert.rank(), EXPERTS / groups.expert.size());
     let mine = rank * each..(rank + 1) * each;
-    let mut travellers = Vec::new();
+    let mut routed = Vec::new();
     for (micro, layers) in own.iter().enumerate() {
         for (layer, counts) in layers.iter().enumerate() {
             let home: f64 = counts[mine.clone()].iter().sum();
             let go = counts.iter().sum::<f64>() - home;
             let here: f64 = all.iter().map(|rank| rank[micro][layer][mine.clone()].iter().sum::<f64>()).sum();
-            travellers.push(Travellers { come: (here - home) as usize, go: go as usize });
+            routed.push(RoutedRows { received: (here - home) as usize, sent: go as usize });
         }
     }
-    travellers
+    routed
 }
 
 /// One rank of a case. Does nothing unless a case started it.
@@ -442,8 +442,7 @@ pub fn worker() {
         let mut expected = traffic.step(count, step > 0);
         if let Some(lone) = &mut lone {
             let own = choices(lone, &trainer.session.adapter, &batches);
-            let bytes: usize =
-                travellers(&groups, &own).into_iter().map(|rows| traffic.all_to_all(rows)).sum();
+            let bytes: usize = routed(&groups, &own).into_iter().map(|rows| traffic.all_to_all(rows)).sum();
             expected.insert((Operation::AllToAll, "expert".into()), bytes as u64);
         }
         let before = world.ledger().totals();

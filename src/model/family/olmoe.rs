@@ -1,5 +1,5 @@
-//! OLMoE: an RMSNorm over all heads of q and of k together, `clip_qkv` after it; every layer has `num_experts`
-//! experts as wide as `intermediate_size`.
+//! OLMoE: an RMSNorm over all heads of q and of k together, `clip_qkv` after it; every layer has `num_experts` experts
+//! as wide as `intermediate_size`.
 
 use super::{ATTENTION_AND_MLP, Family, mixture};
 use crate::model::{Ffn, GqaSpec, Mixer, QkNorm};

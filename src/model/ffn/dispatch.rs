@@ -1,37 +1,37 @@
-//! The tokens of this rank at the experts that they go to, wherever these are: sorted by expert and carried to the
-//! rank that has it, where those of an expert lie together; and what becomes of them back to the tokens, summed.
+//! Dispatch of this rank's tokens to their experts on all ranks, and combine of the results: rows are sorted by expert,
+//! sent to the expert's rank, where each expert's rows are one slice, and summed by token on the way back.
 
 use crate::{
     model::rows::RowAdapters,
     ops::{
         Buffer,
         cpu::values,
-        dispatch::{Assignment, filled},
+        dispatch::{Assignment, padded},
         linear::{self, RowSegments},
     },
     shard::{ExpertDispatcher, ExpertRoute, ShardError},
 };
 use tch::{Device, Tensor};
 
-/// Rows of experts for the tokens of one choice.
+/// Routes of the tokens of one forward.
 pub struct Dispatch {
-    /// This rank's tokens, sorted by expert.
+    /// Rows of this rank's tokens for all experts.
     assignment: Assignment,
     /// Segments of an expert: one for each adapter of the pass.
     pattern: usize,
-    /// With expert parallelism, what follows.
+    /// The all-to-all that follows with expert parallelism.
     remote: Option<Remote>,
 }
 
-/// Rows that come from all ranks to the experts of this one.
+/// Rows from all ranks for the experts of this one.
 struct Remote {
     route: ExpertRoute,
     segments: RowSegments,
 }
 
 impl Dispatch {
-    /// Dispatch of x `[tokens, hidden]` by `chosen` `[tokens, k]` i64, each one of `experts`. Collective over the
-    /// ranks of `dispatcher`.
+    /// Routes of the rows of x `[tokens, hidden]` by `chosen` `[tokens, k]` i64, indices below `experts`. Collective
+    /// over the ranks of `dispatcher`.
     pub fn new(
         x: &Tensor,
         chosen: &Tensor,
@@ -43,58 +43,57 @@ impl Dispatch {
         let (keys, pattern) = (adapters.keys(chosen), adapters.pattern());
         let count = experts * pattern.len();
         let Some(dispatcher) = dispatcher else {
-            let assign = if any_rows { Assignment::new } else { Assignment::filled };
+            let assign = if any_rows { Assignment::new } else { Assignment::padded };
             return Ok(Self {
                 assignment: assign(&keys, count, pattern),
                 pattern: pattern.len(),
                 remote: None,
             });
         };
-        // What fills up does not travel.
+        // Padding is not sent.
         let assignment = Assignment::new(&keys, count, pattern);
         let counts: Vec<i64> = values(&assignment.counts().to_device(Device::Cpu));
-        let route = dispatcher.route(&counts, if any_rows { |count| count } else { filled })?;
+        let route = dispatcher.route(&counts, if any_rows { |count| count } else { padded })?;
         let segments = RowSegments::of_device(route.offsets(), pattern.clone(), x.device());
         Ok(Self { assignment, pattern: pattern.len(), remote: Some(Remote { route, segments }) })
     }
 
-    /// Choices of each expert by this rank's tokens: `[experts]` i64.
+    /// Choices of each of all experts by this rank's tokens: `[experts]` i64.
     pub fn counts(&self) -> Tensor {
         self.assignment.counts().view([-1, self.pattern as i64]).sum_dim_intlist(1, false, None)
     }
 
-    /// The rows of each of this rank's experts.
+    /// Segments of this rank's experts.
     pub fn segments(&self) -> &RowSegments {
         self.remote.as_ref().map_or_else(|| self.assignment.segments(), |remote| &remote.segments)
     }
 
-    /// True if rows travel between ranks.
+    /// True if rows are sent between ranks.
     pub fn is_remote(&self) -> bool {
         self.remote.is_some()
     }
 
-    /// The rows of this rank's experts `[rows, n]`, from x `[tokens, n]` of all ranks. Collective.
+    /// Rows `[rows, n]` of this rank's experts, from x `[tokens, n]` of all ranks. Collective.
     pub fn gather(&self, x: &Tensor) -> Result<Buffer, ShardError> {
         let rows = self.assignment.gather(x);
         let Some(remote) = &self.remote else { return Ok(rows) };
         remote.dispatch(&rows)
     }
 
-    /// `[tokens, n]` from what this rank's experts made of their rows, `[rows, n]`, plus `add` `[tokens, n]`.
-    /// Collective.
+    /// Sums `[tokens, n]` of the experts' results `[rows, n]` by token, plus `add` `[tokens, n]`. Collective.
     pub fn combine(&self, rows: &Tensor, add: Option<&Tensor>) -> Result<Buffer, ShardError> {
         let Some(remote) = &self.remote else { return Ok(self.assignment.combine(rows, add)) };
         Ok(self.assignment.combine(&*remote.combine(rows, self.assignment.rows())?, add))
     }
 
-    /// `[rows, 1]` from what each choice has, `[tokens, k]`. Collective.
+    /// Values `[rows, 1]` of rows from those of choices `[tokens, k]`. Collective.
     pub fn by_row(&self, by_choice: &Tensor) -> Result<Tensor, ShardError> {
         let rows = self.assignment.by_row(by_choice);
         let Some(remote) = &self.remote else { return Ok(rows) };
         Ok(remote.dispatch(&rows)?.copy())
     }
 
-    /// `[tokens, k]` from what each row has, `[rows, 1]`. Collective.
+    /// Values `[tokens, k]` of choices from those of rows `[rows, 1]`. Collective.
     pub fn by_choice(&self, by_row: &Tensor) -> Result<Tensor, ShardError> {
         let Some(remote) = &self.remote else { return Ok(self.assignment.by_choice(by_row)) };
         Ok(self.assignment.by_choice(&*remote.combine(by_row, self.assignment.rows())?))

@@ -1,7 +1,7 @@
 //! A gated MLP: y = down(c · swiglu(gate_up(x))).
 //!
-//! A dense layer has one, a mixture one for each expert, whose rows are segments. c is the scale of each row, if
-//! there is one. Saved: gate|up and the LoRA activations. The caller keeps x; SwiGLU's output is computed again.
+//! A dense layer has one, a mixture one for each expert, whose rows are segments. c is the scale of each row, if there
+//! is one. Saved: gate|up and the LoRA activations. The caller keeps x; SwiGLU's output is computed again.
 
 use crate::{
     model::{

@@ -31,7 +31,7 @@ pub struct MoeSpec {
     pub experts: usize,
     /// Experts of a token.
     pub top_k: usize,
-    /// True if the weights of a token's experts are divided by their sum.
+    /// Divide the weights of a token's experts by their sum.
     pub normalise: bool,
     /// Width of an expert.
     pub width: usize,

@@ -212,13 +212,14 @@ impl<M: MicroKernel> NullaryFnOnce for Forward<'_, M> {
                 for (r, i) in queries.enumerate() {
                     let total = total(totals[r]);
                     let inverse = M::Number::ONE / total;
-                    // SAFETY: only this task has the columns of `head` in the rows of its document.
+                    // SAFETY: a document and key-value head have one task, which alone writes the columns of its query
+                    // heads.
                     let out = unsafe { out.part_mut(task.tokens.start + i, shape.output_columns(head)) };
                     for (out, &sum) in out.iter_mut().zip(&sums[r * width..]) {
                         *out = M::Stored::narrow(sum * inverse);
                     }
                     let at = lse_index(shape, task, head, i);
-                    // SAFETY: only this task has this place of L.
+                    // SAFETY: each element of L belongs to one head of one document, so to one task.
                     let lse = unsafe { lse.part_mut(0, at..at + 1) };
                     lse[0] = maxima[r].mul_add(scale, total.ln());
                 }
@@ -297,7 +298,7 @@ impl<M: MicroKernel> NullaryFnOnce for Backward<'_, M> {
                 for (r, i) in queries.clone().enumerate() {
                     dots[r] = dot(d.row(i), o.row(i));
                     let at = lse_index(shape, task, head, i);
-                    // SAFETY: nothing writes to L here.
+                    // SAFETY: L is an input of backward: no task writes to it.
                     lses[r] = unsafe { lse.part(0, at..at + 1) }[0];
                 }
                 d_query.fill(M::Number::ZERO);
@@ -353,7 +354,8 @@ impl<M: MicroKernel> NullaryFnOnce for Backward<'_, M> {
                     machine.multiply(left, key_tile, &mut d_query[..rows * width], width, true);
                 }
                 for (r, i) in queries.enumerate() {
-                    // SAFETY: only this task has the columns of `head` in the rows of its document.
+                    // SAFETY: a document and key-value head have one task, which alone writes the columns of its query
+                    // heads.
                     let target = unsafe { d_qkv.part_mut(task.tokens.start + i, shape.columns(head)) };
                     for (target, &d) in target.iter_mut().zip(&d_query[r * width..]) {
                         *target = M::Stored::narrow(d * scale);
@@ -367,7 +369,7 @@ impl<M: MicroKernel> NullaryFnOnce for Backward<'_, M> {
                 (value_columns.clone(), &d_values[i * value_width..], M::Number::ONE),
             ];
             for (columns, d, scale) in parts {
-                // SAFETY: only this task has the columns of its key-value head in the rows of its document.
+                // SAFETY: a document and key-value head have one task, which alone writes the head's columns.
                 let target = unsafe { d_qkv.part_mut(task.tokens.start + i, columns) };
                 for (target, &d) in target.iter_mut().zip(d) {
                     *target = M::Stored::narrow(d * scale);
@@ -404,11 +406,11 @@ struct Source<'a, E> {
 impl<'a, E: Element> Source<'a, E> {
     #[inline(always)]
     fn row(&self, i: usize) -> &'a [E] {
-        // SAFETY: the tensors that kernels read are not the ones that they write to.
+        // SAFETY: a source is an input of the kernel; tasks write to other tensors only.
         unsafe { self.rows.part(self.tokens.start + i, self.columns.clone()) }
     }
 
-    /// Tiles of units along the head's dimension, `[tiles][units][TILE]`: a right factor that is as wide as a tile.
+    /// Tiles of units along the head's dimension, `[tiles][units][TILE]`: a right factor of TILE columns.
     #[inline(always)]
     fn along_dim<'s, M: MicroKernel<Stored = E>>(
         &self,
@@ -428,7 +430,7 @@ impl<'a, E: Element> Source<'a, E> {
         packed
     }
 
-    /// Units along the tokens, `[padded / GROUP, width]`: a right factor that is as wide as a head.
+    /// Units along the tokens, `[padded / GROUP, width]`: a right factor of `width` columns.
     #[inline(always)]
     fn along_tokens<'s, M: MicroKernel<Stored = E>>(
         &self,

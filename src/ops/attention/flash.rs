@@ -1,4 +1,4 @@
-//! FlashAttention-2 (Dao, 2023) of libtorch on CUDA, over all documents at once by the offsets between them.
+//! FlashAttention-2 (Dao, 2023) of libtorch on CUDA, over all documents at once by their offsets.
 
 use super::{Documents, Heads};
 use crate::device::has_flash;
@@ -24,7 +24,7 @@ fn left(heads: Heads) -> Option<i64> {
     heads.window.map(|window| window - 1)
 }
 
-/// See [`super::forward`]; L is by head, then by token.
+/// See [`super::forward`]; L is ordered by head, then by token.
 pub fn forward(
     qkv: &Tensor,
     heads: Heads,

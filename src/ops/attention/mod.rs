@@ -29,12 +29,12 @@ use tch::{Device, Kind, Tensor};
 pub struct Documents {
     /// (first token, documents, tokens per document)
     runs: Vec<(i64, i64, i64)>,
-    /// Cumulative lengths: `[documents + 1]` i32, where the batch is.
+    /// Offsets of the documents and the end: `[documents + 1]` i32 on the batch's device.
     offsets: Tensor,
 }
 
 impl Documents {
-    /// From the lengths of the documents in order, for tensors on `device`; empty ones are skipped.
+    /// Documents of the given lengths in order, for tensors on `device`; empty ones are skipped.
     pub fn new(lengths: &[usize], device: Device) -> Self {
         let mut runs: Vec<(i64, i64, i64)> = Vec::new();
         let mut start = 0;
@@ -321,7 +321,7 @@ mod tests {
             let (heads, lengths) = case;
             let [qkv, d_out] = inputs(case);
             let exact = expected(&qkv, &d_out, *heads, lengths);
-            // What bf16 holds, so that only the arithmetic is compared.
+            // Values that bf16 holds, so that only the arithmetic is compared.
             let [rounded, d_rounded] = [&qkv, &d_out].map(|t| t.to_kind(Kind::BFloat16));
             let exact_of_rounded = expected(&rounded, &d_rounded.to_kind(Kind::Double), *heads, lengths);
             let near = |ours: [Buffer; 2], exact: &[Tensor; 2], tolerance: [f64; 2], what: &str| {
