@@ -8,6 +8,7 @@
 #   ci/long.sh ops             every operation beside the machine's peak (minutes); criterion's options may follow
 #   ci/long.sh start           seconds from launch to the first step, both
 #   ci/long.sh quickstart      the quickstart, which ends with its score
+#   ci/long.sh readme          clones what is committed and runs every command of the README in it (half an hour)
 #   ci/long.sh topologies      experts in every topology of up to 4 ranks, in every way to compute, against one rank
 #   ci/long.sh watchdog        a rank of 4 killed, and a rank stopped, at 20 moments each
 #   ci/long.sh hosts           two hosts (network namespaces) against one; and their cable cut (root, Open MPI)
@@ -33,6 +34,10 @@ case "${1:-}" in
   ops) shift; launch/setup.sh --no-tests; exec cargo bench --bench ops -- "$@" ;;
   start) shift; exec benches/side_by_side.sh --start "$@" ;;
   quickstart) exec launch/quickstart.sh ;;
+  readme)
+    launch/setup.sh --no-tests
+    exec cargo test --quiet --test readme -- --ignored --nocapture
+    ;;
   topologies)
     launch/setup.sh --no-tests
     export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1

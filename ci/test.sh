@@ -15,6 +15,8 @@ export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_
 say 'Format, lints, documentation'
 cargo fmt --check
 cargo clippy --all-targets --quiet -- -D warnings
+git ls-files -z '*.sh' '*.sbatch' .ci/run | xargs -0 shellcheck -x
+"$XORL_ORACLE_PYTHON" -m ruff check --quiet .
 RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --quiet
 
 say 'Build'

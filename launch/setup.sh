@@ -55,7 +55,8 @@ has_libclang() {
 packages=()
 command -v c++ >/dev/null || packages+=(build-essential)
 command -v mpicc >/dev/null || packages+=(openmpi-bin libopenmpi-dev)
-# Tests make a slurm cluster of this machine.
+# ci/test.sh lints the scripts; tests make a slurm cluster of this machine.
+[ $tests = 0 ] || command -v shellcheck >/dev/null || packages+=(shellcheck)
 [ $tests = 0 ] || command -v slurmctld >/dev/null || [ -x /usr/sbin/slurmctld ] || packages+=(slurm-wlm munge)
 has_libclang || packages+=(libclang-dev)   # for the bindings to whichever MPI is here
 [ ${#packages[@]} = 0 ] || apt_install "${packages[@]}"

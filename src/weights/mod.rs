@@ -161,45 +161,46 @@ fn unknown(name: &str) -> SourceError {
 mod tests {
     use super::*;
 
-    #[test]
-    fn tiles_equal_runs_of_the_whole_tensor() {
-        let source = RandomSource::new(vec![("w".into(), vec![7, 5]), ("v".into(), vec![4])], 0.1, 3);
+    /// Compares tiles of the matrix `name`, as stored and transposed, with the whole matrix. Counts the bytes read.
+    pub(super) fn tiles_equal_the_matrix(source: &dyn WeightSource, name: &str) {
+        let TensorMeta { dtype: stored, shape } = source.meta(name).unwrap();
+        let (m, n) = (shape[0], shape[1]);
         for dtype in [DType::F32, DType::Bf16, DType::F16] {
             let size = dtype.size();
-            let mut whole = vec![0; 35 * size];
-            source.read("w", 0..35, dtype, &mut whole).unwrap();
-            let number = |row: usize, column: usize| whole[(row * 5 + column) * size..][..size].to_vec();
-            for (rows, columns) in [(0..7, 0..5), (2..5, 1..4), (6..7, 4..5), (3..3, 0..5), (1..4, 2..2)] {
-                for transposed in [false, true] {
-                    // The logical matrix is [7, 5], or its transpose [5, 7] where the file has the other.
-                    let tile = if transposed {
-                        MatrixTile { rows: columns.clone(), columns: rows.clone(), transposed }
-                    } else {
-                        MatrixTile { rows: rows.clone(), columns: columns.clone(), transposed }
-                    };
-                    let mut found = vec![0; rows.len() * columns.len() * size];
-                    source.read_tile("w", &tile, dtype, &mut found).unwrap();
-                    let in_order = |row: usize, column: usize| {
-                        if transposed { number(column, row) } else { number(row, column) }
-                    };
-                    let expected: Vec<u8> = tile
-                        .rows
-                        .clone()
-                        .flat_map(|row| tile.columns.clone().flat_map(move |column| in_order(row, column)))
-                        .collect();
-                    assert_eq!(found, expected, "{dtype} {tile:?}");
-                }
+            let mut whole = vec![0; m * n * size];
+            source.read(name, 0..m * n, dtype, &mut whole).unwrap();
+            let number = |row: usize, column: usize| &whole[(row * n + column) * size..][..size];
+            for (i, j) in
+                [(0..m, 0..n), (1..m - 1, 1..n - 1), (m - 1..m, n - 1..n), (3..3, 0..n), (1..4, 2..2)]
+            {
+                let as_stored = MatrixTile { rows: i.clone(), columns: j.clone(), transposed: false };
+                let transposed = MatrixTile { rows: j.clone(), columns: i.clone(), transposed: true };
+                let mut found = vec![0; i.len() * j.len() * size];
+                let before = source.bytes_read();
+                source.read_tile(name, &as_stored, dtype, &mut found).unwrap();
+                let read = source.bytes_read() - before;
+                assert!(read as usize <= i.len() * j.len() * stored.size(), "{read} bytes for {as_stored:?}");
+                let by_row = i.clone().flat_map(|row| j.clone().map(move |column| (row, column)));
+                let expected = by_row.flat_map(|(row, column)| number(row, column).to_vec());
+                assert_eq!(found, expected.collect::<Vec<u8>>(), "{name} {dtype} {as_stored:?}");
+                source.read_tile(name, &transposed, dtype, &mut found).unwrap();
+                let by_column = j.flat_map(|column| i.clone().map(move |row| (row, column)));
+                let expected = by_column.flat_map(|(row, column)| number(row, column).to_vec());
+                assert_eq!(found, expected.collect::<Vec<u8>>(), "{name} {dtype} {transposed:?}");
             }
         }
-        let outside = MatrixTile { rows: 0..8, columns: 0..5, transposed: false };
-        let mut room = [0; 160];
-        assert!(matches!(
-            source.read_tile("w", &outside, DType::F32, &mut room),
-            Err(SourceError::Tile { .. })
-        ));
-        assert!(matches!(
-            source.read_tile("v", &outside, DType::F32, &mut room),
-            Err(SourceError::NoMatrix { .. })
-        ));
+        let outside = MatrixTile { rows: 0..m + 1, columns: 0..n, transposed: false };
+        let mut room = vec![0; (m + 1) * n * 4];
+        let refused = source.read_tile(name, &outside, DType::F32, &mut room);
+        assert!(matches!(refused, Err(SourceError::Tile { .. })));
+    }
+
+    #[test]
+    fn tiles_of_random_tensors_equal_the_matrix() {
+        let source = RandomSource::new(vec![("w".into(), vec![7, 5]), ("v".into(), vec![4])], 0.1, 3);
+        tiles_equal_the_matrix(&source, "w");
+        let tile = MatrixTile { rows: 0..2, columns: 0..2, transposed: false };
+        let refused = source.read_tile("v", &tile, DType::F32, &mut [0; 16]);
+        assert!(matches!(refused, Err(SourceError::NoMatrix { .. })));
     }
 }

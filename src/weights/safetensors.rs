@@ -163,6 +163,27 @@ mod tests {
     }
 
     #[test]
+    fn tiles_of_every_dtype_and_odd_sizes_equal_the_matrix() {
+        let directory = tempfile::tempdir().unwrap();
+        let values = |n: usize, dtype: DType| {
+            let mut bytes = vec![0; n * dtype.size()];
+            let irregular: Vec<f32> = (0..n).map(|i| (i as f32 * 1.7).sin()).collect();
+            DType::F32.convert(bytemuck::cast_slice(&irregular), dtype, &mut bytes);
+            bytes
+        };
+        let tensors = [
+            ("single", Dtype::F32, vec![7, 5], values(35, DType::F32)),
+            ("half", Dtype::F16, vec![5, 11], values(55, DType::F16)),
+            ("brain", Dtype::BF16, vec![13, 3], values(39, DType::Bf16)),
+        ];
+        write(&directory.path().join("model.safetensors"), &tensors);
+        let source = SafetensorsSource::open(directory.path()).unwrap();
+        for (name, ..) in tensors {
+            super::super::tests::tiles_equal_the_matrix(&source, name);
+        }
+    }
+
+    #[test]
     fn an_index_names_files_of_its_directory() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
