@@ -11,9 +11,8 @@ import threading
 import time
 from pathlib import Path
 
-# Of memory. Reading smaps_rollup makes the kernel walk the page tables of a process: for ranks of 2 GB that was 7 %
-# of a
-# core, so runs whose speed counts are not watched.
+# Of memory. Reading smaps_rollup makes the kernel walk the page tables of a process: for ranks of 2 GB that was 7 % of
+# a core, so runs whose speed counts are not watched.
 SAMPLE_SECONDS = 0.5
 STOP_SECONDS = 15
 

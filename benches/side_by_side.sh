@@ -9,11 +9,9 @@
 #   benches/side_by_side.sh --start                        seconds from launch to the first step
 #   benches/side_by_side.sh --help                         all options
 #
-# The peer is the fastest of its ways (recompute, malloc, torch.compile, 2 ranks or 2 threads), sought first; ours
-# are held
-# against the one that has as many cores. Hours for all cases on 2 cores; nothing else should run meanwhile. Every
-# case is
-# kept in the JSON as soon as it is measured.
+# The peer is the fastest of its ways (recompute, malloc, torch.compile, 2 ranks or 2 threads), sought first; ours are
+# held against the one that has as many cores. Hours for all cases on 2 cores; nothing else should run meanwhile. Every
+# case is kept in the JSON as soon as it is measured.
 #
 # XORL_DIST=FILE takes that binary as it is: nothing is set up or built.
 set -euo pipefail

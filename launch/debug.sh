@@ -1,12 +1,10 @@
 #!/usr/bin/env bash
-# A few steps of a run in one process, on the GPU if there is one, looked at closely: every layer's shapes and sizes
-# and every
-# collective are logged, the first value that is not finite ends it with the layer's number. Nothing of the run is
-# touched.
+# Runs three steps with --debug in one process, on the GPU if there is one. Every collective and the shapes and sizes
+# of every layer are logged; the first value that is not finite ends it with the layer's number. The run's own output
+# directory is not touched.
 #
 #   launch/debug.sh run.yaml [--section.field VALUE]...       3 steps; --train.max_steps says how many
-#   RANKS=2 launch/debug.sh run.yaml                          on two ranks, each layer's weights no numbers when it
-#   has computed
+#   RANKS=2 launch/debug.sh run.yaml                          on two ranks; weights are NaN after use
 #
 # XORL_DIST=FILE names the program; else the release build of this checkout, or xorl-dist on PATH.
 set -euo pipefail
@@ -15,7 +13,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ $# -gt 0 ] || { sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" >&2; exit 2; }
 config=$1
 shift
-# What cuBLAS needs to give the same bits each time.
+# cuBLAS gives the same bits each time only with this.
 export CUBLAS_WORKSPACE_CONFIG=${CUBLAS_WORKSPACE_CONFIG:-:4096:8}
 program=$(xorl_program "$here")
 out=$(mktemp -d "${TMPDIR:-/tmp}/xorl-debug.XXXXXX")

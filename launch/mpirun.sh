@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Starts xorl-dist on many ranks with whichever MPI is here (Open MPI or MPICH), and passes signals on so that a run
-# saves.
+# Starts xorl-dist on many ranks with the MPI on PATH (Open MPI or MPICH), and passes signals on so that a run saves.
 #
 #   launch/mpirun.sh -n 8 --config run.yaml [--section.field value]...
 #   launch/mpirun.sh -n 16 --hosts hosts.txt --config run.yaml       hosts.txt: a host a line, as mpirun reads it
@@ -9,11 +8,10 @@
 #   --hosts FILE     hosts to start them on
 #   --dry-run        prints the command instead
 #
-# Each rank gets cores ÷ ranks of a host as threads (OMP_NUM_THREADS, unless set) and is bound to them, where there
-# are enough.
-# SIGTERM and SIGINT (Ctrl-C) mean save and stop: the ranks get SIGUSR1, and the code is 75 when they have saved. A
-# second one
-# ends them at once. XORL_DIST=FILE names the program; else the release build of this checkout, or xorl-dist on PATH.
+# Each rank gets cores ÷ ranks of a host as threads (OMP_NUM_THREADS, unless set) and is bound to them if there are
+# enough. SIGTERM and SIGINT (Ctrl-C) mean save and stop: the ranks get SIGUSR1, and the code is 75 when they have
+# saved. A second one ends them at once. XORL_DIST=FILE names the program; else the release build of this checkout, or
+# xorl-dist on PATH.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$here/launch/lib.sh"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained adapter of a real model: SmolLM2-135M-Instruct, its base sharded over 2 CPU ranks,
-# learns to
-# turn an order in English into JSON. Shows two answers before and after; the last line is JSON with the score.
+# learns to turn an order in English into JSON. Shows two answers before and after; the last line is JSON with the
+# score.
 #
 #   launch/quickstart.sh
 #

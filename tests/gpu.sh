@@ -8,8 +8,7 @@
 #   ROWS='nccl|resume' tests/gpu.sh  the rows whose names begin so
 #
 # XORL_DIST=FILE takes that binary as it is. DEVICE=stand-in is for the test of this script: then a library of ours
-# stands in
-# for the driver and NCCL, and what needs a real GPU is not run.
+# stands in for the driver and NCCL, and what needs a real GPU is not run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 device=${DEVICE:-cuda}
@@ -32,9 +31,8 @@ if [ "$ranks" -gt "$gpus" ]; then
   export NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0 NCCL_MAX_CTAS=1
 fi
 
-# row NEEDS NAME FUNCTION: a row of the table. NEEDS: gpu (a real one), one (device), several (ranks). What the
-# function writes into
-# $out/said is the row's result.
+# row NEEDS NAME FUNCTION: a row of the table. NEEDS: gpu (a real one), one (device), several (ranks). What the function
+# writes into $out/said is the row's result.
 row() {
   local needs=$1 name=$2 result
   shift 2
@@ -221,8 +219,7 @@ P
 }
 
 # beside_peer MODEL BATCH SEQUENCE [TARGETS]: FSDP2 + PEFT, eager and compiled, and ours, each of ours, from the same
-# tokens. One rank a
-# GPU.
+# tokens. One rank a GPU.
 beside_peer() {
   local rows=$((gpus * $2 * 12)) way log peers=0
   random_rows "$rows" "$3"

@@ -1,8 +1,6 @@
 // src/ops/cuda/kernels.cu on threads of the host: the same text, with what CUDA gives it made of C++. For the tests
-// beside the
-// operations, which load it as a library and start its kernels as the driver would. A block's threads are threads,
-// one block
-// after another; a warp's exchange and __syncthreads are barriers.
+// beside the operations, which load it as a library and start its kernels as the driver would. A block's threads are
+// threads, one block after another; a warp's exchange and __syncthreads are barriers.
 #include <barrier>
 #include <cmath>
 #include <cstring>

@@ -1,9 +1,8 @@
 # shellcheck shell=bash
 # Functions that the batch scripts source, in the root of the checkout. Not a program.
 #
-# A job's run is called slurm-JOB (or slurm-JOB_TASK) and lives in OUT (outputs/slurm-JOB): checkpoints, metrics, and
-# slurm.log,
-# what the ranks say. A job that is requeued keeps its number, so it finds its newest whole step and goes on by itself.
+# A job's run is slurm-JOB (or slurm-JOB_TASK) in OUT (outputs/slurm-JOB): checkpoints, metrics, and slurm.log, the
+# output of its ranks. A requeued job keeps its number, so it finds its newest whole step and continues by itself.
 
 . launch/lib.sh
 

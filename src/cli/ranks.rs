@@ -39,7 +39,7 @@ pub(super) fn on_all_ranks<P>(
     if debug {
         device::torch::prefer_deterministic()?;
     }
-    // The first call of libtorch comes after its CUDA half is loaded.
+    // The first call of libtorch comes after its CUDA library is loaded.
     if std::env::var_os("OMP_NUM_THREADS").is_none() {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         tch::set_num_threads((cores / world.size()).max(1) as i32);

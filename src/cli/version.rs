@@ -51,7 +51,7 @@ fn cuda_driver_version() -> Option<String> {
     Some(format!("{}.{}", version / 1000, version % 1000 / 10))
 }
 
-/// The path of this libtorch's CUDA half, if it has one.
+/// The path of the CUDA library of this libtorch, if it has one.
 fn cuda_backend(libtorch: Option<&Path>) -> Option<String> {
     let library = libtorch?.join(torch::CUDA_HALF);
     library.exists().then(|| library.display().to_string())

@@ -1,8 +1,7 @@
-// The operations of src/ops on NVIDIA GPUs, for bf16 and fp32: each is one pass over its rows, or two where a row's
-// sum comes
-// first, computes in fp32 and rounds once. Formulas and shapes are in the operations' own files. Compiled at run
-// time by NVRTC, which has no headers: all
-// that is used is CUDA's own language, so that tests can run the same text on host threads.
+// The operations of src/ops on NVIDIA GPUs, for bf16 and fp32: each is one pass over its rows, or two where a row's sum
+// comes first, computes in fp32 and rounds once. Formulas and shapes are in the operations' own files. Compiled at run
+// time by NVRTC, which has no headers: all that is used is CUDA's own language, so that tests can run the same text on
+// host threads.
 
 struct bf16 {
   unsigned short bits;
@@ -249,8 +248,7 @@ __device__ inline void combine_rows(Rows x, const long long *at, int k, Rows add
 // --- cross entropy
 
 // Logits become p; the running sums m, s and l_t take them in; e. A block for each row of logits. A row has `width`
-// targets,
-// those outside of the chunk are not in 0..n.
+// targets, those outside of the chunk are not in 0..n.
 template <class T>
 __device__ inline void exponentials(Rows logits, const long long *targets, int width, float *m, float *s, float *target_logits,
                                     float *rescale, int n) {
@@ -294,9 +292,8 @@ __device__ inline void exponentials(Rows logits, const long long *targets, int w
   m[row] = maximum;
 }
 
-// a becomes (share * a - the sum over targets of target * w) * scale, each operation rounded. A warp for each row;
-// row i has
-// the rows offsets[i] .. offsets[i + 1] of w, the values target[i * width ..] for them, and share and scale at
+// a becomes (share * a - the sum over targets of target * w) * scale, each operation rounded. A warp for each row; row
+// i has the rows offsets[i] .. offsets[i + 1] of w, the values target[i * width ..] for them, and share and scale at
 // factors[2 * i].
 template <class A, class T>
 __device__ inline void head_gradient(Rows a, Rows w, const long long *offsets, const float *target, int width, const float *factors,
