@@ -84,13 +84,13 @@ fn imports(code: &str) -> BTreeSet<String> {
     found
 }
 
-/// Imports of `room` that are no rooms below it, by the order of `map`.
+/// Imports of `room` that the order of `map` forbids: rooms above it, and names that are no room.
 fn upward(map: &[String], room: &str, imports: &BTreeSet<String>) -> Vec<String> {
     let place = |name: &str| map.iter().position(|room| room == name);
     let own = place(room).unwrap_or_else(|| panic!("src/lib.rs's map does not name {room}"));
     let is_wrong = |name: &&String| match name.as_str() {
-        ERROR => !IMPORT_ERROR.contains(&room),
-        name => place(name).is_some_and(|other| other < own),
+        ERROR | "Error" | "Result" => !IMPORT_ERROR.contains(&room),
+        name => place(name).is_none_or(|other| other < own),
     };
     imports.iter().filter(is_wrong).cloned().collect()
 }
@@ -129,7 +129,8 @@ fn an_arrow_up_is_found() {
     let imports = imports(&code(text));
     assert_eq!(imports, ["Error", "model", "rng", "trace"].map(str::to_owned).into());
     let map = ["cli", "model", "ops", "trace", "rng", "error"].map(str::to_owned);
-    assert_eq!(upward(&map, "ops", &imports), ["model"]);
+    assert_eq!(upward(&map, "ops", &imports), ["Error", "model"]);
     assert_eq!(upward(&map, "ops", &["error".to_owned()].into()), ["error"]);
     assert!(upward(&map, "cli", &imports).is_empty());
+    assert_eq!(upward(&map, "cli", &["room".to_owned()].into()), ["room"]);
 }
