@@ -1,6 +1,6 @@
-//! The README is short and in order, its configuration loads, its links lead somewhere, and its commands run as printed:
-//! the quick ones here on a tiny model, all of them by `ci/long.sh readme` from a fresh clone. A block that needs a GPU,
-//! another host, a slurm cluster or more cores says so in its first line and is only parsed.
+//! The README is short and in order, its configuration loads, its links lead somewhere, and its commands run as
+//! printed: the quick ones here on a tiny model, all of them by `ci/long.sh readme` from a fresh clone. A block that
+//! needs a GPU, another host, a slurm cluster or more cores says so in its first line and is only parsed.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod common;
@@ -93,8 +93,8 @@ fn of_language<'a>(blocks: &'a [Block], language: &str) -> Vec<&'a Block> {
     blocks.iter().filter(|block| block.language == language).collect()
 }
 
-/// A script that pastes `blocks` into one shell, as a reader does, and ends at the first command that fails. Blocks that
-/// name a file are saved into `folder` before.
+/// A script that pastes `blocks` into one shell, as a reader does, and ends at the first command that fails. Blocks
+/// that name a file are saved into `folder` before.
 fn script(blocks: &[&Block], folder: &Path) -> String {
     let mut script = "set -euo pipefail\n".to_owned();
     for block in blocks {
@@ -255,7 +255,7 @@ fn make_model(folder: &Path) {
     safetensors::serialize_to_file(views, None, &folder.join("model.safetensors")).unwrap();
 }
 
-/// A folder as the quickstart leaves it: scripts, configurations, data (a part of it), a model, and the program on PATH.
+/// A folder as the quickstart leaves it: scripts, configurations, part of the data, a model, and the program on PATH.
 fn after_the_quickstart(folder: &Path) {
     copy_tree(&root().join("launch"), &folder.join("launch"));
     for name in ["configs", "tests"] {
@@ -263,7 +263,7 @@ fn after_the_quickstart(folder: &Path) {
     }
     let data = folder.join("launch/quickstart/data/train.jsonl");
     let rows = fs::read_to_string(&data).unwrap();
-    fs::write(&data, rows.split_inclusive('\n').take(40).collect::<String>()).unwrap();
+    fs::write(&data, rows.split_inclusive('\n').take(80).collect::<String>()).unwrap();
     make_model(&folder.join("models/smollm2"));
     fs::create_dir_all(folder.join("home/.local/bin")).unwrap();
     symlink(env!("CARGO_BIN_EXE_xorl-dist"), folder.join("home/.local/bin/xorl-dist")).unwrap();
