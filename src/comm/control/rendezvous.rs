@@ -155,13 +155,19 @@ fn gather(listener: &TcpListener, ranks: usize, token: &str) -> BTreeMap<usize, 
             strangers.extend(Link::new(stream));
         }
         for mut link in std::mem::take(&mut strangers) {
-            let mut first = None;
+            let (mut first, mut left) = (None, false);
             link.read(&mut buffer, |frame| {
                 if let Frame::Message(json) = frame {
-                    first = first.take().or(Some(read_message(json)?));
+                    let message = read_message(json)?;
+                    left |= matches!(message, ToRoot::Bye);
+                    first = first.take().or(Some(message));
                 }
                 Ok(())
             });
+            // A rank that was not welcomed in time says goodbye, and may come again.
+            if left || link.ended().is_some() {
+                continue;
+            }
             match first {
                 Some(ToRoot::Hello { token: theirs, name })
                     if theirs == token && (1..ranks).contains(&name.rank) =>
@@ -172,7 +178,7 @@ fn gather(listener: &TcpListener, ranks: usize, token: &str) -> BTreeMap<usize, 
                     let peer = Peer { name, silent: Duration::ZERO, lost: None, status: Status::default() };
                     peers.insert(rank, Connected { link, peer, heard: Instant::now(), left: false });
                 }
-                None if link.ended().is_none() => strangers.push(link),
+                None => strangers.push(link),
                 _ => {}
             }
         }
