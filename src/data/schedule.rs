@@ -98,11 +98,11 @@ pub fn deal(step_rows: Range<usize>, data_parallel_rank: usize, split: BatchSpli
     let (each, extra) = (groups / ranks, groups % ranks);
     let before = data_parallel_rank * each + data_parallel_rank.min(extra);
     let mine = each + usize::from(data_parallel_rank < extra);
-    let row = |group_index: usize| (step_rows.start + group_index * group).min(step_rows.end);
+    let row = |index: usize| step_rows.start.saturating_add(index.saturating_mul(group)).min(step_rows.end);
     let micro = split.groups_of_micro_batch();
     let micro_batch = |index: usize| {
-        let first = before + (index * micro).min(mine);
-        (row(first)..row((first + micro).min(before + mine))).collect()
+        let first = before + index.saturating_mul(micro).min(mine);
+        (row(first)..row(first.saturating_add(micro).min(before + mine))).collect()
     };
     (0..split.micro_batches(step_rows.len())).map(micro_batch).collect()
 }
@@ -152,6 +152,7 @@ mod tests {
         assert_eq!(deal(0..1, 0, split(3, 4, 1)), [vec![0]]);
         assert_eq!(deal(0..1, 2, split(3, 4, 1)), [Vec::<usize>::new()]);
         assert!(deal(5..5, 0, split(2, 1, 1)).is_empty());
+        assert_eq!(deal(0..8, 1, split(2, usize::MAX, 1)), [vec![4, 5, 6, 7]]);
         assert!(deal(5..5, 0, split(2, 1, 2)).is_empty());
     }
 

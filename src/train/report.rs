@@ -13,7 +13,8 @@ impl Run {
         let ((base, adapter), options) = (self.plans()?, self.options());
         let train = &self.config.train;
         let longest = self.dataset.summary().longest_row;
-        let batch = MicroBatch { tokens: train.micro_batch_size * longest, longest };
+        let rows = train.micro_batch_size.min(self.dataset.rows());
+        let batch = MicroBatch { tokens: rows * longest, longest };
         let micro_batches = self.micro_batches();
         let traffic = Traffic {
             spec: &self.spec,

@@ -121,8 +121,11 @@ impl Run {
         let pad = hf.pad_token_id.or(hf.eos_token_ids.first().copied()).unwrap_or(0);
         let dataset = Dataset::open(&config.data, Some(&tokenizer), spec.vocab_size, pad, config.train.seed)?;
         let train = &config.train;
-        let default_batch = train.micro_batch_size * train.gradient_accumulation_steps * mesh.data_parallel();
-        let global_batch = train.global_batch_size.unwrap_or(default_batch);
+        let factors = [train.micro_batch_size, train.gradient_accumulation_steps, mesh.data_parallel()];
+        let default_batch = || factors.into_iter().try_fold(1, usize::checked_mul);
+        let global_batch = train.global_batch_size.or_else(default_batch).ok_or_else(|| {
+            refused("train.micro_batch_size", "a step would have more rows than can be counted")
+        })?;
         let batches = BatchSchedule {
             rows: dataset.rows(),
             global_batch,
