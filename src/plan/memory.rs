@@ -191,11 +191,11 @@ fn loss_scratch(spec: &ModelSpec, options: &Options, batch: MicroBatch, most: us
     logits + batch.tokens * spec.hidden_size * (5 * c + sum)
 }
 
-/// The largest moment of a layer besides what it keeps: the temporaries of its halves beside the gradient of the output
+/// The largest moment of a layer besides what it keeps: the temporaries of one half beside the gradient of the output
 /// and a normalised input.
 fn layer_scratch(spec: &ModelSpec, base: &BasePlan, options: &Options, batch: MicroBatch) -> usize {
     let c = options.compute.size();
-    let mixer = base.layers.iter().map(|layer| layer.mixer.scratch_bytes(c, batch)).max();
-    let ffn = base.layers.iter().map(|layer| layer.ffn.scratch_bytes(c, batch)).max();
-    mixer.unwrap_or(0) + ffn.unwrap_or(0) + 2 * spec.hidden_size * c * batch.tokens
+    let halves = base.layers.iter().flat_map(|layer| [&layer.mixer, &layer.ffn]);
+    let half = halves.map(|half| half.scratch_bytes(c, batch)).max();
+    half.unwrap_or(0) + 2 * spec.hidden_size * c * batch.tokens
 }

@@ -131,10 +131,10 @@ impl SubLayer for Moe {
         8 * self.spec.top_k
     }
 
-    /// SwiGLU's output of all rows with their gradient and input, or the shared expert's.
+    /// SwiGLU's output of all rows with the gradients of y and x, then these with x; or the shared expert's.
     fn scratch_bytes(&self, element: usize, batch: MicroBatch) -> usize {
         let MoeSpec { top_k, width, shared_width, .. } = self.spec;
-        let rows = top_k * (width + 2 * self.hidden_size);
+        let rows = top_k * (width.max(self.hidden_size) + 2 * self.hidden_size);
         rows.max(shared_width.unwrap_or(0)) * element * batch.tokens
     }
 

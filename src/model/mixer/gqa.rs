@@ -191,10 +191,13 @@ impl SubLayer for Gqa {
         (qkv + spec.output()) * c + row_sums + unnormed + clipped + sizes.lora_hidden(&[self.qkv, self.o])
     }
 
-    /// The keys and values of a document that a thread packs, and the fp32 sums of their gradients.
+    /// The gradients of q|k|v and of attention's output. The keys and values of a document that a thread packs, and the
+    /// fp32 sums of their gradients: of one thread, as ranks on CPUs mostly have.
     fn scratch_bytes(&self, element: usize, batch: MicroBatch) -> usize {
         let GqaSpec { head_dim, value_dim, .. } = self.spec;
-        batch.longest * (head_dim * (2 * element + 4) + value_dim * (element + 4))
+        let gradients = (self.spec.widths().iter().sum::<usize>() + self.spec.output()) * element;
+        let packed = head_dim * (2 * element + 4) + value_dim * (element + 4);
+        batch.tokens * gradients + batch.longest * packed
     }
 
     /// A query sees half of the document's tokens in the mean; with a window w of s tokens, w·(1 − w/2s).
