@@ -15,7 +15,7 @@ use xorl_dist::{
     dtype::DType,
     mesh::{Mesh, MeshSizes},
     model::{base_plan::Options, transformer::Transformer},
-    shard::ProcessGroups,
+    shard::{ProcessGroups, ShardError},
     weights::{RandomSource, SourceError, TensorMeta, WeightSource},
 };
 
@@ -103,6 +103,19 @@ fn mpi_worker() {
         (after - before).abs().max().to_kind(Kind::Double).double_value(&[]) > 0.01,
         "the change is seen"
     );
+    // A rank that cannot change its piece ends the update of all ranks.
+    let fails = world.rank() + 1 == world.size();
+    let refused =
+        model.update(
+            |piece, _| {
+                if fails { Err(ShardError::Packed { tensor: piece.tensor.clone() }) } else { Ok(()) }
+            },
+        );
+    match refused.unwrap_err() {
+        ShardError::Packed { .. } => assert!(fails),
+        ShardError::UpdateElsewhere { .. } => assert!(!fails),
+        other => panic!("{other}"),
+    }
 }
 
 fn run(case: Case) {

@@ -37,6 +37,8 @@ pub enum ShardError {
     Counts { from: usize, actual: usize, expected: usize },
     #[error("layer {layer}, {pass}: {count} of {of} values are not finite")]
     NotFinite { layer: usize, pass: &'static str, count: usize, of: usize },
+    #[error("another rank could not change unit {unit}")]
+    UpdateElsewhere { unit: usize },
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),
 }

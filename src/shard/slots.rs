@@ -10,7 +10,7 @@
 
 use super::{Piece, RegionLayout, ShardError, Storage};
 use crate::{
-    comm::{Communicator, PAGE, Pending, SharedMemory},
+    comm::{Communicator, PAGE, Pending, Reduce, SharedMemory},
     device::Staging,
     weights::WeightSource,
 };
@@ -158,7 +158,8 @@ impl SlotPool {
     /// units in the same order.
     ///
     /// # Errors
-    /// The error of `change`, or of a collective.
+    /// The error of `change`, [`ShardError::UpdateElsewhere`] on the other ranks, or the error of a collective. The
+    /// pieces of the unit are then partly changed.
     pub fn update(
         &mut self,
         unit: usize,
@@ -167,13 +168,16 @@ impl SlotPool {
         self.invalidate()?;
         // Shared pieces are read where they lie: no rank may still compute from them, nor read them half changed.
         self.comm.barrier()?;
-        for piece in self.layouts[unit].reads(self.comm.rank()) {
+        let changed = self.layouts[unit].reads(self.comm.rank()).iter().try_for_each(|piece| {
             let bytes = piece.storage.bytes(piece.range.len()) as i64;
             let values = self.shards[unit].f_narrow(0, piece.at as i64, bytes)?;
-            change(&piece, &typed(&values, piece.storage)?)?;
-        }
-        self.comm.barrier()?;
-        Ok(())
+            change(piece, &typed(&values, piece.storage)?)
+        });
+        // A rank that failed says so in place of the barrier: no other waits for it.
+        let mut failed = [f64::from(u8::from(changed.is_err()))];
+        self.comm.all_reduce_host(&mut failed, Reduce::Max)?;
+        changed?;
+        if failed[0] > 0.0 { Err(ShardError::UpdateElsewhere { unit }) } else { Ok(()) }
     }
 
     /// Gathers `unit` and waits for it. A unit that is still in its slot is not gathered again.
