@@ -240,10 +240,12 @@ mod rows {
 
     pub fn gradient<E: Element>(a: &Tensor, targets: TargetRows, factors: &GradientFactors) {
         let (weight, offsets) = (Rows::<E>::of(targets.weight), values::<i64>(targets.offsets));
+        let (a, factors) = (Rows::of(a), [&factors.target, &factors.row].map(Rows::of));
+        assert!(weight.is_apart_from(&a) && factors.iter().all(|factor| weight.is_apart_from(factor)));
         each_row::<E, _, _, _>(
             [],
-            [Rows::of(a)],
-            [Rows::of(&factors.target), Rows::of(&factors.row)],
+            [a],
+            factors,
             #[inline(always)]
             |i, [], [a], [target, row]| differentiate(a, weight, own(&offsets, i), target, row),
         );
@@ -251,10 +253,12 @@ mod rows {
 
     pub fn wide_gradient<E: Element>(a: &Tensor, targets: TargetRows, factors: &GradientFactors) {
         let (weight, offsets) = (Rows::<E>::of(targets.weight), values::<i64>(targets.offsets));
+        let written = [a, &factors.target, &factors.row].map(Rows::of);
+        assert!(written.iter().all(|rows| weight.is_apart_from(rows)));
         each_row::<E, _, _, _>(
             [],
             [],
-            [a, &factors.target, &factors.row].map(Rows::of),
+            written,
             #[inline(always)]
             |i, [], [], [a, target, row]| differentiate(a, weight, own(&offsets, i), target, row),
         );
@@ -287,7 +291,8 @@ mod rows {
                 *sum = a.to_accum() * share;
             }
             for (t, &factor) in own.clone().zip(target) {
-                // SAFETY: `each_row` writes to a, the factors' rows and nothing else: no `&mut` of a weight row exists.
+                // SAFETY: `each_row` writes to a, the factors' rows and nothing else, and both callers check that the
+                // weight shares no byte with these: no `&mut` of a weight row exists.
                 let w_t = unsafe { weight.part(t, first..first + a.len()) };
                 for (sum, w_t) in sum.iter_mut().zip(w_t) {
                     *sum = *sum - w_t.to_accum() * factor;

@@ -78,6 +78,11 @@ impl<'a, E: Stored> Rows<'a, E> {
         self.rows == 0
     }
 
+    /// No byte of one is a byte of the other.
+    pub fn is_apart_from<F>(&self, other: &Rows<F>) -> bool {
+        !self.footprint.overlaps(&other.footprint)
+    }
+
     pub fn columns(&self) -> usize {
         self.columns
     }
