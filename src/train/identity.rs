@@ -107,9 +107,8 @@ fn differing_line<'a>(own: &'a str, first: &'a str) -> Option<(&'a str, &'a str)
 /// The linker's number of this build; `None` where it was told to give none.
 fn build_id() -> Option<String> {
     let file = std::fs::File::open("/proc/self/exe").ok()?;
-    // SAFETY: the kernel refuses writes to the file of a running program (ETXTBSY), so the map stays as it is.
-    let map = unsafe { memmap2::Mmap::map(&file) }.ok()?;
-    let program = object::File::parse(&*map).ok()?;
+    let headers = object::ReadCache::new(file);
+    let program = object::File::parse(&headers).ok()?;
     Some(program.build_id().ok()??.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
