@@ -5,11 +5,13 @@
 //! - `identity`: all ranks run the same
 //! - `resume`: the start of a run, fresh or from a step; `save`: publishing of steps
 //! - `signals`: requests to stop
-//! - `report`: cost of a run, before it starts; [`metrics`]: its metrics; `profile`: traces of steps
+//! - `report`: cost of a run, before it starts
+//! - [`metrics`]: metrics of a run; `progress`: what people see of it; `profile`: traces of steps
 
 mod identity;
 pub mod metrics;
 mod profile;
+mod progress;
 mod report;
 mod resume;
 pub mod run;
@@ -18,5 +20,5 @@ mod signals;
 pub mod step;
 
 pub use run::{Ended, Run};
-pub use signals::StopSignals;
+pub use signals::{Launch, StopSignals};
 pub use step::{StepReport, Trainer};
