@@ -5,7 +5,7 @@
 //! - `identity`: all ranks run the same
 //! - `resume`: the start of a run, fresh or from a step; `save`: publishing of steps
 //! - `signals`: requests to stop
-//! - `report`: cost of a run, before it starts
+//! - `report`: cost of a run, before it starts; `samples`: its rows as the model sees them
 //! - [`metrics`]: metrics of a run; `progress`: what people see of it; `profile`: traces of steps
 
 mod identity;
@@ -15,6 +15,7 @@ mod progress;
 mod report;
 mod resume;
 pub mod run;
+mod samples;
 mod save;
 mod signals;
 pub mod step;
