@@ -4,8 +4,8 @@
 
 mod common;
 
-use common::{failed, mpirun, succeeded, tiny::TinyRun, xorl};
-use serde_json::json;
+use common::{failed, metrics, mpirun, succeeded, tiny::TinyRun, xorl};
+use serde_json::{Value, json};
 use std::{
     fs,
     path::Path,
@@ -273,6 +273,58 @@ fn check_shows_rows_as_the_model_sees_them() {
     let tokenizer = Tokenizer::load(&run.at("")).unwrap();
     let trained = tokenizer.encode(marked).unwrap().len();
     assert!(text.lines().next().unwrap().ends_with(&format!("{trained} with loss")), "{text}");
+}
+
+/// The default of the packing length, in a model that takes `longest` tokens.
+#[test]
+fn packs_are_as_long_as_the_model_takes_but_not_longer_than_2048() {
+    for (longest, given, expected) in
+        [(Some(24), None, 24), (Some(4096), None, 2048), (None, None, 2048), (Some(24), Some("32"), 32)]
+    {
+        let run = TinyRun::new();
+        let text = fs::read_to_string(run.at("config.json")).unwrap();
+        let mut model: Value = serde_json::from_str(&text).unwrap();
+        model["max_position_embeddings"] = json!(longest);
+        fs::write(run.at("config.json"), model.to_string()).unwrap();
+        edit(&run, "packing_method: none", "packing_method: sequential");
+        let length = given.map(|given: &str| Override {
+            field: "data.sample_packing_sequence_len".into(),
+            values: vec![given.into()],
+        });
+        let prepared = Run::prepare(&run.at("run.yaml"), length.as_slice(), 1).unwrap();
+        let report = prepared.report(None).unwrap();
+        let line = format!("sample_packing_sequence_len: {expected}\n");
+        assert!(report.contains(&line), "{longest:?} {given:?}: {report}");
+    }
+}
+
+/// Tokens of the data, counted in its file, against those of an epoch's steps.
+#[test]
+fn mpi_the_rate_of_packed_rows_leaves_padding_out() {
+    let run = TinyRun::new();
+    let rows = fs::read_to_string(run.at("rows.jsonl")).unwrap();
+    let tokens =
+        |line: &str| serde_json::from_str::<Value>(line).unwrap()["input_ids"].as_array().unwrap().len();
+    let expected: usize = rows.lines().map(tokens).sum();
+    let packed = "--data.sample_packing_method sequential --data.sample_packing_sequence_len 32 \
+                  --data.pad_to_multiple_of 16 --train.num_train_epochs 1 --train.max_steps null \
+                  --train.global_batch_size 4";
+    let packed: Vec<&str> = packed.split_whitespace().collect();
+    for ranks in [1, 2] {
+        let out = format!("{ranks} ranks");
+        succeeded(&run.run(ranks, &out, &packed));
+        let (mut total, mut padding) = (0, 0);
+        for step in metrics(&run.at(&out)) {
+            let count = |field: &str| step[field].as_u64().unwrap() as usize;
+            total += count("tokens_total");
+            padding += count("tokens_padding");
+            let counted = (count("tokens_total") - count("tokens_padding")) as f64;
+            let rated = step["tokens_per_second"].as_f64().unwrap() * step["step_seconds"].as_f64().unwrap();
+            assert!((rated - counted).abs() < 1e-6 * counted, "{step}");
+        }
+        assert!(total.is_multiple_of(16) && padding > 0, "{total} tokens, {padding} of padding");
+        assert_eq!(total - padding, expected, "{ranks} ranks");
+    }
 }
 
 /// A terminal of [`COLUMNS`] columns: the rows that `bytes` leave on it, and whether a row goes on in the next.

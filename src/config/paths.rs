@@ -72,7 +72,7 @@ fn of_file(path: &Path, kind: Kind) -> Option<String> {
     }
 }
 
-/// What a path that is not there looks like, if it looks like something.
+/// Fault of a path that is not there, by what it looks like; `None` if it looks like an ordinary path.
 fn absent(text: &str, kind: Kind) -> Option<String> {
     if text.starts_with('~') {
         return Some("no such path; ~ is not expanded here, write the path in full".into());

@@ -45,7 +45,7 @@ pub(super) struct Saver<'a> {
     model: Option<PathBuf>,
 }
 
-/// What a base beside an adapter is taken for, if nobody says otherwise.
+/// Note for `model/`: a base beside an adapter is easily taken for a merged model.
 const NOTE: &str = "This folder is the base model, unmerged: it is as it was before training, and answers as before. \
                     The adapter is in the folder above; PEFT's PeftModel.from_pretrained(model, \"..\") puts it on, and \
                     merge_and_unload() then merges it.\n";
