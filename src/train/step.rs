@@ -28,7 +28,7 @@ pub struct StepReport {
     pub valid_tokens: u64,
     /// All tokens that were computed.
     pub total_tokens: u64,
-    /// Of these, padding of packs.
+    /// Padding of packs among them.
     pub padding_tokens: u64,
     /// Router statistics, in a model with experts.
     pub router: Option<RouterReport>,
