@@ -52,6 +52,11 @@ pub enum Error {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
+    /// The error for the user: `before` each of its lines, of which a configuration may have several.
+    pub fn lines(&self, before: &str) -> String {
+        self.to_string().lines().map(|line| format!("{before}{line}")).collect::<Vec<_>>().join("\n")
+    }
+
     /// The exit code of a rank that ends with this error.
     pub fn exit_code(&self) -> i32 {
         match self {

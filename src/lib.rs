@@ -22,6 +22,7 @@
 //! - [`device`]: the device of a rank: driver, streams, memory, run-time compiler
 //! - [`mesh`]: ranks to axes and every divisibility rule: pure
 //! - [`config`]: typed `run.yaml`, defaults, validation
+//! - [`console`]: text for people: counted nouns, whole lines on stderr, the bar below them
 //! - [`clock`]: seconds by phase of a step
 //! - [`trace`]: spans of phases, operations and collectives, for Chrome's trace viewer
 //! - [`buffers`]: host memory of activations and temporaries, reused
@@ -38,6 +39,7 @@ pub mod cli;
 pub mod clock;
 pub mod comm;
 pub mod config;
+pub mod console;
 pub mod data;
 pub mod device;
 pub mod dtype;

@@ -118,6 +118,30 @@ fn what_would_stop_a_run_stops_the_check() {
     assert!(!folder.path().join("out").exists());
 }
 
+/// VmHWM of a run of one rank that saves its first step, less that of one that saves nothing before it.
+#[test]
+fn copies_of_a_save_are_what_check_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = r#"{"model_type": "llama", "vocab_size": 512, "hidden_size": 512, "intermediate_size": 1024,
+        "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8}"#;
+    fs::write(folder.path().join("config.json"), model).unwrap();
+    // 12 million parameters: 145 MB of masters and moments.
+    let run = write_run(folder.path(), &format!("config_path: {}", folder.path().display()), "");
+    let wide = ["--lora.lora_rank", "128", "--data.max_seq_len", "64", "--train.max_steps", "2"];
+    let planned = figure(&check(&run, 1, &wide), "copies while a step is saved");
+    let peak = |out: &str, save_steps: &str| {
+        let out = folder.path().join(out);
+        let more = ["--train.output_dir", out.to_str().unwrap(), "--train.save_steps", save_steps];
+        succeeded(&xorl(1, &[&["--config", run.to_str().unwrap()], &wide[..], &more].concat()));
+        let metrics = fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+        let last: Value = serde_json::from_str(metrics.lines().last().unwrap()).unwrap();
+        last["peak_rss_bytes"].as_f64().unwrap()
+    };
+    let ratio = (peak("saves", "1") - peak("does not", "0")) / planned as f64;
+    println!("{planned} planned, {ratio:.3} of it used");
+    assert!((0.8..1.2).contains(&ratio), "{planned} planned, {ratio} of it used");
+}
+
 /// VmHWM of SmolLM2's ranks, beside what `check` said.
 #[test]
 fn mpi_memory_is_what_check_said() {

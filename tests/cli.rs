@@ -29,7 +29,10 @@ fn train(overrides: Vec<Override>, device: DeviceChoice) -> Invocation {
 
 fn check(ranks: Option<usize>, overrides: Vec<Override>, device: DeviceChoice) -> Invocation {
     let common = Common { overrides, device, debug: false };
-    Invocation::Command(Command::Check(Check { config: "run.yaml".into(), ranks }), common)
+    Invocation::Command(
+        Command::Check(Check { config: "run.yaml".into(), ranks, show_samples: None }),
+        common,
+    )
 }
 
 #[test]
@@ -68,7 +71,7 @@ fn overrides_are_taken_wherever_they_stand() {
 #[test]
 fn generate_takes_a_chat_or_a_prompt() {
     let plain = Generate {
-        model: "m".into(),
+        model: Some("m".into()),
         adapter: None,
         prompt: Prompt { prompt: Some("hi".into()), ..Prompt::default() },
         out: None,
@@ -84,7 +87,7 @@ fn generate_takes_a_chat_or_a_prompt() {
     let words = |line: &'static str| line.split_whitespace().collect::<Vec<_>>();
     assert_eq!(parsed(&words("generate --model m --prompt hi")), (plain.clone(), DeviceChoice::Auto));
     let request = Request {
-        model_dir: "m".into(),
+        model_dir: Some("m".into()),
         adapter_dir: None,
         prompts: Prompts::Text("hi".into()),
         max_new_tokens: 128,
@@ -103,6 +106,9 @@ fn generate_takes_a_chat_or_a_prompt() {
         ..request.clone()
     };
     assert_eq!((generate.request(), device), (expected, DeviceChoice::Cpu));
+    let (generate, _) = parsed(&words("generate --adapter a --prompt hi"));
+    let expected = Request { model_dir: None, adapter_dir: Some("a".into()), ..request.clone() };
+    assert_eq!(generate.request(), expected);
     let chats = words("generate --model m --chat-file c.jsonl");
     for (more, out) in [("", None), ("--out o.jsonl", Some("o.jsonl".into()))] {
         let expected = Request { prompts: Prompts::File { chats: "c.jsonl".into(), out }, ..request.clone() };
@@ -130,6 +136,7 @@ fn what_is_no_command_is_refused_in_one_line() {
         ("generate --model m --chat a --out o", "--chat-file"),
         ("--train.lr=1 generate --model m --chat a", "--train.lr: generate reads no configuration"),
         ("generate --model m --chat a --max-new-tokens 0", "at least 1"),
+        ("check --config run.yaml --show-samples 0", "at least 1"),
     ] {
         let error = parse(line).expect_err(line);
         assert!(error.contains(words), "{line:?}: {error}");

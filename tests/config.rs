@@ -2,6 +2,8 @@
 //! place, the command line wins, and what is written reads back.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
+mod common;
+
 use proptest::prelude::*;
 use std::path::{Path, PathBuf};
 use xorl_dist::config::{
@@ -157,6 +159,13 @@ fn broken_files_are_refused_at_the_right_place() {
             "1.0 is above train.lr 5e-5",
         ),
         (train("lr_warmup_ratio: 0.1\nlr_start: 1"), "run.yaml:7: train.lr_start:", "is above train.lr"),
+        (train("lr_start: 1\nlr_warmup_steps: 2"), "run.yaml:6: train.lr_start:", "is above train.lr"),
+        (
+            train("lr_warmup_ratio: 0.1\nlr_warmup_steps: 2"),
+            "run.yaml:7: train.lr_warmup_steps:",
+            "remove one of them",
+        ),
+        (lora("lora_target_modules: [lm_head]"), "run.yaml:6: lora.lora_target_modules:", "head are frozen"),
         // Not built.
         (lora("enable_lora: false"), "run.yaml:6: lora.enable_lora:", "frozen by design"),
         (lora("enable_qlora: true"), "run.yaml:6: lora.enable_qlora:", "true is refused: a quantised base"),
@@ -191,6 +200,159 @@ fn broken_files_are_refused_at_the_right_place() {
 }
 
 #[test]
+fn all_errors_are_told_in_the_order_of_the_file() {
+    let text = "modle:\n  model_path: m\ndata:\n  datasets:\n    - {path: a.jsonl, kind: chat}\n    - {type: chat}\n  \
+                pad_to_multiple_of: 8\n  sample_packing_method: none\ntrain:\n  lr: fast\n  lr_min: 1\n  \
+                lr_decay_style: linear\n  seed: 1\n  seed: 2\n  use_wandb: true\nlora: 3\n";
+    let error = load(text, &["train.max_step 3", "train.seed -1"]).unwrap_err();
+    let told: Vec<&str> = error.lines().collect();
+    let expected = [
+        // No missing model_path: that is what `modle` was for.
+        ("run.yaml:1: modle: ", "did you mean model?"),
+        ("run.yaml:5: data.datasets[0].kind: ", "unknown field"),
+        ("run.yaml:5: data.datasets[0].type: ", "missing"),
+        ("run.yaml:6: data.datasets[1].path: ", "missing"),
+        ("run.yaml:7: data.pad_to_multiple_of: ", "sample_packing_method is none"),
+        // No rule compares lr_min with a learning rate that was not read.
+        ("run.yaml:10: train.lr: ", "a positive number"),
+        ("run.yaml:14:", "\"seed\" is given twice, first on line 13"),
+        ("run.yaml:15: train.use_wandb: ", "not built"),
+        ("run.yaml:16:", "lora: expected fields, got 3"),
+        ("--train.max_step: ", "did you mean train.max_steps?"),
+        ("--train.seed: ", "got -1"),
+    ];
+    assert_eq!(told.len(), expected.len(), "{error}");
+    for (told, (place, words)) in told.iter().zip(expected) {
+        assert!(told.starts_with(place) && told.contains(words), "{told}\n{place} … {words}");
+    }
+}
+
+/// Configurations as other trainers' documentation has them, flat, and keys of the adapter under `lora`.
+#[test]
+fn names_of_other_trainers_are_met_with_their_equivalents() {
+    for (trainer, lines, section) in [
+        (
+            "axolotl",
+            "base_model sequence_len sample_packing pad_to_sequence_len adapter lora_r lora_dropout \
+             lora_target_linear lora_modules_to_save peft_use_rslora num_epochs learning_rate lr_scheduler warmup_steps \
+             warmup_ratio bf16 fp16 tf32 gradient_checkpointing flash_attention saves_per_epoch evals_per_epoch \
+             logging_steps load_in_4bit load_in_8bit strict special_tokens chat_template deepspeed fsdp fsdp_config \
+             resume_from_checkpoint auto_resume_from_checkpoints early_stopping_patience group_by_length \
+             cosine_min_lr_ratio neftune_noise_alpha hub_model_id model_type tokenizer_type trust_remote_code",
+            "",
+        ),
+        (
+            "LLaMA-Factory",
+            "model_name_or_path adapter_name_or_path stage do_train finetuning_type lora_target dataset dataset_dir \
+             template cutoff_len max_samples overwrite_cache preprocessing_num_workers overwrite_output_dir plot_loss \
+             save_only_model per_device_train_batch_size lr_scheduler_type ddp_timeout val_size eval_strategy \
+             eval_steps quantization_bit packing neat_packing mask_history train_on_prompt pure_bf16 flash_attn \
+             enable_liger_kernel use_unsloth report_to additional_target create_new_adapter pissa_init",
+            "",
+        ),
+        (
+            "torchtune",
+            "checkpointer tokenizer dataset batch_size epochs max_steps_per_epoch lora_attn_modules apply_lora_to_mlp \
+             apply_lora_to_output num_warmup_steps loss compile enable_activation_checkpointing \
+             enable_activation_offloading clip_grad_norm metric_logger log_every_n_steps log_peak_memory_stats device \
+             dtype save_adapter_weights_only shuffle profiler custom_sharded_layers data_parallel_shard_dim",
+            "",
+        ),
+        (
+            "TRL",
+            "max_length assistant_only_loss completion_only_loss padding_free dataset_text_field eval_packing \
+             packing_strategy optim run_name save_strategy evaluation_strategy push_to_hub use_peft loss_type \
+             remove_unused_columns disable_tqdm torch_dtype data_seed label_smoothing_factor use_liger_kernel",
+            "train",
+        ),
+        (
+            "PEFT",
+            "r target_modules lora_dropout bias use_rslora use_dora modules_to_save init_lora_weights rank_pattern \
+             alpha_pattern layers_to_transform layers_pattern fan_in_fan_out task_type peft_type target_parameters \
+             inference_mode base_model_name_or_path loftq_config trainable_token_indices layer_replication \
+             megatron_config eva_config corda_config use_qalora",
+            "lora",
+        ),
+    ] {
+        for name in lines.split_whitespace() {
+            let text = match section {
+                "" => format!("{MINIMAL}{name}: 1\n"),
+                section => with(section, &format!("{name}: 1")),
+            };
+            let error = load(&text, &[]).expect_err(name);
+            assert_eq!(error.lines().count(), 1, "{trainer}: {error}");
+            let hints = [" is not built: ", " is not needed: "].iter().any(|words| error.contains(words));
+            let is_ours = error.contains(&format!("{name} is ")) && error.contains(" here");
+            assert!(hints || is_ours, "{trainer}: {error}");
+            assert!(!error.contains("did you mean"), "{trainer}: {error}");
+        }
+    }
+    // Another spelling, and one that is misspelt.
+    for (name, words) in [
+        ("Learning-Rate", "learning_rate is train.lr here"),
+        ("laerning_rate", "learning_rate is train.lr here"),
+        ("per_device_train_batchsize", "per_device_train_batch_size is train.micro_batch_size here"),
+    ] {
+        let error = load(&with("train", &format!("{name}: 1")), &[]).unwrap_err();
+        assert!(error.ends_with(words), "{error}");
+    }
+    // Of data sets.
+    for (entry, words) in [
+        (
+            "path: a, type: chat, field_messages: m",
+            "datasets[0].field_messages: unknown field; field_messages is not built",
+        ),
+        ("path: a, type: chat, conversation: c", "conversation is not needed: the model's own chat template"),
+        ("file_name: a, type: chat", "file_name is path here"),
+        ("path: a, type: chat_template", "chat is its name here"),
+        ("path: a, type: alpaca", "write each row as messages"),
+    ] {
+        let error = load(&with("data", &format!("datasets: [{{{entry}}}]")), &[]).unwrap_err();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+/// A name that is like none of ours gets no suggestion, and a suggestion differs by a letter or two.
+#[test]
+fn no_nearest_name_misleads() {
+    for name in ["tokens", "lora", "steps", "output", "size", "checkpoint", "weights", "rows", "xy", "wandb"]
+    {
+        let error = load(&with("train", &format!("{name}: 1")), &[]).unwrap_err();
+        assert!(error.ends_with("unknown field"), "{error}");
+    }
+}
+
+/// The fields of PEFT's and transformers' own classes: each is known by some name, or gets no nearest name that is
+/// another word.
+#[test]
+fn python_fields_of_peft_and_transformers_are_met_without_misleading() {
+    let script = "import dataclasses, json, peft, transformers\n\
+                  names = lambda c: [f.name for f in dataclasses.fields(c)]\n\
+                  print(json.dumps([names(peft.LoraConfig), names(transformers.TrainingArguments)]))";
+    let output = std::process::Command::new(common::python()).args(["-c", script]).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let [lora, training]: [Vec<String>; 2] = serde_json::from_slice(&output.stdout).unwrap();
+    let told = |section: &str, name: &str| load(&with(section, &format!("{name}: 1")), &[]).err();
+    for name in &lora {
+        if let Some(error) = told("lora", name) {
+            let known =
+                ["unknown field; ", "is refused: ", "expected "].iter().any(|words| error.contains(words));
+            assert!(known, "PEFT's {name} is not in the list: {error}");
+        }
+    }
+    let mut hints = 0;
+    for name in training.iter().chain(&lora) {
+        let Some(error) = told("train", name) else { continue };
+        hints += usize::from(error.contains("unknown field; ") && !error.contains("did you mean"));
+        if let Some((_, nearest)) = error.split_once("did you mean ") {
+            let nearest = nearest.trim_end_matches('?').rsplit('.').next().unwrap();
+            assert_eq!(nearest, name, "{error}");
+        }
+    }
+    assert!(hints >= 60, "{hints} hints");
+}
+
+#[test]
 fn defaults_are_the_documented_ones() {
     let config = resolved(MINIMAL, &[]);
     let expected = RunConfig {
@@ -208,6 +370,7 @@ fn defaults_are_the_documented_ones() {
     assert_eq!(config, expected);
     assert_eq!((config.lora.lora_rank, config.lora.lora_alpha), (16, 32.0));
     assert_eq!((config.train.lr, config.train.seed, config.train.ring_slots), (5e-5, 42, 2));
+    assert_eq!((config.data.sample_packing_sequence_len, config.train.save_total_limit), (2048, Some(3)));
 }
 
 #[test]

@@ -35,6 +35,18 @@ fn the_layer_that_overflows_is_named() {
     assert!(line.contains("layer 1, forward: ") && line.contains("are not finite"), "{line}");
 }
 
+#[test]
+fn mpi_lines_of_several_ranks_carry_the_rank() {
+    let output = debug(&TinyRun::new(), "2", &["--train.max_steps", "1"]);
+    succeeded(&output);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let layers: Vec<&str> = said.lines().filter(|line| line.contains("layer 0, forward: [")).collect();
+    for rank in ["rank 0: ", "rank 1: "] {
+        assert!(layers.iter().any(|line| line.starts_with(rank)), "{said}");
+    }
+    assert!(layers.iter().all(|line| line.starts_with("rank ")), "{said}");
+}
+
 /// Weights that are taken away after their layer change nothing: nobody looks at them again.
 #[test]
 fn mpi_a_run_that_is_looked_at_computes_the_same() {

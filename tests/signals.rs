@@ -53,6 +53,11 @@ fn stops_and_goes_on_under(ranks: usize, signals: &[i32], start: impl Fn(&TinyRu
         let [step] = run.steps(&out)[..] else { panic!("not one step: {:?}", run.steps(&out)) };
         assert!((5..LONG).contains(&step) && step == lines(), "step {step} of {} lines", lines());
         assert!(said.contains(&format!("stopped after step {step} of {LONG}")), "{said}");
+        // Said at once, by one rank; between two steps it is not yet known which of them ends the run.
+        let first: Vec<&str> = said.lines().filter(|line| line.starts_with("stopping: step ")).collect();
+        assert_eq!(first.len(), 1, "{said}");
+        let named = [step - 1, step, step + 1].map(|step| format!("step {step} is finished and saved"));
+        assert!(named.iter().any(|words| first[0].contains(words)), "step {step}: {said}");
 
         succeeded(&run.run(ranks, &out, &RUN));
         assert_eq!(course(&run, &out), course(&run, "whole"));
@@ -96,9 +101,12 @@ fn mpi_term_to_mpirun_alone_saves_nothing_and_tears_nothing() {
             || fs::read_to_string(run.at(&out).join("metrics.jsonl")).unwrap_or_default().lines().count();
         wait_for("the fifth step", || (lines() >= 5).then_some(()));
         signal(child.id(), number);
-        let status = child.wait().unwrap();
+        let (mut said, status) = (String::new(), child.wait().unwrap());
+        child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
         let failed = !status.success() || is_mpich();
         assert!(failed && status.code() != Some(75), "{status:?}");
+        let told = said.matches("which ends all ranks now: nothing of this run is saved").count();
+        assert!(told == 1 || is_mpich(), "{said}");
         assert_eq!(run.steps(&out), Vec::<usize>::new());
         succeeded(&run.run(2, &out, &RUN));
         assert_eq!(run.steps(&out), [LONG]);

@@ -3,6 +3,7 @@
 
 use super::{
     CheckpointError, io,
+    peft::CONFIG_FILE,
     publish::{sync, verify},
 };
 use std::{
@@ -13,6 +14,8 @@ use std::{
 /// Prefix of directories that are not steps yet, or no longer.
 pub(super) const HIDDEN: &str = ".tmp-";
 const LATEST: &str = "latest";
+/// The folder of the runs in an output directory.
+const WEIGHTS: &str = "weights";
 
 /// The directory of step `step` of `run`.
 pub fn directory(run: &Path, step: usize) -> PathBuf {
@@ -98,6 +101,50 @@ pub(super) fn set_latest(run: &Path, step: usize) -> Result<(), CheckpointError>
     sync(run)
 }
 
+/// The adapter directory that `path` stands for: itself, the newest step of a run directory (or of its `latest`), or
+/// that of the only run of an output directory.
+///
+/// # Errors
+/// A line that names `path`, and says what would be right.
+pub fn adapter_at(path: &Path) -> Result<PathBuf, String> {
+    let fault = |words: String| Err(format!("{}: {words}", path.display()));
+    if path.join(CONFIG_FILE).is_file() {
+        return Ok(path.to_owned());
+    }
+    let run = match path.file_name() {
+        Some(name) if name == LATEST => path.parent().unwrap_or(path),
+        _ => path,
+    };
+    if let Some(step) = newest(run) {
+        return Ok(step);
+    }
+    let entries = fs::read_dir(path.join(WEIGHTS)).into_iter().flatten().flatten();
+    let mut runs: Vec<PathBuf> =
+        entries.map(|entry| entry.path()).filter(|run| newest(run).is_some()).collect();
+    runs.sort();
+    match &runs[..] {
+        [run] => newest(run).map_or_else(|| fault("it has just lost its steps".into()), Ok),
+        [] if !path.exists() => {
+            fault("no such folder; expected a PEFT adapter directory, or that of a run".into())
+        }
+        [] if path.is_file() => {
+            fault("a file, where a PEFT adapter directory or that of a run belongs".into())
+        }
+        [] => fault(format!("expected a PEFT adapter ({CONFIG_FILE}) or the steps of a run, found neither")),
+        several => {
+            let names: Vec<String> = several.iter().map(|run| run.display().to_string()).collect();
+            fault(format!("several runs are in it; name one of {}", names.join(", ")))
+        }
+    }
+}
+
+/// The step that `latest` of `run` names, else its newest.
+fn newest(run: &Path) -> Option<PathBuf> {
+    let named = fs::read_to_string(run.join(LATEST)).ok().map(|name| run.join(name.trim()));
+    let named = named.filter(|step| number(step).is_some() && step.is_dir());
+    named.or_else(|| published(run).last().map(|&step| directory(run, step)))
+}
+
 /// Removes directories that a killed process has left unfinished. One that cannot be removed does no harm: a warning
 /// names it.
 pub fn sweep(run: &Path) {
@@ -130,6 +177,35 @@ mod tests {
 
     fn latest(run: &Path) -> Option<String> {
         fs::read_to_string(run.join(LATEST)).ok()
+    }
+
+    #[test]
+    fn an_adapter_is_named_by_its_step_its_run_or_its_output_directory() {
+        let output = tempfile::tempdir().unwrap();
+        let run = output.path().join("weights/run");
+        for step in ["step_2", "step_10"] {
+            fs::create_dir_all(run.join(step)).unwrap();
+            fs::write(run.join(step).join(CONFIG_FILE), "{}").unwrap();
+        }
+        let at = |path: &Path| adapter_at(path);
+        for path in [&run, &run.join("latest"), &output.path().to_owned(), &run.join("step_10")] {
+            assert_eq!(at(path), Ok(run.join("step_10")), "{path:?}");
+        }
+        set_latest(&run, 2).unwrap();
+        for path in [&run, &run.join("latest"), &output.path().to_owned()] {
+            assert_eq!(at(path), Ok(run.join("step_2")), "{path:?}");
+        }
+        fs::create_dir_all(output.path().join("weights/other/step_1")).unwrap();
+        let error = at(output.path()).unwrap_err();
+        assert!(error.contains("several runs") && error.contains("weights/other"), "{error}");
+        for (path, words) in [
+            ("nowhere", "no such folder"),
+            ("weights/run/latest/x", "no such folder"),
+            ("weights", "found neither"),
+        ] {
+            let error = at(&output.path().join(path)).unwrap_err();
+            assert!(error.contains(words), "{error}");
+        }
     }
 
     #[test]

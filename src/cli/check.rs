@@ -13,10 +13,13 @@ pub struct Check {
     /// Ranks of the run to be; those that have been started when absent
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub ranks: Option<usize>,
+    /// Print the first N rows as the model sees them, the tokens that carry loss between ⟦ and ⟧
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    pub show_samples: Option<usize>,
 }
 
 impl Runnable for Check {
-    const USAGE: &'static str = "check --config <FILE> [--ranks <N>]";
+    const USAGE: &'static str = "check --config <FILE> [--ranks <N>] [--show-samples <N>]";
     const TAKES_FIELDS: bool = true;
 
     /// Finds the faults of a run before its first step, or prints its cost. Writes nothing but to stdout.
@@ -33,6 +36,9 @@ impl Runnable for Check {
             |run, world| {
                 if world.rank() == 0 {
                     super::print(&run.report(world.device().memory()?)?);
+                    if let Some(rows) = self.show_samples {
+                        super::print(&run.samples(rows)?);
+                    }
                 }
                 Ok(ExitCode::SUCCESS)
             },

@@ -11,10 +11,11 @@ use std::{path::PathBuf, process::ExitCode};
 /// Continue prompts with a model and an adapter, greedily; also sharded over the ranks of mpirun
 #[derive(Clone, Debug, PartialEq, clap::Args)]
 pub struct Generate {
-    /// HF model directory
-    #[arg(long, value_name = "DIR")]
-    pub model: PathBuf,
-    /// PEFT adapter directory, such as a published step
+    /// HF model directory; when absent the base that the adapter names
+    #[arg(long, value_name = "DIR", required_unless_present = "adapter")]
+    pub model: Option<PathBuf>,
+    /// PEFT adapter directory, such as a published step; the directory of a run (weights/run, or its output_dir) is its
+    /// newest step
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
     #[command(flatten)]
@@ -56,7 +57,7 @@ pub enum DtypeChoice {
 }
 
 impl Runnable for Generate {
-    const USAGE: &'static str = "generate --model <DIR> [--adapter <DIR>] \
+    const USAGE: &'static str = "generate [--model <DIR>] [--adapter <DIR>] \
                                  <--chat <TEXT>|--prompt <TEXT>|--chat-file <FILE> [--out <FILE>]>";
     const TAKES_FIELDS: bool = false;
 

@@ -2,10 +2,12 @@
 
 use crate::{
     comm::{Watcher, World},
+    console,
     device::{self, DeviceChoice},
     error::{Error, Result, agree},
 };
-use std::{io::Write, process::ExitCode, time::Duration};
+use std::{process::ExitCode, time::Duration};
+use tracing::subscriber::{NoSubscriber, with_default};
 
 /// Time in which the watchdog ends a process that it was asked to end.
 const TOLD: Duration = Duration::from_secs(5);
@@ -22,14 +24,7 @@ pub(super) fn on_all_ranks<P>(
     let mut world = World::start()?;
     let rank = world.rank();
     end_on_panic(world.watcher());
-    let level = match rank {
-        _ if debug => "debug",
-        0 => "info",
-        _ => "warn",
-    };
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
-    // A second initialisation is refused, which does no harm.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    log(&world, debug);
 
     // The line is printed before any rank exits: after the first exit mpirun ends the others.
     let everyone = world.group("world", 0);
@@ -44,7 +39,13 @@ pub(super) fn on_all_ranks<P>(
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         tch::set_num_threads((cores / world.size()).max(1) as i32);
     }
-    let prepared = agree(&*everyone, prepare(&world)).map_err(|error| said("", error))?;
+    // All ranks prepare the same, so one of them warns.
+    let prepared = if rank == 0 || debug {
+        prepare(&world)
+    } else {
+        with_default(NoSubscriber::default(), || prepare(&world))
+    };
+    let prepared = agree(&*everyone, prepared).map_err(|error| said("", error))?;
     execute(prepared, &world).map_err(|error| {
         // A rank without a line of its own waits in MPI_Finalize for the one that prints.
         if world.size() == 1 || matches!(error, Error::Elsewhere { .. }) {
@@ -52,6 +53,22 @@ pub(super) fn on_all_ranks<P>(
         }
         world.abort(said(&format!("rank {rank}: "), error).exit_code());
     })
+}
+
+/// Sends the log to stderr, above the bar. The first rank's lines have no number unless `debug` has all ranks speak.
+fn log(world: &World, debug: bool) {
+    let rank = world.rank();
+    let level = match rank {
+        _ if debug => "debug",
+        0 => "info",
+        _ => "warn",
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
+    let numbered = rank > 0 || debug && world.size() > 1;
+    let lines = console::Lines { prefix: if numbered { format!("rank {rank}: ") } else { String::new() } };
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(console::has_colours());
+    // A second initialisation is refused, which does no harm.
+    let _ = log.with_writer(move || lines.clone()).try_init();
 }
 
 /// Makes a panic end all ranks with one line, which the watchdog prints if there is one. A panic is a bug, or memory
@@ -70,17 +87,17 @@ fn end_on_panic(watcher: Watcher) {
         if watcher.fail(&line) {
             std::thread::sleep(TOLD);
         }
-        let _ = std::io::stderr().write_all(format!("error: {line}\n").as_bytes());
+        console::say(&format!("error: {line}"));
         // SAFETY: _exit has no preconditions. It skips exit handlers, as those of MPI may wait for other ranks.
         unsafe { libc::_exit(1) }
     }));
 }
 
-/// Prints the line of an error of this rank. The error that remains has been said.
+/// Prints the lines of an error of this rank. The error that remains has been said.
 fn said(whose: &str, error: Error) -> Error {
     if !matches!(error, Error::Elsewhere { .. }) {
-        // Lines of several ranks do not mix, as each is one write.
-        let _ = std::io::stderr().write_all(format!("error: {whose}{error}\n").as_bytes());
+        // Lines of several ranks do not mix, as all are one write.
+        console::say(&error.lines(&format!("error: {whose}")));
     }
     Error::Elsewhere { code: error.exit_code() }
 }

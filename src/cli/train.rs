@@ -3,7 +3,7 @@
 use super::{Common, Runnable, ranks::on_all_ranks};
 use crate::{
     error::{Result, agree},
-    train::{Ended, Run, StopSignals},
+    train::{Ended, Launch, Run, StopSignals},
 };
 use std::{path::PathBuf, process::ExitCode};
 
@@ -27,7 +27,11 @@ impl Runnable for Train {
             common.device,
             common.debug,
             |world| {
-                let stop = StopSignals::listen(world.leaves_signals(), world.is_by_hand())?;
+                let stop = StopSignals::listen(Launch {
+                    leaves_signals: world.leaves_signals(),
+                    by_hand: world.is_by_hand(),
+                    says: world.rank() == 0,
+                })?;
                 let everyone = world.group("world", 0);
                 let run = Run::prepare(&self.config, &common.overrides, world.size());
                 let mut run = agree(&*everyone, run)?;

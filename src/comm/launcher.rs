@@ -33,6 +33,17 @@ pub(super) fn local_rank(variable: impl Fn(&str) -> Option<String>) -> Option<(&
     LOCAL_RANKS.iter().find_map(|name| Some((*name, variable(name)?.trim().parse().ok()?)))
 }
 
+/// Variables of the launchers with the rank of a process.
+const RANKS: [&str; 4] = ["OMPI_COMM_WORLD_RANK", "PMI_RANK", PMIX_RANK, "SLURM_PROCID"];
+
+/// The rank that a launcher has given this process. `variable` is as for [`detect`].
+pub(super) fn rank(variable: impl Fn(&str) -> Option<String>) -> Option<usize> {
+    if detect(&variable).is_by_hand() {
+        return None;
+    }
+    RANKS.iter().find_map(|name| variable(name)?.trim().parse().ok())
+}
+
 impl Launch {
     /// Returns true without a launcher, and for one that started a single process.
     pub(super) fn is_single(self) -> bool {
@@ -85,6 +96,18 @@ mod tests {
         };
         assert_eq!(local_rank(table), Some(("OMPI_COMM_WORLD_LOCAL_RANK", 3)));
         assert_eq!(local_rank(|_| None), None);
+    }
+
+    #[test]
+    fn the_rank_is_known_before_mpi_starts() {
+        let rank = |variables: &[(&str, &str)]| {
+            rank(|name| variables.iter().find(|(n, _)| *n == name).map(|(_, v)| v.to_string()))
+        };
+        assert_eq!(rank(&[]), None);
+        // A batch script has a number too, and is no rank.
+        assert_eq!(rank(&[("SLURM_PROCID", "0")]), None);
+        assert_eq!(rank(&[("OMPI_COMM_WORLD_SIZE", "2"), ("OMPI_COMM_WORLD_RANK", "1")]), Some(1));
+        assert_eq!(rank(&[("SLURM_STEP_NUM_TASKS", "2"), ("SLURM_PROCID", "1")]), Some(1));
     }
 
     #[test]

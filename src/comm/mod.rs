@@ -353,6 +353,11 @@ pub fn solo(name: &str) -> Rc<dyn Communicator> {
     Rc::new(solo::Solo::new(name))
 }
 
+/// The rank of this process among those of its launcher, known before MPI starts; `None` without a launcher.
+pub fn launched_rank() -> Option<usize> {
+    launcher::rank(|name| std::env::var(name).ok())
+}
+
 /// Version line of the MPI library that this binary is linked to.
 pub fn mpi_library_version() -> String {
     mpi::library_version()

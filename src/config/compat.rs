@@ -176,6 +176,8 @@ pub(super) const REFUSED: &[Refused] = &[
 ];
 
 const NO_OPTIMIZER: &str = "not built; use adamw or sgd";
+const AS_MESSAGES: &str = "not built; write each row as messages with role and content, of type chat";
+const AS_TOKENS: &str = "not built; tokenize it into rows with input_ids, of type tokenized";
 
 /// Values of xorl's for fields of this program that are not built.
 pub(super) const UNBUILT_VALUES: &[Unbuilt] = &[
@@ -192,6 +194,20 @@ pub(super) const UNBUILT_VALUES: &[Unbuilt] = &[
         field: "train.gradient_checkpointing_method",
         value: "recompute_before_dispatch",
         reason: "not built; use recompute_full_layer, selective or no_recompute",
+    },
+    Unbuilt { field: "data.datasets.type", value: "chat_template", reason: "chat is its name here" },
+    Unbuilt { field: "data.datasets.type", value: "messages", reason: "chat is its name here" },
+    Unbuilt { field: "data.datasets.type", value: "conversational", reason: "chat is its name here" },
+    Unbuilt { field: "data.datasets.type", value: "sharegpt", reason: AS_MESSAGES },
+    Unbuilt { field: "data.datasets.type", value: "alpaca", reason: AS_MESSAGES },
+    Unbuilt { field: "data.datasets.type", value: "instruct", reason: AS_MESSAGES },
+    Unbuilt { field: "data.datasets.type", value: "prompt_completion", reason: AS_MESSAGES },
+    Unbuilt { field: "data.datasets.type", value: "completion", reason: AS_TOKENS },
+    Unbuilt { field: "data.datasets.type", value: "pretrain", reason: AS_TOKENS },
+    Unbuilt {
+        field: "data.datasets.type",
+        value: "json",
+        reason: "chat or tokenized says what a line holds",
     },
 ];
 
@@ -223,7 +239,7 @@ pub(super) fn judge(field: &str, node: &Node) -> Result<Verdict, Problem> {
 /// Judges a field of an entry of `data.datasets`.
 pub(super) fn check_dataset_field(key: &str, node: &Node) -> Result<(), Problem> {
     match judge(&format!("data.datasets.{key}"), node)? {
-        Verdict::Unknown => Err(Problem::UnknownField { nearest: super::nearest::dataset_field(key) }),
+        Verdict::Unknown => Err(super::nearest::dataset_field(key)),
         Verdict::Neutral | Verdict::Warn(_) => Ok(()),
     }
 }
@@ -271,7 +287,9 @@ mod tests {
 
     #[test]
     fn every_unbuilt_value_belongs_to_a_field_of_ours() {
-        let ours: Vec<_> = schema().into_iter().map(|(section, f)| format!("{section}.{}", f.key)).collect();
+        let mut ours: Vec<_> =
+            schema().into_iter().map(|(section, f)| format!("{section}.{}", f.key)).collect();
+        ours.push("data.datasets.type".into());
         for known in UNBUILT_VALUES {
             assert!(ours.iter().any(|name| name == known.field), "{}", known.field);
         }

@@ -1,7 +1,7 @@
 //! Section `data`, and the entries of its list of data sets.
 
 use super::compat;
-use super::error::{Issue, Problem};
+use super::error::{Issue, Issues, Problem};
 use super::section::{Section, section};
 use super::source::{Kind, Node};
 use super::value::{Description, ListItem, Rule, Value, choices};
@@ -50,8 +50,9 @@ section! {
         /// A row is a sample (`none`), or a pack of samples in order (`sequential`) or by best fit (`multipack`).
         /// Packed documents never attend to each other.
         sample_packing_method: PackingMethod = PackingMethod::Sequential;
-        /// Tokens per pack.
-        sample_packing_sequence_len: usize = 32000 => OneOrMore;
+        /// Tokens per pack; longer samples are dropped with a warning. By default 2048, or the model's
+        /// max_position_embeddings if that is less.
+        sample_packing_sequence_len: usize = 2048 => OneOrMore;
         /// Pad packs to a multiple of this many tokens; not with `none`. null: no padding.
         pad_to_multiple_of: Option<usize> = Some(128) => OneOrMore;
         /// Shuffle all samples together, by `train.seed`.
@@ -72,6 +73,28 @@ impl DatasetArgs {
     pub fn is_dummy(&self) -> bool {
         self.path == Path::new("dummy")
     }
+
+    /// The first rule between fields that is broken, with the field that it stands at.
+    fn conflict(&self, given: impl Fn(&str) -> bool) -> Option<(&'static str, Problem)> {
+        if !given("path") {
+            let needed = "a .jsonl file, a folder of them, or dummy";
+            return Some(("path", Problem::Missing { needed }));
+        }
+        match (self.is_dummy(), given("type")) {
+            (false, false) => return Some(("type", Problem::Missing { needed: "tokenized or chat" })),
+            (true, true) if self.kind != DatasetType::Tokenized => {
+                return Some(("type", Problem::Conflict("dummy data is tokenized; leave type out".into())));
+            }
+            _ => {}
+        }
+        if !self.is_dummy() && self.num_samples.is_some() {
+            let words = "only dummy data takes num_samples; limit a real run with train.max_steps";
+            return Some(("num_samples", Problem::Conflict(words.into())));
+        }
+        let (scheme, _) = self.path.to_str()?.split_once("://")?;
+        let value = format!("a {scheme} address");
+        Some(("path", Problem::Refused { value, reason: "data is read from local files only" }))
+    }
 }
 
 impl ListItem for DatasetArgs {
@@ -84,40 +107,33 @@ impl Value for DatasetArgs {
         Description { short: "data set".into(), phrase: "a data set ({path: …, type: …})".into() }
     }
 
-    fn read(node: &Node, rule: Rule) -> Result<Self, Issue> {
+    fn read(node: &Node, rule: Rule) -> Result<Self, Issues> {
         let Kind::Map(entries) = &node.kind else {
-            return Err(Issue::expected(Self::describe(rule).phrase, node.shown()));
+            return Err(vec![Issue::expected(Self::describe(rule).phrase, node.shown())]);
         };
-        let mut dataset = Self::default();
+        let (mut dataset, mut issues) = (Self::default(), Issues::new());
         for entry in entries {
             let within = |issue: Issue| issue.inside(&format!(".{}", entry.key), entry.line);
-            if !dataset.set(&entry.key, &entry.value).map_err(within)? {
-                compat::check_dataset_field(&entry.key, &entry.value).map_err(|p| within(p.into()))?;
+            match dataset.set(&entry.key, &entry.value) {
+                Ok(true) => {}
+                Ok(false) => {
+                    let judged = compat::check_dataset_field(&entry.key, &entry.value);
+                    issues.extend(judged.err().map(|problem| within(problem.into())));
+                }
+                Err(wrong) => {
+                    let named = compat::unbuilt(&format!("data.datasets.{}", entry.key), &entry.value);
+                    let wrong = named.map_or(wrong, |problem| vec![problem.into()]);
+                    issues.extend(wrong.into_iter().map(within));
+                }
             }
         }
         let given = |key: &str| entries.iter().find(|entry| entry.key == key);
-        let problem = |key: &str, problem: Problem| {
-            Err(Issue::from(problem).inside(&format!(".{key}"), given(key).map_or(node.line, |e| e.line)))
-        };
-        if given("path").is_none() {
-            return problem("path", Problem::Missing { needed: "a .jsonl file, a folder of them, or dummy" });
+        if let Some((key, problem)) = dataset.conflict(|key| given(key).is_some()) {
+            let unread = issues.iter().any(|issue| issue.suffix == format!(".{key}"));
+            let line = given(key).map_or(node.line, |entry| entry.line);
+            issues.extend((!unread).then(|| Issue::from(problem).inside(&format!(".{key}"), line)));
         }
-        match (dataset.is_dummy(), given("type").is_some()) {
-            (false, false) => return problem("type", Problem::Missing { needed: "tokenized or chat" }),
-            (true, true) if dataset.kind != DatasetType::Tokenized => {
-                return problem("type", Problem::Conflict("dummy data is tokenized; leave type out".into()));
-            }
-            _ => {}
-        }
-        if !dataset.is_dummy() && dataset.num_samples.is_some() {
-            let words = "only dummy data takes num_samples; limit a real run with train.max_steps";
-            return problem("num_samples", Problem::Conflict(words.into()));
-        }
-        if let Some((scheme, _)) = dataset.path.to_str().and_then(|path| path.split_once("://")) {
-            let value = format!("a {scheme} address");
-            return problem("path", Problem::Refused { value, reason: "data is read from local files only" });
-        }
-        Ok(dataset)
+        if issues.is_empty() { Ok(dataset) } else { Err(issues) }
     }
 
     fn write(&self) -> String {

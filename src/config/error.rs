@@ -1,5 +1,6 @@
 //! Errors of a configuration, each one line: the place of a setting, and its problem.
 
+use super::source::Node;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -44,6 +45,19 @@ impl FieldLocations {
         Self { path: path.to_owned(), sections: BTreeMap::new(), given: BTreeMap::new() }
     }
 
+    /// Notes that the field of `place` was given as `node`, and the places of the parts of its value.
+    pub(super) fn give(&mut self, place: Place, node: &Node) {
+        for (suffix, line) in node.parts() {
+            let mut part = place.clone();
+            match &mut part {
+                Place::File { line: at, field, .. } => (*at, *field) = (line, format!("{field}{suffix}")),
+                Place::Flag { field } => *field += &suffix,
+            }
+            self.given.insert(part.field().to_owned(), part);
+        }
+        self.given.insert(place.field().to_owned(), place);
+    }
+
     /// The place of `field` (`train.lr`); for a default, the start of its section.
     pub fn of(&self, field: &str) -> Place {
         self.given.get(field).cloned().unwrap_or_else(|| {
@@ -71,12 +85,18 @@ pub enum Problem {
     /// No such section.
     #[error("unknown section{}", did_you_mean(.nearest))]
     UnknownSection { nearest: Option<String> },
+    /// A name of another trainer's.
+    #[error("unknown field; {hint}")]
+    Foreign { hint: String },
     /// A field without default was not given.
     #[error("missing: {needed}")]
     Missing { needed: &'static str },
     /// A value that would change the result or the mesh and is not built.
     #[error("{value} is refused: {reason}")]
     Refused { value: String, reason: &'static str },
+    /// A path that leads to nothing that the field could read.
+    #[error("{}: {fault}", .path.display())]
+    Path { path: PathBuf, fault: String },
     /// Two settings contradict each other.
     #[error("{0}")]
     Conflict(String),
@@ -101,7 +121,37 @@ pub enum ConfigError {
     /// One field is wrong.
     #[error("{place}: {problem}")]
     Field { place: Place, problem: Problem },
+    /// Several things are wrong, a line each in the order of the file; flags come last.
+    #[error("{}", lines(.0))]
+    Several(Vec<ConfigError>),
 }
+
+impl ConfigError {
+    /// All of `faults` as one error; `None` if there are none.
+    pub(super) fn of(mut faults: Vec<ConfigError>) -> Option<Self> {
+        faults.sort_by_key(Self::line);
+        match faults.len() {
+            0 | 1 => faults.pop(),
+            _ => Some(Self::Several(faults)),
+        }
+    }
+
+    /// The line of the file; a flag is behind all of them.
+    fn line(&self) -> usize {
+        match self {
+            Self::Syntax { line, .. } | Self::Field { place: Place::File { line, .. }, .. } => *line,
+            Self::Field { place: Place::Flag { .. }, .. } => usize::MAX,
+            Self::Read { .. } | Self::Extension { .. } | Self::Several(_) => 0,
+        }
+    }
+}
+
+fn lines(faults: &[ConfigError]) -> String {
+    faults.iter().map(ConfigError::to_string).collect::<Vec<_>>().join("\n")
+}
+
+/// All problems of a value.
+pub(super) type Issues = Vec<Issue>;
 
 /// A problem inside the value of a field. `suffix` (`[0].type`) and `line` are the place of a part of the value.
 #[derive(Debug, PartialEq)]

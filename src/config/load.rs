@@ -2,9 +2,11 @@
 //! there is not read from the file.
 
 use super::compat::{self, Verdict};
-use super::error::{ConfigError, FieldLocations, Place, Problem};
-use super::source::{self, Kind, Node, SyntaxError};
-use super::{RunConfig, nearest, validate};
+use super::error::{ConfigError, FieldLocations, Issue, Place, Problem};
+use super::nearest::{self, Hint};
+use super::source::{self, Document, Kind, Node, SyntaxError};
+use super::{RunConfig, paths, validate};
+use std::collections::BTreeSet;
 use std::path::Path;
 
 /// One `--section.field value…` of the command line.
@@ -29,8 +31,25 @@ pub struct Loaded {
 /// Reads the .yaml, .yml or .json file at `path`, lays `overrides` over it and validates the result.
 ///
 /// # Errors
-/// The first problem, with its file and line or its flag.
+/// All problems, each with its file and line or its flag.
 pub fn load(path: &Path, overrides: &[Override]) -> Result<Loaded, ConfigError> {
+    resolve(path, read(path)?, overrides, false)
+}
+
+/// Like [`load`], for a run on this machine: the paths that are named have to lead to what their fields read.
+///
+/// # Errors
+/// As [`load`], with a problem for each such path.
+pub fn load_with_paths(path: &Path, overrides: &[Override]) -> Result<Loaded, ConfigError> {
+    resolve(path, read(path)?, overrides, true)
+}
+
+/// Like [`load`] for YAML text that is already read; `name` stands for the file in messages.
+pub fn load_yaml(name: &Path, text: &str, overrides: &[Override]) -> Result<Loaded, ConfigError> {
+    resolve(name, source::parse_yaml(text), overrides, false)
+}
+
+fn read(path: &Path) -> Result<Result<Document, SyntaxError>, ConfigError> {
     let json = match path.extension().and_then(|extension| extension.to_str()) {
         Some("yaml" | "yml") => false,
         Some("json") => true,
@@ -38,63 +57,85 @@ pub fn load(path: &Path, overrides: &[Override]) -> Result<Loaded, ConfigError> 
     };
     let text = std::fs::read_to_string(path)
         .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-    let root = if json { source::parse_json(&text) } else { source::parse_yaml(&text) };
-    resolve(path, root, overrides)
-}
-
-/// Like [`load`] for YAML text that is already read; `name` stands for the file in messages.
-pub fn load_yaml(name: &Path, text: &str, overrides: &[Override]) -> Result<Loaded, ConfigError> {
-    resolve(name, source::parse_yaml(text), overrides)
+    Ok(if json { source::parse_json(&text) } else { source::parse_yaml(&text) })
 }
 
 fn resolve(
     path: &Path,
-    root: Result<Node, SyntaxError>,
+    document: Result<Document, SyntaxError>,
     overrides: &[Override],
+    checks_paths: bool,
 ) -> Result<Loaded, ConfigError> {
     let mut loader = Loader {
-        loaded: Loaded {
-            config: RunConfig::default(),
-            warnings: Vec::new(),
-            places: FieldLocations::new(path),
-        },
+        path,
+        config: RunConfig::default(),
+        warnings: Vec::new(),
+        places: FieldLocations::new(path),
+        faults: Vec::new(),
+        unread: BTreeSet::new(),
     };
-    let syntax =
-        |e: SyntaxError| ConfigError::Syntax { path: path.to_owned(), line: e.line, message: e.message };
-    loader.file(path, root.map_err(syntax)?, overrides)?;
-    for given in overrides {
-        loader.flag(given)?;
+    let Document { root, repeated } = document.map_err(|error| loader.syntax(error.line, error.message))?;
+    for SyntaxError { line, message } in repeated {
+        loader.faults.push(loader.syntax(line, message));
     }
-    let Loaded { mut config, warnings, places } = loader.loaded;
-    validate::validate(&mut config, &places)?;
-    Ok(Loaded { config, warnings, places })
+    loader.file(root, overrides)?;
+    for given in overrides {
+        loader.flag(given);
+    }
+    let Loader { mut config, warnings, places, mut faults, unread, .. } = loader;
+    faults.extend(validate::validate(&mut config, &places, &unread));
+    if checks_paths {
+        faults.extend(paths::faults(&config, &places));
+    }
+    ConfigError::of(faults).map_or(Ok(Loaded { config, warnings, places }), Err)
 }
 
-struct Loader {
-    loaded: Loaded,
+struct Loader<'a> {
+    path: &'a Path,
+    config: RunConfig,
+    warnings: Vec<String>,
+    places: FieldLocations,
+    faults: Vec<ConfigError>,
+    /// Fields and sections that were given in some form and could not be read.
+    unread: BTreeSet<String>,
 }
 
-impl Loader {
-    fn file(&mut self, path: &Path, root: Node, overrides: &[Override]) -> Result<(), ConfigError> {
-        let syntax = |line, message| ConfigError::Syntax { path: path.to_owned(), line, message };
+impl Loader<'_> {
+    fn syntax(&self, line: usize, message: String) -> ConfigError {
+        ConfigError::Syntax { path: self.path.to_owned(), line, message }
+    }
+
+    fn fault(&mut self, place: Place, problem: Problem) {
+        self.faults.push(ConfigError::Field { place, problem });
+    }
+
+    fn unknown(&mut self, place: Place, hint: Hint) {
+        self.unread.extend(hint.meant);
+        self.fault(place, hint.problem);
+    }
+
+    fn file(&mut self, root: Node, overrides: &[Override]) -> Result<(), ConfigError> {
         let Kind::Map(sections) = root.kind else {
             let message = format!("expected sections {}, got {}", super::SECTIONS.join(", "), root.shown());
-            return Err(syntax(root.line, message));
+            return Err(self.syntax(root.line, message));
         };
         for section in sections {
             let name = section.key;
             if !is_section(&name) {
-                let place = Place::File { path: path.to_owned(), line: section.line, field: name.clone() };
-                let problem = Problem::UnknownSection { nearest: nearest::section(&name) };
-                return Err(ConfigError::Field { place, problem });
+                let place =
+                    Place::File { path: self.path.to_owned(), line: section.line, field: name.clone() };
+                self.unknown(place, nearest::section(&name));
+                continue;
             }
-            self.loaded.places.sections.insert(name.clone(), section.line);
+            self.places.sections.insert(name.clone(), section.line);
             let entries = match section.value.kind {
                 Kind::Map(entries) => entries,
                 _ if section.value.is_null() => continue,
                 _ => {
                     let message = format!("{name}: expected fields, got {}", section.value.shown());
-                    return Err(syntax(section.line, message));
+                    self.faults.push(self.syntax(section.line, message));
+                    self.unread.insert(name);
+                    continue;
                 }
             };
             for entry in entries {
@@ -102,56 +143,50 @@ impl Loader {
                 if overrides.iter().any(|given| given.field == field) {
                     continue;
                 }
-                let place = Place::File { path: path.to_owned(), line: entry.line, field };
-                self.assign(place, &name, &entry.key, &entry.value)?;
+                let place = Place::File { path: self.path.to_owned(), line: entry.line, field };
+                self.assign(place, &name, &entry.key, &entry.value);
             }
         }
         Ok(())
     }
 
-    fn flag(&mut self, given: &Override) -> Result<(), ConfigError> {
+    fn flag(&mut self, given: &Override) {
         let place = Place::Flag { field: given.field.clone() };
         match given.field.split_once('.') {
             Some((section, key)) if is_section(section) => {
                 let node = node_of(&given.values);
-                self.assign(place, section, key, &node)
+                self.assign(place, section, key, &node);
             }
             _ => {
                 let section = given.field.split('.').next().unwrap_or_default();
-                let problem = Problem::UnknownSection { nearest: nearest::section(section) };
-                Err(ConfigError::Field { place, problem })
+                self.unknown(place, nearest::section(section));
             }
         }
     }
 
     /// Sets the field to `node`, or judges it as a field of xorl's.
-    fn assign(&mut self, place: Place, section: &str, key: &str, node: &Node) -> Result<(), ConfigError> {
-        let known = match self.loaded.config.section_mut(section) {
-            None => false,
-            Some(fields) => match fields.set(key, node) {
-                Ok(known) => known,
-                Err(issue) => {
-                    let problem = compat::unbuilt(place.field(), node).unwrap_or(issue.problem);
-                    let place = within(place, &issue.suffix, issue.line);
-                    return Err(ConfigError::Field { place, problem });
+    fn assign(&mut self, place: Place, section: &str, key: &str, node: &Node) {
+        let set = self.config.section_mut(section).map_or(Ok(false), |fields| fields.set(key, node));
+        match set {
+            Ok(true) => self.places.give(place, node),
+            Ok(false) => self.judge(place, section, key, node),
+            Err(issues) => {
+                self.unread.insert(place.field().to_owned());
+                let unbuilt = compat::unbuilt(place.field(), node);
+                let issues = unbuilt.map_or(issues, |problem| vec![problem.into()]);
+                for Issue { suffix, line, problem } in issues {
+                    self.fault(within(place.clone(), &suffix, line), problem);
                 }
-            },
-        };
-        if known {
-            self.loaded.places.given.insert(place.field().to_owned(), place);
-            return Ok(());
+            }
         }
+    }
+
+    fn judge(&mut self, place: Place, section: &str, key: &str, node: &Node) {
         match compat::judge(place.field(), node) {
-            Ok(Verdict::Neutral) => Ok(()),
-            Ok(Verdict::Warn(reason)) => {
-                self.loaded.warnings.push(format!("{place}: ignored: {reason}"));
-                Ok(())
-            }
-            Ok(Verdict::Unknown) => {
-                let problem = Problem::UnknownField { nearest: nearest::field(section, key) };
-                Err(ConfigError::Field { place, problem })
-            }
-            Err(problem) => Err(ConfigError::Field { place, problem }),
+            Ok(Verdict::Neutral) => {}
+            Ok(Verdict::Warn(reason)) => self.warnings.push(format!("{place}: ignored: {reason}")),
+            Ok(Verdict::Unknown) => self.unknown(place, nearest::field(section, key)),
+            Err(problem) => self.fault(place, problem),
         }
     }
 }
@@ -177,7 +212,7 @@ fn node_of(values: &[String]) -> Node {
         [] => Node { line: 1, kind: Kind::Bare },
         [one] if one.starts_with(['[', '{']) => {
             // A glob may start with a bracket too, so the text may be no JSON.
-            source::parse_json(one).unwrap_or_else(|_| Node::plain(one))
+            source::parse_json(one).map_or_else(|_| Node::plain(one), |document| document.root)
         }
         [one] => Node::plain(one),
         many => Node { line: 1, kind: Kind::List(many.iter().map(|value| Node::plain(value)).collect()) },

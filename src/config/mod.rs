@@ -1,16 +1,19 @@
 //! Typed `run.yaml`: sections `model`, `data`, `train`, `lora` with xorl's names, defaults and validation.
 //!
 //! A field is declared once (`model.rs`, `data.rs`, `train.rs`, `lora.rs`); struct, default, help, schema,
-//! reading and writing follow from that line. `compat.rs` lists xorl's other fields.
+//! reading and writing follow from that line. `compat.rs` lists xorl's other fields, `foreign.rs` names of other
+//! trainers.
 
 mod compat;
 mod data;
 mod error;
+mod foreign;
 mod help;
 mod load;
 mod lora;
 mod model;
 mod nearest;
+mod paths;
 mod section;
 mod source;
 mod train;
@@ -20,7 +23,7 @@ mod value;
 pub use data::{DataArgs, DatasetArgs, DatasetType, PackingMethod};
 pub use error::{ConfigError, FieldLocations, Place, Problem};
 pub use help::{help, schema_table};
-pub use load::{Loaded, Override, load, load_yaml};
+pub use load::{Loaded, Override, load, load_with_paths, load_yaml};
 pub use lora::{ExportFormat, LoraArgs};
 pub use model::ModelArgs;
 pub use section::FieldInfo;

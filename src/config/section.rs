@@ -1,7 +1,7 @@
 //! Declaration of a section, one line a field. The struct field with its doc comment, default, help, schema, reading
 //! and writing follow from it.
 
-use super::error::Issue;
+use super::error::Issues;
 use super::source::Node;
 
 /// The entry of a field in help and schema.
@@ -23,7 +23,7 @@ pub(super) trait Section {
     fn fields(&self) -> Vec<FieldInfo>;
 
     /// Sets the field `key`. `false`: there is none of that name.
-    fn set(&mut self, key: &str, node: &Node) -> Result<bool, Issue>;
+    fn set(&mut self, key: &str, node: &Node) -> Result<bool, Issues>;
 }
 
 /// Doc comment lines as running text.
@@ -73,7 +73,7 @@ macro_rules! section {
                 &mut self,
                 key: &str,
                 node: &$crate::config::source::Node,
-            ) -> Result<bool, $crate::config::error::Issue> {
+            ) -> Result<bool, $crate::config::error::Issues> {
                 use $crate::config::value::Value;
                 $(
                     if key == $crate::config::section::key!($field $($key)?) {

@@ -36,6 +36,14 @@ pub(super) struct Entry {
     pub value: Node,
 }
 
+/// A document that was read to its end.
+#[derive(Debug, PartialEq)]
+pub(super) struct Document {
+    pub root: Node,
+    /// Keys that are given twice; the first counts until the file is mended.
+    pub repeated: Vec<SyntaxError>,
+}
+
 /// Text that is not YAML, or YAML that no configuration needs.
 #[derive(Debug, PartialEq)]
 pub(super) struct SyntaxError {
@@ -55,6 +63,25 @@ impl Node {
             Kind::Scalar { text, .. } => Some(text),
             _ => None,
         }
+    }
+
+    /// Suffix (`[0].path`) and line of every part of a list or mapping.
+    pub fn parts(&self) -> Vec<(String, usize)> {
+        let children: Vec<(String, usize, &Node)> = match &self.kind {
+            Kind::List(items) => {
+                items.iter().enumerate().map(|(i, node)| (format!("[{i}]"), node.line, node)).collect()
+            }
+            Kind::Map(entries) => {
+                entries.iter().map(|entry| (format!(".{}", entry.key), entry.line, &entry.value)).collect()
+            }
+            Kind::Scalar { .. } | Kind::Bare => Vec::new(),
+        };
+        let mut parts = Vec::new();
+        for (suffix, line, node) in children {
+            parts.extend(node.parts().into_iter().map(|(rest, line)| (format!("{suffix}{rest}"), line)));
+            parts.push((suffix, line));
+        }
+        parts
     }
 
     /// True for the spellings of null in YAML, JSON and xorl's command line.
@@ -87,12 +114,12 @@ pub(super) fn is_null_word(text: &str) -> bool {
 }
 
 /// Parses one YAML document. Empty text is an empty mapping.
-pub(super) fn parse_yaml(text: &str) -> Result<Node, SyntaxError> {
-    Reader { parser: Parser::new_from_str(text), line: 1 }.document()
+pub(super) fn parse_yaml(text: &str) -> Result<Document, SyntaxError> {
+    Reader { parser: Parser::new_from_str(text), line: 1, repeated: Vec::new() }.document()
 }
 
 /// Parses JSON; numbers and words stay text as in YAML.
-pub(super) fn parse_json(text: &str) -> Result<Node, SyntaxError> {
+pub(super) fn parse_json(text: &str) -> Result<Document, SyntaxError> {
     serde_json::from_str::<serde::de::IgnoredAny>(text)
         .map_err(|error| SyntaxError { line: error.line(), message: error.to_string() })?;
     // A raw tab in valid JSON is only ever white space, which YAML does not accept as indentation.
@@ -103,10 +130,11 @@ struct Reader<'a> {
     parser: Parser<'a, saphyr_parser::StrInput<'a>>,
     /// Line of the event read last.
     line: usize,
+    repeated: Vec<SyntaxError>,
 }
 
 impl<'a> Reader<'a> {
-    fn document(mut self) -> Result<Node, SyntaxError> {
+    fn document(mut self) -> Result<Document, SyntaxError> {
         let mut root = None;
         while let Some(event) = self.next()? {
             match event {
@@ -122,7 +150,8 @@ impl<'a> Reader<'a> {
             }
         }
         let empty = || Node { line: 1, kind: Kind::Map(Vec::new()) };
-        Ok(root.filter(|node| !node.is_null()).unwrap_or_else(empty))
+        let root = root.filter(|node| !node.is_null()).unwrap_or_else(empty);
+        Ok(Document { root, repeated: self.repeated })
     }
 
     fn node(&mut self, event: Event<'a>, depth: usize) -> Result<Node, SyntaxError> {
@@ -162,12 +191,15 @@ impl<'a> Reader<'a> {
                 Event::Scalar(key, ..) => key.into_owned(),
                 _ => return Err(self.error("expected a key: a plain word before the colon")),
             };
-            if let Some(first) = entries.iter().find(|entry| entry.key == key) {
-                return Err(self.error(&format!("{key:?} is given twice, first on line {}", first.line)));
+            let first = entries.iter().find(|entry| entry.key == key).map(|entry| entry.line);
+            if let Some(first) = first {
+                self.repeated.push(self.error(&format!("{key:?} is given twice, first on line {first}")));
             }
             let event = self.expect_next()?;
             let value = self.node(event, depth + 1)?;
-            entries.push(Entry { key, line, value });
+            if first.is_none() {
+                entries.push(Entry { key, line, value });
+            }
         }
     }
 
@@ -215,7 +247,7 @@ mod tests {
     #[test]
     fn keys_know_their_line_in_block_and_in_flow_style() {
         let text = "# head\ntrain:\n  lr: 1e-5 # peak\n\n  note: |\n    a\n    b\n  seed: 3\nlora: {rank: 1,\n  alpha: 2}\n";
-        let lines = keys_and_lines(&parse_yaml(text).unwrap());
+        let lines = keys_and_lines(&parse_yaml(text).unwrap().root);
         let expected =
             [("train", 2), ("lr", 3), ("note", 5), ("seed", 8), ("lora", 9), ("rank", 9), ("alpha", 10)];
         assert_eq!(lines, expected.map(|(key, line)| (key.to_owned(), line)));
@@ -223,7 +255,7 @@ mod tests {
 
     #[test]
     fn json_with_tabs_is_read_with_lines() {
-        let lines = keys_and_lines(&parse_json("{\n\t\"train\": {\n\t\t\"lr\": 1e-5\n\t}\n}").unwrap());
+        let lines = keys_and_lines(&parse_json("{\n\t\"train\": {\n\t\t\"lr\": 1e-5\n\t}\n}").unwrap().root);
         assert_eq!(lines, [("train".to_owned(), 2), ("lr".to_owned(), 3)]);
         assert_eq!(parse_json("{\n\"train\": }").unwrap_err().line, 2);
     }
@@ -233,7 +265,6 @@ mod tests {
         let deep = format!("{}{}", "[".repeat(20), "]".repeat(20));
         let abyss = "[".repeat(100_000);
         for (text, line, words) in [
-            ("a: 1\nb: 2\na: 3\n", 3, "given twice, first on line 1"),
             ("a: &x 1\nb: *x\n", 2, "aliases"),
             ("a: 1\n---\nb: 2\n", 2, "second YAML document"),
             ("a: [1, 2\n", 2, "not valid YAML"),
@@ -249,7 +280,16 @@ mod tests {
     #[test]
     fn empty_text_is_an_empty_mapping() {
         for text in ["", "# only a comment\n", "---\n", "null"] {
-            assert_eq!(parse_yaml(text).unwrap().kind, Kind::Map(Vec::new()), "{text:?}");
+            assert_eq!(parse_yaml(text).unwrap().root.kind, Kind::Map(Vec::new()), "{text:?}");
         }
+    }
+
+    #[test]
+    fn keys_that_are_given_twice_are_all_told() {
+        let document = parse_yaml("a: 1\nb: {c: 1, c: 2}\na: 3\nd: 4\n").unwrap();
+        let told: Vec<_> = document.repeated.iter().map(|e| (e.line, e.message.as_str())).collect();
+        let twice = |key, line| format!("{key:?} is given twice, first on line {line}");
+        assert_eq!(told, [(2, twice("c", 2).as_str()), (3, twice("a", 1).as_str())]);
+        assert_eq!(keys_and_lines(&document.root).len(), 4, "the first of each, and what follows");
     }
 }

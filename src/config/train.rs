@@ -1,6 +1,6 @@
 //! Section `train`.
 
-use super::error::Issue;
+use super::error::{Issue, Issues};
 use super::section::section;
 use super::source::Node;
 use super::value::{Description, Rule, Value, choices, quote};
@@ -41,7 +41,7 @@ choices! {
 
     /// Display of steps.
     pub enum LogFormat {
-        /// A bar on a terminal, structured lines elsewhere.
+        /// A bar on a terminal, elsewhere a line every 10 s.
         ProgressBar = "progress_bar",
         /// One `key=value` line a step.
         Structured = "structured",
@@ -101,10 +101,10 @@ impl Value for LoadCheckpoint {
         Description { short: "path | auto".into(), phrase: "the path of a step directory or auto".into() }
     }
 
-    fn read(node: &Node, rule: Rule) -> Result<Self, Issue> {
+    fn read(node: &Node, rule: Rule) -> Result<Self, Issues> {
         let text = node.text().filter(|text| !text.is_empty() && !node.is_null());
         text.map(|text| Self::from(text.to_owned()))
-            .ok_or_else(|| Issue::expected(Self::describe(rule).phrase, node.shown()))
+            .ok_or_else(|| vec![Issue::expected(Self::describe(rule).phrase, node.shown())])
     }
 
     fn write(&self) -> String {
@@ -134,7 +134,8 @@ section! {
         global_batch_size: Option<usize> = None => OneOrMore;
         /// Passes over the data.
         num_train_epochs: usize = 1 => OneOrMore;
-        /// Stop after this many steps; also the length of the schedule. null: `num_train_epochs` decides.
+        /// Make this many steps, whatever `num_train_epochs` says: fewer than its epochs have, or more, over which the
+        /// data repeats. Also the length of the schedule. null: `num_train_epochs` decides.
         max_steps: Option<usize> = None => OneOrMore;
         /// `adamw` (decoupled decay, fp32 moments) or `sgd`.
         optimizer: Optimizer = Optimizer::Adamw;
@@ -152,6 +153,8 @@ section! {
         lr_start: f64 = 0.0 => NonNegative;
         /// Share of all steps that warms up from `lr_start` to `lr`.
         lr_warmup_ratio: f64 = 0.0 => Ratio;
+        /// Steps that warm up, in place of `lr_warmup_ratio`. null: the ratio decides.
+        lr_warmup_steps: Option<usize> = None;
         /// Fall of the learning rate from `lr` to `lr_min`.
         lr_decay_style: LrDecayStyle = LrDecayStyle::Constant;
         /// Share of all steps after which the decay has reached `lr_min`.
@@ -193,11 +196,12 @@ section! {
         /// Save every this many epochs. 0: not by epochs.
         save_epochs: usize = 1;
         /// Published steps that are kept; older ones are deleted, but never the one resumed from. null: all.
-        save_total_limit: Option<usize> = None => OneOrMore;
+        save_total_limit: Option<usize> = Some(3) => OneOrMore;
         /// Step directory to resume from, or `auto`: the newest whole one of this run_id, if any. null: start
         /// anew, which is refused where this run_id has steps.
         load_checkpoint_path: Option<LoadCheckpoint> = None;
-        /// A bar where stderr is a terminal (lines elsewhere), or one structured line a step.
+        /// A bar where stderr is a terminal (elsewhere a line at the first and last step and every 10 s), or one
+        /// structured line a step.
         log_format: LogFormat = LogFormat::ProgressBar;
         /// Trace this many steps, after two that warm up, into `{output_dir}/trace/{run_id}/rank_{N}.json`
         /// (chrome://tracing, Perfetto) with a table of times beside it. An earlier trace of this run_id is removed.

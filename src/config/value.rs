@@ -1,7 +1,7 @@
 //! Types of fields: one trait describes, reads and writes them. Files and the command line share it, so both accept the
 //! same spellings.
 
-use super::error::{Issue, Problem};
+use super::error::{Issue, Issues, Problem};
 use super::source::{Kind, Node, is_null_word};
 use std::path::PathBuf;
 
@@ -48,16 +48,16 @@ pub(super) trait Value: Sized {
     /// Reads the value.
     ///
     /// # Errors
-    /// An issue with a phrase for a right value.
-    fn read(node: &Node, rule: Rule) -> Result<Self, Issue>;
+    /// All issues, each with a phrase for a right value.
+    fn read(node: &Node, rule: Rule) -> Result<Self, Issues>;
 
     /// The value as YAML flow text that [`Value::read`] turns into the same value.
     fn write(&self) -> String;
 }
 
 /// The issue of a value that is no `T` under `rule`.
-fn mismatch<T: Value>(node: &Node, rule: Rule) -> Issue {
-    Issue::expected(T::describe(rule).phrase, node.shown())
+fn mismatch<T: Value>(node: &Node, rule: Rule) -> Issues {
+    vec![Issue::expected(T::describe(rule).phrase, node.shown())]
 }
 
 impl Value for bool {
@@ -68,7 +68,7 @@ impl Value for bool {
         }
     }
 
-    fn read(node: &Node, rule: Rule) -> Result<Self, Issue> {
+    fn read(node: &Node, rule: Rule) -> Result<Self, Issues> {
         if node.kind == Kind::Bare || (rule == Rule::NullIsTrue && node.is_null()) {
             return Ok(true);
         }
@@ -100,7 +100,7 @@ impl Value for f64 {
         }
     }
 
-    fn read(node: &Node, rule: Rule) -> Result<Self, Issue> {
+    fn read(node: &Node, rule: Rule) -> Result<Self, Issues> {
         let holds = |x: &f64| {
             x.is_finite()
                 && match rule {
@@ -133,7 +133,7 @@ macro_rules! whole_number {
                 }
             }
 
-            fn read(node: &Node, rule: Rule) -> Result<Self, Issue> {
+            fn read(node: &Node, rule: Rule) -> Result<Self, Issues> {
                 let holds = |x: &$ty| {
                     let wide = i128::try_from(*x).unwrap_or(i128::MAX);
                     match rule {
@@ -165,7 +165,7 @@ impl Value for String {
         }
     }
 
-    fn read(node: &Node, rule: Rule) -> Result<Self, Issue> {
+    fn read(node: &Node, rule: Rule) -> Result<Self, Issues> {
         let holds = |text: &&str| rule != Rule::DirectoryName || is_directory_name(text);
         let text = node.text().filter(|text| !text.is_empty() && !node.is_null()).filter(holds);
         text.map(str::to_owned).ok_or_else(|| mismatch::<Self>(node, rule))
@@ -196,7 +196,7 @@ impl Value for PathBuf {
         Description::new("path", "a path")
     }
 
-    fn read(node: &Node, rule: Rule) -> Result<Self, Issue> {
+    fn read(node: &Node, rule: Rule) -> Result<Self, Issues> {
         let text = node.text().filter(|text| !text.is_empty() && !node.is_null());
         text.map(PathBuf::from).ok_or_else(|| mismatch::<Self>(node, rule))
     }
@@ -212,16 +212,17 @@ impl<T: Value> Value for Option<T> {
         Description { short: format!("{short} or null"), phrase: format!("{phrase}, or null") }
     }
 
-    fn read(node: &Node, rule: Rule) -> Result<Self, Issue> {
+    fn read(node: &Node, rule: Rule) -> Result<Self, Issues> {
         if node.is_null() {
             return Ok(None);
         }
-        T::read(node, rule).map(Some).map_err(|mut issue| {
-            if let (true, Problem::Expected { expected, .. }) = (issue.suffix.is_empty(), &mut issue.problem)
-            {
-                *expected = Self::describe(rule).phrase;
+        T::read(node, rule).map(Some).map_err(|mut issues| {
+            for issue in issues.iter_mut().filter(|issue| issue.suffix.is_empty()) {
+                if let Problem::Expected { expected, .. } = &mut issue.problem {
+                    *expected = Self::describe(rule).phrase;
+                }
             }
-            issue
+            issues
         })
     }
 
@@ -236,7 +237,7 @@ impl<T: ListItem> Value for Vec<T> {
         Description::new(format!("list of {}", T::PLURAL), format!("a {some} of {}", T::PLURAL))
     }
 
-    fn read(node: &Node, rule: Rule) -> Result<Self, Issue> {
+    fn read(node: &Node, rule: Rule) -> Result<Self, Issues> {
         let items = match &node.kind {
             Kind::List(items) => items.as_slice(),
             // One value stands for a list of one, as on the command line.
@@ -246,8 +247,16 @@ impl<T: ListItem> Value for Vec<T> {
         if items.is_empty() && rule == Rule::NonEmpty {
             return Err(mismatch::<Self>(node, rule));
         }
-        let read = |(i, item)| T::read(item, Rule::Any).map_err(|e| e.inside(&format!("[{i}]"), item.line));
-        items.iter().enumerate().map(read).collect()
+        let (mut values, mut issues) = (Vec::new(), Issues::new());
+        for (i, item) in items.iter().enumerate() {
+            match T::read(item, Rule::Any) {
+                Ok(value) => values.push(value),
+                Err(wrong) => {
+                    issues.extend(wrong.into_iter().map(|e| e.inside(&format!("[{i}]"), item.line)))
+                }
+            }
+        }
+        if issues.is_empty() { Ok(values) } else { Err(issues) }
     }
 
     fn write(&self) -> String {
@@ -302,10 +311,13 @@ macro_rules! choices {
             fn read(
                 node: &$crate::config::source::Node,
                 rule: $crate::config::value::Rule,
-            ) -> Result<Self, $crate::config::error::Issue> {
+            ) -> Result<Self, $crate::config::error::Issues> {
                 match node.text() {
                     $( Some($text) => Ok(Self::$variant), )+
-                    _ => Err($crate::config::error::Issue::expected(Self::describe(rule).phrase, node.shown())),
+                    _ => Err(vec![$crate::config::error::Issue::expected(
+                        Self::describe(rule).phrase,
+                        node.shown(),
+                    )]),
                 }
             }
 

@@ -2,7 +2,7 @@
 
 use super::{Limits, greedy};
 use crate::{
-    checkpoint::peft,
+    checkpoint::{peft, steps},
     comm::World,
     config::ReduceGradients,
     data::{ChatTemplate, Prompt, Reference, Tokenizer},
@@ -29,9 +29,9 @@ use std::{
 /// A request to generate.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request {
-    /// HF model directory.
-    pub model_dir: PathBuf,
-    /// PEFT adapter directory.
+    /// HF model directory; `None`: the base that the adapter names.
+    pub model_dir: Option<PathBuf>,
+    /// PEFT adapter directory, or that of a run: its newest step.
     pub adapter_dir: Option<PathBuf>,
     pub prompts: Prompts,
     pub max_new_tokens: usize,
@@ -82,7 +82,12 @@ impl StoredAdapter {
 impl Generation {
     /// Reads everything but the weights. Enters no collective and writes nothing.
     pub fn prepare(request: Request) -> Result<Self> {
-        let directory = &request.model_dir;
+        let adapter =
+            request.adapter_dir.as_deref().map(steps::adapter_at).transpose().map_err(Error::Input)?;
+        let directory = &match &request.model_dir {
+            Some(directory) => directory.clone(),
+            None => base_of(adapter.as_deref())?,
+        };
         let hf = HfModel::open(directory)?;
         let spec = hf.spec;
         let source = SafetensorsSource::open(directory)?;
@@ -108,7 +113,7 @@ impl Generation {
             // Whatever is wrong with an adapter that the user named is the user's to mend.
             StoredAdapter::read(path, &spec).map_err(|error| Error::Input(error.to_string()))
         };
-        let adapter = request.adapter_dir.as_ref().map(read).transpose()?;
+        let adapter = adapter.as_ref().map(read).transpose()?;
         let limits =
             Limits { max_new_tokens: request.max_new_tokens, eos_token_ids: hf.eos_token_ids.clone() };
         Ok(Self { request, spec, source, compute, tokenizer, prompts, limits, adapter })
@@ -174,6 +179,21 @@ impl Generation {
         let _ = std::io::stdout().write_all(text.as_bytes());
         Ok(())
     }
+}
+
+/// The model directory that the adapter at `adapter` was trained on, by its own word.
+fn base_of(adapter: Option<&Path>) -> Result<PathBuf> {
+    let adapter =
+        adapter.ok_or_else(|| Error::Input("--model is missing, and no --adapter names one".into()))?;
+    let config = adapter.join(peft::CONFIG_FILE);
+    let read = peft::read_config(adapter).map_err(|error| Error::Input(error.to_string()))?;
+    let place = format!("{}: base_model_name_or_path", config.display());
+    let base = read.base_model_name_or_path.map(PathBuf::from);
+    let base = base.ok_or_else(|| Error::Input(format!("{place} names no model; give --model DIR")))?;
+    if base.is_dir() {
+        return Ok(base);
+    }
+    Err(Error::Input(format!("{place} is {}, which is no folder here; give --model DIR", base.display())))
 }
 
 /// The loss of a reference answer; of nothing when there is none. Collective.

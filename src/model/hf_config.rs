@@ -40,6 +40,8 @@ pub struct HfModel {
     /// Tokens that end a generation, those of a generation_config.json beside the config included.
     pub eos_token_ids: Vec<i64>,
     pub pad_token_id: Option<i64>,
+    /// Tokens of the longest sequence that the model was made for, if the config has it.
+    pub max_positions: Option<usize>,
 }
 
 /// Fields of HF files that no computation reads.
@@ -310,6 +312,7 @@ impl HfModel {
             dtype,
             eos_token_ids,
             pad_token_id: fields.get("pad_token_id").and_then(Value::as_i64),
+            max_positions: fields.optional_size("max_position_embeddings")?,
         })
     }
 }

@@ -38,6 +38,7 @@ pub struct Batch {
     longest: usize,
     documents: Rc<Documents>,
     adapters: Rc<RowAdapters>,
+    padding: usize,
 }
 
 impl Batch {
@@ -74,6 +75,7 @@ impl Batch {
             longest: document_lengths.iter().copied().max().unwrap_or(0),
             documents: Rc::new(Documents::new(document_lengths, device)),
             adapters: Rc::new(RowAdapters::one(ids.len())),
+            padding: 0,
         }
     }
 
@@ -88,6 +90,7 @@ impl Batch {
             longest: positions.iter().max().map_or(0, |&last| last as usize + 1),
             documents: Rc::new(Documents::new(&vec![1; ids.len()], device)),
             adapters: Rc::new(RowAdapters::one(ids.len())),
+            padding: 0,
         }
     }
 
@@ -98,6 +101,17 @@ impl Batch {
         debug_assert_eq!(segments.iter().map(|(rows, _)| rows).sum::<usize>(), self.tokens());
         self.adapters = Rc::new(RowAdapters::mixed(segments, adapters, self.ids.device()));
         self
+    }
+
+    /// The batch with the number of its tokens that are padding: they are computed like any other.
+    pub fn with_padding(mut self, tokens: usize) -> Self {
+        self.padding = tokens;
+        self
+    }
+
+    /// Tokens that were said to be padding.
+    pub fn padding(&self) -> usize {
+        self.padding
     }
 
     /// All tokens.

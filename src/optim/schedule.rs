@@ -24,7 +24,7 @@ impl Schedule {
             lr_min: args.lr_min,
             lr_start: args.lr_start,
             style: args.lr_decay_style,
-            warmup_steps: part(args.lr_warmup_ratio),
+            warmup_steps: args.lr_warmup_steps.unwrap_or_else(|| part(args.lr_warmup_ratio)),
             decay_steps: part(args.lr_decay_ratio),
         }
     }
@@ -80,5 +80,13 @@ mod tests {
         assert!((linear.rate(50) - 0.55).abs() < 1e-12);
         let constant = schedule(LrDecayStyle::Constant, 0.0, 1.0);
         assert_eq!((constant.rate(0), constant.rate(99)), (1.0, 1.0));
+    }
+
+    #[test]
+    fn steps_of_the_warm_up_win_over_its_share() {
+        let args = TrainArgs { lr_warmup_steps: Some(7), ..TrainArgs::default() };
+        assert_eq!(Schedule::new(&args, 100).warmup_steps, 7);
+        let args = TrainArgs { lr_warmup_ratio: 0.5, ..TrainArgs::default() };
+        assert_eq!(Schedule::new(&args, 100).warmup_steps, 50);
     }
 }

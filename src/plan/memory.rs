@@ -43,6 +43,8 @@ pub struct Memory {
     /// The same on a device, which computes more rows of the head at a time.
     pub device_scratch: usize,
     pub libraries: usize,
+    /// Copies that a save makes on the host, beside all that.
+    pub save: usize,
 }
 
 impl Memory {
@@ -72,6 +74,11 @@ impl Memory {
             config::ReduceGradients::MicroBatch => held.largest,
         };
         let gradients = pieces(&adapters) + adapters.iter().map(unreduced).sum::<usize>();
+        // A rank's pieces are copied, then serialised. Before that rank 0 does the same with the whole adapter, where
+        // experts are put together once more.
+        let own_state = (1 + moments) * fp32(pieces(&adapters));
+        let of_experts = fp32(adapters[1].pieces);
+        let whole_adapter = (fp32(pieces(&adapters)) + of_experts / 2) * base[0].shards;
 
         let scratch = |rows| loss_scratch(spec, options, batch, rows).max(layer);
         Self {
@@ -84,6 +91,7 @@ impl Memory {
             scratch: scratch(HOST_ROWS as usize),
             device_scratch: scratch(usize::MAX),
             libraries: LIBRARIES,
+            save: 2 * own_state.max(whole_adapter),
         }
     }
 

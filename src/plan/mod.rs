@@ -9,7 +9,7 @@ pub mod traffic;
 pub use memory::{Memory, MicroBatch};
 pub use traffic::{RoutedRows, Traffic};
 
-use crate::comm::Received;
+use crate::{comm::Received, console::count};
 use std::{collections::BTreeMap, fmt};
 
 /// Costs of a run on each rank.
@@ -43,13 +43,17 @@ impl fmt::Display for Plan {
             writeln!(f, "  {name:<32} {count:>14}")?;
         }
         let MicroBatch { tokens, .. } = self.batch;
-        writeln!(f, "memory of a rank at its peak, bytes (micro-batches of at most {tokens} tokens):")?;
+        let most = count(tokens, "token");
+        writeln!(f, "memory of a rank at its peak, bytes (micro-batches of at most {most}):")?;
         for (what, bytes) in self.memory.parts() {
             writeln!(f, "  {what:<32} {bytes:>14}")?;
         }
         let total = self.memory.total();
         writeln!(f, "  {:<32} {total:>14}   {:.2} GB", "sum", total as f64 / 1e9)?;
-        writeln!(f, "received by a rank, bytes a step ({} micro-batches):", self.micro_batches)?;
+        let save = self.memory.save;
+        let with = (total + save) as f64 / 1e9;
+        writeln!(f, "  {:<32} {save:>14}   {with:.2} GB with them", "copies while a step is saved")?;
+        writeln!(f, "received by a rank, bytes a step ({}):", count(self.micro_batches, "micro-batch"))?;
         if self.first_step.is_empty() {
             writeln!(f, "  nothing")?;
         }

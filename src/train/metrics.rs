@@ -1,21 +1,19 @@
-//! Metrics of a run: `metrics.jsonl` (a line a step), a line a step on stdout or a bar on a terminal, and
-//! `training_metrics.json` at the end. Rank 0 writes; the other ranks hold a [`Metrics`] that does nothing.
+//! Metrics of a run: `metrics.jsonl` (a line a step), progress on a terminal or in lines, and `training_metrics.json`
+//! at the end. Rank 0 writes; the other ranks hold a [`Metrics`] that does nothing.
 
-use super::StepReport;
+use super::{StepReport, progress::Progress};
 use crate::{
     comm::{Ledger, Operation, Received},
     config::LogFormat,
     error::{Error, Result},
     model::router_load::RouterReport,
 };
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::{IsTerminal, Seek, SeekFrom, Write},
+    io::{Seek, SeekFrom, Write},
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 /// The file with a line a step.
@@ -47,8 +45,7 @@ pub struct Metrics {
     output: PathBuf,
     file: Option<File>,
     total_steps: usize,
-    /// The bar that replaces a line a step on a terminal.
-    bar: Option<ProgressBar>,
+    progress: Option<Progress>,
     /// Steps made.
     done: usize,
     history: History,
@@ -68,7 +65,7 @@ impl Metrics {
             output: PathBuf::new(),
             file: None,
             total_steps: 0,
-            bar: None,
+            progress: None,
             done: 0,
             history: History::default(),
         }
@@ -96,9 +93,8 @@ impl Metrics {
         };
         let file = file.map_err(|error| fault(&path, &error))?;
         let (output, done) = (output.to_owned(), resumed.unwrap_or(0));
-        let wanted = format == LogFormat::ProgressBar && std::io::stderr().is_terminal();
-        let bar = wanted.then(|| progress_bar(total_steps, done));
-        Ok(Self { output, file: Some(file), total_steps, bar, done, history })
+        let progress = Some(Progress::new(total_steps, done, format));
+        Ok(Self { output, file: Some(file), total_steps, progress, done, history })
     }
 
     /// Brings all lines to the disk, so that they are there before a step is published.
@@ -115,10 +111,12 @@ impl Metrics {
         for ((operation, group), bytes) in &step.received {
             comm.insert(format!("{}/{group}", operation.name()), (*bytes).into());
         }
-        let rate = report.total_tokens as f64 / seconds;
+        // Padding is computed too, and teaches nothing.
+        let rate = (report.total_tokens - report.padding_tokens) as f64 / seconds;
         let mut line = json!({
             "step": number, "epoch": epoch, "loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr,
-            "tokens": report.valid_tokens, "tokens_total": report.total_tokens, "tokens_per_second": rate,
+            "tokens": report.valid_tokens, "tokens_total": report.total_tokens,
+            "tokens_padding": report.padding_tokens, "tokens_per_second": rate,
             "step_seconds": seconds, "phase_seconds": step.phases, "peak_rss_bytes": peak, "comm_bytes": comm,
         });
         if let Some(bytes) = step.device_memory_bytes {
@@ -137,20 +135,19 @@ impl Metrics {
                 tracing::warn!("step {number} was skipped, not finite: {}", report.non_finite.join(", "));
             }
             Some(loss) => {
-                let told = format!(
-                    "loss={loss:.4} grad_norm={:.4} lr={:.3e} tokens_per_sec={rate:.0} time={seconds:.3} peak_mem={:.2}GB",
-                    report.grad_norm,
-                    report.lr,
-                    step.device_memory_bytes.unwrap_or(peak) as f64 / 1e9
-                );
-                match &self.bar {
-                    Some(bar) => bar.set_message(told),
-                    None => println!("[STEP {number}/{}] {told}", self.total_steps),
+                let peak = step.device_memory_bytes.unwrap_or(peak) as f64 / 1e9;
+                let told = [
+                    format!("loss={loss:.4}"),
+                    format!("grad_norm={:.4}", report.grad_norm),
+                    format!("lr={:.3e}", report.lr),
+                    format!("tokens_per_sec={rate:.0}"),
+                    format!("time={seconds:.3}"),
+                    format!("peak_mem={peak:.2}GB"),
+                ];
+                if let Some(progress) = &mut self.progress {
+                    progress.step(number, &told);
                 }
             }
-        }
-        if let Some(bar) = &self.bar {
-            bar.set_position(number as u64);
         }
         self.done = number;
         self.history.losses.push(report.loss);
@@ -163,9 +160,7 @@ impl Metrics {
         if self.file.is_none() {
             return Ok(());
         }
-        if let Some(bar) = &self.bar {
-            bar.finish();
-        }
+        drop(self.progress);
         let History { losses, grad_norms } = self.history;
         let last = losses.iter().flatten().last();
         let summary = json!({"global_step": self.done, "total_train_steps": self.total_steps,
@@ -173,14 +168,6 @@ impl Metrics {
         let path = self.output.join(SUMMARY_FILE);
         std::fs::write(&path, summary.to_string()).map_err(|error| fault(&path, &error))
     }
-}
-
-/// A bar of `total` steps, `done` of them made.
-fn progress_bar(total: usize, done: usize) -> ProgressBar {
-    let style = ProgressStyle::with_template("{bar:24} {pos}/{len} [{elapsed}<{eta}] {msg}");
-    let bar =
-        ProgressBar::new(total as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-    bar.with_position(done as u64).with_elapsed(Duration::ZERO)
 }
 
 /// Reads the lines of `text` up to `step`: their length in bytes, the last step among them (0: none), and their
@@ -272,6 +259,7 @@ mod tests {
             lr: 0.1,
             valid_tokens: 0,
             total_tokens: 4,
+            padding_tokens: 0,
             router: None,
             non_finite: Vec::new(),
         };

@@ -5,18 +5,21 @@
 //! - `identity`: all ranks run the same
 //! - `resume`: the start of a run, fresh or from a step; `save`: publishing of steps
 //! - `signals`: requests to stop
-//! - `report`: cost of a run, before it starts; [`metrics`]: its metrics; `profile`: traces of steps
+//! - `report`: cost of a run, before it starts; `samples`: its rows as the model sees them
+//! - [`metrics`]: metrics of a run; `progress`: what people see of it; `profile`: traces of steps
 
 mod identity;
 pub mod metrics;
 mod profile;
+mod progress;
 mod report;
 mod resume;
 pub mod run;
+mod samples;
 mod save;
 mod signals;
 pub mod step;
 
 pub use run::{Ended, Run};
-pub use signals::StopSignals;
+pub use signals::{Launch, StopSignals};
 pub use step::{StepReport, Trainer};

@@ -2,7 +2,9 @@
 
 use super::Run;
 use crate::{
-    Result, device,
+    Result,
+    console::count,
+    device,
     lora::targets,
     plan::{Memory, MicroBatch, Plan, RoutedRows, Traffic, compute::flops_per_token},
 };
@@ -55,18 +57,18 @@ impl Run {
             )
         });
         Ok(format!(
-            "{}\n{}\ndata: {} samples, {} dropped as too long; {} rows of at most {} tokens, {} tokens, {} with loss\n\
-             steps: {} of {} rows\n{plan}{room}",
+            "{}\n{}\ndata: {}, {} dropped as too long; {} of at most {}, {}, {} with loss\nsteps: {} of {}\n\
+             {plan}{room}",
             self.config.to_yaml(),
             self.mesh.table(),
-            data.samples,
+            count(data.samples, "sample"),
             data.dropped,
-            data.rows,
-            data.longest_row,
-            data.tokens,
+            count(data.rows, "row"),
+            count(data.longest_row, "token"),
+            count(data.tokens, "token"),
             data.valid_tokens,
             self.total_steps,
-            self.batches.global_batch,
+            count(self.batches.global_batch, "row"),
         ))
     }
 }

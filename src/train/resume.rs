@@ -140,6 +140,7 @@ impl Run {
 
     /// A and B of the adapter at `path`, by logical parameter name.
     fn starting_adapter(&self, path: &Path) -> Result<HashMap<String, Vec<f32>>> {
+        let path = &steps::adapter_at(path).map_err(Error::Input)?;
         let theirs = checkpoint::peft::read_config(path)?;
         let lora = &self.config.lora;
         if (theirs.r, theirs.lora_alpha) != (lora.lora_rank, lora.lora_alpha) {

@@ -14,9 +14,10 @@ use super::{
 use crate::{
     checkpoint::{output::OutputLock, steps},
     comm::{Reduce, World},
-    config::{FieldLocations, Override, ReduceGradients, RunConfig},
+    config::{FieldLocations, Override, PackingMethod, ReduceGradients, RunConfig},
+    console::count,
     data::{
-        Dataset, Loader, ROWS_PER_GROUP, Row, StepPlan,
+        Dataset, IGNORE_INDEX, Loader, ROWS_PER_GROUP, Row, StepPlan,
         schedule::{self, BatchSchedule, BatchSplit, DataCursor, StepRows},
     },
     device::Memory,
@@ -46,6 +47,8 @@ use tch::Device;
 
 /// Bytes of the embedding or the head that are whole at a time when `vocab_chunk_rows` is null.
 const VOCAB_CHUNK_BYTES: usize = 512 << 20;
+/// Steps of an epoch below which a warning asks whether they are meant.
+const FEW_STEPS: usize = 10;
 /// Steps that the loader prepares ahead.
 const LOADER_AHEAD: usize = 4;
 
@@ -67,6 +70,8 @@ pub struct Run {
     pub(super) sites: Vec<Site>,
     pub(super) source: Box<dyn WeightSource>,
     pub(super) dataset: Arc<Dataset>,
+    /// The token that fills packs.
+    pub(super) pad_id: i64,
     pub(super) batches: BatchSchedule,
     /// Steps of the whole run, including those before a resume.
     pub(super) total_steps: usize,
@@ -82,11 +87,11 @@ impl Run {
     /// Reads configuration, model headers and data for one of `world` ranks. Enters no collective and writes
     /// nothing. Warnings go to the log.
     pub fn prepare(path: &Path, overrides: &[Override], world: usize) -> Result<Self> {
-        let loaded = crate::config::load(path, overrides)?;
+        let loaded = crate::config::load_with_paths(path, overrides)?;
         for warning in &loaded.warnings {
             tracing::warn!("{warning}");
         }
-        let config = loaded.config;
+        let mut config = loaded.config;
         let refused = |field: &str, why: &str| Error::Input(format!("{}: {why}", loaded.places.of(field)));
         let mesh = Mesh::new(world, MeshSizes::from(&config.train))?;
         let hf = HfModel::open(&config.model.hf_config())?;
@@ -117,6 +122,11 @@ impl Run {
             sites
         };
 
+        if !loaded.places.is_given("data.sample_packing_sequence_len") {
+            let longest = hf.max_positions.unwrap_or(usize::MAX);
+            let data = &mut config.data;
+            data.sample_packing_sequence_len = data.sample_packing_sequence_len.min(longest);
+        }
         let tokenizer = config.model.tokenizer();
         let pad = hf.pad_token_id.or(hf.eos_token_ids.first().copied()).unwrap_or(0);
         let dataset = Dataset::open(&config.data, Some(&tokenizer), spec.vocab_size, pad, config.train.seed)?;
@@ -132,12 +142,19 @@ impl Run {
             drop_last: config.data.dataloader_drop_last,
             epochs: train.num_train_epochs,
         };
-        let total = batches.steps_from(DataCursor::default());
-        let total_steps = train.max_steps.map_or(total, |limit| limit.min(total));
-        if total_steps == 0 {
-            let rows = batches.rows;
-            return Err(refused("data", &format!("{rows} rows make no step of {global_batch} rows")));
+        let in_epochs = batches.steps_from(DataCursor::default());
+        if in_epochs == 0 {
+            let words =
+                format!("{} make no step of {}", count(batches.rows, "row"), count(global_batch, "row"));
+            return Err(refused("data", &words));
         }
+        let total_steps = train.max_steps.unwrap_or(in_epochs);
+        // max_steps wins over the epochs: the data repeats as long as steps are left.
+        let batches = match train.max_steps {
+            Some(_) => BatchSchedule { epochs: usize::MAX, ..batches },
+            None => batches,
+        };
+        warn_of_steps(&config, &batches, total_steps);
         let run_dir = train.output_dir.join("weights").join(&train.run_id);
         Ok(Self {
             config,
@@ -147,6 +164,7 @@ impl Run {
             sites,
             source,
             dataset: Arc::new(dataset),
+            pad_id: pad,
             batches,
             total_steps,
             run_dir,
@@ -173,15 +191,20 @@ impl Run {
             }
             Some(resumed) => format!("on from {}", resumed.path.display()),
         };
+        let train = &self.config.train;
+        let kept = train.save_total_limit.map_or_else(String::new, |limit| {
+            format!("; the newest {} stay (train.save_total_limit)", count(limit, "save"))
+        });
         format!(
-            "{} ranks (replicate {} × shard {}, experts over {}); {} rows, {} steps of {} rows, {begins}; {total} trainable parameters: {}",
-            self.mesh.world(),
+            "{} (replicate {} × shard {}, experts over {}); {}, {} of {}, {begins}{kept}; {total} trainable \
+             parameters: {}",
+            count(self.mesh.world(), "rank"),
             self.mesh.replicate(),
             self.mesh.shard(),
             self.mesh.expert(),
-            self.batches.rows,
-            self.total_steps,
-            self.batches.global_batch,
+            count(self.batches.rows, "row"),
+            count(self.total_steps, "step"),
+            count(self.batches.global_batch, "row"),
             counts.join(", ")
         )
     }
@@ -271,9 +294,10 @@ impl Run {
             let rows = rows?;
             let received = world.ledger().totals();
             let batches: Vec<Batch> =
-                rows.micro_batches.iter().map(|rows| batch(rows, device.tensors())).collect();
+                rows.micro_batches.iter().map(|rows| batch(rows, self.pad_id, device.tensors())).collect();
             drop(waiting);
             watcher.step(rows.step + 1);
+            stop.at(rows.step + 1);
             let report = trainer.step(&batches, rows.step)?;
             let used = device.memory()?.map(Memory::used);
             let mut agreed =
@@ -281,6 +305,8 @@ impl Run {
             trainer.world.all_reduce_host(&mut agreed, Reduce::Max)?;
             let (peak, stopping) = (agreed[0] as u64, agreed[1] > 0.0);
             let done = rows.step + 1;
+            // A signal from here on is answered by the next step.
+            stop.at((done + 1).min(self.total_steps));
             drop(tracing_step.with("step", done));
             metrics.step(&StepMetrics {
                 step: done,
@@ -301,6 +327,7 @@ impl Run {
                 let _saving = (trace::span(Category::Phase, "save"), watcher.slow("save"));
                 metrics.sync()?;
                 saver.save(&trainer, Progress { step: done, epoch: rows.epoch, position: step_rows.next })?;
+                stop.saved(done);
                 // A resumed process gathers everything anew. So does this one, and both report the same bytes.
                 trainer.model.forget_gathered()?;
                 trainer.session.adapter.regions_mut().refresh()?;
@@ -310,15 +337,34 @@ impl Run {
             }
             if stopping && !last {
                 if rank == 0 {
+                    drop(metrics);
                     let of = self.total_steps;
-                    tracing::warn!("stopped after step {done} of {of}, as a signal asked for: it is saved");
+                    tracing::warn!(
+                        "stopped after step {done} of {of}, as a signal asked for: it is saved; \
+                         --train.load_checkpoint_path auto goes on"
+                    );
                 }
                 return Ok(Ended::Stopped);
             }
         }
         let _ending = watcher.slow("end");
         metrics.finish()?;
+        if rank == 0 {
+            tracing::info!("{}", self.farewell());
+        }
         Ok(Ended::Done)
+    }
+
+    /// The place of the adapter, and the command to try it.
+    fn farewell(&self) -> String {
+        let (run, step) = (self.run_dir.display(), steps::published(&self.run_dir).last().copied());
+        let adapter = step.map_or_else(|| run.to_string(), |step| format!("{run}/step_{step}"));
+        if self.config.model.model_path.is_none() && self.config.lora.save_lora_only {
+            return format!(
+                "done: the adapter is {adapter}; its base has random weights, which are not saved"
+            );
+        }
+        format!("done: the adapter is {adapter}; try: xorl-dist generate --adapter {run} --chat 'Hello'")
     }
 
     /// Begins the files of output_dir on rank 0, and removes the steps that the user wants overwritten.
@@ -367,17 +413,73 @@ fn split(mesh: &Mesh, micro: usize) -> BatchSplit {
     }
 }
 
-/// A micro-batch of rows, flat.
-fn batch(rows: &[Row], device: Device) -> Batch {
+/// Warns of a run that is hardly one: an epoch of a few steps, and a warm-up without end.
+fn warn_of_steps(config: &RunConfig, batches: &BatchSchedule, total_steps: usize) {
+    let (train, data) = (&config.train, &config.data);
+    let of_epoch = batches.steps_per_epoch();
+    if of_epoch < FEW_STEPS {
+        let shorter = match data.sample_packing_method {
+            PackingMethod::None => String::new(),
+            _ => format!("data.sample_packing_sequence_len ({}) or ", data.sample_packing_sequence_len),
+        };
+        tracing::warn!(
+            "an epoch is {} only ({}, {} a step): lower {shorter}train.global_batch_size, or train longer",
+            count(of_epoch, "step"),
+            count(batches.rows, "row"),
+            count(batches.global_batch, "row")
+        );
+    }
+    if let Some(limit) = train.max_steps {
+        let in_epochs = of_epoch.saturating_mul(train.num_train_epochs);
+        if limit > in_epochs {
+            tracing::info!(
+                "train.max_steps {limit} is more than the {} of train.num_train_epochs {}: the data repeats",
+                count(in_epochs, "step"),
+                train.num_train_epochs
+            );
+        }
+    }
+    if train.lr_warmup_steps.is_some_and(|warmup| warmup >= total_steps) {
+        tracing::warn!(
+            "train.lr_warmup_steps is all of the {}: train.lr is hardly reached",
+            count(total_steps, "step")
+        );
+    }
+}
+
+/// Tokens of `row` that fill it up: a last document of `pad` alone, without labels.
+pub(super) fn padding(row: &Row, pad: i64) -> usize {
+    let [_, .., last] = row.document_lengths[..] else { return 0 };
+    let start = row.input_ids.len() - last;
+    let fills = row.input_ids[start..].iter().all(|&id| id == pad);
+    if fills && row.labels[start..].iter().all(|&label| label == IGNORE_INDEX) { last } else { 0 }
+}
+
+/// A micro-batch of rows, flat; `pad` fills packs.
+fn batch(rows: &[Row], pad: i64, device: Device) -> Batch {
     let ids: Vec<i64> = rows.iter().flat_map(|row| row.input_ids.iter().copied()).collect();
     let labels: Vec<i64> = rows.iter().flat_map(|row| row.labels.iter().copied()).collect();
     let lengths: Vec<usize> = rows.iter().flat_map(|row| row.document_lengths.iter().copied()).collect();
-    Batch::new(&ids, &labels, &lengths, device)
+    let padding = rows.iter().map(|row| padding(row, pad)).sum();
+    Batch::new(&ids, &labels, &lengths, device).with_padding(padding)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn padding_is_a_last_document_of_the_padding_token_without_labels() {
+        let row = |ids: &[i64], labels: &[i64], lengths: &[usize]| {
+            let row =
+                Row { input_ids: ids.to_vec(), labels: labels.to_vec(), document_lengths: lengths.to_vec() };
+            padding(&row, 9)
+        };
+        assert_eq!(row(&[1, 2, 9, 9], &[1, 2, -100, -100], &[2, 2]), 2);
+        assert_eq!(row(&[1, 2, 9, 9], &[1, 2, -100, 9], &[2, 2]), 0);
+        assert_eq!(row(&[1, 2, 9, 8], &[1, 2, -100, -100], &[2, 2]), 0);
+        assert_eq!(row(&[9, 9], &[-100, -100], &[2]), 0);
+    }
 
     /// 8 ranks = 2 replicas × 2 shards × 2 ranks a sequence.
     #[test]

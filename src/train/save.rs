@@ -45,6 +45,20 @@ pub(super) struct Saver<'a> {
     model: Option<PathBuf>,
 }
 
+/// Note for `model/`: a base beside an adapter is easily taken for a merged model.
+const NOTE: &str = "This folder is the base model, unmerged: it is as it was before training, and answers as before. \
+                    The adapter is in the folder above; PEFT's PeftModel.from_pretrained(model, \"..\") puts it on, and \
+                    merge_and_unload() then merges it.\n";
+
+/// Writes the note into `model/` of a step, unless a link of an earlier step's is there.
+fn write_note(model: &Path) -> Result<()> {
+    let path = model.join("README.md");
+    if path.exists() {
+        return Ok(());
+    }
+    std::fs::write(&path, NOTE).map_err(|error| CheckpointError::Io { path, error }.into())
+}
+
 impl<'a> Saver<'a> {
     pub(super) fn new(run: &'a Run, rank: usize) -> Result<Self> {
         let model = run.resumed().map(|resumed| resumed.path.join(checkpoint::base::FOLDER));
@@ -98,6 +112,7 @@ impl<'a> Saver<'a> {
                 config: model.hf_config(),
             };
             files.write(writer.directory(), self.model.as_deref(), run.source.as_ref())?;
+            write_note(&writer.directory().join(checkpoint::base::FOLDER))?;
         }
         let model_path = run.config.model.model_path.clone();
         let base = match model_path {

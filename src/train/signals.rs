@@ -1,37 +1,145 @@
 //! Signals that ask a run to save and stop: SIGUSR1 under any launcher, SIGTERM and SIGINT where no launcher acts on
-//! them. The handlers only set a flag; ranks agree on it at the end of each step.
+//! them. The handlers only set a flag; ranks agree on it at the end of each step. A thread says at once what comes of
+//! the first signal, as a step may take long.
 
-use crate::error::{Error, Result};
+use crate::{
+    console,
+    error::{Error, Result},
+};
 use signal_hook::{
     consts::{SIGINT, SIGTERM, SIGUSR1},
     flag,
+    low_level::{self, pipe},
 };
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    io::Read,
+    os::unix::net::UnixStream,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
 };
 
 /// Requests to this process to stop.
-pub struct StopSignals(Arc<AtomicBool>);
+pub struct StopSignals {
+    asked: Arc<AtomicBool>,
+    place: Place,
+}
+
+/// The place of a run, for what is said of a signal.
+#[derive(Clone, Default)]
+struct Place {
+    /// The step that is being made, from 1; 0 before the first.
+    step: Arc<AtomicUsize>,
+    /// The step that was saved last; 0: none.
+    saved: Arc<AtomicUsize>,
+}
+
+/// The launch of a run, as far as signals go.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch {
+    /// SIGTERM and SIGINT reach the ranks, with time to act on them.
+    pub leaves_signals: bool,
+    /// No launcher started this process.
+    pub by_hand: bool,
+    /// This rank says what comes of a signal.
+    pub says: bool,
+}
 
 impl StopSignals {
-    /// Listens from now on. `ours`: also to SIGTERM and SIGINT. `by_hand`: a second one of these ends the process at
-    /// once. slurm may send one signal twice, and kills later anyway.
-    pub fn listen(ours: bool, by_hand: bool) -> Result<Self> {
-        let asked = Arc::new(AtomicBool::new(false));
+    /// Listens from now on. By hand, a second SIGTERM or SIGINT ends the process at once. slurm may send one signal
+    /// twice, and kills later anyway.
+    pub fn listen(launch: Launch) -> Result<Self> {
+        let (asked, place) = (Arc::new(AtomicBool::new(false)), Place::default());
         let failed = |error| Error::Failure(format!("listening to signals: {error}"));
-        for signal in if ours { &[SIGTERM, SIGINT][..] } else { &[] } {
-            if by_hand {
+        let ours = if launch.leaves_signals { &[SIGTERM, SIGINT, SIGUSR1][..] } else { &[SIGUSR1] };
+        for &signal in ours {
+            if launch.by_hand && signal != SIGUSR1 {
                 // Registered before the flag, so that the first signal finds the flag unset.
-                flag::register_conditional_shutdown(*signal, 128 + signal, asked.clone()).map_err(failed)?;
+                flag::register_conditional_shutdown(signal, 128 + signal, asked.clone()).map_err(failed)?;
             }
-            flag::register(*signal, asked.clone()).map_err(failed)?;
+            flag::register(signal, asked.clone()).map_err(failed)?;
         }
-        flag::register(SIGUSR1, asked.clone()).map_err(failed)?;
-        Ok(Self(asked))
+        if launch.says {
+            let own = place.clone();
+            on_first(ours, move || console::say(&own.stopping(launch.by_hand))).map_err(failed)?;
+        }
+        if launch.says && !launch.leaves_signals {
+            let own = place.clone();
+            let ends = move || {
+                console::say(&own.ending());
+                let _ = low_level::emulate_default_handler(SIGTERM);
+            };
+            on_first(&[SIGTERM], ends).map_err(failed)?;
+        }
+        Ok(Self { asked, place })
     }
 
     pub fn asked(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.asked.load(Ordering::Relaxed)
+    }
+
+    /// Notes that `step`, from 1, begins.
+    pub fn at(&self, step: usize) {
+        self.place.step.store(step, Ordering::Relaxed);
+    }
+
+    /// Notes that `step` is saved.
+    pub fn saved(&self, step: usize) {
+        self.place.saved.store(step, Ordering::Relaxed);
+    }
+}
+
+impl Place {
+    fn stopping(&self, by_hand: bool) -> String {
+        let again = if by_hand { "; once more (Ctrl-C) ends at once, without saving" } else { "" };
+        match self.step.load(Ordering::Relaxed) {
+            0 => format!("stopping: the first step is made and saved, then the run ends{again}"),
+            step => format!("stopping: step {step} is finished and saved, then the run ends{again}"),
+        }
+    }
+
+    /// mpirun handles SIGTERM and SIGINT by ending its ranks about a second later.
+    fn ending(&self) -> String {
+        let saved = match self.saved.load(Ordering::Relaxed) {
+            0 => "nothing of this run is saved".to_owned(),
+            step => format!("nothing after step {step} is saved"),
+        };
+        format!(
+            "SIGTERM from mpirun, which ends all ranks now: {saved}; launch/mpirun.sh saves on Ctrl-C, and \
+             kill -USR1 to mpirun saves too"
+        )
+    }
+}
+
+/// Calls `act` on a thread of its own at the first of `signals`.
+fn on_first(signals: &[i32], act: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+    let (mut hears, writes) = UnixStream::pair()?;
+    for &signal in signals {
+        pipe::register(signal, writes.try_clone()?)?;
+    }
+    let wait = move || {
+        // The other end stays open as long as the process: its handlers own it.
+        if hears.read_exact(&mut [0]).is_ok() {
+            act();
+        }
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(wait).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_step_that_is_saved_is_named() {
+        let place = Place::default();
+        assert!(place.stopping(false).contains("the first step is made and saved"));
+        assert!(place.ending().contains("nothing of this run is saved"));
+        place.step.store(8, Ordering::Relaxed);
+        place.saved.store(5, Ordering::Relaxed);
+        assert_eq!(place.stopping(false), "stopping: step 8 is finished and saved, then the run ends");
+        assert!(place.stopping(true).ends_with("; once more (Ctrl-C) ends at once, without saving"));
+        assert!(place.ending().contains("nothing after step 5 is saved"));
     }
 }

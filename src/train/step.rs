@@ -28,6 +28,8 @@ pub struct StepReport {
     pub valid_tokens: u64,
     /// All tokens that were computed.
     pub total_tokens: u64,
+    /// Padding of packs among them.
+    pub padding_tokens: u64,
     /// Router statistics, in a model with experts.
     pub router: Option<RouterReport>,
     /// Parameters whose gradient was not finite. Not empty: no rank updated anything.
@@ -46,13 +48,14 @@ pub struct Trainer {
 impl Trainer {
     /// Makes step `step` (0-based) of `micro_batches`. Every rank passes the same number, some perhaps empty.
     pub fn step(&mut self, micro_batches: &[Batch], step: usize) -> Result<StepReport, ShardError> {
-        let [valid, total] = self.count(micro_batches)?;
+        let [valid, total, padding] = self.count(micro_batches)?;
         let mut report = StepReport {
             loss: None,
             grad_norm: 0.0,
             lr: self.schedule.rate(step),
             valid_tokens: valid as u64,
             total_tokens: total as u64,
+            padding_tokens: padding as u64,
             router: None,
             non_finite: Vec::new(),
         };
@@ -68,10 +71,10 @@ impl Trainer {
         Ok(report)
     }
 
-    /// Tokens with loss and all tokens of the step, over all ranks.
-    fn count(&self, micro_batches: &[Batch]) -> Result<[f64; 2], ShardError> {
+    /// Tokens with loss, all tokens and padding of the step, over all ranks.
+    fn count(&self, micro_batches: &[Batch]) -> Result<[f64; 3], ShardError> {
         let sum = |f: &dyn Fn(&Batch) -> usize| micro_batches.iter().map(f).sum::<usize>() as f64;
-        let mut counts = [sum(&Batch::valid_tokens), sum(&Batch::tokens)];
+        let mut counts = [sum(&Batch::valid_tokens), sum(&Batch::tokens), sum(&Batch::padding)];
         self.world.all_reduce_host(&mut counts, Reduce::Sum)?;
         Ok(counts)
     }

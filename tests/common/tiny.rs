@@ -47,7 +47,7 @@ impl TinyRun {
             \x20 sample_packing_method: none\ntrain:\n  output_dir: {at}/out\n  num_train_epochs: 9\n\
             \x20 max_steps: {STEPS}\n  micro_batch_size: 2\n  gradient_accumulation_steps: 2\n  save_steps: 5\n\
             \x20 save_epochs: 0\n  lr: 5e-3\n  lr_decay_style: cosine\n  lr_warmup_ratio: 0.2\n  weight_decay: 0.01\n\
-            \x20 max_grad_norm: 0.5\n  enable_mixed_precision: false\nlora:\n  lora_rank: 4\n  lora_alpha: 8\n\
+            \x20 max_grad_norm: 0.5\n  enable_mixed_precision: false\n  save_total_limit: null\nlora:\n  lora_rank: 4\n  lora_alpha: 8\n\
             \x20 lora_b_init_std: 0.05\n  lora_target_modules: [q_proj, v_proj, o_proj, gate_up_proj, {last_target}]\n"
         );
         fs::write(folder.path().join("run.yaml"), yaml).unwrap();

@@ -13,7 +13,6 @@ use super::{
 use crossbeam::channel::{Receiver, Sender};
 use serde::{Deserialize, Serialize};
 use std::{
-    io::Write,
     ops::ControlFlow,
     sync::Arc,
     time::{Duration, Instant},
@@ -385,7 +384,7 @@ fn write_all(mut links: Vec<&mut Link>, limit: Duration) {
 /// Ends this process: prints the reason if it `says` it, and writes the flight record.
 fn end(shared: &Shared, rank: usize, line: &str, says: bool) -> ! {
     if says {
-        let _ = std::io::stderr().write_all(format!("error: {line}\n").as_bytes());
+        crate::console::say(&format!("error: {line}"));
     }
     shared.write_flight(rank, line);
     shared.abort();
@@ -407,7 +406,7 @@ mod tests {
     };
     use crossbeam::channel::unbounded;
     use std::{
-        io::Read,
+        io::{Read, Write},
         net::{TcpListener, TcpStream},
         thread,
     };

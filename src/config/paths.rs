@@ -1,0 +1,151 @@
+//! Paths of a configuration, held against the disk before anything is read: each leads to a file or folder of the kind
+//! that its field reads, or is named as what it is.
+
+use super::RunConfig;
+use super::error::{ConfigError, FieldLocations, Problem};
+use std::path::Path;
+
+/// The kind of thing that a field reads.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    /// An HF model directory.
+    Model,
+    /// An HF config.json, or its directory.
+    ModelConfig,
+    Tokenizer,
+    Data,
+    Adapter,
+}
+
+/// A problem for each path that leads nowhere, or to something else than its field reads.
+pub(super) fn faults(config: &RunConfig, places: &FieldLocations) -> Vec<ConfigError> {
+    let RunConfig { model, data, lora, .. } = config;
+    let named = [
+        ("model.model_path", &model.model_path, Kind::Model),
+        ("model.config_path", &model.config_path, Kind::ModelConfig),
+        ("model.tokenizer_path", &model.tokenizer_path, Kind::Tokenizer),
+        ("lora.adapter_path", &lora.adapter_path, Kind::Adapter),
+    ];
+    let named = named.into_iter().filter_map(|(field, path, kind)| {
+        let path: &Path = path.as_ref()?;
+        Some((field.to_owned(), path, kind))
+    });
+    let sets = data.datasets.iter().enumerate().filter(|(_, set)| !set.is_dummy());
+    let sets = sets.map(|(i, set)| (format!("data.datasets[{i}].path"), &*set.path, Kind::Data));
+    let fault = |(field, path, kind): (String, &Path, Kind)| {
+        let problem = Problem::Path { path: path.to_owned(), fault: fault(path, kind)? };
+        Some(ConfigError::Field { place: places.of(&field), problem })
+    };
+    named.chain(sets).filter_map(fault).collect()
+}
+
+/// The fault of `path` as a `kind`, and the remedy.
+fn fault(path: &Path, kind: Kind) -> Option<String> {
+    if path.is_dir() {
+        return None;
+    }
+    if path.exists() {
+        return of_file(path, kind);
+    }
+    let text = path.to_string_lossy();
+    Some(match absent(&text, kind) {
+        Some(words) => words,
+        None if kind == Kind::Data => "no such file or folder".into(),
+        None => format!("no such folder; expected {}", kind.expected()),
+    })
+}
+
+/// The fault of a file.
+fn of_file(path: &Path, kind: Kind) -> Option<String> {
+    let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
+    match kind {
+        Kind::Data => None,
+        Kind::ModelConfig if ending == "json" => None,
+        _ if ending == "gguf" => {
+            Some("GGUF is not read; give the Hugging Face directory that it was made from".into())
+        }
+        _ => {
+            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+            let folder = folder.map_or(".".into(), |folder| folder.display().to_string());
+            Some(format!("a file, where {} belongs; did you mean its folder, {folder}?", kind.expected()))
+        }
+    }
+}
+
+/// Fault of a path that is not there, by what it looks like; `None` if it looks like an ordinary path.
+fn absent(text: &str, kind: Kind) -> Option<String> {
+    if text.starts_with('~') {
+        return Some("no such path; ~ is not expanded here, write the path in full".into());
+    }
+    if let Some((scheme, _)) = text.split_once("://") {
+        return Some(format!("a {scheme} address; {} is read from local files only", kind.thing()));
+    }
+    if text.contains(['*', '?', '[']) {
+        return Some(match kind {
+            Kind::Data => {
+                "a glob, which is not expanded; name the folder, or each file as an entry of its own".into()
+            }
+            _ => format!("a glob, which is not expanded; name {}", kind.expected()),
+        });
+    }
+    is_hub_id(text).then(|| match kind {
+        Kind::Data => format!(
+            "no such file or folder; if it is a Hugging Face hub id, save it as JSON lines first: python -c \
+             'from datasets import load_dataset as l; l(\"{text}\", split=\"train\").to_json(\"train.jsonl\")'"
+        ),
+        _ => format!(
+            "no such folder; if it is a Hugging Face hub id, download it first and name the folder: \
+             hf download {text} --local-dir {}",
+            text.rsplit('/').next().unwrap_or(text)
+        ),
+    })
+}
+
+/// True for `owner/name`, where there is no folder `owner`.
+fn is_hub_id(text: &str) -> bool {
+    let word = |word: &str| {
+        word.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && word.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+    };
+    let file = [".jsonl", ".json", ".parquet", ".csv", ".txt", ".gz"].iter().any(|end| text.ends_with(end));
+    match text.split_once('/') {
+        Some((owner, name)) => word(owner) && word(name) && !file && !Path::new(owner).exists(),
+        None => false,
+    }
+}
+
+impl Kind {
+    fn expected(self) -> &'static str {
+        match self {
+            Self::Model => "an HF model directory (config.json, safetensors)",
+            Self::ModelConfig => "an HF config.json or its directory",
+            Self::Tokenizer => "a directory with tokenizer.json",
+            Self::Data => "a .jsonl file or a folder of them",
+            Self::Adapter => "a PEFT adapter directory, such as a published step",
+        }
+    }
+
+    fn thing(self) -> &'static str {
+        match self {
+            Self::Model | Self::ModelConfig => "a model",
+            Self::Tokenizer => "a tokenizer",
+            Self::Data => "data",
+            Self::Adapter => "an adapter",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hub_id_is_told_from_a_path() {
+        for id in ["HuggingFaceTB/SmolLM2-135M", "tatsu-lab/alpaca", "a/b.c_d"] {
+            assert!(is_hub_id(id), "{id}");
+        }
+        for path in ["./a/b", "/a/b", "a/b/c", "a", "src/nothing", "a/rows.jsonl", "../a/b", "a b/c"] {
+            assert!(!is_hub_id(path), "{path}");
+        }
+    }
+}

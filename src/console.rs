@@ -1,0 +1,120 @@
+//! Text for people: counted nouns, whole lines on stderr, and a bar below them on a terminal.
+//!
+//! The bar is the last line of a rank's stderr. All else that is said goes through [`Lines`] or [`say`], which take the
+//! bar away, write, and draw it again in one write. The bar is plain characters, fewer than the terminal has columns.
+
+use std::{
+    io::{self, IsTerminal, Write},
+    sync::{Mutex, PoisonError},
+};
+
+/// Columns of a terminal that does not say.
+const WIDTH: usize = 80;
+
+/// The bar as it stands; empty where there is none.
+static BAR: Mutex<String> = Mutex::new(String::new());
+
+/// `1 row`, `2 rows`.
+pub fn count(number: usize, noun: &str) -> String {
+    let plural = match noun.ends_with("ch") {
+        _ if number == 1 => "",
+        true => "es",
+        false => "s",
+    };
+    format!("{number} {noun}{plural}")
+}
+
+/// Returns true if stderr is a terminal that can show a bar.
+pub fn shows_bar() -> bool {
+    io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|kind| kind != "dumb")
+}
+
+/// Returns true if lines on stderr may have colours: on a terminal, and unless NO_COLOR is set.
+pub fn has_colours() -> bool {
+    shows_bar() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
+/// Columns of stderr's terminal.
+pub fn width() -> usize {
+    let size = rustix::termios::tcgetwinsize(io::stderr()).ok();
+    size.map(|size| usize::from(size.ws_col)).filter(|&columns| columns > 0).unwrap_or(WIDTH)
+}
+
+/// Writes `text`, one or more lines, to stderr.
+pub fn say(text: &str) {
+    // Nobody is left to hear of a stderr that is closed.
+    let _ = Lines::default().write_all(format!("{text}\n").as_bytes());
+}
+
+/// Draws `bar` in place of the one before.
+pub fn draw(bar: String) {
+    let mut shown = BAR.lock().unwrap_or_else(PoisonError::into_inner);
+    let _ = io::stderr().write_all(redrawn(&shown, b"", &bar).as_slice());
+    *shown = bar;
+}
+
+/// Leaves the bar as a line of its own and draws no more.
+pub fn end_bar() {
+    let mut shown = BAR.lock().unwrap_or_else(PoisonError::into_inner);
+    if !shown.is_empty() {
+        let _ = io::stderr().write_all(b"\n");
+        shown.clear();
+    }
+}
+
+/// Whole lines on stderr, each write with `prefix` before it.
+#[derive(Clone, Default)]
+pub struct Lines {
+    pub prefix: String,
+}
+
+impl Write for Lines {
+    fn write(&mut self, lines: &[u8]) -> io::Result<usize> {
+        let shown = BAR.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = [self.prefix.as_bytes(), lines].concat();
+        io::stderr().write_all(&redrawn(&shown, &text, &shown))?;
+        Ok(lines.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Bytes that replace the bar `old` by `lines`, and `new` below them.
+fn redrawn(old: &str, lines: &[u8], new: &str) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let columns = |bar: &str| bar.chars().count();
+    if lines.is_empty() {
+        let rest = columns(old).saturating_sub(columns(new));
+        bytes.extend(format!("\r{new}{}", " ".repeat(rest)).bytes());
+        return bytes;
+    }
+    if !old.is_empty() {
+        bytes.extend(format!("\r{}\r", " ".repeat(columns(old))).bytes());
+    }
+    bytes.extend(lines);
+    bytes.extend(new.bytes());
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_is_no_plural() {
+        assert_eq!([0, 1, 2].map(|n| count(n, "row")), ["0 rows", "1 row", "2 rows"]);
+        assert_eq!([1, 2].map(|n| count(n, "micro-batch")), ["1 micro-batch", "2 micro-batches"]);
+    }
+
+    #[test]
+    fn a_line_stands_above_the_bar() {
+        let text = |old: &str, lines: &str, new: &str| {
+            String::from_utf8(redrawn(old, lines.as_bytes(), new)).unwrap()
+        };
+        assert_eq!(text("", "said\n", ""), "said\n");
+        assert_eq!(text("#.", "said\n", "#."), "\r  \rsaid\n#.");
+        assert_eq!(text("##..", "", "###"), "\r### ");
+    }
+}
