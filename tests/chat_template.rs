@@ -104,24 +104,39 @@ fn ids_and_assistant_masks_equal_transformers() {
             let vocab = Tokenizer::load(dir.path()).unwrap().vocab_size();
             let args = chats(&file);
             let opened = Dataset::open(&args, Some(dir.path()), vocab, 0, 1);
-            let mask = &expected[tokenizer]["mask"];
-            if expected.get("error").is_some() || mask.is_object() {
+            let rows = expected[tokenizer]["rows"].as_array();
+            let silent = rows.is_some_and(|rows| {
+                rows.iter()
+                    .all(|row| row["mask"].as_array().is_some_and(|mask| mask.iter().all(|flag| *flag == 0)))
+            });
+            if expected.get("error").is_some() || silent {
                 let message = opened.expect_err(&name).to_string();
-                let place = format!("{}:2: ", file.display());
-                assert!(message.starts_with(&place), "{name}: {message}");
-                if let Some(limit) = mask.get("unstable_at_or_before") {
-                    let (_, rest) = message.split_once("messages[").expect(&message);
-                    let index: u64 = rest.split(']').next().unwrap().parse().unwrap();
-                    assert!(index <= limit.as_u64().unwrap(), "{name}: {message}");
+                let place = if silent { ": nothing can be learned from it" } else { ":2: " };
+                assert!(message.starts_with(&format!("{}{place}", file.display())), "{name}: {message}");
+            } else {
+                let opened = opened.map_err(|error| format!("{name}: {error}")).unwrap();
+                let rows = rows.unwrap();
+                assert_eq!(opened.rows(), rows.len(), "{name} {tokenizer}");
+                for (index, expected) in rows.iter().enumerate() {
+                    let row = opened.row_at(0, index).unwrap();
+                    assert_eq!(json!(row.input_ids), expected["ids"], "{name} {tokenizer}");
+                    let ours: Vec<u8> = row.labels.iter().map(|&label| u8::from(label != -100)).collect();
+                    assert!(
+                        expected["mask"].is_null() || json!(ours) == expected["mask"],
+                        "{name} {tokenizer}"
+                    );
+                    assert!(ours.contains(&1), "{name} {tokenizer}");
+                    assert!(
+                        row.labels
+                            .iter()
+                            .zip(&row.input_ids)
+                            .all(|(label, id)| *label == -100 || label == id)
+                    );
                 }
+            }
+            if expected.get("error").is_some() {
                 continue;
             }
-            let row = opened.map_err(|error| format!("{name}: {error}")).unwrap().row_at(0, 0).unwrap();
-            assert_eq!(json!(row.input_ids), expected[tokenizer]["ids"], "{name} {tokenizer}");
-            let ours: Vec<u8> = row.labels.iter().map(|&label| u8::from(label != -100)).collect();
-            assert_eq!(json!(ours), *mask, "{name} {tokenizer}");
-            assert!(row.labels.iter().zip(&row.input_ids).all(|(label, id)| *label == -100 || label == id));
-
             let everywhere = DataArgs { train_on_inputs: true, ..args };
             let row =
                 Dataset::open(&everywhere, Some(dir.path()), vocab, 0, 1).unwrap().row_at(0, 0).unwrap();
@@ -177,7 +192,8 @@ fn templates_are_found_where_transformers_finds_them() {
         r#"{"bos_token": "<b>", "eos_token": "<no>"}"#,
     )
     .unwrap();
-    assert_eq!(render(&chat).unwrap(), "hi<e><b>");
+    // The map goes over the configuration, as in transformers, unless that has an added_tokens_decoder.
+    assert_eq!(render(&chat).unwrap(), "hi<no><b>");
     config(
         json!([{ "name": "default", "template": "plain" }, { "name": "tool_use", "template": "tools {{ tools | length }}" }]),
     );

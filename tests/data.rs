@@ -72,7 +72,7 @@ fn bad_lines_name_file_and_line() {
     let good = r#"{"input_ids": [1, 2]}"#;
     for (bad, expected) in [
         (r#"{"input_ids": [1,"#, "data.jsonl:3: not valid JSON at column 17"),
-        (r#"{"labels": [1]}"#, "data.jsonl:3: expected field `input_ids`, found none"),
+        (r#"{"labels": [1]}"#, "data.jsonl:3: expected field `input_ids`, found `labels`"),
         (r#"{"input_ids": "x"}"#, "data.jsonl:3: input_ids: expected a list of integers, got \"x\""),
         (
             r#"{"input_ids": [1], "labels": []}"#,
@@ -126,7 +126,7 @@ fn data_that_cannot_be_used_say_why() {
 fn folders_are_read_in_order_of_their_names() {
     let dir = TempDir::new().unwrap();
     for (name, id) in [("b.jsonl", 2), ("a.jsonl", 1), ("c.jsonl", 3), ("notes.txt", 4)] {
-        write(dir.path(), name, &[&json!({ "input_ids": [id] }).to_string()]);
+        write(dir.path(), name, &[&json!({ "input_ids": [id, id] }).to_string()]);
     }
     std::fs::create_dir(dir.path().join("d.jsonl")).unwrap();
     let args = plain(vec![entry(dir.path(), DatasetType::Tokenized)]);

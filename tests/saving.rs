@@ -245,3 +245,20 @@ fn mpi_an_output_directory_that_ranks_do_not_share_is_refused() {
     assert!(line.contains("out is not the directory that rank 0 writes"), "{line}");
     assert!(!run.at("here/out/metrics.jsonl").exists() && !run.at("there/out").exists());
 }
+
+/// B so large that the second layer's adapters overflow in every step.
+#[test]
+fn a_run_whose_steps_are_all_skipped_publishes_nothing() {
+    let run = TinyRun::new();
+    let huge = ["--lora.lora_b_init_std", "1e38", "--lora.lora_target_modules", "layers.1.self_attn.q_proj"];
+    for (most, expected) in [
+        ("20", "nothing was learned: every step was skipped"),
+        ("2", "2 steps in a row (train.max_skipped_steps)"),
+    ] {
+        let skipped = ["--train.max_skipped_steps", most, "--train.save_steps", "1"];
+        let line = failed(&run.run(1, most, &[&huge[..], &skipped].concat()), 1);
+        assert!(line.contains(expected) && line.contains("lora_"), "{line}");
+        assert!(!run.run_dir(most).join("latest").exists());
+        assert!(!run.run_dir(most).join("step_1").exists());
+    }
+}

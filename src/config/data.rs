@@ -18,6 +18,14 @@ choices! {
         Multipack = "multipack",
     }
 
+    /// Assistant turns of a chat that are trained.
+    pub enum Turns {
+        /// Every turn, once.
+        All = "all",
+        /// The last turn alone.
+        Last = "last",
+    }
+
     /// Content of a data file.
     pub enum DatasetType {
         /// `input_ids` and `labels`.
@@ -65,6 +73,9 @@ section! {
         dataloader_drop_last: bool = false;
         /// chat: loss on every token, not on assistant turns only.
         train_on_inputs: bool = false;
+        /// chat: train `all` assistant turns, or the `last` one of each chat. A turn that the chat template renders
+        /// differently when messages follow it becomes a row of its own.
+        turns: Turns = Turns::All;
     }
 }
 

@@ -20,7 +20,7 @@ mod train;
 mod validate;
 mod value;
 
-pub use data::{DataArgs, DatasetArgs, DatasetType, PackingMethod};
+pub use data::{DataArgs, DatasetArgs, DatasetType, PackingMethod, Turns};
 pub use error::{ConfigError, FieldLocations, Place, Problem};
 pub use help::{help, schema_table};
 pub use load::{Loaded, Override, load, load_with_paths, load_yaml};

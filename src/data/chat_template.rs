@@ -1,17 +1,18 @@
-//! Chats as text: the model's own chat template, rendered as transformers' `apply_chat_template` renders it, and
-//! the parts of the text that the assistant said.
+//! Chats as text: the model's own chat template, rendered as transformers' `apply_chat_template` renders it.
 
 use super::{
     DataError, LineProblem,
     error::one_line,
+    integers::Python,
     jinja::{self, Rendered},
+    special_tokens::SpecialTokens,
+    tokenizer::check_folder,
 };
 use minijinja::{Environment, Error, ErrorKind, Value, value::Serde};
 use serde_json::Value as Json;
 use sha2::{Digest, Sha256};
 use std::{
     collections::BTreeMap,
-    ops::Range,
     path::{Path, PathBuf},
 };
 
@@ -73,13 +74,10 @@ pub struct ChatTemplate {
     env: Environment<'static>,
     /// By name; the names that transformers gives meaning are `default` and `tool_use`.
     sources: BTreeMap<String, String>,
-    /// `bos_token`, `eos_token`, …: variables of the template.
+    /// `bos_token`, `eos_token` and others: variables of the template.
     special_tokens: BTreeMap<String, String>,
     marks_generation: bool,
 }
-
-const SPECIAL_TOKENS: [&str; 7] =
-    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
 impl ChatTemplate {
     /// Reads `chat_template.jinja` (and `additional_chat_templates/`), else `chat_template` of
@@ -90,17 +88,14 @@ impl ChatTemplate {
 
     /// As [`ChatTemplate::load`], with the clock that the template reads.
     pub fn load_with_clock(dir: &Path, clock: Clock) -> Result<Self, DataError> {
+        check_folder(dir)?;
         let config_path = dir.join("tokenizer_config.json");
         let config = read_json(&config_path)?.unwrap_or_default();
         let mut found = template_files(dir)?;
         if found.is_empty() {
             found = config_templates(&config, &config_path)?;
         }
-        let map = read_json(&dir.join("special_tokens_map.json"))?.unwrap_or_default();
-        let token = |name: &&str| {
-            Some((name.to_string(), token_text(&config, name).or_else(|| token_text(&map, name))?))
-        };
-        let special_tokens = SPECIAL_TOKENS.iter().filter_map(token).collect();
+        let special_tokens = SpecialTokens::load(dir)?.texts();
 
         let invalid =
             |path: PathBuf| move |error: Error| DataError::Template { path, problem: describe(&error) };
@@ -108,7 +103,7 @@ impl ChatTemplate {
         let mut sources = BTreeMap::new();
         let mut marks_generation = false;
         for (name, (path, source)) in found {
-            let (rewritten, marked) = jinja::rewrite_generation(&source);
+            let (rewritten, marked) = jinja::rewrite(&source);
             env.add_template_owned(name.clone(), rewritten.into_owned()).map_err(invalid(path))?;
             marks_generation |= marked;
             sources.insert(name, source);
@@ -150,61 +145,18 @@ impl ChatTemplate {
         }
     }
 
-    /// The text of a whole chat and the byte ranges of it that the assistant said, its end-of-turn token
-    /// included: the `{% generation %}` blocks where the template has them, otherwise what each assistant message
-    /// adds to the text of the messages before it with the generation prompt.
-    pub(super) fn render_with_assistant_spans(
-        &self,
-        chat: &Chat,
-    ) -> Result<(String, Vec<Range<usize>>), LineProblem> {
-        let whole = self.render_messages(&chat.messages, chat.tools.as_ref(), false)?;
-        if !self.marks_generation {
-            let spans = self.spans_by_prefix(chat, &whole.text)?;
-            return Ok((whole.text, spans));
-        }
-        if whole.captured {
-            return Err(LineProblem::CapturedGeneration);
-        }
-        Ok((whole.text, whole.generated))
+    /// True if a template has `{% generation %}` blocks.
+    pub(super) fn marks_generation(&self) -> bool {
+        self.marks_generation
     }
 
-    fn spans_by_prefix(&self, chat: &Chat, whole: &str) -> Result<Vec<Range<usize>>, LineProblem> {
-        let mut spans = Vec::new();
-        for (index, message) in chat.messages.iter().enumerate() {
-            if message.get("role").and_then(Json::as_str) != Some("assistant") {
-                continue;
-            }
-            let text_of = |end: usize, prompt: bool| {
-                self.render_messages(&chat.messages[..end], chat.tools.as_ref(), prompt)
-                    .map(|rendered| rendered.text)
-            };
-            let (before, after) = (text_of(index, true)?, text_of(index + 1, false)?);
-            for text in [&before, &after] {
-                if !whole.starts_with(text.as_str()) {
-                    let message = self.first_differing_message(chat, whole, text).min(index);
-                    return Err(LineProblem::NotPrefixStable { message });
-                }
-            }
-            if after.len() < before.len() {
-                return Err(LineProblem::NotPrefixStable { message: index });
-            }
-            spans.push(before.len()..after.len());
-        }
-        Ok(spans)
+    /// True if a template has this word, as it does where it reads a field of that name.
+    pub(super) fn names(&self, field: &str) -> bool {
+        self.sources.values().any(|source| source.contains(field))
     }
 
-    /// The message within whose text `prefix` parts from `whole`: the first after which a rendering of the
-    /// messages so far reaches beyond the common text.
-    fn first_differing_message(&self, chat: &Chat, whole: &str, prefix: &str) -> usize {
-        let common = whole.bytes().zip(prefix.bytes()).take_while(|(a, b)| a == b).count();
-        let reaches_beyond = |&index: &usize| {
-            self.render_messages(&chat.messages[..=index], chat.tools.as_ref(), false)
-                .is_ok_and(|rendered| rendered.text.len() > common)
-        };
-        (0..chat.messages.len()).find(reaches_beyond).unwrap_or(usize::MAX)
-    }
-
-    fn render_messages(
+    /// The text of messages, and its generation blocks.
+    pub(super) fn render_messages(
         &self,
         messages: &[Json],
         tools: Option<&Json>,
@@ -223,8 +175,10 @@ impl ChatTemplate {
         for (token, text) in &self.special_tokens {
             context.insert(token, Value::from(text.as_str()));
         }
-        context.insert("messages", Value::from(Serde(messages)));
-        context.insert("tools", tools.map_or(Value::from(()), |tools| Value::from(Serde(tools))));
+        let messages: Vec<Value> =
+            messages.iter().map(|message| Value::from(Serde(Python(message)))).collect();
+        context.insert("messages", Value::from(messages));
+        context.insert("tools", tools.map_or(Value::from(()), |tools| Value::from(Serde(Python(tools)))));
         context.insert("documents", Value::from(()));
         context.insert("add_generation_prompt", Value::from(prompt));
         jinja::render(&self.env, name, Value::from(context))
@@ -274,12 +228,6 @@ fn config_templates(config: &Json, path: &Path) -> Result<BTreeMap<String, (Path
             problem: "chat_template: expected a string or a list of {name, template}".into(),
         }),
     }
-}
-
-/// A special token given as a string or as `{content}`.
-fn token_text(config: &Json, name: &str) -> Option<String> {
-    let value = config.get(name)?;
-    value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_string)
 }
 
 /// A JSON file, or `None` if there is no such file.

@@ -1,11 +1,19 @@
 //! The data of a run: all rows, the same on every rank, and which of them stands at which position of an epoch.
 
 use super::{
-    ChatTemplate, Clock, DataError, IGNORE_INDEX, LineProblem, ROWS_PER_GROUP, Row, Tokenizer, order,
-    pack::pack, prepared, source, store::RowStore,
+    ChatTemplate, Clock, DataError, IGNORE_INDEX, LineProblem, ROWS_PER_GROUP, Row, Tokenizer,
+    messages::{self, parse_chat},
+    notes::Notes,
+    order,
+    pack::pack,
+    prepared, source,
+    store::RowStore,
+    tokenized::{Sample, parse_tokenized},
+    tokenizer::Encoded,
+    turns,
 };
 use crate::{
-    config::{DataArgs, DatasetArgs, DatasetType, PackingMethod},
+    config::{DataArgs, DatasetArgs, DatasetType, PackingMethod, Turns},
     rng::Stream,
 };
 use sha2::{Digest, Sha256};
@@ -23,7 +31,7 @@ pub const TRAINING_CLOCK: Clock = Clock::Fixed(1_721_952_000);
 const DUMMY_SAMPLES: usize = 128;
 
 /// Changes when the meaning of prepared rows does.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// Counts of the data.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -40,6 +48,8 @@ pub struct Summary {
     pub valid_tokens: usize,
     /// Tokens of the longest row.
     pub longest_row: usize,
+    /// Counts of each data set that the user may not expect, by its place in `data.datasets`.
+    pub remarks: Vec<(usize, String)>,
 }
 
 /// All rows of a run.
@@ -93,6 +103,9 @@ impl Dataset {
                         "the chat template writes today's date: training data get 2024-07-26 instead"
                     );
                 }
+                if args.turns == Turns::Last && args.train_on_inputs {
+                    return Err(DataError::TurnsOfAll);
+                }
                 Some((Tokenizer::load(dir)?, template))
             }
         };
@@ -109,8 +122,9 @@ impl Dataset {
                 summary.samples + summary.dropped
             );
         }
-        if summary.valid_tokens == 0 {
-            tracing::warn!("no token of the data has a label: there is nothing to train on");
+        for (entry, remark) in &summary.remarks {
+            let path = args.datasets.get(*entry).map(|entry| entry.path.display().to_string());
+            tracing::warn!("{}: {remark}", path.unwrap_or_default());
         }
         let mut hash = Sha256::new();
         hash.update(store.digest());
@@ -179,7 +193,7 @@ impl Recipe<'_> {
         let mut hash = Sha256::new();
         let args = self.args;
         let options = format!(
-            "{FORMAT} {:?} {:?} {:?} {} {:?} {} {} {} {} {} {}",
+            "{FORMAT} {:?} {:?} {:?} {} {:?} {} {} {} {:?} {} {} {}",
             TRAINING_CLOCK,
             args.sample_packing_method,
             args.max_seq_len,
@@ -188,6 +202,7 @@ impl Recipe<'_> {
             args.shuffle_before_merging_datasets,
             args.shuffle_merged_datasets,
             args.train_on_inputs,
+            args.turns,
             self.vocab_size,
             self.pad_id,
             self.seed,
@@ -213,18 +228,28 @@ impl Recipe<'_> {
 
     fn build(&self) -> Result<(RowStore, Summary), DataError> {
         let (mut samples, mut sizes, mut dropped) = (RowStore::default(), Vec::new(), 0);
-        let (limit, field) = limit(self.args);
+        let (mut remarks, (limit, field)) = (Vec::new(), limit(self.args));
         for (index, entry) in self.args.datasets.iter().enumerate() {
-            let before = samples.rows();
+            let (before, mut notes) = (samples.rows(), Notes::default());
             let dropped_here = if is_dummy(entry) {
                 self.add_dummy(index, entry, &mut samples)?;
                 0
             } else {
-                self.add_files(entry, limit, &mut samples)?
+                self.add_files(entry, limit, &mut samples, &mut notes)?
             };
             if samples.rows() == before && dropped_here == 0 {
                 return Err(DataError::Empty { path: entry.path.clone() });
             }
+            if samples.rows() > before && samples.valid_tokens_from(before) == 0 {
+                let hint = notes.foreign_roles().map(|roles| {
+                    format!("; only messages of role assistant have one, and there are {roles}")
+                });
+                return Err(DataError::NothingToLearn {
+                    path: entry.path.clone(),
+                    hint: hint.unwrap_or_default(),
+                });
+            }
+            remarks.extend(notes.lines().into_iter().map(|line| (index, line)));
             sizes.push(samples.rows() - before);
             dropped += dropped_here;
         }
@@ -242,6 +267,7 @@ impl Recipe<'_> {
             padding_tokens,
             valid_tokens: store.valid_tokens(),
             longest_row: (0..store.rows()).map(|row| store.row_length(row)).max().unwrap_or(0),
+            remarks,
         };
         Ok((store, summary))
     }
@@ -258,7 +284,7 @@ impl Recipe<'_> {
             store.begin_row();
             let tokens: usize = documents.iter().map(|&index| lengths[index]).sum();
             for index in documents {
-                store.push_document(samples.stored(order[index]));
+                store.push_row(samples, order[index]);
             }
             let missing = tokens.next_multiple_of(multiple) - tokens;
             if missing > 0 {
@@ -276,19 +302,21 @@ impl Recipe<'_> {
         entry: &DatasetArgs,
         limit: usize,
         samples: &mut RowStore,
+        notes: &mut Notes,
     ) -> Result<usize, DataError> {
         let mut dropped = 0;
         for path in source::files(&entry.path)? {
             source::for_each_line(&path, |line| {
-                let sample = match entry.kind {
-                    DatasetType::Tokenized => source::parse_tokenized(line, self.vocab_size)?,
-                    DatasetType::Chat => self.encode_chat(line)?,
+                let found = match entry.kind {
+                    DatasetType::Tokenized => vec![parse_tokenized(line, self.vocab_size, notes)?],
+                    DatasetType::Chat => self.encode_chat(line, notes)?,
                 };
-                if sample.tokens.len() > limit {
-                    dropped += 1;
-                } else {
-                    samples.begin_row();
-                    samples.push_labelled(&sample.tokens, sample.labels);
+                for sample in found {
+                    if sample.tokens.len() > limit {
+                        dropped += 1;
+                    } else {
+                        samples.push_sample(&sample);
+                    }
                 }
                 Ok(())
             })?;
@@ -296,26 +324,43 @@ impl Recipe<'_> {
         Ok(dropped)
     }
 
-    /// A chat as tokens; labels are on what the assistant said, or everywhere if `train_on_inputs`.
-    fn encode_chat(&self, line: &[u8]) -> Result<source::TokenSample, LineProblem> {
-        let chat = source::parse_chat(line)?;
+    /// The rows of a chat as tokens; labels are on what the assistant said, or everywhere if `train_on_inputs`.
+    fn encode_chat(&self, line: &[u8], notes: &mut Notes) -> Result<Vec<Sample>, LineProblem> {
+        let chat = parse_chat(line, notes)?;
         let Some((tokenizer, template)) = &self.text else {
             return Err(LineProblem::Tokenize("no tokenizer was given".into()));
         };
-        let (encoded, trained) = if self.args.train_on_inputs {
+        for message in &chat.messages {
+            let fields = message.as_object().into_iter().flat_map(|fields| fields.keys());
+            notes.count_message_fields(
+                fields.filter(|field| !messages::is_switch(field) && !template.names(field)),
+            );
+        }
+        if self.args.train_on_inputs {
+            if let Some(field) = messages::switched_off(&chat.messages)? {
+                let reason = "says that it has no loss, while data.train_on_inputs gives one to every token";
+                return Err(LineProblem::Refused { field, reason });
+            }
             let encoded = tokenizer.encode_with_offsets(&template.render_text(&chat)?)?;
             let everywhere = vec![true; encoded.ids.len()];
-            (encoded, everywhere)
-        } else {
-            let (text, spans) = template.render_with_assistant_spans(&chat)?;
-            let encoded = tokenizer.encode_with_offsets(&text)?;
-            let trained = encoded.covered_by(&spans);
-            (encoded, trained)
+            return Ok(vec![self.labelled(&encoded, everywhere)?]);
+        }
+        let rows = turns::rows(template, &chat, self.args.turns)?;
+        notes.count_chat(&chat.messages, rows.trained, rows.own_rows, rows.lost_thoughts);
+        let sample = |row: &turns::Rendering| {
+            let encoded = tokenizer.encode_with_offsets(&row.text)?;
+            let trained = encoded.covered_by(&row.spans);
+            self.labelled(&encoded, trained)
         };
+        rows.renderings.iter().map(sample).collect()
+    }
+
+    /// Checked tokens, with labels where `trained`.
+    fn labelled(&self, encoded: &Encoded, trained: Vec<bool>) -> Result<Sample, LineProblem> {
         let tokens = source::check_tokens(&encoded.ids, self.vocab_size, "rendered tokens")?;
         let label = |(&id, trained): (&i64, bool)| if trained { id } else { IGNORE_INDEX };
         let labels = encoded.ids.iter().zip(trained).map(label).collect();
-        Ok(source::TokenSample { tokens, labels })
+        Ok(Sample::whole(tokens, labels))
     }
 
     fn add_dummy(&self, index: usize, entry: &DatasetArgs, samples: &mut RowStore) -> Result<(), DataError> {

@@ -25,6 +25,12 @@ pub enum DataError {
     NoTokenizer { path: PathBuf },
     #[error("{}: {problem}", path.display())]
     Tokenizer { path: PathBuf, problem: String },
+    #[error("{}: {problem}", dir.display())]
+    TokenizerFolder { dir: PathBuf, problem: String },
+    #[error("{}: nothing can be learned from it: no token has a loss{hint}", path.display())]
+    NothingToLearn { path: PathBuf, hint: String },
+    #[error("data.turns: last trains parts of a chat, and data.train_on_inputs all of it; set one of them")]
+    TurnsOfAll,
     #[error("{}: no chat template: expected chat_template.jinja, or chat_template in tokenizer_config.json", dir.display())]
     NoTemplate { dir: PathBuf },
     #[error("{}: {problem}", path.display())]
@@ -44,24 +50,36 @@ pub enum DataError {
 pub enum LineProblem {
     #[error("not valid JSON at column {column}: {problem}")]
     Json { column: usize, problem: String },
-    #[error("expected field `{field}`, found none")]
-    Missing { field: String },
+    #[error("expected field `{field}`, found {found}{hint}")]
+    Missing { field: String, found: String, hint: &'static str },
+    #[error("{field}: {reason}")]
+    Refused { field: String, reason: &'static str },
+    #[error("{one}, but {other}; leave one of them out")]
+    Contradiction { one: String, other: String },
     #[error("{field}: expected {expected}, got {found}")]
     Type { field: String, expected: &'static str, found: String },
     #[error("{field}: token id {value} is not in the model's vocabulary of {vocab_size}")]
     Vocabulary { field: String, value: i64, vocab_size: usize },
-    #[error("labels: expected {tokens} values like input_ids, got {labels}")]
-    LabelsLength { labels: usize, tokens: usize },
+    #[error("{field}: expected {tokens} values like input_ids, got {values}")]
+    Length { field: &'static str, values: usize, tokens: usize },
+    #[error("an integer of {digits} digits; at most {most} are read")]
+    LongInteger { digits: usize, most: usize },
+    #[error("the text has U+10FFFF, which is no character; take it out")]
+    NoCharacter,
     #[error("expected at least one token, found none")]
     NoTokens,
     #[error("{0}")]
     Template(String),
     #[error(
-        "messages[{message}]: the template renders it differently when other messages follow, so the assistant's \
-         tokens cannot be found; mark them with {{% generation %}} in the template, set data.train_on_inputs, or \
-         split the conversation"
+        "messages[{message}]: its tokens cannot be found in the rendered text, because the chat template cannot \
+         render a probe in its place ({problem}); mark answers with {{% generation %}} in the template"
     )]
-    NotPrefixStable { message: usize },
+    NoProbe { message: usize, problem: String },
+    #[error(
+        "the template has {blocks} {{% generation %}} blocks for {messages} assistant messages, so which of them \
+         to train cannot be told; leave out data.turns: last, and weights of messages"
+    )]
+    MarksOfMessages { blocks: usize, messages: usize },
     #[error(
         "the template captures a {{% generation %}} block (in a macro, set or filter), so its place is not known"
     )]
@@ -74,6 +92,23 @@ impl DataError {
     /// True for a user error (exit code 2), false for a failure (1).
     pub fn is_input(&self) -> bool {
         !matches!(self, Self::DataCursor { .. } | Self::LoaderDied(_))
+    }
+}
+
+impl LineProblem {
+    /// A missing field of an object, with those that it has.
+    pub(super) fn missing(
+        field: &str,
+        object: &serde_json::Map<String, serde_json::Value>,
+        hint: &'static str,
+    ) -> Self {
+        const MOST: usize = 8;
+        let mut found: Vec<String> = object.keys().take(MOST).map(|key| format!("`{key}`")).collect();
+        if object.len() > MOST {
+            found.push(format!("and {} more", object.len() - MOST));
+        }
+        let found = if found.is_empty() { "none".into() } else { found.join(", ") };
+        Self::Missing { field: field.into(), found: one_line(found), hint }
     }
 }
 

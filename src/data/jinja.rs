@@ -3,6 +3,8 @@
 
 use super::{
     chat_template::Clock,
+    integers::Digits,
+    jinja_methods,
     jinja_values::{python_str, tojson},
 };
 use minijinja::{
@@ -25,7 +27,7 @@ pub(super) fn environment(clock: Clock) -> Result<Environment<'static>, Error> {
     let mut env = Environment::new();
     env.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-    env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    jinja_methods::add_to(&mut env);
     env.set_formatter(|out, state, value| match value.kind() {
         ValueKind::Number | ValueKind::Seq | ValueKind::Map => Ok(out.write_str(&python_str(value))?),
         _ => escape_formatter(out, state, value),
@@ -40,6 +42,9 @@ pub(super) fn environment(clock: Clock) -> Result<Environment<'static>, Error> {
         use ValueKind::{Iterable, Map, Seq, String, Undefined};
         matches!(value.kind(), Seq | String | Map | Iterable | Undefined)
     });
+    let is_integer = |value: &Value| value.is_integer() || value.downcast_object_ref::<Digits>().is_some();
+    env.add_test("integer", is_integer);
+    env.add_test("number", move |value: &Value| value.is_number() || is_integer(value));
     env.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
     });
@@ -75,10 +80,11 @@ pub(super) fn render(env: &Environment<'_>, name: &str, context: Value) -> Resul
 }
 
 /// Turns `{% generation %}` … `{% endgeneration %}`, which minijinja does not know, into call blocks, which is
-/// what transformers' extension makes of them. Whitespace marks stay. Returns whether there were any.
-pub(super) fn rewrite_generation(source: &str) -> (Cow<'_, str>, bool) {
+/// what transformers' extension makes of them. Has `{% set ns.name = … %}` read `ns`, without which minijinja does
+/// not hand the namespace to the block. Whitespace marks stay. Returns whether there were generation blocks.
+pub(super) fn rewrite(source: &str) -> (Cow<'_, str>, bool) {
     let mut out = String::new();
-    let (mut copied, mut at) = (0, 0);
+    let (mut copied, mut at, mut marked) = (0, 0, false);
     while let Some((start, tag)) = next_tag(source, at) {
         at = match tag {
             Tag::Comment => end_of(source, start, "#}"),
@@ -88,9 +94,12 @@ pub(super) fn rewrite_generation(source: &str) -> (Cow<'_, str>, bool) {
                 let body = &source[start + 2..end];
                 let inner = body.strip_suffix("%}").unwrap_or(body);
                 let replacement = match inner.trim_matches(['-', '+']).trim() {
-                    "generation" => Some(format!(" call {GENERATION} ")),
+                    "generation" => {
+                        marked = true;
+                        Some(format!(" call {GENERATION} "))
+                    }
                     "endgeneration" => Some(" endcall ".to_string()),
-                    _ => None,
+                    code => set_of_namespace(code),
                 };
                 if let Some(code) = replacement {
                     let mark = |c: Option<char>| {
@@ -109,7 +118,19 @@ pub(super) fn rewrite_generation(source: &str) -> (Cow<'_, str>, bool) {
         return (Cow::Borrowed(source), false);
     }
     out.push_str(&source[copied..]);
-    (Cow::Owned(out), true)
+    (Cow::Owned(out), marked)
+}
+
+/// `set ns.name = value` as `set ns.name = [(value), ns][0]`.
+fn set_of_namespace(code: &str) -> Option<String> {
+    let (target, value) = code.strip_prefix("set")?.split_once('=')?;
+    let (namespace, name) = target.strip_prefix(char::is_whitespace)?.split_once('.')?;
+    let is_name = |name: &str| {
+        let name = name.trim();
+        !name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || c == '_')
+    };
+    (is_name(namespace) && is_name(name))
+        .then(|| format!(" set{target}= [({value}), {}][0] ", namespace.trim()))
 }
 
 enum Tag {
@@ -172,13 +193,20 @@ mod tests {
 
     #[test]
     fn generation_tags_become_call_blocks_and_keep_their_whitespace_marks() {
-        let (text, found) = rewrite_generation("a {%- generation -%} b {% endgeneration +%}\nc");
+        let (text, found) = rewrite("a {%- generation -%} b {% endgeneration +%}\nc");
         assert!(found);
         assert_eq!(text, "a {%- call __generation() -%} b {% endcall +%}\nc");
     }
 
     #[test]
     fn what_only_looks_like_a_generation_tag_stays() {
+        let (text, found) =
+            rewrite("{%- set ns.a = b.c == 1 -%}{% set ns . d='%}' %}{% set x = ns.a %}{% set a, b = c.d %}");
+        assert_eq!(
+            text,
+            "{%- set ns.a = [( b.c == 1), ns][0] -%}{% set ns . d= [('%}'), ns][0] %}{% set x = ns.a %}{% set a, b = c.d %}"
+        );
+        assert!(!found);
         for source in [
             "{# {% generation %} #}",
             "{{ '{% generation %}' }}",
@@ -187,9 +215,9 @@ mod tests {
             "{% generations %} {%",
             "{% raw %} {{ ' {% ",
         ] {
-            assert_eq!(rewrite_generation(source), (Cow::Borrowed(source), false));
+            assert_eq!(rewrite(source), (Cow::Borrowed(source), false));
         }
-        let (text, found) = rewrite_generation("{%- raw %}{{ '{%- endraw -%}{% generation %}");
+        let (text, found) = rewrite("{%- raw %}{{ '{%- endraw -%}{% generation %}");
         assert!(found && text.ends_with("{% call __generation() %}"), "{text}");
     }
 
@@ -197,7 +225,7 @@ mod tests {
     fn spans_of_generation_blocks_are_found_without_marks_in_the_text() {
         let source = "{% for m in ms %}<{{ m }}>\n  {% generation %}\n{{ m }}{{ loop.index }}!{% endgeneration %}\n{% endfor %}";
         let mut env = environment(Clock::Fixed(0)).unwrap();
-        env.add_template_owned("t", rewrite_generation(source).0.into_owned()).unwrap();
+        env.add_template_owned("t", rewrite(source).0.into_owned()).unwrap();
         let rendered = render(&env, "t", minijinja::context! { ms => ["aé", "b", ""] }).unwrap();
         assert_eq!(rendered.text, "<aé>\naé1!<b>\nb2!<>\n3!");
         let texts: Vec<&str> = rendered.generated.iter().map(|range| &rendered.text[range.clone()]).collect();
@@ -206,17 +234,26 @@ mod tests {
     }
 
     #[test]
+    fn generation_blocks_see_and_change_namespaces() {
+        let source = "{% set ns = namespace(n=0) %}{% for m in ms %}{% generation %}{% set ns.n = loop.index %}{{ m }}{% endgeneration %}{{ ns.n }}{% endfor %}";
+        let mut env = environment(Clock::Fixed(0)).unwrap();
+        env.add_template_owned("t", rewrite(source).0.into_owned()).unwrap();
+        let rendered = render(&env, "t", minijinja::context! { ms => ["a", "b"] }).unwrap();
+        assert_eq!((rendered.text.as_str(), rendered.generated), ("a1b2", vec![0..1, 2..3]));
+    }
+
+    #[test]
     fn captured_generation_blocks_are_noticed() {
         let source = "{% set x %}a{% generation %}b{% endgeneration %}{% endset %}{{ x }}";
         let mut env = environment(Clock::Fixed(0)).unwrap();
-        env.add_template_owned("t", rewrite_generation(source).0.into_owned()).unwrap();
+        env.add_template_owned("t", rewrite(source).0.into_owned()).unwrap();
         assert!(render(&env, "t", Value::UNDEFINED).unwrap().captured);
     }
 
     proptest! {
         #[test]
         fn no_source_makes_the_rewriting_panic(source in "([{}%#'\"\\\\ é+-]|raw|endraw|generation|endgeneration){0,30}") {
-            let _ = rewrite_generation(&source);
+            let _ = rewrite(&source);
         }
     }
 }

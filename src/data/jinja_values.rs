@@ -1,5 +1,6 @@
 //! Values as Python writes them: `json.dumps` for the `tojson` filter, `repr` and `str` for what a template prints.
 
+use super::integers::Digits;
 use minijinja::{
     Error, ErrorKind, Value,
     value::{Kwargs, Rest, ValueKind, ValueOrKwargs},
@@ -75,7 +76,13 @@ fn write_json(out: &mut String, value: &Value, style: &JsonStyle, depth: usize) 
             })?;
         }
         kind => {
-            return Err(Error::new(ErrorKind::InvalidOperation, format!("{kind} cannot be written as JSON")));
+            let Some(digits) = value.downcast_object_ref::<Digits>() else {
+                return Err(Error::new(
+                    ErrorKind::InvalidOperation,
+                    format!("{kind} cannot be written as JSON"),
+                ));
+            };
+            out.push_str(digits.text());
         }
     }
     Ok(())

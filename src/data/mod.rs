@@ -8,17 +8,25 @@
 mod chat_template;
 mod dataset;
 mod error;
+mod integers;
 mod jinja;
+mod jinja_methods;
 mod jinja_values;
 mod loader;
+mod messages;
+mod notes;
 pub mod order;
 mod pack;
 mod prepared;
 mod prompt;
 pub mod schedule;
 mod source;
+mod special_tokens;
 mod store;
+mod tokenized;
 mod tokenizer;
+mod tokenizer_keys;
+mod turns;
 
 pub use chat_template::{Chat, ChatTemplate, Clock};
 pub use dataset::{Dataset, Summary, TRAINING_CLOCK};

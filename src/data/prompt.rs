@@ -1,7 +1,13 @@
 //! Prompts of generation as tokens: the chats of a file or of the command line, rendered up to where the
 //! assistant's answer begins.
 
-use super::{Chat, ChatTemplate, DataError, IGNORE_INDEX, LineProblem, Tokenizer, source};
+use super::{
+    Chat, ChatTemplate, DataError, IGNORE_INDEX, LineProblem, Tokenizer,
+    messages::{clear_switches, parse_chat},
+    notes::Notes,
+    source, turns,
+};
+use crate::config::Turns;
 use std::path::Path;
 
 /// A prompt, and the answer that it should have when that is known.
@@ -47,7 +53,12 @@ impl Prompt {
     ) -> Result<Vec<Self>, DataError> {
         let mut prompts = Vec::new();
         source::for_each_line(path, |line| {
-            prompts.push(Self::chat(source::parse_chat(line)?, tokenizer, template, vocab_size)?);
+            prompts.push(Self::chat(
+                parse_chat(line, &mut Notes::default())?,
+                tokenizer,
+                template,
+                vocab_size,
+            )?);
             Ok(())
         })?;
         if prompts.is_empty() {
@@ -63,10 +74,11 @@ impl Prompt {
         vocab_size: usize,
     ) -> Result<Self, LineProblem> {
         let is_answered = chat.messages.last().is_some_and(|last| last["role"] == "assistant");
+        chat.messages.last_mut().into_iter().for_each(clear_switches);
         let reference = is_answered.then(|| {
-            let (text, spans) = template.render_with_assistant_spans(&chat)?;
-            let encoded = tokenizer.encode_with_offsets(&text)?;
-            let trained = encoded.covered_by(spans.last().map(std::slice::from_ref).unwrap_or_default());
+            let row = turns::rows(template, &chat, Turns::Last)?.renderings.pop().unwrap_or_default();
+            let encoded = tokenizer.encode_with_offsets(&row.text)?;
+            let trained = encoded.covered_by(row.spans.last().map(std::slice::from_ref).unwrap_or_default());
             source::check_tokens(&encoded.ids, vocab_size, "rendered tokens")?;
             let label = |(&id, trained): (&i64, bool)| if trained { id } else { IGNORE_INDEX };
             let labels = encoded.ids.iter().zip(trained).map(label).collect();

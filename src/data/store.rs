@@ -1,6 +1,6 @@
 //! Rows in memory: flat arrays, 8 bytes a token, because every rank holds all of them.
 
-use super::{IGNORE_INDEX, Row};
+use super::{IGNORE_INDEX, Row, tokenized::Sample};
 use sha2::{Digest, Sha256};
 
 /// Stored form of [`IGNORE_INDEX`]; a vocabulary never reaches it.
@@ -48,11 +48,14 @@ impl RowStore {
         self.row_documents.push(0);
     }
 
-    /// Adds a document as another store holds it.
-    pub fn push_document(&mut self, (tokens, labels): (&[u32], &[u32])) {
+    /// Adds the documents of row `index` of another store.
+    pub fn push_row(&mut self, other: &Self, index: usize) {
+        let (tokens, labels) = other.stored(index);
         self.tokens.extend_from_slice(tokens);
         self.labels.extend_from_slice(labels);
-        self.count_document(tokens.len());
+        for &length in other.documents(index) {
+            self.count_document(length as usize);
+        }
     }
 
     /// Adds a document of `labels` that are token ids or [`IGNORE_INDEX`].
@@ -61,6 +64,17 @@ impl RowStore {
         self.labels.extend(labels.into_iter().map(|label| u32::try_from(label).unwrap_or(NO_LABEL)));
         self.labels.resize(self.tokens.len(), NO_LABEL);
         self.count_document(tokens.len());
+    }
+
+    /// Adds a sample as a row with its documents.
+    pub fn push_sample(&mut self, sample: &Sample) {
+        self.begin_row();
+        let mut at = 0;
+        for &length in &sample.documents {
+            let document = at..at + length;
+            self.push_labelled(&sample.tokens[document.clone()], sample.labels[document].iter().copied());
+            at += length;
+        }
     }
 
     /// Adds `count` tokens of padding without labels as a document of its own.
@@ -83,8 +97,14 @@ impl RowStore {
         end - self.starts[index].0
     }
 
+    /// Lengths of the documents of row `index`.
+    fn documents(&self, index: usize) -> &[u32] {
+        let first = self.starts[index].1;
+        &self.document_lengths[first..first + self.row_documents[index] as usize]
+    }
+
     /// Tokens and labels of row `index` as they are stored.
-    pub fn stored(&self, index: usize) -> (&[u32], &[u32]) {
+    fn stored(&self, index: usize) -> (&[u32], &[u32]) {
         let start = self.starts[index].0;
         let range = start..start + self.row_length(index);
         (&self.tokens[range.clone()], &self.labels[range])
@@ -92,25 +112,27 @@ impl RowStore {
 
     /// Row `index`, or `None` beyond the last.
     pub fn row(&self, index: usize) -> Option<Row> {
-        let first_document = self.starts.get(index)?.1;
-        let documents = first_document..first_document + self.row_documents[index] as usize;
+        self.starts.get(index)?;
         let (tokens, labels) = self.stored(index);
         let label = |&label: &u32| if label == NO_LABEL { IGNORE_INDEX } else { i64::from(label) };
         Some(Row {
             input_ids: tokens.iter().map(|&token| i64::from(token)).collect(),
             labels: labels.iter().map(label).collect(),
-            document_lengths: self.document_lengths[documents]
-                .iter()
-                .map(|&length| length as usize)
-                .collect(),
+            document_lengths: self.documents(index).iter().map(|&length| length as usize).collect(),
         })
     }
 
     /// Tokens with loss over all rows; see [`Row::valid_tokens`].
     pub fn valid_tokens(&self) -> usize {
-        let mut rest = &self.labels[..];
+        self.valid_tokens_from(0)
+    }
+
+    /// Tokens with loss in the rows from `row` on.
+    pub fn valid_tokens_from(&self, row: usize) -> usize {
+        let Some(&(token, document)) = self.starts.get(row) else { return 0 };
+        let mut rest = &self.labels[token..];
         let mut valid = 0;
-        for &length in &self.document_lengths {
+        for &length in &self.document_lengths[document..] {
             let (document, tail) = rest.split_at(length as usize);
             valid += document.iter().skip(1).filter(|&&label| label != NO_LABEL).count();
             rest = tail;

@@ -1,6 +1,7 @@
-//! The model's tokenizer (tokenizer.json), without special tokens of its own accord: a chat template writes them.
+//! The model's tokenizer: tokenizer.json, and tokens that files beside it add. It writes no special tokens of its own
+//! accord: a chat template does.
 
-use super::{DataError, LineProblem, error::one_line};
+use super::{DataError, LineProblem, error::one_line, special_tokens::SpecialTokens};
 use sha2::{Digest, Sha256};
 use std::{ops::Range, path::Path};
 
@@ -40,17 +41,38 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json` of `dir`. Truncation and padding that it may prescribe are left out.
+    /// Reads `tokenizer.json` of `dir`, and adds the tokens that other files there have besides. Truncation and padding
+    /// that it may prescribe are left out.
     pub fn load(dir: &Path) -> Result<Self, DataError> {
         let path = dir.join("tokenizer.json");
-        let bytes = std::fs::read(&path).map_err(|source| DataError::Io { path: path.clone(), source })?;
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(source) => return Err(without_tokenizer(dir).unwrap_or(DataError::Io { path, source })),
+        };
         let problem = |problem: String| DataError::Tokenizer { path: path.clone(), problem };
+        if bytes.starts_with(b"version https://git-lfs") {
+            let remedy = "a pointer of Git LFS in place of the file; run `git lfs pull` in the folder";
+            return Err(problem(remedy.into()));
+        }
         let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
             .map_err(|error| problem(format!("not a tokenizer: {}", one_line(error))))?;
         inner.with_truncation(None).map_err(|error| problem(one_line(error)))?;
         inner.with_padding(None);
+        let tokens = SpecialTokens::load(dir)?;
+        let missing = tokens.missing(&inner.get_added_tokens_decoder().into_iter().collect());
+        inner.add_tokens(&missing);
+        inner.set_encode_special_tokens(tokens.split);
+        for (stated, token) in &tokens.added {
+            if let Some(id) = inner.token_to_id(&token.content).filter(|id| id != stated) {
+                let (text, dir) = (&token.content, dir.display());
+                tracing::warn!(
+                    "{dir}: {text} is token {id}, as in transformers, although a file says {stated}"
+                );
+            }
+        }
         let vocab_size = inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
-        Ok(Self { inner, vocab_size, digest: Sha256::digest(&bytes).into() })
+        let all = Sha256::new().chain_update(&bytes).chain_update(format!("{missing:?} {}", tokens.split));
+        Ok(Self { inner, vocab_size, digest: all.finalize().into() })
     }
 
     /// Token ids of `text`; special tokens are recognised in it but none are added.
@@ -86,10 +108,62 @@ impl Tokenizer {
         self.inner.token_to_id(token).map(i64::from)
     }
 
-    /// SHA-256 of tokenizer.json.
+    /// SHA-256 of tokenizer.json and the tokens that are added to it.
     pub(super) fn digest(&self) -> [u8; 32] {
         self.digest
     }
+}
+
+/// Files of tokenizers in other forms, which transformers converts.
+const OTHER_FORMS: [&str; 8] = [
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "spm.model",
+    "tekken.json",
+    "tiktoken.model",
+    "vocab.json",
+    "vocab.txt",
+];
+
+/// Refuses a tokenizer folder that is not there, or is a file.
+pub(super) fn check_folder(dir: &Path) -> Result<(), DataError> {
+    let is = match std::fs::metadata(dir) {
+        Ok(found) if found.is_dir() => return Ok(()),
+        Ok(_) => "a file",
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => "no such folder",
+        Err(source) => return Err(DataError::Io { path: dir.into(), source }),
+    };
+    let problem = format!("{is}; set model.tokenizer_path to the folder that has tokenizer.json");
+    Err(DataError::TokenizerFolder { dir: dir.into(), problem })
+}
+
+/// Says of a folder without tokenizer.json why it has none.
+fn without_tokenizer(dir: &Path) -> Option<DataError> {
+    if let Err(error) = check_folder(dir) {
+        return Some(error);
+    }
+    let problem = if dir.join("tokenizer.json").exists() {
+        return None;
+    } else if let Some(form) = other_form(dir) {
+        let shown = dir.display();
+        format!(
+            "{form} but no tokenizer.json; convert it once: python -c \"from transformers import AutoTokenizer as T; \
+             T.from_pretrained('{shown}').save_pretrained('{shown}')\""
+        )
+    } else {
+        "no tokenizer.json; set model.tokenizer_path to the folder that has it".into()
+    };
+    Some(DataError::TokenizerFolder { dir: dir.into(), problem })
+}
+
+fn other_form(dir: &Path) -> Option<String> {
+    let named = OTHER_FORMS.into_iter().find(|name| dir.join(name).is_file()).map(str::to_string);
+    named.or_else(|| {
+        let entries = std::fs::read_dir(dir).ok()?.flatten();
+        let mut names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        names.find(|name| name.ends_with(".tiktoken"))
+    })
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use super::{
     profile::Profile,
     resume::Start,
     save::{Progress, Saver},
+    step::Skipped,
 };
 use crate::{
     checkpoint::{output::OutputLock, steps},
@@ -285,6 +286,7 @@ impl Run {
         let clock = trainer.model.clock.clone();
         let mut steps = loader.zip(self.step_rows());
         clock.take();
+        let mut skipped = Skipped::default();
         let mut begin = Instant::now();
         loop {
             profile.before_step();
@@ -323,7 +325,13 @@ impl Run {
             let last = done == self.total_steps;
             profile.after_step(done, last || stopping)?;
             begin = Instant::now();
-            if every(train.save_steps, done) || ends_epoch || last || stopping {
+            if let Err(why) = skipped.count(&report, train.max_skipped_steps, last) {
+                metrics.sync()?;
+                // Every rank has the same report; one says so.
+                return Err(if rank == 0 { Error::Failure(why) } else { Error::Elsewhere { code: 1 } });
+            }
+            let due = every(train.save_steps, done) || ends_epoch || last;
+            if (due && skipped.learned()) || stopping {
                 let _saving = (trace::span(Category::Phase, "save"), watcher.slow("save"));
                 metrics.sync()?;
                 saver.save(&trainer, Progress { step: done, epoch: rows.epoch, position: step_rows.next })?;

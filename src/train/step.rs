@@ -36,6 +36,55 @@ pub struct StepReport {
     pub non_finite: Vec<String>,
 }
 
+/// Steps of a run that changed nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Skipped {
+    /// Steps without a finite gradient, up to the present one.
+    in_a_row: usize,
+    /// Some step has updated the adapter.
+    learned: bool,
+}
+
+impl Skipped {
+    /// Counts a step. An error says why training cannot go on: `most` steps in a row were not finite, or the
+    /// `last` step came and none has updated anything.
+    pub fn count(&mut self, report: &StepReport, most: usize, last: bool) -> Result<(), String> {
+        let skipped = !report.non_finite.is_empty();
+        self.learned |= !skipped && report.loss.is_some();
+        self.in_a_row = if skipped { self.in_a_row + 1 } else { 0 };
+        let named = first_few(&report.non_finite);
+        if self.in_a_row >= most {
+            return Err(format!(
+                "{most} steps in a row (train.max_skipped_steps) were skipped, not finite: {named}; --debug names the \
+                 layer that overflows first"
+            ));
+        }
+        match (last && !self.learned, skipped) {
+            (true, true) => Err(format!(
+                "nothing was learned: every step was skipped, not finite: {named}; --debug names the layer that overflows \
+                 first"
+            )),
+            (true, false) => Err("nothing was learned: no step had a token with a loss".into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// True once a step has updated the adapter.
+    pub fn learned(&self) -> bool {
+        self.learned
+    }
+}
+
+/// The first three names, and the number of others.
+pub(super) fn first_few(names: &[String]) -> String {
+    const SHOWN: usize = 3;
+    let shown = names[..names.len().min(SHOWN)].join(", ");
+    match names.len().saturating_sub(SHOWN) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}
+
 /// A model with the session that it trains, on this rank.
 pub struct Trainer {
     pub model: Transformer,
@@ -115,5 +164,43 @@ impl Trainer {
         let clock = self.model.clock.clone();
         let _updating = clock.phase("update");
         self.session.update(lr, &*self.world)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(loss: Option<f64>, non_finite: &[&str]) -> StepReport {
+        StepReport {
+            loss,
+            grad_norm: 0.0,
+            lr: 0.0,
+            valid_tokens: 0,
+            total_tokens: 0,
+            router: None,
+            non_finite: non_finite.iter().map(|name| name.to_string()).collect(),
+        }
+    }
+
+    #[test]
+    fn steps_in_a_row_and_runs_of_nothing_else_end() {
+        let (good, bad) = (report(Some(1.0), &[]), report(Some(f64::NAN), &["a", "b", "c", "d", "e"]));
+        let idle = report(None, &[]);
+        let mut skipped = Skipped::default();
+        for step in [&bad, &bad, &good, &bad, &idle, &bad, &bad] {
+            assert_eq!(skipped.count(step, 3, false), Ok(()));
+        }
+        let error = skipped.count(&bad, 3, false).unwrap_err();
+        let start =
+            "3 steps in a row (train.max_skipped_steps) were skipped, not finite: a, b, c and 2 more;";
+        assert!(error.starts_with(start), "{error}");
+        assert!(skipped.learned());
+
+        assert_eq!(Skipped::default().count(&good, 2, true), Ok(()));
+        assert!(Skipped::default().count(&bad, 2, true).unwrap_err().contains("every step was skipped"));
+        assert!(
+            Skipped::default().count(&idle, 2, true).unwrap_err().contains("no step had a token with a loss")
+        );
     }
 }

@@ -69,18 +69,31 @@ def write_tokenizers(out):
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def by_prefix(render, messages, text, offsets):
-    """The mask of what each assistant message adds behind the generation prompt, or where that cannot be said."""
-    mask = [0] * len(offsets)
+def covered(offsets, start, end):
+    """1 for the tokens from the first to the last that stand for a character of a span."""
+    inside = [i for i, (first, last) in enumerate(offsets) if first < end and last > start]
+    return [int(bool(inside) and inside[0] <= i <= inside[-1]) for i in range(len(offsets))]
+
+
+def rows(render, encode, messages, text):
+    """Rows of a chat: the chat, and each answer that is rendered otherwise when messages follow. A mask is null where
+    the generation prompt does not say where an answer begins."""
+    whole, own = [], []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
             before, after = render(messages[:index], True), render(messages[: index + 1], False)
-            if not (text.startswith(before) and text.startswith(after) and len(after) >= len(before)):
-                return {"unstable_at_or_before": index}
-            inside = [i for i, (start, end) in enumerate(offsets) if start < len(after) and end > len(before)]
-            if inside:
-                mask[inside[0] : inside[-1] + 1] = [1] * (inside[-1] + 1 - inside[0])
-    return mask
+            span = (len(before), len(after)) if after.startswith(before) else None
+            if text.startswith(after):
+                whole.append(span)
+            else:
+                own.append((after, [span]))
+    found = []
+    for rendered, spans in ([(text, whole)] if whole or not own else []) + own:
+        ids, offsets = encode(rendered)
+        masks = [covered(offsets, *span) for span in spans if span]
+        mask = [max(column) for column in zip(*masks)] if masks else [0] * len(ids)
+        found.append({"ids": ids, "mask": mask if all(spans) else None})
+    return found
 
 
 def main(out):
@@ -110,19 +123,19 @@ def main(out):
                 except (jinja2.exceptions.TemplateError, TypeError) as error:
                     entry["error"] = type(error).__name__
                     continue
+                def encode(text, tokenizer=tokenizer):
+                    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+                    return encoded["input_ids"], encoded["offset_mapping"]
+
                 encoded = tokenizer.apply_chat_template(
                     messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=marked
                 )
                 ids = encoded["input_ids"]
                 if marked:
-                    mask = encoded["assistant_masks"]
+                    found = [{"ids": ids, "mask": encoded["assistant_masks"]}]
                 else:
-                    plain = tokenizer(entry["text"], add_special_tokens=False, return_offsets_mapping=True)
-                    try:
-                        mask = by_prefix(render, messages, entry["text"], plain["offset_mapping"])
-                    except (jinja2.exceptions.TemplateError, TypeError) as error:
-                        mask = {"error": type(error).__name__}
-                entry[name] = {"ids": ids, "mask": mask, "decoded": tokenizer.decode(ids, skip_special_tokens=True)}
+                    found = rows(render, encode, messages, entry["text"])
+                entry[name] = {"ids": ids, "rows": found, "decoded": tokenizer.decode(ids, skip_special_tokens=True)}
     out.mkdir(parents=True, exist_ok=True)
     lines = [f"{json.dumps(key)}: {json.dumps(entry, ensure_ascii=False)}" for key, entry in expected.items()]
     (out / "expected.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")

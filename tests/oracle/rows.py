@@ -1,0 +1,141 @@
+"""What transformers makes of the tables in tests/data/rows.
+
+    rows.py DIR
+
+DIR has a folder tokenizers/N for each tokenizer, and ours.json with our rows of the tokenized table. Writes DIR/right.json.
+"""
+
+import json
+import pathlib
+import sys
+
+import jinja2
+import torch
+import transformers
+from transformers.utils import chat_template_utils
+
+DATA = pathlib.Path(__file__).resolve().parents[1] / "data"
+SWITCHES = ["weight", "train", "training", "trainable", "loss", "loss_mask"]
+FIRST = {"role": "user", "content": "hi", "n": 10**20, "f": 1.5, "l": [2**64, -(2**63) - 1], "z": 0}
+
+
+def render(template, tokenizer, messages, prompt=False, marks=False):
+    texts, marked = chat_template_utils.render_jinja_template(
+        [messages],
+        chat_template=template,
+        add_generation_prompt=prompt,
+        return_assistant_tokens_mask=marks,
+        **tokenizer.special_tokens_map,
+    )
+    return (texts[0], marked[0]) if marks else texts[0]
+
+
+def is_trained(message):
+    off = any(message.get(key) is not None and not message[key] for key in SWITCHES) or message.get("masked")
+    return message["role"] == "assistant" and not off
+
+
+def answer_begins(template, tokenizer, messages, index, text):
+    """Behind the generation prompt, or where the answer's own words stand."""
+    try:
+        prompt = render(template, tokenizer, messages[:index], True)
+        if text.startswith(prompt):
+            return len(prompt)
+    except (jinja2.exceptions.TemplateError, IndexError):
+        pass
+    if index == 0 and "<think>" in text:
+        return text.index("<think>") + len("<think>\n\n</think>\n\n")
+    return text.rindex(messages[index]["content"].split("</think>")[-1].strip("\n"))
+
+
+def rows(case, tokenizer):
+    template, messages = case["template"], case["messages"]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    chosen = [i for i in answers if is_trained(messages[i]) and (case["turns"] == "all" or i == answers[-1])]
+    if "{% generation %}" in template:
+        text, spans = render(template, tokenizer, messages, marks=True)
+        return [(text, [span for i, span in zip(answers, spans) if i in chosen])]
+    whole, own = render(template, tokenizer, messages), []
+    spans = []
+    for index in chosen:
+        text = render(template, tokenizer, messages[: index + 1])
+        span = (answer_begins(template, tokenizer, messages, index, text), len(text))
+        if whole.startswith(text):
+            spans.append(span)
+        else:
+            own.append((text, [span]))
+    return ([(whole, spans)] if spans or not own else []) + own
+
+
+def encoded(tokenizer, text, spans):
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    mask = [int(any(a < end and b > start for start, end in spans)) for a, b in found["offset_mapping"]]
+    return {"ids": found["input_ids"], "mask": mask, "text": text}
+
+
+def losses(table, ours):
+    """Losses of a tiny model, on the fields of a row and on the documents that we make of it."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    config = transformers.LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        attn_implementation="eager",
+    )
+    model = transformers.LlamaForCausalLM(config).float().eval()
+
+    def loss(ids, labels, **fields):
+        fields = {name: torch.tensor([values]) for name, values in fields.items()}
+        with torch.no_grad():
+            return float(model(torch.tensor([ids]), labels=torch.tensor([labels]), use_cache=False, **fields).loss)
+
+    found = []
+    for case, row in zip(table, ours):
+        fields = case["row"]
+        labels = list(fields.get("labels", fields["input_ids"]))
+        for name in ["loss_mask", "completion_mask", "assistant_masks"]:
+            labels = [label if keep else -100 for label, keep in zip(labels, fields.get(name, [1] * len(labels)))]
+        attention = fields.get("attention_mask")
+        if attention:
+            labels = [label if keep else -100 for label, keep in zip(labels, attention)]
+        passed = {name: fields[name] for name in ["attention_mask", "position_ids"] if name in fields}
+        right = loss(fields["input_ids"], labels, **passed)
+        total, count, at = 0.0, 0, 0
+        for length in row["documents"]:
+            part = slice(at, at + length)
+            valid = sum(label != -100 for label in row["labels"][part][1:])
+            if valid:
+                total += loss(row["ids"][part], row["labels"][part]) * valid
+            count, at = count + valid, at + length
+        found.append({"right": right, "ours": total / count})
+    return found
+
+
+def main(folder):
+    transformers.logging.set_verbosity_error()
+    cases = json.loads((DATA / "rows" / "cases.json").read_text())
+    plain = transformers.AutoTokenizer.from_pretrained(DATA / "chat" / "byte_level")
+    right = {"tokenizers": [], "expressions": [], "chats": []}
+    for index, case in enumerate(cases["tokenizers"]):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizers" / str(index))
+        ids = tokenizer(case["text"], add_special_tokens=False)["input_ids"]
+        names = {name: text for name, text in tokenizer.special_tokens_map.items()}
+        right["tokenizers"].append({"ids": ids, "names": names})
+    for line in (DATA / "rows" / "expressions.txt").read_text().splitlines():
+        try:
+            right["expressions"].append(render(line, plain, [FIRST]))
+        except Exception as error:  # noqa: BLE001
+            right["expressions"].append({"error": f"{type(error).__name__}: {error}"})
+    for case in cases["chats"]:
+        right["chats"].append([encoded(plain, text, spans) for text, spans in rows(case, plain)])
+    right["tokenized"] = losses(cases["tokenized"], json.loads((folder / "ours.json").read_text()))
+    (folder / "right.json").write_text(json.dumps(right, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))
