@@ -14,10 +14,11 @@ use crate::{
         ModelSpec,
         base_plan::{Options, all_projections},
         hf_config::HfModel,
+        stored_base,
         transformer::{Batch, MicroBatchLoss, Transformer},
     },
     shard::ProcessGroups,
-    weights::{SafetensorsSource, WeightSource, validate},
+    weights::{SafetensorsSource, WeightSource},
 };
 use serde_json::{Value, json};
 use std::{
@@ -84,9 +85,8 @@ impl Generation {
     pub fn prepare(request: Request) -> Result<Self> {
         let directory = &request.model_dir;
         let hf = HfModel::open(directory)?;
-        let spec = hf.spec;
-        let source = SafetensorsSource::open(directory)?;
-        validate(&source, &spec.tensors())?;
+        let mut spec = hf.spec;
+        let source = stored_base::open(directory, &mut spec)?;
         let tokenizer = Tokenizer::load(directory)?;
         let template = || ChatTemplate::load(directory);
         let vocab = spec.vocab_size;

@@ -16,6 +16,7 @@ pub mod mixer;
 pub mod router_load;
 pub mod rows;
 pub mod spec;
+pub mod stored_base;
 pub mod sublayer;
 pub mod transformer;
 
