@@ -18,7 +18,7 @@ use crate::{
         transformer::{Batch, MicroBatchLoss, Transformer},
     },
     shard::ProcessGroups,
-    weights::{SafetensorsSource, WeightSource},
+    weights::{SafetensorsSource, WeightSource, first_of},
 };
 use serde_json::{Value, json};
 use std::{
@@ -85,6 +85,13 @@ impl Generation {
     pub fn prepare(request: Request) -> Result<Self> {
         let directory = &request.model_dir;
         let hf = HfModel::open(directory)?;
+        if !hf.generation_unread.is_empty() {
+            let settings = first_of(&hf.generation_unread);
+            tracing::warn!(
+                "{}: generation_config.json: not built, not used: {settings}",
+                directory.display()
+            );
+        }
         let mut spec = hf.spec;
         let source = stored_base::open(directory, &mut spec)?;
         let tokenizer = Tokenizer::load(directory)?;

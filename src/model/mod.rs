@@ -13,6 +13,7 @@ pub mod gathered;
 pub mod hf_config;
 pub mod layer;
 pub mod mixer;
+pub mod rope;
 pub mod router_load;
 pub mod rows;
 pub mod spec;
@@ -22,4 +23,5 @@ pub mod transformer;
 
 pub use ffn::{DenseSpec, Ffn, MoeSpec};
 pub use mixer::{GqaSpec, Mixer, QkNorm};
-pub use spec::{LayerSpec, ModelSpec, NormSpec, RopeScaling, RopeSpec};
+pub use rope::{RopeScaling, RopeSpec};
+pub use spec::{LayerSpec, ModelSpec, NormSpec};
