@@ -99,7 +99,7 @@ fn ropes(benches: &mut Benches) {
     let qkv = random(&[TOKENS, HEADS.widths().iter().sum()]);
     let inv_freq: Vec<f32> = (0..half).map(|i| 1e4f32.powf(-(i as f32) / half as f32)).collect();
     let positions = Tensor::arange(TOKENS, (Kind::Int64, Cpu));
-    let (cos, sin) = rope::RopeTable::new(&inv_freq, Cpu).at(&positions, TOKENS as usize);
+    let (cos, sin) = rope::RopeTable::new(&inv_freq, 1.0, Cpu).at(&positions, TOKENS as usize);
     // q and k are read and written, cos and sin are read in fp32.
     let work = Work::InPlace(TOKENS * (2 * heads * HEADS.dim * BF16 + 2 * half * 4));
     benches.run("rope/forward", work, || rope::forward(&qkv, rotated, &cos, &sin));

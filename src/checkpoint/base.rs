@@ -55,11 +55,9 @@ impl BaseFiles {
         }
         files.insert(CONFIG.into(), config);
         if let Some(directory) = &self.weights {
-            let shards = weight_files(directory).map_err(fault)?;
-            if directory.join(INDEX).is_file() {
-                files.insert(INDEX.into(), directory.join(INDEX));
-            }
-            files.extend(shards.into_iter().filter_map(|path| {
+            let weights = weight_files(directory).map_err(fault)?;
+            files.extend(weights.index.map(|index| (INDEX.into(), index)));
+            files.extend(weights.files.into_iter().filter_map(|path| {
                 let name = path.file_name()?.to_string_lossy().into_owned();
                 Some((name, path))
             }));

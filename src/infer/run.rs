@@ -14,10 +14,11 @@ use crate::{
         ModelSpec,
         base_plan::{Options, all_projections},
         hf_config::HfModel,
+        stored_base,
         transformer::{Batch, MicroBatchLoss, Transformer},
     },
     shard::ProcessGroups,
-    weights::{SafetensorsSource, WeightSource, validate},
+    weights::{SafetensorsSource, WeightSource, first_of},
 };
 use serde_json::{Value, json};
 use std::{
@@ -89,9 +90,15 @@ impl Generation {
             None => base_of(adapter.as_deref())?,
         };
         let hf = HfModel::open(directory)?;
-        let spec = hf.spec;
-        let source = SafetensorsSource::open(directory)?;
-        validate(&source, &spec.tensors())?;
+        if !hf.generation_unread.is_empty() {
+            let settings = first_of(&hf.generation_unread);
+            tracing::warn!(
+                "{}: generation_config.json: not built, not used: {settings}",
+                directory.display()
+            );
+        }
+        let mut spec = hf.spec;
+        let source = stored_base::open(directory, &mut spec)?;
         let tokenizer = Tokenizer::load(directory)?;
         let template = || ChatTemplate::load(directory);
         let vocab = spec.vocab_size;

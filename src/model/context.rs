@@ -1,14 +1,26 @@
 //! The part of a batch that layers compute with: adapters of its rows, rotary angles of its positions, its attention.
 
-use super::{attend::Attend, rows::RowAdapters, spec::RopeSpec};
+use super::{attend::Attend, rope::RopeSpec, rows::RowAdapters};
 use crate::ops::rope::RopeTable;
 use std::{cell::RefCell, rc::Rc};
 use tch::{Device, Tensor};
 
-/// cos and sin of each rotary embedding of a model, computed when a layer first asks.
+/// Most tables that are kept. Dynamic NTK has one for each length of a document beyond the model's.
+const MOST_TABLES: usize = 16;
+
+/// Neighbouring tokens of a batch that are of one document.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    pub tokens: usize,
+    /// Length of the document, up to the last of them.
+    pub length: usize,
+}
+
+/// cos and sin of each rotary embedding of a model and each length that its frequencies depend on, computed when a
+/// layer first asks.
 pub struct RotaryTables {
     device: Device,
-    tables: RefCell<Vec<(RopeSpec, RopeTable)>>,
+    tables: RefCell<Vec<((RopeSpec, usize), RopeTable)>>,
 }
 
 /// A flat batch as layers need it.
@@ -21,9 +33,9 @@ pub struct BatchContext<'a> {
 /// cos and sin at the positions of a batch.
 pub struct Rotary {
     tables: Rc<RotaryTables>,
-    /// `[tokens]` i64, all below `longest`.
+    /// `[tokens]` i64
     positions: Tensor,
-    longest: usize,
+    extents: Rc<[Extent]>,
     angles: RefCell<Vec<(RopeSpec, [Tensor; 2])>>,
 }
 
@@ -33,10 +45,22 @@ impl RotaryTables {
         Self { device, tables: RefCell::default() }
     }
 
-    /// The angles at `positions` `[tokens]` i64, all below `longest`.
-    pub fn at(self: &Rc<Self>, positions: &Tensor, longest: usize) -> Rotary {
-        let positions = positions.shallow_clone();
-        Rotary { tables: self.clone(), positions, longest, angles: RefCell::default() }
+    /// The angles at `positions` `[tokens]` i64 of the tokens of `extents`.
+    pub fn at(self: &Rc<Self>, positions: &Tensor, extents: &Rc<[Extent]>) -> Rotary {
+        let (positions, extents) = (positions.shallow_clone(), extents.clone());
+        Rotary { tables: self.clone(), positions, extents, angles: RefCell::default() }
+    }
+
+    /// cos and sin of `rope` at `positions`, all below `longest`, of documents of `scaled_length`.
+    fn of(&self, rope: &RopeSpec, scaled_length: usize, positions: &Tensor, longest: usize) -> [Tensor; 2] {
+        let (mut tables, key) = (self.tables.borrow_mut(), (rope.clone(), scaled_length));
+        if tables.len() >= MOST_TABLES && tables.iter().all(|(other, _)| *other != key) {
+            tables.clear();
+        }
+        let new = || RopeTable::new(&rope.inv_freq(scaled_length), rope.attention_factor(), self.device);
+        let table = index_of(&mut tables, &key, new);
+        let (cos, sin) = tables[table].1.at(positions, longest);
+        [cos, sin]
     }
 }
 
@@ -46,27 +70,40 @@ impl Rotary {
     pub fn given(rope: RopeSpec, angles: [Tensor; 2]) -> Self {
         let tables = Rc::new(RotaryTables::new(Device::Cpu));
         let positions = Tensor::zeros([0], (tch::Kind::Int64, Device::Cpu));
-        Self { tables, positions, longest: 0, angles: RefCell::new(vec![(rope, angles)]) }
+        Self { tables, positions, extents: Rc::new([]), angles: RefCell::new(vec![(rope, angles)]) }
     }
 
     /// cos and sin of `rope`, each `[tokens, 1, rotary / 2]` fp32.
     pub fn of(&self, rope: &RopeSpec) -> [Tensor; 2] {
         let mut angles = self.angles.borrow_mut();
-        let found = index_of(&mut angles, rope, || {
-            let mut tables = self.tables.tables.borrow_mut();
-            let new = || RopeTable::new(&rope.inv_freq(), self.tables.device);
-            let table = index_of(&mut tables, rope, new);
-            let (cos, sin) = tables[table].1.at(&self.positions, self.longest);
-            [cos, sin]
-        });
+        let found = index_of(&mut angles, rope, || self.computed(rope));
         angles[found].1.each_ref().map(Tensor::shallow_clone)
+    }
+
+    /// cos and sin of all tokens: one look-up for neighbouring documents with the same frequencies.
+    fn computed(&self, rope: &RopeSpec) -> [Tensor; 2] {
+        let mut first = 0;
+        let same = |a: &Extent, b: &Extent| rope.scaled_length(a.length) == rope.scaled_length(b.length);
+        let parts = self.extents.chunk_by(same).map(|extents| {
+            let tokens: usize = extents.iter().map(|extent| extent.tokens).sum();
+            let longest = extents.iter().map(|extent| extent.length).max().unwrap_or(0);
+            let positions = self.positions.narrow(0, first as i64, tokens as i64);
+            first += tokens;
+            self.tables.of(rope, rope.scaled_length(extents[0].length), &positions, longest)
+        });
+        let mut parts: Vec<[Tensor; 2]> = parts.collect();
+        match parts.len() {
+            0 => self.tables.of(rope, rope.scaled_length(0), &self.positions, 0),
+            1 => parts.remove(0),
+            _ => [0, 1].map(|i| Tensor::cat(&parts.iter().map(|part| &part[i]).collect::<Vec<_>>(), 0)),
+        }
     }
 }
 
 /// Index of the value of `key`, which `new` makes where there is none. A model has few different keys.
-fn index_of<T>(all: &mut Vec<(RopeSpec, T)>, key: &RopeSpec, new: impl FnOnce() -> T) -> usize {
+fn index_of<K: PartialEq + Clone, T>(all: &mut Vec<(K, T)>, key: &K, new: impl FnOnce() -> T) -> usize {
     all.iter().position(|(other, _)| other == key).unwrap_or_else(|| {
-        all.push((*key, new()));
+        all.push((key.clone(), new()));
         all.len() - 1
     })
 }

@@ -13,12 +13,15 @@ pub mod gathered;
 pub mod hf_config;
 pub mod layer;
 pub mod mixer;
+pub mod rope;
 pub mod router_load;
 pub mod rows;
 pub mod spec;
+pub mod stored_base;
 pub mod sublayer;
 pub mod transformer;
 
 pub use ffn::{DenseSpec, Ffn, MoeSpec};
 pub use mixer::{GqaSpec, Mixer, QkNorm};
-pub use spec::{LayerSpec, ModelSpec, NormSpec, RopeScaling, RopeSpec};
+pub use rope::{RopeScaling, RopeSpec};
+pub use spec::{LayerSpec, ModelSpec, NormSpec};

@@ -8,28 +8,6 @@ use super::{
 };
 use crate::dtype::DType;
 
-/// Scaling of rotary frequencies for longer contexts.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum RopeScaling {
-    None,
-    /// Llama 3.1: low frequencies divided by `factor`, a smooth ramp between the two wavelengths.
-    Llama3 {
-        factor: f64,
-        low_freq_factor: f64,
-        high_freq_factor: f64,
-        original_max_position_embeddings: f64,
-    },
-}
-
-/// Rotary embedding.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct RopeSpec {
-    pub theta: f64,
-    pub scaling: RopeScaling,
-    /// Columns of a head that are rotated, an even number.
-    pub dim: usize,
-}
-
 /// RMSNorms of a layer, one before each half.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct NormSpec {
@@ -48,7 +26,7 @@ impl NormSpec {
 }
 
 /// One decoder layer.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct LayerSpec {
     pub mixer: Mixer,
     pub ffn: Ffn,
@@ -100,33 +78,5 @@ impl ModelSpec {
             tensors.push((HEAD.to_owned(), vocab));
         }
         tensors
-    }
-}
-
-impl RopeSpec {
-    /// Radians per position of each pair: `[dim / 2]`, as transformers computes them.
-    pub fn inv_freq(&self) -> Vec<f32> {
-        let plain = (0..self.dim / 2).map(|i| 1.0 / self.theta.powf(2.0 * i as f64 / self.dim as f64));
-        let stretch = |frequency: f64| match self.scaling {
-            RopeScaling::None => frequency,
-            RopeScaling::Llama3 {
-                factor,
-                low_freq_factor,
-                high_freq_factor,
-                original_max_position_embeddings,
-            } => {
-                let wavelength = std::f64::consts::TAU / frequency;
-                let turns = original_max_position_embeddings / wavelength;
-                if turns < low_freq_factor {
-                    frequency / factor
-                } else if turns > high_freq_factor {
-                    frequency
-                } else {
-                    let smooth = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
-                    (1.0 - smooth) * frequency / factor + smooth * frequency
-                }
-            }
-        };
-        plain.map(|frequency| stretch(frequency) as f32).collect()
     }
 }

@@ -6,7 +6,7 @@ use super::{
     ModelSpec,
     attend::{Attend, WithinDocuments},
     base_plan::{BasePlan, Options},
-    context::{BatchContext, RotaryTables},
+    context::{BatchContext, Extent, RotaryTables},
     gathered::GatheredLayer,
     layer::{LayerPlan, LayerState},
     router_load::RouterLoad,
@@ -35,7 +35,7 @@ pub struct Batch {
     targets: Targets,
     /// `[tokens]` i64, from 0 in each document.
     positions: Tensor,
-    longest: usize,
+    extents: Rc<[Extent]>,
     documents: Rc<Documents>,
     adapters: Rc<RowAdapters>,
     padding: usize,
@@ -72,7 +72,7 @@ impl Batch {
             ids: tensor(ids),
             targets: Targets::new(targets, k, document_lengths, device),
             positions: tensor(&positions),
-            longest: document_lengths.iter().copied().max().unwrap_or(0),
+            extents: document_lengths.iter().map(|&length| Extent { tokens: length, length }).collect(),
             documents: Rc::new(Documents::new(document_lengths, device)),
             adapters: Rc::new(RowAdapters::one(ids.len())),
             padding: 0,
@@ -87,7 +87,7 @@ impl Batch {
             ids: tensor(ids),
             targets: Targets::none(ids.len(), device),
             positions: tensor(positions),
-            longest: positions.iter().max().map_or(0, |&last| last as usize + 1),
+            extents: positions.iter().map(|&last| Extent { tokens: 1, length: last as usize + 1 }).collect(),
             documents: Rc::new(Documents::new(&vec![1; ids.len()], device)),
             adapters: Rc::new(RowAdapters::one(ids.len())),
             padding: 0,
@@ -259,7 +259,7 @@ impl Transformer {
     }
 
     fn context<'a>(&self, batch: &Batch, attend: &'a dyn Attend) -> BatchContext<'a> {
-        let rotary = self.rotary.at(&batch.positions, batch.longest);
+        let rotary = self.rotary.at(&batch.positions, &batch.extents);
         BatchContext { adapters: batch.adapters.clone(), attend, rotary }
     }
 

@@ -12,19 +12,21 @@ use super::{
 use crate::device::has_kernels;
 use tch::{Device, Kind, Tensor};
 
-/// cos and sin of every position up to a length: `[positions, rotary / 2]` fp32.
+/// cos and sin of every position up to a length, times the attention factor: `[positions, rotary / 2]` fp32.
 pub struct RopeTable {
     inv_freq: Tensor,
+    attention_factor: f64,
     cos: Tensor,
     sin: Tensor,
 }
 
 impl RopeTable {
     /// A table that grows with the longest document seen. `inv_freq` `[rotary / 2]` in radians per position.
-    pub fn new(inv_freq: &[f32], device: Device) -> Self {
+    /// cos and sin are multiplied by `attention_factor`.
+    pub fn new(inv_freq: &[f32], attention_factor: f64, device: Device) -> Self {
         let empty = Tensor::zeros([0, inv_freq.len() as i64], (Kind::Float, device));
         let inv_freq = Tensor::from_slice(inv_freq).to_device(device);
-        Self { inv_freq, cos: empty.copy(), sin: empty }
+        Self { inv_freq, attention_factor, cos: empty.copy(), sin: empty }
     }
 
     /// cos and sin of `positions` `[tokens]` i64, all below `length`: each `[tokens, 1, rotary / 2]`.
@@ -32,7 +34,8 @@ impl RopeTable {
         if (self.cos.size()[0] as usize) < length {
             let steps = Tensor::arange(length as i64, (Kind::Float, self.inv_freq.device()));
             let angles = steps.outer(&self.inv_freq);
-            (self.cos, self.sin) = (angles.cos(), angles.sin());
+            let scaled = |table: Tensor| table * self.attention_factor;
+            (self.cos, self.sin) = (scaled(angles.cos()), scaled(angles.sin()));
         }
         (self.cos.index_select(0, positions).unsqueeze(1), self.sin.index_select(0, positions).unsqueeze(1))
     }

@@ -41,7 +41,7 @@ mod tests {
             window: None,
         };
         let ffn = Ffn::Dense(DenseSpec { width: 16, bias: false });
-        let layer = LayerSpec { mixer: Mixer::Gqa(gqa), ffn, norms: NormSpec::new(1e-6) };
+        let layer = LayerSpec { mixer: Mixer::Gqa(gqa.clone()), ffn, norms: NormSpec::new(1e-6) };
         let mut spec = ModelSpec {
             vocab_size: 100,
             hidden_size: 8,
@@ -73,7 +73,7 @@ mod tests {
         assert_eq!(flops_per_token(&moe, &down, 5, 10), without_lora + (6 * 2 * 5 * (3 + 8)) as f64);
         // The queries of 10 tokens see 1, 2, 3, 4, 5, 5, 5, 5, 5, 5 = 40; the formula, in the mean, 37.5.
         for (layer, window) in spec.layers.iter_mut().zip([5, 50]) {
-            layer.mixer = Mixer::Gqa(GqaSpec { window: Some(window), ..gqa });
+            layer.mixer = Mixer::Gqa(GqaSpec { window: Some(window), ..gqa.clone() });
         }
         assert_eq!(flops_per_token(&spec, &sites, 5, 10), expected(0) + 6.0 * 12.0 * (7.5 + 10.0));
     }

@@ -30,13 +30,14 @@ use crate::{
         ModelSpec,
         base_plan::{BasePlan, Options, all_projections},
         hf_config::HfModel,
+        stored_base,
         transformer::{Batch, Transformer},
     },
     optim::{Optimizer, Schedule, Settings},
     session::Session,
     shard::ProcessGroups,
     trace::{self, Category},
-    weights::{RandomSource, SafetensorsSource, WeightSource, validate},
+    weights::{RandomSource, WeightSource},
 };
 use std::{
     ops::Range,
@@ -96,7 +97,7 @@ impl Run {
         let refused = |field: &str, why: &str| Error::Input(format!("{}: {why}", loaded.places.of(field)));
         let mesh = Mesh::new(world, MeshSizes::from(&config.train))?;
         let hf = HfModel::open(&config.model.hf_config())?;
-        let spec = hf.spec;
+        let mut spec = hf.spec;
         let experts = spec.moe().map(|moe| moe.experts);
         if experts.is_none() && mesh.expert() > 1 {
             return Err(refused(
@@ -106,10 +107,9 @@ impl Run {
         }
         mesh.experts_of(0, experts.unwrap_or_default())?;
         let source: Box<dyn WeightSource> = match &config.model.model_path {
-            Some(directory) => Box::new(SafetensorsSource::open(directory)?),
+            Some(directory) => Box::new(stored_base::open(directory, &mut spec)?),
             None => Box::new(RandomSource::new(spec.tensors(), spec.initializer_range, config.train.seed)),
         };
-        validate(source.as_ref(), &spec.tensors())?;
         let targets = config.lora.lora_target_modules.as_deref();
         let sites = targets::resolve(&all_projections(&spec), targets, hf.family.default_targets)
             .map_err(|error| refused("lora.lora_target_modules", &error.to_string()))?;

@@ -1,6 +1,8 @@
 //! Sources of base weights. A source knows names, shapes and types without reading data, and reads any run of elements
 //! or rectangular tile of a tensor, so that a rank touches only the bytes that it owns.
 
+mod files;
+mod fit;
 mod random;
 mod safetensors;
 
@@ -8,8 +10,10 @@ use crate::dtype::DType;
 use sha2::{Digest, Sha256};
 use std::{ops::Range, path::PathBuf};
 
+pub use files::{WeightFiles, is_lfs_pointer, weight_files};
+pub use fit::{first_of, names_in_model, validate};
 pub use random::RandomSource;
-pub use safetensors::{SafetensorsSource, weight_files};
+pub use safetensors::SafetensorsSource;
 
 /// Dtype and shape of a tensor, known before it is read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,11 +90,18 @@ pub enum SourceError {
     Io { path: PathBuf, error: std::io::Error },
     #[error("{path}: neither model.safetensors nor model.safetensors.index.json is there")]
     NoWeights { path: PathBuf },
+    #[error("{path}: {found} is there and no model.safetensors: {remedy}")]
+    Foreign { path: PathBuf, found: String, remedy: &'static str },
+    #[error("{path}: a git-LFS pointer in place of the file; run `git lfs pull` in its folder")]
+    LfsPointer { path: PathBuf },
     #[error("{path}: not a safetensors file: {reason}")]
     Format { path: PathBuf, reason: String },
     #[error("{path}: {reason}")]
     Index { path: PathBuf, reason: String },
-    #[error("{path}: tensor {name} is {dtype}; float32, bfloat16 and float16 can be read")]
+    #[error(
+        "{path}: tensor {name} is {dtype}; float32, bfloat16 and float16 can be read: take the model's \
+         checkpoint in one of these, or dequantize it"
+    )]
     Dtype { path: PathBuf, name: String, dtype: String },
     #[error("tensor {name}: elements {range:?} of {elements} were asked for")]
     Range { name: String, range: Range<usize>, elements: usize },
@@ -100,32 +111,13 @@ pub enum SourceError {
     Tile { name: String, tile: MatrixTile, shape: [usize; 2] },
     #[error("the model's tensors do not fit its config: {0}")]
     Mismatch(String),
-}
-
-/// Compares what `source` has with what the model needs. One error names everything that is missing, surplus or
-/// of another shape.
-pub fn validate(source: &dyn WeightSource, needed: &[(String, Vec<usize>)]) -> Result<(), SourceError> {
-    let mut faults = Vec::new();
-    let mut list = |what: &str, names: Vec<String>| {
-        if !names.is_empty() {
-            faults.push(format!("{what}: {}", names.join(", ")));
-        }
-    };
-    let absent = needed.iter().filter(|(name, _)| source.meta(name).is_none());
-    list("missing", absent.map(|(name, _)| name.clone()).collect());
-    let misshapen = needed.iter().filter_map(|(name, shape)| {
-        let found = source.meta(name)?.shape;
-        (found != *shape).then(|| format!("{name} is {found:?}, expected {shape:?}"))
-    });
-    list("of another shape", misshapen.collect());
-    let tied_head = !needed.iter().any(|(name, _)| name == "lm_head.weight");
-    // Old checkpoints carry the rotary buffer, and some a copy of the tied head: neither is a weight.
-    let harmless =
-        |name: &str| name.ends_with("rotary_emb.inv_freq") || (tied_head && name == "lm_head.weight");
-    let known: std::collections::HashSet<&str> = needed.iter().map(|(name, _)| name.as_str()).collect();
-    let surplus = source.names().into_iter().filter(|name| !known.contains(name.as_str()) && !harmless(name));
-    list("surplus", surplus.collect());
-    if faults.is_empty() { Ok(()) } else { Err(SourceError::Mismatch(faults.join("; "))) }
+    #[error("tensors {stored} and {name} of the model are one weight under two names; keep one")]
+    Twice { stored: String, name: String },
+    #[error(
+        "the model's tensors have a prefix that transformers does not load: {prefix} in {example}; save the \
+         model without it ({remedy})"
+    )]
+    Prefix { prefix: String, example: String, remedy: &'static str },
 }
 
 /// Tells one base from another without reading it: SHA-256 over the name, type, shape and first values of each tensor.

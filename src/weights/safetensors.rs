@@ -1,13 +1,13 @@
-//! HF directories: `model.safetensors`, or the shards that `model.safetensors.index.json` lists. Only the headers and
-//! the asked-for elements are read, and by `pread`: pages of a mapped file would count as this rank's memory.
+//! Safetensors of HF directories. Only the headers and the asked-for elements are read, and by `pread`: pages of a
+//! mapped file would count as this rank's memory.
 
-use super::{SourceError, TensorMeta, WeightSource, check_range, unknown};
+use super::{SourceError, TensorMeta, WeightSource, check_range, files, unknown};
 use crate::dtype::DType;
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use std::{
     cell::Cell,
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, btree_map::Entry},
     fs::File,
     ops::Range,
     os::unix::fs::FileExt,
@@ -32,10 +32,35 @@ impl SafetensorsSource {
     /// Opens the files of `directory` and reads their headers.
     pub fn open(directory: &Path) -> Result<Self, SourceError> {
         let mut source = Self { files: Vec::new(), tensors: BTreeMap::new(), read: Cell::new(0) };
-        for path in weight_files(directory)? {
+        let chosen = files::weight_files(directory)?;
+        if let Some(index) = chosen.unread_index {
+            tracing::warn!(
+                "{}: not read, as model.safetensors lies beside it; remove the one that is stale",
+                index.display()
+            );
+        }
+        for path in chosen.files {
             source.add(&path)?;
         }
         Ok(source)
+    }
+
+    /// Gives each tensor the name that `renamed` finds for its own.
+    ///
+    /// # Errors
+    /// Two tensors get one name.
+    pub fn rename(&mut self, renamed: impl Fn(&str) -> String) -> Result<(), SourceError> {
+        let mut tensors = BTreeMap::new();
+        for (name, tensor) in std::mem::take(&mut self.tensors) {
+            match tensors.entry(renamed(&name)) {
+                Entry::Vacant(entry) => entry.insert(tensor),
+                Entry::Occupied(entry) => {
+                    return Err(SourceError::Twice { stored: name, name: entry.key().clone() });
+                }
+            };
+        }
+        self.tensors = tensors;
+        Ok(())
     }
 
     fn add(&mut self, path: &Path) -> Result<(), SourceError> {
@@ -46,6 +71,9 @@ impl SafetensorsSource {
         // SAFETY: model files are not written while a run opens them; a file that shrinks under us would end the
         // process with SIGBUS, as it would for every reader of mapped weights.
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+        if files::is_lfs_pointer(&map) {
+            return Err(SourceError::LfsPointer { path: path.to_owned() });
+        }
         let (header, metadata) =
             SafeTensors::read_metadata(&map).map_err(|error| format(error.to_string()))?;
         for (name, info) in metadata.tensors() {
@@ -69,39 +97,6 @@ impl SafetensorsSource {
         self.files.push((path.to_owned(), file));
         Ok(())
     }
-}
-
-/// The safetensors files of an HF model directory.
-pub fn weight_files(directory: &Path) -> Result<Vec<PathBuf>, SourceError> {
-    let (single, index) =
-        (directory.join("model.safetensors"), directory.join("model.safetensors.index.json"));
-    if index.is_file() {
-        shards_of(directory, &index)
-    } else if single.is_file() {
-        Ok(vec![single])
-    } else {
-        Err(SourceError::NoWeights { path: directory.to_owned() })
-    }
-}
-
-/// The files that an index names, all of them inside `directory`.
-fn shards_of(directory: &Path, index: &Path) -> Result<Vec<PathBuf>, SourceError> {
-    let fault = |reason: String| SourceError::Index { path: index.to_owned(), reason };
-    let text =
-        std::fs::read_to_string(index).map_err(|error| SourceError::Io { path: index.to_owned(), error })?;
-    let json: serde_json::Value = serde_json::from_str(&text).map_err(|error| fault(error.to_string()))?;
-    let map = json["weight_map"].as_object().ok_or_else(|| fault("weight_map is missing".into()))?;
-    let mut files = BTreeSet::new();
-    for (tensor, file) in map {
-        let file = file.as_str().ok_or_else(|| fault(format!("weight_map.{tensor} is not a file name")))?;
-        if Path::new(file).file_name() != Some(file.as_ref()) {
-            return Err(fault(format!(
-                "weight_map.{tensor} is {file}, which is not a file of this directory"
-            )));
-        }
-        files.insert(directory.join(file));
-    }
-    Ok(files.into_iter().collect())
 }
 
 impl WeightSource for SafetensorsSource {
@@ -214,7 +209,7 @@ mod tests {
         let needed =
             [("a", vec![2]), ("b", vec![3]), ("c", vec![1])].map(|(name, shape)| (name.to_owned(), shape));
         let message = super::super::validate(&source, &needed).unwrap_err().to_string();
-        for part in ["missing: c", "b is [2], expected [3]", "surplus: extra"] {
+        for part in ["missing: c", "b is [2], expected [3]", "not read: extra"] {
             assert!(message.contains(part), "{part} in {message}");
         }
         assert!(!message.contains("lm_head"), "{message}");

@@ -174,7 +174,7 @@ pub fn spec(moe: bool) -> ModelSpec {
         names: MoeNames::MLP,
     };
     let layer = |i: usize| LayerSpec {
-        mixer: Mixer::Gqa(GqaSpec { window: (i == 1).then_some(5), ..gqa }),
+        mixer: Mixer::Gqa(GqaSpec { window: (i == 1).then_some(5), ..gqa.clone() }),
         ffn: if moe && i > 0 { Ffn::Moe(experts) } else { Ffn::Dense(DenseSpec { width: 72, bias: false }) },
         norms: NormSpec::new(1e-6),
     };

@@ -14,18 +14,69 @@ use super::{
     hf_config::{ConfigError, Fields},
 };
 use crate::lora::MoeNames;
+use serde_json::Value;
 
 /// A family of HF models.
 #[derive(Debug)]
 pub struct Family {
     /// As in config.json.
     pub model_type: &'static str,
-    /// Its config fields besides those that all families share.
-    pub fields: &'static [&'static str],
+    /// The config fields that it reads besides [`ABSENT`], or with other values where they are absent: those of its
+    /// config class in transformers.
+    pub absent: &'static [(&'static str, Absent)],
+    /// Config fields under another name: (other name, name).
+    pub aliases: &'static [(&'static str, &'static str)],
+    /// θ of the rotary embedding where it is absent.
+    pub rope_theta: f64,
     /// The targets of a null `lora_target_modules`.
     pub default_targets: &'static [&'static str],
     /// Reads the layers of a model.
     pub layers: fn(&Fields, &Decoder) -> Result<Vec<LayerSpec>, ConfigError>,
+}
+
+/// The value of an absent config field.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Absent {
+    Null,
+    Flag(bool),
+    Size(u64),
+    Number(f64),
+}
+
+/// The fields that all families read, and their values where they are absent.
+const ABSENT: &[(&str, Absent)] = &[
+    ("eos_token_id", Absent::Null),
+    ("head_dim", Absent::Null),
+    ("initializer_range", Absent::Number(0.02)),
+    ("num_key_value_heads", Absent::Null),
+    ("pad_token_id", Absent::Null),
+    ("rms_norm_eps", Absent::Number(1e-6)),
+    ("tie_word_embeddings", Absent::Flag(false)),
+];
+
+impl Absent {
+    /// The value as JSON.
+    pub fn value(self) -> Value {
+        match self {
+            Self::Null => Value::Null,
+            Self::Flag(flag) => flag.into(),
+            Self::Size(size) => size.into(),
+            Self::Number(number) => number.into(),
+        }
+    }
+}
+
+impl Family {
+    /// The config fields that it reads with their values where they are absent, its own first.
+    pub fn absent_fields(&self) -> impl Iterator<Item = (&'static str, Absent)> {
+        self.absent.iter().chain(ABSENT).copied()
+    }
+
+    /// True if it reads the config field `field`, under any name.
+    pub fn reads(&self, field: &str) -> bool {
+        self.absent_fields().any(|(name, _)| name == field)
+            || self.aliases.iter().any(|(other, _)| *other == field)
+    }
 }
 
 /// Settings that all families read alike.
@@ -47,7 +98,7 @@ impl Decoder {
             Some(head_dim) => head_dim,
             None => fields.size("hidden_size")? / num_heads,
         };
-        if head_dim % 2 != 0 {
+        if head_dim == 0 || head_dim % 2 != 0 {
             return Err(fields.fault("head_dim", "an even number (rotation pairs)", &head_dim.into()));
         }
         Ok(GqaSpec {
@@ -93,12 +144,10 @@ pub const FAMILIES: &[Family] = &[
 
 /// The experts of Qwen's kind, as wide as the field `width` says.
 fn mixture(fields: &Fields, width: &str) -> Result<MoeSpec, ConfigError> {
-    // transformers writes either name.
-    let experts = fields.optional_size("num_local_experts")?;
     Ok(MoeSpec {
-        experts: experts.map_or_else(|| fields.size("num_experts"), Ok)?,
+        experts: fields.size("num_experts")?,
         top_k: fields.size("num_experts_per_tok")?,
-        normalise: fields.flag("norm_topk_prob", false)?,
+        normalise: fields.flag("norm_topk_prob")?,
         width: fields.size(width)?,
         shared_width: None,
         names: MoeNames::MLP,
@@ -108,7 +157,7 @@ fn mixture(fields: &Fields, width: &str) -> Result<MoeSpec, ConfigError> {
 /// The feed-forward network of each layer: `moe`, but dense in the layers that `decoder_sparse_step` and
 /// `mlp_only_layers` leave out.
 fn sparse(fields: &Fields, moe: MoeSpec, dense: DenseSpec) -> Result<impl Fn(usize) -> Ffn, ConfigError> {
-    let step = fields.optional_size("decoder_sparse_step")?.unwrap_or(1);
+    let step = fields.size("decoder_sparse_step")?;
     let mlp_only = fields.indices("mlp_only_layers")?;
     let is_sparse = move |layer: usize| !mlp_only.contains(&layer) && (layer + 1).is_multiple_of(step);
     Ok(move |layer| if is_sparse(layer) { Ffn::Moe(moe) } else { Ffn::Dense(dense) })

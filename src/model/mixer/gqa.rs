@@ -11,7 +11,7 @@ use crate::{
         context::BatchContext,
         declare::{Declarations, ProjectionId, TensorId},
         gathered::GatheredLayer,
-        spec::RopeSpec,
+        rope::RopeSpec,
         sublayer::{BackwardContext, CostSizes, MicroBatch, SubLayer},
     },
     ops::{
@@ -35,7 +35,7 @@ pub enum QkNorm {
 }
 
 /// Sizes and switches. `heads × head_dim` may differ from the hidden size.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct GqaSpec {
     pub num_heads: usize,
     pub num_kv_heads: usize,
@@ -175,7 +175,7 @@ impl SubLayer for Gqa {
             };
             [declare.norm("self_attn.q_norm", q), declare.norm("self_attn.k_norm", k)]
         });
-        Self { spec: *spec, layer, hidden_size, qkv, o, qk_norm }
+        Self { spec: spec.clone(), layer, hidden_size, qkv, o, qk_norm }
     }
 
     fn kept_bytes(&self, sizes: &CostSizes) -> usize {
@@ -298,8 +298,8 @@ mod tests {
     use crate::{
         dtype::DType,
         model::{
-            attend::WithinDocuments, context::Rotary, declare::EntryForm, rows::RowAdapters,
-            spec::RopeScaling,
+            attend::WithinDocuments, context::Rotary, declare::EntryForm, rope::RopeScaling,
+            rows::RowAdapters,
         },
         ops::{
             attention::Documents,
@@ -403,9 +403,9 @@ mod tests {
             window: None,
         };
         [
-            GqaSpec { qk_norm: Some(QkNorm::Head), ..plain },
-            GqaSpec { qk_norm: Some(QkNorm::All), clip_qkv: Some(0.7), window: Some(3), ..plain },
-            GqaSpec { scale: Some(0.3), value_dim: 6, rope: rope(4), ..plain },
+            GqaSpec { qk_norm: Some(QkNorm::Head), ..plain.clone() },
+            GqaSpec { qk_norm: Some(QkNorm::All), clip_qkv: Some(0.7), window: Some(3), ..plain.clone() },
+            GqaSpec { scale: Some(0.3), value_dim: 6, rope: rope(4), ..plain.clone() },
             GqaSpec { head_dim: 12, value_dim: 5, rope: rope(2), qk_norm: Some(QkNorm::Head), ..plain },
         ]
     }
@@ -437,7 +437,7 @@ mod tests {
             let batch = BatchContext {
                 adapters: Rc::new(RowAdapters::one(tokens)),
                 attend: &attend,
-                rotary: Rotary::given(spec.rope, [cos, sin]),
+                rotary: Rotary::given(spec.rope.clone(), [cos, sin]),
             };
             let x = || Buffer::from(x.detach().copy());
             for skips_output in [false, true] {

@@ -12,7 +12,7 @@ use crate::ops::attention::Heads;
 use std::rc::Rc;
 
 /// The mixer of a layer.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Mixer {
     Gqa(GqaSpec),
 }

@@ -1,0 +1,58 @@
+//! The base of a model in HF files: opened, named as the model names it, its head told from its embedding, compared
+//! with what the model needs.
+
+use super::{
+    ModelSpec,
+    spec::{EMBEDDING, HEAD},
+};
+use crate::{
+    dtype::DType,
+    weights::{SafetensorsSource, SourceError, WeightSource, names_in_model, validate},
+};
+use std::path::Path;
+
+/// Elements compared at a time.
+const CHUNK: usize = 1 << 20;
+
+/// The tensors of `directory` for `spec`, chosen and named as transformers does. Warnings go to the log. A head that
+/// the files have beside another embedding is used even if the config ties the two: `spec` is changed then.
+pub fn open(directory: &Path, spec: &mut ModelSpec) -> Result<SafetensorsSource, SourceError> {
+    let mut source = SafetensorsSource::open(directory)?;
+    source.rename(names_in_model(&spec.tensors()))?;
+    if spec.tie_word_embeddings && source.meta(HEAD).is_some() {
+        if source.meta(EMBEDDING).is_none() {
+            let tied = |name: &str| if name == HEAD { EMBEDDING.to_owned() } else { name.to_owned() };
+            source.rename(tied)?;
+        } else if !is_equal(&source, EMBEDDING, HEAD)? {
+            tracing::warn!(
+                "{}: tie_word_embeddings is true, and {HEAD} of the files is not {EMBEDDING}: the files' head is \
+                 used, as in transformers; set tie_word_embeddings: false in config.json to say so",
+                directory.display()
+            );
+            spec.tie_word_embeddings = false;
+        }
+    }
+    validate(&source, &spec.tensors())?;
+    Ok(source)
+}
+
+/// True if tensors `a` and `b` have the same shape and values.
+fn is_equal(source: &SafetensorsSource, a: &str, b: &str) -> Result<bool, SourceError> {
+    let shapes = [a, b].map(|name| source.meta(name).map(|meta| meta.shape));
+    if shapes[0] != shapes[1] {
+        return Ok(false);
+    }
+    let elements: usize = shapes.into_iter().flatten().take(1).flatten().product();
+    let read = |name: &str, start: usize| {
+        let range = start..elements.min(start + CHUNK);
+        let mut values = vec![0f32; range.len()];
+        source.read(name, range, DType::F32, bytemuck::cast_slice_mut(&mut values))?;
+        Ok::<_, SourceError>(values)
+    };
+    for start in (0..elements).step_by(CHUNK) {
+        if read(a, start)? != read(b, start)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
