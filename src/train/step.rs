@@ -178,6 +178,7 @@ mod tests {
             lr: 0.0,
             valid_tokens: 0,
             total_tokens: 0,
+            padding_tokens: 0,
             router: None,
             non_finite: non_finite.iter().map(|name| name.to_string()).collect(),
         }
