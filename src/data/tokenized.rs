@@ -251,13 +251,16 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// A line, its ids, its labels and the lengths of its documents.
+    type Case<'a> = (&'a str, &'a [u32], &'a [i64], &'a [usize]);
+
     fn parse(line: &str) -> Result<Sample, LineProblem> {
         parse_tokenized(line.as_bytes(), 4, &mut Notes::default())
     }
 
     #[test]
     fn masks_and_positions_say_what_is_trained() {
-        let all: [(&str, &[u32], &[i64], &[usize]); 9] = [
+        let all: [Case; 9] = [
             (r#"{"input_ids": [1, 2, 3]}"#, &[1, 2, 3], &[1, 2, 3], &[3]),
             (r#"{"input_ids": [1, 2], "labels": [-100, 3], "id": "x"}"#, &[1, 2], &[-100, 3], &[2]),
             (r#"{"input_ids": [1, 2, 0, 0], "attention_mask": [1, 1, 0, 0]}"#, &[1, 2], &[1, 2], &[2]),
