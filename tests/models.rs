@@ -43,7 +43,7 @@ impl Write for Warnings {
     }
 }
 
-/// What `work` gives, and the text of its warnings.
+/// Result of `work`, and the text of its warnings.
 fn with_warnings<T>(work: impl FnOnce() -> T) -> (T, String) {
     let warnings = Warnings::default();
     let sink = warnings.clone();

@@ -140,8 +140,8 @@ pub fn harmless(field: &str) -> Option<&'static str> {
 
 /// Refuses fields of `map` that `family` does not know, or whose value needs what is not built.
 pub(super) fn check(path: &Path, map: &Map<String, Value>, family: &Family) -> Result<(), ConfigError> {
-    let quantized = QUANTIZED.iter().find_map(|field| Some((*field, map.get(*field)?)));
-    if let Some((field, value)) = quantized.filter(|(_, value)| !value.is_null()) {
+    let given = |field: &'static str| Some((field, map.get(field).filter(|value| !value.is_null())?));
+    if let Some((field, value)) = QUANTIZED.iter().find_map(|field| given(field)) {
         let method = value.get("quant_method").and_then(Value::as_str).unwrap_or("quantized").to_owned();
         return Err(ConfigError::Quantized { path: path.to_owned(), field, method });
     }
