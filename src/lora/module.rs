@@ -206,12 +206,12 @@ impl Stack {
         };
         let [a, d_a] = of(Factor::A, self.entry_of_a())?;
         let gradient = AdapterGradient { a: d_a, b: Vec::new() };
-        let mut adapter = BoundAdapter { a, parts: Vec::new(), scaling, gradient };
+        let mut adapter = BoundAdapter { a, parts: Vec::new(), gradient };
         for (i, site) in self.sites.iter().enumerate() {
             let [b, d_b] = of(Factor::B, self.entry_of_b(i))?;
             let (out, rank) = (site.first as i64, self.rank as i64);
             let ranks = i as i64 * rank..(i as i64 + 1) * rank;
-            adapter.parts.push(Part { out: out..out + site.output() as i64, ranks, b });
+            adapter.parts.push(Part { out: out..out + site.output() as i64, ranks, scaling, b });
             adapter.gradient.b.push(d_b);
         }
         Ok(adapter)
