@@ -22,7 +22,7 @@ use crate::{
     device::Memory,
     dtype::DType,
     error::{Error, Result},
-    lora::{AdapterPlan, LoraShape, Site, targets},
+    lora::{AdapterPlan, LoraShape, LoraShapes, Site, targets},
     mesh::{Mesh, MeshSizes},
     model::{
         ModelSpec,
@@ -65,6 +65,8 @@ pub struct Run {
     pub(super) mesh: Mesh,
     pub(super) spec: ModelSpec,
     pub(super) sites: Vec<Site>,
+    /// Ranks and scales of the sites: the configuration's, or those of the adapter that the run starts from.
+    pub(super) shapes: LoraShapes,
     pub(super) source: Box<dyn WeightSource>,
     pub(super) dataset: Arc<Dataset>,
     pub(super) batches: BatchSchedule,
@@ -136,12 +138,15 @@ impl Run {
             return Err(refused("data", &format!("{rows} rows make no step of {global_batch} rows")));
         }
         let run_dir = train.output_dir.join("weights").join(&train.run_id);
+        let lora = &config.lora;
+        let shape = LoraShape { rank: lora.lora_rank, alpha: lora.lora_alpha, use_rslora: lora.use_rslora };
         Ok(Self {
             config,
             places: loaded.places,
             mesh,
             spec,
             sites,
+            shapes: shape.into(),
             source,
             dataset: Arc::new(dataset),
             batches,
@@ -160,7 +165,7 @@ impl Run {
 
     /// Mesh, data, steps and trainable parameters in one line, for the log.
     pub fn summary(&self) -> String {
-        let counts = targets::parameters_by_name(&self.sites, self.config.lora.lora_rank);
+        let counts = targets::parameters_by_name(&self.sites, &self.shapes);
         let total: usize = counts.values().sum();
         let counts: Vec<String> = counts.iter().map(|(name, count)| format!("{name} {count}")).collect();
         let begins = match self.resumed() {
@@ -213,12 +218,8 @@ impl Run {
     pub(super) fn plans(&self) -> Result<(BasePlan, AdapterPlan)> {
         let options = self.options();
         let base = BasePlan::new(&self.spec, &options, &self.mesh, 0)?;
-        let adapter = base.adapter(&self.sites, self.lora_shape(), &options, &self.mesh);
+        let adapter = base.adapter(&self.sites, &self.shapes, &options, &self.mesh);
         Ok((base, adapter))
-    }
-
-    fn lora_shape(&self) -> LoraShape {
-        LoraShape { rank: self.config.lora.lora_rank, alpha: self.config.lora.lora_alpha }
     }
 
     /// Builds this rank's part of the model and trains it to the end, or until `stop` is asked for on any rank.
@@ -232,7 +233,7 @@ impl Run {
         model.load(self.source.as_ref())?;
         groups.open(self.spec.moe().is_some())?;
         tracing::info!("rank {} read {} bytes of the base", world.rank(), self.source.bytes_read());
-        let mut adapter = model.new_adapter(&self.sites, self.lora_shape());
+        let mut adapter = model.new_adapter(&self.sites, self.shapes.clone());
         let mut optimizer = Optimizer::new(&Settings::from(train), adapter.pieces());
         // Values are dropped once they are in place: they are as large as the adapter and its moments.
         match &mut self.start {
