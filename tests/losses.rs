@@ -24,7 +24,7 @@ fn model() -> (Transformer, Adapter) {
     let sites = resolve(&all_projections(&spec), Some(&case.targets), &[]).unwrap();
     let mut model = Transformer::new(spec, case.options(), &ProcessGroups::alone()).unwrap();
     load(&mut model, Data::Random);
-    let mut adapter = model.new_adapter(&sites, LoraShape { rank: 3, alpha: 6.0 });
+    let mut adapter = model.new_adapter(&sites, LoraShape::new(3, 6.0));
     adapter.init(3, 0.05).unwrap();
     (model, adapter)
 }

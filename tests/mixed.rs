@@ -97,7 +97,7 @@ fn pass(
     let mut adapters: Vec<Adapter> = of_pass
         .iter()
         .map(|&index| {
-            let shape = LoraShape { rank: ADAPTERS[index].0, alpha: ADAPTERS[index].1 };
+            let shape = LoraShape::new(ADAPTERS[index].0, ADAPTERS[index].1);
             let mut adapter = model.new_adapter(&sites(index), shape);
             adapter.init(7 + index as u64, 0.05).unwrap();
             adapter

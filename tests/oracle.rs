@@ -10,7 +10,7 @@ use serde_json::Value;
 use std::{collections::HashMap, path::Path, process::Command};
 use tch::{Device, Tensor};
 use xorl_dist::{
-    checkpoint::peft,
+    checkpoint::peft::AdapterFolder,
     comm::World,
     config::{CheckpointingMethod, TrainArgs},
     lora::{Adapter, LoraShape, Site},
@@ -27,9 +27,14 @@ use xorl_dist::{
     weights::{SafetensorsSource, validate},
 };
 
+/// The one rank and scale of a run.
+fn shape(run: &Value) -> LoraShape {
+    LoraShape::new(run["rank"].as_u64().unwrap() as usize, run["alpha"].as_f64().unwrap())
+}
+
 /// An adapter, or its gradient, by logical parameter.
 fn adapter(directory: &Path, sites: &[Site], run: &Value) -> HashMap<String, Vec<f32>> {
-    peft::read_values(directory, sites, run["rank"].as_u64().unwrap() as usize).unwrap()
+    AdapterFolder::open(directory).unwrap().values(sites, &shape(run).into()).unwrap()
 }
 
 fn integers(value: &Value) -> Vec<i64> {
@@ -59,13 +64,12 @@ fn load(
     validate(&source, &hf.spec.tensors()).unwrap();
     let world = World::start().unwrap();
     let path = directory.join("adapter");
-    let config = peft::read_config(&path).unwrap();
-    let mut sites = peft::adapted_sites(&path, &config, &all_projections(&hf.spec)).unwrap();
+    let stored = AdapterFolder::open(&path).unwrap();
+    let mut sites = stored.sites(&all_projections(&hf.spec));
+    let lora = stored.shapes(&sites).unwrap();
     if directory.to_string_lossy().contains("hybrid") {
         sites = sites.into_iter().map(Site::hybrid).collect();
     }
-    let lora =
-        LoraShape { rank: run["rank"].as_u64().unwrap() as usize, alpha: run["alpha"].as_f64().unwrap() };
     let options =
         Options { merge, vocab_chunk_rows: 400, loss_chunk_tokens: 16, checkpointing, ..Options::default() };
     let groups = ProcessGroups::one_block(&world);

@@ -10,9 +10,8 @@ use serde_json::{Value, json};
 use std::{path::Path, process::Command};
 use tch::{Device, Tensor};
 use xorl_dist::{
-    checkpoint::peft,
+    checkpoint::peft::AdapterFolder,
     comm::World,
-    lora::LoraShape,
     model::{
         base_plan::{Options, all_projections},
         hf_config::HfModel,
@@ -65,14 +64,14 @@ fn peft_loss(folder: &Path, base: &Path, step: &str) -> f64 {
 fn our_logits_are_theirs(folder: &Path, step: &str) {
     let (directory, step) = (folder.join("model"), Path::new(step));
     let spec = HfModel::open(&directory).unwrap().spec;
-    let config = peft::read_config(step).unwrap();
-    let sites = peft::adapted_sites(step, &config, &all_projections(&spec)).unwrap();
-    let values = peft::read_values(step, &sites, config.r).unwrap();
+    let stored = AdapterFolder::open(step).unwrap();
+    let sites = stored.sites(&all_projections(&spec));
+    let shapes = stored.shapes(&sites).unwrap();
+    let values = stored.values(&sites, &shapes).unwrap();
     let options = Options { slots: 1, vocab_chunk_rows: 100, ..Options::default() };
     let groups = ProcessGroups::one_block(&World::start().unwrap());
-    let lora = LoraShape { rank: config.r, alpha: config.lora_alpha };
     let mut model = Transformer::new(spec, options, &groups).unwrap();
-    let mut adapter = model.new_adapter(&sites, lora);
+    let mut adapter = model.new_adapter(&sites, shapes);
     model.load(&SafetensorsSource::open(&directory).unwrap()).unwrap();
     adapter.set(|parameter, range| values[&parameter.name][range].to_vec()).unwrap();
     let bytes = std::fs::read(folder.join("logits.safetensors")).unwrap();

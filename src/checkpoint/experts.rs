@@ -10,6 +10,7 @@
 //! Independent adapters on gate and up are one of twice the rank: their A's one below the other, B block-diagonal.
 
 use super::LogicalAdapter;
+use crate::lora::{LoraShape, Site};
 use std::{
     collections::{BTreeMap, BTreeSet},
     ops::Range,
@@ -26,8 +27,8 @@ pub(super) struct Group {
     pub keys: [String; 2],
     members: Vec<Member>,
     experts: usize,
-    /// Rank of each adapter.
-    rank: usize,
+    /// Rank and scale of each adapter.
+    shape: LoraShape,
     input: usize,
     output: usize,
 }
@@ -66,7 +67,7 @@ pub(super) fn groups(adapters: &[LogicalAdapter]) -> Vec<Group> {
                 keys: Default::default(),
                 members: vec![member],
                 experts,
-                rank: adapter.rank,
+                shape: adapter.shape,
                 input: adapter.input,
                 output,
             }),
@@ -75,12 +76,24 @@ pub(super) fn groups(adapters: &[LogicalAdapter]) -> Vec<Group> {
     let with_down: Vec<String> =
         groups.iter().filter(|group| group.parameter == DOWN).map(|group| group.parent.clone()).collect();
     for group in &mut groups {
-        let inner =
-            if group.parameter == GATE_UP && with_down.contains(&group.parent) { ".base_layer" } else { "" };
-        let parent = format!("base_model.model.model.{}{inner}", group.parent);
-        group.keys = ["lora_A", "lora_B"].map(|factor| format!("{parent}.{factor}.weight"));
+        let is_inner = group.parameter == GATE_UP && with_down.contains(&group.parent);
+        group.keys = keys(&format!("model.{}", group.parent), is_inner);
     }
     groups
+}
+
+/// Keys of lora_A and lora_B on a parameter of the experts `parent`, in the inner wrapper or in the outer.
+pub(super) fn keys(parent: &str, is_inner: bool) -> [String; 2] {
+    let inner = if is_inner { ".base_layer" } else { "" };
+    ["lora_A", "lora_B"].map(|factor| format!("base_model.model.{parent}{inner}.{factor}.weight"))
+}
+
+/// True if `b` `[rows, columns]`, lora_B of gate and up of `experts` experts, has the first half of the ranks for gate
+/// alone and the second for up alone.
+pub(super) fn is_in_blocks(b: &[f32], rows: usize, columns: usize, experts: usize) -> bool {
+    let halves = |place: usize, all: usize| 2 * place < all;
+    let own = |at: usize| halves(at / columns, rows) == halves(at % columns / experts, columns / experts);
+    b.iter().enumerate().all(|(at, &value)| value == 0.0 || own(at))
 }
 
 /// The names in `target_parameters` for `groups`. A name without a layer means every layer, and a wrapper too many
@@ -94,29 +107,32 @@ pub(super) fn parameters(groups: &[Group]) -> BTreeSet<String> {
     groups.iter().map(name).collect()
 }
 
-/// The patterns of the `groups` in which PEFT sees several adapters as one, with the factor of its rank and alpha: the
-/// count of these adapters.
-pub(super) fn patterns(groups: &[Group]) -> BTreeMap<String, usize> {
+/// The patterns of the `groups` that PEFT sees with another shape than `common`, with that shape. Several adapters are
+/// one to PEFT; their pattern is of a form by which [`matches`] knows them.
+pub(super) fn patterns(groups: &[Group], common: LoraShape) -> BTreeMap<String, LoraShape> {
     let gate_up = || groups.iter().filter(|group| group.parameter == GATE_UP);
-    let several = gate_up().filter(|group| group.members.len() > 1);
-    if several.clone().count() == gate_up().count() {
-        return several.map(|group| (EVERY_GATE_UP.to_owned(), group.members.len())).collect();
-    }
-    several.map(|group| (group.path().replace('.', r"\."), group.members.len())).collect()
+    let alike = gate_up().all(|group| group.members.len() > 1 && group.whole() == groups[0].whole());
+    let differing = groups.iter().filter(|group| group.whole() != common);
+    let pattern = |group: &Group| match group.members.len() {
+        1 => format!("model.{}", group.path()).replace('.', r"\."),
+        _ if alike => EVERY_GATE_UP.to_owned(),
+        _ => group.path().replace('.', r"\."),
+    };
+    differing.map(|group| (pattern(group), group.whole())).collect()
 }
 
 /// The pattern of the fused gate and up of all layers' experts.
 const EVERY_GATE_UP: &str = r".*experts\.gate_up_proj";
 
-/// True for a pattern that [`patterns`] writes.
-pub(super) fn is_pattern(pattern: &str) -> bool {
-    pattern.ends_with(r"experts\.gate_up_proj")
-}
-
-/// True if `pattern` matches the fused gate and up of the experts `parent`, a dotted path.
+/// True if `pattern` is what [`patterns`] writes for independent gate and up of the experts `parent`, a dotted path.
 pub(super) fn matches(pattern: &str, parent: &str) -> bool {
     let path = format!("{parent}.{GATE_UP}").replace('.', r"\.");
     pattern == EVERY_GATE_UP || path.ends_with(&format!(r"\.{pattern}"))
+}
+
+/// The dotted path of the parameter that `site` of a layer's experts is a part of.
+pub(super) fn parameter_of(site: &Site) -> String {
+    format!("{}.{}", site.parent, if site.name == DOWN { DOWN } else { GATE_UP })
 }
 
 impl Group {
@@ -125,9 +141,14 @@ impl Group {
         format!("{}.{}", self.parent, self.parameter)
     }
 
+    /// Rank and scale of all its adapters as one.
+    fn whole(&self) -> LoraShape {
+        self.shape.of_rank(self.ranks())
+    }
+
     /// Ranks of an expert, summed over its adapters.
     pub fn ranks(&self) -> usize {
-        self.members.len() * self.rank
+        self.members.len() * self.shape.rank
     }
 
     /// Shapes of lora_A and lora_B.
@@ -138,7 +159,7 @@ impl Group {
 
     /// Values of lora_A and lora_B.
     pub fn fuse(&self, adapters: &[LogicalAdapter]) -> [Vec<f32>; 2] {
-        let a_size = self.rank * self.input;
+        let a_size = self.shape.rank * self.input;
         let mut a = Vec::with_capacity(self.experts * self.members.len() * a_size);
         for expert in 0..self.experts {
             for member in &self.members {
@@ -153,12 +174,12 @@ impl Group {
     /// Fills the adapters from lora_A and lora_B of the right shapes. Returns a value that belongs to none of them, if
     /// there is one.
     pub fn split(&self, a: &[f32], b: &[f32], adapters: &mut [LogicalAdapter]) -> Option<f32> {
-        let a_size = self.rank * self.input;
+        let a_size = self.shape.rank * self.input;
         for (place, part) in a.chunks_exact(a_size).enumerate() {
             adapters[self.members[place % self.members.len()].index].a.extend_from_slice(part);
         }
         for member in &self.members {
-            adapters[member.index].b = vec![0.0; self.experts * member.rows.len() * self.rank];
+            adapters[member.index].b = vec![0.0; self.experts * member.rows.len() * self.shape.rank];
         }
         let mut rest = b.to_vec();
         self.each_of_b(|at, member, to| adapters[member].b[to] = std::mem::take(&mut rest[at]));
@@ -171,9 +192,9 @@ impl Group {
         for (place, Member { index, rows }) in self.members.iter().enumerate() {
             for expert in 0..self.experts {
                 for (row, at_row) in rows.clone().enumerate() {
-                    for rank in 0..self.rank {
-                        let column = (place * self.rank + rank) * self.experts + expert;
-                        let own = (expert * rows.len() + row) * self.rank + rank;
+                    for rank in 0..self.shape.rank {
+                        let column = (place * self.shape.rank + rank) * self.experts + expert;
+                        let own = (expert * rows.len() + row) * self.shape.rank + rank;
                         each(at_row * columns + column, *index, own);
                     }
                 }
@@ -195,7 +216,7 @@ mod tests {
         LogicalAdapter {
             parent: "model.layers.1.mlp.experts".into(),
             leaves,
-            rank: 2,
+            shape: LoraShape::new(2, 4.0),
             input,
             experts: Some(3),
             names: MoeNames::MLP,
@@ -265,7 +286,10 @@ mod tests {
         let alike: Vec<_> = [1, 11].iter().flat_map(|&l| both.iter().map(move |a| in_layer(l, a))).collect();
         let groups = groups(&alike);
         assert_eq!(parameters(&groups).into_iter().collect::<Vec<_>>(), ["mlp.experts.gate_up_proj"]);
-        assert_eq!(patterns(&groups).into_iter().collect::<Vec<_>>(), [(EVERY_GATE_UP.to_owned(), 2)]);
+        let twice = LoraShape::new(4, 8.0);
+        let patterns =
+            |groups: &[Group]| patterns(groups, LoraShape::new(2, 4.0)).into_iter().collect::<Vec<_>>();
+        assert_eq!(patterns(&groups), [(EVERY_GATE_UP.to_owned(), twice)]);
 
         let down = adapter(&[("down_proj", 3)], 2, 9.0);
         let differ =
@@ -274,9 +298,9 @@ mod tests {
         let names: Vec<_> = parameters(&groups).into_iter().collect();
         let [gate_up, other] = ["layers.1.mlp.experts.gate_up_proj", "layers.11.mlp.experts.gate_up_proj"];
         assert_eq!(names, [gate_up, "layers.11.mlp.experts.down_proj", other]);
-        let patterns: Vec<_> = patterns(&groups).into_iter().collect();
-        assert_eq!(patterns, [(gate_up.replace('.', r"\."), 2)]);
-        assert!(matches(&patterns[0].0, "model.layers.1.mlp.experts") && is_pattern(&patterns[0].0));
+        let patterns = patterns(&groups);
+        assert_eq!(patterns, [(gate_up.replace('.', r"\."), twice)]);
+        assert!(matches(&patterns[0].0, "model.layers.1.mlp.experts"));
         assert!(!matches(&patterns[0].0, "model.layers.11.mlp.experts"));
     }
 

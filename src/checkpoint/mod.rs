@@ -1,15 +1,19 @@
 //! Checkpoints: files of a run that another program or a resume reads. Plain slices and paths: no ranks, no tensors.
 //!
-//! - [`peft`]: adapter files; `stored` and `experts` lay out their tensors
+//! - [`peft`]: adapter files; [`adapter_config`] reads what they say of themselves, `adapter_file` and `pickle` their
+//!   tensors, which `stored` and `experts` lay out
 //! - [`state`]: training state by name; [`reshard`]: its pieces for another world
 //! - [`base`]: the base in HF layout
 //! - [`publish`]: a step becomes visible whole or not at all; [`steps`]: the steps of a run
 //! - [`output`]: the lock on the output directory
 
+pub mod adapter_config;
+mod adapter_file;
 pub mod base;
 mod experts;
 pub mod output;
 pub mod peft;
+mod pickle;
 pub mod publish;
 pub mod reshard;
 pub mod state;
@@ -18,7 +22,8 @@ mod stored;
 
 use std::path::{Path, PathBuf};
 
-pub use peft::{AdapterConfig, LogicalAdapter};
+pub use adapter_config::AdapterConfig;
+pub use peft::LogicalAdapter;
 pub use publish::StepWriter;
 pub use state::TrainerState;
 
@@ -29,8 +34,8 @@ pub enum CheckpointError {
     Io { path: PathBuf, error: std::io::Error },
     #[error("{path}: {reason}")]
     Format { path: PathBuf, reason: String },
-    #[error("{path}: {field} is {found}; only {supported} is built")]
-    NotBuilt { path: PathBuf, field: &'static str, found: String, supported: &'static str },
+    #[error("{path}: {field} is {found}, which is not built: {remedy}")]
+    NotBuilt { path: PathBuf, field: String, found: String, remedy: &'static str },
     #[error("{path}: the adapter does not fit the run: {reason}")]
     Mismatch { path: PathBuf, reason: String },
     #[error("{path} is published already; a published step is never replaced")]

@@ -2,44 +2,24 @@
 //! also for fused targets. Adapters of routed experts are stored as `target_parameters` (see `experts`), or in a form
 //! of serving stacks (see `stored`).
 
-use super::{CheckpointError, experts, io, stored::Layout};
+use super::{
+    CheckpointError,
+    adapter_config::{AdapterConfig, CONFIG_FILE, Names, read_config},
+    adapter_file::{AdapterFile, Entry, WEIGHTS_FILE},
+    experts, io,
+    stored::Layout,
+};
 use crate::{
     config::ExportFormat,
-    lora::{Factor, MoeNames, Site, targets::Projection},
+    lora::{Factor, LoraShape, LoraShapes, MoeNames, Site, targets::Projection},
 };
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::{
     borrow::Cow,
     collections::{BTreeMap, BTreeSet, HashMap},
     path::Path,
 };
-
-pub const CONFIG_FILE: &str = "adapter_config.json";
-pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
-
-/// The fields of PEFT's adapter_config.json that this program computes.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct AdapterConfig {
-    pub r: usize,
-    pub lora_alpha: f64,
-    #[serde(default)]
-    pub target_modules: Vec<String>,
-    /// Parameters that are adapted as a whole: those of fused experts.
-    #[serde(default, deserialize_with = "null_is_empty")]
-    pub target_parameters: Vec<String>,
-    /// r of the modules that a pattern matches.
-    #[serde(default)]
-    pub rank_pattern: BTreeMap<String, usize>,
-    #[serde(default)]
-    pub alpha_pattern: BTreeMap<String, f64>,
-    pub base_model_name_or_path: Option<String>,
-}
-
-fn null_is_empty<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
-    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
-}
 
 /// One adapter as a run trains it: an independent leaf, or a fused target of several leaves with one A.
 #[derive(Clone, Debug, PartialEq)]
@@ -48,7 +28,7 @@ pub struct LogicalAdapter {
     pub parent: String,
     /// Leaves with their widths, in the order of B's rows.
     pub leaves: Vec<(String, usize)>,
-    pub rank: usize,
+    pub shape: LoraShape,
     pub input: usize,
     /// Count of experts with such an adapter each: the leading dimension of A and B.
     pub experts: Option<usize>,
@@ -64,13 +44,13 @@ pub struct LogicalAdapter {
 
 impl LogicalAdapter {
     /// The adapter of `site`, without values.
-    pub fn of(site: &Site, rank: usize) -> Self {
+    pub fn of(site: &Site, shape: LoraShape) -> Self {
         let leaves = site.leaves.iter().map(|(leaf, width)| (leaf.to_string(), *width)).collect();
         let (a, b) = (Vec::new(), Vec::new());
         let experts = site.experts.map(|experts| experts.count);
         let names = site.experts.map_or(MoeNames::MLP, |experts| experts.names);
         let (parent, shared) = (site.parent.clone(), site.shared);
-        Self { parent, leaves, rank, input: site.input, experts, names, shared, a, b }
+        Self { parent, leaves, shape, input: site.input, experts, names, shared, a, b }
     }
 
     /// Rows of B.
@@ -80,40 +60,51 @@ impl LogicalAdapter {
 }
 
 impl AdapterConfig {
-    /// The configuration of `adapters` in `format`, with their targets and patterns.
+    /// The configuration of `adapters` in `format`, with their targets, and patterns for those that differ from
+    /// `common`.
     pub fn new(
-        r: usize,
-        lora_alpha: f64,
+        common: LoraShape,
         base: Option<String>,
         adapters: &[LogicalAdapter],
         format: ExportFormat,
     ) -> Self {
         let groups = groups_of(adapters, format);
         let (mut modules, mut parameters) = (BTreeSet::new(), BTreeSet::new());
+        let mut patterns = experts::patterns(&groups, common);
         let as_modules =
             |adapter: &&LogicalAdapter| adapter.experts.is_none() || format != ExportFormat::Peft;
         for adapter in adapters.iter().filter(as_modules) {
+            // PEFT drops MLPs that are targeted as modules beside fused experts: parameters of the experts have the
+            // same leaf names.
+            let as_parameters = adapter.parent.split_once(".mlp").filter(|_| !groups.is_empty());
             for (leaf, _) in &adapter.leaves {
-                match adapter.parent.split_once(".mlp") {
-                    // PEFT drops MLPs that are targeted as modules beside fused experts: parameters of the experts
-                    // have the same leaf names.
-                    Some((_, rest)) if !groups.is_empty() => {
-                        parameters.insert(format!("mlp{rest}.{leaf}.weight"))
-                    }
-                    _ if adapter.experts.is_some() => modules.insert(adapter.names.leaf(leaf).to_owned()),
-                    _ => modules.insert(leaf.clone()),
+                match as_parameters {
+                    Some((_, rest)) => parameters.insert(format!("mlp{rest}.{leaf}.weight")),
+                    None if adapter.experts.is_some() => modules.insert(adapter.names.leaf(leaf).to_owned()),
+                    None => modules.insert(leaf.clone()),
                 };
+            }
+            if adapter.shape != common {
+                let suffix = if as_parameters.is_some() { ".weight" } else { "" };
+                let stored = Layout::from(format).tensors(adapter);
+                let paths = stored.iter().map(|stored| format!("{}{suffix}", stored.module()));
+                patterns.extend(paths.map(|path| (path.replace('.', r"\."), adapter.shape)));
             }
         }
         parameters.extend(experts::parameters(&groups));
-        let patterns = experts::patterns(&groups);
+        let ranks = patterns.iter().filter(|(_, shape)| shape.rank != common.rank);
+        let alphas = patterns.iter().filter(|(_, shape)| shape.alpha != common.alpha);
         Self {
-            r,
-            lora_alpha,
-            target_modules: modules.into_iter().collect(),
+            r: common.rank,
+            lora_alpha: common.alpha,
+            use_rslora: common.use_rslora,
+            target_modules: Names::Ends(modules.into_iter().collect()),
+            exclude_modules: None,
+            layers_to_transform: None,
+            layers_pattern: None,
             target_parameters: parameters.into_iter().collect(),
-            rank_pattern: patterns.iter().map(|(name, n)| (name.clone(), n * r)).collect(),
-            alpha_pattern: patterns.into_iter().map(|(name, n)| (name, n as f64 * lora_alpha)).collect(),
+            rank_pattern: ranks.map(|(pattern, shape)| (pattern.clone(), shape.rank.into())).collect(),
+            alpha_pattern: alphas.map(|(pattern, shape)| (pattern.clone(), shape.alpha.into())).collect(),
             base_model_name_or_path: base,
         }
     }
@@ -192,7 +183,7 @@ fn check_written(
         count += match (adapter.experts, format) {
             (Some(_), ExportFormat::Peft) => 0,
             _ => {
-                adapter.rank
+                adapter.shape.rank
                     * (copies(Factor::A) * parts * adapter.input + copies(Factor::B) * adapter.output())
             }
         };
@@ -232,102 +223,296 @@ fn tensors(adapters: &[LogicalAdapter], format: ExportFormat) -> Vec<(String, Ve
     tensors
 }
 
-/// Reads adapter_config.json.
-///
-/// # Errors
-/// A setting that changes the maths and is not built.
-pub fn read_config(directory: &Path) -> Result<AdapterConfig, CheckpointError> {
-    let path = directory.join(CONFIG_FILE);
-    let text = std::fs::read_to_string(&path).map_err(io(&path))?;
-    let format = |reason: String| CheckpointError::Format { path: path.clone(), reason };
-    let json: Value = serde_json::from_str(&text).map_err(|error| format(error.to_string()))?;
-    let neutral = |field: &'static str, supported: &'static str, allowed: &[Value]| {
-        let value = &json[field];
-        if value.is_null() || allowed.contains(value) {
-            return Ok(());
-        }
-        Err(CheckpointError::NotBuilt { path: path.clone(), field, found: value.to_string(), supported })
-    };
-    neutral("peft_type", "LORA", &["LORA".into()])?;
-    neutral("bias", "none", &["none".into()])?;
-    for field in ["use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"] {
-        neutral(field, "false", &[false.into()])?;
-    }
-    // Independent adapters on gate and up of experts are stored as one of twice the rank and the same scale.
-    for (field, of) in [("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")] {
-        let twice = json[of].as_f64().map(|value| 2.0 * value);
-        let ours =
-            |(pattern, value): (&String, &Value)| experts::is_pattern(pattern) && value.as_f64() == twice;
-        let ours = json[field].as_object().is_some_and(|map| map.iter().all(ours));
-        let allowed = if ours { json[field].clone() } else { Value::Null };
-        neutral(field, "one rank and alpha for all", &[allowed])?;
-    }
-    for field in ["modules_to_save", "trainable_token_indices"] {
-        neutral(field, "none", &[serde_json::json!([])])?;
-    }
-    serde_json::from_value(json).map_err(|error| format(error.to_string()))
+/// A stored adapter, its files read.
+pub struct AdapterFolder {
+    config: AdapterConfig,
+    file: AdapterFile,
+    layout: Layout,
 }
 
-/// Fills A and B of `adapters` from the adapter in `directory`, in any format. Every key must be there, in shape, and
-/// no other. Leaves of a fused target need the same A, bit for bit.
-pub fn read(directory: &Path, adapters: &mut [LogicalAdapter]) -> Result<(), CheckpointError> {
-    let path = directory.join(WEIGHTS_FILE);
-    let bytes = std::fs::read(&path).map_err(io(&path))?;
-    let format = |reason: String| CheckpointError::Format { path: path.clone(), reason };
-    let file = SafeTensors::deserialize(&bytes).map_err(|error| format(error.to_string()))?;
-    let mut surplus: BTreeSet<String> = file.names().into_iter().map(|name| name.to_owned()).collect();
-    let mut faults = Vec::new();
-    let layout = Layout::of(file.names());
-    let mut take = |key: &str, shape: &[usize], faults: &mut Vec<String>| {
-        surplus.remove(key);
-        let Ok(view) = file.tensor(key) else {
-            faults.push(format!("{key} is missing"));
+impl AdapterFolder {
+    /// Reads the adapter in `directory`, in any format.
+    ///
+    /// # Errors
+    /// Files that cannot be read, and a configuration that is not built.
+    pub fn open(directory: &Path) -> Result<Self, CheckpointError> {
+        let config = read_config(directory)?;
+        let file = AdapterFile::open(directory)?;
+        let layout = Layout::of(file.keys());
+        Ok(Self { config, file, layout })
+    }
+
+    pub fn config(&self) -> &AdapterConfig {
+        &self.config
+    }
+
+    fn mismatch(&self, reason: String) -> CheckpointError {
+        CheckpointError::Mismatch { path: self.file.path.clone(), reason }
+    }
+
+    /// The sites on `projections` that the adapter adapts, by the keys of its file. Keys of experts in PEFT's format
+    /// name no targets, so `target_parameters` does. Gate and up of one rank are one adapter on both.
+    pub fn sites(&self, projections: &[Projection]) -> Vec<Site> {
+        let sites = projections.iter().flat_map(|projection| {
+            let leaves = projection.leaf_sites().into_iter().map(|site| (site, true));
+            leaves.chain(projection.fused_site().map(|site| (site, false)))
+        });
+        sites.filter_map(|(site, is_leaf)| self.adapted(site, is_leaf)).collect()
+    }
+
+    /// `site`, a leaf or a fused target, as the file has it.
+    fn adapted(&self, site: Site, is_leaf: bool) -> Option<Site> {
+        if !self.is_parameter(&site) {
+            let tensors = self.layout.tensors(&LogicalAdapter::of(&site, self.config.shape()));
+            let mut found = tensors.iter().filter_map(|stored| self.file.get(&stored.key)).peekable();
+            // A factor that all experts share is stacked with a leading dimension of 1.
+            let one = |entry: &Entry| entry.shape.len() == 3 && entry.shape[0] == 1;
+            let shares = site.experts.is_some() && (self.layout.shared_once || found.clone().any(one));
+            let adapted = is_leaf && found.peek().is_some();
+            return adapted.then(|| if shares { site.hybrid() } else { site });
+        }
+        let independent = self.config.rank_pattern.keys().any(|p| experts::matches(p, &site.parent))
+            && self.is_in_blocks(&site);
+        let ours = if site.name == "down_proj" { is_leaf } else { is_leaf == independent };
+        (ours && self.config.targets_parameter(&experts::parameter_of(&site))).then_some(site)
+    }
+
+    /// True if B of the fused gate and up of `site`'s experts has a rank for one of them alone.
+    fn is_in_blocks(&self, site: &Site) -> bool {
+        let entry = self.file.get(&self.keys(site)[1]);
+        let values = entry.and_then(|entry| Some((self.file.floats(entry)?, entry.shape.as_slice())));
+        match (values, site.experts) {
+            (Some((b, &[rows, columns])), Some(experts)) => {
+                experts::is_in_blocks(&b, rows, columns, experts.count)
+            }
+            // The reader says what is wrong with it.
+            _ => true,
+        }
+    }
+
+    /// Keys of lora_A and lora_B on the parameter of `site`'s experts: gate and up are in the inner wrapper of two.
+    fn keys(&self, site: &Site) -> [String; 2] {
+        let has_down = self.config.targets_parameter(&format!("{}.down_proj", site.parent));
+        experts::keys(&site.parent, has_down && site.name != "down_proj")
+    }
+
+    /// True for experts that the file has as fused parameters.
+    fn is_parameter(&self, site: &Site) -> bool {
+        site.experts.is_some() && self.layout.format == ExportFormat::Peft
+    }
+
+    /// Ranks and scales of `sites`, as PEFT would have them.
+    ///
+    /// # Errors
+    /// Tensors in the file that PEFT does not read, because the configuration names other targets, and sites of which
+    /// parts have other ranks or scales.
+    pub fn shapes(&self, sites: &[Site]) -> Result<LoraShapes, CheckpointError> {
+        let mut shapes = LoraShapes::from(self.config.shape());
+        let patterns = self.config.patterns();
+        let mut untargeted = Vec::new();
+        for site in sites {
+            let modules = self.modules(site, &mut untargeted)?;
+            let mut all = modules.iter().map(|module| patterns.shape_of(module));
+            let Some(shape) = all.next() else { continue };
+            if all.any(|other| other != shape) {
+                let reason = format!(
+                    "the parts of {} differ in rank or alpha; adapt each by its own name",
+                    site.path()
+                );
+                return Err(self.mismatch(reason));
+            }
+            let own = self.share_of(site, sites, shape)?;
+            if own != shapes.common {
+                shapes.by_site.insert(site.path(), own);
+            }
+        }
+        if untargeted.is_empty() {
+            return Ok(shapes);
+        }
+        Err(self.mismatch(format!(
+            "{} in the file, but no target by target_modules, exclude_modules, layers_to_transform and \
+             target_parameters of {CONFIG_FILE}: PEFT would leave that out; mend them, or take the tensors out",
+            listed(&untargeted, "is", "are")
+        )))
+    }
+
+    /// The modules or parameters of `site` by PEFT's names. Those that the file has and the configuration does not
+    /// target go to `untargeted`.
+    fn modules(&self, site: &Site, untargeted: &mut Vec<String>) -> Result<Vec<String>, CheckpointError> {
+        if self.is_parameter(site) {
+            let parameter = experts::parameter_of(site);
+            let in_file = self.file.get(&self.keys(site)[0]).is_some();
+            if in_file && !self.config.targets_parameter(&parameter) {
+                untargeted.push(parameter.clone());
+            }
+            return Ok(vec![parameter]);
+        }
+        let tensors = self.layout.tensors(&LogicalAdapter::of(site, self.config.shape()));
+        let mut modules: Vec<String> = Vec::new();
+        for stored in tensors {
+            let (path, parameter) = (stored.module().to_owned(), format!("{}.weight", stored.module()));
+            let is_parameter = self.config.targets_parameter(&parameter);
+            if is_parameter && self.config.targets(&path) {
+                let reason =
+                    format!("{path} is a target in target_modules and in target_parameters; name it once");
+                return Err(self.mismatch(reason));
+            }
+            // PEFT has no names for experts that are apart or stacked.
+            let is_known = site.experts.is_some() || is_parameter || self.config.targets(&path);
+            if !is_known && self.file.get(&stored.key).is_some() && !untargeted.contains(&path) {
+                untargeted.push(path.clone());
+            }
+            modules.push(if is_parameter { parameter } else { path });
+        }
+        modules.dedup();
+        Ok(modules)
+    }
+
+    /// The shape of `site`, one of `sites`, where its module has `shape`: half the rank for gate or up of experts that
+    /// are stored as one.
+    fn share_of(&self, site: &Site, sites: &[Site], shape: LoraShape) -> Result<LoraShape, CheckpointError> {
+        let halves = ["gate_proj", "up_proj"];
+        let is_half = |other: &Site| other.parent == site.parent && halves.contains(&other.name);
+        if !self.is_parameter(site)
+            || !is_half(site)
+            || sites.iter().filter(|&other| is_half(other)).count() < 2
+        {
+            return Ok(shape);
+        }
+        if !shape.rank.is_multiple_of(2) {
+            let reason = format!("{} has rank {} for gate and up, which is odd", site.parent, shape.rank);
+            return Err(self.mismatch(reason));
+        }
+        let half = shape.of_rank(shape.rank / 2);
+        // Two roundings apart is the same scale.
+        let common = self.config.shape();
+        let is_common = half.rank == common.rank && (half.alpha / common.alpha - 1.0).abs() < 1e-14;
+        Ok(if is_common { common } else { half })
+    }
+
+    /// A and B by logical parameter name, for the adapters on `sites`; see [`adapters`] for the names. A factor that
+    /// experts share has to be the same for all of them, bit for bit.
+    ///
+    /// # Errors
+    /// See [`fill`](Self::fill).
+    pub fn values(
+        &self,
+        sites: &[Site],
+        shapes: &LoraShapes,
+    ) -> Result<HashMap<String, Vec<f32>>, CheckpointError> {
+        let mut adapters: Vec<_> =
+            sites.iter().map(|site| LogicalAdapter::of(site, shapes.of(site))).collect();
+        self.fill(&mut adapters)?;
+        let mut named = HashMap::new();
+        for (site, adapter) in sites.iter().zip(adapters) {
+            for (factor, values) in [(Factor::A, adapter.a), (Factor::B, adapter.b)] {
+                let experts = site.experts.map_or(1, |experts| experts.count);
+                let mut copies = values.chunks_exact((values.len() / experts).max(1));
+                let names = parameters(site, factor);
+                named.extend(names.iter().cloned().zip(copies.by_ref().map(<[f32]>::to_vec)));
+                if copies.any(|copy| copy != named[&names[0]]) {
+                    let reason = format!("{} differs between experts, but this run's share it", names[0]);
+                    return Err(self.mismatch(reason));
+                }
+            }
+        }
+        Ok(named)
+    }
+
+    /// Fills A and B of `adapters`.
+    ///
+    /// # Errors
+    /// A key that is missing, of another shape, or of no adapter; leaves of a fused target whose A's differ in a bit.
+    pub fn fill(&self, adapters: &mut [LogicalAdapter]) -> Result<(), CheckpointError> {
+        let mut taken = Taken::new(&self.file);
+        for group in groups_of(adapters, self.layout.format) {
+            let [shape_a, shape_b] = group.shapes();
+            let [key_a, key_b] = &group.keys;
+            let (a, b) = (taken.take(key_a, &shape_a), taken.take(key_b, &shape_b));
+            if let (Some(a), Some(b)) = (a, b)
+                && let Some(found) = group.split(&a, &b, adapters)
+            {
+                taken.faults.push(format!("{key_b} has {found} where no adapter of this run has an element"));
+            }
+        }
+        for adapter in adapters {
+            let tensors = self.layout.tensors(adapter);
+            if !tensors.is_empty() {
+                let (experts, rank) = (adapter.experts.unwrap_or(1), adapter.shape.rank);
+                adapter.a = vec![0.0; experts * rank * adapter.input];
+                adapter.b = vec![0.0; experts * adapter.output() * rank];
+            }
+            for stored in tensors {
+                let Some(values) = taken.take(&stored.key, &stored.shape) else { continue };
+                if stored.repeats && *stored.values(adapter) != *values {
+                    let key = &stored.key;
+                    taken.faults.push(format!(
+                        "{key} differs from its neighbours, but the target is fused and has one A"
+                    ));
+                }
+                stored.fill(&values, adapter);
+            }
+        }
+        taken.finish().map_err(|reason| self.mismatch(reason))
+    }
+}
+
+/// Tensors that were taken from a file, and what is wrong with it.
+struct Taken<'a> {
+    file: &'a AdapterFile,
+    surplus: BTreeSet<&'a str>,
+    missing: Vec<String>,
+    faults: Vec<String>,
+}
+
+impl<'a> Taken<'a> {
+    fn new(file: &'a AdapterFile) -> Self {
+        Self { file, surplus: file.keys().collect(), missing: Vec::new(), faults: Vec::new() }
+    }
+
+    /// The values of `key`, which has to have `shape`.
+    fn take(&mut self, key: &str, shape: &[usize]) -> Option<Vec<f32>> {
+        let Some(entry) = self.file.get(key) else {
+            self.missing.push(key.to_owned());
             return None;
         };
-        if view.shape() != shape {
-            faults.push(format!("{key} is {:?}, expected {shape:?}", view.shape()));
+        self.surplus.remove(key);
+        if entry.shape != shape {
+            self.faults.push(format!("{key} is {:?}, expected {shape:?}", entry.shape));
             return None;
         }
-        let values = floats(&view);
+        let values = self.file.floats(entry);
         if values.is_none() {
-            faults.push(format!("{key} is {:?}, expected F32, BF16 or F16", view.dtype()));
+            self.faults.push(format!("{key} is {:?}, expected F32, BF16 or F16", entry.dtype));
         }
         values
-    };
-    for group in groups_of(adapters, layout.format) {
-        let [shape_a, shape_b] = group.shapes();
-        let [key_a, key_b] = &group.keys;
-        let (a, b) = (take(key_a, &shape_a, &mut faults), take(key_b, &shape_b, &mut faults));
-        if let (Some(a), Some(b)) = (a, b)
-            && let Some(found) = group.split(&a, &b, adapters)
-        {
-            faults.push(format!("{key_b} has {found} where no adapter of this run has an element"));
-        }
     }
-    for adapter in adapters {
-        let tensors = layout.tensors(adapter);
-        if !tensors.is_empty() {
-            let experts = adapter.experts.unwrap_or(1);
-            adapter.a = vec![0.0; experts * adapter.rank * adapter.input];
-            adapter.b = vec![0.0; experts * adapter.output() * adapter.rank];
+
+    fn finish(self) -> Result<(), String> {
+        let mut parts = Vec::new();
+        if !self.missing.is_empty() {
+            parts.push(format!("{} missing", listed(&self.missing, "is", "are")));
         }
-        for stored in tensors {
-            let Some(values) = take(&stored.key, &stored.shape, &mut faults) else { continue };
-            if stored.repeats && *stored.values(adapter) != *values {
-                let key = &stored.key;
-                faults.push(format!(
-                    "{key} differs from its neighbours, but the target is fused and has one A"
-                ));
-            }
-            stored.fill(&values, adapter);
+        let surplus: Vec<String> = self.surplus.into_iter().map(str::to_owned).collect();
+        if !surplus.is_empty() {
+            parts.push(format!("{} surplus", listed(&surplus, "is", "are")));
         }
+        parts.extend(self.faults.iter().take(MOST).cloned());
+        if self.faults.len() > MOST {
+            parts.push(format!("{} more of this kind", self.faults.len() - MOST));
+        }
+        if parts.is_empty() { Ok(()) } else { Err(parts.join("; ")) }
     }
-    faults.extend(surplus.into_iter().map(|key| format!("{key} is surplus")));
-    if faults.is_empty() {
-        Ok(())
-    } else {
-        Err(CheckpointError::Mismatch { path, reason: faults.join("; ") })
-    }
+}
+
+/// Names that an error lists.
+const MOST: usize = 3;
+
+/// The first of `names`, the count of the others, and the verb for so many.
+fn listed(names: &[String], one: &str, several: &str) -> String {
+    let (first, rest) = names.split_at(names.len().min(MOST));
+    let more = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
+    format!("{}{more} {}", first.join(", "), if names.len() == 1 { one } else { several })
 }
 
 /// The adapters on `sites`, with the values that `value` returns for each logical parameter (`….q_proj.lora_A`, or
@@ -335,7 +520,7 @@ pub fn read(directory: &Path, adapters: &mut [LogicalAdapter]) -> Result<(), Che
 /// for each of them, which is exact.
 pub fn adapters(
     sites: &[Site],
-    rank: usize,
+    shapes: &LoraShapes,
     mut value: impl FnMut(&str) -> Option<Vec<f32>>,
 ) -> Vec<LogicalAdapter> {
     let mut all = |site: &Site, factor| -> Vec<f32> {
@@ -344,9 +529,9 @@ pub fn adapters(
         let values: Vec<f32> = names.iter().flat_map(|name| value(name).unwrap_or_default()).collect();
         values.repeat(copies)
     };
-    let with_values = |site| {
+    let with_values = |site: &Site| {
         let (a, b) = (all(site, Factor::A), all(site, Factor::B));
-        LogicalAdapter { a, b, ..LogicalAdapter::of(site, rank) }
+        LogicalAdapter { a, b, ..LogicalAdapter::of(site, shapes.of(site)) }
     };
     sites.iter().map(with_values).collect()
 }
@@ -360,84 +545,6 @@ fn parameters(site: &Site, factor: Factor) -> Vec<String> {
     (0..site.copies(factor)).map(|copy| format!("{}.{suffix}", site.path_of(factor, copy))).collect()
 }
 
-/// Reads A and B of the adapter in `directory` by logical parameter name, for the adapters on `sites`; see [`adapters`]
-/// for the names, and [`read`]. A factor that experts share has to be the same for all of them, bit for bit.
-pub fn read_values(
-    directory: &Path,
-    sites: &[Site],
-    rank: usize,
-) -> Result<HashMap<String, Vec<f32>>, CheckpointError> {
-    let mut adapters: Vec<_> = sites.iter().map(|site| LogicalAdapter::of(site, rank)).collect();
-    read(directory, &mut adapters)?;
-    let mut named = HashMap::new();
-    for (site, adapter) in sites.iter().zip(adapters) {
-        for (factor, values) in [(Factor::A, adapter.a), (Factor::B, adapter.b)] {
-            let experts = site.experts.map_or(1, |experts| experts.count);
-            let mut copies = values.chunks_exact((values.len() / experts).max(1));
-            let names = parameters(site, factor);
-            named.extend(names.iter().cloned().zip(copies.by_ref().map(<[f32]>::to_vec)));
-            if copies.any(|copy| copy != named[&names[0]]) {
-                let path = directory.join(WEIGHTS_FILE);
-                let reason = format!("{} differs between experts, but this run's share it", names[0]);
-                return Err(CheckpointError::Mismatch { path, reason });
-            }
-        }
-    }
-    Ok(named)
-}
-
-/// The sites on `projections` that the adapter in `directory` adapts, by the keys of its file: the meaning of PEFT's
-/// `target_modules` depends on patterns. Keys of experts in PEFT's format name no targets, so `target_parameters` does.
-/// Gate and up of one rank are one adapter on both.
-pub fn adapted_sites(
-    directory: &Path,
-    config: &AdapterConfig,
-    projections: &[Projection],
-) -> Result<Vec<Site>, CheckpointError> {
-    let path = directory.join(WEIGHTS_FILE);
-    let bytes = std::fs::read(&path).map_err(io(&path))?;
-    let file = SafeTensors::deserialize(&bytes)
-        .map_err(|error| CheckpointError::Format { path, reason: error.to_string() })?;
-    let layout = Layout::of(file.names());
-    let independent = |site: &Site| config.rank_pattern.keys().any(|p| experts::matches(p, &site.parent));
-    let adapted = |site: Site, leaf: bool| {
-        if site.experts.is_none() || layout.format != ExportFormat::Peft {
-            let tensors = layout.tensors(&LogicalAdapter::of(&site, 0));
-            let mut found = tensors.iter().filter_map(|stored| file.tensor(&stored.key).ok()).peekable();
-            // A factor that all experts share is stacked with a leading dimension of 1.
-            let one = |view: TensorView| view.shape().len() == 3 && view.shape()[0] == 1;
-            let shares = site.experts.is_some() && (layout.shared_once || found.clone().any(one));
-            let adapted = leaf && found.peek().is_some();
-            return adapted.then(|| if shares { site.hybrid() } else { site });
-        }
-        let (parameter, ours) = match site.name {
-            "down_proj" => ("down_proj", leaf),
-            _ => ("gate_up_proj", leaf == independent(&site)),
-        };
-        let key = format!(".{}.{parameter}", site.parent);
-        let listed = config.target_parameters.iter().any(|target| key.ends_with(&format!(".{target}")));
-        (ours && listed).then_some(site)
-    };
-    let sites = projections.iter().flat_map(|projection| {
-        let leaves = projection.leaf_sites().into_iter().map(|site| (site, true));
-        leaves.chain(projection.fused_site().map(|site| (site, false)))
-    });
-    Ok(sites.filter_map(|(site, leaf)| adapted(site, leaf)).collect())
-}
-
-/// A tensor's values in fp32.
-fn floats(view: &TensorView) -> Option<Vec<f32>> {
-    let dtype = match view.dtype() {
-        Dtype::F32 => crate::dtype::DType::F32,
-        Dtype::BF16 => crate::dtype::DType::Bf16,
-        Dtype::F16 => crate::dtype::DType::F16,
-        _ => return None,
-    };
-    let mut values = vec![0f32; view.data().len() / dtype.size()];
-    dtype.convert(view.data(), crate::dtype::DType::F32, bytemuck::cast_slice_mut(&mut values));
-    Some(values)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -449,7 +556,7 @@ mod tests {
             LogicalAdapter {
                 parent: "model.layers.0.self_attn".into(),
                 leaves: leaves(&[("q_proj", 4), ("k_proj", 2), ("v_proj", 2)]),
-                rank: 2,
+                shape: LoraShape::new(2, 4.0),
                 input: 3,
                 experts: None,
                 names: MoeNames::MLP,
@@ -460,7 +567,7 @@ mod tests {
             LogicalAdapter {
                 parent: "model.layers.0.mlp".into(),
                 leaves: leaves(&[("down_proj", 3)]),
-                rank: 2,
+                shape: LoraShape::new(2, 4.0),
                 input: 5,
                 experts: None,
                 names: MoeNames::MLP,
@@ -475,14 +582,22 @@ mod tests {
         let target_modules = ["q_proj", "k_proj", "v_proj", "down_proj"].map(str::to_owned).to_vec();
         let base_model_name_or_path = Some("base".into());
         AdapterConfig {
-            target_modules,
+            target_modules: Names::Ends(target_modules),
             base_model_name_or_path,
-            ..AdapterConfig::new(2, 4.0, None, &[], ExportFormat::Peft)
+            ..AdapterConfig::new(LoraShape::new(2, 4.0), None, &[], ExportFormat::Peft)
         }
     }
 
     fn empty() -> Vec<LogicalAdapter> {
         adapters().into_iter().map(|adapter| LogicalAdapter { a: vec![], b: vec![], ..adapter }).collect()
+    }
+
+    fn read(directory: &Path, adapters: &mut [LogicalAdapter]) -> Result<(), CheckpointError> {
+        AdapterFolder::open(directory)?.fill(adapters)
+    }
+
+    fn floats(view: &TensorView) -> Vec<f32> {
+        view.data().as_chunks().0.iter().map(|&word| f32::from_le_bytes(word)).collect()
     }
 
     #[test]
@@ -493,7 +608,7 @@ mod tests {
         let file = SafeTensors::deserialize(&bytes).unwrap();
         assert_eq!(file.len(), 8);
         let k = file.tensor("base_model.model.model.layers.0.self_attn.k_proj.lora_B.weight").unwrap();
-        assert_eq!((k.shape(), floats(&k).unwrap()), (&[2, 2][..], vec![108.0, 109.0, 110.0, 111.0]));
+        assert_eq!((k.shape(), floats(&k)), (&[2, 2][..], vec![108.0, 109.0, 110.0, 111.0]));
         let mut back = empty();
         read(directory.path(), &mut back).unwrap();
         assert_eq!(back, adapters());
@@ -507,7 +622,7 @@ mod tests {
         other[1].leaves[0].0 = "up_proj".into();
         write(directory.path(), &config(), &other, ExportFormat::Peft).unwrap();
         let message = read(directory.path(), &mut empty()).unwrap_err().to_string();
-        for part in ["mlp.down_proj.lora_A.weight is missing", "mlp.up_proj.lora_B.weight is surplus"] {
+        for part in ["mlp.down_proj.lora_B.weight are missing", "mlp.up_proj.lora_B.weight are surplus"] {
             assert!(message.contains(part), "{part} in {message}");
         }
         // Independent A's cannot start a fused target.
@@ -531,10 +646,8 @@ mod tests {
     fn configs_that_mean_other_maths_are_refused() {
         let directory = tempfile::tempdir().unwrap();
         for (field, value) in [
-            ("use_rslora", Value::from(true)),
             ("use_dora", Value::from(true)),
             ("bias", "all".into()),
-            ("rank_pattern", serde_json::json!({"q_proj": 4})),
             ("modules_to_save", serde_json::json!(["lm_head"])),
             ("peft_type", "IA3".into()),
         ] {
@@ -545,7 +658,7 @@ mod tests {
             std::fs::write(&path, json.to_string()).unwrap();
             let error = read_config(directory.path()).unwrap_err();
             assert!(
-                matches!(error, CheckpointError::NotBuilt { field: named, .. } if named == field),
+                matches!(error, CheckpointError::NotBuilt { field: ref named, .. } if named == field),
                 "{error}"
             );
         }

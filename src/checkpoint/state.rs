@@ -10,7 +10,9 @@ use super::{
     reshard::{self, Cut, Move},
     steps,
 };
-use crate::{config::Optimizer, data::schedule::DataCursor, optim::Schedule, shard::FlatRegion};
+use crate::{
+    config::Optimizer, data::schedule::DataCursor, lora::LoraShapes, optim::Schedule, shard::FlatRegion,
+};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
@@ -27,7 +29,7 @@ pub const FOLDER: &str = "training_state";
 pub const MASTER: &str = "master";
 const STATE_FILE: &str = "training_state/trainer_state.json";
 /// The format that is written. It changes when older programs could not read it; see [`upgrade`].
-const FORMAT: u32 = 3;
+const FORMAT: u32 = 4;
 
 /// Progress of a run after a step, and the identity of the run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -49,7 +51,8 @@ pub struct TrainerState {
     pub optimizer: OptimizerState,
     pub schedule: Schedule,
     pub data: DataIdentity,
-    pub lora: LoraIdentity,
+    /// Ranks and scales of the adapter.
+    pub lora: LoraShapes,
     /// Digest of the base; see `train::save`.
     pub base: String,
     /// The regions of the adapter, as they are cut.
@@ -72,13 +75,6 @@ pub struct DataIdentity {
     pub rows: usize,
     /// [`crate::data::Dataset::fingerprint`]
     pub fingerprint: String,
-}
-
-/// Rank and scale of the adapter.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct LoraIdentity {
-    pub rank: usize,
-    pub alpha: f64,
 }
 
 /// One rank's pieces: flat fp32 tensors `[piece elements]` by region and name.
@@ -183,8 +179,17 @@ impl TrainerState {
 /// - 1: there were no groups of experts.
 /// - 2: regions had no names and stood under `units`. Their pieces are stored as `unit.{place in the list}.{tensor}`,
 ///   so `unit.{place}` becomes the name. AdamW's betas and epsilon were fixed.
+/// - 3: all sites had one rank, and the scale was alpha / rank.
 fn upgrade(json: &mut Value, format: u64) {
-    let Some(state) = json.as_object_mut().filter(|_| format < 3) else { return };
+    let Some(state) = json.as_object_mut() else { return };
+    if let Some(lora) = state.get_mut("lora").and_then(Value::as_object_mut).filter(|_| format < 4) {
+        lora.insert("use_rslora".into(), json!(false));
+        lora.insert("by_site".into(), json!({}));
+    }
+    state.insert("format".into(), json!(FORMAT));
+    if format >= 3 {
+        return;
+    }
     if let Some(mut units) = state.remove("units") {
         for (place, unit) in units.as_array_mut().into_iter().flatten().enumerate() {
             if let Some(unit) = unit.as_object_mut() {
@@ -203,7 +208,6 @@ fn upgrade(json: &mut Value, format: u64) {
         };
         optimizer.insert("numbers".into(), numbers);
     }
-    state.insert("format".into(), json!(FORMAT));
 }
 
 /// The file of rank `rank` of `world`, in a step.
@@ -297,7 +301,7 @@ impl PiecesFile {
 mod tests {
     use super::super::{StepWriter, publish::KnownHashes};
     use super::*;
-    use crate::{config::TrainArgs, shard::PlacedParameter};
+    use crate::{config::TrainArgs, lora::LoraShape, shard::PlacedParameter};
     use proptest::prelude::*;
 
     /// Two regions over `shards`: one of 10 + 6 elements, one without parameters.
@@ -334,7 +338,10 @@ mod tests {
             },
             schedule: Schedule::new(&TrainArgs { lr: 0.1 + 0.2, ..TrainArgs::default() }, 20),
             data: DataIdentity { rows: 30, fingerprint: "f".into() },
-            lora: LoraIdentity { rank: 4, alpha: 8.0 },
+            lora: LoraShapes {
+                by_site: [("a".to_owned(), LoraShape { rank: 2, alpha: 0.1 + 0.2, use_rslora: true })].into(),
+                ..LoraShape::new(4, 8.0).into()
+            },
             base: "b".into(),
             regions: regions(world),
         }
@@ -436,7 +443,7 @@ mod tests {
                 }
             });
             let read = TrainerState::read(&step).unwrap();
-            let mut expected = state(2);
+            let mut expected = TrainerState { lora: LoraShape::new(4, 8.0).into(), ..state(2) };
             for (place, region) in expected.regions.iter_mut().enumerate() {
                 region.name = format!("unit.{place}");
             }
@@ -446,6 +453,19 @@ mod tests {
                 assert_eq!(own, pieces(&regions(3), shard, STATE_NAMES), "format {format}, shard {shard}");
             }
         }
+    }
+
+    #[test]
+    fn format_3_had_one_rank_and_scale() {
+        let run = tempfile::tempdir().unwrap();
+        let step = step_of(run.path(), 1, |step| {
+            let path = step.join(STATE_FILE);
+            let mut json: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+            (json["format"], json["lora"]) = (json!(3), json!({"rank": 4, "alpha": 8.0}));
+            fs::write(&path, json.to_string()).unwrap();
+        });
+        let expected = TrainerState { lora: LoraShape::new(4, 8.0).into(), ..state(1) };
+        assert_eq!(TrainerState::read(&step).unwrap(), expected);
     }
 
     #[test]
@@ -464,7 +484,7 @@ mod tests {
             assert!(message.contains("trainer_state.json") && message.contains(words), "{field}: {message}");
             assert_eq!(message.lines().count(), 1);
         };
-        said("/format", json!(4), "format 4 is not known");
+        said("/format", json!(5), "format 5 is not known");
         said("/regions/0/expert_groups", json!(0), "0 groups of experts over 2 shards");
         said("/format", json!("one"), "no format");
         said("/step", json!(-1), "invalid value");

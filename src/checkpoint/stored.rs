@@ -84,8 +84,8 @@ impl Layout {
             first += width;
             for factor in [Factor::A, Factor::B] {
                 let (letter, rows, columns) = match factor {
-                    Factor::A => ("A", 0..adapter.rank, adapter.input),
-                    Factor::B => ("B", rows_of_b.clone(), adapter.rank),
+                    Factor::A => ("A", 0..adapter.shape.rank, adapter.input),
+                    Factor::B => ("B", rows_of_b.clone(), adapter.shape.rank),
                 };
                 let mut push = |name: &str, experts: Range<usize>, leading: bool| {
                     let dimensions = [rows.len(), columns];
@@ -120,11 +120,17 @@ impl Layout {
 }
 
 impl Stored {
+    /// The dotted path of the module that has the factor.
+    pub fn module(&self) -> &str {
+        let path = self.key.trim_start_matches("base_model.model.");
+        [".lora_A.weight", ".lora_B.weight"].iter().fold(path, |path, end| path.trim_end_matches(end))
+    }
+
     /// Elements of `expert`'s rows in the factor of `adapter`.
     fn elements(&self, adapter: &LogicalAdapter, expert: usize) -> Range<usize> {
         let (all, columns) = match self.factor {
-            Factor::A => (adapter.rank, adapter.input),
-            Factor::B => (adapter.output(), adapter.rank),
+            Factor::A => (adapter.shape.rank, adapter.input),
+            Factor::B => (adapter.output(), adapter.shape.rank),
         };
         let first = (expert * all + self.rows.start) * columns;
         first..first + self.rows.len() * columns
@@ -164,6 +170,7 @@ impl Stored {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lora::LoraShape;
 
     /// gate and up as one target on three experts, rank 2, in 3, widths 1 and 2.
     fn fused(shared: Option<Factor>) -> LogicalAdapter {
@@ -174,7 +181,7 @@ mod tests {
         LogicalAdapter {
             parent: "model.layers.1.mlp.experts".into(),
             leaves: vec![("gate_proj".into(), 1), ("up_proj".into(), 2)],
-            rank: 2,
+            shape: LoraShape::new(2, 4.0),
             input: 3,
             experts: Some(3),
             names: MoeNames::MLP,

@@ -25,6 +25,8 @@ section! {
         lora_rank: usize = 16 => OneOrMore;
         /// The adapter's output is scaled by lora_alpha / lora_rank.
         lora_alpha: f64 = 32.0 => Positive;
+        /// Scale by lora_alpha / √lora_rank instead (rank-stabilized LoRA).
+        use_rslora: bool = false;
         /// Leaf names (`q_proj`, `qkv_proj`), globs over dotted paths (`layers.[0-7].*.q_proj`), or
         /// `all-linear`. null: the default of the model's family. A target that matches nothing is an error.
         lora_target_modules: Option<Vec<String>> = None => NonEmpty;

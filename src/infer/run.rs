@@ -2,13 +2,13 @@
 
 use super::{Limits, greedy};
 use crate::{
-    checkpoint::{peft, steps},
+    checkpoint::{peft::AdapterFolder, steps},
     comm::World,
     config::ReduceGradients,
     data::{ChatTemplate, Prompt, Reference, Tokenizer},
     dtype::DType,
     error::{Error, Result},
-    lora::{Adapter, LoraShape, Site},
+    lora::{Adapter, LoraShapes, Site},
     loss::CrossEntropy,
     model::{
         ModelSpec,
@@ -66,17 +66,18 @@ pub struct Generation {
 
 struct StoredAdapter {
     sites: Vec<Site>,
-    shape: LoraShape,
+    shapes: LoraShapes,
     /// By logical parameter name.
     values: HashMap<String, Vec<f32>>,
 }
 
 impl StoredAdapter {
     fn read(directory: &Path, spec: &ModelSpec) -> Result<Self> {
-        let config = peft::read_config(directory)?;
-        let sites = peft::adapted_sites(directory, &config, &all_projections(spec))?;
-        let values = peft::read_values(directory, &sites, config.r)?;
-        Ok(Self { sites, shape: LoraShape { rank: config.r, alpha: config.lora_alpha }, values })
+        let folder = AdapterFolder::open(directory)?;
+        let sites = folder.sites(&all_projections(spec));
+        let shapes = folder.shapes(&sites)?;
+        let values = folder.values(&sites, &shapes)?;
+        Ok(Self { sites, shapes, values })
     }
 }
 
@@ -135,8 +136,8 @@ impl Generation {
         let mut model = Transformer::new(self.spec.clone(), options, &groups)?;
         model.load(&self.source as &dyn WeightSource)?;
         let mut adapter = None;
-        if let Some(StoredAdapter { sites, shape, values }) = &self.adapter {
-            let mut own = model.new_adapter(sites, *shape);
+        if let Some(StoredAdapter { sites, shapes, values }) = &self.adapter {
+            let mut own = model.new_adapter(sites, shapes.clone());
             own.set(|parameter, range| values[&parameter.name][range].to_vec())?;
             adapter = Some(own);
         }

@@ -2,15 +2,18 @@
 //! entries in the regions of a unit ([`module`]), the values it starts from ([`init`]), and the adapter with its shards
 //! ([`adapter`]).
 //!
-//! y = W₀·x + (alpha/r)·B·(A·x), A `[r, in]` and B `[out, r]` (Hu et al., 2021).
+//! y = W₀·x + s·B·(A·x), A `[r, in]`, B `[out, r]` and s = alpha/r (Hu et al., 2021) or alpha/√r (rank-stabilized,
+//! Kalajdzievski, 2023). [`shape`] has r and s of each site.
 
 pub mod adapter;
 pub mod init;
 pub mod module;
 pub mod plan;
+pub mod shape;
 pub mod targets;
 
 pub use adapter::Adapter;
 pub use module::{FirstEntries, LORA_MAPPING, LoraLinear, LoraModule, MoeExpertsLora, Parameter, Stack};
-pub use plan::{AdapterPlan, LayerAdapterPlan, LoraShape};
+pub use plan::{AdapterPlan, LayerAdapterPlan};
+pub use shape::{LoraShape, LoraShapes};
 pub use targets::{Experts, Factor, MoeNames, Site, SiteKind, TargetError};

@@ -1,6 +1,9 @@
 //! Modules of an adapter: their entries in the regions of a unit, and their logical parameters.
 
-use super::targets::{Factor, Site, SiteKind};
+use super::{
+    shape::LoraShape,
+    targets::{Factor, Site, SiteKind},
+};
 use crate::{
     dtype::DType,
     ops::linear::{AdapterGradient, BoundAdapter, Matrices, Part},
@@ -48,19 +51,9 @@ pub trait LoraModule: std::fmt::Debug {
     /// The sites, and what they put where.
     fn stack(&self) -> &Stack;
 
-    fn rank(&self) -> usize {
-        self.stack().rank
-    }
-    fn alpha(&self) -> f64 {
-        self.stack().alpha
-    }
-    /// Factor of B·A: alpha / rank.
-    fn scaling(&self) -> f64 {
-        self.alpha() / self.rank() as f64
-    }
     /// Σ rank of the adapters that a row goes through.
     fn ranks(&self) -> usize {
-        self.rank() * self.stack().sites.len()
+        self.stack().ranks()
     }
     /// Its entries in the unit's regions, gathered in `dtype`.
     fn entries(&self, dtype: DType) -> Vec<(Region, EntrySpec)> {
@@ -72,7 +65,7 @@ pub trait LoraModule: std::fmt::Debug {
     }
     /// Views of `unit`'s gathered adapters, for all experts of this rank, and of the sums of their gradients.
     fn bind(&self, adapters: &AdapterRegions, unit: usize) -> Result<BoundAdapter, ShardError> {
-        self.stack().bind(adapters, unit, self.scaling())
+        self.stack().bind(adapters, unit)
     }
 }
 
@@ -123,8 +116,8 @@ impl LoraModule for MoeExpertsLora {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Stack {
     pub sites: Vec<Site>,
-    pub rank: usize,
-    pub alpha: f64,
+    /// Rank and scale by site.
+    pub shapes: Vec<LoraShape>,
     /// Groups into which the experts are divided; a rank has one of them.
     pub expert_groups: usize,
     /// Its first entries.
@@ -132,6 +125,20 @@ pub struct Stack {
 }
 
 impl Stack {
+    /// Σ rank of the sites.
+    fn ranks(&self) -> usize {
+        self.shapes.iter().map(|shape| shape.rank).sum()
+    }
+
+    /// Each site with its shape and its rows of A.
+    fn with_ranks(&self) -> impl Iterator<Item = (&Site, LoraShape, std::ops::Range<usize>)> {
+        let mut end = 0;
+        self.sites.iter().zip(&self.shapes).map(move |(site, &shape)| {
+            end += shape.rank;
+            (site, shape, end - shape.rank..end)
+        })
+    }
+
     /// True if `factor` has a leading dimension, one copy for each expert.
     fn is_copied(&self, factor: Factor) -> bool {
         self.sites.first().is_some_and(|site| site.experts.is_some() && site.shared != Some(factor))
@@ -165,18 +172,19 @@ impl Stack {
                 EntrySpec { name, shape, storage: Storage::Plain(dtype), spans: Vec::new() },
             )
         };
-        let a =
-            entry(format!("{}.lora_A", first.path()), Factor::A, [self.rank * self.sites.len(), first.input]);
-        let b = |site: &Site| entry(format!("{}.lora_B", site.path()), Factor::B, [site.output(), self.rank]);
-        std::iter::once(a).chain(self.sites.iter().map(b)).collect()
+        let a = entry(format!("{}.lora_A", first.path()), Factor::A, [self.ranks(), first.input]);
+        let b = |(site, shape): (&Site, &LoraShape)| {
+            entry(format!("{}.lora_B", site.path()), Factor::B, [site.output(), shape.rank])
+        };
+        std::iter::once(a).chain(self.sites.iter().zip(&self.shapes).map(b)).collect()
     }
 
     /// Every copy of A and B, site by site.
     fn parameters(&self) -> Vec<Parameter> {
-        let rank = self.rank;
         let mut parameters = Vec::new();
-        for (i, site) in self.sites.iter().enumerate() {
-            let mut copies = |factor, shape: [usize; 2], (region, entry), places: usize, place: usize| {
+        for (i, (site, LoraShape { rank, .. }, rows)) in self.with_ranks().enumerate() {
+            // A copy of the entry has `size` elements, and the parameter begins `at` elements behind its start.
+            let mut copies = |factor, shape: [usize; 2], (region, entry), size: usize, at: usize| {
                 let count = site.copies(factor);
                 // Of a factor that is shared, or of a dense layer, there is one.
                 let each = count.div_ceil(self.expert_groups);
@@ -188,16 +196,17 @@ impl Stack {
                     region,
                     group: copy / each,
                     entry,
-                    first: (copy % each * places + place) * shape[0] * shape[1],
+                    first: copy % each * size + at,
                 }));
             };
-            copies(Factor::A, [rank, site.input], self.entry_of_a(), self.sites.len(), i);
-            copies(Factor::B, [site.output(), rank], self.entry_of_b(i), 1, 0);
+            let (of_a, of_b) = (self.ranks() * site.input, site.output() * rank);
+            copies(Factor::A, [rank, site.input], self.entry_of_a(), of_a, rows.start * site.input);
+            copies(Factor::B, [site.output(), rank], self.entry_of_b(i), of_b, 0);
         }
         parameters
     }
 
-    fn bind(&self, adapters: &AdapterRegions, unit: usize, scaling: f64) -> Result<BoundAdapter, ShardError> {
+    fn bind(&self, adapters: &AdapterRegions, unit: usize) -> Result<BoundAdapter, ShardError> {
         let of = |factor, (region, entry)| {
             let shards = adapters.of(region);
             let both = [shards.view(unit, entry)?, shards.gradient_view(unit, entry)];
@@ -206,12 +215,12 @@ impl Stack {
         };
         let [a, d_a] = of(Factor::A, self.entry_of_a())?;
         let gradient = AdapterGradient { a: d_a, b: Vec::new() };
-        let mut adapter = BoundAdapter { a, parts: Vec::new(), scaling, gradient };
-        for (i, site) in self.sites.iter().enumerate() {
+        let mut adapter = BoundAdapter { a, parts: Vec::new(), gradient };
+        for (i, (site, shape, ranks)) in self.with_ranks().enumerate() {
             let [b, d_b] = of(Factor::B, self.entry_of_b(i))?;
-            let (out, rank) = (site.first as i64, self.rank as i64);
-            let ranks = i as i64 * rank..(i as i64 + 1) * rank;
-            adapter.parts.push(Part { out: out..out + site.output() as i64, ranks, b });
+            let (out, scaling) = (site.first as i64, shape.scaling());
+            let ranks = ranks.start as i64..ranks.end as i64;
+            adapter.parts.push(Part { out: out..out + site.output() as i64, ranks, scaling, b });
             adapter.gradient.b.push(d_b);
         }
         Ok(adapter)

@@ -2,6 +2,7 @@
 
 use super::{
     module::{FirstEntries, LORA_MAPPING, LoraModule, Parameter, Stack},
+    shape::LoraShapes,
     targets::{Projection, Site},
 };
 use crate::{
@@ -9,13 +10,6 @@ use crate::{
     mesh::Mesh,
     shard::{EntrySpec, FlatRegion, PlacedParameter, Region, RegionLayout, adapter::align_bytes},
 };
-
-/// Rank and scale of an adapter.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct LoraShape {
-    pub rank: usize,
-    pub alpha: f64,
-}
 
 /// The modules of one decoder layer, by projection.
 #[derive(Debug, Default)]
@@ -47,18 +41,19 @@ pub struct AdapterPlan {
 }
 
 impl AdapterPlan {
-    /// Adapters of `shape` on `sites` of a model whose layers have `projections`, gathered in `dtype`, cut over `mesh`.
+    /// Adapters of `shapes` on `sites` of a model whose layers have `projections`, gathered in `dtype`, cut over
+    /// `mesh`.
     pub fn new<'a>(
         projections: impl IntoIterator<Item = &'a [Projection]>,
         sites: &[Site],
-        shape: LoraShape,
+        shapes: &LoraShapes,
         dtype: DType,
         mesh: &Mesh,
     ) -> Self {
         let (mut layers, mut dense, mut experts) = (Vec::new(), Vec::new(), Vec::new());
         let align = align_bytes(dtype);
         for (i, projections) in projections.into_iter().enumerate() {
-            let (layer, entries) = layer_of(projections, sites, shape, dtype, mesh.expert());
+            let (layer, entries) = layer_of(projections, sites, shapes, dtype, mesh.expert());
             let of = |region| -> Vec<EntrySpec> {
                 entries.iter().filter(|entry| entry.0 == region).map(|entry| entry.1.clone()).collect()
             };
@@ -129,7 +124,7 @@ fn flat_region(
 fn layer_of(
     projections: &[Projection],
     sites: &[Site],
-    shape: LoraShape,
+    shapes: &LoraShapes,
     dtype: DType,
     expert_groups: usize,
 ) -> (LayerAdapterPlan, Vec<(Region, EntrySpec)>) {
@@ -141,11 +136,12 @@ fn layer_of(
                 && projection.leaves.iter().any(|leaf| leaf.0 == site.leaves[0].0)
         };
         let own: Vec<Site> = sites.iter().filter(belongs).cloned().collect();
+        let own_shapes = own.iter().map(|site| shapes.of(site)).collect();
         let constructor =
             own.first().and_then(|site| LORA_MAPPING.iter().find(|(kind, _)| *kind == site.kind));
         let count = |region| entries.iter().filter(|entry| entry.0 == region).count();
         let first = FirstEntries { dense: count(Region::Dense), experts: count(Region::Experts) };
-        let stack = Stack { sites: own, rank: shape.rank, alpha: shape.alpha, expert_groups, first };
+        let stack = Stack { sites: own, shapes: own_shapes, expert_groups, first };
         let module = constructor.map(|(_, constructor)| constructor(stack));
         entries.extend(module.iter().flat_map(|module| module.entries(dtype)));
         layer.modules.push(module);

@@ -3,6 +3,7 @@
 //! A *site* is one adapter: a leaf (`q_proj`) on a slice of a linear layer's output, or a fused target
 //! (`qkv_proj`) on the whole of it. Base GEMMs may be fused or split; sites do not depend on that.
 
+use super::shape::LoraShapes;
 use std::collections::BTreeMap;
 use wildmatch::WildMatch;
 
@@ -226,10 +227,10 @@ fn known(projections: &[Projection]) -> String {
 }
 
 /// Trainable parameters by target name, in the order of first appearance by name.
-pub fn parameters_by_name(sites: &[Site], rank: usize) -> BTreeMap<&'static str, usize> {
+pub fn parameters_by_name(sites: &[Site], shapes: &LoraShapes) -> BTreeMap<&'static str, usize> {
     let mut counts = BTreeMap::new();
     for site in sites {
-        *counts.entry(site.name).or_default() += site.parameters(rank);
+        *counts.entry(site.name).or_default() += site.parameters(shapes.of(site).rank);
     }
     counts
 }
@@ -292,6 +293,7 @@ fn expand(glob: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lora::LoraShape;
 
     fn projections() -> Vec<Projection> {
         let layer = |l: usize| {
@@ -344,7 +346,7 @@ mod tests {
         assert_eq!((sites[0].first, sites[0].output(), sites[0].input), (12, 4, 6));
         let sites = resolve(&projections(), None, &["qkv_proj"]).unwrap();
         assert_eq!((sites[0].first, sites[0].output()), (0, 16));
-        assert_eq!(parameters_by_name(&sites, 2)["qkv_proj"], 12 * 2 * (6 + 16));
+        assert_eq!(parameters_by_name(&sites, &LoraShape::new(2, 4.0).into())["qkv_proj"], 12 * 2 * (6 + 16));
     }
 
     #[test]

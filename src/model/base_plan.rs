@@ -10,7 +10,7 @@ use super::{
 use crate::{
     config::{CheckpointingMethod, ReduceGradients},
     dtype::DType,
-    lora::{AdapterPlan, LoraShape, Site},
+    lora::{AdapterPlan, LoraShapes, Site},
     mesh::{Mesh, MeshError},
     shard::{EntrySpec, Region, RegionLayout, layout::BASE_ALIGN},
 };
@@ -113,10 +113,16 @@ impl BasePlan {
         Ok(Self { layers: plans, regions })
     }
 
-    /// The plan of an adapter of `shape` on `sites` of this base.
-    pub fn adapter(&self, sites: &[Site], shape: LoraShape, options: &Options, mesh: &Mesh) -> AdapterPlan {
+    /// The plan of an adapter of `shapes` on `sites` of this base.
+    pub fn adapter(
+        &self,
+        sites: &[Site],
+        shapes: &LoraShapes,
+        options: &Options,
+        mesh: &Mesh,
+    ) -> AdapterPlan {
         let projections = self.layers.iter().map(|layer| &layer.projections[..]);
-        AdapterPlan::new(projections, sites, shape, options.compute, mesh)
+        AdapterPlan::new(projections, sites, shapes, options.compute, mesh)
     }
 }
 

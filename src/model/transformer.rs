@@ -16,7 +16,7 @@ use super::{
 use crate::{
     clock::Clock,
     device::{RankDevice, Staging},
-    lora::{Adapter, AdapterPlan, LoraShape, Site},
+    lora::{Adapter, AdapterPlan, LoraShapes, Site},
     loss::{HeadPass, LossValues, Targets, TokenLoss},
     mesh::MeshError,
     ops::{Buffer, attention::Documents, norm},
@@ -193,10 +193,11 @@ impl Transformer {
         })
     }
 
-    /// An adapter of zeros of `shape` on `sites` of this model.
-    pub fn new_adapter(&self, sites: &[Site], shape: LoraShape) -> Adapter {
+    /// An adapter of zeros of `shapes` on `sites` of this model.
+    pub fn new_adapter(&self, sites: &[Site], shapes: impl Into<LoraShapes>) -> Adapter {
         let projections = self.plans.iter().map(|layer| &layer.projections[..]);
-        let plan = AdapterPlan::new(projections, sites, shape, self.options.compute, &self.groups.mesh);
+        let plan =
+            AdapterPlan::new(projections, sites, &shapes.into(), self.options.compute, &self.groups.mesh);
         Adapter::new(plan, self.options.slots, self.options.reduce, &self.groups)
     }
 

@@ -1,15 +1,18 @@
 //! Arithmetic of a training step.
 
-use crate::{lora::Site, model::ModelSpec};
+use crate::{
+    lora::{LoraShapes, Site},
+    model::ModelSpec,
+};
 
 /// Floating-point operations of forward and backward for a token of a document of `length` tokens: those of each
 /// layer's halves ([`Half::flops`](crate::model::sublayer::Half::flops)), 4 a parameter of the head, 6 a LoRA parameter
 /// that the token meets. The embedding lookup multiplies nothing; recomputation does not count.
-pub fn flops_per_token(spec: &ModelSpec, sites: &[Site], rank: usize, length: usize) -> f64 {
+pub fn flops_per_token(spec: &ModelSpec, sites: &[Site], shapes: &LoraShapes, length: usize) -> f64 {
     let layers: f64 =
         spec.layer_plans().map(|layer| layer.mixer.flops(length) + layer.ffn.flops(length)).sum();
     let head = spec.vocab_size * spec.hidden_size;
-    let lora: usize = sites.iter().map(|site| site.parameters_met(rank)).sum();
+    let lora: usize = sites.iter().map(|site| site.parameters_met(shapes.of(site).rank)).sum();
     layers + 4.0 * head as f64 + 6.0 * lora as f64
 }
 
@@ -17,7 +20,7 @@ pub fn flops_per_token(spec: &ModelSpec, sites: &[Site], rank: usize, length: us
 mod tests {
     use super::*;
     use crate::{
-        lora::{MoeNames, targets::resolve},
+        lora::{LoraShape, MoeNames, targets::resolve},
         model::{
             DenseSpec, Ffn, GqaSpec, LayerSpec, Mixer, MoeSpec, NormSpec, QkNorm, RopeScaling, RopeSpec,
             base_plan::all_projections,
@@ -50,14 +53,15 @@ mod tests {
             tie_word_embeddings: true,
             initializer_range: 0.2,
         };
+        let five = LoraShapes::from(LoraShape::new(5, 10.0));
         let sites = resolve(&all_projections(&spec), Some(&["q_proj".to_owned()]), &[]).unwrap();
         // A layer: q, o [12, 8], k, v [4, 8], gate, up, down [16, 8]; the head [100, 8].
         let frozen = 2 * (2 * 96 + 2 * 32 + 3 * 128) + 800;
         let lora = 2 * 5 * (8 + 12);
         let expected = |seen: usize| (4 * frozen + 6 * lora + 6 * 12 * seen) as f64;
-        assert_eq!(flops_per_token(&spec, &sites, 5, 10), expected(10 + 10));
+        assert_eq!(flops_per_token(&spec, &sites, &five, 10), expected(10 + 10));
         spec.tie_word_embeddings = false;
-        assert_eq!(flops_per_token(&spec, &sites, 5, 10), expected(10 + 10));
+        assert_eq!(flops_per_token(&spec, &sites, &five, 10), expected(10 + 10));
         // With 5 experts of width 3 in layer 1, of which a token meets 2: less a dense MLP, more a router and those
         // two.
         let mut moe = spec.clone();
@@ -67,14 +71,14 @@ mod tests {
             Ffn::Moe(MoeSpec { experts, top_k, normalise: true, width, shared_width: None, names });
         let met = frozen - 3 * 128 + 5 * 8 + 2 * 3 * (3 * 8);
         let without_lora = (4 * met + 6 * 12 * 20) as f64;
-        assert_eq!(flops_per_token(&moe, &[], 5, 10), without_lora);
+        assert_eq!(flops_per_token(&moe, &[], &five, 10), without_lora);
         let down = resolve(&all_projections(&moe), Some(&["*.experts.down_proj".to_owned()]), &[]).unwrap();
         // Of two experts: A [5, 3] and B [8, 5].
-        assert_eq!(flops_per_token(&moe, &down, 5, 10), without_lora + (6 * 2 * 5 * (3 + 8)) as f64);
+        assert_eq!(flops_per_token(&moe, &down, &five, 10), without_lora + (6 * 2 * 5 * (3 + 8)) as f64);
         // The queries of 10 tokens see 1, 2, 3, 4, 5, 5, 5, 5, 5, 5 = 40; the formula, in the mean, 37.5.
         for (layer, window) in spec.layers.iter_mut().zip([5, 50]) {
             layer.mixer = Mixer::Gqa(GqaSpec { window: Some(window), ..gqa.clone() });
         }
-        assert_eq!(flops_per_token(&spec, &sites, 5, 10), expected(0) + 6.0 * 12.0 * (7.5 + 10.0));
+        assert_eq!(flops_per_token(&spec, &sites, &five, 10), expected(0) + 6.0 * 12.0 * (7.5 + 10.0));
     }
 }

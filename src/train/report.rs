@@ -31,17 +31,16 @@ impl Run {
             let elsewhere = rows * (experts_over - 1) / experts_over;
             traffic.all_to_all(RoutedRows { received: elsewhere, sent: elsewhere })
         };
-        let rank = self.config.lora.lora_rank;
         Ok(Plan {
             frozen: self.spec.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum(),
-            trainable: targets::parameters_by_name(&self.sites, rank),
+            trainable: targets::parameters_by_name(&self.sites, &self.shapes),
             batch,
             micro_batches,
             memory: Memory::new(&self.spec, &base, &adapter, &options, train.optimizer, batch),
             first_step: traffic.step(micro_batches, false),
             step: traffic.step(micro_batches, true),
             all_to_all: micro_batches * (0..self.spec.layers.len()).map(travels).sum::<usize>(),
-            flops_per_token: flops_per_token(&self.spec, &self.sites, rank, longest),
+            flops_per_token: flops_per_token(&self.spec, &self.sites, &self.shapes, longest),
         })
     }
 

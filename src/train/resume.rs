@@ -6,8 +6,9 @@
 use super::Run;
 use crate::{
     checkpoint::{
-        self, CheckpointError, TrainerState,
+        CheckpointError, TrainerState,
         output::{OutputLock, SharedToken},
+        peft::AdapterFolder,
         publish::verify,
         reshard::Cut,
         state::{MASTER, Pieces, read_pieces},
@@ -17,7 +18,7 @@ use crate::{
     config::LoadCheckpoint,
     data::schedule::DataCursor,
     error::{Error, Result, agree, broadcast_from_root},
-    lora::Adapter,
+    lora::{Adapter, LoraShape},
     optim::{Number, Optimizer, Schedule, Settings},
     shard::FlatRegion,
     weights,
@@ -128,32 +129,25 @@ impl Run {
 
     /// Starts from the adapter that the user named, if there is one.
     pub fn start_afresh(&mut self) -> Result<()> {
-        if let Some(path) = &self.config.lora.adapter_path {
+        if let Some(path) = self.config.lora.adapter_path.clone() {
             // The user named the adapter, so all faults of it are user errors.
             let place = self.places.of("lora.adapter_path");
-            let values = self.starting_adapter(path);
+            let values = self.starting_adapter(&path);
             let values = values.map_err(|error| Error::Input(format!("{place}: {error}")))?;
             self.start = Start::Adapter(values);
         }
         Ok(())
     }
 
-    /// A and B of the adapter at `path`, by logical parameter name.
-    fn starting_adapter(&self, path: &Path) -> Result<HashMap<String, Vec<f32>>> {
+    /// A and B of the adapter at `path`, by logical parameter name. The run takes over its ranks and scales of sites.
+    fn starting_adapter(&mut self, path: &Path) -> Result<HashMap<String, Vec<f32>>> {
         let path = &steps::adapter_at(path).map_err(Error::Input)?;
-        let theirs = checkpoint::peft::read_config(path)?;
-        let lora = &self.config.lora;
-        if (theirs.r, theirs.lora_alpha) != (lora.lora_rank, lora.lora_alpha) {
-            return Err(Error::Input(format!(
-                "{} has rank {} and alpha {}, the run {} and {}",
-                path.display(),
-                theirs.r,
-                theirs.lora_alpha,
-                lora.lora_rank,
-                lora.lora_alpha
-            )));
+        let folder = AdapterFolder::open(path)?;
+        if let Some(difference) = different(folder.config().shape(), self.shapes.common) {
+            return Err(Error::Input(format!("{} {difference}", path.display())));
         }
-        Ok(checkpoint::peft::read_values(path, &self.sites, lora.lora_rank)?)
+        self.shapes = folder.shapes(&self.sites)?;
+        Ok(folder.values(&self.sites, &self.shapes)?)
     }
 
     /// Reads the parts of the step at `path` that this rank needs, and takes its progress over.
@@ -162,6 +156,7 @@ impl Run {
         let unfit = |reason| CheckpointError::Unfit { path: path.to_owned(), reason };
         self.same_beginning(&state).map_err(unfit)?;
         self.same_course(&state).map_err(unfit)?;
+        self.shapes = state.lora.clone();
         let regions: Vec<FlatRegion> = self.plans()?.1.flat().cloned().collect();
         let own = Cut { regions: &regions, shards: self.mesh.block() };
         let names = Settings::from(&self.config.train).rule().state_names();
@@ -193,12 +188,8 @@ impl Run {
     /// # Errors
     /// The first difference.
     fn same_beginning(&self, state: &TrainerState) -> Result<(), String> {
-        let (lora, stored) = (&self.config.lora, &state.lora);
-        if (stored.rank, stored.alpha) != (lora.lora_rank, lora.lora_alpha) {
-            return Err(format!(
-                "it has lora_rank {} and lora_alpha {:?}, the run {} and {:?}",
-                stored.rank, stored.alpha, lora.lora_rank, lora.lora_alpha
-            ));
+        if let Some(difference) = different(state.lora.common, self.shapes.common) {
+            return Err(format!("it {difference}"));
         }
         if state.seed != self.config.train.seed {
             return Err(format!("its train.seed is {}, the run's {}", state.seed, self.config.train.seed));
@@ -295,4 +286,12 @@ impl Run {
         self.lock = lock;
         Ok(())
     }
+}
+
+/// The difference of a stored adapter's rank and scale from the run's, to stand behind the adapter's name.
+fn different(stored: LoraShape, run: LoraShape) -> Option<String> {
+    let said = |LoraShape { rank, alpha, use_rslora }: LoraShape| {
+        format!("lora_rank {rank}, lora_alpha {alpha:?} and use_rslora {use_rslora}")
+    };
+    (stored != run).then(|| format!("has {}, the run {}", said(stored), said(run)))
 }

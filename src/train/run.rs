@@ -24,7 +24,7 @@ use crate::{
     device::Memory,
     dtype::DType,
     error::{Error, Result},
-    lora::{AdapterPlan, LoraShape, Site, targets},
+    lora::{AdapterPlan, LoraShape, LoraShapes, Site, targets},
     mesh::{Mesh, MeshSizes},
     model::{
         ModelSpec,
@@ -70,6 +70,8 @@ pub struct Run {
     pub(super) mesh: Mesh,
     pub(super) spec: ModelSpec,
     pub(super) sites: Vec<Site>,
+    /// Ranks and scales of the sites: the configuration's, or those of the adapter that the run starts from.
+    pub(super) shapes: LoraShapes,
     pub(super) source: Box<dyn WeightSource>,
     pub(super) dataset: Arc<Dataset>,
     /// The token that fills packs.
@@ -157,12 +159,15 @@ impl Run {
         };
         warn_of_steps(&config, &batches, total_steps);
         let run_dir = train.output_dir.join("weights").join(&train.run_id);
+        let lora = &config.lora;
+        let shape = LoraShape { rank: lora.lora_rank, alpha: lora.lora_alpha, use_rslora: lora.use_rslora };
         Ok(Self {
             config,
             places: loaded.places,
             mesh,
             spec,
             sites,
+            shapes: shape.into(),
             source,
             dataset: Arc::new(dataset),
             pad_id: pad,
@@ -182,7 +187,7 @@ impl Run {
 
     /// Mesh, data, steps and trainable parameters in one line, for the log.
     pub fn summary(&self) -> String {
-        let counts = targets::parameters_by_name(&self.sites, self.config.lora.lora_rank);
+        let counts = targets::parameters_by_name(&self.sites, &self.shapes);
         let total: usize = counts.values().sum();
         let counts: Vec<String> = counts.iter().map(|(name, count)| format!("{name} {count}")).collect();
         let begins = match self.resumed() {
@@ -240,12 +245,8 @@ impl Run {
     pub(super) fn plans(&self) -> Result<(BasePlan, AdapterPlan)> {
         let options = self.options();
         let base = BasePlan::new(&self.spec, &options, &self.mesh, 0)?;
-        let adapter = base.adapter(&self.sites, self.lora_shape(), &options, &self.mesh);
+        let adapter = base.adapter(&self.sites, &self.shapes, &options, &self.mesh);
         Ok((base, adapter))
-    }
-
-    fn lora_shape(&self) -> LoraShape {
-        LoraShape { rank: self.config.lora.lora_rank, alpha: self.config.lora.lora_alpha }
     }
 
     /// Builds this rank's part of the model and trains it to the end, or until `stop` is asked for on any rank.
@@ -259,7 +260,7 @@ impl Run {
         model.load(self.source.as_ref())?;
         groups.open(self.spec.moe().is_some())?;
         tracing::info!("rank {} read {} bytes of the base", world.rank(), self.source.bytes_read());
-        let mut adapter = model.new_adapter(&self.sites, self.lora_shape());
+        let mut adapter = model.new_adapter(&self.sites, self.shapes.clone());
         let mut optimizer = Optimizer::new(&Settings::from(train), adapter.pieces());
         // Values are dropped once they are in place: they are as large as the adapter and its moments.
         match &mut self.start {

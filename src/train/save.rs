@@ -9,7 +9,7 @@ use crate::{
         base::BaseFiles,
         publish::KnownHashes,
         reshard,
-        state::{DataIdentity, LoraIdentity, MASTER, OptimizerState, Pieces, write_pieces},
+        state::{DataIdentity, MASTER, OptimizerState, Pieces, write_pieces},
         steps,
     },
     data::schedule::DataCursor,
@@ -132,19 +132,19 @@ impl<'a> Saver<'a> {
         whole: Vec<(Parameter, Vec<f32>)>,
         base: Option<&Path>,
     ) -> Result<()> {
-        let (sites, lora) = (&self.run.sites, &self.run.config.lora);
+        let Run { sites, shapes, config, .. } = self.run;
         let mut whole: HashMap<String, Vec<f32>> =
             whole.into_iter().map(|(parameter, values)| (parameter.name, values)).collect();
-        let adapters = checkpoint::peft::adapters(sites, lora.lora_rank, |name| whole.remove(name));
+        let adapters = checkpoint::peft::adapters(sites, shapes, |name| whole.remove(name));
         let base = base.map(|path| path.display().to_string());
-        let format = lora.lora_export_format;
-        let config = AdapterConfig::new(lora.lora_rank, lora.lora_alpha, base, &adapters, format);
+        let format = config.lora.lora_export_format;
+        let config = AdapterConfig::new(shapes.common, base, &adapters, format);
         Ok(checkpoint::peft::write(directory, &config, &adapters, format)?)
     }
 
     fn state(&self, trainer: &Trainer, at: Progress) -> Result<TrainerState> {
-        let Run { config, mesh, dataset, batches, .. } = self.run;
-        let (train, lora) = (&config.train, &config.lora);
+        let Run { config, mesh, dataset, batches, shapes, .. } = self.run;
+        let train = &config.train;
         let numbers = trainer.session.optimizer.numbers();
         Ok(TrainerState {
             format: TrainerState::FORMAT,
@@ -164,7 +164,7 @@ impl<'a> Saver<'a> {
             },
             schedule: trainer.schedule,
             data: DataIdentity { rows: dataset.rows(), fingerprint: dataset.fingerprint().to_owned() },
-            lora: LoraIdentity { rank: lora.lora_rank, alpha: lora.lora_alpha },
+            lora: shapes.clone(),
             base: self.base.clone(),
             regions: trainer.session.adapter.plan().flat().cloned().collect(),
         })

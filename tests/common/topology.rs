@@ -401,7 +401,7 @@ pub fn worker() {
     if case.hybrid {
         sites = sites.into_iter().map(Site::hybrid).collect();
     }
-    let lora = LoraShape { rank: 3, alpha: 6.0 };
+    let lora = LoraShape::new(3, 6.0);
     let new = |groups: &ProcessGroups| {
         let mut model = Transformer::new(spec.clone(), options, groups).unwrap();
         load(&mut model, case.data);
@@ -421,7 +421,7 @@ pub fn worker() {
     // What every step has to receive: base and adapter regions as the ring needs them, and of gradients only the
     // adapter's. The first step finds empty slots.
     let base = BasePlan::new(&spec, &options, &mesh, rank).unwrap();
-    let adapter = base.adapter(&sites, lora, &options, &mesh);
+    let adapter = base.adapter(&sites, &lora.into(), &options, &mesh);
     let traffic = Traffic {
         spec: &spec,
         options: &options,

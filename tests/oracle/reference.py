@@ -190,6 +190,7 @@ class Margins:
 
 def write_adapter(directory, tensors):
     directory.mkdir()
+    shutil.copy(directory.parent / 'adapter' / 'adapter_config.json', directory)
     save_file({name: tensor.detach().clone() for name, tensor in tensors.items()}, directory / 'adapter_model.safetensors')
 
 

@@ -324,9 +324,9 @@ mod tests {
     fn bound([w, b, lora_a, lora_b]: &[Tensor; 4]) -> Linear {
         let shared = |tensor: &Tensor| Matrices::Shared(tensor.detach());
         let zeros = |tensor: &Tensor| Matrices::Shared(tensor.detach().zeros_like());
-        let part = Part { out: 0..w.size()[0], ranks: 0..RANK, b: shared(lora_b) };
+        let part = Part { out: 0..w.size()[0], ranks: 0..RANK, scaling: 0.5, b: shared(lora_b) };
         let gradient = AdapterGradient { a: zeros(lora_a), b: vec![zeros(lora_b)] };
-        let adapter = BoundAdapter { a: shared(lora_a), parts: vec![part], scaling: 0.5, gradient };
+        let adapter = BoundAdapter { a: shared(lora_a), parts: vec![part], gradient };
         let base = Base { weight: shared(w), bias: Some(b.detach()) };
         Linear { bases: vec![base], adapters: vec![Some(adapter)] }
     }

@@ -122,7 +122,7 @@ impl Backend for Grouped<'_> {
         let h = self.lora_hidden(x);
         match (&self.adapters, &h) {
             (Adapters::One(adapter), Some(h)) => {
-                for Part { out, ranks, b } in &adapter.parts {
+                for Part { out, ranks, b, .. } in &adapter.parts {
                     let product = b.apply(&columns(h, ranks), &self.segments.ends);
                     let _ = columns(&y, out).g_add_(&product);
                 }
@@ -139,10 +139,12 @@ impl Backend for Grouped<'_> {
         match &self.adapters {
             Adapters::None => None,
             Adapters::One(adapter) => {
-                Some(adapter.a.apply(x, &self.segments.ends).g_mul_scalar_(adapter.scaling).into())
+                let h = adapter.a.apply(x, &self.segments.ends);
+                adapter.scale(&h);
+                Some(h.into())
             }
             Adapters::Stacked(stacked) => {
-                let a = stacked.scaled(&stacked.a());
+                let a = stacked.scaled(&stacked.a(), &stacked.scales().unsqueeze(3));
                 Some(grouped_product(x, &a.transpose(1, 2), &self.segments.ends).into())
             }
         }
@@ -161,12 +163,14 @@ impl Backend for Grouped<'_> {
             Adapters::None => None,
             Adapters::One(adapter) => {
                 let of = |Part { out, b, .. }: &Part| b.apply_transposed(&columns(d_y, out), ends);
-                let g = one(adapter.parts.iter().map(of).collect()).g_mul_scalar_(adapter.scaling);
+                let g = one(adapter.parts.iter().map(of).collect());
+                adapter.scale(&g);
                 let _ = d_x.g_add_(&adapter.a.apply_transposed(&g, ends));
                 Some(g.into())
             }
             Adapters::Stacked(stacked) => {
-                let g = grouped_product(d_y, &stacked.scaled(&stacked.b()), ends);
+                let b = stacked.scaled(&stacked.b(), &stacked.scales().unsqueeze(2));
+                let g = grouped_product(d_y, &b, ends);
                 let _ = d_x.g_add_(&grouped_product(&g, &stacked.a(), ends));
                 Some(g.into())
             }
@@ -245,7 +249,7 @@ impl<'a> Stacked<'a> {
     /// Over all output columns.
     fn b(&self) -> Tensor {
         self.stack([self.output, self.ranks], |adapter, to| {
-            for Part { out, ranks, b } in &adapter.parts {
+            for Part { out, ranks, b, .. } in &adapter.parts {
                 let [rows, columns] = [out, ranks].map(|range| range.end - range.start);
                 let to = to.narrow(1, out.start, rows).narrow(2, ranks.start, columns);
                 to.shallow_clone().copy_(&b.of_each(self.bases));
@@ -253,16 +257,22 @@ impl<'a> Stacked<'a> {
         })
     }
 
-    /// A stack with each adapter's multiplied by alpha / rank.
-    fn scaled(&self, stack: &Tensor) -> Tensor {
-        let scaling: Vec<f32> = self
-            .adapters
-            .iter()
-            .map(|adapter| adapter.map_or(0.0, |adapter| adapter.scaling as f32))
-            .collect();
-        let scaling = Tensor::from_slice(&scaling).to_device(stack.device()).view([1, -1, 1, 1]);
+    /// The parts' factors by rank: `[1, adapters, ranks]`.
+    fn scales(&self) -> Tensor {
+        let mut scales = vec![0f32; self.adapters.len() * self.ranks as usize];
+        for (adapter, own) in self.adapters.iter().zip(scales.chunks_exact_mut((self.ranks as usize).max(1)))
+        {
+            for (ranks, factor) in adapter.iter().flat_map(|adapter| adapter.scales()) {
+                own[ranks.start as usize..ranks.end as usize].fill(factor as f32);
+            }
+        }
+        Tensor::from_slice(&scales).to_device(self.like.device()).view([1, -1, self.ranks])
+    }
+
+    /// A stack times `scales`, which has a dimension of 1 where it does not count ranks.
+    fn scaled(&self, stack: &Tensor, scales: &Tensor) -> Tensor {
         let size = stack.size();
-        let by_adapter = stack.view([self.bases, -1, size[1], size[2]]) * scaling;
+        let by_adapter = stack.view([self.bases, -1, size[1], size[2]]) * scales;
         by_adapter.to_kind(stack.kind()).view(&size[..])
     }
 
@@ -294,7 +304,7 @@ fn takes(layer: GroupedLinear) -> bool {
     // Stacked adapters are aligned.
     let adapters = layer.segments.pattern().len() > 1
         || layer.named_adapters().all(|adapter| {
-            let part = |Part { out, ranks, b }: &Part| {
+            let part = |Part { out, ranks, b, .. }: &Part| {
                 [out.start, ranks.start].iter().all(|start| start % ALIGNMENT == 0) && b.are_aligned()
             };
             adapter.a.rows() % ALIGNMENT == 0 && adapter.a.are_aligned() && adapter.parts.iter().all(part)

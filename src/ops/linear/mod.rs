@@ -44,6 +44,8 @@ pub struct Part {
     pub out: Range<i64>,
     /// Its rows of A.
     pub ranks: Range<i64>,
+    /// alpha / rank, or alpha / √rank.
+    pub scaling: f64,
     /// B `[out, rank]`.
     pub b: Matrices,
 }
@@ -53,10 +55,29 @@ pub struct BoundAdapter {
     /// `[Σ rank, in]`
     pub a: Matrices,
     pub parts: Vec<Part>,
-    /// alpha / rank
-    pub scaling: f64,
     /// fp32 views to which the gradients are added.
     pub gradient: AdapterGradient,
+}
+
+impl BoundAdapter {
+    /// The columns of h, those of neighbouring parts with the same factor together, and the factor.
+    fn scales(&self) -> Vec<(Range<i64>, f64)> {
+        let mut scales: Vec<(Range<i64>, f64)> = Vec::new();
+        for Part { ranks, scaling, .. } in &self.parts {
+            match scales.last_mut() {
+                Some((before, factor)) if factor == scaling => before.end = ranks.end,
+                _ => scales.push((ranks.clone(), *scaling)),
+            }
+        }
+        scales
+    }
+
+    /// Multiplies `hidden` `[rows, Σ rank]` with the parts' factors, in place.
+    fn scale(&self, hidden: &Tensor) {
+        for (ranks, factor) in self.scales() {
+            let _ = columns(hidden, &ranks).g_mul_scalar_(factor);
+        }
+    }
 }
 
 /// Sums of an adapter's gradients: views of A's shape and of each B's.

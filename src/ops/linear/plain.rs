@@ -13,7 +13,7 @@ impl Plain<'_> {
         for (adapter, rows) in self.0.segments.adapter_runs() {
             let bound = adapter.and_then(|adapter| self.0.linear.adapters.get(adapter)?.as_ref());
             if let Some(adapter) = bound {
-                let _ = hidden_of(hidden, &rows, adapter).g_mul_scalar_(adapter.scaling);
+                adapter.scale(&hidden_of(hidden, &rows, adapter));
             }
         }
     }

@@ -94,8 +94,11 @@ fn ours(exact: &[Exact], split: bool, kind: Kind) -> Linear {
     let a = matrices(&|layer| layer.a.shallow_clone());
     let [b_q, b_v] = [0, 1].map(|part| matrices(&|layer| layer.b[part].shallow_clone()));
     let gradient = AdapterGradient { a: sums(&a), b: vec![sums(&b_q), sums(&b_v)] };
-    let parts = vec![Part { out: 0..4, ranks: 0..2, b: b_q }, Part { out: 7..10, ranks: 2..5, b: b_v }];
-    let adapter = BoundAdapter { a, parts, scaling: 0.5, gradient };
+    let parts = vec![
+        Part { out: 0..4, ranks: 0..2, scaling: 0.5, b: b_q },
+        Part { out: 7..10, ranks: 2..5, scaling: 0.5, b: b_v },
+    ];
+    let adapter = BoundAdapter { a, parts, gradient };
     let bases = if split { vec![(0, 4), (4, 3), (7, 3)] } else { vec![(0, 10)] };
     Linear { bases: bases.into_iter().map(base).collect(), adapters: vec![Some(adapter)] }
 }
@@ -232,12 +235,14 @@ fn stacked(groups: i64, shared_a: bool, shared_b: bool, split: bool) -> Linear {
     let shapes = [(shared_a, [24, 32]), (shared_b, [16, 8]), (false, [24, 16])];
     let [a, b_first, b_second] = shapes.map(|(shared, shape)| matrices(shared, shape, Kind::BFloat16));
     let [d_a, d_first, d_second] = shapes.map(|(shared, shape)| matrices(shared, shape, Kind::Float));
-    let parts =
-        vec![Part { out: 0..16, ranks: 0..8, b: b_first }, Part { out: 24..48, ranks: 8..24, b: b_second }];
+    let parts = vec![
+        Part { out: 0..16, ranks: 0..8, scaling: 0.5, b: b_first },
+        Part { out: 24..48, ranks: 8..24, scaling: 0.25, b: b_second },
+    ];
     let gradient = AdapterGradient { a: d_a, b: vec![d_first, d_second] };
     Linear {
         bases: if split { vec![base(16), base(32)] } else { vec![base(48)] },
-        adapters: vec![Some(BoundAdapter { a, parts, scaling: 0.5, gradient })],
+        adapters: vec![Some(BoundAdapter { a, parts, gradient })],
     }
 }
 
@@ -314,8 +319,8 @@ fn what_grouped_kernels_refuse_is_computed_one_after_the_other() {
         let [a, d_a] = [Kind::BFloat16, Kind::Float].map(|kind| Matrices::Each(zeros(&[3, ranks, 8], kind)));
         let [b, d_b] = [Kind::BFloat16, Kind::Float].map(|kind| Matrices::Shared(zeros(&[8, ranks], kind)));
         let gradient = AdapterGradient { a: d_a, b: vec![d_b] };
-        let parts = vec![Part { out: 0..8, ranks: 0..ranks, b }];
-        let adapter = BoundAdapter { a, parts, scaling: 1.0, gradient };
+        let parts = vec![Part { out: 0..8, ranks: 0..ranks, scaling: 1.0, b }];
+        let adapter = BoundAdapter { a, parts, gradient };
         Linear { adapters: vec![Some(adapter)], ..bare(0, 104, 8) }
     };
     assert!(at_once(&x, &with_ranks(8)) && !at_once(&x, &with_ranks(4)));
@@ -347,20 +352,20 @@ impl Mixed {
             if zeros.dim() == 2 { Matrices::Shared(zeros) } else { Matrices::Each(zeros) }
         };
         let each = |rows, columns| Matrices::Each(values(&[MIXED_BASES, rows, columns]));
-        let adapter = |a: Matrices, parts: Vec<Part>, scaling| {
+        let adapter = |a: Matrices, parts: Vec<Part>| {
             let gradient =
                 AdapterGradient { a: sums(&a), b: parts.iter().map(|part| sums(&part.b)).collect() };
-            Some(BoundAdapter { a, parts, scaling, gradient })
+            Some(BoundAdapter { a, parts, gradient })
         };
-        let part = |out: Range<i64>, ranks: Range<i64>| {
+        let part = |out: Range<i64>, ranks: Range<i64>, scaling| {
             let b = each(out.end - out.start, ranks.end - ranks.start);
-            Part { out, ranks, b }
+            Part { out, ranks, scaling, b }
         };
         let adapters = vec![
-            adapter(each(8, 16), vec![part(0..24, 0..8)], 2.0),
-            adapter(each(8, 16), vec![part(0..8, 0..4), part(8..16, 4..8)], 0.5),
+            adapter(each(8, 16), vec![part(0..24, 0..8, 2.0)]),
+            adapter(each(8, 16), vec![part(0..8, 0..4, 0.5), part(8..16, 4..8, 1.5)]),
             None,
-            adapter(Matrices::Shared(values(&[16, 16])), vec![part(16..24, 0..16)], 1.0),
+            adapter(Matrices::Shared(values(&[16, 16])), vec![part(16..24, 0..16, 1.0)]),
         ];
         Self { w: values(&[MIXED_BASES, 24, 16]), adapters }
     }
@@ -375,9 +380,13 @@ impl Mixed {
             parts: adapter
                 .parts
                 .iter()
-                .map(|Part { out, ranks, b }| Part { out: out.clone(), ranks: ranks.clone(), b: share(b) })
+                .map(|Part { out, ranks, scaling, b }| Part {
+                    out: out.clone(),
+                    ranks: ranks.clone(),
+                    scaling: *scaling,
+                    b: share(b),
+                })
                 .collect(),
-            scaling: adapter.scaling,
             gradient: AdapterGradient {
                 a: share(&adapter.gradient.a),
                 b: adapter.gradient.b.iter().map(share).collect(),
@@ -420,11 +429,11 @@ impl Mixed {
                 );
                 let d_part = columns(&d_y, &part.out);
                 let _ = columns(&rows_of(&y, &rows), &part.out)
-                    .g_add_(&(x.matmul(&a.tr()).matmul(&b.tr()) * bound.scaling));
-                let g = d_part.matmul(&b) * bound.scaling;
+                    .g_add_(&(x.matmul(&a.tr()).matmul(&b.tr()) * part.scaling));
+                let g = d_part.matmul(&b) * part.scaling;
                 let _ = rows_of(&d_x, &rows).g_add_(&g.matmul(&a));
                 let _ = of(0).narrow(0, part.ranks.start, a.size()[0]).g_add_(&g.tr().matmul(&x));
-                let _ = of(1 + i).g_add_(&(d_part.tr().matmul(&x.matmul(&a.tr())) * bound.scaling));
+                let _ = of(1 + i).g_add_(&(d_part.tr().matmul(&x.matmul(&a.tr())) * part.scaling));
             }
         }
         [vec![y, d_x], sums].into_iter().flatten().collect()

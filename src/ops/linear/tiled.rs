@@ -67,9 +67,12 @@ impl<'a> Tiled<'a> {
     fn fill_lora_hidden(&self, base: usize, x: Matrix<bf16>, h: Matrix<bf16>) {
         for (segment, adapter) in self.layer.adapted_of(base) {
             let rows = usizes(&segment.rows);
-            let to = h.rows(&rows).columns(&usizes(&(0..adapter.a.rows())));
-            let to = Output::Rounded { to, start: None, scale: adapter.scaling as f32 };
-            self.multiply(&[by_columns(x.rows(&rows), matrix(&adapter.a, base))], to);
+            for (ranks, scale) in adapter.scales() {
+                let (ranks, a) = (usizes(&ranks), matrix(&adapter.a, base));
+                let to = h.rows(&rows).columns(&ranks);
+                let to = Output::Rounded { to, start: None, scale: scale as f32 };
+                self.multiply(&[by_columns(x.rows(&rows), a.rows(&ranks))], to);
+            }
         }
     }
 
@@ -79,7 +82,7 @@ impl<'a> Tiled<'a> {
             let rows = usizes(&segment.rows);
             for part in &adapter.parts {
                 let to = g.rows(&rows).columns(&usizes(&part.ranks));
-                let to = Output::Rounded { to, start: None, scale: adapter.scaling as f32 };
+                let to = Output::Rounded { to, start: None, scale: part.scaling as f32 };
                 let d_y = d_y.rows(&rows).columns(&usizes(&part.out));
                 self.multiply(&[by_rows(d_y, matrix(&part.b, base))], to);
             }
