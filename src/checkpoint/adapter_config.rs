@@ -137,7 +137,7 @@ pub fn read_config(directory: &Path) -> Result<AdapterConfig, CheckpointError> {
     for (field, value) in json.iter().filter(|(_, value)| !value.is_null()) {
         let remedy = match FIELDS.iter().find(|(known, _)| known == field) {
             Some((_, Computed | Harmless(_))) => continue,
-            Some((_, Only(neutral, _))) if neutral.iter().any(|text| *text == value.to_string()) => continue,
+            Some((_, Only(neutral, _))) if neutral.contains(&value.to_string().as_str()) => continue,
             Some((_, Only(_, remedy))) => remedy,
             None => "the field is not known here; take it out if it changes no result",
         };

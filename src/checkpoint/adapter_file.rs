@@ -1,6 +1,6 @@
-//! The tensors of a stored adapter by key: `adapter_model.safetensors`, or where that is absent `adapter_model.bin`.
+//! The tensors of a stored adapter by key.
 
-use super::{CheckpointError, io, pickle};
+use super::{CheckpointError, io};
 use crate::dtype::DType;
 use safetensors::{Dtype, SafeTensors, tensor::TensorInfo};
 use std::{
@@ -10,7 +10,7 @@ use std::{
 };
 
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
-const PICKLED_FILE: &str = "adapter_model.bin";
+const PICKLE_FILE: &str = "adapter_model.bin";
 
 /// A file of tensors, read whole.
 pub(super) struct AdapterFile {
@@ -29,27 +29,26 @@ pub(super) struct Entry {
 impl AdapterFile {
     /// Reads the file of the adapter in `directory`.
     pub fn open(directory: &Path) -> Result<Self, CheckpointError> {
-        let [path, pickled] = [WEIGHTS_FILE, PICKLED_FILE].map(|name| directory.join(name));
+        let [path, pickle] = [WEIGHTS_FILE, PICKLE_FILE].map(|name| directory.join(name));
         let format = |path: &Path, reason: String| CheckpointError::Format { path: path.to_owned(), reason };
-        if !path.exists() && !pickled.exists() {
-            return Err(format(&path, format!("is missing, and so is {PICKLED_FILE}")));
+        if !path.exists() {
+            let remedy =
+                "it is a pickle; convert it: PeftModel.from_pretrained(MODEL, DIR).save_pretrained(DIR)";
+            let is_pickle = pickle.exists();
+            return Err(if is_pickle {
+                format(&pickle, remedy.into())
+            } else {
+                format(&path, "is missing".into())
+            });
         }
-        let is_pickled = !path.exists();
-        let path = if is_pickled { pickled } else { path };
-        let mut bytes = std::fs::read(&path).map_err(io(&path))?;
+        let bytes = std::fs::read(&path).map_err(io(&path))?;
         if bytes.starts_with(b"version https://git-lfs") {
             return Err(format(
                 &path,
                 "a pointer of Git LFS stands in place of the tensors: run `git lfs pull`".into(),
             ));
         }
-        let tensors = if is_pickled {
-            let (tensors, data) = pickle::tensors(&bytes).map_err(|reason| format(&path, reason))?;
-            bytes = data;
-            tensors
-        } else {
-            header(&bytes).map_err(|error| format(&path, error.to_string()))?
-        };
+        let tensors = header(&bytes).map_err(|error| format(&path, error.to_string()))?;
         let tensors = by_key(tensors).map_err(|reason| format(&path, reason))?;
         Ok(Self { path, bytes, tensors })
     }

@@ -1,6 +1,6 @@
 //! Checkpoints: files of a run that another program or a resume reads. Plain slices and paths: no ranks, no tensors.
 //!
-//! - [`peft`]: adapter files; [`adapter_config`] reads what they say of themselves, `adapter_file` and `pickle` their
+//! - [`peft`]: adapter files; [`adapter_config`] reads what they say of themselves, `adapter_file` their
 //!   tensors, which `stored` and `experts` lay out
 //! - [`state`]: training state by name; [`reshard`]: its pieces for another world
 //! - [`base`]: the base in HF layout
@@ -13,7 +13,6 @@ pub mod base;
 mod experts;
 pub mod output;
 pub mod peft;
-mod pickle;
 pub mod publish;
 pub mod reshard;
 pub mod state;

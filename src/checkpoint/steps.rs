@@ -2,8 +2,9 @@
 //! ones. The caller is the only writer of the directory.
 
 use super::{
-    CheckpointError, io,
-    peft::CONFIG_FILE,
+    CheckpointError,
+    adapter_config::CONFIG_FILE,
+    io,
     publish::{sync, verify},
 };
 use std::{

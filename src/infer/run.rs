@@ -2,7 +2,7 @@
 
 use super::{Limits, greedy};
 use crate::{
-    checkpoint::{peft::AdapterFolder, steps},
+    checkpoint::{adapter_config, peft::AdapterFolder, steps},
     comm::World,
     config::ReduceGradients,
     data::{ChatTemplate, Prompt, Reference, Tokenizer},
@@ -193,8 +193,8 @@ impl Generation {
 fn base_of(adapter: Option<&Path>) -> Result<PathBuf> {
     let adapter =
         adapter.ok_or_else(|| Error::Input("--model is missing, and no --adapter names one".into()))?;
-    let config = adapter.join(peft::CONFIG_FILE);
-    let read = peft::read_config(adapter).map_err(|error| Error::Input(error.to_string()))?;
+    let config = adapter.join(adapter_config::CONFIG_FILE);
+    let read = adapter_config::read_config(adapter).map_err(|error| Error::Input(error.to_string()))?;
     let place = format!("{}: base_model_name_or_path", config.display());
     let base = read.base_model_name_or_path.map(PathBuf::from);
     let base = base.ok_or_else(|| Error::Input(format!("{place} names no model; give --model DIR")))?;
