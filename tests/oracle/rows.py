@@ -45,7 +45,8 @@ def answer_begins(template, tokenizer, messages, index, text):
         pass
     if index == 0 and "<think>" in text:
         return text.index("<think>") + len("<think>\n\n</think>\n\n")
-    return text.rindex(messages[index]["content"].split("</think>")[-1].strip("\n"))
+    words = messages[index]["content"].split("</think>")[-1]
+    return text.rindex(words if words in text else words.strip())
 
 
 def rows(case, tokenizer):
