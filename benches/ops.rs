@@ -166,7 +166,7 @@ fn layer(input: i64, widths: &[i64], groups: i64) -> Linear {
     let (mut parts, mut output, mut ranks) = (Vec::new(), 0, 0);
     for width in widths {
         let b = matrices(groups, [*width, RANK]);
-        parts.push(Part { out: output..output + width, ranks: ranks..ranks + RANK, b });
+        parts.push(Part { out: output..output + width, ranks: ranks..ranks + RANK, scaling: 2.0, b });
         (output, ranks) = (output + width, ranks + RANK);
     }
     let a = matrices(groups, [ranks, input]);
@@ -178,7 +178,7 @@ fn layer(input: i64, widths: &[i64], groups: i64) -> Linear {
     let gradient = AdapterGradient { a: sum(&a), b };
     Linear {
         bases: vec![Base { weight: matrices(groups, [output, input]), bias: None }],
-        adapters: vec![Some(BoundAdapter { a, parts, scaling: 2.0, gradient })],
+        adapters: vec![Some(BoundAdapter { a, parts, gradient })],
     }
 }
 
