@@ -161,8 +161,8 @@ section! {
         lr_decay_ratio: f64 = 1.0 => Ratio;
         /// Decoupled weight decay of the adapter.
         weight_decay: f64 = 0.0 => NonNegative;
-        /// After this many steps in a row whose gradient is not finite the run ends, with exit code 1. Such steps change
-        /// nothing. A run of no other steps publishes no adapter.
+        /// After this many steps in a row whose gradient is not finite the run ends, with exit code 1. Such steps
+        /// change nothing. A run of no other steps publishes no adapter.
         max_skipped_steps: usize = 20 => OneOrMore;
         /// Global gradient norm is clipped to this. 0 or less: no clipping; the norm is reported all the same.
         max_grad_norm: f64 = 1.0;
