@@ -4,7 +4,7 @@ use std::{process::ExitCode, time::Duration};
 use xorl_dist::{Error, cli, comm, console};
 
 /// Time after which a launcher has ended the ranks that are left, when the first has ended with an error.
-const HEARD: Duration = Duration::from_secs(1);
+const HEARD: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {
     match cli::parse(std::env::args_os().skip(1)).and_then(cli::run) {

@@ -276,7 +276,7 @@ fn counts_of_what_nothing_is_trained_on_are_said_once() {
     let gpt = json!({"id": 1, "source": "x", "messages": [message("human", "a"), message("gpt", "b")]});
     let thought = json!({"id": 2, "parallel_tool_calls": true, "messages": [
         {"role": "user", "content": "a", "name": "Bo"}, {"role": "assistant", "content": "b", "reasoning_content": "c", "weight": 1}]});
-    assert_eq!(remarks(&[good.clone()], DatasetType::Chat, Turns::All), Ok(vec![]));
+    assert_eq!(remarks(std::slice::from_ref(&good), DatasetType::Chat, Turns::All), Ok(vec![]));
     assert_eq!(
         remarks(&[good, gpt.clone(), gpt.clone(), thought], DatasetType::Chat, Turns::All),
         Ok(vec![

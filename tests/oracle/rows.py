@@ -125,7 +125,7 @@ def main(folder):
     for index, case in enumerate(cases["tokenizers"]):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizers" / str(index))
         ids = tokenizer(case["text"], add_special_tokens=False)["input_ids"]
-        names = {name: text for name, text in tokenizer.special_tokens_map.items()}
+        names = dict(tokenizer.special_tokens_map)
         right["tokenizers"].append({"ids": ids, "names": names})
     for line in (DATA / "rows" / "expressions.txt").read_text().splitlines():
         try:
