@@ -253,8 +253,8 @@ fn another_run_cannot_take_a_step_for_its_own() {
     fs::write(run.at("fewer.jsonl"), rows.lines().take(20).collect::<Vec<_>>().join("\n")).unwrap();
     let data = json!([{"path": run.at("fewer.jsonl"), "type": "tokenized"}]).to_string();
     let cases: &[(&[&str], &str)] = &[
-        (&["--lora.lora_rank", "8"], "it has lora_rank 4, lora_alpha 8.0"),
-        (&["--lora.lora_alpha", "9"], "lora_alpha 8.0, the run 4 and 9.0"),
+        (&["--lora.lora_rank", "8"], "it has lora_rank 4, the run 8"),
+        (&["--lora.lora_alpha", "9"], "it has lora_alpha 8.0, the run 9.0"),
         (&["--lora.lora_target_modules", "q_proj"], "surplus"),
         (&["--lora.lora_target_modules", "all-linear"], "missing"),
         (&["--train.seed", "7"], "its train.seed is 42, the run's 7"),

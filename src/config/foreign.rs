@@ -326,7 +326,6 @@ const FOREIGN: &[(&str, Means)] = &[
     ("layers_pattern", Is("lora.lora_target_modules", " (\"layers.[0-7].*.q_proj\" names layers)")),
     ("lora_dropout", Not(NO_DROPOUT)),
     ("peft_dropout", Not(NO_DROPOUT)),
-    ("use_rslora", Is("lora.use_rslora", "")),
     ("peft_use_rslora", Is("lora.use_rslora", "")),
     ("use_dora", Not(PLAIN_LORA)),
     ("peft_use_dora", Not(PLAIN_LORA)),

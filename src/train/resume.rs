@@ -291,7 +291,14 @@ impl Run {
 /// The difference of a stored adapter's rank and scale from the run's, to stand behind the adapter's name.
 fn different(stored: LoraShape, run: LoraShape) -> Option<String> {
     let said = |LoraShape { rank, alpha, use_rslora }: LoraShape| {
-        format!("lora_rank {rank}, lora_alpha {alpha:?} and use_rslora {use_rslora}")
+        [
+            ("lora_rank", rank.to_string()),
+            ("lora_alpha", format!("{alpha:?}")),
+            ("use_rslora", use_rslora.to_string()),
+        ]
     };
-    (stored != run).then(|| format!("has {}, the run {}", said(stored), said(run)))
+    let pairs = said(stored).into_iter().zip(said(run)).filter(|(stored, run)| stored != run);
+    let differences: Vec<_> =
+        pairs.map(|((name, stored), (_, run))| format!("{name} {stored}, the run {run}")).collect();
+    (!differences.is_empty()).then(|| format!("has {}", differences.join("; ")))
 }
