@@ -194,6 +194,7 @@ fn mpi_adapters_of_several_ranks_are_trained_saved_and_resumed() {
         ("ranks by leaf", all, &[]),
         ("ranks and alphas with rslora", all, &["--lora.use_rslora", "true"]),
         ("alphas by leaf and by layer", all, &[]),
+        ("pickled", all, &[]),
         ("experts of another rank", r#"["q_proj","gate_up_proj","down_proj"]"#, &[]),
         ("experts with rslora", r#"["v_proj","gate_up_proj","down_proj"]"#, &["--lora.use_rslora", "true"]),
     ];

@@ -330,7 +330,7 @@ fn mpi_broken_state_files_are_refused_in_one_line() {
         (state, cut(state), false, "bytes,"),
         (state, cut(state), true, "EOF"),
         (state, b"[]".to_vec(), true, "no format"),
-        (state, stated("\"format\": 3", "\"format\": 9"), true, "format 9"),
+        (state, stated("\"format\": 4", "\"format\": 9"), true, "format 9"),
         (state, stated("\"shards\": 2", "\"shards\": 1"), true, "reaches past"),
         (state, stated("\"expert_groups\": 1", "\"expert_groups\": 3"), true, "3 groups of experts over 2"),
         (state, stated("\"updates\": 5", "\"updates\": -5"), true, "invalid value"),

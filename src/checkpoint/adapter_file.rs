@@ -1,4 +1,4 @@
-//! The tensors of a stored adapter by key.
+//! The tensors of a stored adapter by key: `adapter_model.safetensors`, or where that is absent `adapter_model.bin`.
 
 use super::{CheckpointError, io};
 use crate::dtype::DType;
@@ -8,6 +8,7 @@ use std::{
     ops::Range,
     path::{Path, PathBuf},
 };
+use tch::{Kind, TchError, Tensor};
 
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 const PICKLE_FILE: &str = "adapter_model.bin";
@@ -18,6 +19,9 @@ pub(super) struct AdapterFile {
     bytes: Vec<u8>,
     tensors: BTreeMap<String, Entry>,
 }
+
+/// Tensors by the keys of a file.
+type Tensors = Vec<(String, Entry)>;
 
 /// A tensor, row-major.
 pub(super) struct Entry {
@@ -31,24 +35,26 @@ impl AdapterFile {
     pub fn open(directory: &Path) -> Result<Self, CheckpointError> {
         let [path, pickle] = [WEIGHTS_FILE, PICKLE_FILE].map(|name| directory.join(name));
         let format = |path: &Path, reason: String| CheckpointError::Format { path: path.to_owned(), reason };
-        if !path.exists() {
-            let remedy =
-                "it is a pickle; convert it: PeftModel.from_pretrained(MODEL, DIR).save_pretrained(DIR)";
-            let is_pickle = pickle.exists();
-            return Err(if is_pickle {
-                format(&pickle, remedy.into())
-            } else {
-                format(&path, "is missing".into())
-            });
+        if !path.exists() && !pickle.exists() {
+            return Err(format(&path, format!("is missing, and so is {PICKLE_FILE}")));
         }
-        let bytes = std::fs::read(&path).map_err(io(&path))?;
+        let is_pickle = !path.exists();
+        let path = if is_pickle { pickle } else { path };
+        let mut bytes = std::fs::read(&path).map_err(io(&path))?;
         if bytes.starts_with(b"version https://git-lfs") {
             return Err(format(
                 &path,
                 "a pointer of Git LFS stands in place of the tensors: run `git lfs pull`".into(),
             ));
         }
-        let tensors = header(&bytes).map_err(|error| format(&path, error.to_string()))?;
+        let tensors = if is_pickle {
+            let remedy = "libtorch reads no tensors from it: load it in PEFT and save it as safetensors";
+            let (tensors, data) = unpickled(&path).map_err(|_| format(&path, remedy.into()))?;
+            bytes = data;
+            tensors
+        } else {
+            header(&bytes).map_err(|error| format(&path, error.to_string()))?
+        };
         let tensors = by_key(tensors).map_err(|reason| format(&path, reason))?;
         Ok(Self { path, bytes, tensors })
     }
@@ -77,7 +83,7 @@ impl AdapterFile {
 }
 
 /// The tensors of a safetensors file, with their places in it.
-fn header(bytes: &[u8]) -> Result<Vec<(String, Entry)>, safetensors::SafeTensorError> {
+fn header(bytes: &[u8]) -> Result<Tensors, safetensors::SafeTensorError> {
     let (header, metadata) = SafeTensors::read_metadata(bytes)?;
     // Behind the header's length and the header.
     let start = size_of::<u64>() + header;
@@ -88,8 +94,23 @@ fn header(bytes: &[u8]) -> Result<Vec<(String, Entry)>, safetensors::SafeTensorE
     Ok(metadata.tensors().into_iter().map(entry).collect())
 }
 
+/// The tensors of a file of torch.save in fp32, with their places in the data beside them. libtorch reads it, which
+/// builds tensors and runs no code.
+fn unpickled(path: &Path) -> Result<(Tensors, Vec<u8>), TchError> {
+    let (mut tensors, mut data) = (Vec::new(), Vec::new());
+    for (key, tensor) in Tensor::loadz_multi(path)? {
+        let start = data.len();
+        let dtype = if tensor.is_floating_point() { Dtype::F32 } else { Dtype::U8 };
+        let values = Vec::<f32>::try_from(tensor.f_to_kind(Kind::Float)?.f_reshape(-1)?)?;
+        data.extend_from_slice(bytemuck::cast_slice(&values));
+        let shape = tensor.size().iter().map(|&size| size as usize).collect();
+        tensors.push((key, Entry { dtype, shape, data: start..data.len() }));
+    }
+    Ok((tensors, data))
+}
+
 /// The tensors by the keys that PEFT saves. `lora_A.default.weight`, the name inside a PEFT model, is another spelling.
-fn by_key(tensors: Vec<(String, Entry)>) -> Result<BTreeMap<String, Entry>, String> {
+fn by_key(tensors: Tensors) -> Result<BTreeMap<String, Entry>, String> {
     let mut named = BTreeMap::new();
     for (key, entry) in tensors {
         let short = ["lora_A", "lora_B"].iter().find_map(|factor| {

@@ -1,4 +1,4 @@
-//! Checkpoints: files of a run that another program or a resume reads. Plain slices and paths: no ranks, no tensors.
+//! Checkpoints: files of a run that another program or a resume reads. Plain slices and paths, without ranks.
 //!
 //! - [`peft`]: adapter files; [`adapter_config`] reads what they say of themselves, `adapter_file` their
 //!   tensors, which `stored` and `experts` lay out

@@ -127,8 +127,8 @@ def rewrite(path, change):
     save_file(tensors, f"{path}/{WEIGHTS}")
 
 
-def pickled(path):
-    torch.save(load_file(f"{path}/{WEIGHTS}"), f"{path}/adapter_model.bin")
+def pickled(path, change=lambda tensors: tensors, **how):
+    torch.save(change(load_file(f"{path}/{WEIGHTS}")), f"{path}/adapter_model.bin", **how)
     os.remove(f"{path}/{WEIGHTS}")
 
 
@@ -179,11 +179,15 @@ def inputs(maker):
     copied("keys with .default.", True, lambda path: rewrite(path, renamed))
     copied("bf16", True, lambda path: rewrite(path, lambda t: {k: v.bfloat16() for k, v in t.items()}))
     copied("fp16", True, lambda path: rewrite(path, lambda t: {k: v.half() for k, v in t.items()}))
+    copied("pickled", True, pickled)
+    copied("pickled bf16 parameters", True,
+           lambda path: pickled(path, lambda t: {k: torch.nn.Parameter(v.bfloat16()) for k, v in t.items()}))
     copied("few fields", True, lora_alpha=..., peft_version=..., task_type=..., bias=..., rank_pattern=..., alpha_pattern=...,
            init_lora_weights=..., use_rslora=..., target_parameters=...)
     copied("fields of ms-swift", True, lora_dtype="bfloat16", lorap_lr_ratio=16.0, lorap_emb_lr=1e-6)
 
-    copied("a pickle", False, pickled)
+    copied("pickled before torch 1.6", False, lambda path: pickled(path, _use_new_zipfile_serialization=False))
+    copied("pickled with code", False, lambda path: pickled(path, lambda t: {**t, "more": dataclasses.field}))
     copied("a pointer of Git LFS", False,
            lambda path: open(f"{path}/{WEIGHTS}", "w").write("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"))
     copied("no tensors", False, lambda path: os.remove(f"{path}/{WEIGHTS}"))
