@@ -21,7 +21,7 @@ use serde_json::Value;
 pub struct Family {
     /// As in config.json.
     pub model_type: &'static str,
-    /// The config fields that it reads besides [`ABSENT`], or with other values where they are absent: those of its
+    /// The config fields that it reads besides `ABSENT`, or with other values where they are absent: those of its
     /// config class in transformers.
     pub absent: &'static [(&'static str, Absent)],
     /// Config fields under another name: (other name, name).
