@@ -39,7 +39,8 @@ TRAFFIC = 'comm_bytes'
 
 # --- models
 
-COMMON = {'vocab_size': 503, 'hidden_size': 48, 'intermediate_size': 80, 'num_hidden_layers': 2, 'num_attention_heads': 4,
+# Padding of packs is stated: router statistics count it, and its default is not that of every build.
+COMMON = {'pad_token_id': 0, 'vocab_size': 503, 'hidden_size': 48, 'intermediate_size': 80, 'num_hidden_layers': 2, 'num_attention_heads': 4,
           'num_key_value_heads': 2, 'head_dim': 16, 'rms_norm_eps': 1e-6, 'rope_theta': 10000.0, 'tie_word_embeddings': False}
 LLAMA3_ROPE = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
                'original_max_position_embeddings': 8}

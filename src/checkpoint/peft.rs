@@ -453,7 +453,8 @@ impl AdapterFolder {
                 stored.fill(&values, adapter);
             }
         }
-        taken.finish().map_err(|reason| self.mismatch(reason))
+        let ranks = if self.config.rank_pattern.is_empty() { "" } else { " (rank_pattern gives its ranks)" };
+        taken.finish().map_err(|reason| self.mismatch(reason + ranks))
     }
 }
 
