@@ -1,7 +1,7 @@
-//! Text for people: counted nouns, whole lines on stderr, and a bar below them on a terminal.
+//! Text for people: counted nouns, short lists and values, whole lines on stderr, and a bar below them on a terminal.
 //!
-//! The bar is the last line of a rank's stderr. All else that is said goes through [`Lines`] or [`say`], which take the
-//! bar away, write, and draw it again in one write. The bar is plain characters, fewer than the terminal has columns.
+//! The bar is the last line of a rank's stderr. All other output to stderr goes through [`Lines`] or [`say`]: one write
+//! erases the bar, adds the lines and draws the bar again. The bar is ASCII and narrower than the terminal.
 
 use std::{
     io::{self, IsTerminal, Write},
@@ -24,6 +24,27 @@ pub fn count(number: usize, noun: &str) -> String {
     format!("{number} {noun}{plural}")
 }
 
+/// The first three of `names`, and the number of the others: `a, b, c and 2 more`.
+pub fn first_of<T: AsRef<str>>(names: &[T]) -> String {
+    const SHOWN: usize = 3;
+    let shown: Vec<&str> = names.iter().take(SHOWN).map(AsRef::as_ref).collect();
+    match names.len().saturating_sub(SHOWN) {
+        0 => shown.join(", "),
+        more => format!("{} and {more} more", shown.join(", ")),
+    }
+}
+
+/// `value` as text of at most 60 characters, and an ellipsis if there are more.
+pub fn shortened(value: &impl ToString) -> String {
+    const MOST: usize = 60;
+    let mut text = value.to_string();
+    if let Some((end, _)) = text.char_indices().nth(MOST) {
+        text.truncate(end);
+        text.push('…');
+    }
+    text
+}
+
 /// Returns true if stderr is a terminal that can show a bar.
 pub fn shows_bar() -> bool {
     io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|kind| kind != "dumb")
@@ -42,7 +63,7 @@ pub fn width() -> usize {
 
 /// Writes `text`, one or more lines, to stderr.
 pub fn say(text: &str) {
-    // Nobody is left to hear of a stderr that is closed.
+    // A closed stderr leaves no place to report its own error.
     let _ = Lines::default().write_all(format!("{text}\n").as_bytes());
 }
 
@@ -106,6 +127,14 @@ mod tests {
     fn one_is_no_plural() {
         assert_eq!([0, 1, 2].map(|n| count(n, "row")), ["0 rows", "1 row", "2 rows"]);
         assert_eq!([1, 2].map(|n| count(n, "micro-batch")), ["1 micro-batch", "2 micro-batches"]);
+    }
+
+    #[test]
+    fn long_lists_and_values_are_cut() {
+        let lists: [&[&str]; 4] = [&[], &["a"], &["a", "b", "c"], &["a", "b", "c", "d", "e"]];
+        assert_eq!(lists.map(first_of), ["", "a", "a, b, c", "a, b, c and 2 more"]);
+        assert_eq!(shortened(&"é".repeat(60)), "é".repeat(60));
+        assert_eq!(shortened(&"é".repeat(61)), "é".repeat(60) + "…");
     }
 
     #[test]

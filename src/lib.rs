@@ -22,12 +22,13 @@
 //! - [`device`]: the device of a rank: driver, streams, memory, run-time compiler
 //! - [`mesh`]: ranks to axes and every divisibility rule: pure
 //! - [`config`]: typed `run.yaml`, defaults, validation
-//! - [`console`]: text for people: counted nouns, whole lines on stderr, the bar below them
+//! - [`console`]: text for people: counted nouns, short lists, whole lines on stderr, the bar below them
 //! - [`clock`]: seconds by phase of a step
 //! - [`trace`]: spans of phases, operations and collectives, for Chrome's trace viewer
 //! - [`buffers`]: host memory of activations and temporaries, reused
 //! - [`rng`]: counter-based random numbers keyed by name
 //! - [`dtype`]: element types of stored and gathered tensors
+//! - [`lfs`]: pointers that git-LFS leaves in place of files
 //! - [`error`]: the one error type of the crate and its exit codes; it gathers the rooms' errors and is imported by
 //!   the rooms at the top only
 
@@ -45,6 +46,7 @@ pub mod device;
 pub mod dtype;
 pub mod error;
 pub mod infer;
+pub mod lfs;
 pub mod lora;
 pub mod loss;
 pub mod mesh;

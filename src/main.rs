@@ -3,17 +3,17 @@
 use std::{process::ExitCode, time::Duration};
 use xorl_dist::{Error, cli, comm, console};
 
-/// Time after which a launcher has ended the ranks that are left, when the first has ended with an error.
-const HEARD: Duration = Duration::from_secs(5);
+/// Time in which a launcher ends all ranks after one has exited with an error.
+const LAUNCHER_ENDS_RANKS: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {
     match cli::parse(std::env::args_os().skip(1)).and_then(cli::run) {
         Ok(code) => code,
         Err(error) => {
             if !matches!(error, Error::Elsewhere { .. }) {
-                // A fault of the command line is on all ranks: one says it.
+                // All ranks have the same command line: the first prints its fault, and the launcher ends the others.
                 if comm::launched_rank().is_some_and(|rank| rank > 0) {
-                    std::thread::sleep(HEARD);
+                    std::thread::sleep(LAUNCHER_ENDS_RANKS);
                 }
                 console::say(&error.lines("error: "));
             }

@@ -2,7 +2,7 @@
 //! or the values with which it changes nothing; the rest is computed. Any other field is refused by name.
 
 use super::{CheckpointError, io};
-use crate::lora::LoraShape;
+use crate::{console::shortened, lora::LoraShape};
 use fancy_regex::Regex;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
@@ -141,7 +141,7 @@ pub fn read_config(directory: &Path) -> Result<AdapterConfig, CheckpointError> {
             Some((_, Only(_, remedy))) => remedy,
             None => "the field is not known here; take it out if it changes no result",
         };
-        let (field, found) = (field.clone(), shortened(&value.to_string()));
+        let (field, found) = (field.clone(), shortened(value));
         return Err(CheckpointError::NotBuilt { path, field, found, remedy });
     }
     let file = ConfigFile { path, json };
@@ -175,17 +175,10 @@ impl ConfigFile {
             None => Ok(default),
             Some(Value::Null) if !["r", "lora_alpha"].contains(&field) => Ok(default),
             Some(value) => serde_json::from_value(value.clone()).map_err(|_| {
-                let reason = format!("{field} cannot be {}", shortened(&value.to_string()));
+                let reason = format!("{field} cannot be {}", shortened(value));
                 CheckpointError::Format { path: self.path.clone(), reason }
             }),
         }
-    }
-}
-
-fn shortened(text: &str) -> String {
-    match text.char_indices().nth(60) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text.to_owned(),
     }
 }
 

@@ -1,10 +1,12 @@
 //! The tensors of a stored adapter by key: `adapter_model.safetensors`, or where that is absent `adapter_model.bin`.
 
 use super::{CheckpointError, io};
-use crate::dtype::DType;
+use crate::{dtype::DType, lfs};
 use safetensors::{Dtype, SafeTensors, tensor::TensorInfo};
 use std::{
     collections::BTreeMap,
+    fs::File,
+    io::Read,
     ops::Range,
     path::{Path, PathBuf},
 };
@@ -40,20 +42,20 @@ impl AdapterFile {
         }
         let is_pickle = !path.exists();
         let path = if is_pickle { pickle } else { path };
-        let mut bytes = std::fs::read(&path).map_err(io(&path))?;
-        if bytes.starts_with(b"version https://git-lfs") {
+        let mut start = Vec::new();
+        File::open(&path).and_then(|file| file.take(64).read_to_end(&mut start)).map_err(io(&path))?;
+        if lfs::is_pointer(&start) {
             return Err(format(
                 &path,
                 "a pointer of Git LFS stands in place of the tensors: run `git lfs pull`".into(),
             ));
         }
-        let tensors = if is_pickle {
+        let (tensors, bytes) = if is_pickle {
             let remedy = "libtorch reads no tensors from it: load it in PEFT and save it as safetensors";
-            let (tensors, data) = unpickled(&path).map_err(|_| format(&path, remedy.into()))?;
-            bytes = data;
-            tensors
+            unpickled(&path).map_err(|_| format(&path, remedy.into()))?
         } else {
-            header(&bytes).map_err(|error| format(&path, error.to_string()))?
+            let bytes = std::fs::read(&path).map_err(io(&path))?;
+            (header(&bytes).map_err(|error| format(&path, error.to_string()))?, bytes)
         };
         let tensors = by_key(tensors).map_err(|reason| format(&path, reason))?;
         Ok(Self { path, bytes, tensors })

@@ -38,7 +38,8 @@ const PEFT_ONLY: &str = "the step's adapter_config.json has it";
 const CACHE: &str = "one loader thread a rank prepares rows; data.dataset_prepared_path keeps them";
 const NO_SEQUENCE: &str =
     "a sequence is not divided over ranks; shorten it by data.sample_packing_sequence_len";
-const PATTERNS: &str = "all adapters have lora.lora_rank and lora.lora_alpha";
+const PATTERNS: &str =
+    "ranks and alphas by module come with an adapter (lora.adapter_path); a new one has one of each";
 const SAVED: &str = "a save is synchronous and has the adapter and the training state";
 const SEEDED: &str = "train.seed seeds everything";
 const DECAY: &str = "train.lr_decay_style, lr_min and lr_decay_ratio shape the decay";
@@ -160,7 +161,7 @@ const FOREIGN: &[(&str, Means)] = &[
     ("disable_shuffling", Is("data.shuffle_merged_datasets", " (false)")),
     ("shuffle", Is("data.shuffle_merged_datasets", "")),
     ("train_on_prompt", Is("data.train_on_inputs", "")),
-    ("mask_history", Not("loss is on all turns of the assistant; split the rows to train the last turn")),
+    ("mask_history", Is("data.turns", ": last")),
     ("assistant_only_loss", Is("data.train_on_inputs", " (false, the default, is assistant_only_loss)")),
     ("completion_only_loss", Is("data.train_on_inputs", " (false, the default, is completion_only_loss)")),
     ("roles_to_train", Not("loss is on the assistant's turns, or with data.train_on_inputs on all")),

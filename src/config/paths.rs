@@ -1,5 +1,5 @@
-//! Paths of a configuration, held against the disk before anything is read: each leads to a file or folder of the kind
-//! that its field reads, or is named as what it is.
+//! Checks a configuration's paths before anything is read: each has to lead to a file or folder of the kind that its
+//! field reads. An error says what the path is instead.
 
 use super::RunConfig;
 use super::error::{ConfigError, FieldLocations, Problem};

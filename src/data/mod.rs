@@ -56,6 +56,14 @@ pub struct Row {
 }
 
 impl Row {
+    /// Tokens that fill up a pack: a last document of the padding token `pad` alone, without labels.
+    pub fn padding(&self, pad: i64) -> usize {
+        let [_, .., last] = self.document_lengths[..] else { return 0 };
+        let start = self.input_ids.len() - last;
+        let fills = self.input_ids[start..].iter().all(|&id| id == pad);
+        if fills && self.labels[start..].iter().all(|&label| label == IGNORE_INDEX) { last } else { 0 }
+    }
+
     /// Tokens that carry loss: labels that are not [`IGNORE_INDEX`] after the shift, which never crosses a
     /// document (so the first label of each document does not count).
     pub fn valid_tokens(&self) -> usize {
@@ -67,5 +75,23 @@ impl Row {
             rest = tail;
         }
         valid
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn padding_is_a_last_document_of_the_padding_token_without_labels() {
+        let row = |ids: &[i64], labels: &[i64], lengths: &[usize]| {
+            let row =
+                Row { input_ids: ids.to_vec(), labels: labels.to_vec(), document_lengths: lengths.to_vec() };
+            row.padding(9)
+        };
+        assert_eq!(row(&[1, 2, 9, 9], &[1, 2, -100, -100], &[2, 2]), 2);
+        assert_eq!(row(&[1, 2, 9, 9], &[1, 2, -100, 9], &[2, 2]), 0);
+        assert_eq!(row(&[1, 2, 9, 8], &[1, 2, -100, -100], &[2, 2]), 0);
+        assert_eq!(row(&[9, 9], &[-100, -100], &[2]), 0);
     }
 }

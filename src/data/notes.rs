@@ -1,6 +1,7 @@
 //! Counts of what a data set holds and nothing is trained on, for one warning each.
 
 use super::LineProblem;
+use crate::console::count;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 
@@ -89,27 +90,27 @@ impl Notes {
             lines.push(format!("fields of messages that the chat template does not name: {fields}"));
         }
         if self.padding_tokens > 0 {
-            let (tokens, rows) = (self.padding_tokens, plural(self.padded_rows, "row"));
+            let (tokens, rows) = (self.padding_tokens, count(self.padded_rows, "row"));
             lines.push(format!(
                 "attention_mask: {} of padding in {rows} dropped; the first token behind it has no loss",
-                plural(tokens, "token")
+                count(tokens, "token")
             ));
         }
         if let Some(roles) = self.foreign_roles() {
             lines.push(format!("roles without a loss, which only messages of role assistant have: {roles}"));
         }
         if self.silent_chats > 0 {
-            let chats = plural(self.chats, "chat");
+            let chats = count(self.chats, "chat");
             lines.push(format!("{} of {chats} have no assistant message with a loss", self.silent_chats));
         }
         if self.own_rows > 0 {
-            let turns = plural(self.own_rows, "assistant turn");
+            let turns = count(self.own_rows, "assistant turn");
             lines.push(format!(
                 "rows of their own for {turns}, which the chat template renders differently when messages follow"
             ));
         }
         if self.lost_thoughts > 0 {
-            let messages = plural(self.lost_thoughts, "message");
+            let messages = count(self.lost_thoughts, "message");
             lines.push(format!("thoughts before </think> in {messages} are left out by the chat template"));
         }
         lines
@@ -118,10 +119,6 @@ impl Notes {
 
 fn counted(counts: &BTreeMap<String, usize>, of: &str) -> String {
     let named: Vec<String> =
-        counts.iter().map(|(name, &count)| format!("{name} ({})", plural(count, of))).collect();
+        counts.iter().map(|(name, &number)| format!("{name} ({})", count(number, of))).collect();
     named.join(", ")
-}
-
-fn plural(count: usize, of: &str) -> String {
-    format!("{count} {of}{}", if count == 1 { "" } else { "s" })
 }

@@ -2,6 +2,7 @@
 //! They are found, and added to the tokenizer, in the order in which transformers 5 does it.
 
 use super::{DataError, chat_template::read_json, tokenizer_keys};
+use crate::console::shortened;
 use serde_json::{Map, Value};
 use std::{
     collections::BTreeMap,
@@ -26,6 +27,8 @@ pub(super) struct SpecialTokens {
     has_decoder: bool,
     /// Special tokens in a text are taken apart like other text.
     pub split: bool,
+    /// tokenizer_config.json names code of a tokenizer (`auto_map`).
+    pub names_code: bool,
 }
 
 /// A token, with its flags where a file gives them.
@@ -59,8 +62,11 @@ impl SpecialTokens {
         let path = dir.join("tokenizer_config.json");
         let mut config = object(&path, read_json(&path)?)?;
         tokenizer_keys::check(&path, &config)?;
-        let mut found =
-            Self { split: config.get("split_special_tokens") == Some(&Value::Bool(true)), ..Self::default() };
+        let mut found = Self {
+            split: config.get("split_special_tokens") == Some(&Value::Bool(true)),
+            names_code: config.contains_key("auto_map"),
+            ..Self::default()
+        };
         if let Some(old) = config.swap_remove("additional_special_tokens") {
             config.entry("extra_special_tokens").or_insert(old);
         }
@@ -248,12 +254,6 @@ fn object(path: &Path, file: Option<Value>) -> Result<Map<String, Value>, DataEr
 }
 
 fn wrong(path: &Path, field: &str, expected: &str, found: &Value) -> DataError {
-    let mut found = found.to_string();
-    if found.chars().count() > 60 {
-        found = format!("{}…", found.chars().take(60).collect::<String>());
-    }
-    DataError::Tokenizer {
-        path: PathBuf::from(path),
-        problem: format!("{field}: expected {expected}, got {found}"),
-    }
+    let problem = format!("{field}: expected {expected}, got {}", shortened(found));
+    DataError::Tokenizer { path: PathBuf::from(path), problem }
 }

@@ -2,6 +2,7 @@
 //! accord: a chat template does.
 
 use super::{DataError, LineProblem, error::one_line, special_tokens::SpecialTokens};
+use crate::lfs;
 use sha2::{Digest, Sha256};
 use std::{ops::Range, path::Path};
 
@@ -50,7 +51,7 @@ impl Tokenizer {
             Err(source) => return Err(without_tokenizer(dir).unwrap_or(DataError::Io { path, source })),
         };
         let problem = |problem: String| DataError::Tokenizer { path: path.clone(), problem };
-        if bytes.starts_with(b"version https://git-lfs") {
+        if lfs::is_pointer(&bytes) {
             let remedy = "a pointer of Git LFS in place of the file; run `git lfs pull` in the folder";
             return Err(problem(remedy.into()));
         }
@@ -59,6 +60,10 @@ impl Tokenizer {
         inner.with_truncation(None).map_err(|error| problem(one_line(error)))?;
         inner.with_padding(None);
         let tokens = SpecialTokens::load(dir)?;
+        if tokens.names_code {
+            let config = dir.join("tokenizer_config.json");
+            tracing::warn!("{}: auto_map: its code is not run, tokenizer.json is used", config.display());
+        }
         let missing = tokens.missing(&inner.get_added_tokens_decoder().into_iter().collect());
         inner.add_tokens(&missing);
         inner.set_encode_special_tokens(tokens.split);

@@ -5,7 +5,8 @@ use serde_json::{Map, Value};
 use std::path::Path;
 
 /// Keys that are read, besides names of tokens.
-const READ: [&str; 5] = [
+const READ: [&str; 6] = [
+    "auto_map",
     "chat_template",
     "extra_special_tokens",
     "additional_special_tokens",
@@ -135,12 +136,8 @@ pub(super) fn check(path: &Path, config: &Map<String, Value>) -> Result<(), Data
             return Err(problem(path, format!("{key}: not built: {reason}")));
         }
         let known = READ.contains(&key.as_str()) || HARMLESS.iter().any(|keys| keys.contains(&key.as_str()));
-        match key.as_str() {
-            "auto_map" => {
-                tracing::warn!("{}: auto_map: its code is not run, tokenizer.json is used", path.display())
-            }
-            _ if known || nothing || is_name(key, value) => {}
-            _ => return Err(unknown(path, key)),
+        if !(known || nothing || is_name(key, value)) {
+            return Err(unknown(path, key));
         }
     }
     match config.get("split_special_tokens") {

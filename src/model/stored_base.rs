@@ -1,5 +1,5 @@
-//! The base of a model in HF files: opened, named as the model names it, its head told from its embedding, compared
-//! with what the model needs.
+//! The base of a model in HF files: opens them, gives tensors the model's names, decides whether the head is tied, and
+//! compares all shapes.
 
 use super::{
     ModelSpec,

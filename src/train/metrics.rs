@@ -1,10 +1,11 @@
 //! Metrics of a run: `metrics.jsonl` (a line a step), progress on a terminal or in lines, and `training_metrics.json`
 //! at the end. Rank 0 writes; the other ranks hold a [`Metrics`] that does nothing.
 
-use super::{StepReport, progress::Progress, step::first_few};
+use super::{StepReport, progress::Progress};
 use crate::{
     comm::{Ledger, Operation, Received},
     config::LogFormat,
+    console::first_of,
     error::{Error, Result},
     model::router_load::RouterReport,
 };
@@ -132,7 +133,7 @@ impl Metrics {
         match report.loss {
             None => tracing::warn!("step {number} has no valid token: nothing was updated"),
             Some(_) if !report.non_finite.is_empty() => {
-                tracing::warn!("step {number} was skipped, not finite: {}", first_few(&report.non_finite));
+                tracing::warn!("step {number} was skipped, not finite: {}", first_of(&report.non_finite));
             }
             Some(loss) => {
                 let peak = step.device_memory_bytes.unwrap_or(peak) as f64 / 1e9;

@@ -1,6 +1,6 @@
 //! Rows as the model sees them, for people: the text of every document, with the tokens that carry loss marked.
 
-use super::{Run, run::padding};
+use super::Run;
 use crate::{
     console::count,
     data::{IGNORE_INDEX, Row, Tokenizer},
@@ -22,7 +22,7 @@ impl Run {
         };
         for position in 0..rows.min(self.dataset.rows()) {
             let row = self.dataset.row_at(0, position)?;
-            text += &shown(position + 1, &row, padding(&row, self.pad_id), tokenizer.as_ref());
+            text += &shown(position + 1, &row, row.padding(self.pad_id), tokenizer.as_ref());
         }
         Ok(text)
     }

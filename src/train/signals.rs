@@ -1,6 +1,6 @@
 //! Signals that ask a run to save and stop: SIGUSR1 under any launcher, SIGTERM and SIGINT where no launcher acts on
-//! them. The handlers only set a flag; ranks agree on it at the end of each step. A thread says at once what comes of
-//! the first signal, as a step may take long.
+//! them. The handlers only set a flag; ranks agree on it at the end of each step. A thread prints the reaction to the
+//! first signal at once, because a step may take long.
 
 use crate::{
     console,
@@ -26,7 +26,7 @@ pub struct StopSignals {
     place: Place,
 }
 
-/// The place of a run, for what is said of a signal.
+/// Progress of a run, for the message about a signal.
 #[derive(Clone, Default)]
 struct Place {
     /// The step that is being made, from 1; 0 before the first.
@@ -42,7 +42,7 @@ pub struct Launch {
     pub leaves_signals: bool,
     /// No launcher started this process.
     pub by_hand: bool,
-    /// This rank says what comes of a signal.
+    /// This rank prints the reaction to a signal.
     pub says: bool,
 }
 

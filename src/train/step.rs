@@ -5,6 +5,7 @@
 
 use crate::{
     comm::{Communicator, Reduce},
+    console::first_of,
     loss::{CrossEntropy, TokenLoss},
     model::{
         router_load::RouterReport,
@@ -46,13 +47,18 @@ pub struct Skipped {
 }
 
 impl Skipped {
+    /// No step was skipped yet. `learned`: the run goes on from one that has updated the adapter.
+    pub fn new(learned: bool) -> Self {
+        Self { in_a_row: 0, learned }
+    }
+
     /// Counts a step. An error says why training cannot go on: `most` steps in a row were not finite, or the
     /// `last` step came and none has updated anything.
     pub fn count(&mut self, report: &StepReport, most: usize, last: bool) -> Result<(), String> {
         let skipped = !report.non_finite.is_empty();
         self.learned |= !skipped && report.loss.is_some();
         self.in_a_row = if skipped { self.in_a_row + 1 } else { 0 };
-        let named = first_few(&report.non_finite);
+        let named = first_of(&report.non_finite);
         if self.in_a_row >= most {
             return Err(format!(
                 "{most} steps in a row (train.max_skipped_steps) were skipped, not finite: {named}; --debug names the \
@@ -72,16 +78,6 @@ impl Skipped {
     /// True once a step has updated the adapter.
     pub fn learned(&self) -> bool {
         self.learned
-    }
-}
-
-/// The first three names, and the number of others.
-pub(super) fn first_few(names: &[String]) -> String {
-    const SHOWN: usize = 3;
-    let shown = names[..names.len().min(SHOWN)].join(", ");
-    match names.len().saturating_sub(SHOWN) {
-        0 => shown,
-        more => format!("{shown} and {more} more"),
     }
 }
 
@@ -199,6 +195,7 @@ mod tests {
         assert!(skipped.learned());
 
         assert_eq!(Skipped::default().count(&good, 2, true), Ok(()));
+        assert_eq!(Skipped::new(true).count(&idle, 2, true), Ok(()));
         assert!(Skipped::default().count(&bad, 2, true).unwrap_err().contains("every step was skipped"));
         assert!(
             Skipped::default().count(&idle, 2, true).unwrap_err().contains("no step had a token with a loss")

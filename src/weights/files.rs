@@ -2,6 +2,7 @@
 //! `model.safetensors.index.json` lists.
 
 use super::SourceError;
+use crate::lfs;
 use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},
@@ -10,7 +11,7 @@ use std::{
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// Files of weights that cannot be read: (ending of the name, remedy). The first that is there is told.
+/// Files of weights that cannot be read: (ending of the name, remedy). The first match is reported.
 const FOREIGN: &[(&str, &str)] = &[
     (
         "pytorch_model.bin",
@@ -73,7 +74,7 @@ fn shards_of(directory: &Path, index: &Path) -> Result<Vec<PathBuf>, SourceError
     let fault = |reason: String| SourceError::Index { path: index.to_owned(), reason };
     let text =
         std::fs::read_to_string(index).map_err(|error| SourceError::Io { path: index.to_owned(), error })?;
-    if is_lfs_pointer(text.as_bytes()) {
+    if lfs::is_pointer(text.as_bytes()) {
         return Err(SourceError::LfsPointer { path: index.to_owned() });
     }
     let json: serde_json::Value = serde_json::from_str(&text).map_err(|error| fault(error.to_string()))?;
@@ -89,9 +90,4 @@ fn shards_of(directory: &Path, index: &Path) -> Result<Vec<PathBuf>, SourceError
         files.insert(directory.join(file));
     }
     Ok(files.into_iter().collect())
-}
-
-/// True if `bytes` begin a file that git-LFS left in place of a large one.
-pub fn is_lfs_pointer(bytes: &[u8]) -> bool {
-    bytes.starts_with(b"version https://git-lfs.github.com/spec/")
 }

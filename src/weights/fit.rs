@@ -1,14 +1,12 @@
 //! Compares the tensors of a source with those of a model, by the names that transformers gives them.
 
 use super::{SourceError, WeightSource};
+use crate::console::first_of;
 use std::collections::HashSet;
 
 /// The module in which transformers has everything but the head. Names may lack it, or have it once too often.
 const BODY: &str = "model.";
 const HEAD: &str = "lm_head.weight";
-
-/// Names in a message.
-const SHOWN: usize = 3;
 
 /// Prefixes that programs leave in names, each with what takes it off.
 const PREFIXES: &[(&str, &str)] = &[
@@ -18,15 +16,6 @@ const PREFIXES: &[(&str, &str)] = &[
     ("module.", "it is DistributedDataParallel's: save model.module"),
     ("_fsdp_wrapped_module.", "it is FSDP's: save the full state dict"),
 ];
-
-/// The first names, and how many more there are.
-pub fn first_of<T: AsRef<str>>(names: &[T]) -> String {
-    let shown: Vec<&str> = names.iter().take(SHOWN).map(AsRef::as_ref).collect();
-    match names.len().saturating_sub(SHOWN) {
-        0 => shown.join(", "),
-        more => format!("{} and {more} more", shown.join(", ")),
-    }
-}
 
 /// Finds the model's name for a stored one, as transformers does: it adds `model.` where that makes a name of the
 /// model, and takes it off where that does. `needed` are the model's tensors.

@@ -6,12 +6,12 @@ mod fit;
 mod random;
 mod safetensors;
 
-use crate::dtype::DType;
+use crate::{dtype::DType, lfs};
 use sha2::{Digest, Sha256};
 use std::{ops::Range, path::PathBuf};
 
-pub use files::{WeightFiles, is_lfs_pointer, weight_files};
-pub use fit::{first_of, names_in_model, validate};
+pub use files::{WeightFiles, weight_files};
+pub use fit::{names_in_model, validate};
 pub use random::RandomSource;
 pub use safetensors::SafetensorsSource;
 
@@ -92,7 +92,7 @@ pub enum SourceError {
     NoWeights { path: PathBuf },
     #[error("{path}: {found} is there and no model.safetensors: {remedy}")]
     Foreign { path: PathBuf, found: String, remedy: &'static str },
-    #[error("{path}: a git-LFS pointer in place of the file; run `git lfs pull` in its folder")]
+    #[error("{path}: {}", lfs::REMEDY)]
     LfsPointer { path: PathBuf },
     #[error("{path}: not a safetensors file: {reason}")]
     Format { path: PathBuf, reason: String },

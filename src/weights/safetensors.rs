@@ -2,7 +2,7 @@
 //! mapped file would count as this rank's memory.
 
 use super::{SourceError, TensorMeta, WeightSource, check_range, files, unknown};
-use crate::dtype::DType;
+use crate::{dtype::DType, lfs};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use std::{
@@ -71,7 +71,7 @@ impl SafetensorsSource {
         // SAFETY: model files are not written while a run opens them; a file that shrinks under us would end the
         // process with SIGBUS, as it would for every reader of mapped weights.
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
-        if files::is_lfs_pointer(&map) {
+        if lfs::is_pointer(&map) {
             return Err(SourceError::LfsPointer { path: path.to_owned() });
         }
         let (header, metadata) =

@@ -1,7 +1,8 @@
 //! The fields of one config.json: typed readers with errors that name file and field. Absent fields have the values of
 //! the family's config class in transformers.
 
-use super::{ConfigError, is_same, known, shown};
+use super::{ConfigError, is_same, known};
+use crate::console::shortened;
 use crate::model::family::{Absent, FAMILIES, Family};
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
@@ -51,7 +52,7 @@ impl Fields {
 
     /// The error of a value of `field` that is not as `expected`.
     pub fn fault(&self, field: &str, expected: impl Into<String>, found: &Value) -> ConfigError {
-        let (field, found) = (field.to_owned(), shown(found));
+        let (field, found) = (field.to_owned(), shortened(found));
         ConfigError::Value { path: self.path.clone(), field, expected: expected.into(), found }
     }
 

@@ -1,6 +1,7 @@
 //! Reads a generation_config.json: the tokens that end a generation, and the settings that would change a greedy one.
 
 use super::{ConfigError, is_same, read_object, token_ids};
+use crate::console::shortened;
 use serde_json::Value;
 use std::path::Path;
 
@@ -91,8 +92,7 @@ impl Generation {
             let is_neutral = neutral.is_some_and(|(_, neutral)| is_same(value, &(*neutral).into()));
             *key != "eos_token_id" && !HARMLESS.contains(&key.as_str()) && !value.is_null() && !is_neutral
         };
-        let unread =
-            map.iter().filter(has_effect).map(|(key, value)| format!("{key} {}", super::shown(value)));
+        let unread = map.iter().filter(has_effect).map(|(key, value)| format!("{key} {}", shortened(value)));
         Ok(Self { eos_token_ids: token_ids(map.get("eos_token_id")), unread: unread.collect() })
     }
 }

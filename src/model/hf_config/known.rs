@@ -1,7 +1,8 @@
 //! Fields of config.json that no family reads: those that have no effect, each with its reason, and those that have one
 //! and are not built unless they hold a neutral value. Any other field is refused, as it might change the maths.
 
-use super::{ConfigError, is_same, shown};
+use super::{ConfigError, is_same};
+use crate::console::shortened;
 use crate::model::family::Family;
 use serde_json::{Map, Value};
 use std::path::Path;
@@ -147,7 +148,8 @@ pub(super) fn check(path: &Path, map: &Map<String, Value>, family: &Family) -> R
     }
     let mut unknown = Vec::new();
     for (field, value) in map {
-        let is_read = family.reads(field) || [READ, QUANTIZED].concat().contains(&field.as_str());
+        let is_read =
+            family.reads(field) || [READ, QUANTIZED].iter().any(|fields| fields.contains(&field.as_str()));
         if is_read || harmless(field).is_some() {
             continue;
         }
@@ -155,7 +157,7 @@ pub(super) fn check(path: &Path, map: &Map<String, Value>, family: &Family) -> R
             None => unknown.push(field.as_str()),
             Some((_, values)) if values.iter().any(|neutral| is_text(value, neutral)) => {}
             Some((_, values)) => {
-                let (field, found) = (field.clone(), shown(value));
+                let (field, found) = (field.clone(), shortened(value));
                 let expected = format!("{} (anything else is not built)", values[0]);
                 return Err(ConfigError::Value { path: path.to_owned(), field, expected, found });
             }

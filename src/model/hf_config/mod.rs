@@ -11,8 +11,9 @@ use super::{
     spec::ModelSpec,
 };
 use crate::{
+    console::{first_of, shortened},
     dtype::DType,
-    weights::{first_of, is_lfs_pointer},
+    lfs,
 };
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
@@ -27,7 +28,7 @@ pub enum ConfigError {
     Io { path: PathBuf, error: std::io::Error },
     #[error("{path}: not JSON: {error}")]
     Json { path: PathBuf, error: serde_json::Error },
-    #[error("{path}: a git-LFS pointer in place of the file; run `git lfs pull` in its folder")]
+    #[error("{path}: {}", lfs::REMEDY)]
     LfsPointer { path: PathBuf },
     #[error("{path}: model_type is {found}; built are {}", known())]
     Family { path: PathBuf, found: String },
@@ -50,16 +51,6 @@ fn known() -> String {
     FAMILIES.iter().map(|family| family.model_type).collect::<Vec<_>>().join(", ")
 }
 
-/// JSON of a value, for messages; long ones are cut.
-fn shown(value: &Value) -> String {
-    const MOST: usize = 60;
-    let text = value.to_string();
-    if text.chars().count() <= MOST {
-        return text;
-    }
-    text.chars().take(MOST).chain("…".chars()).collect()
-}
-
 /// True if two values are equal, numbers compared by value.
 fn is_same(a: &Value, b: &Value) -> bool {
     match (a.as_f64(), b.as_f64()) {
@@ -71,7 +62,7 @@ fn is_same(a: &Value, b: &Value) -> bool {
 impl ConfigError {
     /// The error of two spellings (name, value) that disagree.
     fn disagree(path: &Path, a: (&str, &Value), b: (&str, &Value)) -> Self {
-        let [first, second] = [a, b].map(|(name, value)| format!("{name} {}", shown(value)));
+        let [first, second] = [a, b].map(|(name, value)| format!("{name} {}", shortened(value)));
         Self::Disagree { path: path.to_owned(), first, second }
     }
 
@@ -165,7 +156,7 @@ fn token_ids(value: Option<&Value>) -> Vec<i64> {
 fn read_object(path: &Path) -> Result<Map<String, Value>, ConfigError> {
     let text =
         std::fs::read_to_string(path).map_err(|error| ConfigError::Io { path: path.to_owned(), error })?;
-    if is_lfs_pointer(text.as_bytes()) {
+    if lfs::is_pointer(text.as_bytes()) {
         return Err(ConfigError::LfsPointer { path: path.to_owned() });
     }
     serde_json::from_str(&text).map_err(|error| ConfigError::Json { path: path.to_owned(), error })
