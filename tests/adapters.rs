@@ -15,7 +15,11 @@ use std::{
 };
 use tch::{Device, Tensor};
 use xorl_dist::{
-    checkpoint::{CheckpointError, adapter_config::harmless_fields, peft::AdapterFolder},
+    checkpoint::{
+        CheckpointError,
+        adapter_config::harmless_fields,
+        peft::{AdapterFolder, StoredAdapter},
+    },
     comm::World,
     model::{
         base_plan::{Options, all_projections},
@@ -70,10 +74,8 @@ impl Ours {
             loaded
         };
         let model = self.models.entry(model.to_owned()).or_insert_with(open);
-        let stored = AdapterFolder::open(path)?;
-        let sites = stored.sites(&all_projections(model.spec()));
-        let shapes = stored.shapes(&sites)?;
-        let values = stored.values(&sites, &shapes)?;
+        let StoredAdapter { sites, shapes, values } =
+            AdapterFolder::open(path)?.adapter(&all_projections(model.spec()))?;
         let mut adapter = model.new_adapter(&sites, shapes);
         adapter.set(|parameter, range| values[&parameter.name][range].to_vec()).unwrap();
         let batch = Batch::new(&self.ids, &self.ids, &[self.ids.len()], Device::Cpu);
@@ -204,27 +206,28 @@ fn mpi_adapters_of_several_ranks_are_trained_saved_and_resumed() {
     let config = folder.path().join("run.yaml");
     std::fs::write(&config, "train:\n  lr: 1e-3\n  enable_mixed_precision: false\n  global_batch_size: 2\n  save_steps: 2\n  \
         lr_decay_style: constant\nlora:\n  lora_rank: 4\n  lora_alpha: 8\ndata:\n  sample_packing_method: none\n").unwrap();
+    let arguments = |case: &Case, targets: &str, out: &Path| {
+        [
+            ["--config", config.to_str().unwrap()],
+            ["--model.model_path", case.model.to_str().unwrap()],
+            ["--data.datasets", &datasets],
+            ["--lora.adapter_path", case.path.to_str().unwrap()],
+            ["--lora.lora_target_modules", targets],
+            ["--train.output_dir", out.to_str().unwrap()],
+        ]
+        .concat()
+        .into_iter()
+        .map(str::to_owned)
+        .collect::<Vec<String>>()
+    };
     let mut steps: Vec<(PathBuf, PathBuf)> = Vec::new();
     for (number, (name, targets, more)) in table.iter().enumerate() {
         let case = cases.iter().find(|case| case.name == *name).unwrap();
         let run = |ranks: usize, out: &Path, last: &str, resume: &[&str]| {
-            let arguments = [
-                "--config",
-                config.to_str().unwrap(),
-                "--model.model_path",
-                case.model.to_str().unwrap(),
-                "--data.datasets",
-                &datasets,
-                "--lora.adapter_path",
-                case.path.to_str().unwrap(),
-                "--lora.lora_target_modules",
-                targets,
-                "--train.max_steps",
-                last,
-                "--train.output_dir",
-                out.to_str().unwrap(),
-            ];
-            succeeded(&xorl(ranks, &[&arguments[..], more, resume].concat()));
+            let arguments = arguments(case, targets, out);
+            let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+            let last = ["--train.max_steps", last];
+            succeeded(&xorl(ranks, &[&arguments[..], &last, more, resume].concat()));
         };
         let outs = ["whole", "half"].map(|out| folder.path().join(format!("{out}-{number}")));
         let two = folder.path().join(format!("two-{number}"));
@@ -252,7 +255,7 @@ fn mpi_adapters_of_several_ranks_are_trained_saved_and_resumed() {
     // Independent gate and up are one to PEFT, with √2 of the alpha.
     let moe = &cases.iter().find(|case| case.name == "experts").unwrap().model;
     let fresh = folder.path().join("fresh");
-    let arguments = [
+    let of_fresh = [
         ["--config", config.to_str().unwrap()],
         ["--model.model_path", moe.to_str().unwrap()],
         ["--data.datasets", &datasets],
@@ -261,7 +264,7 @@ fn mpi_adapters_of_several_ranks_are_trained_saved_and_resumed() {
         ["--lora.use_rslora", "true"],
         ["--lora.lora_b_init_std", "0.1"],
     ];
-    succeeded(&xorl(2, arguments.as_flattened()));
+    succeeded(&xorl(2, of_fresh.as_flattened()));
     steps.push((moe.clone(), fresh.join("weights/run/step_4")));
     let pairs: Vec<&Path> = steps.iter().flat_map(|(model, step)| [model.as_path(), step]).collect();
     oracle(&[&[Path::new("reload"), folder.path()], &pairs[..]].concat());
@@ -274,20 +277,8 @@ fn mpi_adapters_of_several_ranks_are_trained_saved_and_resumed() {
     let case = cases.iter().find(|case| case.name == "two layers").unwrap();
     let nowhere = folder.path().join("no");
     let refused = |more: &[&str]| {
-        let arguments = [
-            "--config",
-            config.to_str().unwrap(),
-            "--model.model_path",
-            case.model.to_str().unwrap(),
-            "--data.datasets",
-            &datasets,
-            "--lora.adapter_path",
-            case.path.to_str().unwrap(),
-            "--lora.lora_target_modules",
-            all,
-            "--train.output_dir",
-            nowhere.to_str().unwrap(),
-        ];
+        let arguments = arguments(case, all, &nowhere);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         failed(&xorl(1, &[&arguments[..], more].concat()), 2)
     };
     let line = refused(&[]);

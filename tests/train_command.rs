@@ -64,16 +64,13 @@ fn peft_loss(folder: &Path, base: &Path, step: &str) -> f64 {
 fn our_logits_are_theirs(folder: &Path, step: &str) {
     let (directory, step) = (folder.join("model"), Path::new(step));
     let spec = HfModel::open(&directory).unwrap().spec;
-    let stored = AdapterFolder::open(step).unwrap();
-    let sites = stored.sites(&all_projections(&spec));
-    let shapes = stored.shapes(&sites).unwrap();
-    let values = stored.values(&sites, &shapes).unwrap();
+    let stored = AdapterFolder::open(step).unwrap().adapter(&all_projections(&spec)).unwrap();
     let options = Options { slots: 1, vocab_chunk_rows: 100, ..Options::default() };
     let groups = ProcessGroups::one_block(&World::start().unwrap());
     let mut model = Transformer::new(spec, options, &groups).unwrap();
-    let mut adapter = model.new_adapter(&sites, shapes);
+    let mut adapter = model.new_adapter(&stored.sites, stored.shapes);
     model.load(&SafetensorsSource::open(&directory).unwrap()).unwrap();
-    adapter.set(|parameter, range| values[&parameter.name][range].to_vec()).unwrap();
+    adapter.set(|parameter, range| stored.values[&parameter.name][range].to_vec()).unwrap();
     let bytes = std::fs::read(folder.join("logits.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     for (index, line) in std::fs::read_to_string(folder.join("rows.jsonl")).unwrap().lines().enumerate() {

@@ -11,6 +11,7 @@ use super::{
 };
 use crate::{
     config::ExportFormat,
+    console::first_of,
     lora::{Factor, LoraShape, LoraShapes, MoeNames, Site, targets::Projection},
 };
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
@@ -223,7 +224,15 @@ fn tensors(adapters: &[LogicalAdapter], format: ExportFormat) -> Vec<(String, Ve
     tensors
 }
 
-/// A stored adapter, its files read.
+/// A stored adapter on the sites of a model.
+pub struct StoredAdapter {
+    pub sites: Vec<Site>,
+    pub shapes: LoraShapes,
+    /// A and B by logical parameter name.
+    pub values: HashMap<String, Vec<f32>>,
+}
+
+/// The folder of a stored adapter, its files read.
 pub struct AdapterFolder {
     config: AdapterConfig,
     file: AdapterFile,
@@ -248,6 +257,17 @@ impl AdapterFolder {
 
     fn mismatch(&self, reason: String) -> CheckpointError {
         CheckpointError::Mismatch { path: self.file.path.clone(), reason }
+    }
+
+    /// The adapter on a model that has `projections`, with the sites that it adapts.
+    ///
+    /// # Errors
+    /// Those of [`shapes`](Self::shapes) and [`values`](Self::values).
+    pub fn adapter(&self, projections: &[Projection]) -> Result<StoredAdapter, CheckpointError> {
+        let sites = self.sites(projections);
+        let shapes = self.shapes(&sites)?;
+        let values = self.values(&sites, &shapes)?;
+        Ok(StoredAdapter { sites, shapes, values })
     }
 
     /// The sites on `projections` that the adapter adapts, by the keys of its file. Keys of experts in PEFT's format
@@ -332,7 +352,7 @@ impl AdapterFolder {
         Err(self.mismatch(format!(
             "{} in the file, but no target by target_modules, exclude_modules, layers_to_transform and \
              target_parameters of {CONFIG_FILE}: PEFT would leave that out; mend them, or take the tensors out",
-            listed(&untargeted, "is", "are")
+            listed(&untargeted)
         )))
     }
 
@@ -492,12 +512,14 @@ impl<'a> Taken<'a> {
     fn finish(self) -> Result<(), String> {
         let mut parts = Vec::new();
         if !self.missing.is_empty() {
-            parts.push(format!("{} missing", listed(&self.missing, "is", "are")));
+            parts.push(format!("{} missing", listed(&self.missing)));
         }
-        let surplus: Vec<String> = self.surplus.into_iter().map(str::to_owned).collect();
+        let surplus: Vec<&str> = self.surplus.into_iter().collect();
         if !surplus.is_empty() {
-            parts.push(format!("{} surplus", listed(&surplus, "is", "are")));
+            parts.push(format!("{} surplus", listed(&surplus)));
         }
+        // A fault is as long as three names.
+        const MOST: usize = 3;
         parts.extend(self.faults.iter().take(MOST).cloned());
         if self.faults.len() > MOST {
             parts.push(format!("{} more of this kind", self.faults.len() - MOST));
@@ -506,14 +528,9 @@ impl<'a> Taken<'a> {
     }
 }
 
-/// Names that an error lists.
-const MOST: usize = 3;
-
-/// The first of `names`, the count of the others, and the verb for so many.
-fn listed(names: &[String], one: &str, several: &str) -> String {
-    let (first, rest) = names.split_at(names.len().min(MOST));
-    let more = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
-    format!("{}{more} {}", first.join(", "), if names.len() == 1 { one } else { several })
+/// The first of `names`, and the verb for so many.
+fn listed<T: AsRef<str>>(names: &[T]) -> String {
+    format!("{} {}", first_of(names), if names.len() == 1 { "is" } else { "are" })
 }
 
 /// The adapters on `sites`, with the values that `value` returns for each logical parameter (`….q_proj.lora_A`, or

@@ -2,13 +2,18 @@
 
 use super::{Limits, greedy};
 use crate::{
-    checkpoint::{adapter_config, peft::AdapterFolder, steps},
+    checkpoint::{
+        adapter_config,
+        peft::{AdapterFolder, StoredAdapter},
+        steps,
+    },
     comm::World,
     config::ReduceGradients,
+    console::first_of,
     data::{ChatTemplate, Prompt, Reference, Tokenizer},
     dtype::DType,
     error::{Error, Result},
-    lora::{Adapter, LoraShapes, Site},
+    lora::Adapter,
     loss::CrossEntropy,
     model::{
         ModelSpec,
@@ -18,11 +23,10 @@ use crate::{
         transformer::{Batch, MicroBatchLoss, Transformer},
     },
     shard::ProcessGroups,
-    weights::{SafetensorsSource, WeightSource, first_of},
+    weights::{SafetensorsSource, WeightSource},
 };
 use serde_json::{Value, json};
 use std::{
-    collections::HashMap,
     io::Write,
     path::{Path, PathBuf},
 };
@@ -64,23 +68,6 @@ pub struct Generation {
     adapter: Option<StoredAdapter>,
 }
 
-struct StoredAdapter {
-    sites: Vec<Site>,
-    shapes: LoraShapes,
-    /// By logical parameter name.
-    values: HashMap<String, Vec<f32>>,
-}
-
-impl StoredAdapter {
-    fn read(directory: &Path, spec: &ModelSpec) -> Result<Self> {
-        let folder = AdapterFolder::open(directory)?;
-        let sites = folder.sites(&all_projections(spec));
-        let shapes = folder.shapes(&sites)?;
-        let values = folder.values(&sites, &shapes)?;
-        Ok(Self { sites, shapes, values })
-    }
-}
-
 impl Generation {
     /// Reads everything but the weights. Enters no collective and writes nothing.
     pub fn prepare(request: Request) -> Result<Self> {
@@ -119,7 +106,8 @@ impl Generation {
         let compute = request.compute.unwrap_or(if stored == DType::F16 { DType::F32 } else { stored });
         let read = |path: &PathBuf| {
             // Whatever is wrong with an adapter that the user named is the user's to mend.
-            StoredAdapter::read(path, &spec).map_err(|error| Error::Input(error.to_string()))
+            let stored = AdapterFolder::open(path).and_then(|folder| folder.adapter(&all_projections(&spec)));
+            stored.map_err(|error| Error::Input(error.to_string()))
         };
         let adapter = adapter.as_ref().map(read).transpose()?;
         let limits =

@@ -18,7 +18,7 @@ use crate::{
     config::{FieldLocations, Override, PackingMethod, ReduceGradients, RunConfig},
     console::count,
     data::{
-        Dataset, IGNORE_INDEX, Loader, ROWS_PER_GROUP, Row, StepPlan,
+        Dataset, Loader, ROWS_PER_GROUP, Row, StepPlan,
         schedule::{self, BatchSchedule, BatchSplit, DataCursor, StepRows},
     },
     device::Memory,
@@ -287,7 +287,7 @@ impl Run {
         let clock = trainer.model.clock.clone();
         let mut steps = loader.zip(self.step_rows());
         clock.take();
-        let mut skipped = Skipped::default();
+        let mut skipped = Skipped::new(self.resumed().is_some());
         let mut begin = Instant::now();
         loop {
             profile.before_step();
@@ -350,7 +350,7 @@ impl Run {
                     let of = self.total_steps;
                     tracing::warn!(
                         "stopped after step {done} of {of}, as a signal asked for: it is saved; \
-                         --train.load_checkpoint_path auto goes on"
+                         --train.load_checkpoint_path auto continues"
                     );
                 }
                 return Ok(Ended::Stopped);
@@ -422,7 +422,7 @@ fn split(mesh: &Mesh, micro: usize) -> BatchSplit {
     }
 }
 
-/// Warns of a run that is hardly one: an epoch of a few steps, and a warm-up without end.
+/// Warns of an epoch of very few steps, and of a warm-up as long as the run.
 fn warn_of_steps(config: &RunConfig, batches: &BatchSchedule, total_steps: usize) {
     let (train, data) = (&config.train, &config.data);
     let of_epoch = batches.steps_per_epoch();
@@ -456,39 +456,18 @@ fn warn_of_steps(config: &RunConfig, batches: &BatchSchedule, total_steps: usize
     }
 }
 
-/// Tokens of `row` that fill it up: a last document of `pad` alone, without labels.
-pub(super) fn padding(row: &Row, pad: i64) -> usize {
-    let [_, .., last] = row.document_lengths[..] else { return 0 };
-    let start = row.input_ids.len() - last;
-    let fills = row.input_ids[start..].iter().all(|&id| id == pad);
-    if fills && row.labels[start..].iter().all(|&label| label == IGNORE_INDEX) { last } else { 0 }
-}
-
 /// A micro-batch of rows, flat; `pad` fills packs.
 fn batch(rows: &[Row], pad: i64, device: Device) -> Batch {
     let ids: Vec<i64> = rows.iter().flat_map(|row| row.input_ids.iter().copied()).collect();
     let labels: Vec<i64> = rows.iter().flat_map(|row| row.labels.iter().copied()).collect();
     let lengths: Vec<usize> = rows.iter().flat_map(|row| row.document_lengths.iter().copied()).collect();
-    let padding = rows.iter().map(|row| padding(row, pad)).sum();
+    let padding = rows.iter().map(|row| row.padding(pad)).sum();
     Batch::new(&ids, &labels, &lengths, device).with_padding(padding)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn padding_is_a_last_document_of_the_padding_token_without_labels() {
-        let row = |ids: &[i64], labels: &[i64], lengths: &[usize]| {
-            let row =
-                Row { input_ids: ids.to_vec(), labels: labels.to_vec(), document_lengths: lengths.to_vec() };
-            padding(&row, 9)
-        };
-        assert_eq!(row(&[1, 2, 9, 9], &[1, 2, -100, -100], &[2, 2]), 2);
-        assert_eq!(row(&[1, 2, 9, 9], &[1, 2, -100, 9], &[2, 2]), 0);
-        assert_eq!(row(&[1, 2, 9, 8], &[1, 2, -100, -100], &[2, 2]), 0);
-        assert_eq!(row(&[9, 9], &[-100, -100], &[2]), 0);
-    }
 
     /// 8 ranks = 2 replicas × 2 shards × 2 ranks a sequence.
     #[test]
