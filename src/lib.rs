@@ -3,6 +3,7 @@
 //! The map of the house, one line a room. A room imports only rooms below it (`tests/architecture.rs`):
 //!
 //! - [`cli`]: the commands and the command line
+//! - [`server`]: the training server: requests, wires, engine
 //! - [`train`]: the step (count, accumulate, reduce, update), the loop, metrics, progress, signals
 //! - [`infer`]: KV cache, greedy decoding, generation
 //! - [`plan`]: bytes, FLOPs and traffic of a configuration before it runs: pure
@@ -55,6 +56,7 @@ pub mod ops;
 pub mod optim;
 pub mod plan;
 pub mod rng;
+pub mod server;
 pub mod session;
 pub mod shard;
 pub mod trace;

@@ -9,7 +9,7 @@ use std::{
 
 /// Imported by the rooms at the top only; imports the errors of all rooms.
 const ERROR: &str = "error";
-const IMPORT_ERROR: [&str; 3] = ["cli", "train", "infer"];
+const IMPORT_ERROR: [&str; 4] = ["cli", "server", "train", "infer"];
 
 fn source() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("src")

@@ -14,11 +14,13 @@
 
 mod cross_entropy;
 mod head;
+mod named;
 mod segments;
 mod targets;
 
 pub use cross_entropy::CrossEntropy;
 pub use head::{HOST_ROWS, HeadPass};
+pub use named::{NamedLoss, Param};
 pub use segments::BySegment;
 pub use targets::Targets;
 

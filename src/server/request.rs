@@ -1,0 +1,255 @@
+//! Requests to the engine and their answers, in one form for all wires.
+
+use crate::loss::NamedLoss;
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, fmt, path::PathBuf};
+
+/// The name of an adapter on the server: a client's `model_id`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ModelId(String);
+
+/// Why a text is no [`ModelId`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "model_id {0:?}: expected 1 to 128 letters, digits, '.', '_', '-' and ':', the first of them a letter or a digit"
+)]
+pub struct ModelIdError(String);
+
+impl ModelId {
+    /// Characters at most.
+    const LONGEST: usize = 128;
+
+    /// # Errors
+    /// The text is empty, too long, or has a character that is not allowed.
+    pub fn new(text: impl Into<String>) -> Result<Self, ModelIdError> {
+        let text = text.into();
+        let is_allowed = |c: char| c.is_ascii_alphanumeric() || "._-:".contains(c);
+        let starts = text.starts_with(|c: char| c.is_ascii_alphanumeric());
+        if starts && text.len() <= Self::LONGEST && text.chars().all(is_allowed) {
+            Ok(Self(text))
+        } else {
+            Err(ModelIdError(text))
+        }
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The name of its folder: ':' is written `%3A`.
+    pub fn folder(&self) -> String {
+        self.0.replace(':', "%3A")
+    }
+}
+
+impl fmt::Display for ModelId {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A request for one adapter.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Request {
+    pub model: ModelId,
+    pub task: Task,
+}
+
+/// What is asked of an adapter. Tasks of one adapter are carried out in the order in which the engine gets them.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Task {
+    /// Make a new adapter. The same name with an equal spec again is no error and changes nothing.
+    Create(AdapterSpec),
+    /// Forward, and backward unless it is forward-only.
+    Pass(Pass),
+    OptimStep(OptimStep),
+    /// Drop the gradients that were accumulated since the last step.
+    AbortGradients,
+    Save(Save),
+    Load(Load),
+    /// Forget the adapter.
+    Unload,
+}
+
+/// The shape of an adapter, as it is created.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AdapterSpec {
+    pub rank: usize,
+    pub alpha: f64,
+    /// Names as in `lora.lora_target_modules`; `None`: the server's.
+    pub targets: Option<Vec<String>>,
+    /// Keeps the targets that are in attention.
+    pub train_attn: bool,
+    /// Keeps the targets that are in MLPs and experts.
+    pub train_mlp: bool,
+    /// Key of the initial values.
+    pub seed: u64,
+}
+
+/// One forward, perhaps with backward, over some data.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pass {
+    pub data: Vec<Datum>,
+    pub loss: NamedLoss,
+    /// False: no gradient is made.
+    pub backward: bool,
+}
+
+/// One sequence of tokens with what its loss needs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Datum {
+    /// `[tokens]`
+    pub ids: Vec<i64>,
+    /// `[tokens × k]`, token by token: the ids that each token should predict, already shifted; negative where absent.
+    pub targets: Vec<i64>,
+    /// Targets a token, at least 1.
+    pub k: usize,
+    /// Other inputs of the loss by their names on the wire (`weights`, `logprobs`, `advantages`): `[tokens × k]` each, or
+    /// `[tokens]` for an input that knows no k.
+    pub inputs: BTreeMap<String, Vec<f32>>,
+}
+
+/// The outcome of a [`Pass`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct PassReply {
+    /// Σ of the loss over all data, not divided.
+    pub loss: f64,
+    /// Targets that count for [`OptimStep::divide`]; see [`NamedLoss::valid`].
+    pub valid: u64,
+    /// `[tokens × k]` of each datum: log p of each target under the model; 0 where absent.
+    pub log_probs: Vec<Vec<f32>>,
+    /// Statistics of the loss, with the suffix that says how chunks combine: `ratio_mean:mean`.
+    pub metrics: BTreeMap<String, f64>,
+}
+
+/// One update of an adapter by AdamW.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OptimStep {
+    pub lr: f64,
+    pub betas: (f64, f64),
+    pub eps: f64,
+    pub weight_decay: f64,
+    /// 0 or less: no limit.
+    pub max_grad_norm: f64,
+    /// True: the accumulated gradient is divided by the valid targets of its passes (xorl). False: it is their plain sum
+    /// (tinker).
+    pub divide: bool,
+}
+
+/// The outcome of an [`OptimStep`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepReply {
+    /// Updates of the adapter so far, this one included.
+    pub step: u64,
+    /// L2 norm before clipping, of the gradient that was applied.
+    pub grad_norm: f64,
+    /// Parameters whose gradient is not finite. Not empty: nothing was updated, and the gradients are dropped.
+    pub non_finite: Vec<String>,
+}
+
+/// A save of an adapter.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Save {
+    /// The folder to make, below output_dir; the caller has checked that it stays there.
+    pub folder: PathBuf,
+    /// True: with the optimizer's state and what was accumulated, so that training goes on from it.
+    pub training_state: bool,
+    /// Replace a save of the same name.
+    pub overwrite: bool,
+    /// Written into the save as it is.
+    pub metadata: serde_json::Value,
+}
+
+/// A load of saved values into an adapter of the same shape.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Load {
+    /// The folder of the save.
+    pub folder: PathBuf,
+    /// True: with the optimizer's state.
+    pub optimizer: bool,
+}
+
+/// The answer to a [`Request`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum Reply {
+    Created,
+    Passed(PassReply),
+    Stepped(StepReply),
+    /// The steps of the adapter so far.
+    Aborted {
+        step: u64,
+    },
+    /// The folder, and the bytes of its files.
+    Saved {
+        folder: PathBuf,
+        bytes: u64,
+    },
+    Loaded {
+        step: u64,
+    },
+    Unloaded,
+}
+
+/// Why a request was not carried out. The adapter is as it was before.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The client asked for what cannot be; the text says what to do.
+    #[error("{0}")]
+    User(String),
+    /// The server could not, though the request was in order.
+    #[error("{0}")]
+    Server(String),
+}
+
+/// What the engine answers.
+pub type Answer = Result<Reply, Refusal>;
+
+/// Takes requests to the engine. A wire has one; tests have one that answers by itself.
+pub trait Engine: Send + Sync {
+    /// Queues `request`. `answer` is called once, from a thread of the engine, and must not block.
+    fn submit(&self, request: Request, answer: Box<dyn FnOnce(Answer) + Send>);
+
+    /// The state that pages and metrics show.
+    fn state(&self) -> EngineState;
+}
+
+/// The state of an engine.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct EngineState {
+    /// False once a rank has failed: the process is about to end.
+    pub healthy: bool,
+    /// Requests that wait or are being carried out.
+    pub waiting: usize,
+    /// Requests that were answered.
+    pub answered: u64,
+    /// Adapters by name.
+    pub models: BTreeMap<String, ModelState>,
+    /// Largest resident memory of a rank, in bytes.
+    pub peak_rss_bytes: u64,
+}
+
+/// An adapter as the engine has it.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ModelState {
+    pub spec: AdapterSpec,
+    /// Updates so far.
+    pub step: u64,
+    /// Passes with backward since the last update.
+    pub accumulated: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_id_is_a_safe_folder_name() {
+        for good in ["default", "policy_v1", "sess-1:train:0", "a.b-c"] {
+            assert_eq!(ModelId::new(good).unwrap().as_str(), good);
+        }
+        for bad in ["", ".", "..", "a/b", "-a", "_a", "a b", "é", "a\0b", &"a".repeat(129)] {
+            assert!(ModelId::new(bad).unwrap_err().to_string().starts_with("model_id"), "{bad}");
+        }
+        assert_eq!(ModelId::new("sess-1:train:0").unwrap().folder(), "sess-1%3Atrain%3A0");
+    }
+}
