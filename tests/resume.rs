@@ -157,6 +157,11 @@ fn stored_batch_rules_unless_another_is_given() {
     assert_eq!(resumed("stored", &[]), (json!(4), json!({"epoch": 1, "row": 16})));
     let given = ["--train.global_batch_size", "11"];
     assert_eq!(resumed("given", &given), (json!(11), json!({"epoch": 2, "row": 0})));
+    // The default batch of this command has more rows than there are, and drop_last drops it.
+    let large = ["--train.micro_batch_size", "1000", "--data.dataloader_drop_last", "true"];
+    assert_eq!(resumed("dropped", &large).0, json!(4));
+    let line = failed(&run.run(1, "fresh", &large), 2);
+    assert!(line.contains("data: ") && line.ends_with("make no step of 2000 rows"), "{line}");
 }
 
 #[test]

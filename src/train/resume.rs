@@ -3,7 +3,7 @@
 //! Rank 0 finds and verifies the step; then every rank reads its own pieces. Nothing is written before all of it is
 //! done: an error here ends all ranks with exit code 2 and changes no file.
 
-use super::Run;
+use super::{Run, run::makes_steps};
 use crate::{
     checkpoint::{
         CheckpointError, TrainerState,
@@ -128,7 +128,11 @@ impl Run {
     }
 
     /// Starts from the adapter that the user named, if there is one.
+    ///
+    /// # Errors
+    /// The data make no step, or the adapter does not fit.
     pub fn start_afresh(&mut self) -> Result<()> {
+        makes_steps(&self.batches, &self.places)?;
         if let Some(path) = self.config.lora.adapter_path.clone() {
             // The user named the adapter, so all faults of it are user errors.
             let place = self.places.of("lora.adapter_path");

@@ -146,11 +146,6 @@ impl Run {
             epochs: train.num_train_epochs,
         };
         let in_epochs = batches.steps_from(DataCursor::default());
-        if in_epochs == 0 {
-            let words =
-                format!("{} make no step of {}", count(batches.rows, "row"), count(global_batch, "row"));
-            return Err(refused("data", &words));
-        }
         let total_steps = train.max_steps.unwrap_or(in_epochs);
         // max_steps wins over the epochs: the data repeats as long as steps are left.
         let batches = match train.max_steps {
@@ -422,11 +417,20 @@ fn split(mesh: &Mesh, micro: usize) -> BatchSplit {
     }
 }
 
+/// Refuses data that make no step.
+pub(super) fn makes_steps(batches: &BatchSchedule, places: &FieldLocations) -> Result<()> {
+    if batches.steps_per_epoch() > 0 {
+        return Ok(());
+    }
+    let (rows, batch) = (count(batches.rows, "row"), count(batches.global_batch, "row"));
+    Err(Error::Input(format!("{}: {rows} make no step of {batch}", places.of("data"))))
+}
+
 /// Warns of an epoch of very few steps, and of a warm-up as long as the run.
 fn warn_of_steps(config: &RunConfig, batches: &BatchSchedule, total_steps: usize) {
     let (train, data) = (&config.train, &config.data);
     let of_epoch = batches.steps_per_epoch();
-    if of_epoch < FEW_STEPS {
+    if (1..FEW_STEPS).contains(&of_epoch) {
         let shorter = match data.sample_packing_method {
             PackingMethod::None => String::new(),
             _ => format!("data.sample_packing_sequence_len ({}) or ", data.sample_packing_sequence_len),
