@@ -6,3 +6,6 @@
 
 pub mod order;
 pub mod request;
+pub mod wire {
+    pub mod tinker;
+}
