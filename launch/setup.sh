@@ -127,6 +127,22 @@ if [ $quickstart = 1 ]; then
 fi
 [ $tests = 0 ] || pip_once oracle "$(hash_of tests/oracle/requirements.txt)" -r tests/oracle/requirements.txt
 
+# --- a venv for each client of the server that the tests drive: their packages exclude each other
+client_venv() { # NAME: tests/clients/requirements-NAME.txt into .venv-NAME
+  local venv=.venv-$1 list=tests/clients/requirements-$1.txt
+  [ "$(cat "$venv/.installed" 2>/dev/null || true)" = "$(hash_of "$list")" ] && return
+  say "installing $list into $venv"
+  # Debian's python3 comes without venv.
+  [ -x "$venv/bin/pip" ] || python3 -m venv "$venv" >/dev/null 2>&1 ||
+    { apt_install python3-venv && python3 -m venv "$venv"; }
+  "$venv/bin/pip" install -q --disable-pip-version-check -r "$list"
+  hash_of "$list" >"$venv/.installed"
+}
+if [ $tests = 1 ]; then
+  client_venv tinker
+  client_venv tinker-json
+fi
+
 # --- the binary on PATH: a link to where the release build will be
 target=$(realpath -m "${CARGO_TARGET_DIR:-target}/release/xorl-dist")
 link=$BIN_DIR/xorl-dist

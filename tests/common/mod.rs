@@ -20,6 +20,14 @@ pub fn python() -> PathBuf {
     std::env::var_os("XORL_ORACLE_PYTHON").map_or(venv, PathBuf::from)
 }
 
+/// The Python of a client's own venv: that of `$VARIABLE`, else of the repository's folder `venv`.
+pub fn client_python(variable: &str, venv: &str) -> PathBuf {
+    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join(venv).join("bin/python");
+    let python = std::env::var_os(variable).map_or(own, PathBuf::from);
+    assert!(python.exists(), "{} is missing: launch/setup.sh makes it", python.display());
+    python
+}
+
 /// Whether mpirun is MPICH's.
 pub fn is_mpich() -> bool {
     static MPICH: LazyLock<bool> = LazyLock::new(|| {

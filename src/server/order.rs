@@ -1,0 +1,406 @@
+//! Order and exactly once: which request of a model runs next, and which was sent before. Pure: time is passed in and
+//! nothing waits here.
+//!
+//! A request's place is its `seq_id`. The `tinker` wire sends chunks of a pass at once, the first one last, so
+//! [`InOrder`] holds requests back until those before them are here. The `xorl` wire sends one after another and leaves
+//! gaps, so [`OnArrival`] holds none back. On both the same id with the same body is a repeat, which gets the answer of
+//! the first, and with another body an error. Type `R` names a request, and with it its answer.
+
+use sha2::{Digest, Sha256};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant},
+};
+
+/// Requests that are remembered at least; repeats come within minutes of the first.
+const REMEMBERED: usize = 4096;
+
+/// A hash of a request's body, decompressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BodyHash([u8; 32]);
+
+impl BodyHash {
+    pub fn of(body: &[u8]) -> Self {
+        Self(Sha256::digest(body).into())
+    }
+}
+
+/// An id that two different requests have. Permanent: to be answered by 400 with this text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("seq_id {0} was sent before with another body: a new request needs a new one")]
+pub struct OtherBody(pub u64);
+
+/// Why a request has no place in the order. Permanent: to be answered by 400 with this text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OrderError {
+    #[error(transparent)]
+    OtherBody(#[from] OtherBody),
+    #[error("seq_id {seq_id} comes too late: all up to {last} were carried out, refused or given up")]
+    TooLate { seq_id: u64, last: u64 },
+    #[error("seq_id {0} was refused before: a new request needs a new one")]
+    Consumed(u64),
+}
+
+/// A request that was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Submitted<R> {
+    New,
+    /// It was sent before; its answer is that of this request.
+    Repeat(R),
+}
+
+/// Requests by id, with the hash of each body: those of a model by `seq_id`, or the models of a session by
+/// `model_seq_id`.
+#[derive(Clone, Debug)]
+pub struct Repeats<R> {
+    sent: BTreeMap<u64, (BodyHash, R)>,
+}
+
+impl<R> Default for Repeats<R> {
+    fn default() -> Self {
+        Self { sent: BTreeMap::new() }
+    }
+}
+
+impl<R: Clone> Repeats<R> {
+    /// # Errors
+    /// The id was sent with another body.
+    pub fn submit(&mut self, id: u64, body: BodyHash, request: R) -> Result<Submitted<R>, OtherBody> {
+        if let Some(first) = self.find(id, body)? {
+            return Ok(Submitted::Repeat(first));
+        }
+        self.sent.insert(id, (body, request));
+        self.forget_below(u64::MAX);
+        Ok(Submitted::New)
+    }
+
+    /// The request that has this id and body.
+    fn find(&self, id: u64, body: BodyHash) -> Result<Option<R>, OtherBody> {
+        match self.sent.get(&id) {
+            Some((sent, _)) if *sent != body => Err(OtherBody(id)),
+            found => Ok(found.map(|(_, request)| request.clone())),
+        }
+    }
+
+    /// Forgets the smallest ids below `bound` that are more than need be remembered.
+    fn forget_below(&mut self, bound: u64) {
+        while self.sent.len() > REMEMBERED && self.sent.first_key_value().is_some_and(|(&id, _)| id < bound) {
+            self.sent.pop_first();
+        }
+    }
+}
+
+/// The order of a model whose requests may arrive in any: by `seq_id`, without gaps. A request waits for those before
+/// it no longer than a limit; then they are given up.
+#[derive(Clone, Debug)]
+pub struct InOrder<R, T> {
+    /// The longest time that a request waits.
+    limit: Duration,
+    /// Every id below was carried out, consumed or given up.
+    next_id: u64,
+    /// Requests that are held back, with their arrival.
+    waiting: BTreeMap<u64, (Instant, T)>,
+    /// Ids from `next_id` on that no request will have.
+    consumed: BTreeSet<u64>,
+    repeats: Repeats<R>,
+}
+
+impl<R: Clone, T> InOrder<R, T> {
+    /// `next_id`: the id of the model's first request, 1 for a new model.
+    pub fn new(next_id: u64, limit: Duration) -> Self {
+        let (waiting, consumed) = (BTreeMap::new(), BTreeSet::new());
+        Self { limit, next_id, waiting, consumed, repeats: Repeats::default() }
+    }
+
+    /// Takes `item`, the work of `request`. [`Self::next`] gives it back when its turn has come; a repeat's is dropped.
+    ///
+    /// # Errors
+    /// The id has a request with another body, or its turn is over.
+    pub fn submit(
+        &mut self,
+        seq_id: u64,
+        body: BodyHash,
+        request: R,
+        item: T,
+        now: Instant,
+    ) -> Result<Submitted<R>, OrderError> {
+        if let Some(first) = self.repeats.find(seq_id, body)? {
+            return Ok(Submitted::Repeat(first));
+        }
+        if self.consumed.contains(&seq_id) {
+            return Err(OrderError::Consumed(seq_id));
+        }
+        if seq_id < self.next_id {
+            return Err(OrderError::TooLate { seq_id, last: self.next_id - 1 });
+        }
+        self.repeats.sent.insert(seq_id, (body, request));
+        self.repeats.forget_below(self.next_id);
+        self.waiting.insert(seq_id, (now, item));
+        Ok(Submitted::New)
+    }
+
+    /// Skips an id whose request was refused, for the client goes on with the next one. An id that has a request keeps
+    /// it.
+    pub fn consume(&mut self, seq_id: u64) {
+        if seq_id >= self.next_id && !self.repeats.sent.contains_key(&seq_id) {
+            self.consumed.insert(seq_id);
+        }
+        self.skip_consumed();
+        // A client whose requests are all refused after a gap does not fill the memory.
+        if self.consumed.len() > REMEMBERED {
+            self.next_id = self.consumed.pop_first().map_or(self.next_id, |id| id.saturating_add(1));
+        }
+    }
+
+    /// The next request whose turn has come. To be called until it gives none: after [`Self::submit`] and
+    /// [`Self::consume`], and at [`Self::deadline`].
+    pub fn next(&mut self, now: Instant) -> Option<T> {
+        self.skip_consumed();
+        let first = *self.waiting.first_key_value()?.0;
+        // The first of those that wait runs before the one whose time is over.
+        if first > self.next_id && self.deadline().is_none_or(|deadline| deadline > now) {
+            return None;
+        }
+        let (_, item) = self.waiting.remove(&first)?;
+        self.next_id = self.next_id.max(first.saturating_add(1));
+        self.consumed = self.consumed.split_off(&self.next_id);
+        self.skip_consumed();
+        Some(item)
+    }
+
+    /// The time at which [`Self::next`] gives up what is missing, if any request waits for it.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.waiting.values().map(|(arrived, _)| *arrived + self.limit).min()
+    }
+
+    /// The id from which the order goes on: the one that is missing, while requests wait.
+    pub fn next_id(&self) -> u64 {
+        self.next_id
+    }
+
+    /// Ends the order and gives the requests that still wait.
+    pub fn into_waiting(self) -> impl Iterator<Item = T> {
+        self.waiting.into_values().map(|(_, item)| item)
+    }
+
+    fn skip_consumed(&mut self) {
+        while self.consumed.remove(&self.next_id) {
+            self.next_id = self.next_id.saturating_add(1);
+        }
+    }
+}
+
+/// The order of a model whose client sends one request after another: as they arrive, with gaps.
+#[derive(Clone, Debug)]
+pub struct OnArrival<R> {
+    repeats: Repeats<R>,
+}
+
+impl<R> Default for OnArrival<R> {
+    fn default() -> Self {
+        Self { repeats: Repeats::default() }
+    }
+}
+
+impl<R: Clone> OnArrival<R> {
+    /// A client attaches with `create_model`: its ids begin anew and repeat none of the clients before it.
+    pub fn open_epoch(&mut self) {
+        self.repeats = Repeats::default();
+    }
+
+    /// A new request may run at once. One without an id repeats none.
+    ///
+    /// # Errors
+    /// The id was sent with another body.
+    pub fn submit(
+        &mut self,
+        seq_id: Option<u64>,
+        body: BodyHash,
+        request: R,
+    ) -> Result<Submitted<R>, OtherBody> {
+        seq_id.map_or(Ok(Submitted::New), |seq_id| self.repeats.submit(seq_id, body, request))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const LIMIT: Duration = Duration::from_secs(60);
+
+    fn body(text: &str) -> BodyHash {
+        BodyHash::of(text.as_bytes())
+    }
+
+    /// All requests whose turn has come.
+    fn drain<R: Clone, T>(order: &mut InOrder<R, T>, now: Instant) -> Vec<T> {
+        std::iter::from_fn(|| order.next(now)).collect()
+    }
+
+    #[test]
+    fn chunks_that_arrive_with_the_first_one_last_run_in_order() {
+        let (mut order, now) = (InOrder::new(1, LIMIT), Instant::now());
+        for id in [2, 3, 5, 4] {
+            assert_eq!(order.submit(id, body("chunk"), id, id, now), Ok(Submitted::New));
+            assert_eq!(order.next(now), None);
+        }
+        assert_eq!((order.next_id(), order.deadline()), (1, Some(now + LIMIT)));
+        assert_eq!(order.submit(1, body("chunk"), 1, 1, now), Ok(Submitted::New));
+        assert_eq!(drain(&mut order, now), [1, 2, 3, 4, 5]);
+        assert_eq!((order.next_id(), order.deadline()), (6, None));
+    }
+
+    #[test]
+    fn a_missing_request_is_given_up_at_the_limit_and_then_comes_too_late() {
+        let (mut order, now) = (InOrder::new(1, LIMIT), Instant::now());
+        order.submit(4, body("four"), 'a', 4, now).unwrap();
+        order.submit(3, body("three"), 'b', 3, now + LIMIT / 2).unwrap();
+        assert!(drain(&mut order, now + LIMIT - Duration::from_millis(1)).is_empty());
+        assert_eq!(drain(&mut order, now + LIMIT), [3, 4]);
+        let late = order.submit(2, body("two"), 'c', 2, now + LIMIT);
+        assert_eq!(late, Err(OrderError::TooLate { seq_id: 2, last: 4 }));
+        assert_eq!(order.submit(4, body("four"), 'd', 4, now + LIMIT), Ok(Submitted::Repeat('a')));
+    }
+
+    #[test]
+    fn a_refused_id_is_skipped_and_a_refused_repeat_leaves_its_request_alone() {
+        let (mut order, now) = (InOrder::new(1, LIMIT), Instant::now());
+        order.submit(3, body("three"), 'a', 3, now).unwrap();
+        order.consume(2);
+        order.consume(3);
+        assert_eq!(order.submit(2, body("two"), 'b', 2, now), Err(OrderError::Consumed(2)));
+        assert_eq!(order.next(now), None);
+        order.consume(1);
+        assert_eq!(drain(&mut order, now), [3]);
+        order.consume(4);
+        order.submit(5, body("five"), 'c', 5, now).unwrap();
+        assert_eq!(drain(&mut order, now), [5]);
+        let mut last = InOrder::new(u64::MAX - 1, LIMIT);
+        last.submit(u64::MAX - 1, body("last"), 'd', 6, now).unwrap();
+        assert_eq!(drain(&mut last, now), [6]);
+        last.consume(u64::MAX);
+        assert_eq!(last.next_id(), u64::MAX);
+    }
+
+    #[test]
+    fn an_id_with_another_body_is_an_error() {
+        let (mut order, now) = (InOrder::new(1, LIMIT), Instant::now());
+        order.submit(1, body("one"), 'a', 1, now).unwrap();
+        let other = order.submit(1, body("other"), 'b', 1, now);
+        assert_eq!(other, Err(OrderError::OtherBody(OtherBody(1))));
+        let mut models = Repeats::default();
+        assert_eq!(models.submit(0, body("rank 8"), 'a'), Ok(Submitted::New));
+        assert_eq!(models.submit(0, body("rank 8"), 'b'), Ok(Submitted::Repeat('a')));
+        assert_eq!(models.submit(0, body("rank 16"), 'c'), Err(OtherBody(0)));
+    }
+
+    #[test]
+    fn a_client_that_attaches_anew_repeats_nothing_of_the_one_before() {
+        let mut order = OnArrival::default();
+        assert_eq!(order.submit(Some(1), body("one"), 'a'), Ok(Submitted::New));
+        assert_eq!(order.submit(Some(9), body("nine"), 'b'), Ok(Submitted::New));
+        assert_eq!(order.submit(Some(1), body("one"), 'c'), Ok(Submitted::Repeat('a')));
+        assert_eq!(order.submit(Some(9), body("one"), 'd'), Err(OtherBody(9)));
+        for request in ['e', 'f'] {
+            assert_eq!(order.submit(None, body("page"), request), Ok(Submitted::New));
+        }
+        order.open_epoch();
+        assert_eq!(order.submit(Some(1), body("one"), 'g'), Ok(Submitted::New));
+    }
+
+    #[test]
+    fn memory_of_repeats_and_of_refused_requests_is_bounded() {
+        let (mut order, now) = (InOrder::new(1, LIMIT), Instant::now());
+        for id in 1..=3 * REMEMBERED as u64 {
+            order.submit(id, body("same"), id, id, now).unwrap();
+            assert_eq!(order.next(now), Some(id));
+        }
+        assert!(order.repeats.sent.len() <= REMEMBERED + 1);
+        assert!(matches!(order.submit(1, body("same"), 0, 0, now), Err(OrderError::TooLate { .. })));
+        for id in 0..3 * REMEMBERED as u64 {
+            order.consume(1_000_000 + id);
+        }
+        assert!(order.consumed.len() <= REMEMBERED);
+    }
+
+    /// A step of a client, and the milliseconds after which it happens.
+    #[derive(Clone, Copy, Debug)]
+    enum Event {
+        Send(u64),
+        Refuse(u64),
+    }
+
+    fn events() -> impl Strategy<Value = Vec<(u64, Event)>> {
+        let event = (1..13_u64, 0..8_u8).prop_map(|(id, kind)| match kind {
+            0 => Event::Refuse(id),
+            _ => Event::Send(id),
+        });
+        prop::collection::vec((0..40_000_u64, event), 1..60)
+    }
+
+    /// A request that ran.
+    struct Ran {
+        id: u64,
+        arrived: Instant,
+        at: Instant,
+    }
+
+    /// The requests that ran of `events`, and the ids that were taken.
+    fn run(events: &[(u64, Event)]) -> Result<(Vec<Ran>, BTreeSet<u64>), TestCaseError> {
+        let mut now = Instant::now();
+        let (mut order, mut ran, mut first_of) = (InOrder::new(1, LIMIT), Vec::new(), BTreeMap::new());
+        let mut wait_until = |order: &mut InOrder<_, (u64, Instant)>, end: Option<Instant>| {
+            while let Some(deadline) = order.deadline().filter(|&at| end.is_none_or(|end| at <= end)) {
+                let given = drain(order, deadline);
+                assert!(!given.is_empty(), "nothing ran at the deadline");
+                ran.extend(given.into_iter().map(|(id, arrived)| Ran { id, arrived, at: deadline }));
+            }
+            if let Some(end) = end {
+                ran.extend(drain(order, end).into_iter().map(|(id, arrived)| Ran { id, arrived, at: end }));
+            }
+        };
+        for (request, &(pause, event)) in events.iter().enumerate() {
+            now += Duration::from_millis(pause);
+            wait_until(&mut order, Some(now));
+            match event {
+                Event::Refuse(id) => order.consume(id),
+                Event::Send(id) => match order.submit(id, body(&id.to_string()), request, (id, now), now) {
+                    Ok(Submitted::New) => prop_assert_eq!(first_of.insert(id, request), None),
+                    Ok(Submitted::Repeat(first)) => prop_assert_eq!(first_of.get(&id), Some(&first)),
+                    Err(OrderError::OtherBody(_)) => prop_assert!(false, "same body"),
+                    Err(OrderError::Consumed(_)) => prop_assert!(!first_of.contains_key(&id)),
+                    Err(OrderError::TooLate { seq_id, last }) => {
+                        prop_assert!(seq_id <= last && !first_of.contains_key(&id));
+                    }
+                },
+            }
+            wait_until(&mut order, Some(now));
+        }
+        wait_until(&mut order, None);
+        Ok((ran, first_of.into_keys().collect()))
+    }
+
+    proptest! {
+        #[test]
+        fn any_arrival_runs_each_request_once_in_order_and_within_the_limit(events in events()) {
+            let (ran, taken) = run(&events)?;
+            let ids: Vec<u64> = ran.iter().map(|ran| ran.id).collect();
+            prop_assert!(ids.windows(2).all(|pair| pair[0] < pair[1]), "{:?}", ids);
+            prop_assert_eq!(ids.into_iter().collect::<BTreeSet<_>>(), taken);
+            for Ran { id, arrived, at } in ran {
+                prop_assert!(at - arrived <= LIMIT, "{} waited {:?}", id, at - arrived);
+            }
+        }
+
+        #[test]
+        fn without_losses_any_arrival_in_time_runs_all(
+            ids in Just((1..20_u64).collect::<Vec<_>>()).prop_shuffle(),
+            repeats in prop::collection::vec(1..20_u64, 0..20),
+        ) {
+            let events: Vec<_> = ids.iter().chain(&repeats).map(|&id| (1_000, Event::Send(id))).collect();
+            let (ran, _) = run(&events)?;
+            prop_assert_eq!(ran.into_iter().map(|ran| ran.id).collect::<Vec<_>>(), (1..20).collect::<Vec<_>>());
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! Messages of package `tinker_public` as far as they are read or written here. Fields that are left out, among them
+//! the provenance spans of a datum and what an image holds, are skipped in decoding. Numbers inside `bytes` are
+//! little-endian and not copied. An empty datum is 2 bytes in a body and 48 in memory: a limit on bodies bounds both.
+
+use prost::bytes::Bytes;
+use std::collections::BTreeMap;
+
+/// The body of `forward_backward`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ForwardBackwardRequest {
+    #[prost(string, tag = "1")]
+    pub model_id: String,
+    #[prost(int32, tag = "2")]
+    pub seq_id: i32,
+    #[prost(message, repeated, tag = "3")]
+    pub data: Vec<Datum>,
+    #[prost(string, tag = "4")]
+    pub loss_fn: String,
+    /// Numbers only; read where `loss_fn_config_v2` is empty.
+    #[prost(btree_map = "string, double", tag = "5")]
+    pub loss_fn_config: BTreeMap<String, f64>,
+    #[prost(bool, tag = "6")]
+    pub forward_only: bool,
+    #[prost(btree_map = "string, message", tag = "7")]
+    pub loss_fn_config_v2: BTreeMap<String, LossConfigValue>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct LossConfigValue {
+    #[prost(oneof = "LossConfig", tags = "1, 2")]
+    pub value: Option<LossConfig>,
+}
+
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub enum LossConfig {
+    #[prost(double, tag = "1")]
+    Number(f64),
+    #[prost(string, tag = "2")]
+    Text(String),
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Datum {
+    #[prost(message, repeated, tag = "1")]
+    pub model_input: Vec<Chunk>,
+    #[prost(btree_map = "string, message", tag = "2")]
+    pub loss_fn_inputs: BTreeMap<String, Tensor>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Chunk {
+    #[prost(oneof = "ChunkKind", tags = "1, 2, 3")]
+    pub kind: Option<ChunkKind>,
+}
+
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub enum ChunkKind {
+    #[prost(message, tag = "1")]
+    EncodedText(EncodedTextChunk),
+    #[prost(message, tag = "2")]
+    Image(ImageChunk),
+    #[prost(message, tag = "3")]
+    Dmel(DmelChunk),
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct EncodedTextChunk {
+    /// int32 `[tokens]`
+    #[prost(bytes = "bytes", tag = "1")]
+    pub tokens: Bytes,
+}
+
+/// An image, which is refused unread.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ImageChunk {}
+
+/// Audio, which is refused unread.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct DmelChunk {}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Tensor {
+    #[prost(oneof = "Encoding", tags = "1, 2")]
+    pub encoding: Option<Encoding>,
+    #[prost(enumeration = "DType", tag = "3")]
+    pub dtype: i32,
+    #[prost(int64, repeated, tag = "4")]
+    pub shape: Vec<i64>,
+}
+
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub enum Encoding {
+    #[prost(bytes = "bytes", tag = "1")]
+    Dense(Bytes),
+    #[prost(message, tag = "2")]
+    SparseCsr(SparseCsr),
+}
+
+/// Values that are not listed are 0.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct SparseCsr {
+    /// `[listed]`, of the tensor's dtype
+    #[prost(bytes = "bytes", tag = "1")]
+    pub values: Bytes,
+    /// int64 `[rows + 1]`
+    #[prost(bytes = "bytes", tag = "2")]
+    pub crow_indices: Bytes,
+    /// int64 `[listed]`
+    #[prost(bytes = "bytes", tag = "3")]
+    pub col_indices: Bytes,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum DType {
+    Unspecified = 0,
+    Float32 = 1,
+    Int64 = 2,
+    Int32 = 3,
+    Bfloat16 = 4,
+}
+
+/// The result of `forward_backward`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ForwardBackwardOutput {
+    #[prost(string, tag = "1")]
+    pub loss_fn_output_type: String,
+    /// Data in order, cut where the trailing shape changes.
+    #[prost(message, repeated, tag = "2")]
+    pub loss_fn_outputs: Vec<ArrayRecord>,
+    #[prost(btree_map = "string, double", tag = "3")]
+    pub metrics: BTreeMap<String, f64>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ArrayRecord {
+    #[prost(string, tag = "1")]
+    pub type_tag: String,
+    #[prost(btree_map = "string, message", tag = "2")]
+    pub fields: BTreeMap<String, BatchedTensor>,
+    #[prost(int64, tag = "3")]
+    pub num_datums: i64,
+}
+
+/// Tensors of several data, back to back.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct BatchedTensor {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub data: Bytes,
+    /// int64 `[data + 1]`, in bytes
+    #[prost(bytes = "bytes", tag = "2")]
+    pub offsets: Bytes,
+    #[prost(enumeration = "DType", tag = "3")]
+    pub dtype: i32,
+    /// Sizes after the first.
+    #[prost(int64, repeated, tag = "4")]
+    pub trailing_shape: Vec<i64>,
+}
