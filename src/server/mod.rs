@@ -4,4 +4,8 @@
 //! ranks, carries requests out and answers with a [`request::Reply`]. Neither knows the other. HTTP (`http`) takes
 //! connections, holds keys and limits, and keeps answers until clients fetch them (`futures`).
 
+pub mod engine;
 pub mod request;
+pub mod run;
+
+pub use run::{Server, ServerPlan};
