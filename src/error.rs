@@ -10,6 +10,7 @@ use crate::{
     lora::TargetError,
     mesh::MeshError,
     model::hf_config,
+    server::engine::EngineError,
     shard::ShardError,
     trace::TraceError,
     weights::SourceError,
@@ -30,6 +31,8 @@ pub enum Error {
     Data(#[from] DataError),
     #[error(transparent)]
     Device(#[from] DeviceError),
+    #[error(transparent)]
+    Engine(#[from] EngineError),
     #[error(transparent)]
     HfConfig(#[from] hf_config::ConfigError),
     #[error(transparent)]
@@ -72,7 +75,7 @@ impl Error {
             Error::Checkpoint(error) => error.exit_code(),
             Error::Comm(error) => error.exit_code(),
             Error::Device(error) => error.exit_code(),
-            Error::Shard(_) | Error::Trace(_) | Error::Failure(_) => 1,
+            Error::Engine(_) | Error::Shard(_) | Error::Trace(_) | Error::Failure(_) => 1,
             Error::Elsewhere { code } => *code,
         }
     }

@@ -86,6 +86,19 @@ mod tests {
     }
 
     #[test]
+    fn other_numbers_keep_the_state() {
+        let settings = |beta1| Settings::from(&TrainArgs { adam_beta1: beta1, ..TrainArgs::default() });
+        let mut adapter = Adapter::new();
+        let mut optimizer = Optimizer::new(&settings(0.9), adapter.pieces());
+        adapter.update(&mut optimizer, [1.0, 2.0, -4.0], 0.01, 1.0);
+        optimizer.set_numbers(&settings(0.5));
+        adapter.update(&mut optimizer, [1.0, 0.0, 0.0], 0.01, 1.0);
+        // 0.5·(0.1·g₁) + 0.5·g₂
+        adapter.state_equals(&optimizer, "exp_avg", [0.55, 0.1, -0.2]);
+        assert_eq!((optimizer.updates(), optimizer.numbers()[0].value), (2, 0.5));
+    }
+
+    #[test]
     fn its_state_is_found_by_region_and_name() {
         let mut adapter = Adapter::new();
         let mut optimizer = Optimizer::new(&Settings::from(&TrainArgs::default()), adapter.pieces());

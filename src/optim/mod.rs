@@ -145,6 +145,13 @@ impl Optimizer {
         &self.state
     }
 
+    /// Sets the numbers of its rule to those of `settings`, of the same kind. The state stays.
+    pub fn set_numbers(&mut self, settings: &Settings) {
+        let rule = settings.rule();
+        debug_assert_eq!(rule.state_names(), self.rule.state_names());
+        self.rule = rule;
+    }
+
     /// The numbers of its rule; see [`UpdateRule::numbers`].
     pub fn numbers(&self) -> Vec<Number> {
         self.rule.numbers()

@@ -4,8 +4,12 @@
 //! ranks, carries requests out and answers with a [`request::Reply`]. Neither knows the other. HTTP (`http`) takes
 //! connections, holds keys and limits, and keeps answers until clients fetch them (`futures`).
 
+pub mod engine;
 pub mod order;
 pub mod request;
+pub mod run;
 pub mod wire {
     pub mod tinker;
 }
+
+pub use run::{Server, ServerPlan};

@@ -224,6 +224,8 @@ pub struct EngineState {
     pub answered: u64,
     /// Adapters by name.
     pub models: BTreeMap<String, ModelState>,
+    /// Micro-batches that were computed. Data of several adapters share one.
+    pub micro_batches: u64,
     /// Largest resident memory of a rank, in bytes.
     pub peak_rss_bytes: u64,
 }

@@ -98,6 +98,12 @@ impl AdapterRegions {
         self.both().into_iter().for_each(AdapterShards::zero_gradients);
     }
 
+    /// Multiplies the reduced gradients by `factor`.
+    pub fn scale_gradients(&mut self, factor: f64) {
+        let units = self.both().into_iter().flat_map(|shards| &mut shards.units);
+        units.for_each(|unit| drop(unit.gradient.g_mul_scalar_(factor)));
+    }
+
     /// Reduces `unit`'s gradient after its backward of a micro-batch and adds it to this rank's pieces, with
     /// `reduce_gradients: micro_batch`.
     pub fn micro_batch_done(&mut self, unit: usize) -> Result<(), ShardError> {

@@ -1,6 +1,7 @@
 //! How tests start Python and ranks. Each test program uses a part of it.
 #![allow(dead_code, reason = "every test program compiles its own copy")]
 
+pub mod engine;
 pub mod tiny;
 pub mod topology;
 

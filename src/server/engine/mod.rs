@@ -1,0 +1,119 @@
+//! The engine: carries out the requests for all adapters on all ranks.
+//!
+//! One thread of rank 0, which alone touches MPI and tensors there, takes requests from an [`EngineHandle`], decides
+//! what comes next (`plan`, pure) and whether it can be done (`check`, pure), sends a command to all ranks (`command`)
+//! and carries it out like every other rank (`models`). Without requests all ranks sleep.
+
+mod check;
+mod command;
+mod driver;
+mod handle;
+mod loss;
+mod models;
+mod plan;
+
+pub use command::EngineError;
+pub use handle::EngineHandle;
+
+use crate::{
+    Error, Result,
+    comm::{Commands, Watcher, World},
+    model::transformer::Transformer,
+    shard::ProcessGroups,
+};
+use command::Command;
+use driver::Driver;
+use models::Models;
+use std::{sync::Arc, time::Duration};
+
+/// Phase of a rank that waits for commands.
+const IDLE: &str = "waiting for requests";
+
+/// Settings that all adapters have in common.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterDefaults {
+    /// Targets of an adapter that is created without.
+    pub targets: Vec<String>,
+    /// Scale by alpha / √rank.
+    pub use_rslora: bool,
+    /// Experts share one factor: see [`Site::hybrid`](crate::lora::Site::hybrid).
+    pub hybrid: bool,
+    /// Standard deviation of the initial B.
+    pub b_init_std: f64,
+    /// Largest rank of an adapter; `None`: what memory holds.
+    pub max_rank: Option<usize>,
+}
+
+/// Settings of the engine.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EngineOptions {
+    pub defaults: AdapterDefaults,
+    /// Tokens of a rank and micro-batch, at most; no datum may be longer.
+    pub max_tokens_per_pass: usize,
+    /// Requests that may wait.
+    pub max_waiting: usize,
+    /// Time for which an idle engine that gets a pass waits for those of other adapters, to compute all together.
+    pub gather: Duration,
+}
+
+/// Runs the engine over the ranks of `groups`. `front` runs on a thread of rank 0 and submits requests. When it has
+/// returned and every request is answered, the engine ends, and rank 0 gets what `front` returned. Collective.
+///
+/// # Errors
+/// A rank has failed. The caller ends all ranks: `front` may still run.
+pub fn serve<T: Send + 'static>(
+    world: &World,
+    groups: ProcessGroups,
+    model: Transformer,
+    options: EngineOptions,
+    front: impl FnOnce(Arc<EngineHandle>) -> T + Send + 'static,
+) -> Result<Option<T>> {
+    let watcher = world.watcher();
+    let models = Models::new(model, groups, options.defaults.clone());
+    // Commands have deadlines; the wait for one has none.
+    watcher.step(0);
+    match world.commands().map_err(EngineError::from)? {
+        Commands::Receiver(commands) => {
+            follow(models, &watcher, || command::receive(&commands)).map(|()| None)
+        }
+        Commands::Sender(commands) => {
+            let (handle, requests) = EngineHandle::new(options.max_waiting);
+            let front = with_front(handle.clone(), front)?;
+            let mut driver = Driver::new(models, options, commands, requests, handle.clone(), watcher);
+            driver.run().inspect_err(|_| handle.fail())?;
+            front.join().map(Some).map_err(|_| Error::Failure("the front of the server has panicked".into()))
+        }
+    }
+}
+
+/// Starts `front` on a thread of its own. When it ends, the engine takes no more requests.
+fn with_front<T: Send + 'static>(
+    handle: Arc<EngineHandle>,
+    front: impl FnOnce(Arc<EngineHandle>) -> T + Send + 'static,
+) -> Result<std::thread::JoinHandle<T>> {
+    let run = move || {
+        let _stopping = handle::StopOnDrop(handle.clone());
+        front(handle)
+    };
+    let thread = std::thread::Builder::new().name("front".into()).spawn(run);
+    thread.map_err(|error| Error::Failure(format!("the thread of the server's front: {error}")))
+}
+
+/// Carries out the commands of rank 0 until it says stop.
+fn follow(
+    mut models: Models,
+    watcher: &Watcher,
+    mut receive: impl FnMut() -> Result<Command<'static>, EngineError>,
+) -> Result<()> {
+    for number in 1.. {
+        let idle = watcher.slow(IDLE);
+        let command = receive()?;
+        drop(idle);
+        watcher.step(number);
+        if command == Command::Stop {
+            break;
+        }
+        models.execute(&command)?;
+    }
+    Ok(())
+}
