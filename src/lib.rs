@@ -22,7 +22,7 @@
 //!   bytes, control mesh and watchdog
 //! - [`device`]: the device of a rank: driver, streams, memory, run-time compiler
 //! - [`mesh`]: ranks to axes and every divisibility rule: pure
-//! - [`config`]: typed `run.yaml`, defaults, validation
+//! - [`config`]: typed `run.yaml` and `server.yaml`, defaults, validation
 //! - [`console`]: text for people: counted nouns, short lists, whole lines on stderr, the bar below them
 //! - [`clock`]: seconds by phase of a step
 //! - [`trace`]: spans of phases, operations and collectives, for Chrome's trace viewer

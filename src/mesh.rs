@@ -4,7 +4,7 @@
 //! adapter are sharded over a block and copied across blocks. The expert axis lies inside a block: ep-rank = rank mod
 //! ep, so the ranks that exchange tokens are neighbours. Ranks that share a sequence are neighbours too.
 
-use crate::config::TrainArgs;
+use crate::config::ComputeArgs;
 use std::ops::Range;
 
 /// Sizes of the axes as configured.
@@ -20,13 +20,13 @@ pub struct MeshSizes {
     pub expert: usize,
 }
 
-impl From<&TrainArgs> for MeshSizes {
-    fn from(train: &TrainArgs) -> Self {
+impl From<&ComputeArgs> for MeshSizes {
+    fn from(args: &ComputeArgs) -> Self {
         Self {
-            replicate: train.data_parallel_replicate_size,
-            shard: train.data_parallel_shard_size,
-            sequence: train.ulysses_parallel_size,
-            expert: train.expert_parallel_size,
+            replicate: args.data_parallel_replicate_size,
+            shard: args.data_parallel_shard_size,
+            sequence: args.ulysses_parallel_size,
+            expert: args.expert_parallel_size,
         }
     }
 }

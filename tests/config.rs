@@ -369,7 +369,7 @@ fn defaults_are_the_documented_ones() {
     };
     assert_eq!(config, expected);
     assert_eq!((config.lora.lora_rank, config.lora.lora_alpha), (16, 32.0));
-    assert_eq!((config.train.lr, config.train.seed, config.train.ring_slots), (5e-5, 42, 2));
+    assert_eq!((config.train.lr, config.train.seed, config.train.compute.ring_slots), (5e-5, 42, 2));
     assert_eq!((config.data.sample_packing_sequence_len, config.train.save_total_limit), (2048, Some(3)));
 }
 
@@ -393,7 +393,7 @@ fn a_file_sets_every_kind_of_field() {
     assert_eq!(config.train.max_steps, Some(20));
     assert_eq!(config.train.lr_decay_style, LrDecayStyle::Cosine);
     assert_eq!(config.train.run_id, "007");
-    assert!(config.train.reshard_after_forward);
+    assert!(config.train.compute.reshard_after_forward);
     assert_eq!(config.train.load_checkpoint_path, Some(LoadCheckpoint::Auto));
     assert_eq!(config.train.output_dir, PathBuf::from("out dir"));
     assert_eq!(config.lora.lora_target_modules, Some(vec!["all-linear".to_owned()]));
@@ -432,7 +432,10 @@ fn flags_take_bools_lists_nulls_and_json() {
     let sets =
         resolved("model: {model_path: m}", &["data.datasets [{\"path\":\"a.jsonl\",\"type\":\"chat\"}]"]);
     assert_eq!(sets.data.datasets[0].path, PathBuf::from("a.jsonl"));
-    assert_eq!(resolved(MINIMAL, &["train.data_parallel_shard_size -1"]).train.data_parallel_shard_size, -1);
+    assert_eq!(
+        resolved(MINIMAL, &["train.data_parallel_shard_size -1"]).train.compute.data_parallel_shard_size,
+        -1
+    );
 }
 
 #[test]
@@ -489,6 +492,16 @@ fn every_shipped_file_loads_without_a_warning() {
                 seen += 1;
             }
         }
+    }
+    assert!(seen >= 4, "{seen} files");
+    let servers = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/server");
+    let servers = std::fs::read_dir(servers).unwrap().map(|entry| entry.unwrap().path());
+    let mut seen = 0;
+    for file in servers.filter(|file| file.extension().is_some_and(|ending| ending == "yaml")) {
+        let loaded = config::load_server_yaml(&file, &std::fs::read_to_string(&file).unwrap(), &[]);
+        let loaded = loaded.unwrap_or_else(|error| panic!("{error}"));
+        assert!(loaded.warnings.is_empty(), "{:?}", loaded.warnings);
+        seen += 1;
     }
     assert!(seen >= 4, "{seen} files");
 }

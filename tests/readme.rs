@@ -141,8 +141,14 @@ fn its_sections_stand_in_their_order() {
 
 #[test]
 fn its_links_lead_to_files_of_the_repository() {
-    let pages =
-        ["README.md", "benches/README.md", "tests/README.md", "launch/README.md", "configs/README.md"];
+    let pages = [
+        "README.md",
+        "benches/README.md",
+        "tests/README.md",
+        "launch/README.md",
+        "configs/README.md",
+        "configs/server/README.md",
+    ];
     let mut links = 0;
     for page in pages.map(|page| root().join(page)) {
         let text = fs::read_to_string(&page).unwrap();

@@ -1,6 +1,6 @@
 //! The command `check`.
 
-use super::{Common, Runnable, at_least_one, ranks::on_all_ranks};
+use super::{Common, Fields, RUN_FIELDS, Runnable, at_least_one, ranks::on_all_ranks};
 use crate::{error::Result, train::Run};
 use std::{path::PathBuf, process::ExitCode};
 
@@ -20,7 +20,7 @@ pub struct Check {
 
 impl Runnable for Check {
     const USAGE: &'static str = "check --config <FILE> [--ranks <N>] [--show-samples <N>]";
-    const TAKES_FIELDS: bool = true;
+    const FIELDS: Option<Fields> = Some(RUN_FIELDS);
 
     /// Finds the faults of a run before its first step, or prints its cost. Writes nothing but to stdout.
     fn run(&self, common: &Common) -> Result<ExitCode> {

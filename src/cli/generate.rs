@@ -1,6 +1,6 @@
 //! The command `generate`.
 
-use super::{Common, Runnable, at_least_one, ranks::on_all_ranks};
+use super::{Common, Fields, Runnable, at_least_one, ranks::on_all_ranks};
 use crate::{
     dtype::DType,
     error::{Error, Result},
@@ -59,7 +59,7 @@ pub enum DtypeChoice {
 impl Runnable for Generate {
     const USAGE: &'static str = "generate [--model <DIR>] [--adapter <DIR>] \
                                  <--chat <TEXT>|--prompt <TEXT>|--chat-file <FILE> [--out <FILE>]>";
-    const TAKES_FIELDS: bool = false;
+    const FIELDS: Option<Fields> = None;
 
     fn check(&self) -> Result<()> {
         if self.out.is_some() && self.prompt.chat_file.is_none() {

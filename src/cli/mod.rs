@@ -27,8 +27,8 @@ pub use version::version_report;
 trait Runnable: clap::Args {
     /// Usage without the program and overrides: `check --config <FILE>`.
     const USAGE: &'static str;
-    /// The command reads a configuration, so `--section.field` overrides it. Otherwise such words are text.
-    const TAKES_FIELDS: bool;
+    /// The configuration that the command reads and `--section.field` overrides. `None`: such words are text.
+    const FIELDS: Option<Fields>;
 
     /// Checks what clap cannot.
     ///
@@ -45,6 +45,18 @@ trait Runnable: clap::Args {
     fn run(&self, common: &Common) -> Result<ExitCode>;
 }
 
+/// The fields of a configuration that a command reads.
+#[derive(Clone, Copy)]
+struct Fields {
+    /// An override in the usage.
+    usage: &'static str,
+    /// All fields, for the long help.
+    help: fn() -> String,
+}
+
+/// The fields of `run.yaml`.
+const RUN_FIELDS: Fields = Fields { usage: "[--section.field <VALUE>]...", help: config::help };
+
 /// Options of every command.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Common {
@@ -59,12 +71,12 @@ pub struct Common {
 struct Known {
     name: &'static str,
     usage: &'static str,
-    takes_fields: bool,
+    fields: Option<Fields>,
 }
 
 impl Known {
     const fn new<R: Runnable>(name: &'static str) -> Self {
-        Self { name, usage: R::USAGE, takes_fields: R::TAKES_FIELDS }
+        Self { name, usage: R::USAGE, fields: R::FIELDS }
     }
 }
 
@@ -171,9 +183,9 @@ pub fn parse(args: impl IntoIterator<Item = impl Into<OsString>>) -> Result<Invo
         (Some(command), None) => command,
     };
     command.check()?;
-    let Known { name, takes_fields, .. } = command.known();
+    let Known { name, fields, .. } = command.known();
     match overrides.first() {
-        Some(Override { field, .. }) if !takes_fields => {
+        Some(Override { field, .. }) if fields.is_none() => {
             Err(Error::Input(format!("--{field}: {name} reads no configuration (see {name} --help)")))
         }
         _ => Ok(Invocation::Command(command, Common { overrides, device, debug })),
@@ -201,16 +213,15 @@ fn print(text: &str) -> ExitCode {
 
 /// The clap command, with the configuration's fields in the long help of the commands that take them.
 fn parser() -> clap::Command {
-    let usage = |Known { usage, takes_fields, .. }: &Known| {
-        let fields = if *takes_fields { " [--section.field <VALUE>]..." } else { "" };
+    let usage = |Known { usage, fields, .. }: &Known| {
+        let fields = fields.map_or_else(String::new, |fields| format!(" {}", fields.usage));
         format!("xorl-dist {usage}{fields}")
     };
     let usage = COMMANDS.iter().map(usage).collect::<Vec<_>>().join("\n       ");
-    let fields = config::help();
-    let with_fields = |command: clap::Command| command.after_long_help(fields.clone());
-    let parser = with_fields(Cli::command().override_usage(usage));
-    let taking = COMMANDS.iter().filter(|known| known.takes_fields);
-    taking.fold(parser, |parser, known| parser.mut_subcommand(known.name, with_fields))
+    let with = |fields: Fields| move |command: clap::Command| command.after_long_help((fields.help)());
+    let parser = with(RUN_FIELDS)(Cli::command().override_usage(usage));
+    let taking = COMMANDS.iter().filter_map(|known| Some((known.name, known.fields?)));
+    taking.fold(parser, |parser, (name, fields)| parser.mut_subcommand(name, with(fields)))
 }
 
 /// Takes `--section.field value…` and `--section.field=value` out of the arguments, up to a command that takes no
@@ -223,7 +234,8 @@ fn split_overrides(
         let mut known = parser.get_arguments();
         known.any(|known| known.get_long() == Some(flag) && known.get_action().takes_values())
     };
-    let takes_no_fields = |word: &str| COMMANDS.iter().any(|known| known.name == word && !known.takes_fields);
+    let takes_no_fields =
+        |word: &str| COMMANDS.iter().any(|known| known.name == word && known.fields.is_none());
     let (mut args, mut rest, mut overrides) = (args, Vec::new(), Vec::<Override>::new());
     // The word before is an override, or another flag, and a value may follow.
     let (mut open, mut value_follows) = (false, false);

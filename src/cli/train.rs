@@ -1,6 +1,6 @@
 //! The command `train`.
 
-use super::{Common, Runnable, ranks::on_all_ranks};
+use super::{Common, Fields, RUN_FIELDS, Runnable, ranks::on_all_ranks};
 use crate::{
     error::{Result, agree},
     train::{Ended, Launch, Run, StopSignals},
@@ -20,7 +20,7 @@ pub struct Train {
 
 impl Runnable for Train {
     const USAGE: &'static str = "[train] --config <FILE>";
-    const TAKES_FIELDS: bool = true;
+    const FIELDS: Option<Fields> = Some(RUN_FIELDS);
 
     fn run(&self, common: &Common) -> Result<ExitCode> {
         on_all_ranks(

@@ -5,6 +5,16 @@ use super::error::Problem;
 use super::source::{Kind, Node};
 use super::value::truth;
 
+/// xorl's other fields of a kind of file.
+#[derive(Clone, Copy)]
+pub(super) struct Compat {
+    pub accepted: &'static [Accepted],
+    pub refused: &'static [Refused],
+    pub unbuilt: &'static [Unbuilt],
+    /// Fields of `run.yaml` that are judged here as they are there.
+    pub as_in_run: &'static [&'static str],
+}
+
 /// A field that changes nothing here. It is ignored with a warning, except for the values that would change
 /// the result.
 pub(super) struct Accepted {
@@ -27,15 +37,19 @@ pub(super) struct Unbuilt {
     pub reason: &'static str,
 }
 
-const fn hint(field: &'static str, reason: &'static str) -> Accepted {
+pub(super) const fn hint(field: &'static str, reason: &'static str) -> Accepted {
     Accepted { field, except: &[], reason }
 }
 
-const fn refused(field: &'static str, neutral: &'static [&'static str], reason: &'static str) -> Refused {
+pub(super) const fn refused(
+    field: &'static str,
+    neutral: &'static [&'static str],
+    reason: &'static str,
+) -> Refused {
     Refused { field, neutral, reason }
 }
 
-const KERNELS: &str = "kernels are chosen by the device";
+pub(super) const KERNELS: &str = "kernels are chosen by the device";
 const LOADER: &str = "one loader thread per rank feeds the step";
 const ALWAYS_SHARDED: &str =
     "the base is always fully sharded; data_parallel_shard_size sets over how many ranks";
@@ -44,18 +58,23 @@ const METRICS: &str = "metrics go to metrics.jsonl in output_dir";
 const PROFILING: &str = "profile_steps traces steps, and every step's phase times are in metrics.jsonl";
 const NO_MUON: &str = "only muon reads it, which is not built";
 const NO_QLORA: &str = "only a quantised base reads it, which is not built";
-const NO_PIPELINE: &str = "there are no pipeline stages";
+pub(super) const NO_PIPELINE: &str = "there are no pipeline stages";
 const NO_DISTILLATION: &str = "only distillation reads it, which is not built";
-const MEMORY: &str = "it affects memory and time only; see gradient_checkpointing_method and ring_slots";
+pub(super) const MEMORY: &str =
+    "it affects memory and time only; see gradient_checkpointing_method and ring_slots";
 const PYTHON: &str = "it tunes the Python runtime, which is not used";
-const TOPOLOGY: &str = "only data parallelism (replicate × shard) is built";
+pub(super) const TOPOLOGY: &str = "only data parallelism (replicate × shard) is built";
 const TEXT_ONLY: &str = "only text models are built";
 const LOCAL_DATA: &str = "data is read from local files as they are";
 const NO_EVALUATION: &str = "evaluation during training is not built";
 const ONE_DECAY: &str = "weight decay applies to the whole adapter";
 
+/// xorl's other fields of `run.yaml`.
+pub(super) const RUN: Compat =
+    Compat { accepted: ACCEPTED_WITH_WARNING, refused: REFUSED, unbuilt: UNBUILT_VALUES, as_in_run: &[] };
+
 /// Fields that are ignored with a warning.
-pub(super) const ACCEPTED_WITH_WARNING: &[Accepted] = &[
+const ACCEPTED_WITH_WARNING: &[Accepted] = &[
     hint("model.attn_implementation", KERNELS),
     hint("model.moe_implementation", KERNELS),
     hint("model.rmsnorm_mode", KERNELS),
@@ -130,7 +149,7 @@ pub(super) const ACCEPTED_WITH_WARNING: &[Accepted] = &[
 ];
 
 /// Fields that are refused by name unless neutral.
-pub(super) const REFUSED: &[Refused] = &[
+const REFUSED: &[Refused] = &[
     refused("model.train_router", &["false"], "the router is part of the frozen base"),
     refused("model.foundation", &["{}", "null"], TEXT_ONLY),
     refused("model.encoders", &["{}", "null"], TEXT_ONLY),
@@ -175,12 +194,13 @@ pub(super) const REFUSED: &[Refused] = &[
     refused("data.datasets.activations_path", &["null"], "distillation is not built"),
 ];
 
+pub(super) const NO_RECOMPUTE_BEFORE: &str = "not built; use recompute_full_layer, selective or no_recompute";
 const NO_OPTIMIZER: &str = "not built; use adamw or sgd";
 const AS_MESSAGES: &str = "not built; write each row as messages with role and content, of type chat";
 const AS_TOKENS: &str = "not built; tokenize it into rows with input_ids, of type tokenized";
 
 /// Values of xorl's for fields of this program that are not built.
-pub(super) const UNBUILT_VALUES: &[Unbuilt] = &[
+const UNBUILT_VALUES: &[Unbuilt] = &[
     Unbuilt { field: "train.optimizer", value: "anyprecision_adamw", reason: NO_OPTIMIZER },
     Unbuilt { field: "train.optimizer", value: "muon", reason: NO_OPTIMIZER },
     Unbuilt { field: "train.optimizer", value: "signsgd", reason: NO_OPTIMIZER },
@@ -193,7 +213,7 @@ pub(super) const UNBUILT_VALUES: &[Unbuilt] = &[
     Unbuilt {
         field: "train.gradient_checkpointing_method",
         value: "recompute_before_dispatch",
-        reason: "not built; use recompute_full_layer, selective or no_recompute",
+        reason: NO_RECOMPUTE_BEFORE,
     },
     Unbuilt { field: "data.datasets.type", value: "chat_template", reason: "chat is its name here" },
     Unbuilt { field: "data.datasets.type", value: "messages", reason: "chat is its name here" },
@@ -221,34 +241,60 @@ pub(super) enum Verdict {
     Warn(&'static str),
 }
 
-/// Judges `field` (`train.tensor_parallel_size`).
-pub(super) fn judge(field: &str, node: &Node) -> Result<Verdict, Problem> {
-    let value = || if node.kind == Kind::Bare { "true".into() } else { node.shown() };
-    let refuse = |reason| Err(Problem::Refused { value: value(), reason });
-    if let Some(known) = REFUSED.iter().find(|known| known.field == field) {
-        let neutral = known.neutral.iter().any(|word| means(node, word));
-        return if neutral { Ok(Verdict::Neutral) } else { refuse(known.reason) };
+impl Compat {
+    /// Judges `field` (`train.tensor_parallel_size`).
+    pub fn judge(&self, field: &str, node: &Node) -> Result<Verdict, Problem> {
+        if let Some(of_run) = self.as_in_run.iter().find(|of_run| key(of_run) == key(field)) {
+            return RUN.judge(of_run, node);
+        }
+        let value = || if node.kind == Kind::Bare { "true".into() } else { node.shown() };
+        let refuse = |reason| Err(Problem::Refused { value: value(), reason });
+        if let Some(known) = self.refused.iter().find(|known| known.field == field) {
+            let neutral = known.neutral.iter().any(|word| means(node, word));
+            return if neutral { Ok(Verdict::Neutral) } else { refuse(known.reason) };
+        }
+        match self.accepted.iter().find(|known| known.field == field) {
+            None => Ok(Verdict::Unknown),
+            Some(known) if known.except.iter().any(|word| means(node, word)) => refuse(known.reason),
+            Some(known) => Ok(Verdict::Warn(known.reason)),
+        }
     }
-    match ACCEPTED_WITH_WARNING.iter().find(|known| known.field == field) {
-        None => Ok(Verdict::Unknown),
-        Some(known) if known.except.iter().any(|word| means(node, word)) => refuse(known.reason),
-        Some(known) => Ok(Verdict::Warn(known.reason)),
+
+    /// The problem of a value of xorl's for `field` that is not built.
+    pub fn unbuilt(&self, field: &str, node: &Node) -> Option<Problem> {
+        let is_given = |known: &&Unbuilt| known.field == field && node.text() == Some(known.value);
+        let known = self.unbuilt.iter().find(is_given)?;
+        Some(Problem::Refused { value: known.value.to_owned(), reason: known.reason })
     }
+
+    /// The dotted names of fields that are ignored with a warning.
+    pub fn accepted_names(&self) -> Vec<String> {
+        self.names_in(|compat| compat.accepted.iter().map(|known| known.field).collect())
+    }
+
+    /// The dotted names of fields that are refused.
+    pub fn refused_names(&self) -> Vec<String> {
+        self.names_in(|compat| compat.refused.iter().map(|known| known.field).collect())
+    }
+
+    /// The names of one list, those of a run's list after them.
+    fn names_in(&self, list: impl Fn(&Self) -> Vec<&'static str>) -> Vec<String> {
+        let of_run = list(&RUN).into_iter().filter(|name| self.as_in_run.contains(name));
+        let of_run = of_run.map(|name| format!("server.{}", key(name)));
+        list(self).into_iter().map(str::to_owned).chain(of_run).collect()
+    }
+}
+
+fn key(field: &str) -> &str {
+    field.rsplit('.').next().unwrap_or(field)
 }
 
 /// Judges a field of an entry of `data.datasets`.
 pub(super) fn check_dataset_field(key: &str, node: &Node) -> Result<(), Problem> {
-    match judge(&format!("data.datasets.{key}"), node)? {
+    match RUN.judge(&format!("data.datasets.{key}"), node)? {
         Verdict::Unknown => Err(super::nearest::dataset_field(key)),
         Verdict::Neutral | Verdict::Warn(_) => Ok(()),
     }
-}
-
-/// The problem of a value of xorl's for `field` that is not built.
-pub(super) fn unbuilt(field: &str, node: &Node) -> Option<Problem> {
-    let known =
-        UNBUILT_VALUES.iter().find(|known| known.field == field && node.text() == Some(known.value))?;
-    Some(Problem::Refused { value: known.value.to_owned(), reason: known.reason })
 }
 
 /// True if the node is the value that `word` stands for.
@@ -265,7 +311,7 @@ fn means(node: &Node, word: &str) -> bool {
     }
 }
 
-/// All dotted names of xorl's that are judged here.
+/// All dotted names of xorl's that are judged in `run.yaml`.
 pub(super) fn names() -> impl Iterator<Item = &'static str> {
     ACCEPTED_WITH_WARNING.iter().map(|known| known.field).chain(REFUSED.iter().map(|known| known.field))
 }
@@ -298,15 +344,18 @@ mod tests {
     #[test]
     fn neutral_values_pass_in_every_spelling_and_others_are_refused() {
         let size = "train.tensor_parallel_size";
-        assert_eq!(judge(size, &Node::plain("1")), Ok(Verdict::Neutral));
-        assert!(matches!(judge(size, &Node::plain("2")), Err(Problem::Refused { .. })));
+        assert_eq!(RUN.judge(size, &Node::plain("1")), Ok(Verdict::Neutral));
+        assert!(matches!(RUN.judge(size, &Node::plain("2")), Err(Problem::Refused { .. })));
         for word in ["false", "no", "0", "False"] {
-            assert_eq!(judge("lora.enable_qlora", &Node::plain(word)), Ok(Verdict::Neutral), "{word}");
+            assert_eq!(RUN.judge("lora.enable_qlora", &Node::plain(word)), Ok(Verdict::Neutral), "{word}");
         }
-        assert!(judge("lora.enable_qlora", &Node { line: 1, kind: Kind::Bare }).is_err());
-        assert_eq!(judge("lora.lora_target_manifest", &Node::plain("None")), Ok(Verdict::Neutral));
-        assert!(matches!(judge("train.load_weights_mode", &Node::plain("grouped")), Ok(Verdict::Warn(_))));
-        assert!(judge("train.load_weights_mode", &Node::plain("skip")).is_err());
-        assert_eq!(judge("train.nonsense", &Node::plain("1")), Ok(Verdict::Unknown));
+        assert!(RUN.judge("lora.enable_qlora", &Node { line: 1, kind: Kind::Bare }).is_err());
+        assert_eq!(RUN.judge("lora.lora_target_manifest", &Node::plain("None")), Ok(Verdict::Neutral));
+        assert!(matches!(
+            RUN.judge("train.load_weights_mode", &Node::plain("grouped")),
+            Ok(Verdict::Warn(_))
+        ));
+        assert!(RUN.judge("train.load_weights_mode", &Node::plain("skip")).is_err());
+        assert_eq!(RUN.judge("train.nonsense", &Node::plain("1")), Ok(Verdict::Unknown));
     }
 }

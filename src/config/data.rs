@@ -132,7 +132,7 @@ impl Value for DatasetArgs {
                     issues.extend(judged.err().map(|problem| within(problem.into())));
                 }
                 Err(wrong) => {
-                    let named = compat::unbuilt(&format!("data.datasets.{}", entry.key), &entry.value);
+                    let named = compat::RUN.unbuilt(&format!("data.datasets.{}", entry.key), &entry.value);
                     let wrong = named.map_or(wrong, |problem| vec![problem.into()]);
                     issues.extend(wrong.into_iter().map(within));
                 }

@@ -5,6 +5,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+/// The section of `server.yaml`, which names it on the command line only.
+const UNNAMED_SECTION: &str = "server.";
+
 /// The place at which a setting was given.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
@@ -26,7 +29,10 @@ impl Place {
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::File { path, line, field } => write!(f, "{}:{line}: {field}", path.display()),
+            Self::File { path, line, field } => {
+                let field = field.strip_prefix(UNNAMED_SECTION).unwrap_or(field);
+                write!(f, "{}:{line}: {field}", path.display())
+            }
             Self::Flag { field } => write!(f, "--{field}"),
         }
     }

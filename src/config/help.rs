@@ -1,26 +1,39 @@
 //! The configuration as text: the long help of the command line and a table for the schema snapshot.
 
 use super::data::DatasetArgs;
-use super::section::Section;
-use super::{SECTIONS, compat, schema};
+use super::file::{self, ConfigFile};
+use super::section::{FieldInfo, Section};
+use super::{RunConfig, ServerConfig};
 
 /// Columns of the help text.
 const WIDTH: usize = 100;
 
-/// Every field with type, default and meaning, and lists of xorl's other fields.
+/// Every field of `run.yaml` with type, default and meaning, and lists of xorl's other fields.
 pub fn help() -> String {
-    let mut text = String::from(
+    help_of::<RunConfig>(
         "Configuration fields. In the file they stand under their section; on the command line \
          --section.field value\n(or --section.field=value, lists separated by spaces) wins over the file.\n",
-    );
-    let fields = schema();
-    for section in SECTIONS {
+    )
+}
+
+/// [`help`] for `server.yaml`.
+pub fn server_help() -> String {
+    help_of::<ServerConfig>(
+        "Configuration fields. In the file they stand at the top, without `server.`; on the command line \
+         --server.field value\n(or --server.field=value, lists separated by spaces) wins over the file.\n",
+    )
+}
+
+fn help_of<C: ConfigFile>(opening: &str) -> String {
+    let mut text = opening.to_owned();
+    let fields = file::schema::<C>();
+    for section in C::SECTIONS {
         text += &format!("\n{section}:\n");
-        for (_, field) in fields.iter().filter(|(name, _)| *name == section) {
+        for (_, field) in fields.iter().filter(|(name, _)| name == section) {
             text +=
                 &format!("  --{section}.{} <{}>  [default: {}]\n", field.key, field.type_name, field.default);
             text += &wrapped(&field.meaning, 10);
-            if (section, field.key) == ("data", "datasets") {
+            if (*section, field.key) == ("data", "datasets") {
                 for part in DatasetArgs::default().fields() {
                     let line = format!("{} <{}>: {}", part.key, part.type_name, part.meaning);
                     text += &wrapped(&line, 12);
@@ -28,20 +41,29 @@ pub fn help() -> String {
             }
         }
     }
-    let list = |names: Vec<&str>| wrapped(&names.join(", "), 2);
+    let list = |names: Vec<String>| wrapped(&names.join(", "), 2);
     text += "\nFields of xorl that change nothing here, ignored with a warning:\n";
-    text += &list(compat::ACCEPTED_WITH_WARNING.iter().map(|known| known.field).collect());
+    text += &list(C::COMPAT.accepted_names());
     text += "\nFields of xorl that are not built, refused unless they hold their neutral value:\n";
-    text += &list(compat::REFUSED.iter().map(|known| known.field).collect());
+    text += &list(C::COMPAT.refused_names());
     text
 }
 
-/// One line a field: name, type, default; tab-separated.
+/// One line a field of `run.yaml`: name, type, default; tab-separated.
 pub fn schema_table() -> String {
-    let line = |(section, field): (&str, super::FieldInfo)| {
+    table(super::schema())
+}
+
+/// [`schema_table`] of `server.yaml`.
+pub fn server_schema_table() -> String {
+    table(super::server_schema())
+}
+
+fn table(schema: Vec<(&str, FieldInfo)>) -> String {
+    let line = |(section, field): (&str, FieldInfo)| {
         format!("{section}.{}\t{}\t{}\n", field.key, field.type_name, field.default)
     };
-    schema().into_iter().map(line).collect()
+    schema.into_iter().map(line).collect()
 }
 
 /// `words` in lines of at most [`WIDTH`] columns, each indented, with a final newline.

@@ -1,11 +1,12 @@
 //! From a file and the command line to a typed, validated configuration. The command line wins: a field that is given
 //! there is not read from the file.
 
-use super::compat::{self, Verdict};
+use super::compat::Verdict;
 use super::error::{ConfigError, FieldLocations, Issue, Place, Problem};
-use super::nearest::{self, Hint};
-use super::source::{self, Document, Kind, Node, SyntaxError};
-use super::{RunConfig, paths, validate};
+use super::file::ConfigFile;
+use super::nearest::Hint;
+use super::source::{self, Document, Entry, Kind, Node, SyntaxError};
+use super::{RunConfig, ServerConfig, paths, validate};
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -20,8 +21,8 @@ pub struct Override {
 
 /// A configuration with its warnings and places.
 #[derive(Clone, Debug)]
-pub struct Loaded {
-    pub config: RunConfig,
+pub struct Loaded<C = RunConfig> {
+    pub config: C,
     /// One line each, `run.yaml:7: model.attn_implementation: ignored: …`, for rank 0 to print.
     pub warnings: Vec<String>,
     /// The place of each field, for messages about values that only the model or the data can judge.
@@ -49,6 +50,26 @@ pub fn load_yaml(name: &Path, text: &str, overrides: &[Override]) -> Result<Load
     resolve(name, source::parse_yaml(text), overrides, false)
 }
 
+/// [`load_with_paths`] for `server.yaml`, with overrides `--server.field`.
+///
+/// # Errors
+/// As [`load_with_paths`].
+pub fn load_server(path: &Path, overrides: &[Override]) -> Result<Loaded<ServerConfig>, ConfigError> {
+    resolve(path, read(path)?, overrides, true)
+}
+
+/// [`load_yaml`] for `server.yaml`.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_server_yaml(
+    name: &Path,
+    text: &str,
+    overrides: &[Override],
+) -> Result<Loaded<ServerConfig>, ConfigError> {
+    resolve(name, source::parse_yaml(text), overrides, false)
+}
+
 fn read(path: &Path) -> Result<Result<Document, SyntaxError>, ConfigError> {
     let json = match path.extension().and_then(|extension| extension.to_str()) {
         Some("yaml" | "yml") => false,
@@ -60,15 +81,15 @@ fn read(path: &Path) -> Result<Result<Document, SyntaxError>, ConfigError> {
     Ok(if json { source::parse_json(&text) } else { source::parse_yaml(&text) })
 }
 
-fn resolve(
+fn resolve<C: ConfigFile>(
     path: &Path,
     document: Result<Document, SyntaxError>,
     overrides: &[Override],
     checks_paths: bool,
-) -> Result<Loaded, ConfigError> {
+) -> Result<Loaded<C>, ConfigError> {
     let mut loader = Loader {
         path,
-        config: RunConfig::default(),
+        config: C::default(),
         warnings: Vec::new(),
         places: FieldLocations::new(path),
         faults: Vec::new(),
@@ -85,14 +106,14 @@ fn resolve(
     let Loader { mut config, warnings, places, mut faults, unread, .. } = loader;
     faults.extend(validate::validate(&mut config, &places, &unread));
     if checks_paths {
-        faults.extend(paths::faults(&config, &places));
+        faults.extend(paths::faults(config.named_paths(), &places));
     }
     ConfigError::of(faults).map_or(Ok(Loaded { config, warnings, places }), Err)
 }
 
-struct Loader<'a> {
+struct Loader<'a, C> {
     path: &'a Path,
-    config: RunConfig,
+    config: C,
     warnings: Vec<String>,
     places: FieldLocations,
     faults: Vec<ConfigError>,
@@ -100,7 +121,7 @@ struct Loader<'a> {
     unread: BTreeSet<String>,
 }
 
-impl Loader<'_> {
+impl<C: ConfigFile> Loader<'_, C> {
     fn syntax(&self, line: usize, message: String) -> ConfigError {
         ConfigError::Syntax { path: self.path.to_owned(), line, message }
     }
@@ -110,57 +131,75 @@ impl Loader<'_> {
     }
 
     fn unknown(&mut self, place: Place, hint: Hint) {
-        self.unread.extend(hint.meant);
-        self.fault(place, hint.problem);
+        let Hint { mut problem, meant } = hint;
+        if let (Problem::UnknownField { nearest: Some(name) }, Place::File { .. }) = (&mut problem, &place) {
+            *name = self.name_in_file(name).to_owned();
+        }
+        self.unread.extend(meant);
+        self.fault(place, problem);
+    }
+
+    /// The dotted `field` as the file writes it.
+    fn name_in_file<'f>(&self, field: &'f str) -> &'f str {
+        let flat = C::SECTIONS.iter().find_map(|section| field.strip_prefix(section)?.strip_prefix('.'));
+        flat.filter(|_| C::IS_FLAT).unwrap_or(field)
     }
 
     fn file(&mut self, root: Node, overrides: &[Override]) -> Result<(), ConfigError> {
-        let Kind::Map(sections) = root.kind else {
-            let message = format!("expected sections {}, got {}", super::SECTIONS.join(", "), root.shown());
-            return Err(self.syntax(root.line, message));
+        let Kind::Map(entries) = root.kind else {
+            let expected = if C::IS_FLAT {
+                "expected fields, such as model_path: …".to_owned()
+            } else {
+                format!("expected sections {}", C::SECTIONS.join(", "))
+            };
+            return Err(self.syntax(root.line, format!("{expected}, got {}", root.shown())));
         };
-        for section in sections {
+        if C::IS_FLAT {
+            C::SECTIONS.iter().take(1).for_each(|section| self.entries(section, &entries, overrides));
+            return Ok(());
+        }
+        for section in entries {
             let name = section.key;
-            if !is_section(&name) {
+            if !is_section::<C>(&name) {
                 let place =
                     Place::File { path: self.path.to_owned(), line: section.line, field: name.clone() };
-                self.unknown(place, nearest::section(&name));
+                self.unknown(place, C::unknown_section(&name));
                 continue;
             }
             self.places.sections.insert(name.clone(), section.line);
-            let entries = match section.value.kind {
-                Kind::Map(entries) => entries,
-                _ if section.value.is_null() => continue,
+            match section.value.kind {
+                Kind::Map(entries) => self.entries(&name, &entries, overrides),
+                _ if section.value.is_null() => {}
                 _ => {
                     let message = format!("{name}: expected fields, got {}", section.value.shown());
                     self.faults.push(self.syntax(section.line, message));
                     self.unread.insert(name);
-                    continue;
                 }
-            };
-            for entry in entries {
-                let field = format!("{name}.{}", entry.key);
-                if overrides.iter().any(|given| given.field == field) {
-                    continue;
-                }
-                let place = Place::File { path: self.path.to_owned(), line: entry.line, field };
-                self.assign(place, &name, &entry.key, &entry.value);
             }
         }
         Ok(())
     }
 
+    /// Reads the fields of a section that no flag gives.
+    fn entries(&mut self, section: &str, entries: &[Entry], overrides: &[Override]) {
+        for entry in entries {
+            let field = format!("{section}.{}", entry.key);
+            if overrides.iter().any(|given| given.field == field) {
+                continue;
+            }
+            let place = Place::File { path: self.path.to_owned(), line: entry.line, field };
+            self.assign(place, section, &entry.key, &entry.value);
+        }
+    }
+
     fn flag(&mut self, given: &Override) {
         let place = Place::Flag { field: given.field.clone() };
         match given.field.split_once('.') {
-            Some((section, key)) if is_section(section) => {
+            Some((section, key)) if is_section::<C>(section) => {
                 let node = node_of(&given.values);
                 self.assign(place, section, key, &node);
             }
-            _ => {
-                let section = given.field.split('.').next().unwrap_or_default();
-                self.unknown(place, nearest::section(section));
-            }
+            _ => self.unknown(place, C::unknown_section(&given.field)),
         }
     }
 
@@ -172,7 +211,7 @@ impl Loader<'_> {
             Ok(false) => self.judge(place, section, key, node),
             Err(issues) => {
                 self.unread.insert(place.field().to_owned());
-                let unbuilt = compat::unbuilt(place.field(), node);
+                let unbuilt = C::COMPAT.unbuilt(place.field(), node);
                 let issues = unbuilt.map_or(issues, |problem| vec![problem.into()]);
                 for Issue { suffix, line, problem } in issues {
                     self.fault(within(place.clone(), &suffix, line), problem);
@@ -182,18 +221,20 @@ impl Loader<'_> {
     }
 
     fn judge(&mut self, place: Place, section: &str, key: &str, node: &Node) {
-        match compat::judge(place.field(), node) {
+        match C::COMPAT.judge(place.field(), node) {
             Ok(Verdict::Neutral) => {}
             Ok(Verdict::Warn(reason)) => self.warnings.push(format!("{place}: ignored: {reason}")),
-            Ok(Verdict::Unknown) => self.unknown(place, nearest::field(section, key)),
+            Ok(Verdict::Unknown) => self.unknown(place, C::unknown_field(section, key)),
             Err(problem) => self.fault(place, problem),
         }
     }
 }
 
 /// True for this program's sections and for those that only xorl has.
-fn is_section(name: &str) -> bool {
-    super::SECTIONS.contains(&name) || compat::names().any(|field| field.split('.').next() == Some(name))
+fn is_section<C: ConfigFile>(name: &str) -> bool {
+    let compat = C::COMPAT;
+    let of_xorl = [compat.accepted_names(), compat.refused_names()].concat();
+    C::SECTIONS.contains(&name) || of_xorl.iter().any(|field| field.split('.').next() == Some(name))
 }
 
 /// The place of a part of a field's value.

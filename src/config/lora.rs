@@ -1,5 +1,6 @@
 //! Section `lora`.
 
+use super::error::Problem;
 use super::section::section;
 use super::value::choices;
 use std::path::PathBuf;
@@ -48,4 +49,19 @@ section! {
         /// it.
         adapter_path: Option<PathBuf> = None;
     }
+}
+
+/// The problem of targets that are no projections of layers.
+pub(super) fn targets_problem(targets: Option<&[String]>) -> Option<Problem> {
+    let of_vocabulary = |name: &&String| ["lm_head", "embed_tokens"].iter().any(|end| name.ends_with(end));
+    let name = targets.unwrap_or_default().iter().find(of_vocabulary)?;
+    let reason =
+        "embedding and head are frozen; name projections of layers (q_proj, down_proj) or all-linear";
+    Some(Problem::Refused { value: name.clone(), reason })
+}
+
+/// The problem of `enable_lora`, if it is false.
+pub(super) fn enabled_problem(enabled: bool) -> Option<Problem> {
+    let reason = "the base is frozen by design, so nothing would be trained";
+    (!enabled).then(|| Problem::Refused { value: "false".into(), reason })
 }

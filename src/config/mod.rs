@@ -1,12 +1,17 @@
-//! Typed `run.yaml`: sections `model`, `data`, `train`, `lora` with xorl's names, defaults and validation.
+//! Typed `run.yaml`, in sections `model`, `data`, `train`, `lora`, and typed `server.yaml`, flat, with xorl's names,
+//! defaults and validation.
 //!
-//! A field is declared once (`model.rs`, `data.rs`, `train.rs`, `lora.rs`); struct, default, help, schema,
-//! reading and writing follow from that line. `compat.rs` lists xorl's other fields, `foreign.rs` names of other
-//! trainers.
+//! A field is declared once (`model.rs`, `data.rs`, `train.rs`, `lora.rs`, `server.rs`, `compute.rs` for both files);
+//! struct, default, help, schema, reading and writing follow from that line. `compat.rs` and `compat_server.rs` list
+//! xorl's other fields, `foreign.rs` names of other trainers.
 
+mod bytes;
 mod compat;
+mod compat_server;
+mod compute;
 mod data;
 mod error;
+mod file;
 mod foreign;
 mod help;
 mod load;
@@ -15,26 +20,29 @@ mod model;
 mod nearest;
 mod paths;
 mod section;
+mod server;
 mod source;
 mod train;
 mod validate;
 mod value;
 
+pub use bytes::{ByteSize, ByteSizeError};
+pub use compute::{CheckpointingMethod, ComputeArgs, ReduceGradients};
 pub use data::{DataArgs, DatasetArgs, DatasetType, PackingMethod, Turns};
 pub use error::{ConfigError, FieldLocations, Place, Problem};
-pub use help::{help, schema_table};
-pub use load::{Loaded, Override, load, load_with_paths, load_yaml};
+pub use help::{help, schema_table, server_help, server_schema_table};
+pub use load::{Loaded, Override, load, load_server, load_server_yaml, load_with_paths, load_yaml};
 pub use lora::{ExportFormat, LoraArgs};
 pub use model::ModelArgs;
 pub use section::FieldInfo;
-pub use train::{
-    CheckpointingMethod, LoadCheckpoint, LogFormat, LrDecayStyle, Optimizer, ReduceGradients, TrainArgs,
-};
+pub use server::{ServerConfig, is_model_id};
+pub use train::{LoadCheckpoint, LogFormat, LrDecayStyle, Optimizer, TrainArgs};
 
+use compat::Compat;
+use file::{Broken, ConfigFile};
+use nearest::Hint;
+use paths::NamedPath;
 use section::Section;
-
-/// The sections of a configuration, in the order of a written file.
-const SECTIONS: [&str; 4] = ["model", "data", "train", "lora"];
 
 /// A complete, resolved run configuration.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -52,10 +60,15 @@ impl RunConfig {
         // Plain numbers, texts, lists and maps always have a YAML form.
         serde_yaml::to_string(self).unwrap_or_default()
     }
+}
 
-    /// The sections in the order of [`SECTIONS`].
-    fn sections(&self) -> [&dyn Section; 4] {
-        [&self.model, &self.data, &self.train, &self.lora]
+impl ConfigFile for RunConfig {
+    const SECTIONS: &'static [&'static str] = &["model", "data", "train", "lora"];
+    const IS_FLAT: bool = false;
+    const COMPAT: Compat = compat::RUN;
+
+    fn sections(&self) -> Vec<&dyn Section> {
+        vec![&self.model, &self.data, &self.train, &self.lora]
     }
 
     fn section_mut(&mut self, name: &str) -> Option<&mut dyn Section> {
@@ -67,13 +80,35 @@ impl RunConfig {
             _ => None,
         }
     }
+
+    fn complete(&mut self, places: &FieldLocations) {
+        validate::complete_run(self, places);
+    }
+
+    fn broken_rules(&self) -> Vec<Broken> {
+        validate::broken_of_run(self)
+    }
+
+    fn named_paths(&self) -> Vec<NamedPath<'_>> {
+        paths::of_run(self)
+    }
+
+    fn unknown_field(section: &str, key: &str) -> Hint {
+        nearest::field(section, key)
+    }
+
+    fn unknown_section(name: &str) -> Hint {
+        // Of a dotted field, the section is what is not known.
+        nearest::section(name.split('.').next().unwrap_or(name))
+    }
 }
 
-/// Every field with the name of its section.
+/// Every field of `run.yaml` with the name of its section.
 pub fn schema() -> Vec<(&'static str, FieldInfo)> {
-    let config = RunConfig::default();
-    let of = |(name, section): (&&'static str, &dyn Section)| {
-        section.fields().into_iter().map(|field| (*name, field)).collect::<Vec<_>>()
-    };
-    SECTIONS.iter().zip(config.sections()).flat_map(of).collect()
+    file::schema::<RunConfig>()
+}
+
+/// Every field of `server.yaml`, with the section that it has on the command line.
+pub fn server_schema() -> Vec<(&'static str, FieldInfo)> {
+    file::schema::<ServerConfig>()
 }

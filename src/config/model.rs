@@ -1,5 +1,6 @@
 //! Section `model`.
 
+use super::error::Problem;
 use super::section::section;
 use std::path::PathBuf;
 
@@ -21,6 +22,12 @@ impl ModelArgs {
     /// The HF config: a config.json, or its directory.
     pub fn hf_config(&self) -> PathBuf {
         self.config_path.clone().or(self.model_path.clone()).unwrap_or_default()
+    }
+
+    /// The problem of a model that is named nowhere.
+    pub(super) fn missing(&self) -> Option<Problem> {
+        let needed = "an HF model directory, or config_path alone for random weights";
+        (self.model_path.is_none() && self.config_path.is_none()).then_some(Problem::Missing { needed })
     }
 
     /// The directory of the tokenizer.

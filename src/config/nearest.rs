@@ -2,8 +2,9 @@
 
 use super::data::DatasetArgs;
 use super::error::Problem;
+use super::file::{self, ConfigFile};
 use super::section::Section;
-use super::{compat, foreign, schema};
+use super::{RunConfig, ServerConfig, compat, compat_server, foreign};
 
 /// A hint, and the field or section that was probably meant: nothing else is said of it.
 pub(super) struct Hint {
@@ -40,17 +41,13 @@ fn misspelt<S: AsRef<str>>(name: &str, known: impl IntoIterator<Item = S>) -> Op
     (wrong_letters(best.as_ref()) <= most).then_some(best)
 }
 
-fn ours() -> Vec<String> {
-    schema().into_iter().map(|(section, field)| format!("{section}.{}", field.key)).collect()
-}
-
 fn key(field: &str) -> &str {
     field.rsplit('.').next().unwrap_or(field)
 }
 
-/// The field of ours with this very name, in another section.
-fn of_another_section(name: &str) -> Option<String> {
-    ours().into_iter().find(|field| key(field) == name)
+/// The field of a `C` with this very name.
+fn of_any_section<C: ConfigFile>(name: &str) -> Option<String> {
+    file::names::<C>().into_iter().find(|field| key(field) == name)
 }
 
 /// The field of xorl's with this very name, in another section.
@@ -59,9 +56,9 @@ fn of_xorl(name: &str) -> Option<String> {
     compat::names().filter(of_section).find(|field| key(field) == name).map(str::to_owned)
 }
 
-/// A field of ours that `name` is a misspelling of, of `section` first.
-fn misspelt_field(section: Option<&str>, name: &str) -> Option<String> {
-    let all = ours();
+/// A field of a `C` that `name` is a misspelling of, of `section` if one is given.
+fn misspelt_field<C: ConfigFile>(section: Option<&str>, name: &str) -> Option<String> {
+    let all = file::names::<C>();
     let within =
         all.iter().filter(|field| section.is_none_or(|section| field.split('.').next() == Some(section)));
     let keys: Vec<&str> = within.clone().map(|field| key(field)).collect();
@@ -75,29 +72,76 @@ fn misspelt_foreign(name: &str) -> Option<Hint> {
     Hint::foreign(foreign::names().find(is_near)?)
 }
 
-/// The hint for an unknown `section.key`.
+/// The hint for an unknown `section.key` of `run.yaml`.
 pub(super) fn field(section: &str, key: &str) -> Hint {
-    of_another_section(key)
+    of_any_section::<RunConfig>(key)
         .map(|name| Hint::field(Some(name)))
         .or_else(|| Hint::foreign(key))
         .or_else(|| of_xorl(key).map(|name| Hint::field(Some(name))))
-        .or_else(|| misspelt_field(Some(section), key).map(|name| Hint::field(Some(name))))
-        .or_else(|| misspelt_field(None, key).map(|name| Hint::field(Some(name))))
+        .or_else(|| misspelt_field::<RunConfig>(Some(section), key).map(|name| Hint::field(Some(name))))
+        .or_else(|| misspelt_field::<RunConfig>(None, key).map(|name| Hint::field(Some(name))))
         .or_else(|| misspelt_foreign(key))
         .unwrap_or_else(|| Hint::field(None))
 }
 
-/// The hint for an unknown section, or for a field in the place of a section.
+/// The hint for an unknown section of `run.yaml`, or for a field in the place of a section.
 pub(super) fn section(name: &str) -> Hint {
-    let misspelt_section = || misspelt(name, super::SECTIONS).map(str::to_owned);
-    of_another_section(name)
+    let misspelt_section = || misspelt(name, RunConfig::SECTIONS).map(|name| (*name).to_owned());
+    of_any_section::<RunConfig>(name)
         .map(|name| Hint::section(Some(name)))
         .or_else(|| Hint::foreign(name))
         .or_else(|| of_xorl(name).map(|name| Hint::section(Some(name))))
         .or_else(|| misspelt_section().map(|name| Hint::section(Some(name))))
-        .or_else(|| misspelt_field(None, name).map(|name| Hint::section(Some(name))))
+        .or_else(|| misspelt_field::<RunConfig>(None, name).map(|name| Hint::section(Some(name))))
         .or_else(|| misspelt_foreign(name))
         .unwrap_or_else(|| Hint::section(None))
+}
+
+/// The hint for an unknown field of `server.yaml`.
+pub(super) fn server_field(name: &str) -> Hint {
+    let says = |hint: String, meant: Option<String>| Hint { problem: Problem::Foreign { hint }, meant };
+    if name == "server" {
+        return says("the fields of server.yaml stand at its top, without a section".into(), None);
+    }
+    if RunConfig::SECTIONS.contains(&name) {
+        let hint = format!("{name} is a section of run.yaml; the fields of server.yaml stand at its top");
+        return says(hint, None);
+    }
+    if let Some((_, field)) = compat_server::RENAMED.iter().find(|(known, _)| *known == name) {
+        return says(format!("{name} is {field} here"), None);
+    }
+    let of_run = || of_any_section::<RunConfig>(name).map(|field| says(not_of_a_server(name, &field), None));
+    // Another trainer's name for a field of a run may be a field of the server too.
+    let foreign = || {
+        let field = foreign::field(name)?.1?;
+        Some(match of_any_section::<ServerConfig>(key(field)) {
+            Some(ours) => says(format!("{name} is {} here", key(field)), Some(ours)),
+            None => says(not_of_a_server(name, field), None),
+        })
+    };
+    of_run()
+        .or_else(foreign)
+        .or_else(|| misspelt_field::<ServerConfig>(None, name).map(|name| Hint::field(Some(name))))
+        .unwrap_or_else(|| Hint::field(None))
+}
+
+fn not_of_a_server(name: &str, field: &str) -> String {
+    let is = if key(field) == name { String::new() } else { format!("{field} ") };
+    format!("{name} is {is}of run.yaml; a server has no such field")
+}
+
+/// The hint for the field `name` of the command line, whose section is not `server`.
+pub(super) fn server_section(name: &str) -> Hint {
+    let section = name.split('.').next().unwrap_or(name);
+    match of_any_section::<ServerConfig>(key(name)) {
+        Some(ours) if RunConfig::SECTIONS.contains(&section) => {
+            let hint = format!("{name} is of run.yaml; the server's is {ours}");
+            Hint { problem: Problem::Foreign { hint }, meant: Some(ours) }
+        }
+        Some(ours) => Hint::section(Some(ours)),
+        None if RunConfig::SECTIONS.contains(&section) => server_field(key(name)),
+        None => Hint::section(misspelt(section, ServerConfig::SECTIONS).map(|name| (*name).to_owned())),
+    }
 }
 
 /// The problem of an unknown field of an entry of `data.datasets`.

@@ -1,13 +1,13 @@
 //! Checks a configuration's paths before anything is read: each has to lead to a file or folder of the kind that its
 //! field reads. An error says what the path is instead.
 
-use super::RunConfig;
 use super::error::{ConfigError, FieldLocations, Problem};
+use super::{ModelArgs, RunConfig};
 use std::path::Path;
 
 /// The kind of thing that a field reads.
 #[derive(Clone, Copy, PartialEq)]
-enum Kind {
+pub(super) enum Kind {
     /// An HF model directory.
     Model,
     /// An HF config.json, or its directory.
@@ -15,34 +15,61 @@ enum Kind {
     Tokenizer,
     Data,
     Adapter,
+    /// Hashes of API keys.
+    Keys,
+}
+
+/// A path with its field.
+pub(super) struct NamedPath<'a> {
+    field: String,
+    path: &'a Path,
+    kind: Kind,
+}
+
+impl<'a> NamedPath<'a> {
+    /// `None` where no path was given.
+    pub fn new(field: impl Into<String>, path: Option<&'a Path>, kind: Kind) -> Option<Self> {
+        path.map(|path| Self { field: field.into(), path, kind })
+    }
 }
 
 /// A problem for each path that leads nowhere, or to something else than its field reads.
-pub(super) fn faults(config: &RunConfig, places: &FieldLocations) -> Vec<ConfigError> {
-    let RunConfig { model, data, lora, .. } = config;
-    let named = [
-        ("model.model_path", &model.model_path, Kind::Model),
-        ("model.config_path", &model.config_path, Kind::ModelConfig),
-        ("model.tokenizer_path", &model.tokenizer_path, Kind::Tokenizer),
-        ("lora.adapter_path", &lora.adapter_path, Kind::Adapter),
-    ];
-    let named = named.into_iter().filter_map(|(field, path, kind)| {
-        let path: &Path = path.as_ref()?;
-        Some((field.to_owned(), path, kind))
-    });
-    let sets = data.datasets.iter().enumerate().filter(|(_, set)| !set.is_dummy());
-    let sets = sets.map(|(i, set)| (format!("data.datasets[{i}].path"), &*set.path, Kind::Data));
-    let fault = |(field, path, kind): (String, &Path, Kind)| {
+pub(super) fn faults(named: Vec<NamedPath<'_>>, places: &FieldLocations) -> Vec<ConfigError> {
+    let fault = |NamedPath { field, path, kind }: NamedPath<'_>| {
         let problem = Problem::Path { path: path.to_owned(), fault: fault(path, kind)? };
         Some(ConfigError::Field { place: places.of(&field), problem })
     };
-    named.chain(sets).filter_map(fault).collect()
+    named.into_iter().filter_map(fault).collect()
+}
+
+/// The paths of a model whose fields stand in `section`.
+pub(super) fn of_model<'a>(section: &str, model: &'a ModelArgs) -> Vec<NamedPath<'a>> {
+    let named = [
+        ("model_path", &model.model_path, Kind::Model),
+        ("config_path", &model.config_path, Kind::ModelConfig),
+        ("tokenizer_path", &model.tokenizer_path, Kind::Tokenizer),
+    ];
+    let named = named.into_iter();
+    named
+        .filter_map(|(key, path, kind)| NamedPath::new(format!("{section}.{key}"), path.as_deref(), kind))
+        .collect()
+}
+
+/// The paths of `run.yaml`.
+pub(super) fn of_run(config: &RunConfig) -> Vec<NamedPath<'_>> {
+    let RunConfig { model, data, lora, .. } = config;
+    let sets = data.datasets.iter().enumerate().filter(|(_, set)| !set.is_dummy());
+    let sets = sets.filter_map(|(i, set)| {
+        NamedPath::new(format!("data.datasets[{i}].path"), Some(&set.path), Kind::Data)
+    });
+    let adapter = NamedPath::new("lora.adapter_path", lora.adapter_path.as_deref(), Kind::Adapter);
+    of_model("model", model).into_iter().chain(adapter).chain(sets).collect()
 }
 
 /// The fault of `path` as a `kind`, and the remedy.
 fn fault(path: &Path, kind: Kind) -> Option<String> {
     if path.is_dir() {
-        return None;
+        return (kind == Kind::Keys).then(|| format!("a folder, where {} belongs", kind.expected()));
     }
     if path.exists() {
         return of_file(path, kind);
@@ -51,6 +78,7 @@ fn fault(path: &Path, kind: Kind) -> Option<String> {
     Some(match absent(&text, kind) {
         Some(words) => words,
         None if kind == Kind::Data => "no such file or folder".into(),
+        None if kind == Kind::Keys => format!("no such file; expected {}", kind.expected()),
         None => format!("no such folder; expected {}", kind.expected()),
     })
 }
@@ -59,7 +87,7 @@ fn fault(path: &Path, kind: Kind) -> Option<String> {
 fn of_file(path: &Path, kind: Kind) -> Option<String> {
     let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
     match kind {
-        Kind::Data => None,
+        Kind::Data | Kind::Keys => None,
         Kind::ModelConfig if ending == "json" => None,
         _ if ending == "gguf" => {
             Some("GGUF is not read; give the Hugging Face directory that it was made from".into())
@@ -88,7 +116,8 @@ fn absent(text: &str, kind: Kind) -> Option<String> {
             _ => format!("a glob, which is not expanded; name {}", kind.expected()),
         });
     }
-    is_hub_id(text).then(|| match kind {
+    let may_be_hub_id = kind != Kind::Keys && is_hub_id(text);
+    may_be_hub_id.then(|| match kind {
         Kind::Data => format!(
             "no such file or folder; if it is a Hugging Face hub id, save it as JSON lines first: python -c \
              'from datasets import load_dataset as l; l(\"{text}\", split=\"train\").to_json(\"train.jsonl\")'"
@@ -122,6 +151,7 @@ impl Kind {
             Self::Tokenizer => "a directory with tokenizer.json",
             Self::Data => "a .jsonl file or a folder of them",
             Self::Adapter => "a PEFT adapter directory, such as a published step",
+            Self::Keys => "a file with the hashes of API keys",
         }
     }
 
@@ -131,6 +161,7 @@ impl Kind {
             Self::Tokenizer => "a tokenizer",
             Self::Data => "data",
             Self::Adapter => "an adapter",
+            Self::Keys => "a file of keys",
         }
     }
 }

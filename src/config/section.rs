@@ -31,7 +31,8 @@ pub(super) fn meaning(lines: &[&str]) -> String {
     lines.iter().map(|line| line.trim()).collect::<Vec<_>>().join(" ")
 }
 
-/// Declares a struct whose every line is `/// meaning`, `name [as "key"]: type = default [=> rule];`.
+/// Declares a struct whose every line is `/// meaning`, `name [as "key"]: type = default [=> rule];`. A line
+/// `..name: type;` stands for the fields of another section, among its own.
 macro_rules! section {
     (
         $(#[doc = $struct_doc:literal])+
@@ -39,34 +40,54 @@ macro_rules! section {
             $(
                 $(#[doc = $doc:literal])+
                 $field:ident $(as $key:literal)? : $ty:ty = $default:expr $(=> $rule:ident)? ;
-            )+
+            )*
+            $(
+                ..$part:ident : $part_ty:ty ;
+                $(
+                    $(#[doc = $later_doc:literal])+
+                    $later:ident $(as $later_key:literal)? : $later_ty:ty = $later_default:expr
+                        $(=> $later_rule:ident)? ;
+                )*
+            )*
         }
     ) => {
         $(#[doc = $struct_doc])+
         #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
         #[serde(default)]
         pub struct $name {
-            $( $(#[doc = $doc])+ $(#[serde(rename = $key)])? pub $field: $ty, )+
+            $( $(#[doc = $doc])+ $(#[serde(rename = $key)])? pub $field: $ty, )*
+            $(
+                #[doc = concat!("The fields of [`", stringify!($part_ty), "`].")]
+                #[serde(flatten)]
+                pub $part: $part_ty,
+                $( $(#[doc = $later_doc])+ $(#[serde(rename = $later_key)])? pub $later: $later_ty, )*
+            )*
         }
 
         impl Default for $name {
             fn default() -> Self {
-                Self { $( $field: $default, )+ }
+                Self {
+                    $( $field: $default, )*
+                    $( $part: <$part_ty>::default(), $( $later: $later_default, )* )*
+                }
             }
         }
 
         impl $crate::config::section::Section for $name {
             fn fields(&self) -> Vec<$crate::config::section::FieldInfo> {
-                use $crate::config::value::Value;
                 let defaults = Self::default();
-                vec![$(
-                    $crate::config::section::FieldInfo {
-                        key: $crate::config::section::key!($field $($key)?),
-                        type_name: <$ty>::describe($crate::config::section::rule!($($rule)?)).short,
-                        default: defaults.$field.write(),
-                        meaning: $crate::config::section::meaning(&[$($doc),+]),
-                    },
-                )+]
+                let parts = [
+                    vec![$( $crate::config::section::info!(
+                        [$($doc),+] defaults $field [$($key)?] $ty [$($rule)?]
+                    ), )*],
+                    $(
+                        $crate::config::section::Section::fields(&defaults.$part),
+                        vec![$( $crate::config::section::info!(
+                            [$($later_doc),+] defaults $later [$($later_key)?] $later_ty [$($later_rule)?]
+                        ), )*],
+                    )*
+                ];
+                parts.concat()
             }
 
             fn set(
@@ -74,15 +95,41 @@ macro_rules! section {
                 key: &str,
                 node: &$crate::config::source::Node,
             ) -> Result<bool, $crate::config::error::Issues> {
-                use $crate::config::value::Value;
+                $( $crate::config::section::read!(self key node $field [$($key)?] $ty [$($rule)?]); )*
                 $(
-                    if key == $crate::config::section::key!($field $($key)?) {
-                        self.$field = <$ty>::read(node, $crate::config::section::rule!($($rule)?))?;
+                    if $crate::config::section::Section::set(&mut self.$part, key, node)? {
                         return Ok(true);
                     }
-                )+
+                    $( $crate::config::section::read!(
+                        self key node $later [$($later_key)?] $later_ty [$($later_rule)?]
+                    ); )*
+                )*
                 Ok(false)
             }
+        }
+    };
+}
+
+/// The entry of a field in help and schema.
+macro_rules! info {
+    ([$($doc:literal),+] $defaults:ident $field:ident [$($key:literal)?] $ty:ty [$($rule:ident)?]) => {{
+        use $crate::config::value::Value;
+        $crate::config::section::FieldInfo {
+            key: $crate::config::section::key!($field $($key)?),
+            type_name: <$ty>::describe($crate::config::section::rule!($($rule)?)).short,
+            default: $defaults.$field.write(),
+            meaning: $crate::config::section::meaning(&[$($doc),+]),
+        }
+    }};
+}
+
+/// Reads a field and returns from `set`, if `key` is its name.
+macro_rules! read {
+    ($me:ident $given:ident $node:ident $field:ident [$($key:literal)?] $ty:ty [$($rule:ident)?]) => {
+        if $given == $crate::config::section::key!($field $($key)?) {
+            use $crate::config::value::Value;
+            $me.$field = <$ty>::read($node, $crate::config::section::rule!($($rule)?))?;
+            return Ok(true);
         }
     };
 }
@@ -107,4 +154,4 @@ macro_rules! rule {
     };
 }
 
-pub(super) use {key, rule, section};
+pub(super) use {info, key, read, rule, section};

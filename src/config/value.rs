@@ -2,6 +2,7 @@
 //! same spellings.
 
 use super::error::{Issue, Issues, Problem};
+use super::server::is_model_id;
 use super::source::{Kind, Node, is_null_word};
 use std::path::PathBuf;
 
@@ -25,6 +26,12 @@ pub(super) enum Rule {
     DirectoryName,
     /// A list with an element.
     NonEmpty,
+    /// A port of TCP, or 0.
+    Port,
+    /// A name that an adapter may have on the server.
+    ModelId,
+    /// A list of such names.
+    ModelIds,
     /// null is accepted and means true.
     NullIsTrue,
 }
@@ -129,6 +136,7 @@ macro_rules! whole_number {
                     Rule::SizeOrRest => {
                         Description::new("integer >= 1 or -1", "a whole number of at least 1, or -1 for the rest")
                     }
+                    Rule::Port => Description::new("integer in 0..65535", "a port from 0 to 65535"),
                     _ => Description::new("integer >= 0", "a whole number of at least 0"),
                 }
             }
@@ -152,7 +160,7 @@ macro_rules! whole_number {
         }
     )+};
 }
-whole_number!(usize, u64, i64);
+whole_number!(usize, u64, i64, u16);
 
 impl Value for String {
     fn describe(rule: Rule) -> Description {
@@ -161,12 +169,20 @@ impl Value for String {
                 "name",
                 "a name of letters, digits, '.', '_' and '-' that starts with a letter or digit (at most 128)",
             ),
+            Rule::ModelId => Description::new(
+                "name",
+                "a name of letters, digits, '.', '_', '-' and ':' that starts with a letter or digit (at most 128)",
+            ),
             _ => Description::new("text", "text"),
         }
     }
 
     fn read(node: &Node, rule: Rule) -> Result<Self, Issues> {
-        let holds = |text: &&str| rule != Rule::DirectoryName || is_directory_name(text);
+        let holds = |text: &&str| match rule {
+            Rule::DirectoryName => is_directory_name(text),
+            Rule::ModelId => is_model_id(text),
+            _ => true,
+        };
         let text = node.text().filter(|text| !text.is_empty() && !node.is_null()).filter(holds);
         text.map(str::to_owned).ok_or_else(|| mismatch::<Self>(node, rule))
     }
@@ -247,9 +263,10 @@ impl<T: ListItem> Value for Vec<T> {
         if items.is_empty() && rule == Rule::NonEmpty {
             return Err(mismatch::<Self>(node, rule));
         }
+        let of_items = if rule == Rule::ModelIds { Rule::ModelId } else { Rule::Any };
         let (mut values, mut issues) = (Vec::new(), Issues::new());
         for (i, item) in items.iter().enumerate() {
-            match T::read(item, Rule::Any) {
+            match T::read(item, of_items) {
                 Ok(value) => values.push(value),
                 Err(wrong) => {
                     issues.extend(wrong.into_iter().map(|e| e.inside(&format!("[{i}]"), item.line)))

@@ -8,12 +8,15 @@ use super::{
     spec::{EMBEDDING, FINAL_NORM, HEAD},
 };
 use crate::{
-    config::{CheckpointingMethod, ReduceGradients},
+    config::{CheckpointingMethod, ComputeArgs, ReduceGradients},
     dtype::DType,
     lora::{AdapterPlan, LoraShapes, Site},
     mesh::{Mesh, MeshError},
     shard::{EntrySpec, Region, RegionLayout, layout::BASE_ALIGN},
 };
+
+/// Bytes of the embedding or the head that are whole at a time when `vocab_chunk_rows` is null.
+const VOCAB_CHUNK_BYTES: usize = 512 << 20;
 
 /// Options of sharding and computing; none changes the result beyond rounding.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -52,6 +55,22 @@ impl Default for Options {
 }
 
 impl Options {
+    /// The options that `args` ask for in a model of `spec`. `merge`: one GEMM for q, k, v and one for gate, up.
+    pub fn new(args: &ComputeArgs, spec: &ModelSpec, merge: bool) -> Self {
+        let compute = if args.enable_mixed_precision { DType::Bf16 } else { DType::F32 };
+        let row_bytes = spec.hidden_size * compute.size();
+        Self {
+            compute,
+            merge,
+            slots: if args.reshard_after_forward { args.ring_slots } else { spec.layers.len() },
+            vocab_chunk_rows: args.vocab_chunk_rows.unwrap_or(VOCAB_CHUNK_BYTES / row_bytes).max(1),
+            loss_chunk_tokens: args.loss_chunk_tokens,
+            checkpointing: args.checkpointing(),
+            reduce: args.reduce_gradients,
+            debug: false,
+        }
+    }
+
     /// Rows of a vocabulary chunk of a model of `vocab_size` tokens; the last chunk may have fewer.
     pub fn chunk_rows(&self, vocab_size: usize) -> usize {
         self.vocab_chunk_rows.clamp(1, vocab_size)

@@ -1,6 +1,6 @@
 //! Requests to the engine and their answers, in one form for all wires.
 
-use crate::loss::NamedLoss;
+use crate::{config::is_model_id, loss::NamedLoss};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, fmt, path::PathBuf};
 
@@ -16,20 +16,11 @@ pub struct ModelId(String);
 pub struct ModelIdError(String);
 
 impl ModelId {
-    /// Characters at most.
-    const LONGEST: usize = 128;
-
     /// # Errors
     /// The text is empty, too long, or has a character that is not allowed.
     pub fn new(text: impl Into<String>) -> Result<Self, ModelIdError> {
         let text = text.into();
-        let is_allowed = |c: char| c.is_ascii_alphanumeric() || "._-:".contains(c);
-        let starts = text.starts_with(|c: char| c.is_ascii_alphanumeric());
-        if starts && text.len() <= Self::LONGEST && text.chars().all(is_allowed) {
-            Ok(Self(text))
-        } else {
-            Err(ModelIdError(text))
-        }
+        if is_model_id(&text) { Ok(Self(text)) } else { Err(ModelIdError(text)) }
     }
 
     pub fn as_str(&self) -> &str {

@@ -22,7 +22,6 @@ use crate::{
         schedule::{self, BatchSchedule, BatchSplit, DataCursor, StepRows},
     },
     device::Memory,
-    dtype::DType,
     error::{Error, Result},
     lora::{AdapterPlan, LoraShape, LoraShapes, Site, targets},
     mesh::{Mesh, MeshSizes},
@@ -47,8 +46,6 @@ use std::{
 };
 use tch::Device;
 
-/// Bytes of the embedding or the head that are whole at a time when `vocab_chunk_rows` is null.
-const VOCAB_CHUNK_BYTES: usize = 512 << 20;
 /// Steps of an epoch below which a warning asks whether they are meant.
 const FEW_STEPS: usize = 10;
 /// Steps that the loader prepares ahead.
@@ -97,7 +94,7 @@ impl Run {
         }
         let mut config = loaded.config;
         let refused = |field: &str, why: &str| Error::Input(format!("{}: {why}", loaded.places.of(field)));
-        let mesh = Mesh::new(world, MeshSizes::from(&config.train))?;
+        let mesh = Mesh::new(world, MeshSizes::from(&config.train.compute))?;
         let hf = HfModel::open(&config.model.hf_config())?;
         let mut spec = hf.spec;
         let experts = spec.moe().map(|moe| moe.experts);
@@ -211,24 +208,11 @@ impl Run {
     }
 
     pub(super) fn options(&self) -> Options {
-        let train = &self.config.train;
-        let compute = if train.enable_mixed_precision { DType::Bf16 } else { DType::F32 };
-        let row_bytes = self.spec.hidden_size * compute.size();
-        Options {
-            compute,
-            merge: self.config.model.merge_qkv && !self.config.lora.unfuse_for_lora,
-            slots: if train.reshard_after_forward { train.ring_slots } else { self.spec.layers.len() },
-            vocab_chunk_rows: train.vocab_chunk_rows.unwrap_or(VOCAB_CHUNK_BYTES / row_bytes).max(1),
-            loss_chunk_tokens: train.loss_chunk_tokens,
-            checkpointing: train.checkpointing(),
-            // A step of one micro-batch accumulates nothing, so no full gradient is kept.
-            reduce: if self.micro_batches() == 1 {
-                ReduceGradients::MicroBatch
-            } else {
-                train.reduce_gradients
-            },
-            debug: self.debug,
-        }
+        let RunConfig { model, train, lora, .. } = &self.config;
+        let options = Options::new(&train.compute, &self.spec, model.merge_qkv && !lora.unfuse_for_lora);
+        // A step of one micro-batch accumulates nothing, so no full gradient is kept.
+        let reduce = if self.micro_batches() == 1 { ReduceGradients::MicroBatch } else { options.reduce };
+        Options { reduce, debug: self.debug, ..options }
     }
 
     /// Micro-batches of a whole step.
