@@ -11,6 +11,7 @@ mod foreign;
 mod help;
 mod load;
 mod lora;
+mod loss;
 mod model;
 mod nearest;
 mod paths;
@@ -25,6 +26,7 @@ pub use error::{ConfigError, FieldLocations, Place, Problem};
 pub use help::{help, schema_table};
 pub use load::{Loaded, Override, load, load_with_paths, load_yaml};
 pub use lora::{ExportFormat, LoraArgs};
+pub use loss::Param;
 pub use model::ModelArgs;
 pub use section::FieldInfo;
 pub use train::{

@@ -31,9 +31,10 @@ pub use error::LossError;
 pub use head::{HOST_ROWS, HeadPass};
 pub use inputs::{Absent, Input, Sequence};
 pub use named::NamedLoss;
-pub use params::Param;
 pub use segments::BySegment;
 pub use targets::Targets;
+
+pub use crate::config::Param;
 
 #[cfg(test)]
 mod tests;

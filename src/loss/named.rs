@@ -42,6 +42,11 @@ impl NamedLoss {
         Ok(self.formula()?.inputs())
     }
 
+    /// True for cross-entropy, which reads no input that has to be given.
+    pub fn is_plain(&self) -> bool {
+        self.formula() == Ok(Formula::CrossEntropy)
+    }
+
     /// The targets of a sequence that count for the division of a step: those present with a weight that is not 0
     /// (cross-entropy), or an advantage that is not 0 (policy losses).
     ///

@@ -1,44 +1,7 @@
 //! Parameters of losses as clients and configurations give them.
 
-use super::LossError;
-use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, fmt};
-
-/// A number or a text of a loss's parameters. A truth value is the number 0 or 1.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(untagged, from = "Given")]
-pub enum Param {
-    Number(f64),
-    Text(String),
-}
-
-/// The forms in which a [`Param`] is read.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Given {
-    Flag(bool),
-    Number(f64),
-    Text(String),
-}
-
-impl From<Given> for Param {
-    fn from(given: Given) -> Self {
-        match given {
-            Given::Flag(flag) => Self::Number(f64::from(u8::from(flag))),
-            Given::Number(number) => Self::Number(number),
-            Given::Text(text) => Self::Text(text),
-        }
-    }
-}
-
-impl fmt::Display for Param {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Number(number) => write!(f, "{number}"),
-            Self::Text(text) => write!(f, "{text:?}"),
-        }
-    }
-}
+use super::{LossError, Param};
+use std::collections::BTreeMap;
 
 /// Takes the parameters of a loss one by one.
 pub(super) struct Params<'a> {
