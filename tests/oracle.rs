@@ -171,7 +171,7 @@ fn equals_reference(directory: &Path, checkpointing: CheckpointingMethod, merge:
     };
     let mut trainer = Trainer { model, session, schedule, world };
     for step in 0..20 {
-        let report = trainer.step(&[batch(&run["steps"][step])], step).unwrap();
+        let report = trainer.step(&[batch(&run["steps"][step]).into()], step).unwrap();
         let (loss, norm) = (run["losses"][step].as_f64().unwrap(), run["norms"][step].as_f64().unwrap());
         assert!(norm > number("max_norm"), "{name}: clipping is not active at step {step}: {norm}");
         let ours = report.loss.unwrap();

@@ -44,7 +44,7 @@ const SAVED: &str = "a save is synchronous and has the adapter and the training 
 const SEEDED: &str = "train.seed seeds everything";
 const DECAY: &str = "train.lr_decay_style, lr_min and lr_decay_ratio shape the decay";
 const MIXED: &str = "train.enable_mixed_precision: true computes in bf16, false in fp32";
-const OTHER_LOSS: &str = "only cross-entropy on the rows' own labels is trained";
+const OTHER_LOSS: &str = "train.loss_fn names the loss: cross-entropy or one of policies";
 
 /// Names anywhere in a file but within `data.datasets`, in lower case.
 const FOREIGN: &[(&str, Means)] = &[

@@ -2,10 +2,11 @@
 
 use super::compute::ComputeArgs;
 use super::error::{Issue, Issues, Problem};
+use super::loss::Param;
 use super::section::section;
 use super::source::Node;
 use super::value::{Description, Rule, Value, choices, quote};
-use std::path::PathBuf;
+use std::{collections::BTreeMap, path::PathBuf};
 
 choices! {
     /// Fall of the learning rate after warm-up.
@@ -97,6 +98,11 @@ section! {
         /// Make this many steps, whatever `num_train_epochs` says: fewer than its epochs have, or more, over which the
         /// data repeats. Also the length of the schedule. null: `num_train_epochs` decides.
         max_steps: Option<usize> = None => OneOrMore;
+        /// Loss of the rows: `cross_entropy`, `importance_sampling`, `ppo`, `cispo`, `dro`, `gspo`, `policy_loss` or
+        /// `drgrpo`. Rows of type tokenized give its inputs beside `input_ids`.
+        loss_fn: String = "cross_entropy".into();
+        /// Parameters of the loss by name. null: none.
+        loss_fn_params: BTreeMap<String, Param> = BTreeMap::new();
         /// `adamw` (decoupled decay, fp32 moments) or `sgd`.
         optimizer: Optimizer = Optimizer::Adamw;
         /// adamw: decay of the first moment. A resume with another one is refused.

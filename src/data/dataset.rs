@@ -1,7 +1,7 @@
 //! The data of a run: all rows, the same on every rank, and which of them stands at which position of an epoch.
 
 use super::{
-    ChatTemplate, Clock, DataError, IGNORE_INDEX, LineProblem, ROWS_PER_GROUP, Row, Tokenizer,
+    ChatTemplate, Clock, DataError, IGNORE_INDEX, LineProblem, ROWS_PER_GROUP, Row, RowInput, Tokenizer,
     messages::{self, parse_chat},
     notes::Notes,
     order,
@@ -71,6 +71,7 @@ struct Recipe<'a> {
     vocab_size: usize,
     pad_id: i64,
     seed: u64,
+    inputs: &'a [RowInput],
 }
 
 impl Dataset {
@@ -89,6 +90,18 @@ impl Dataset {
         vocab_size: usize,
         pad_id: i64,
         seed: u64,
+    ) -> Result<Self, DataError> {
+        Self::open_with_inputs(args, tokenizer_dir, vocab_size, pad_id, seed, &[])
+    }
+
+    /// The same with numbers for each token that the loss reads. Only rows of type tokenized can give them.
+    pub fn open_with_inputs(
+        args: &DataArgs,
+        tokenizer_dir: Option<&Path>,
+        vocab_size: usize,
+        pad_id: i64,
+        seed: u64,
+        inputs: &[RowInput],
     ) -> Result<Self, DataError> {
         if args.datasets.is_empty() {
             return Err(DataError::NoDatasets);
@@ -109,7 +122,7 @@ impl Dataset {
                 Some((Tokenizer::load(dir)?, template))
             }
         };
-        let recipe = Recipe { args, text, vocab_size, pad_id, seed };
+        let recipe = Recipe { args, text, vocab_size, pad_id, seed, inputs };
         let (store, summary) = match &args.dataset_prepared_path {
             None => recipe.build()?,
             Some(folder) => recipe.prepared(folder)?,
@@ -193,7 +206,7 @@ impl Recipe<'_> {
         let mut hash = Sha256::new();
         let args = self.args;
         let options = format!(
-            "{FORMAT} {:?} {:?} {:?} {} {:?} {} {} {} {:?} {} {} {}",
+            "{FORMAT} {:?} {:?} {:?} {} {:?} {} {} {} {:?} {} {} {} {:?}",
             TRAINING_CLOCK,
             args.sample_packing_method,
             args.max_seq_len,
@@ -206,6 +219,7 @@ impl Recipe<'_> {
             self.vocab_size,
             self.pad_id,
             self.seed,
+            self.inputs,
         );
         hash.update(options);
         if let Some((tokenizer, template)) = &self.text {
@@ -231,7 +245,11 @@ impl Recipe<'_> {
         let (mut remarks, (limit, field)) = (Vec::new(), limit(self.args));
         for (index, entry) in self.args.datasets.iter().enumerate() {
             let (before, mut notes) = (samples.rows(), Notes::default());
+            let required = self.inputs.iter().find(|input| input.required).map(|input| input.name);
             let dropped_here = if is_dummy(entry) {
+                if let Some(input) = required {
+                    return Err(DataError::DummyInput { input });
+                }
                 self.add_dummy(index, entry, &mut samples)?;
                 0
             } else {
@@ -308,8 +326,17 @@ impl Recipe<'_> {
         for path in source::files(&entry.path)? {
             source::for_each_line(&path, |line| {
                 let found = match entry.kind {
-                    DatasetType::Tokenized => vec![parse_tokenized(line, self.vocab_size, notes)?],
-                    DatasetType::Chat => self.encode_chat(line, notes)?,
+                    DatasetType::Tokenized => {
+                        vec![parse_tokenized(line, self.vocab_size, self.inputs, notes)?]
+                    }
+                    DatasetType::Chat => {
+                        if let Some(input) = self.inputs.iter().find(|input| input.required) {
+                            let reason =
+                                "read by train.loss_fn, and chats have none; give rows of type tokenized";
+                            return Err(LineProblem::Refused { field: input.name.into(), reason });
+                        }
+                        self.encode_chat(line, notes)?
+                    }
                 };
                 for sample in found {
                     if sample.tokens.len() > limit {

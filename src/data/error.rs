@@ -19,6 +19,8 @@ pub enum DataError {
     AllDropped { samples: usize, limit: usize, field: &'static str },
     #[error("{}: `dummy` needs a vocabulary of at least 1 and samples of at least 1 token", path.display())]
     DummyShape { path: PathBuf },
+    #[error("`dummy` has no {input}, which train.loss_fn reads; give rows of type tokenized")]
+    DummyInput { input: &'static str },
     #[error("padding id {pad_id} is not in the model's vocabulary of {vocab_size}")]
     PadId { pad_id: i64, vocab_size: usize },
     #[error("{}: type chat needs a tokenizer and its chat template: set model.tokenizer_path", path.display())]

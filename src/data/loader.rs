@@ -13,7 +13,7 @@ pub struct StepPlan {
 }
 
 /// The rows of one step of this rank.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct StepRows {
     pub step: usize,
     pub epoch: usize,

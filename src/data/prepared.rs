@@ -6,13 +6,16 @@ use bytemuck::cast_slice;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use sha2::{Digest, Sha256};
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fs::File,
     io::Write,
     path::{Path, PathBuf},
 };
 
 const ARRAYS: [&str; 4] = ["tokens", "labels", "document_lengths", "row_documents"];
+
+/// Before the names of inputs of the loss.
+const INPUT: &str = "input.";
 
 /// The field of the file's header that holds the hash and, behind a space, the summary.
 const HEADER: &str = "xorl-dist rows";
@@ -35,16 +38,21 @@ pub(super) fn read(path: &Path) -> Result<Option<(RowStore, Summary)>, String> {
         header.metadata().as_ref().and_then(|fields| fields.get(HEADER)).ok_or("its header says nothing")?;
     let (digest, counts) = stated.split_once(' ').ok_or("its header is cut")?;
 
-    let mut arrays = Vec::with_capacity(ARRAYS.len());
-    for name in ARRAYS {
+    let array = |name: &str| {
         let view = tensors.tensor(name).map_err(|error| error.to_string())?;
         if view.dtype() != Dtype::U32 || view.shape().len() != 1 {
             return Err(format!("{name} is not a list of u32"));
         }
-        arrays.push(view.data().as_chunks().0.iter().map(|&word| u32::from_le_bytes(word)).collect());
-    }
-    let arrays = <[Vec<u32>; 4]>::try_from(arrays).map_err(|_| "arrays are missing")?;
-    let rows = RowStore::from_arrays(arrays).ok_or("its arrays do not fit together")?;
+        Ok(view.data().as_chunks().0.iter().map(|&word| u32::from_le_bytes(word)).collect::<Vec<_>>())
+    };
+    let [tokens, labels, lengths, documents] = ARRAYS.map(array);
+    let inputs = tensors.names().into_iter().filter_map(|name| {
+        let input = name.strip_prefix(INPUT)?.to_owned();
+        Some(array(name).map(|bits| (input, bits)))
+    });
+    let inputs = inputs.collect::<Result<BTreeMap<_, _>, String>>()?;
+    let rows = RowStore::from_arrays([tokens?, labels?, lengths?, documents?]);
+    let rows = rows.and_then(|rows| rows.with_inputs(inputs)).ok_or("its arrays do not fit together")?;
     if hash(&rows, counts) != digest {
         return Err("its rows do not have the hash that it states".into());
     }
@@ -56,8 +64,10 @@ pub(super) fn read(path: &Path) -> Result<Option<(RowStore, Summary)>, String> {
 pub(super) fn write(path: &Path, rows: &RowStore, summary: &Summary) -> std::io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder)?;
-    let views = ARRAYS.iter().zip(rows.arrays()).map(|(name, array)| {
-        TensorView::new(Dtype::U32, vec![array.len()], cast_slice(array)).map(|view| (*name, view))
+    let arrays = ARRAYS.iter().zip(rows.arrays()).map(|(name, array)| (name.to_string(), array));
+    let inputs = rows.inputs().iter().map(|(name, bits)| (format!("{INPUT}{name}"), &bits[..]));
+    let views = arrays.chain(inputs).map(|(name, array)| {
+        TensorView::new(Dtype::U32, vec![array.len()], cast_slice(array)).map(|view| (name, view))
     });
     let views = views.collect::<Result<Vec<_>, _>>().map_err(std::io::Error::other)?;
     // One field, because several would be written in random order.

@@ -1,7 +1,7 @@
 //! A `tokenized` line: token ids, their labels and masks, and the documents that they make.
 
 use super::{
-    IGNORE_INDEX, LineProblem,
+    IGNORE_INDEX, LineProblem, RowInput,
     notes::Notes,
     source::{check_tokens, in_vocabulary, parse_object, wrong},
 };
@@ -14,12 +14,14 @@ pub(crate) struct Sample {
     pub labels: Vec<i64>,
     /// Lengths of the documents; they add up to the tokens.
     pub documents: Vec<usize>,
+    /// Inputs of the loss that the sample gives, bits of fp32, aligned with the tokens.
+    pub inputs: Vec<(&'static str, Vec<u32>)>,
 }
 
 impl Sample {
     /// A sample of one document.
     pub fn whole(tokens: Vec<u32>, labels: Vec<i64>) -> Self {
-        Self { documents: vec![tokens.len()], tokens, labels }
+        Self { documents: vec![tokens.len()], tokens, labels, inputs: Vec::new() }
     }
 }
 
@@ -39,14 +41,15 @@ const HARMLESS: [&str; 6] = [
     "overflow_to_sample_mapping",
 ];
 
+const INTEGERS: &str = "a list of integers";
+
 const DOCUMENTS: &str = "not read; give position_ids that start again at 0 where a document begins";
-const WEIGHTS: &str =
-    "weights of tokens and rows are not built; give labels of -100, or a loss_mask of 0 and 1";
+const WEIGHTS: &str = "not read; give `weights`, a number for each token, or labels of -100";
 const OTHER_INPUTS: &str = "not read: the models here take token ids alone";
 const PAIRS: &str = "pairs are not read: give one answer a row";
 
 /// Fields that change the loss elsewhere and are not built here.
-const REFUSED: [(&str, &str); 32] = [
+const REFUSED: [(&str, &str); 31] = [
     ("seq_lengths", DOCUMENTS),
     ("sequence_lengths", DOCUMENTS),
     ("document_lengths", DOCUMENTS),
@@ -58,7 +61,6 @@ const REFUSED: [(&str, &str); 32] = [
     ("cu_seq_lens_q", DOCUMENTS),
     ("cu_seq_lens_k", DOCUMENTS),
     ("weight", WEIGHTS),
-    ("weights", WEIGHTS),
     ("loss_weight", WEIGHTS),
     ("loss_weights", WEIGHTS),
     ("sample_weight", WEIGHTS),
@@ -86,9 +88,11 @@ const REFUSED: [(&str, &str); 32] = [
 /// - `attention_mask` 0 is padding at either end, and dropped.
 /// - `loss_mask`, `assistant_masks`, `completion_mask`: a token with 0 has no label.
 /// - `position_ids`: a document begins where they start again at 0.
+/// - `inputs` of the loss: a number for each token.
 pub(crate) fn parse_tokenized(
     line: &[u8],
     vocab_size: usize,
+    inputs: &[RowInput],
     notes: &mut Notes,
 ) -> Result<Sample, LineProblem> {
     let object = parse_object(line)?;
@@ -97,6 +101,10 @@ pub(crate) fn parse_tokenized(
     let mut labels = labels(&object, &ids, vocab_size)?;
     for field in LOSS_MASKS {
         mask_labels(&object, field, &ids, &mut labels)?;
+    }
+    let mut given = Vec::new();
+    for input in inputs {
+        given.extend(numbers(&object, input, ids.len())?);
     }
     let kept = match flags(&object, "attention_mask", ids.len())? {
         Some(mask) => kept(&mask)?,
@@ -113,12 +121,18 @@ pub(crate) fn parse_tokenized(
         return Err(LineProblem::Refused { field: format!("token_type_ids[{index}]"), reason });
     }
     let read = ["input_ids", "labels", "attention_mask", "position_ids", "token_type_ids"];
-    let known = [&read[..], &LOSS_MASKS, &HARMLESS].concat();
+    let names: Vec<&str> = inputs.iter().map(|input| input.name).collect();
+    let known = [&read[..], &LOSS_MASKS, &HARMLESS, &names].concat();
     notes.count_fields(&object, &known, &REFUSED)?;
     notes.count_padding(ids.len() - kept.len());
     tokens.truncate(kept.end);
     labels.truncate(kept.end);
-    Ok(Sample { tokens: tokens.split_off(kept.start), labels: labels.split_off(kept.start), documents })
+    for (_, bits) in &mut given {
+        bits.truncate(kept.end);
+        bits.drain(..kept.start);
+    }
+    let (tokens, labels) = (tokens.split_off(kept.start), labels.split_off(kept.start));
+    Ok(Sample { tokens, labels, documents, inputs: given })
 }
 
 /// A missing field, with those that are there and the type that reads them.
@@ -201,7 +215,7 @@ fn flags(
     field: &'static str,
     tokens: usize,
 ) -> Result<Option<Vec<bool>>, LineProblem> {
-    let Some(values) = list(object, field, tokens)? else { return Ok(None) };
+    let Some(values) = list(object, field, tokens, INTEGERS)? else { return Ok(None) };
     let flag = |(index, value): (usize, &Value)| match (value.as_bool(), value.as_i64()) {
         (Some(flag), _) => Ok(flag),
         (None, Some(0)) => Ok(false),
@@ -211,13 +225,31 @@ fn flags(
     values.iter().enumerate().map(flag).collect::<Result<_, _>>().map(Some)
 }
 
+/// An input of the loss, as bits of fp32: as many numbers as `input_ids` has.
+fn numbers(
+    object: &Map<String, Value>,
+    input: &RowInput,
+    tokens: usize,
+) -> Result<Option<(&'static str, Vec<u32>)>, LineProblem> {
+    let field = input.name;
+    let Some(values) = list(object, field, tokens, "a list of numbers")? else {
+        let hint = "; train.loss_fn reads it";
+        return if input.required { Err(LineProblem::missing(field, object, hint)) } else { Ok(None) };
+    };
+    let number = |(index, value): (usize, &Value)| {
+        let number = value.as_f64().map(|number| number as f32).filter(|number| number.is_finite());
+        number.map(f32::to_bits).ok_or_else(|| wrong(&format!("{field}[{index}]"), "a number", value))
+    };
+    values.iter().enumerate().map(number).collect::<Result<_, _>>().map(|bits| Some((field, bits)))
+}
+
 /// As many integers as `input_ids` has.
 fn aligned(
     object: &Map<String, Value>,
     field: &'static str,
     tokens: usize,
 ) -> Result<Option<Vec<i64>>, LineProblem> {
-    list(object, field, tokens)?;
+    list(object, field, tokens, INTEGERS)?;
     integers(object, field)
 }
 
@@ -225,12 +257,13 @@ fn list<'a>(
     object: &'a Map<String, Value>,
     field: &'static str,
     tokens: usize,
+    expected: &'static str,
 ) -> Result<Option<&'a [Value]>, LineProblem> {
     match object.get(field) {
         None | Some(Value::Null) => Ok(None),
         Some(Value::Array(values)) if values.len() == tokens => Ok(Some(values)),
         Some(Value::Array(values)) => Err(LineProblem::Length { field, values: values.len(), tokens }),
-        Some(other) => Err(wrong(field, "a list of integers", other)),
+        Some(other) => Err(wrong(field, expected, other)),
     }
 }
 
@@ -238,7 +271,7 @@ fn integers(object: &Map<String, Value>, field: &str) -> Result<Option<Vec<i64>>
     let values = match object.get(field) {
         None | Some(Value::Null) => return Ok(None),
         Some(Value::Array(values)) => values,
-        Some(other) => return Err(wrong(field, "a list of integers", other)),
+        Some(other) => return Err(wrong(field, INTEGERS, other)),
     };
     let integer = |(index, value): (usize, &Value)| {
         value.as_i64().ok_or_else(|| wrong(&format!("{field}[{index}]"), "an integer", value))
@@ -255,7 +288,11 @@ mod tests {
     type Case<'a> = (&'a str, &'a [u32], &'a [i64], &'a [usize]);
 
     fn parse(line: &str) -> Result<Sample, LineProblem> {
-        parse_tokenized(line.as_bytes(), 4, &mut Notes::default())
+        let inputs = [
+            RowInput { name: "weights", required: false },
+            RowInput { name: "advantages", required: line.contains("reward") },
+        ];
+        parse_tokenized(line.as_bytes(), 4, &inputs, &mut Notes::default())
     }
 
     #[test]
@@ -301,8 +338,14 @@ mod tests {
     }
 
     #[test]
+    fn inputs_of_the_loss_lose_their_padding() {
+        let line = r#"{"input_ids": [0, 1, 2], "attention_mask": [0, 1, 1], "weights": [9, -0.5, 2], "advantages": null}"#;
+        assert_eq!(parse(line).unwrap().inputs, [("weights", vec![(-0.5f32).to_bits(), 2.0f32.to_bits()])]);
+    }
+
+    #[test]
     fn each_bad_line_says_what_is_wrong_and_where() {
-        let cases: [(&str, &str); 25] = [
+        let cases: [(&str, &str); 29] = [
             ("{\"input_ids\": [1", "not valid JSON at column 16: EOF while parsing a list"),
             ("[1]", "line: expected a JSON object, got a list of 1"),
             ("{}", "expected field `input_ids`, found none"),
@@ -338,7 +381,14 @@ mod tests {
             ),
             ("{\"input_ids\": [1, 2], \"token_type_ids\": [0, 1]}", "token_type_ids[1]: not read"),
             ("{\"input_ids\": [1], \"seq_lengths\": [1]}", "seq_lengths: not read; give position_ids"),
-            ("{\"input_ids\": [1], \"weight\": 0.5}", "weight: weights of tokens and rows are not built"),
+            ("{\"input_ids\": [1], \"weight\": 0.5}", "weight: not read; give `weights`, a number for each"),
+            ("{\"input_ids\": [1], \"weights\": 0.5}", "weights: expected a list of numbers, got 0.5"),
+            ("{\"input_ids\": [1], \"weights\": [1, 2]}", "weights: expected 1 values like input_ids, got 2"),
+            ("{\"input_ids\": [1], \"weights\": [1e60]}", "weights[0]: expected a number, got 1e+60"),
+            (
+                "{\"input_ids\": [1], \"reward\": 1}",
+                "expected field `advantages`, found `input_ids`, `reward`; train.loss_fn reads it",
+            ),
             ("\u{1}", "not valid JSON at column 1: expected value"),
         ];
         for (line, expected) in cases {
@@ -350,7 +400,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_bytes_make_a_parser_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _ = parse_tokenized(&bytes, 100, &mut Notes::default());
+            let _ = parse_tokenized(&bytes, 100, &[], &mut Notes::default());
         }
 
         #[test]
@@ -359,7 +409,7 @@ mod tests {
         ) {
             let ids = vec![1; mask.len().max(positions.len())];
             let line = serde_json::json!({"input_ids": ids, "attention_mask": mask, "position_ids": positions});
-            if let Ok(sample) = parse_tokenized(line.to_string().as_bytes(), 100, &mut Notes::default()) {
+            if let Ok(sample) = parse_tokenized(line.to_string().as_bytes(), 100, &[], &mut Notes::default()) {
                 prop_assert_eq!(sample.documents.iter().sum::<usize>(), sample.tokens.len());
                 prop_assert_eq!(sample.tokens.len(), mask.iter().sum::<i64>() as usize);
             }

@@ -10,19 +10,31 @@
 //! is linear in c, and Σ_v p_v·w_v is known when the last chunk is. So a loss over whole sequences costs no second
 //! pass. [`crate::ops::cross_entropy`] has the form of this sum that loses no digits.
 //!
-//! A loss is pure: it knows no model, no ranks and no files. Adding one is a file beside `cross_entropy.rs`.
+//! A loss is pure: it knows no model, no ranks and no files. [`NamedLoss`] makes one from its name, its parameters and
+//! inputs by token. Adding one is its formula in `policy.rs`, and its name, parameters and inputs in `formula.rs`.
 
 mod cross_entropy;
+mod error;
+mod formula;
 mod head;
+mod inputs;
 mod named;
+mod params;
+mod policy;
+mod report;
 mod segments;
+mod sequence;
 mod targets;
 
 pub use cross_entropy::CrossEntropy;
+pub use error::LossError;
 pub use head::{HOST_ROWS, HeadPass};
-pub use named::{NamedLoss, Param};
+pub use inputs::{Absent, Input, Sequence};
+pub use named::NamedLoss;
 pub use segments::BySegment;
 pub use targets::Targets;
+
+pub use crate::config::Param;
 
 #[cfg(test)]
 mod tests;

@@ -2,13 +2,14 @@
 //!
 //! - [`step`]: one step, as the algorithm reads
 //! - [`run`]: the run around it
-//! - `identity`: all ranks run the same
+//! - `loss`: the loss of a run's rows; `identity`: all ranks run the same
 //! - `resume`: the start of a run, fresh or from a step; `save`: publishing of steps
 //! - `signals`: requests to stop
 //! - `report`: cost of a run, before it starts; `samples`: its rows as the model sees them
 //! - [`metrics`]: metrics of a run; `progress`: what people see of it; `profile`: traces of steps
 
 mod identity;
+mod loss;
 pub mod metrics;
 mod profile;
 mod progress;
@@ -22,4 +23,4 @@ pub mod step;
 
 pub use run::{Ended, Run};
 pub use signals::{Launch, StopSignals};
-pub use step::{StepReport, Trainer};
+pub use step::{MicroBatch, StepReport, Trainer};

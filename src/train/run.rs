@@ -5,7 +5,8 @@
 //! is the loop.
 
 use super::{
-    StopSignals, Trainer,
+    MicroBatch, StopSignals, Trainer,
+    loss::RowLoss,
     metrics::{Metrics, StepMetrics, peak_rss_bytes, received_since},
     profile::Profile,
     resume::Start,
@@ -18,7 +19,7 @@ use crate::{
     config::{FieldLocations, Override, PackingMethod, ReduceGradients, RunConfig},
     console::count,
     data::{
-        Dataset, Loader, ROWS_PER_GROUP, Row, StepPlan,
+        Dataset, Loader, ROWS_PER_GROUP, StepPlan,
         schedule::{self, BatchSchedule, BatchSplit, DataCursor, StepRows},
     },
     device::Memory,
@@ -30,7 +31,7 @@ use crate::{
         base_plan::{BasePlan, Options, all_projections},
         hf_config::HfModel,
         stored_base,
-        transformer::{Batch, Transformer},
+        transformer::Transformer,
     },
     optim::{Optimizer, Schedule, Settings},
     session::Session,
@@ -44,7 +45,6 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
-use tch::Device;
 
 /// Steps of an epoch below which a warning asks whether they are meant.
 const FEW_STEPS: usize = 10;
@@ -71,6 +71,7 @@ pub struct Run {
     pub(super) shapes: LoraShapes,
     pub(super) source: Box<dyn WeightSource>,
     pub(super) dataset: Arc<Dataset>,
+    loss: RowLoss,
     /// The token that fills packs.
     pub(super) pad_id: i64,
     pub(super) batches: BatchSchedule,
@@ -129,8 +130,11 @@ impl Run {
         }
         let tokenizer = config.model.tokenizer();
         let pad = hf.pad_token_id.or(hf.eos_token_ids.first().copied()).unwrap_or(0);
-        let dataset = Dataset::open(&config.data, Some(&tokenizer), spec.vocab_size, pad, config.train.seed)?;
         let train = &config.train;
+        let loss = RowLoss::new(train, &loaded.places)?;
+        let (vocabulary, data) = (spec.vocab_size, &config.data);
+        let dataset =
+            Dataset::open_with_inputs(data, Some(&tokenizer), vocabulary, pad, train.seed, loss.inputs())?;
         let factors = [train.micro_batch_size, train.gradient_accumulation_steps, mesh.data_parallel()];
         let default_batch = || factors.into_iter().try_fold(1, usize::checked_mul);
         let global_batch = train.global_batch_size.or_else(default_batch).ok_or_else(|| {
@@ -162,6 +166,7 @@ impl Run {
             shapes: shape.into(),
             source,
             dataset: Arc::new(dataset),
+            loss,
             pad_id: pad,
             batches,
             total_steps,
@@ -275,8 +280,11 @@ impl Run {
             let Some((rows, step_rows)) = steps.next() else { break };
             let rows = rows?;
             let received = world.ledger().totals();
-            let batches: Vec<Batch> =
-                rows.micro_batches.iter().map(|rows| batch(rows, self.pad_id, device.tensors())).collect();
+            let batches = rows
+                .micro_batches
+                .iter()
+                .map(|rows| self.loss.micro_batch(rows, self.pad_id, device.tensors()));
+            let batches = batches.collect::<Result<Vec<MicroBatch>>>()?;
             drop(waiting);
             watcher.step(rows.step + 1);
             stop.at(rows.step + 1);
@@ -442,15 +450,6 @@ fn warn_of_steps(config: &RunConfig, batches: &BatchSchedule, total_steps: usize
             count(total_steps, "step")
         );
     }
-}
-
-/// A micro-batch of rows, flat; `pad` fills packs.
-fn batch(rows: &[Row], pad: i64, device: Device) -> Batch {
-    let ids: Vec<i64> = rows.iter().flat_map(|row| row.input_ids.iter().copied()).collect();
-    let labels: Vec<i64> = rows.iter().flat_map(|row| row.labels.iter().copied()).collect();
-    let lengths: Vec<usize> = rows.iter().flat_map(|row| row.document_lengths.iter().copied()).collect();
-    let padding = rows.iter().map(|row| row.padding(pad)).sum();
-    Batch::new(&ids, &labels, &lengths, device).with_padding(padding)
 }
 
 #[cfg(test)]

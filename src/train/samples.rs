@@ -118,6 +118,7 @@ mod tests {
             input_ids: vec![1, 2, 3, 4, 5, 6, 0],
             labels: vec![1, -100, 3, 4, 5, -100, -100],
             document_lengths: vec![4, 2, 1],
+            ..Row::default()
         };
         assert_eq!(
             shown(7, &row, 1, None),

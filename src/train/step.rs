@@ -6,7 +6,7 @@
 use crate::{
     comm::{Communicator, Reduce},
     console::first_of,
-    loss::{CrossEntropy, TokenLoss},
+    loss::{CrossEntropy, LogProbs, LossValues, TokenLoss},
     model::{
         router_load::RouterReport,
         transformer::{Batch, Transformer},
@@ -17,15 +17,51 @@ use crate::{
 };
 use std::rc::Rc;
 
+/// The rows of one forward and backward, with their loss.
+pub struct MicroBatch {
+    batch: Batch,
+    /// Targets that the loss of the step is divided by.
+    valid: usize,
+    /// `None`: cross-entropy over all targets.
+    loss: Option<Box<dyn TokenLoss>>,
+}
+
+impl From<Batch> for MicroBatch {
+    /// With cross-entropy over all targets.
+    fn from(batch: Batch) -> Self {
+        Self { valid: batch.valid_tokens(), batch, loss: None }
+    }
+}
+
+impl MicroBatch {
+    /// With a `loss` of these rows that counts `valid` targets.
+    pub fn with_loss(batch: Batch, loss: Box<dyn TokenLoss>, valid: usize) -> Self {
+        Self { batch, valid, loss: Some(loss) }
+    }
+}
+
+/// A loss with another factor of its gradient.
+struct Scaled<'a> {
+    loss: &'a dyn TokenLoss,
+    factor: f64,
+}
+
+impl TokenLoss for Scaled<'_> {
+    fn evaluate(&self, log_probs: &LogProbs) -> LossValues {
+        let LossValues { values, coefficients } = self.loss.evaluate(log_probs);
+        LossValues { values, coefficients: coefficients * self.factor }
+    }
+}
+
 /// Outcome of a step, the same on every rank.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepReport {
-    /// Mean loss of the step's valid tokens; `None` when there was none.
+    /// Loss of the step divided by its valid tokens; `None` when there was none.
     pub loss: Option<f64>,
     /// Global L2 norm before clipping.
     pub grad_norm: f64,
     pub lr: f64,
-    /// Tokens that carried loss.
+    /// Targets that the loss was divided by: those with a weight or an advantage that is not 0.
     pub valid_tokens: u64,
     /// All tokens that were computed.
     pub total_tokens: u64,
@@ -92,7 +128,7 @@ pub struct Trainer {
 
 impl Trainer {
     /// Makes step `step` (0-based) of `micro_batches`. Every rank passes the same number, some perhaps empty.
-    pub fn step(&mut self, micro_batches: &[Batch], step: usize) -> Result<StepReport, ShardError> {
+    pub fn step(&mut self, micro_batches: &[MicroBatch], step: usize) -> Result<StepReport, ShardError> {
         let [valid, total, padding] = self.count(micro_batches)?;
         let mut report = StepReport {
             loss: None,
@@ -108,7 +144,7 @@ impl Trainer {
             // All ranks see the same count and stay out of the collectives of a pass alike.
             return Ok(report);
         }
-        let loss = self.accumulate(micro_batches, &CrossEntropy { scale: 1.0 / valid })?;
+        let loss = self.accumulate(micro_batches, 1.0 / valid)?;
         report.loss = Some(self.reduce(loss)? / valid);
         report.router = self.router_report()?;
         let update = self.update(report.lr)?;
@@ -117,19 +153,26 @@ impl Trainer {
     }
 
     /// Tokens with loss, all tokens and padding of the step, over all ranks.
-    fn count(&self, micro_batches: &[Batch]) -> Result<[f64; 3], ShardError> {
-        let sum = |f: &dyn Fn(&Batch) -> usize| micro_batches.iter().map(f).sum::<usize>() as f64;
-        let mut counts = [sum(&Batch::valid_tokens), sum(&Batch::tokens), sum(&Batch::padding)];
+    fn count(&self, micro_batches: &[MicroBatch]) -> Result<[f64; 3], ShardError> {
+        let sum = |f: &dyn Fn(&MicroBatch) -> usize| micro_batches.iter().map(f).sum::<usize>() as f64;
+        let mut counts = [
+            sum(&|micro| micro.valid),
+            sum(&|micro| micro.batch.tokens()),
+            sum(&|micro| micro.batch.padding()),
+        ];
         self.world.all_reduce_host(&mut counts, Reduce::Sum)?;
         Ok(counts)
     }
 
-    /// Forward and backward of every micro-batch: Σ loss values of this rank, and gradients of `loss`.
-    fn accumulate(&mut self, micro_batches: &[Batch], loss: &dyn TokenLoss) -> Result<f64, ShardError> {
+    /// Forward and backward of every micro-batch: Σ loss values of this rank, and gradients of `factor` times the loss.
+    fn accumulate(&mut self, micro_batches: &[MicroBatch], factor: f64) -> Result<f64, ShardError> {
         let adapter = &mut self.session.adapter;
         adapter.regions_mut().zero_gradients();
         let mut sum = 0.0;
-        for batch in micro_batches {
+        let plain = CrossEntropy { scale: factor };
+        for MicroBatch { batch, loss, .. } in micro_batches {
+            let scaled = loss.as_deref().map(|loss| Scaled { loss, factor });
+            let loss: &dyn TokenLoss = scaled.as_ref().map_or(&plain, |scaled| scaled);
             sum += self.model.forward_backward(batch, &mut [&mut *adapter], loss)?.sum;
         }
         Ok(sum)

@@ -27,7 +27,7 @@ use xorl_dist::{
     rng::Stream,
     session::Session,
     shard::ProcessGroups,
-    train::{Trainer, metrics::received_since},
+    train::{MicroBatch, Trainer, metrics::received_since},
     weights::{RandomSource, SourceError, TensorMeta, WeightSource},
 };
 
@@ -446,6 +446,7 @@ pub fn worker() {
             expected.insert((Operation::AllToAll, "expert".into()), bytes as u64);
         }
         let before = world.ledger().totals();
+        let batches: Vec<MicroBatch> = batches.into_iter().map(MicroBatch::from).collect();
         let report = trainer.step(&batches, step).unwrap();
         let mut seen = received_since(&before, world.ledger());
         if case.experts_over > 1 {

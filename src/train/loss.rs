@@ -1,0 +1,65 @@
+//! The loss of a run's rows: `train.loss_fn` over the inputs that rows give.
+
+use super::MicroBatch;
+use crate::{
+    config::{FieldLocations, TrainArgs},
+    data::{Row, RowInput, Shifted},
+    error::{Error, Result},
+    loss::{Absent, LossError, NamedLoss, Sequence},
+    model::transformer::Batch,
+};
+use tch::Device;
+
+/// The loss of a run.
+pub(super) struct RowLoss {
+    loss: NamedLoss,
+    inputs: Vec<RowInput>,
+}
+
+impl RowLoss {
+    /// # Errors
+    /// There is no such loss, or its parameters are wrong: with the place of the field.
+    pub fn new(train: &TrainArgs, places: &FieldLocations) -> Result<Self> {
+        let wrong = |error: LossError| {
+            let field = match &error {
+                LossError::Unknown { .. } | LossError::Refused { .. } => "train.loss_fn",
+                _ => "train.loss_fn_params",
+            };
+            Error::Input(format!("{}: {error}", places.of(field)))
+        };
+        let loss = NamedLoss::new(&train.loss_fn, train.loss_fn_params.clone()).map_err(wrong)?;
+        let inputs = loss.inputs().map_err(wrong)?.into_iter();
+        let inputs =
+            inputs.map(|input| RowInput { name: input.name, required: input.absent == Absent::Refused });
+        Ok(Self { loss, inputs: inputs.collect() })
+    }
+
+    /// The numbers by token that it reads.
+    pub fn inputs(&self) -> &[RowInput] {
+        &self.inputs
+    }
+
+    /// A micro-batch of `rows`, flat, with its loss; `pad` fills packs.
+    pub fn micro_batch(&self, rows: &[Row], pad: i64, device: Device) -> Result<MicroBatch> {
+        let batch = batch(rows, pad, device);
+        if self.loss.is_plain() && rows.iter().all(|row| row.inputs.is_empty()) {
+            return Ok(batch.into());
+        }
+        let documents: Vec<Shifted> = rows.iter().flat_map(Row::shifted).collect();
+        let sequences = documents.iter();
+        let sequences: Vec<Sequence> =
+            sequences.map(|Shifted { targets, inputs }| Sequence { targets, k: 1, inputs }).collect();
+        let wrong = |error: LossError| Error::Failure(format!("rows that were checked: {error} (a bug)"));
+        let valid = sequences.iter().map(|sequence| self.loss.valid(sequence)).sum::<Result<u64, _>>();
+        let loss = self.loss.over(&sequences, 1.0, device).map_err(wrong)?;
+        Ok(MicroBatch::with_loss(batch, loss, valid.map_err(wrong)? as usize))
+    }
+}
+
+fn batch(rows: &[Row], pad: i64, device: Device) -> Batch {
+    let ids: Vec<i64> = rows.iter().flat_map(|row| row.input_ids.iter().copied()).collect();
+    let labels: Vec<i64> = rows.iter().flat_map(|row| row.labels.iter().copied()).collect();
+    let lengths: Vec<usize> = rows.iter().flat_map(|row| row.document_lengths.iter().copied()).collect();
+    let padding = rows.iter().map(|row| row.padding(pad)).sum();
+    Batch::new(&ids, &labels, &lengths, device).with_padding(padding)
+}
