@@ -95,8 +95,7 @@ pub struct Datum {
     pub targets: Vec<i64>,
     /// Targets a token, at least 1.
     pub k: usize,
-    /// Other inputs of the loss by their names on the wire (`weights`, `logprobs`, `advantages`): `[tokens × k]` each, or
-    /// `[tokens]` for an input that knows no k.
+    /// Other inputs of the loss by their names on the wire (`weights`, `logprobs`, `advantages`): `[tokens × k]` each.
     pub inputs: BTreeMap<String, Vec<f32>>,
 }
 

@@ -29,8 +29,10 @@ pub fn pass(pass: &Pass, limits: DataLimits) -> Result<Checked, Refusal> {
         return Err(Refusal::User("the pass has no datum; send at least one".into()));
     }
     for (place, datum) in pass.data.iter().enumerate() {
-        let found = shape(datum, limits).and_then(|()| loss::valid(&pass.loss, datum));
-        checked.valid += found.map_err(|why| Refusal::User(format!("datum {place}: {why}")))?;
+        let refused = |why: String| Refusal::User(format!("datum {place}: {why}"));
+        shape(datum, limits).map_err(refused)?;
+        let valid = pass.loss.valid(&loss::sequence(datum));
+        checked.valid += valid.map_err(|error| refused(error.to_string()))?;
         checked.sizes.push(Size { tokens: datum.ids.len(), k: datum.k });
     }
     Ok(checked)
@@ -38,7 +40,7 @@ pub fn pass(pass: &Pass, limits: DataLimits) -> Result<Checked, Refusal> {
 
 /// Checks ids and lengths.
 fn shape(datum: &Datum, limits: DataLimits) -> Result<(), String> {
-    let Datum { ids, targets, k, inputs } = datum;
+    let Datum { ids, targets, k, .. } = datum;
     let DataLimits { vocab_size, max_tokens } = limits;
     let (tokens, vocab) = (ids.len(), vocab_size as i64);
     if tokens == 0 || *k == 0 {
@@ -57,14 +59,7 @@ fn shape(datum: &Datum, limits: DataLimits) -> Result<(), String> {
         return Err(format!("{} targets, but {tokens} tokens with {k} each have {each}", targets.len()));
     }
     place(targets.iter().position(|&id| id >= vocab))
-        .map_err(|at| format!("target {at} is {}, but the last id is {}", targets[at], vocab - 1))?;
-    match inputs.iter().find(|(_, values)| values.len() != each && values.len() != tokens) {
-        None => Ok(()),
-        Some((name, values)) => {
-            let either = if each == tokens { String::new() } else { format!(" or {tokens}") };
-            Err(format!("{name} has {} values; {each}{either} are needed", values.len()))
-        }
-    }
+        .map_err(|at| format!("target {at} is {}, but the last id is {}", targets[at], vocab - 1))
 }
 
 /// Checks the shape of an adapter on `sites` places of the model.
@@ -139,7 +134,7 @@ mod tests {
     fn targets_with_a_weight_count() {
         let good = of(vec![
             datum(&[0, 9], &[9, -100], 1, None),
-            datum(&[1, 2], &[3, -1, 4, 5], 2, Some(&[1.0, 0.0])),
+            datum(&[1, 2], &[3, -1, 4, 5], 2, Some(&[1.0, 1.0, 0.0, 0.0])),
             datum(&[1, 2], &[3, 4, 4, 5], 2, Some(&[0.5, 0.0, 1.0, -1.0])),
         ]);
         let sizes = [(2, 1), (2, 2), (2, 2)].map(|(tokens, k)| Size { tokens, k }).to_vec();
@@ -157,7 +152,7 @@ mod tests {
             (datum(&[-1], &[1], 1, None), "datum 1: token 0 is -1"),
             (datum(&[1, 2], &[1], 1, None), "datum 1: 1 targets, but 2 tokens with 1 each have 2"),
             (datum(&[1], &[10], 1, None), "datum 1: target 0 is 10, but the last id is 9"),
-            (datum(&[1], &[1, 1], 2, Some(&[1.0; 3])), "datum 1: weights has 3 values; 2 or 1 are needed"),
+            (datum(&[1], &[1, 1], 2, Some(&[1.0; 3])), "datum 1: weights has 3 values"),
         ] {
             let Err(Refusal::User(said)) = pass(&of(vec![good.clone(), bad]), LIMITS) else {
                 panic!("{text}");
@@ -167,7 +162,7 @@ mod tests {
         assert!(pass(&of(vec![]), LIMITS).is_err());
         let mut unknown = of(vec![good]);
         unknown.loss.name = "hinge".into();
-        assert!(pass(&unknown, LIMITS).unwrap_err().to_string().contains("this server has cross_entropy"));
+        assert!(pass(&unknown, LIMITS).unwrap_err().to_string().contains("there are cross_entropy"));
     }
 
     #[test]

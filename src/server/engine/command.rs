@@ -5,7 +5,7 @@
 
 use crate::{
     comm::{CommandError, CommandReceiver, CommandSender},
-    loss::{NamedLoss, Param},
+    loss::{LossError, NamedLoss, Param},
     server::request::{AdapterSpec, Datum, ModelId, OptimStep},
 };
 use serde::{Deserialize, Serialize};
@@ -23,8 +23,8 @@ pub enum EngineError {
     Encoding(#[from] postcard::Error),
     #[error("a command is for adapter {0}, which this rank does not have")]
     NoAdapter(ModelId),
-    #[error("the loss {0} of a command cannot be computed: {1}")]
-    Loss(String, String),
+    #[error("the loss of a command cannot be computed: {0}")]
+    Loss(#[from] LossError),
 }
 
 /// An order to all ranks.

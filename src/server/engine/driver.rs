@@ -5,6 +5,7 @@ use super::{
     check::{self, DataLimits},
     command::{self, Command, PlainLoss, Rows, Segment},
     handle::{Asked, EngineHandle, Message},
+    loss,
     models::{DatumAnswer, Models, Trained},
     plan::{Dealt, Kind, Limits, MicroBatch, Next, Plan},
 };
@@ -268,8 +269,11 @@ impl Driver {
                 continue;
             };
             let loss = data.iter().map(|datum| datum.loss).sum();
-            let log_probs = data.into_iter().map(|datum| datum.log_probs).collect();
-            let metrics = BTreeMap::new();
+            let log_probs: Vec<Vec<f32>> = data.into_iter().map(|datum| datum.log_probs).collect();
+            let Task::Pass(pass) = &asked.request.task else { continue };
+            let sequences: Vec<_> = pass.data.iter().map(loss::sequence).collect();
+            // A pass that was computed has every input of its loss.
+            let metrics = pass.loss.report(&sequences, &log_probs).unwrap_or_default();
             asked.answer(Ok(Reply::Passed(PassReply { loss, valid, log_probs, metrics })));
         }
         Ok(())

@@ -163,8 +163,7 @@ impl Models {
                 lengths.push(datum.ids.len());
             }
             let named = NamedLoss::from(&rows.losses[segment.loss]);
-            let loss = loss::token_loss(&named, &segment.data, rows.k, device)
-                .map_err(|why| EngineError::Loss(named.name.clone(), why))?;
+            let loss = loss::token_loss(&named, &segment.data, device).map_err(EngineError::Loss)?;
             segments.push((ids.len() - start, Some(segment.adapter)));
             losses.push((start..ids.len(), loss));
         }
