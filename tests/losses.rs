@@ -212,8 +212,8 @@ struct NamedCase {
 impl NamedCase {
     const VOCABULARY: usize = 13;
 
-    /// Five sequences, one empty and one of a single token. The first 35 targets pair each of seven log-ratios with each
-    /// of five advantages.
+    /// Five sequences, one empty and one of a single token. Neighbouring targets pair each log-ratio with each
+    /// advantage.
     fn new(name: &str, params: Value, optional: &[&str], k: usize) -> Self {
         let lengths = vec![7, 0, 12, 1, 20];
         let count = lengths.iter().sum::<usize>() * k;

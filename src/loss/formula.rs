@@ -1,7 +1,7 @@
 //! Losses by name: parameters with their defaults, inputs, and the sum over the targets of a micro-batch.
 
 use super::{
-    LossError, LossValues, Param, TokenLoss,
+    LogProbs, LossError, LossValues, Param, TokenLoss,
     inputs::{
         ADVANTAGES, Absent, CLIP_HIGH, CLIP_LOW, Columns, Input, LOGPROBS, RATIO_MASK, REFERENCE, ROLLOUT,
         WEIGHTS,
@@ -10,7 +10,6 @@ use super::{
     policy::{self, Divergence, PolicyLoss, Ratio, Target, Term},
     sequence,
 };
-use crate::loss::LogProbs;
 use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
 

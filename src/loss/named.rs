@@ -118,6 +118,9 @@ fn check(formula: &Formula, sequence: &Sequence) -> Result<(), LossError> {
 mod tests {
     use super::*;
 
+    /// A loss, its parameters, and the start of the error.
+    type Case<'a> = (&'a str, &'a [(&'a str, Param)], &'a str);
+
     fn params(given: &[(&str, Param)]) -> BTreeMap<String, Param> {
         given.iter().map(|(name, value)| (name.to_string(), value.clone())).collect()
     }
@@ -129,7 +132,7 @@ mod tests {
     #[test]
     fn each_wrong_name_and_parameter_says_what_is_right() {
         let text = |value: &str| Param::Text(value.into());
-        let cases: [(&str, &[(&str, Param)], &str); 12] = [
+        let cases: [Case; 12] = [
             (
                 "sft",
                 &[],
