@@ -19,13 +19,22 @@ use xorl_dist::{
         CheckpointError,
         adapter_config::harmless_fields,
         peft::{AdapterFolder, StoredAdapter},
+        state::Accumulated,
     },
     comm::World,
+    config::TrainArgs,
+    lora::Adapter,
     model::{
         base_plan::{Options, all_projections},
         hf_config::HfModel,
         transformer::{Batch, Transformer},
     },
+    optim::{Optimizer, Settings},
+    server::{
+        request::Save,
+        store::{self, Base},
+    },
+    session::Session,
     shard::ProcessGroups,
     weights::SafetensorsSource,
 };
@@ -64,8 +73,8 @@ impl Ours {
         Self { groups: ProcessGroups::one_block(&World::start().unwrap()), models: BTreeMap::new(), ids }
     }
 
-    /// The logits of the rows with the adapter in `path`.
-    fn logits(&mut self, model: &Path, path: &Path) -> Result<Tensor, CheckpointError> {
+    /// The model in `model`, with the adapter in `path`.
+    fn adapted(&mut self, model: &Path, path: &Path) -> Result<(&mut Transformer, Adapter), CheckpointError> {
         let open = || {
             let options = Options { slots: 1, vocab_chunk_rows: 100, ..Options::default() };
             let spec = HfModel::open(model).unwrap().spec;
@@ -78,7 +87,24 @@ impl Ours {
             AdapterFolder::open(path)?.adapter(&all_projections(model.spec()))?;
         let mut adapter = model.new_adapter(&sites, shapes);
         adapter.set(|parameter, range| values[&parameter.name][range].to_vec()).unwrap();
-        let batch = Batch::new(&self.ids, &self.ids, &[self.ids.len()], Device::Cpu);
+        Ok((model, adapter))
+    }
+
+    /// Saves the adapter in `path` to `folder` as the server does.
+    fn save(&mut self, model: &Path, path: &Path, folder: PathBuf) {
+        let (_, adapter) = self.adapted(model, path).unwrap();
+        let optimizer = Optimizer::new(&Settings::from(&TrainArgs::default()), adapter.pieces());
+        let session = Session { name: "policy".into(), adapter, optimizer, max_grad_norm: 0.0 };
+        let base = Base { name: model.display().to_string(), digest: "digest".into() };
+        let save = Save { folder, training_state: true, overwrite: false, metadata: json!({"note": 1}) };
+        store::save(&session, &self.groups, &base, Accumulated::default(), &save).unwrap();
+    }
+
+    /// The logits of the rows with the adapter in `path`.
+    fn logits(&mut self, model: &Path, path: &Path) -> Result<Tensor, CheckpointError> {
+        let ids = self.ids.clone();
+        let (model, mut adapter) = self.adapted(model, path)?;
+        let batch = Batch::new(&ids, &ids, &[ids.len()], Device::Cpu);
         Ok(model.logits(&batch, &mut [&mut adapter]).unwrap())
     }
 }
@@ -266,9 +292,18 @@ fn mpi_adapters_of_several_ranks_are_trained_saved_and_resumed() {
     ];
     succeeded(&xorl(2, of_fresh.as_flattened()));
     steps.push((moe.clone(), fresh.join("weights/run/step_4")));
+    // Saves of the server have the adapters that they were made of.
+    let mut ours = Ours::new(ids);
+    for (number, (name, ..)) in table.iter().enumerate() {
+        let case = cases.iter().find(|case| case.name == *name).unwrap();
+        let save = folder.path().join(format!("saves/weights/policy/{number}"));
+        ours.save(&case.model, &case.path, save.clone());
+        let [was, is] = [&case.path, &save].map(|path| ours.logits(&case.model, path).unwrap());
+        assert_eq!(was, is, "{name}");
+        steps.push((case.model.clone(), save));
+    }
     let pairs: Vec<&Path> = steps.iter().flat_map(|(model, step)| [model.as_path(), step]).collect();
     oracle(&[&[Path::new("reload"), folder.path()], &pairs[..]].concat());
-    let mut ours = Ours::new(ids);
     for (model, step) in &steps {
         let apart = furthest(&ours.logits(model, step).unwrap(), &theirs(step));
         assert!(apart < 1e-4, "{}: {apart} from PEFT", step.display());

@@ -1,29 +1,35 @@
-//! Checkpoints: files of a run that another program or a resume reads. Plain slices and paths, without ranks.
+//! Checkpoints: files of a run or a server that another program or a resume reads. Plain slices and paths; ranks only
+//! in `adapter_store` and in `publish_together`.
 //!
+//! - [`adapter_store`]: one trained adapter with its optimizer, into a folder and back
 //! - [`peft`]: adapter files; [`adapter_config`] reads what they say of themselves, `adapter_file` their
 //!   tensors, which `stored` and `experts` lay out
-//! - [`state`]: training state by name; [`reshard`]: its pieces for another world
+//! - [`state`]: training state by name; [`pieces`]: its tensors; [`reshard`]: those for another world
 //! - [`base`]: the base in HF layout
-//! - [`publish`]: a step becomes visible whole or not at all; [`steps`]: the steps of a run
+//! - [`publish`]: a folder becomes visible whole or not at all; [`steps`]: those of a run; [`saves`]: those of a server
 //! - [`output`]: the lock on the output directory
 
 pub mod adapter_config;
 mod adapter_file;
+pub mod adapter_store;
 pub mod base;
 mod experts;
 pub mod output;
 pub mod peft;
+pub mod pieces;
 pub mod publish;
 pub mod reshard;
+pub mod saves;
 pub mod state;
 pub mod steps;
 mod stored;
 
+use crate::shard::ShardError;
 use std::path::{Path, PathBuf};
 
 pub use adapter_config::AdapterConfig;
 pub use peft::LogicalAdapter;
-pub use publish::StepWriter;
+pub use publish::FolderWriter;
 pub use state::TrainerState;
 
 /// The reason why a checkpoint cannot be written or read.
@@ -35,10 +41,22 @@ pub enum CheckpointError {
     Format { path: PathBuf, reason: String },
     #[error("{path}: {field} is {found}, which is not built: {remedy}")]
     NotBuilt { path: PathBuf, field: String, found: String, remedy: &'static str },
-    #[error("{path}: the adapter does not fit the run: {reason}")]
+    #[error("{path}: the adapter does not fit: {reason}")]
     Mismatch { path: PathBuf, reason: String },
     #[error("{path} is published already; a published step is never replaced")]
     Published { path: PathBuf },
+    #[error("{path} is saved already: choose another name, or ask to overwrite it")]
+    Taken { path: PathBuf },
+    #[error("{path} is no save: {reason}")]
+    NoSave { path: PathBuf, reason: String },
+    #[error(
+        "{path} was saved with {stored}; the adapter has {own}: load it into one of the shape that was saved"
+    )]
+    OtherShape { path: PathBuf, stored: String, own: String },
+    #[error("{tensor} of {region} was not read (a bug)")]
+    NotRead { region: String, tensor: String },
+    #[error(transparent)]
+    Shard(#[from] ShardError),
     /// A step directory that is not a whole step. Nobody may rely on it.
     #[error("{path} is not a whole step: {reason}")]
     Damaged { path: PathBuf, reason: String },
@@ -67,9 +85,9 @@ pub enum CheckpointError {
 }
 
 impl CheckpointError {
-    /// The exit code: 1 for a disk that fails, 2 (a user error) for all else.
+    /// The exit code: 1 for a disk or a device that fails and for bugs, 2 (a user error) for all else.
     pub fn exit_code(&self) -> i32 {
-        if matches!(self, Self::Io { .. }) { 1 } else { 2 }
+        if matches!(self, Self::Io { .. } | Self::Shard(_) | Self::NotRead { .. }) { 1 } else { 2 }
     }
 }
 

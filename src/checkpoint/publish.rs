@@ -1,20 +1,32 @@
-//! Publishing of a step. Files are written into a hidden directory, fsynced, and listed with size and SHA-256 in
-//! `manifest.json`, which is written last. Then the directory is renamed into place and `latest` follows. A step
-//! without a valid manifest does not exist: a kill at any instant leaves earlier steps untouched.
+//! Publishing of a folder: a step of a run, or a save of a server. Files are written into a hidden directory, fsynced,
+//! and listed with size and SHA-256 in `manifest.json`, which is written last. Then the directory is renamed into
+//! place; of a step, `latest` follows. A folder without a valid manifest does not exist: a kill at any instant leaves
+//! earlier ones untouched.
+//!
+//! A published folder is replaced by two renames, the old one away and the new one in. After a kill between them
+//! [`present`] finds the old one, and the next writer beside it puts it back.
 
 use super::{CheckpointError, io, steps};
+use crate::comm::{CommError, Communicator};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::{
     collections::{BTreeMap, HashMap},
+    ffi::OsStr,
     fs::{self, File, Metadata},
     io::Read,
-    os::unix::fs::MetadataExt,
+    os::unix::{ffi::OsStrExt, fs::MetadataExt},
     path::{Component, Path, PathBuf},
 };
 
-/// The file whose presence is the commit of a step.
+/// The file whose presence is the commit of a folder.
 pub const MANIFEST: &str = "manifest.json";
+/// Prefix of directories that are not published yet, or no longer.
+const HIDDEN: &str = ".tmp-";
+/// Prefix of a published directory that the next one is about to replace.
+const REPLACED: &str = ".tmp-replaced-";
+/// Prefix of a directory that is being removed.
+const WITHDRAWN: &str = ".tmp-withdrawn-";
 
 /// A file's entry in `manifest.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,7 +35,7 @@ struct Listed {
     sha256: String,
 }
 
-/// The files of a step, by their path in it.
+/// The files of a folder, by their path in it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Manifest(BTreeMap<String, Listed>);
@@ -44,6 +56,16 @@ impl Manifest {
     /// True if the step has `file`.
     pub fn lists(&self, file: &str) -> bool {
         self.0.contains_key(file)
+    }
+
+    /// Bytes of the files.
+    pub fn bytes(&self) -> u64 {
+        self.0.values().map(|listed| listed.size).sum()
+    }
+
+    /// True if `name`, an entry of the folder, is a file of it or leads to one.
+    pub fn has_entry(&self, name: &str) -> bool {
+        self.0.keys().any(|file| file.split('/').next() == Some(name))
     }
 }
 
@@ -76,36 +98,44 @@ impl KnownHashes {
     }
 }
 
-/// A step that is being written.
-pub struct StepWriter {
-    run: PathBuf,
-    step: usize,
+/// A folder that is being written.
+pub struct FolderWriter {
+    folder: PathBuf,
+    /// The run and the number of a step.
+    step: Option<(PathBuf, usize)>,
     hidden: PathBuf,
     expected: Vec<String>,
 }
 
-impl StepWriter {
-    /// Opens `{run}/.tmp-step_{step}-{pid}`, and removes hidden directories that earlier processes have abandoned. The
-    /// caller is the only writer of `run`.
-    pub fn begin(run: &Path, step: usize) -> Result<Self, CheckpointError> {
+impl FolderWriter {
+    /// Opens a hidden directory for step `step` of `run`; see [`begin`](Self::begin).
+    ///
+    /// # Errors
+    /// The step is published and whole.
+    pub fn of_step(run: &Path, step: usize) -> Result<Self, CheckpointError> {
         let published = steps::directory(run, step);
         // A damaged step counts as absent. It goes when this one is published.
         if published.exists() && verify(&published).is_ok() {
             return Err(CheckpointError::Published { path: published });
         }
-        if !run.is_dir() {
-            fs::create_dir_all(run).map_err(io(run))?;
-            // Each folder of `{output_dir}/weights/{run_id}` may be new.
-            let above = run.ancestors().skip(1).take(2).filter(|folder| folder.is_dir());
-            above.into_iter().try_for_each(sync)?;
-        }
-        steps::sweep(run);
-        let hidden = run.join(format!("{}step_{step}-{}", steps::HIDDEN, std::process::id()));
-        fs::create_dir(&hidden).map_err(io(&hidden))?;
-        Ok(Self { run: run.to_owned(), step, hidden, expected: Vec::new() })
+        let mut writer = Self::begin(&published)?;
+        writer.step = Some((run.to_owned(), step));
+        Ok(writer)
     }
 
-    /// The hidden directory with the step's files.
+    /// Opens `.tmp-{name}-{pid}` beside `folder`, and tidies up after earlier processes: hidden directories that they
+    /// have abandoned go, and a folder that they were replacing comes back. A published `folder` stays until this one
+    /// is published. The caller is the only writer of the directory that `folder` is in.
+    pub fn begin(folder: &Path) -> Result<Self, CheckpointError> {
+        let (parent, name) = split(folder)?;
+        create_folder(parent)?;
+        recover(parent)?;
+        let hidden = parent.join(format!("{HIDDEN}{name}-{}", std::process::id()));
+        fs::create_dir(&hidden).map_err(io(&hidden))?;
+        Ok(Self { folder: folder.to_owned(), step: None, hidden, expected: Vec::new() })
+    }
+
+    /// The hidden directory with the folder's files.
     pub fn directory(&self) -> &Path {
         &self.hidden
     }
@@ -115,7 +145,7 @@ impl StepWriter {
         self.expected.push(file);
     }
 
-    /// Makes the whole step visible and returns its directory.
+    /// Makes the whole folder visible, in place of a published one of the same name, and returns it.
     pub fn publish(self, known: &mut KnownHashes) -> Result<PathBuf, CheckpointError> {
         let mut manifest = Manifest::default();
         list(&self.hidden, &self.hidden, &mut manifest, known)?;
@@ -127,14 +157,136 @@ impl StepWriter {
         fs::write(&path, text + "\n").map_err(io(&path))?;
         sync(&path)?;
         sync(&self.hidden)?;
-        let published = steps::directory(&self.run, self.step);
-        if published.exists() {
-            steps::withdraw(&self.run, self.step)?;
+        let (parent, name) = split(&self.folder)?;
+        let replaced = parent.join(format!("{REPLACED}{name}"));
+        let replaces = self.folder.exists();
+        if replaces {
+            fs::rename(&self.folder, &replaced).map_err(io(&self.folder))?;
         }
-        fs::rename(&self.hidden, &published).map_err(io(&published))?;
-        sync(&self.run)?;
-        steps::set_latest(&self.run, self.step)?;
-        Ok(published)
+        if let Err(error) = fs::rename(&self.hidden, &self.folder) {
+            if replaces {
+                let _ = fs::rename(&replaced, &self.folder);
+            }
+            return Err(io(&self.folder)(error));
+        }
+        sync(parent)?;
+        if replaces {
+            remove(&replaced)?;
+        }
+        if let Some((run, step)) = &self.step {
+            steps::set_latest(run, *step)?;
+        }
+        Ok(self.folder.clone())
+    }
+}
+
+impl Drop for FolderWriter {
+    fn drop(&mut self) {
+        // Files of a save that has failed; of one that was published none are left here.
+        let _ = fs::remove_dir_all(&self.hidden);
+    }
+}
+
+/// Publishes a folder to which all ranks write, and returns what `publish` does, on rank 0. Rank 0 has `opened` it,
+/// every rank writes its part into the hidden directory that it is handed, rank 0 publishes. After each of these
+/// `agree` makes one outcome of those of all ranks: what follows is entered by all or by none. Collective over `world`.
+///
+/// # Errors
+/// Those of `agree`.
+pub fn publish_together<T, E: From<CommError>>(
+    world: &dyn Communicator,
+    agree: impl Fn(Result<(), E>) -> Result<(), E>,
+    opened: Result<Option<FolderWriter>, E>,
+    write_own: impl FnOnce(&Path) -> Result<(), E>,
+    publish: impl FnOnce(FolderWriter) -> Result<T, E>,
+) -> Result<Option<T>, E> {
+    let mut writer = None;
+    agree(opened.map(|opened| writer = opened))?;
+    let own = writer.as_ref().map(|writer| writer.directory().as_os_str().as_bytes());
+    let all = world.all_gather_host(own.unwrap_or_default())?;
+    let hidden = OsStr::from_bytes(all.first().map(Vec::as_slice).unwrap_or_default());
+    agree(write_own(Path::new(hidden)))?;
+    let mut published = None;
+    let outcome = writer.map_or(Ok(()), |writer| publish(writer).map(|made| published = Some(made)));
+    agree(outcome)?;
+    Ok(published)
+}
+
+/// The directory that has `folder`: itself, or after a kill while it was replaced, the old one beside it.
+pub fn present(folder: &Path) -> PathBuf {
+    if !folder.exists()
+        && let Ok((parent, name)) = split(folder)
+    {
+        let replaced = parent.join(format!("{REPLACED}{name}"));
+        if replaced.exists() {
+            return replaced;
+        }
+    }
+    folder.to_owned()
+}
+
+/// The name under which the entry `name` of a directory is published: its own, or that which it is being replaced
+/// under. `None` for other hidden entries.
+pub fn published_name(name: &str) -> Option<&str> {
+    name.strip_prefix(REPLACED).or_else(|| (!name.starts_with(HIDDEN)).then_some(name))
+}
+
+/// Removes a published folder. It disappears at once: a kill leaves at most a hidden directory.
+pub fn withdraw(folder: &Path) -> Result<(), CheckpointError> {
+    let (parent, name) = split(folder)?;
+    let hidden = parent.join(format!("{WITHDRAWN}{name}"));
+    // One that `folder` has replaced would be in its place afterwards.
+    for left in [&hidden, &parent.join(format!("{REPLACED}{name}"))] {
+        if left.exists() {
+            remove(left)?;
+        }
+    }
+    fs::rename(folder, &hidden).map_err(io(folder))?;
+    sync(parent)?;
+    remove(&hidden)
+}
+
+/// Tidies `parent` up after killed processes: folders that they were replacing come back, and what was not published
+/// goes. An abandoned directory that cannot be removed does no harm: a warning names it. The caller is the only writer
+/// of `parent`.
+pub fn recover(parent: &Path) -> Result<(), CheckpointError> {
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
+        let back = name.strip_prefix(REPLACED).map(|name| parent.join(name)).filter(|back| !back.exists());
+        if let Some(back) = back {
+            fs::rename(&path, &back).map_err(io(&back))?;
+            sync(parent)?;
+        } else if name.starts_with(HIDDEN) {
+            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            if let Err(error) = removed {
+                tracing::warn!("{}: an abandoned directory that cannot be removed: {error}", path.display());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The directory that `folder` is in, and its name.
+fn split(folder: &Path) -> Result<(&Path, &str), CheckpointError> {
+    let name = folder.file_name().and_then(OsStr::to_str);
+    folder.parent().zip(name).ok_or_else(|| CheckpointError::Format {
+        path: folder.to_owned(),
+        reason: "expected the path of a folder that ends in a name of UTF-8".into(),
+    })
+}
+
+/// Creates `folder` with those above it, on the disk when this returns.
+fn create_folder(folder: &Path) -> Result<(), CheckpointError> {
+    let absent: Vec<&Path> = folder.ancestors().take_while(|above| !above.is_dir()).collect();
+    fs::create_dir_all(folder).map_err(io(folder))?;
+    absent.iter().filter_map(|new| new.parent()).filter(|above| above.is_dir()).try_for_each(sync)
+}
+
+/// Removes a hidden directory, perhaps at the same time as another process.
+fn remove(hidden: &Path) -> Result<(), CheckpointError> {
+    match fs::remove_dir_all(hidden) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(io(hidden)(error)),
+        _ => Ok(()),
     }
 }
 
@@ -205,8 +357,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn write(run: &Path, step: usize) -> StepWriter {
-        let writer = StepWriter::begin(run, step).unwrap();
+    fn write(run: &Path, step: usize) -> FolderWriter {
+        let writer = FolderWriter::of_step(run, step).unwrap();
         fs::create_dir(writer.directory().join("training_state")).unwrap();
         fs::write(writer.directory().join("adapter"), [7; 3000]).unwrap();
         fs::write(writer.directory().join("training_state/state.json"), "{}").unwrap();
@@ -228,7 +380,7 @@ mod tests {
         publish(run.path(), 10);
         assert_eq!(fs::read_to_string(run.path().join("latest")).unwrap(), "step_10\n");
         assert_eq!(steps::published(run.path()), [5, 10]);
-        assert!(matches!(StepWriter::begin(run.path(), 5), Err(CheckpointError::Published { .. })));
+        assert!(matches!(FolderWriter::of_step(run.path(), 5), Err(CheckpointError::Published { .. })));
     }
 
     #[test]
@@ -265,7 +417,8 @@ mod tests {
     #[test]
     fn what_was_not_published_is_swept_away() {
         let run = tempfile::tempdir().unwrap();
-        drop(write(run.path(), 1));
+        // As a kill leaves it.
+        std::mem::forget(write(run.path(), 1));
         assert!(steps::published(run.path()).is_empty());
         publish(run.path(), 1);
         let hidden = fs::read_dir(run.path()).unwrap().flatten();

@@ -5,15 +5,13 @@ use super::{
     CheckpointError,
     adapter_config::CONFIG_FILE,
     io,
-    publish::{sync, verify},
+    publish::{sync, verify, withdraw},
 };
 use std::{
     fs,
     path::{Path, PathBuf},
 };
 
-/// Prefix of directories that are not steps yet, or no longer.
-pub(super) const HIDDEN: &str = ".tmp-";
 const LATEST: &str = "latest";
 /// The folder of the runs in an output directory.
 const WEIGHTS: &str = "weights";
@@ -62,17 +60,6 @@ pub fn surplus(steps: &[usize], limit: usize, newest: usize, resumed: Option<usi
     rest.filter(|&step| step != newest && Some(step) != resumed).collect()
 }
 
-/// Removes a step. It disappears at once: a kill leaves at most a hidden directory.
-pub fn withdraw(run: &Path, step: usize) -> Result<(), CheckpointError> {
-    let (path, hidden) = (directory(run, step), run.join(format!("{HIDDEN}withdrawn-step_{step}")));
-    if hidden.exists() {
-        fs::remove_dir_all(&hidden).map_err(io(&hidden))?;
-    }
-    fs::rename(&path, &hidden).map_err(io(&path))?;
-    sync(run)?;
-    fs::remove_dir_all(&hidden).map_err(io(&hidden))
-}
-
 /// Removes all steps later than `after`, or all steps if that is `None`.
 pub fn withdraw_later(run: &Path, after: Option<usize>) -> Result<(), CheckpointError> {
     let later: Vec<usize> =
@@ -90,7 +77,7 @@ pub fn withdraw_later(run: &Path, after: Option<usize>) -> Result<(), Checkpoint
             }
         }
     }
-    later.into_iter().rev().try_for_each(|step| withdraw(run, step))
+    later.into_iter().rev().try_for_each(|step| withdraw(&directory(run, step)))
 }
 
 /// Replaces the text file that names the newest step.
@@ -146,30 +133,16 @@ fn newest(run: &Path) -> Option<PathBuf> {
     named.or_else(|| published(run).last().map(|&step| directory(run, step)))
 }
 
-/// Removes directories that a killed process has left unfinished. One that cannot be removed does no harm: a warning
-/// names it.
-pub fn sweep(run: &Path) {
-    for entry in fs::read_dir(run).into_iter().flatten().flatten() {
-        let path = entry.path();
-        if entry.file_name().to_string_lossy().starts_with(HIDDEN) {
-            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-            if let Err(error) = removed {
-                tracing::warn!("{}: an abandoned directory that cannot be removed: {error}", path.display());
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::{StepWriter, publish::KnownHashes};
+    use super::super::{FolderWriter, publish::KnownHashes};
     use super::*;
     use proptest::prelude::*;
 
     fn run_of(steps: &[usize]) -> tempfile::TempDir {
         let run = tempfile::tempdir().unwrap();
         for &step in steps {
-            let writer = StepWriter::begin(run.path(), step).unwrap();
+            let writer = FolderWriter::of_step(run.path(), step).unwrap();
             fs::write(writer.directory().join("file"), step.to_string()).unwrap();
             writer.publish(&mut KnownHashes::default()).unwrap();
         }

@@ -6,9 +6,10 @@ use crate::{
     config::ReduceGradients,
     device::{RankDevice, Staging},
     ops::linear::BoundAdapter,
-    shard::{AdapterRegions, OwnedPiece, ProcessGroups, Region, ShardError},
+    shard::{AdapterRegions, FlatRegion, OwnedPiece, ProcessGroups, Region, ShardError},
 };
 use std::{collections::BTreeMap, ops::Range};
+use tch::Tensor;
 
 /// The plan of an adapter and this rank's part of it.
 pub struct Adapter {
@@ -101,6 +102,27 @@ impl Adapter {
             finite.int64_value(&[]) == 0
         };
         self.owned_parameters().filter(not_finite).map(|owned| owned.parameter.name).collect()
+    }
+
+    /// The accumulated gradients of this rank's [`pieces`](Self::pieces), in their order, summed over all ranks; what
+    /// is accumulated stays. Collective.
+    pub fn reduced_gradients(&self) -> Result<Vec<Tensor>, ShardError> {
+        let both = [Region::Dense, Region::Experts].into_iter().map(|region| self.regions.of(region));
+        both.flat_map(|shards| (0..shards.len()).map(|unit| shards.reduced_gradient(unit))).collect()
+    }
+
+    /// Replaces what is accumulated by `sums(region)` `[piece elements]`, the gradient of this rank's piece summed over
+    /// all ranks.
+    pub fn set_reduced_gradients<E>(
+        &mut self,
+        mut sums: impl FnMut(&FlatRegion) -> Result<Tensor, E>,
+    ) -> Result<(), E> {
+        for region in [Region::Dense, Region::Experts] {
+            for (unit, flat) in self.plan.flat_of(region).iter().enumerate() {
+                self.regions.of_mut(region).set_reduced_gradient(unit, &sums(flat)?);
+            }
+        }
+        Ok(())
     }
 
     /// Every logical parameter with its whole fp32 values, row-major, on every rank of the block. Collective.

@@ -2,7 +2,7 @@
 
 use super::{
     module::{FirstEntries, LORA_MAPPING, LoraModule, Parameter, Stack},
-    shape::LoraShapes,
+    shape::{LoraShape, LoraShapes},
     targets::{Projection, Site},
 };
 use crate::{
@@ -72,6 +72,13 @@ impl AdapterPlan {
         let flat_dense = flat(Region::Dense, "", &dense, 1);
         let flat_experts = flat(Region::Experts, ".experts", &experts, mesh.expert());
         Self { layers, dense, experts, flat_dense, flat_experts }
+    }
+
+    /// The sites with an adapter, layer by layer, each with its shape.
+    pub fn sites(&self) -> Vec<(&Site, LoraShape)> {
+        let modules = self.layers.iter().flat_map(|layer| layer.modules.iter().flatten());
+        let stacks = modules.map(|module| module.stack());
+        stacks.flat_map(|stack| stack.sites.iter().zip(stack.shapes.iter().copied())).collect()
     }
 
     /// The logical parameters of each layer.

@@ -2,7 +2,7 @@
 
 use super::targets::Site;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
 /// Rank and scale of an adapter.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -21,6 +21,13 @@ pub struct LoraShapes {
     pub common: LoraShape,
     /// Shapes that differ from it, by path of the site.
     pub by_site: BTreeMap<String, LoraShape>,
+}
+
+impl fmt::Display for LoraShape {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let scaled = if self.use_rslora { " with rslora" } else { "" };
+        write!(f, "rank {} and alpha {}{scaled}", self.rank, self.alpha)
+    }
 }
 
 impl LoraShape {
@@ -46,6 +53,21 @@ impl LoraShape {
 }
 
 impl LoraShapes {
+    /// The shapes of `sites`: the one that most of them have, and those that differ. `None` without a site.
+    pub fn of_sites(sites: &[(&Site, LoraShape)]) -> Option<Self> {
+        let mut counts: Vec<(LoraShape, usize)> = Vec::new();
+        for (_, shape) in sites {
+            match counts.iter_mut().find(|(seen, _)| seen == shape) {
+                Some((_, count)) => *count += 1,
+                None => counts.push((*shape, 1)),
+            }
+        }
+        // Of several with as many sites, the first.
+        let (common, _) = counts.into_iter().rev().max_by_key(|(_, count)| *count)?;
+        let differing = sites.iter().filter(|(_, shape)| *shape != common);
+        Some(Self { common, by_site: differing.map(|(site, shape)| (site.path(), *shape)).collect() })
+    }
+
     /// The shape of `site`.
     pub fn of(&self, site: &Site) -> LoraShape {
         self.by_site.get(&site.path()).copied().unwrap_or(self.common)

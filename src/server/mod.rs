@@ -8,6 +8,7 @@ pub mod engine;
 pub mod order;
 pub mod request;
 pub mod run;
+pub mod store;
 pub mod wire {
     pub mod tinker;
 }

@@ -283,6 +283,37 @@ impl AdapterShards {
         Ok(())
     }
 
+    /// A copy of what [`AdapterRegions::step_done`] would leave in `unit`'s gradient, the sum over all ranks
+    /// `[piece elements]`; what is accumulated stays. Collective.
+    pub fn reduced_gradient(&self, unit: usize) -> Result<Tensor, ShardError> {
+        let own = &self.units[unit];
+        let sum = own.gradient.copy();
+        if sum.numel() > 0 {
+            if let Some(full) = &own.full {
+                self.shard.reduce_scatter(full, &sum)?;
+            }
+            if self.replicate.size() > 1 {
+                self.replicate.all_reduce(&sum)?;
+            }
+        }
+        Ok(sum)
+    }
+
+    /// Replaces what is accumulated of `unit`: as if passes had been made whose gradients, summed over all ranks, are
+    /// `sum` `[piece elements]` for this rank's piece.
+    pub fn set_reduced_gradient(&mut self, unit: usize, sum: &Tensor) {
+        let own = &mut self.units[unit];
+        for buffer in [Some(&mut own.gradient), own.full.as_mut()].into_iter().flatten() {
+            let _ = buffer.zero_();
+        }
+        // Summed over the replicas, it has to be there once.
+        if self.replicate.rank() == 0 {
+            let n = own.gradient.numel() as i64;
+            let piece = own.full.as_ref().map(|full| full.narrow(0, self.shard.rank() as i64 * n, n));
+            piece.unwrap_or_else(|| own.gradient.shallow_clone()).copy_(sum);
+        }
+    }
+
     /// Copies `values` (elements `range` of `unit`'s flat space) into the part of this rank's master they cover.
     pub fn set_master(&mut self, unit: usize, range: Range<usize>, values: &[f32]) {
         let owned = self.owned(unit);

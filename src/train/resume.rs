@@ -6,12 +6,12 @@
 use super::{Run, run::makes_steps};
 use crate::{
     checkpoint::{
-        CheckpointError, TrainerState,
+        CheckpointError, TrainerState, adapter_store,
         output::{OutputLock, SharedToken},
         peft::AdapterFolder,
+        pieces::{Pieces, read_pieces},
         publish::verify,
         reshard::Cut,
-        state::{MASTER, Pieces, read_pieces},
         steps,
     },
     comm::Communicator,
@@ -27,7 +27,6 @@ use std::{
     collections::HashMap,
     path::{Path, PathBuf},
 };
-use tch::Tensor;
 
 /// The values that the adapter and the optimizer start from.
 pub(super) enum Start {
@@ -53,20 +52,8 @@ impl Resumed {
     /// # Errors
     /// A piece that was not read (a bug).
     pub fn restore(&mut self, adapter: &mut Adapter, optimizer: &mut Optimizer) -> Result<()> {
-        let mut copy = |region: &FlatRegion, name: &str, tensor: &Tensor| {
-            let values = self.pieces.take(&region.name, name);
-            let absent = || Error::Failure(format!("{name} of {} was not read (a bug)", region.name));
-            tensor.shallow_clone().copy_(&Tensor::from_slice(&values.ok_or_else(absent)?));
-            Ok::<_, Error>(())
-        };
-        for piece in adapter.pieces() {
-            copy(piece.region, MASTER, piece.master)?;
-            for (name, tensor) in &optimizer.state()[piece.region] {
-                copy(piece.region, name, tensor)?;
-            }
-        }
-        optimizer.set_updates(self.state.optimizer.updates);
-        Ok(adapter.regions_mut().refresh()?)
+        let pieces = std::mem::take(&mut self.pieces);
+        Ok(adapter_store::restore(&self.state.adapter, pieces, adapter, optimizer)?)
     }
 }
 
@@ -160,12 +147,12 @@ impl Run {
         let unfit = |reason| CheckpointError::Unfit { path: path.to_owned(), reason };
         self.same_beginning(&state).map_err(unfit)?;
         self.same_course(&state).map_err(unfit)?;
-        self.shapes = state.lora.clone();
+        self.shapes = state.adapter.lora.clone();
         let regions: Vec<FlatRegion> = self.plans()?.1.flat().cloned().collect();
         let own = Cut { regions: &regions, shards: self.mesh.block() };
         let names = Settings::from(&self.config.train).rule().state_names();
-        let pieces = read_pieces(path, &state, own, rank % self.mesh.block(), names)?;
-        if rank == 0 && weights::digest(self.source.as_ref())? != state.base {
+        let pieces = read_pieces(path, &state.adapter, own, rank % self.mesh.block(), names)?;
+        if rank == 0 && weights::digest(self.source.as_ref())? != state.adapter.base {
             return Err(unfit("the base is another one than it was trained on".into()).into());
         }
 
@@ -192,7 +179,7 @@ impl Run {
     /// # Errors
     /// The first difference.
     fn same_beginning(&self, state: &TrainerState) -> Result<(), String> {
-        if let Some(difference) = different(state.lora.common, self.shapes.common) {
+        if let Some(difference) = different(state.adapter.lora.common, self.shapes.common) {
             return Err(format!("it {difference}"));
         }
         if state.seed != self.config.train.seed {
@@ -207,9 +194,9 @@ impl Run {
     /// The first difference.
     fn same_course(&self, state: &TrainerState) -> Result<(), String> {
         let train = &self.config.train;
-        if state.optimizer.kind != train.optimizer {
+        if state.adapter.optimizer.kind != train.optimizer {
             let name = |kind| serde_json::json!(kind).as_str().unwrap_or_default().to_owned();
-            let (theirs, ours) = (name(state.optimizer.kind), name(train.optimizer));
+            let (theirs, ours) = (name(state.adapter.optimizer.kind), name(train.optimizer));
             return Err(format!("its train.optimizer is {theirs}, the run's {ours}"));
         }
         if let Some((Number { field, value, .. }, before)) =
@@ -232,7 +219,7 @@ impl Run {
     /// has the run's.
     fn changed_numbers(&self, state: &TrainerState) -> impl Iterator<Item = (Number, f64)> {
         let numbers = Settings::from(&self.config.train).rule().numbers().into_iter();
-        let before = |number: &Number| state.optimizer.numbers.get(number.field).copied();
+        let before = |number: &Number| state.adapter.optimizer.numbers.get(number.field).copied();
         let paired = numbers.filter_map(move |number| Some((number, before(&number)?)));
         paired.filter(|(number, before)| number.value != *before)
     }

@@ -14,7 +14,7 @@ use super::{
     step::Skipped,
 };
 use crate::{
-    checkpoint::{output::OutputLock, steps},
+    checkpoint::{output::OutputLock, publish, steps},
     comm::{Reduce, World},
     config::{FieldLocations, Override, PackingMethod, ReduceGradients, RunConfig},
     console::count,
@@ -369,7 +369,7 @@ impl Run {
         if self.config.train.overwrite {
             steps::withdraw_later(&self.run_dir, resumed)?;
         }
-        steps::sweep(&self.run_dir);
+        publish::recover(&self.run_dir)?;
         let output = &self.config.train.output_dir;
         std::fs::write(output.join("config.yaml"), self.config.to_yaml())
             .map_err(|error| Error::Failure(format!("{}: {error}", output.display())))?;

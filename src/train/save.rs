@@ -5,24 +5,19 @@
 use super::{Run, Trainer};
 use crate::{
     checkpoint::{
-        self, AdapterConfig, CheckpointError, StepWriter, TrainerState,
+        self, CheckpointError, FolderWriter, TrainerState, adapter_store,
         base::BaseFiles,
-        publish::KnownHashes,
-        reshard,
-        state::{DataIdentity, MASTER, OptimizerState, Pieces, write_pieces},
+        pieces::write_pieces,
+        publish::{KnownHashes, publish_together, withdraw},
+        state::DataIdentity,
         steps,
     },
     data::schedule::DataCursor,
-    device::Staging,
-    error::{Result, agree, broadcast_from_root},
+    error::{Result, agree},
     lora::Parameter,
-    shard::ShardError,
     weights,
 };
-use std::{
-    collections::HashMap,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 /// Progress of the run after a step.
 #[derive(Clone, Copy, Debug)]
@@ -71,37 +66,29 @@ impl<'a> Saver<'a> {
     pub(super) fn save(&mut self, trainer: &Trainer, at: Progress) -> Result<()> {
         let world = &*trainer.world;
         let whole = trainer.session.adapter.whole()?;
-        let begun = match self.rank {
-            0 => self.begin(trainer, whole, at).map(Some),
-            _ => Ok(None),
-        };
-        let writer = agree(world, begun)?;
-        let hidden = writer.as_ref().and_then(|writer| writer.directory().file_name());
-        let hidden = broadcast_from_root(world, &hidden.unwrap_or_default().to_string_lossy())?;
-        let wrote = self.write_own_pieces(trainer, &self.run.run_dir.join(hidden));
-        agree(world, wrote)?;
-        let published = writer.map_or(Ok(()), |writer| self.publish(writer, at.step));
-        agree(world, published)
+        let (run, rank) = (self.run, self.rank);
+        let opened = if rank == 0 { self.begin(trainer, whole, at).map(Some) } else { Ok(None) };
+        publish_together(
+            world,
+            |own| agree(world, own),
+            opened,
+            |hidden| write_own_pieces(run, trainer, rank, hidden),
+            |writer| self.publish(writer, at.step),
+        )?;
+        Ok(())
     }
 
     /// Rank 0's files of the step, still hidden.
     fn begin(
-        &mut self,
+        &self,
         trainer: &Trainer,
         whole: Vec<(Parameter, Vec<f32>)>,
         at: Progress,
-    ) -> Result<StepWriter> {
+    ) -> Result<FolderWriter> {
         let run = self.run;
-        let mut writer = StepWriter::begin(&run.run_dir, at.step)?;
-        let state = self.state(trainer, at)?;
-        reshard::check(state.cut()).map_err(|reason| CheckpointError::Mismatch {
-            path: writer.directory().to_owned(),
-            reason: format!("its shards do not tile its shapes: {reason}"),
-        })?;
-        let folder = writer.directory().join(checkpoint::state::FOLDER);
-        std::fs::create_dir(&folder).map_err(|error| CheckpointError::Io { path: folder, error })?;
-        state.write(writer.directory())?;
-        state.piece_files().for_each(|file| writer.expect(file));
+        let mut writer = FolderWriter::of_step(&run.run_dir, at.step)?;
+        let state = self.state(trainer, at);
+        adapter_store::open_state(&mut writer, &state.adapter, |folder| state.write(folder))?;
 
         let saves_base = !run.config.lora.save_lora_only;
         if saves_base {
@@ -122,31 +109,16 @@ impl<'a> Saver<'a> {
             }
             other => other,
         };
-        self.write_adapter(writer.directory(), whole, base.as_deref())?;
+        let base = base.map(|path| path.display().to_string());
+        let format = run.config.lora.lora_export_format;
+        adapter_store::write_adapter(writer.directory(), whole, &run.sites, &run.shapes, base, format)?;
         Ok(writer)
     }
 
-    fn write_adapter(
-        &self,
-        directory: &Path,
-        whole: Vec<(Parameter, Vec<f32>)>,
-        base: Option<&Path>,
-    ) -> Result<()> {
-        let Run { sites, shapes, config, .. } = self.run;
-        let mut whole: HashMap<String, Vec<f32>> =
-            whole.into_iter().map(|(parameter, values)| (parameter.name, values)).collect();
-        let adapters = checkpoint::peft::adapters(sites, shapes, |name| whole.remove(name));
-        let base = base.map(|path| path.display().to_string());
-        let format = config.lora.lora_export_format;
-        let config = AdapterConfig::new(shapes.common, base, &adapters, format);
-        Ok(checkpoint::peft::write(directory, &config, &adapters, format)?)
-    }
-
-    fn state(&self, trainer: &Trainer, at: Progress) -> Result<TrainerState> {
+    fn state(&self, trainer: &Trainer, at: Progress) -> TrainerState {
         let Run { config, mesh, dataset, batches, shapes, .. } = self.run;
         let train = &config.train;
-        let numbers = trainer.session.optimizer.numbers();
-        Ok(TrainerState {
+        TrainerState {
             format: TrainerState::FORMAT,
             run_id: train.run_id.clone(),
             step: at.step,
@@ -155,40 +127,14 @@ impl<'a> Saver<'a> {
             position: at.position,
             global_batch_size: batches.global_batch,
             seed: train.seed,
-            world: mesh.world(),
-            shards: mesh.block(),
-            optimizer: OptimizerState {
-                kind: train.optimizer,
-                updates: trainer.session.optimizer.updates(),
-                numbers: numbers.iter().map(|number| (number.field.to_owned(), number.value)).collect(),
-            },
+            adapter: adapter_store::state_of(&trainer.session, train.optimizer, shapes, mesh, &self.base),
             schedule: trainer.schedule,
             data: DataIdentity { rows: dataset.rows(), fingerprint: dataset.fingerprint().to_owned() },
-            lora: shapes.clone(),
-            base: self.base.clone(),
-            regions: trainer.session.adapter.plan().flat().cloned().collect(),
-        })
-    }
-
-    fn write_own_pieces(&self, trainer: &Trainer, step: &Path) -> Result<()> {
-        let mesh = &self.run.mesh;
-        if mesh.coordinates(self.rank).replicate > 0 {
-            return Ok(());
         }
-        let mut pieces = Pieces::default();
-        let mut staging = Staging::new(trainer.model.device()).map_err(ShardError::from)?;
-        let mut fetch = |tensor| staging.fetch(tensor).map_err(ShardError::from);
-        for piece in trainer.session.adapter.pieces() {
-            pieces.insert(&piece.region.name, MASTER, fetch(piece.master)?);
-            for (name, tensor) in &trainer.session.optimizer.state()[piece.region] {
-                pieces.insert(&piece.region.name, name, fetch(tensor)?);
-            }
-        }
-        Ok(write_pieces(step, self.rank, mesh.world(), &pieces)?)
     }
 
     /// Makes the step visible and removes older ones. On rank 0.
-    fn publish(&mut self, writer: StepWriter, step: usize) -> Result<()> {
+    fn publish(&mut self, writer: FolderWriter, step: usize) -> Result<()> {
         let published = writer.publish(&mut self.known)?;
         tracing::info!("saved {}", published.display());
         let model = published.join(checkpoint::base::FOLDER);
@@ -200,7 +146,7 @@ impl<'a> Saver<'a> {
             let resumed = self.run.resumed().map(|resumed| resumed.state.step);
             for step in steps::surplus(&steps::published(run_dir), limit, step, resumed) {
                 // The run goes on with a step too many.
-                match steps::withdraw(run_dir, step) {
+                match withdraw(&steps::directory(run_dir, step)) {
                     Ok(()) => tracing::info!("removed step {step}: train.save_total_limit is {limit}"),
                     Err(error) => tracing::warn!("could not remove step {step}: {error}"),
                 }
@@ -208,4 +154,13 @@ impl<'a> Saver<'a> {
         }
         Ok(())
     }
+}
+
+/// Writes the pieces of a rank of the first copy into the hidden directory of the step.
+fn write_own_pieces(run: &Run, trainer: &Trainer, rank: usize, hidden: &Path) -> Result<()> {
+    if run.mesh.coordinates(rank).replicate > 0 {
+        return Ok(());
+    }
+    let pieces = adapter_store::pieces_of(&trainer.session, trainer.model.device(), None)?;
+    Ok(write_pieces(hidden, rank, run.mesh.world(), &pieces)?)
 }
