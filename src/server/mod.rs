@@ -1,7 +1,14 @@
 //! The training server: many named adapters over one sharded base, trained over HTTP.
 //!
-//! A wire (`wire`) turns what a client sends into a [`request::Request`]. The engine (`engine`), which alone talks to the
-//! ranks, carries requests out and answers with a [`request::Reply`]. Neither knows the other. HTTP (`http`) takes
+//! A wire (`wire`) turns what a client sends into a [`request::Request`]. The engine (`engine`), which alone talks to
+//! the ranks, carries requests out and answers with a [`request::Reply`]. Neither knows the other. HTTP (`http`) takes
 //! connections, holds keys and limits, and keeps answers until clients fetch them (`futures`).
+//!
+//! - [`registry`]: tenants, and the adapters that they know
+//! - [`paths`]: paths of clients as folders; [`checkpoints`]: the saved adapters in them
 
+pub mod checkpoints;
+pub mod futures;
+pub mod paths;
+pub mod registry;
 pub mod request;
