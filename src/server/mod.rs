@@ -4,11 +4,18 @@
 //! the ranks, carries requests out and answers with a [`request::Reply`]. Neither knows the other. HTTP (`http`) takes
 //! connections, holds keys and limits, and keeps answers until clients fetch them (`futures`).
 //!
+//! - [`app`]: the state that HTTP and the wires share
 //! - [`registry`]: tenants, and the adapters that they know
 //! - [`paths`]: paths of clients as folders; [`checkpoints`]: the saved adapters in them
+//! - [`keys`], [`fault`]: who may ask, and refusals
 
+pub mod app;
 pub mod checkpoints;
+pub mod fault;
 pub mod futures;
+pub mod http;
+pub mod keys;
 pub mod paths;
 pub mod registry;
 pub mod request;
+pub mod wire;
