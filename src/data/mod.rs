@@ -32,8 +32,10 @@ pub use chat_template::{Chat, ChatTemplate, Clock};
 pub use dataset::{Dataset, Summary, TRAINING_CLOCK};
 pub use error::{DataError, LineProblem};
 pub use loader::{Loader, StepPlan, StepRows};
+pub(crate) use notes::Notes;
 pub use pack::pack;
 pub use prompt::{Prompt, Reference};
+pub(crate) use tokenized::{Sample, parse_tokenized};
 pub use tokenizer::{Encoded, Tokenizer};
 
 use std::collections::BTreeMap;

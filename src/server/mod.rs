@@ -1,16 +1,27 @@
 //! The training server: many named adapters over one sharded base, trained over HTTP.
 //!
-//! A wire (`wire`) turns what a client sends into a [`request::Request`]. The engine (`engine`), which alone talks to the
-//! ranks, carries requests out and answers with a [`request::Reply`]. Neither knows the other. HTTP (`http`) takes
+//! A wire (`wire`) turns what a client sends into a [`request::Request`]. The engine (`engine`), which alone talks to
+//! the ranks, carries requests out and answers with a [`request::Reply`]. Neither knows the other. HTTP (`http`) takes
 //! connections, holds keys and limits, and keeps answers until clients fetch them (`futures`).
+//!
+//! - [`app`]: the state that HTTP and the wires share
+//! - [`registry`]: tenants, and the adapters that they know
+//! - [`paths`]: paths of clients as folders; [`checkpoints`]: the saved adapters in them
+//! - [`keys`], [`fault`]: who may ask, and refusals
 
+pub mod app;
+pub mod checkpoints;
 pub mod engine;
+pub mod fault;
+pub mod futures;
+pub mod http;
+pub mod keys;
 pub mod order;
+pub mod paths;
+pub mod registry;
 pub mod request;
 pub mod run;
 pub mod store;
-pub mod wire {
-    pub mod tinker;
-}
+pub mod wire;
 
 pub use run::{Server, ServerPlan};

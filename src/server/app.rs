@@ -1,0 +1,279 @@
+//! The state that HTTP and the wires share: the engine, futures, adapters, keys and limits. Requests of one adapter
+//! reach the engine in the order in which they are submitted here.
+
+use super::{
+    fault::Fault,
+    futures::{FutureLimits, Futures, Promise, Render},
+    http::{HttpLimits, Metrics},
+    keys::Keys,
+    registry::{Fingerprint, Registry, Tenant},
+    request::{AdapterSpec, Answer, Engine, ModelId, OptimStep, Reply, Request, Task},
+};
+use axum::http::StatusCode;
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::SystemTime,
+};
+
+/// The adapter of requests that name none.
+pub const DEFAULT_MODEL: &str = "default";
+
+/// The server's own values: names that clients are told, defaults and limits.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The base model's name, as clients are told and as `create_model` may give it.
+    pub base_model: String,
+    /// Other names of the base model that `create_model` may give: the path from which it was loaded.
+    pub other_names: Vec<String>,
+    /// The architecture in the model's configuration: `LlamaForCausalLM`.
+    pub architecture: String,
+    /// The folder of the tokenizer, absolute.
+    pub tokenizer: PathBuf,
+    /// The folder that all saves are in. It must exist.
+    pub output_dir: PathBuf,
+    pub vocab_size: usize,
+    /// The shape of an adapter where `create_model` does not say.
+    pub adapter: AdapterSpec,
+    /// The largest rank; `None`: the engine decides.
+    pub max_rank: Option<usize>,
+    /// Adapters that exist without `create_model`, with [`DEFAULT_MODEL`].
+    pub model_ids: Vec<ModelId>,
+    /// Where `optim_step` does not say.
+    pub optim: OptimStep,
+    /// Tokens of one request, at most.
+    pub max_tokens: usize,
+    pub futures: FutureLimits,
+    pub http: HttpLimits,
+}
+
+/// A request that is taken in and gets a future.
+pub struct Submission<'a> {
+    pub tenant: &'a Tenant,
+    pub model: &'a ModelId,
+    /// The name of the call, for the queue's reason.
+    pub call: &'a str,
+    /// The sequence number, with the fingerprint of path and body. `None`: never a repeat.
+    pub number: Option<(i64, Fingerprint)>,
+    pub task: Task,
+    pub render: Render,
+}
+
+/// The state of a server.
+pub struct App {
+    pub engine: Arc<dyn Engine>,
+    pub futures: Arc<Futures>,
+    pub settings: Settings,
+    pub keys: Keys,
+    pub metrics: Metrics,
+    registry: Mutex<Registry>,
+    is_draining: AtomicBool,
+}
+
+impl App {
+    /// A server over `engine`, whose adapters clients find as they left them.
+    pub fn new(engine: Arc<dyn Engine>, settings: Settings, keys: Keys) -> Arc<Self> {
+        let mut registry = Registry::default();
+        for (id, model) in engine.state().models {
+            if let Some((tenant, id)) = Tenant::of_engine_id(&id, keys.are_needed()) {
+                registry.add(tenant, id, model.spec);
+            }
+        }
+        Arc::new(Self {
+            engine,
+            futures: Arc::new(Futures::new(settings.futures.clone())),
+            settings,
+            keys,
+            metrics: Metrics::default(),
+            registry: Mutex::new(registry),
+            is_draining: AtomicBool::new(false),
+        })
+    }
+
+    pub fn registry(&self) -> MutexGuard<'_, Registry> {
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The folder that the paths of `tenant` are in; made if it is not there.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn root(&self, tenant: &Tenant) -> Result<PathBuf, Fault> {
+        let root = tenant.root(&self.settings.output_dir);
+        match std::fs::create_dir_all(&root) {
+            Ok(()) => Ok(root),
+            Err(error) => Err(Fault::new(StatusCode::INTERNAL_SERVER_ERROR, format!("output_dir: {error}"))),
+        }
+    }
+
+    /// Takes no more requests; those that were taken are carried out.
+    pub fn drain(&self) {
+        self.is_draining.store(true, Ordering::Release);
+    }
+
+    fn check_open(&self) -> Result<(), Fault> {
+        let busy = |text: &str| Err(Fault::new(StatusCode::SERVICE_UNAVAILABLE, text));
+        if self.is_draining.load(Ordering::Acquire) {
+            return busy(
+                "the server is stopping; it saves all adapters, so send the request again after its restart",
+            );
+        }
+        if !self.engine.state().healthy {
+            return busy("a rank of the server has failed; restart it, and go on from the last saved state");
+        }
+        Ok(())
+    }
+
+    /// Creates an adapter, or begins a new epoch of one that exists with this shape. Returns the id of the future.
+    ///
+    /// # Errors
+    /// The adapter exists with another shape, or the server takes no request now.
+    pub fn create(
+        &self,
+        tenant: &Tenant,
+        model: &ModelId,
+        spec: AdapterSpec,
+        render: Render,
+    ) -> Result<String, Fault> {
+        self.check_open()?;
+        let request = self.request(tenant, model, Task::Create(spec.clone()))?;
+        let mut registry = self.registry();
+        if let Some(known) = registry.get(tenant, model).filter(|known| known.spec != spec) {
+            let AdapterSpec { rank, alpha, .. } = known.spec;
+            return Err(Fault::user(format!(
+                "model_id {model} exists with rank {rank} and alpha {alpha}, or other targets; give the same \
+                 lora_config, another model_id, or unload it first"
+            )));
+        }
+        let promise = self.futures.open(tenant.clone(), format!("create_model of {model}"), render)?;
+        let id = promise.id();
+        let exists = match registry.get(tenant, model) {
+            Some(known) => {
+                known.epoch = Default::default();
+                known.last_request = SystemTime::now();
+                None
+            }
+            None => Some(registry.add(tenant.clone(), model.clone(), spec)),
+        };
+        self.send(request, promise, move |answer| {
+            if let (Err(_), Some(exists)) = (answer, exists) {
+                exists.store(false, Ordering::Release);
+            }
+        });
+        Ok(id)
+    }
+
+    /// Submits a request for an adapter that exists, and returns the id of its future. A repeat gets the id of the
+    /// first. `render` is not called for a repeat.
+    ///
+    /// # Errors
+    /// No such adapter, a sequence number that is used, a full queue, or the server takes no request now.
+    pub fn submit(&self, submission: Submission) -> Result<String, Fault> {
+        self.check_open()?;
+        let Submission { tenant, model, call, number, task, render } = submission;
+        let is_unload = task == Task::Unload;
+        let request = self.request(tenant, model, task)?;
+        let mut registry = self.registry();
+        self.ensure(&mut registry, tenant, model)?;
+        let Some(known) = registry.get(tenant, model) else { return Err(unknown(model)) };
+        if let Some((number, body)) = &number {
+            let repeat = known.epoch.repeat(*number, body).map_err(|error| Fault::user(error.to_string()))?;
+            if let Some(id) = repeat {
+                return Ok(id.into());
+            }
+        }
+        let promise = self.futures.open(tenant.clone(), format!("{call} of {model}"), render)?;
+        let id = promise.id();
+        known.last_request = SystemTime::now();
+        if let Some((number, body)) = number {
+            known.epoch.take(number, body, id.clone());
+        }
+        let exists = is_unload.then(|| registry.withdraw(tenant, model)).flatten();
+        self.send(request, promise, move |answer| {
+            if let (Err(_), Some(exists)) = (answer, exists) {
+                exists.store(true, Ordering::Release);
+            }
+        });
+        Ok(id)
+    }
+
+    /// The shape of an adapter of `tenant`.
+    ///
+    /// # Errors
+    /// No such adapter.
+    pub fn spec(&self, tenant: &Tenant, model: &ModelId) -> Result<AdapterSpec, Fault> {
+        let mut registry = self.registry();
+        match registry.get(tenant, model) {
+            Some(known) => Ok(known.spec.clone()),
+            None if self.is_declared(model) => Ok(self.settings.adapter.clone()),
+            None => Err(unknown(model)),
+        }
+    }
+
+    /// True for adapters that need no `create_model`.
+    fn is_declared(&self, model: &ModelId) -> bool {
+        model.as_str() == DEFAULT_MODEL || self.settings.model_ids.contains(model)
+    }
+
+    /// Creates the adapters of `model_ids` in a server without keys. With keys each tenant has its own, made when it
+    /// first asks. So is [`DEFAULT_MODEL`] always, for a client may create it in another shape.
+    ///
+    /// # Errors
+    /// The server takes no request.
+    pub fn create_declared(&self) -> Result<(), Fault> {
+        if self.keys.are_needed() {
+            return Ok(());
+        }
+        let mut registry = self.registry();
+        let models = self.settings.model_ids.iter().filter(|model| model.as_str() != DEFAULT_MODEL);
+        models.into_iter().try_for_each(|model| self.ensure(&mut registry, &Tenant::everyone(), model))
+    }
+
+    /// Makes a declared adapter that does not exist yet.
+    fn ensure(&self, registry: &mut Registry, tenant: &Tenant, model: &ModelId) -> Result<(), Fault> {
+        if registry.get(tenant, model).is_some() || !self.is_declared(model) {
+            return Ok(());
+        }
+        let spec = self.settings.adapter.clone();
+        let request = self.request(tenant, model, Task::Create(spec.clone()))?;
+        let exists = registry.add(tenant.clone(), model.clone(), spec);
+        self.engine.submit(
+            request,
+            Box::new(move |answer| {
+                if answer.is_err() {
+                    exists.store(false, Ordering::Release);
+                }
+            }),
+        );
+        Ok(())
+    }
+
+    fn request(&self, tenant: &Tenant, model: &ModelId, task: Task) -> Result<Request, Fault> {
+        let model = tenant.engine_id(model).map_err(|error| Fault::user(error.to_string()))?;
+        Ok(Request { model, task })
+    }
+
+    /// Sends a request to the engine. `after` sees the answer before the client does.
+    fn send(&self, request: Request, promise: Promise, after: impl FnOnce(&Answer) + Send + 'static) {
+        let answered = Box::new(move |answer: Answer| {
+            after(&answer);
+            promise.answer(answer);
+        });
+        self.engine.submit(request, answered);
+    }
+}
+
+fn unknown(model: &ModelId) -> Fault {
+    Fault::user(format!(
+        "model_id {model} does not exist; make it with POST /api/v1/create_model, or name it in model_ids"
+    ))
+}
+
+/// The error body of a reply that does not answer its request.
+pub fn mismatched(reply: &Reply) -> super::futures::Body {
+    let error = format!("the engine's reply does not answer the request: {reply:?}");
+    super::futures::Body::json(&serde_json::json!({"error": error, "category": "server"}))
+}

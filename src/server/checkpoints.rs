@@ -1,0 +1,288 @@
+//! Saved adapters in a tenant's folder: finds, lists, describes and deletes them. The folders are the only record; a
+//! save to a folder of the client's choice leaves a note with its path under the name by which it is listed.
+
+use super::{
+    paths::{self, Checkpoint, Kind, PathError, Place, inside},
+    request::ModelId,
+};
+use crate::checkpoint::{
+    adapter_config::{CONFIG_FILE, read_config},
+    publish::MANIFEST,
+};
+use serde::Deserialize;
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
+
+/// The folder, in a model's, of notes about saves elsewhere: a file by the name of the checkpoint holds the path.
+const NOTES: &str = ".elsewhere";
+
+/// The reason why a saved adapter cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error(transparent)]
+    Path(#[from] PathError),
+    #[error("{0}: no such checkpoint; list_checkpoints names those that there are")]
+    Absent(String),
+    #[error("{name} is listed already, for the save in {other}: give another name, or delete that one")]
+    Taken { name: String, other: String },
+    #[error("{path}: {error}")]
+    Io { path: PathBuf, error: io::Error },
+    #[error("{0}")]
+    Unreadable(String),
+}
+
+/// A saved adapter that exists.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stored {
+    pub checkpoint: Checkpoint,
+    /// Its folder, absolute.
+    pub folder: PathBuf,
+    pub time: SystemTime,
+    pub bytes: u64,
+}
+
+/// Rank and scale that a saved adapter says of itself.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Described {
+    pub rank: usize,
+    pub alpha: f64,
+}
+
+#[derive(Deserialize)]
+struct Sized {
+    size: u64,
+}
+
+/// Time and bytes of the save in `folder`, if it is published.
+fn published(folder: &Path) -> Option<(SystemTime, u64)> {
+    let manifest = folder.join(MANIFEST);
+    let files: BTreeMap<String, Sized> = serde_json::from_slice(&fs::read(&manifest).ok()?).ok()?;
+    let bytes = files.values().fold(0_u64, |sum, file| sum.saturating_add(file.size));
+    Some((fs::metadata(&manifest).ok()?.modified().ok()?, bytes))
+}
+
+fn note(checkpoint: &Checkpoint) -> PathBuf {
+    [checkpoint.kind.folder(), &checkpoint.model.folder(), NOTES, &checkpoint.name].iter().collect()
+}
+
+/// The folder that a note names, relative to the tenant's.
+fn elsewhere(root: &Path, checkpoint: &Checkpoint) -> Option<PathBuf> {
+    let text = fs::read_to_string(inside(root, &note(checkpoint)).ok()?).ok()?;
+    let is_fine = !text.is_empty() && text.split('/').all(paths::is_name);
+    is_fine.then(|| text.into())
+}
+
+/// The folder of `checkpoint`, with time and bytes, if it exists.
+fn stored(root: &Path, checkpoint: Checkpoint) -> Result<Option<Stored>, StoreError> {
+    let own = inside(root, &checkpoint.folder())?;
+    let noted = || inside(root, &elsewhere(root, &checkpoint)?).ok();
+    let found = published(&own).map(|found| (own, found)).or_else(|| {
+        let folder = noted()?;
+        Some((folder.clone(), published(&folder)?))
+    });
+    Ok(found.map(|(folder, (time, bytes))| Stored { checkpoint, folder, time, bytes }))
+}
+
+/// The folder that a client's `path` names for `model`, to load from. One that does not exist yet may be the place of
+/// a save that waits in the queue: it is the first that the path may mean.
+pub fn to_load(root: &Path, path: &str, model: &ModelId) -> Result<PathBuf, StoreError> {
+    let places = paths::to_load(path, model)?;
+    for place in &places {
+        let found = match place {
+            Place::Checkpoint(checkpoint) => stored(root, checkpoint.clone())?.map(|stored| stored.folder),
+            Place::Folder(folder) => Some(inside(root, folder)?).filter(|folder| published(folder).is_some()),
+        };
+        if let Some(folder) = found {
+            return Ok(folder);
+        }
+    }
+    let first = match places.first() {
+        Some(Place::Checkpoint(checkpoint)) => elsewhere(root, checkpoint).unwrap_or(checkpoint.folder()),
+        Some(Place::Folder(folder)) => folder.clone(),
+        None => return Err(StoreError::Absent(path.into())),
+    };
+    Ok(inside(root, &first)?)
+}
+
+/// The folder for a save of `model` to `path`, and the name under which it is listed.
+///
+/// # Errors
+/// The path is refused, or the name is listed for another folder.
+pub fn to_save(
+    root: &Path,
+    path: &str,
+    model: &ModelId,
+    kind: Kind,
+) -> Result<(PathBuf, Checkpoint), StoreError> {
+    let place = paths::to_save(path, model, kind)?;
+    let (checkpoint, relative) = match place {
+        Place::Checkpoint(checkpoint) => (checkpoint.clone(), checkpoint.folder()),
+        Place::Folder(folder) => {
+            let name = folder.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            (Checkpoint { model: model.clone(), kind, name }, folder)
+        }
+    };
+    let target = inside(root, &relative)?;
+    if let Some(other) = stored(root, checkpoint.clone())?.filter(|other| other.folder != target) {
+        let other = other.folder.strip_prefix(root).unwrap_or(&other.folder).display().to_string();
+        return Err(StoreError::Taken { name: checkpoint.uri("xorl"), other });
+    }
+    if relative != checkpoint.folder() {
+        let path = inside(root, &note(&checkpoint))?;
+        let io = |error| StoreError::Io { path: relative.clone(), error };
+        fs::create_dir_all(path.parent().unwrap_or(root)).map_err(io)?;
+        fs::write(&path, relative.to_string_lossy().as_bytes()).map_err(io)?;
+    }
+    Ok((target, checkpoint))
+}
+
+/// The saved adapters of `model`, newest last.
+pub fn list(root: &Path, model: &ModelId) -> Vec<Stored> {
+    let mut found = Vec::new();
+    for kind in Kind::ALL {
+        let folder: PathBuf = [kind.folder(), &model.folder()].iter().collect();
+        let Ok(folder) = inside(root, &folder) else { continue };
+        let entries = |folder: PathBuf| fs::read_dir(folder).into_iter().flatten().flatten();
+        let mut names: Vec<String> = entries(folder.clone())
+            .chain(entries(folder.join(NOTES)))
+            .filter_map(|entry| entry.file_name().into_string().ok().filter(|name| paths::is_name(name)))
+            .collect();
+        names.sort();
+        names.dedup();
+        let checkpoints = names.into_iter().map(|name| Checkpoint { model: model.clone(), kind, name });
+        found.extend(checkpoints.filter_map(|checkpoint| stored(root, checkpoint).ok().flatten()));
+    }
+    found.sort_by_key(|stored| stored.time);
+    found
+}
+
+/// The checkpoint that a client's `path` names.
+pub fn find(root: &Path, path: &str, model: &ModelId) -> Result<Stored, StoreError> {
+    for place in paths::to_load(path, model)? {
+        if let Place::Checkpoint(checkpoint) = place
+            && let Some(found) = stored(root, checkpoint)?
+        {
+            return Ok(found);
+        }
+    }
+    Err(StoreError::Absent(path.into()))
+}
+
+/// Deletes a saved adapter. It disappears at once: a kill leaves at most a hidden folder, which the next save sweeps.
+pub fn delete(root: &Path, found: &Stored) -> Result<(), StoreError> {
+    let io = |error| StoreError::Io { path: found.folder.clone(), error };
+    let hidden = found.folder.with_file_name(format!(".tmp-deleted-{}", found.checkpoint.name));
+    if hidden.exists() {
+        fs::remove_dir_all(&hidden).map_err(io)?;
+    }
+    fs::rename(&found.folder, &hidden).map_err(io)?;
+    if let Ok(path) = inside(root, &note(&found.checkpoint)) {
+        let _ = fs::remove_file(path);
+    }
+    fs::remove_dir_all(&hidden).map_err(io)
+}
+
+/// Rank and scale of a saved adapter.
+pub fn describe(found: &Stored) -> Result<Described, StoreError> {
+    let config = read_config(&found.folder).map_err(|error| {
+        let within =
+            |text: String| text.replace(&*found.folder.to_string_lossy(), &found.checkpoint.uri("xorl"));
+        StoreError::Unreadable(format!("{CONFIG_FILE}: {}", within(error.to_string())))
+    })?;
+    Ok(Described { rank: config.r, alpha: config.lora_alpha })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn model() -> ModelId {
+        ModelId::new("policy_v1").unwrap()
+    }
+
+    fn publish(folder: &Path) {
+        fs::create_dir_all(folder).unwrap();
+        fs::write(folder.join("adapter"), "12345").unwrap();
+        fs::write(folder.join(MANIFEST), r#"{"adapter": {"size": 5, "sha256": ""}}"#).unwrap();
+    }
+
+    fn ids(root: &Path) -> Vec<String> {
+        let mut ids: Vec<String> = list(root, &model()).iter().map(|stored| stored.checkpoint.id()).collect();
+        ids.sort();
+        ids
+    }
+
+    #[test]
+    fn a_list_has_what_is_published_wherever_it_was_saved() {
+        let root = tempfile::tempdir().unwrap();
+        let save = |path: &str, kind| {
+            let (folder, checkpoint) = to_save(root.path(), path, &model(), kind).unwrap();
+            publish(&folder);
+            checkpoint.uri("xorl")
+        };
+        assert!(ids(root.path()).is_empty());
+        assert_eq!(save("one", Kind::Weights), "xorl://policy_v1/weights/one");
+        assert_eq!(save("one", Kind::Sampler), "xorl://policy_v1/sampler_weights/one");
+        assert_eq!(save("outputs/adapters/two", Kind::Weights), "xorl://policy_v1/weights/two");
+        assert!(root.path().join("outputs/adapters/two/adapter").exists());
+        fs::create_dir_all(root.path().join("weights/policy_v1/unfinished")).unwrap();
+        fs::create_dir_all(root.path().join("weights/policy_v1/.tmp-step_1-5")).unwrap();
+        assert_eq!(ids(root.path()), ["sampler_weights/one", "weights/one", "weights/two"]);
+        assert!(list(root.path(), &model()).iter().all(|stored| stored.bytes == 5));
+        for path in ["two", "weights/two", "xorl://policy_v1/weights/two", "outputs/adapters/two"] {
+            let folder = to_load(root.path(), path, &model()).unwrap();
+            assert_eq!(folder, root.path().canonicalize().unwrap().join("outputs/adapters/two"), "{path}");
+        }
+    }
+
+    #[test]
+    fn two_saves_do_not_share_a_name() {
+        let root = tempfile::tempdir().unwrap();
+        let save = |path: &str| {
+            to_save(root.path(), path, &model(), Kind::Weights).map(|(folder, _)| publish(&folder))
+        };
+        save("a/x").unwrap();
+        save("a/x").unwrap();
+        for other in ["x", "b/x"] {
+            let error = save(other).unwrap_err().to_string();
+            assert!(
+                error.contains("xorl://policy_v1/weights/x is listed already, for the save in a/x"),
+                "{error}"
+            );
+        }
+        delete(root.path(), &find(root.path(), "x", &model()).unwrap()).unwrap();
+        save("x").unwrap();
+        assert!(save("a/x").is_err());
+    }
+
+    #[test]
+    fn a_deleted_checkpoint_is_gone_and_others_stay() {
+        let root = tempfile::tempdir().unwrap();
+        for path in ["one", "outputs/two", "three"] {
+            publish(&to_save(root.path(), path, &model(), Kind::Weights).unwrap().0);
+        }
+        for path in ["weights/one", "xorl://policy_v1/weights/two"] {
+            delete(root.path(), &find(root.path(), path, &model()).unwrap()).unwrap();
+        }
+        assert_eq!(ids(root.path()), ["weights/three"]);
+        assert!(matches!(find(root.path(), "one", &model()), Err(StoreError::Absent(_))));
+        assert!(!root.path().join("outputs/two").exists());
+        assert!(find(root.path(), "../three", &model()).is_err());
+    }
+
+    #[test]
+    fn a_note_that_someone_changed_leads_nowhere_else() {
+        let (root, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        publish(outside.path());
+        publish(&to_save(root.path(), "a/x", &model(), Kind::Weights).unwrap().0);
+        let note = root.path().join("weights/policy_v1").join(NOTES).join("x");
+        for text in [outside.path().to_str().unwrap(), "../..", "", "a/../../b"] {
+            fs::write(&note, text).unwrap();
+            assert!(find(root.path(), "x", &model()).is_err(), "{text}");
+        }
+    }
+}

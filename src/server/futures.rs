@@ -1,0 +1,487 @@
+//! Futures: a submitted request gets an id, and its result stays for some time under that id, so that a client whose
+//! connection broke can ask again. A poll waits until the result is there or its time is over.
+
+use super::{
+    registry::Tenant,
+    request::{Answer, Refusal, Reply},
+};
+use serde::Serialize;
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    hash::{BuildHasher, RandomState},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+use tokio::sync::Notify;
+
+/// Bounds on futures.
+#[derive(Clone, Debug)]
+pub struct FutureLimits {
+    /// Requests that wait or are being carried out, at most.
+    pub pending: usize,
+    /// Results that are kept, at most. The one that came first goes first.
+    pub kept: usize,
+    /// Bytes of the results that are kept, at most; the newest is always kept.
+    pub bytes: usize,
+    /// Time for which a result is kept.
+    pub lifetime: Duration,
+    /// Time for which a poll waits for a result. Clients give up after 45 s.
+    pub poll: Duration,
+}
+
+impl Default for FutureLimits {
+    fn default() -> Self {
+        Self {
+            pending: 1024,
+            kept: 10_000,
+            bytes: 1 << 30,
+            lifetime: Duration::from_secs(3600),
+            poll: Duration::from_secs(35),
+        }
+    }
+}
+
+/// A body of an HTTP reply.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Body {
+    pub content_type: &'static str,
+    pub bytes: Vec<u8>,
+}
+
+impl Body {
+    /// JSON.
+    pub fn json(value: &impl Serialize) -> Self {
+        Self { content_type: "application/json", bytes: serde_json::to_vec(value).unwrap_or_default() }
+    }
+}
+
+/// Writes a reply of the engine as a body: as protobuf if the flag is set and the wire has it, else as JSON. It runs
+/// when a client asks for the result.
+pub type Render = Box<dyn Fn(&Reply, bool) -> Body + Send + Sync>;
+
+/// A result under its id.
+pub struct Outcome {
+    answer: Answer,
+    render: Render,
+}
+
+impl Outcome {
+    /// The body for a client. A refusal is JSON: `{error, category}`.
+    pub fn body(&self, protobuf: bool) -> Body {
+        let refused =
+            |error: &str, category| Body::json(&serde_json::json!({"error": error, "category": category}));
+        match &self.answer {
+            Ok(reply) => (self.render)(reply, protobuf),
+            Err(Refusal::User(text)) => refused(text, "user"),
+            Err(Refusal::Server(text)) => refused(text, "server"),
+        }
+    }
+
+    pub fn answer(&self) -> &Answer {
+        &self.answer
+    }
+
+    /// Approximate bytes in memory.
+    fn bytes(&self) -> usize {
+        const FIXED: usize = 1024;
+        match &self.answer {
+            Ok(Reply::Passed(pass)) => {
+                FIXED + pass.log_probs.iter().map(|datum| 24 + 4 * datum.len()).sum::<usize>()
+            }
+            _ => FIXED,
+        }
+    }
+}
+
+/// The place of a request in the queue.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Requests that came before it and are not answered.
+    pub ahead: usize,
+    /// The oldest request that is not answered: `forward_backward of policy_v1`. Empty for one of another tenant.
+    pub current: String,
+    /// Seconds since the request was submitted.
+    pub waited: u64,
+}
+
+impl Place {
+    /// Cause and place, as a sentence.
+    pub fn reason(&self) -> String {
+        let Self { ahead, current, waited } = self;
+        match (ahead, current.is_empty()) {
+            (0, _) => format!("{current} is being carried out, {waited} s after it was submitted"),
+            (_, true) => format!("number {} in the queue for {waited} s", ahead + 1),
+            _ => format!("number {} in the queue for {waited} s, behind {current}", ahead + 1),
+        }
+    }
+}
+
+/// The state of a future, for one who asks.
+pub enum Look {
+    /// No such id, or the result is no longer kept, or it is another tenant's.
+    Unknown,
+    Pending(Place),
+    Done(Arc<Outcome>),
+}
+
+/// The queue is full.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0} requests wait already, as many as this server takes; send it again in some seconds")]
+pub struct Full(pub usize);
+
+struct Entry {
+    owner: Tenant,
+    /// `forward_backward of policy_v1`
+    work: String,
+    submitted: Instant,
+    changed: Arc<Notify>,
+    /// With its time.
+    outcome: Option<(Arc<Outcome>, Instant)>,
+    is_read: bool,
+}
+
+/// Futures by number. Pure: time comes from the caller.
+#[derive(Default)]
+struct Table {
+    entries: BTreeMap<u64, Entry>,
+    pending: BTreeSet<u64>,
+    /// Those with a result, by the time at which it came.
+    kept: VecDeque<u64>,
+    bytes: usize,
+    next: u64,
+}
+
+impl Table {
+    fn open(
+        &mut self,
+        owner: Tenant,
+        work: String,
+        now: Instant,
+        limits: &FutureLimits,
+    ) -> Result<u64, Full> {
+        self.expire(now, limits);
+        if self.pending.len() >= limits.pending {
+            return Err(Full(self.pending.len()));
+        }
+        let number = self.next;
+        self.next += 1;
+        let changed = Arc::default();
+        let entry = Entry { owner, work, submitted: now, changed, outcome: None, is_read: false };
+        self.entries.insert(number, entry);
+        self.pending.insert(number);
+        Ok(number)
+    }
+
+    fn finish(&mut self, number: u64, outcome: Outcome, now: Instant, limits: &FutureLimits) {
+        let Some(entry) = self.entries.get_mut(&number).filter(|entry| entry.outcome.is_none()) else {
+            return;
+        };
+        self.bytes += outcome.bytes();
+        entry.outcome = Some((Arc::new(outcome), now));
+        entry.changed.notify_waiters();
+        self.pending.remove(&number);
+        self.kept.push_back(number);
+        self.expire(now, limits);
+    }
+
+    /// Drops results that are too old or too many.
+    fn expire(&mut self, now: Instant, limits: &FutureLimits) {
+        while let Some(&oldest) = self.kept.front() {
+            let came = self.entries.get(&oldest).and_then(|entry| entry.outcome.as_ref());
+            let is_old = came.is_none_or(|(_, at)| now.duration_since(*at) >= limits.lifetime);
+            let is_surplus = self.kept.len() > limits.kept || self.bytes > limits.bytes;
+            if !(is_old || is_surplus && self.kept.len() > 1) {
+                return;
+            }
+            self.kept.pop_front();
+            if let Some((outcome, _)) = self.entries.remove(&oldest).and_then(|entry| entry.outcome) {
+                self.bytes -= outcome.bytes();
+            }
+        }
+    }
+
+    fn look(&mut self, number: u64, owner: &Tenant, now: Instant) -> Look {
+        let Some(entry) = self.entries.get_mut(&number).filter(|entry| entry.owner == *owner) else {
+            return Look::Unknown;
+        };
+        if let Some((outcome, _)) = &entry.outcome {
+            entry.is_read = true;
+            return Look::Done(outcome.clone());
+        }
+        let waited = now.duration_since(entry.submitted).as_secs();
+        let first = self.pending.first().and_then(|first| self.entries.get(first));
+        let current = first.filter(|first| first.owner == *owner).map(|first| first.work.clone());
+        let ahead = self.pending.range(..number).count();
+        Look::Pending(Place { ahead, current: current.unwrap_or_default(), waited })
+    }
+}
+
+/// Numbers of futures, for metrics and for the end of the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counts {
+    pub pending: usize,
+    pub kept: usize,
+    pub bytes: usize,
+    /// Results that nobody has asked for.
+    pub unread: usize,
+}
+
+/// All futures of a server.
+pub struct Futures {
+    limits: FutureLimits,
+    /// Another one in each process, so that an id of an earlier one is unknown.
+    nonce: u32,
+    table: Mutex<Table>,
+}
+
+impl Futures {
+    pub fn new(limits: FutureLimits) -> Self {
+        let nonce = (RandomState::new().hash_one(std::process::id()) >> 32) as u32;
+        Self { limits, nonce, table: Mutex::default() }
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Opens a future for `work`, whose result `render` writes.
+    ///
+    /// # Errors
+    /// [`Full`]: too many are pending.
+    pub fn open(self: &Arc<Self>, owner: Tenant, work: String, render: Render) -> Result<Promise, Full> {
+        let number = self.table().open(owner, work, Instant::now(), &self.limits)?;
+        Ok(Promise { futures: self.clone(), number, render: Some(render) })
+    }
+
+    fn id(&self, number: u64) -> String {
+        format!("future_{:08x}{number:08x}", self.nonce)
+    }
+
+    fn number(&self, id: &str) -> Option<u64> {
+        let digits = id.strip_prefix("future_")?.get(8..)?;
+        let number = u64::from_str_radix(digits, 16).ok()?;
+        (self.id(number) == id).then_some(number)
+    }
+
+    /// The state of a future now.
+    pub fn look(&self, id: &str, owner: &Tenant) -> Look {
+        self.number(id).map_or(Look::Unknown, |number| self.table().look(number, owner, Instant::now()))
+    }
+
+    /// Waits for a result, for the time of a poll or for `most` if that is given.
+    pub async fn wait(&self, id: &str, owner: &Tenant, most: Option<Duration>) -> Look {
+        let ends = tokio::time::Instant::now() + most.unwrap_or(self.limits.poll);
+        loop {
+            let changed = self.number(id).and_then(|number| {
+                let table = self.table();
+                table.entries.get(&number).map(|entry| entry.changed.clone())
+            });
+            let Some(changed) = changed else { return Look::Unknown };
+            // Listening begins before the look, so that no change falls between them.
+            let mut notified = std::pin::pin!(changed.notified());
+            notified.as_mut().enable();
+            match self.look(id, owner) {
+                Look::Pending(place) => {
+                    if tokio::time::timeout_at(ends, notified).await.is_err() {
+                        return match self.look(id, owner) {
+                            Look::Pending(_) => Look::Pending(place),
+                            other => other,
+                        };
+                    }
+                }
+                other => return other,
+            }
+        }
+    }
+
+    pub fn counts(&self) -> Counts {
+        let table = self.table();
+        let is_unread = |number: &&u64| table.entries.get(number).is_some_and(|entry| !entry.is_read);
+        Counts {
+            pending: table.pending.len(),
+            kept: table.kept.len(),
+            bytes: table.bytes,
+            unread: table.kept.iter().filter(is_unread).count(),
+        }
+    }
+}
+
+/// The duty to answer a future. Dropped without an answer, it answers that the engine has ended.
+pub struct Promise {
+    futures: Arc<Futures>,
+    number: u64,
+    render: Option<Render>,
+}
+
+impl Promise {
+    /// The id of its future.
+    pub fn id(&self) -> String {
+        self.futures.id(self.number)
+    }
+
+    pub fn answer(mut self, answer: Answer) {
+        self.settle(answer);
+    }
+
+    fn settle(&mut self, answer: Answer) {
+        if let Some(render) = self.render.take() {
+            let outcome = Outcome { answer, render };
+            self.futures.table().finish(self.number, outcome, Instant::now(), &self.futures.limits);
+        }
+    }
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        let text = "the engine ended before it carried this out; look at the server's log, and restart it";
+        self.settle(Err(Refusal::Server(text.into())));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::server::request::PassReply;
+    use proptest::prelude::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn limits() -> FutureLimits {
+        FutureLimits { pending: 3, kept: 4, bytes: 6000, lifetime: 10 * SECOND, poll: SECOND / 10 }
+    }
+
+    fn outcome(tokens: usize) -> Outcome {
+        let pass =
+            PassReply { loss: 0.0, valid: 0, log_probs: vec![vec![0.0; tokens]], metrics: BTreeMap::new() };
+        Outcome { answer: Ok(Reply::Passed(pass)), render: Box::new(|_, _| Body::json(&1)) }
+    }
+
+    fn table_with(now: Instant, works: &[&str]) -> Table {
+        let mut table = Table::default();
+        for work in works {
+            table.open(Tenant::everyone(), (*work).into(), now, &limits()).unwrap();
+        }
+        table
+    }
+
+    fn is_kept(table: &mut Table, number: u64, now: Instant) -> bool {
+        !matches!(table.look(number, &Tenant::everyone(), now), Look::Unknown)
+    }
+
+    #[test]
+    fn a_place_says_how_many_are_ahead_and_which_is_carried_out() {
+        let now = Instant::now();
+        let mut table = table_with(now, &["forward of a", "optim_step of a", "forward of b"]);
+        let reason =
+            |table: &mut Table, number, owner: &Tenant| match table.look(number, owner, now + 7 * SECOND) {
+                Look::Pending(place) => place.reason(),
+                _ => panic!("not pending"),
+            };
+        let all = Tenant::everyone();
+        assert_eq!(
+            reason(&mut table, 0, &all),
+            "forward of a is being carried out, 7 s after it was submitted"
+        );
+        assert_eq!(reason(&mut table, 2, &all), "number 3 in the queue for 7 s, behind forward of a");
+        table.finish(0, outcome(1), now, &limits());
+        assert_eq!(reason(&mut table, 2, &all), "number 2 in the queue for 7 s, behind optim_step of a");
+        // Nobody reads the names of another tenant's models.
+        let other = Tenant::named("other").unwrap();
+        table.open(other.clone(), "forward of c".into(), now, &limits()).unwrap();
+        assert_eq!(reason(&mut table, 3, &other), "number 3 in the queue for 7 s");
+    }
+
+    #[test]
+    fn a_full_queue_refuses_until_one_is_answered() {
+        let now = Instant::now();
+        let mut table = table_with(now, &["a", "b", "c"]);
+        let refused = table.open(Tenant::everyone(), "d".into(), now, &limits());
+        assert_eq!(refused.unwrap_err(), Full(3));
+        table.finish(1, outcome(1), now, &limits());
+        table.open(Tenant::everyone(), "d".into(), now, &limits()).unwrap();
+    }
+
+    #[test]
+    fn a_result_stays_for_its_lifetime_and_within_the_limits() {
+        let start = Instant::now();
+        let mut table = table_with(start, &["a", "b", "c"]);
+        table.finish(1, outcome(1), start, &limits());
+        assert!(is_kept(&mut table, 1, start + 9 * SECOND) && is_kept(&mut table, 1, start + 9 * SECOND));
+        table.expire(start + 10 * SECOND, &limits());
+        assert!(!is_kept(&mut table, 1, start));
+        // Bytes: the oldest result goes, the newest stays even if it alone is too large.
+        table.finish(0, outcome(1), start, &limits());
+        table.finish(2, outcome(100_000), start, &limits());
+        assert!(!is_kept(&mut table, 0, start) && is_kept(&mut table, 2, start));
+    }
+
+    #[test]
+    fn another_tenant_knows_no_id() {
+        let futures = Arc::new(Futures::new(limits()));
+        let owner = Tenant::named("one").unwrap();
+        let promise = futures.open(owner.clone(), "a".into(), Box::new(|_, _| Body::json(&1))).unwrap();
+        assert!(matches!(futures.look(&promise.id(), &owner), Look::Pending(_)));
+        for other in [Tenant::everyone(), Tenant::named("two").unwrap()] {
+            assert!(matches!(futures.look(&promise.id(), &other), Look::Unknown));
+        }
+    }
+
+    #[test]
+    fn a_promise_that_is_dropped_answers_with_an_error_of_the_server() {
+        let futures = Arc::new(Futures::new(limits()));
+        let promise = futures.open(Tenant::everyone(), "a".into(), Box::new(|_, _| Body::json(&1))).unwrap();
+        let id = promise.id();
+        drop(promise);
+        let Look::Done(outcome) = futures.look(&id, &Tenant::everyone()) else { panic!("not done") };
+        let body: serde_json::Value = serde_json::from_slice(&outcome.body(true).bytes).unwrap();
+        assert_eq!(body["category"], "server");
+        assert!(body["error"].as_str().unwrap().contains("the engine ended"));
+    }
+
+    #[test]
+    fn a_poll_ends_with_the_result_or_with_its_time() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let futures = Arc::new(Futures::new(limits()));
+        let open = || futures.open(Tenant::everyone(), "a".into(), Box::new(|_, _| Body::json(&1))).unwrap();
+        let (never, soon) = (open(), open());
+        let (first, second) = (never.id(), soon.id());
+        let started = Instant::now();
+        let look = runtime.block_on(futures.wait(&first, &Tenant::everyone(), None));
+        assert!(matches!(look, Look::Pending(_)) && started.elapsed() >= limits().poll);
+        let answers = std::thread::spawn(move || {
+            std::thread::sleep(SECOND / 10);
+            soon.answer(Ok(Reply::Created));
+        });
+        let look = runtime.block_on(futures.wait(&second, &Tenant::everyone(), Some(30 * SECOND)));
+        assert!(matches!(look, Look::Done(_)) && started.elapsed() < 10 * SECOND);
+        answers.join().unwrap();
+        let unknown = runtime.block_on(futures.wait("future_1", &Tenant::everyone(), None));
+        assert!(matches!(unknown, Look::Unknown));
+    }
+
+    proptest! {
+        #[test]
+        fn a_text_that_is_no_id_is_unknown(text in ".{0,40}", digits in "[0-9a-f+ ]{0,20}") {
+            let futures = Futures::new(limits());
+            for id in [text, format!("future_{digits}"), format!("future_{:08x}{digits}", futures.nonce)] {
+                prop_assert!(matches!(futures.look(&id, &Tenant::everyone()), Look::Unknown));
+            }
+        }
+
+        #[test]
+        fn bytes_are_those_of_the_results_that_are_kept(
+            steps in prop::collection::vec((0u64..6, 0usize..2000, 0u64..5), 1..60),
+        ) {
+            let (mut now, mut table) = (Instant::now(), Table::default());
+            for (number, tokens, seconds) in steps {
+                now += Duration::from_secs(seconds);
+                let _ = table.open(Tenant::everyone(), String::new(), now, &limits());
+                table.finish(table.next.saturating_sub(number), outcome(tokens), now, &limits());
+                let held = table.entries.values().filter_map(|entry| entry.outcome.as_ref());
+                prop_assert_eq!(table.bytes, held.map(|(outcome, _)| outcome.bytes()).sum::<usize>());
+                prop_assert_eq!(table.entries.len(), table.kept.len() + table.pending.len());
+                prop_assert!(table.kept.len() <= 4 && (table.bytes <= 6000 || table.kept.len() == 1));
+            }
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! The adapters that clients know: who made one, its shape, and the requests that were taken for it. A tenant sees its
+//! own alone.
+
+use super::request::{AdapterSpec, ModelId, ModelIdError};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::SystemTime,
+};
+
+/// The folder of the tenants' folders in the output directory.
+const TENANTS: &str = "tenants";
+
+/// The owner of adapters, futures and checkpoints: all clients of a server without keys, or the holders of a key.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Tenant(Option<Arc<str>>);
+
+impl Tenant {
+    /// The one tenant of a server without keys.
+    pub fn everyone() -> Self {
+        Self(None)
+    }
+
+    /// A tenant by name: 1 to 32 letters, digits, '_' and '-', the first of them a letter or a digit.
+    pub fn named(name: &str) -> Option<Self> {
+        let is_allowed = |c: char| c.is_ascii_alphanumeric() || "_-".contains(c);
+        let starts = name.starts_with(|c: char| c.is_ascii_alphanumeric());
+        (starts && name.len() <= 32 && name.chars().all(is_allowed)).then(|| Self(Some(name.into())))
+    }
+
+    /// The name of one of its adapters in the engine, where names of all tenants meet.
+    ///
+    /// # Errors
+    /// The two names together are too long.
+    pub fn engine_id(&self, model: &ModelId) -> Result<ModelId, ModelIdError> {
+        match &self.0 {
+            None => Ok(model.clone()),
+            Some(tenant) => ModelId::new(format!("{tenant}:{model}")),
+        }
+    }
+
+    /// The tenant and the name that it uses, of a name in the engine. `has_keys`: the server has several tenants.
+    pub fn of_engine_id(id: &str, has_keys: bool) -> Option<(Self, ModelId)> {
+        if !has_keys {
+            return Some((Self::everyone(), ModelId::new(id).ok()?));
+        }
+        let (tenant, model) = id.split_once(':')?;
+        Some((Self::named(tenant)?, ModelId::new(model).ok()?))
+    }
+
+    /// The folder that its paths are in.
+    pub fn root(&self, output: &Path) -> PathBuf {
+        match &self.0 {
+            None => output.to_owned(),
+            Some(tenant) => output.join(TENANTS).join(&**tenant),
+        }
+    }
+
+    /// The name, for pages that list adapters.
+    pub fn name(&self) -> &str {
+        self.0.as_deref().unwrap_or("local")
+    }
+}
+
+/// SHA-256 of a request's path and body.
+pub type Fingerprint = [u8; 32];
+
+/// The numbered requests since a client has begun with the adapter. Sequence numbers may have gaps, and start again in
+/// the next epoch.
+#[derive(Debug, Default)]
+pub struct Epoch {
+    taken: BTreeMap<i64, (Fingerprint, String)>,
+    /// The largest number that was forgotten.
+    forgotten: Option<i64>,
+}
+
+/// Numbers that an epoch remembers.
+const REMEMBERED: usize = 10_000;
+
+/// A number that was used for another request.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SequenceError {
+    #[error(
+        "seq_id {0} was used for another request of this adapter; number requests from 1 upwards, or begin anew with \
+         create_model"
+    )]
+    Reused(i64),
+    #[error(
+        "seq_id {0} is older than the last {REMEMBERED} requests of this adapter, so a repeat cannot be told"
+    )]
+    Forgotten(i64),
+}
+
+impl Epoch {
+    /// The id of the future that request `number` got, if it is a repeat.
+    ///
+    /// # Errors
+    /// The number was used for another body, or is too old to tell.
+    pub fn repeat(&self, number: i64, body: &Fingerprint) -> Result<Option<&str>, SequenceError> {
+        match self.taken.get(&number) {
+            Some((taken, id)) if taken == body => Ok(Some(id)),
+            Some(_) => Err(SequenceError::Reused(number)),
+            None if self.forgotten.is_some_and(|last| number <= last) => {
+                Err(SequenceError::Forgotten(number))
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// Remembers that request `number` got the future `id`.
+    pub fn take(&mut self, number: i64, body: Fingerprint, id: String) {
+        self.taken.insert(number, (body, id));
+        if self.taken.len() > REMEMBERED
+            && let Some((first, _)) = self.taken.pop_first()
+        {
+            self.forgotten = Some(first);
+        }
+    }
+}
+
+/// An adapter.
+#[derive(Debug)]
+pub struct Model {
+    pub spec: AdapterSpec,
+    pub last_request: SystemTime,
+    pub epoch: Epoch,
+    /// False: it could not be made, or is unloaded. Changed by answers of the engine, which take no lock.
+    exists: Arc<AtomicBool>,
+}
+
+/// The adapters of all tenants.
+#[derive(Debug, Default)]
+pub struct Registry {
+    models: BTreeMap<(Tenant, ModelId), Model>,
+}
+
+impl Registry {
+    /// An adapter of `tenant`.
+    pub fn get(&mut self, tenant: &Tenant, model: &ModelId) -> Option<&mut Model> {
+        let found = self.models.get_mut(&(tenant.clone(), model.clone()));
+        found.filter(|model| model.exists.load(Ordering::Acquire))
+    }
+
+    /// Adds an adapter. The switch says that it exists, and turns false when it does not.
+    pub fn add(&mut self, tenant: Tenant, model: ModelId, spec: AdapterSpec) -> Arc<AtomicBool> {
+        let exists = Arc::new(AtomicBool::new(true));
+        let last_request = SystemTime::now();
+        let entry = Model { spec, last_request, epoch: Epoch::default(), exists: exists.clone() };
+        self.models.insert((tenant, model), entry);
+        exists
+    }
+
+    /// Takes an adapter away until the switch turns true again.
+    pub fn withdraw(&mut self, tenant: &Tenant, model: &ModelId) -> Option<Arc<AtomicBool>> {
+        let exists = self.get(tenant, model)?.exists.clone();
+        exists.store(false, Ordering::Release);
+        Some(exists)
+    }
+
+    /// The adapters of `tenant` by name.
+    pub fn of<'a>(&'a self, tenant: &'a Tenant) -> impl Iterator<Item = (&'a ModelId, &'a Model)> {
+        let own = self.models.iter().filter(move |((owner, _), _)| owner == tenant);
+        own.filter(|(_, model)| model.exists.load(Ordering::Acquire)).map(|((_, id), model)| (id, model))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> AdapterSpec {
+        AdapterSpec { rank: 4, alpha: 8.0, targets: None, train_attn: true, train_mlp: true, seed: 1 }
+    }
+
+    #[test]
+    fn a_repeat_is_the_same_number_with_the_same_body() {
+        let mut epoch = Epoch::default();
+        assert_eq!(epoch.repeat(1, &[1; 32]), Ok(None));
+        epoch.take(1, [1; 32], "a".into());
+        // A gap is no matter.
+        epoch.take(9, [9; 32], "b".into());
+        assert_eq!(epoch.repeat(1, &[1; 32]), Ok(Some("a")));
+        assert_eq!(epoch.repeat(9, &[1; 32]), Err(SequenceError::Reused(9)));
+        assert_eq!(epoch.repeat(5, &[1; 32]), Ok(None));
+    }
+
+    #[test]
+    fn numbers_that_were_forgotten_are_refused() {
+        let mut epoch = Epoch::default();
+        (0..=REMEMBERED as i64 + 1).for_each(|number| epoch.take(number, [0; 32], String::new()));
+        assert_eq!(epoch.repeat(1, &[0; 32]), Err(SequenceError::Forgotten(1)));
+        assert_eq!(epoch.repeat(2, &[0; 32]), Ok(Some("")));
+    }
+
+    #[test]
+    fn tenants_have_names_folders_and_adapters_of_their_own() {
+        let (one, two) = (Tenant::named("one").unwrap(), Tenant::named("two").unwrap());
+        let model = ModelId::new("sess-1:train:0").unwrap();
+        let mut registry = Registry::default();
+        registry.add(one.clone(), model.clone(), spec());
+        assert!(registry.get(&one, &model).is_some() && registry.get(&two, &model).is_none());
+        assert_eq!((registry.of(&one).count(), registry.of(&two).count()), (1, 0));
+        let id = one.engine_id(&model).unwrap();
+        assert_eq!(id.as_str(), "one:sess-1:train:0");
+        assert_eq!(Tenant::of_engine_id(id.as_str(), true), Some((one.clone(), model.clone())));
+        assert_eq!(Tenant::of_engine_id(model.as_str(), false), Some((Tenant::everyone(), model)));
+        assert_eq!(one.root(Path::new("out")), Path::new("out/tenants/one"));
+        assert_eq!(Tenant::everyone().root(Path::new("out")), Path::new("out"));
+        assert!(one.engine_id(&ModelId::new("a".repeat(126)).unwrap()).is_err());
+        for bad in ["", "-a", "a:b", "a/b", "..", "a.b", &"a".repeat(33)] {
+            assert_eq!(Tenant::named(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_adapter_that_is_withdrawn_comes_back_if_it_was_not_unloaded() {
+        let (tenant, model) = (Tenant::everyone(), ModelId::new("a").unwrap());
+        let mut registry = Registry::default();
+        registry.add(tenant.clone(), model.clone(), spec());
+        let exists = registry.withdraw(&tenant, &model).unwrap();
+        assert!(registry.get(&tenant, &model).is_none() && registry.withdraw(&tenant, &model).is_none());
+        exists.store(true, Ordering::Release);
+        assert!(registry.get(&tenant, &model).is_some());
+    }
+}

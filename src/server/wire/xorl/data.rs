@@ -1,0 +1,395 @@
+//! Data of a pass: the client's data, whose targets are shifted already or not, and rows as a local run has them.
+
+use super::cell::Cell;
+use crate::{
+    data::{IGNORE_INDEX, Notes, Sample, parse_tokenized},
+    server::{fault::Fault, request::Datum},
+};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use std::{collections::BTreeMap, ops::Range};
+
+/// Inputs of losses that a row may carry; they are aligned with `input_ids` as labels are.
+const ROW_INPUTS: [&str; 8] = [
+    "weights",
+    "logprobs",
+    "advantages",
+    "ref_logprobs",
+    "rollout_logprobs",
+    "sequence_ratio_mask",
+    "clip_low_threshold",
+    "clip_high_threshold",
+];
+
+/// A row of `batches`.
+pub type Row = BTreeMap<String, Cell>;
+
+/// A datum of `forward_backward_input`.
+#[derive(Deserialize)]
+pub struct WireDatum {
+    model_input: ModelInput,
+    #[serde(default)]
+    loss_fn_inputs: BTreeMap<String, Cell>,
+}
+
+#[derive(Deserialize)]
+struct ModelInput {
+    input_ids: Option<Cell>,
+    chunks: Option<Vec<Chunk>>,
+}
+
+#[derive(Deserialize)]
+struct Chunk {
+    tokens: Option<Cell>,
+}
+
+/// Bounds on data.
+#[derive(Clone, Copy)]
+pub struct Bounds {
+    pub vocab_size: usize,
+    /// Tokens of a request.
+    pub max_tokens: usize,
+}
+
+impl Bounds {
+    /// Checks token ids, each of them below the vocabulary.
+    fn check(&self, ids: &[i64], at: &str) -> Result<(), Fault> {
+        let is_known = |id: i64| usize::try_from(id).is_ok_and(|id| id < self.vocab_size);
+        match ids.iter().position(|&id| !is_known(id)) {
+            _ if ids.is_empty() => Err(Fault::user(format!("{at}: expected at least one token, got none"))),
+            None => Ok(()),
+            Some(i) => Err(Fault::user(format!(
+                "{at}[{i}]: token id {} is not in the model's vocabulary of {}",
+                ids[i], self.vocab_size
+            ))),
+        }
+    }
+
+    /// Checks that data is there and not too large.
+    pub fn check_size(&self, data: &[Datum]) -> Result<(), Fault> {
+        let tokens: usize = data.iter().map(|datum| datum.ids.len()).sum();
+        match tokens {
+            0 => Err(Fault::user("data: expected at least one datum, got none")),
+            _ if tokens > self.max_tokens => Err(Fault::user(format!(
+                "data: {tokens} tokens are more than the {} that one request may have; send them in several",
+                self.max_tokens
+            ))),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl WireDatum {
+    /// The datum as the engine takes it. `at` says where it stands: `data[3]`.
+    pub fn datum(&self, at: &str, bounds: Bounds) -> Result<Datum, Fault> {
+        let mut ids = Vec::new();
+        if let Some(cell) = &self.model_input.input_ids {
+            ids = cell.integers(&format!("{at}.model_input.input_ids"))?;
+        } else {
+            for (i, chunk) in self.model_input.chunks.iter().flatten().enumerate() {
+                let at = format!("{at}.model_input.chunks[{i}].tokens");
+                let Some(tokens) = &chunk.tokens else {
+                    return Err(Fault::user(format!(
+                        "{at}: expected token ids, got none; other inputs are not read"
+                    )));
+                };
+                ids.extend(tokens.integers(&at)?);
+            }
+        }
+        bounds.check(&ids, &format!("{at}.model_input.input_ids"))?;
+        let inputs = self.loss_fn_inputs.iter();
+        let others = inputs.filter(|(name, _)| !["target_tokens", "labels"].contains(&name.as_str()));
+        let others: Vec<(&String, &Cell)> = others.collect();
+        match (self.loss_fn_inputs.get("target_tokens"), self.loss_fn_inputs.get("labels")) {
+            (Some(_), Some(_)) => Err(Fault::user(format!(
+                "{at}.loss_fn_inputs: expected target_tokens, which are shifted, or labels, which are not; got both"
+            ))),
+            (None, None) => Err(Fault::user(format!(
+                "{at}.loss_fn_inputs: expected target_tokens, which are shifted, or labels, which are not; got neither"
+            ))),
+            (Some(targets), None) => shifted_already(at, ids, targets, &others, bounds),
+            (None, Some(labels)) => {
+                let at = format!("{at}.loss_fn_inputs");
+                let labels = labels.integers(&format!("{at}.labels"))?;
+                let inputs = aligned(&at, &others, ids.len(), 0..ids.len())?;
+                shift(&format!("{at}.labels"), ids, &labels, &inputs, bounds)
+            }
+        }
+    }
+}
+
+/// A datum whose targets are shifted: `[tokens]`, or `[tokens, k]`.
+fn shifted_already(
+    at: &str,
+    ids: Vec<i64>,
+    targets: &Cell,
+    inputs: &[(&String, &Cell)],
+    bounds: Bounds,
+) -> Result<Datum, Fault> {
+    let at = format!("{at}.loss_fn_inputs");
+    let (values, shape) = targets.numbers(&format!("{at}.target_tokens"))?;
+    let k = match shape {
+        [_, k] => (*k).max(1),
+        _ => 1,
+    };
+    if ids.len().checked_mul(k) != Some(values.len()) {
+        return Err(Fault::user(format!(
+            "{at}.target_tokens: expected {} values like input_ids, or that many lists of equal length, got {}",
+            ids.len(),
+            values.len()
+        )));
+    }
+    let targets = checked_targets(targets.integers(&format!("{at}.target_tokens"))?, &at, bounds)?;
+    let mut taken = BTreeMap::new();
+    for (name, cell) in inputs {
+        let at = format!("{at}.{name}");
+        let (values, _) = cell.numbers(&at)?;
+        if values.len() != ids.len() * k && values.len() != ids.len() {
+            let expected =
+                if k == 1 { format!("{}", ids.len()) } else { format!("{} or {}", ids.len() * k, ids.len()) };
+            return Err(Fault::user(format!(
+                "{at}: expected {expected} values like target_tokens, got {}",
+                values.len()
+            )));
+        }
+        taken.insert((*name).clone(), values.iter().map(|&value| value as f32).collect());
+    }
+    Ok(Datum { ids, targets, k, inputs: taken })
+}
+
+/// Targets with one value for all that are absent.
+fn checked_targets(mut targets: Vec<i64>, at: &str, bounds: Bounds) -> Result<Vec<i64>, Fault> {
+    for target in &mut targets {
+        if *target < 0 {
+            *target = IGNORE_INDEX;
+        } else {
+            bounds.check(&[*target], &format!("{at}.target_tokens"))?;
+        }
+    }
+    Ok(targets)
+}
+
+/// Inputs that are aligned with `input_ids`, cut to the tokens that are kept.
+fn aligned(
+    at: &str,
+    inputs: &[(&String, &Cell)],
+    tokens: usize,
+    kept: Range<usize>,
+) -> Result<BTreeMap<String, Vec<f32>>, Fault> {
+    let one = |(name, cell): &(&String, &Cell)| {
+        let at = format!("{at}.{name}");
+        let (values, _) = cell.numbers(&at)?;
+        let Some(kept) = values.get(kept.clone()).filter(|_| values.len() == tokens) else {
+            return Err(Fault::user(format!(
+                "{at}: expected {tokens} values like input_ids, got {}",
+                values.len()
+            )));
+        };
+        Ok(((*name).clone(), kept.iter().map(|&value| value as f32).collect()))
+    };
+    inputs.iter().map(one).collect()
+}
+
+/// A datum of a document whose labels and inputs are aligned with its tokens: each token's are those of the next.
+fn shift(
+    at: &str,
+    ids: Vec<i64>,
+    labels: &[i64],
+    inputs: &BTreeMap<String, Vec<f32>>,
+    bounds: Bounds,
+) -> Result<Datum, Fault> {
+    if labels.len() != ids.len() {
+        return Err(Fault::user(format!(
+            "{at}: expected {} values like input_ids, got {}",
+            ids.len(),
+            labels.len()
+        )));
+    }
+    let next = labels.iter().skip(1).copied().chain([IGNORE_INDEX]).collect();
+    let targets = checked_targets(next, at, bounds)?;
+    let moved = |(name, values): (&String, &Vec<f32>)| {
+        (name.clone(), values.iter().skip(1).copied().chain([0.0]).collect())
+    };
+    Ok(Datum { ids, targets, k: 1, inputs: inputs.iter().map(moved).collect() })
+}
+
+/// The data of a row as a local run has it: one datum a document, so a row with several gives several. A row of lists
+/// of lists is as many rows.
+pub fn of_row(row: &Row, at: &str, bounds: Bounds) -> Result<Vec<Datum>, Fault> {
+    if let Some(Cell::Numbers { shape, .. }) = row.get("input_ids")
+        && let [rows, _] = shape[..]
+    {
+        let one = |i| of_row(&part(row, i, rows), &format!("{at}[{i}]"), bounds);
+        return (0..rows).map(one).collect::<Result<Vec<_>, _>>().map(|data| data.concat());
+    }
+    let is_input = |name: &str| ROW_INPUTS.contains(&name);
+    let inputs: Vec<(&String, &Cell)> = row.iter().filter(|(name, _)| is_input(name)).collect();
+    let tokens = match row.get("input_ids") {
+        Some(Cell::Numbers { values, .. }) if values.len() <= bounds.max_tokens => values.len(),
+        Some(Cell::Numbers { values, .. }) => {
+            let (tokens, most) = (values.len(), bounds.max_tokens);
+            return Err(Fault::user(format!(
+                "{at}: {tokens} tokens are more than the {most} that one request may have"
+            )));
+        }
+        _ => 0,
+    };
+    let line: Map<String, Value> = row
+        .iter()
+        .filter(|(name, _)| !is_input(name))
+        .map(|(name, cell)| (name.clone(), plain(cell)))
+        .collect();
+    let text = serde_json::to_vec(&line).unwrap_or_default();
+    let sample = parse_tokenized(&text, bounds.vocab_size, &mut Notes::default());
+    let Sample { tokens: ids, labels, documents } =
+        sample.map_err(|error| Fault::user(format!("{at}: {error}")))?;
+    let start = padding_before(row, tokens - ids.len());
+    let inputs = aligned(at, &inputs, tokens, start..start + ids.len())?;
+    let (mut data, mut from) = (Vec::new(), 0);
+    for length in documents {
+        let range = from..from + length;
+        let ids = ids[range.clone()].iter().map(|&id| i64::from(id)).collect();
+        let inputs =
+            inputs.iter().map(|(name, values)| (name.clone(), values[range.clone()].to_vec())).collect();
+        data.push(shift(at, ids, &labels[range.clone()], &inputs, bounds)?);
+        from = range.end;
+    }
+    Ok(data)
+}
+
+/// Tokens of padding before the first that is kept, of `dropped` in all.
+fn padding_before(row: &Row, dropped: usize) -> usize {
+    match row.get("attention_mask") {
+        Some(Cell::Numbers { values, .. }) if dropped > 0 => {
+            values.iter().position(|&value| value != 0.0).unwrap_or(0)
+        }
+        _ => 0,
+    }
+}
+
+/// Row `i` of `rows` in a row of lists of lists. Cells of another shape belong to all.
+fn part(row: &Row, i: usize, rows: usize) -> Row {
+    let cut = |cell: &Cell| match cell {
+        Cell::Numbers { values, shape } if shape.len() == 2 && shape[0] == rows => {
+            let values = values[i * shape[1]..(i + 1) * shape[1]].to_vec();
+            Cell::Numbers { values, shape: vec![shape[1]] }
+        }
+        other => other.clone(),
+    };
+    row.iter().map(|(name, cell)| (name.clone(), cut(cell))).collect()
+}
+
+/// A cell as the line of a file has it.
+fn plain(cell: &Cell) -> Value {
+    let number = |&value: &f64| if value.fract() == 0.0 { json!(value as i64) } else { json!(value) };
+    match cell {
+        Cell::Numbers { values, .. } => values.iter().map(number).collect(),
+        Cell::Other => json!("something else than numbers"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BOUNDS: Bounds = Bounds { vocab_size: 10, max_tokens: 20 };
+
+    fn datum(text: &str) -> Result<Datum, Fault> {
+        serde_json::from_str::<WireDatum>(text).unwrap().datum("data[0]", BOUNDS)
+    }
+
+    fn rows(text: &str) -> Result<Vec<Datum>, Fault> {
+        of_row(&serde_json::from_str(text).unwrap(), "batches[0]", BOUNDS)
+    }
+
+    #[test]
+    fn targets_that_are_shifted_stay_and_labels_move() {
+        let shifted = r#"{"model_input": {"input_ids": [1, 2, 3]}, "loss_fn_inputs": {"target_tokens": [2, 3, -100],
+            "weights": {"data": [1.0, 0.5, 0], "dtype": "float32", "shape": [3]}}}"#;
+        let labels = r#"{"model_input": {"chunks": [{"tokens": [1], "type": "encoded_text"}, {"tokens": [2, 3]}]},
+            "loss_fn_inputs": {"labels": [1, 2, 3], "weights": [7, 1, 0.5]}}"#;
+        for text in [shifted, labels] {
+            let datum = datum(text).unwrap();
+            assert_eq!((&datum.ids[..], &datum.targets[..], datum.k), (&[1, 2, 3][..], &[2, 3, -100][..], 1));
+            assert_eq!(datum.inputs["weights"], [1.0, 0.5, 0.0]);
+        }
+    }
+
+    #[test]
+    fn several_targets_a_token_come_as_lists_or_with_a_shape() {
+        for targets in ["[[1, 2], [3, 4]]", r#"{"data": [1, 2, 3, 4], "shape": [2, 2]}"#] {
+            let text = format!(
+                r#"{{"model_input": {{"input_ids": [1, 2]}},
+                    "loss_fn_inputs": {{"target_tokens": {targets}, "advantages": [1, 2]}}}}"#
+            );
+            let datum = datum(&text).unwrap();
+            assert_eq!((&datum.targets[..], datum.k), (&[1, 2, 3, 4][..], 2));
+            assert_eq!(datum.inputs["advantages"], [1.0, 2.0]);
+        }
+    }
+
+    #[test]
+    fn a_row_is_read_as_a_local_run_reads_it() {
+        let plain =
+            rows(r#"{"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "id": "x", "meta": {"a": [1]}}"#)
+                .unwrap();
+        assert_eq!((&plain[0].ids[..], &plain[0].targets[..]), (&[1, 2, 3][..], &[2, 3, -100][..]));
+        let padded =
+            rows(r#"{"input_ids": [0, 1, 2], "attention_mask": [0, 1, 1], "advantages": [9, 8, 7]}"#)
+                .unwrap();
+        assert_eq!((&padded[0].ids[..], &padded[0].targets[..]), (&[1, 2][..], &[2, -100][..]));
+        assert_eq!(padded[0].inputs["advantages"], [7.0, 0.0]);
+        let packed = rows(r#"{"input_ids": [1, 2, 3, 4], "position_ids": [0, 1, 0, 1]}"#).unwrap();
+        let targets: Vec<_> = packed.iter().map(|datum| datum.targets.clone()).collect();
+        assert_eq!(targets, [[2, -100], [4, -100]]);
+        let batch = rows(r#"{"input_ids": [[1, 2], [3, 4]], "labels": [[1, 2], [-100, -100]]}"#).unwrap();
+        let targets: Vec<_> = batch.iter().map(|datum| datum.targets.clone()).collect();
+        assert_eq!(targets, [[2, -100], [-100, -100]]);
+    }
+
+    #[test]
+    fn each_bad_datum_says_what_is_wrong_and_where() {
+        let input = |ids: &str, inputs: &str| {
+            format!(r#"{{"model_input": {{"input_ids": {ids}}}, "loss_fn_inputs": {{{inputs}}}}}"#)
+        };
+        for (text, words) in [
+            (input("[1, 2]", ""), "got neither"),
+            (input("[1]", r#""labels": [1], "target_tokens": [1]"#), "got both"),
+            (input("[]", ""), "data[0].model_input.input_ids: expected at least one token"),
+            (input("[1, 10]", ""), "input_ids[1]: token id 10 is not in the model's vocabulary of 10"),
+            (input("[1.5]", ""), "input_ids[0]: expected an integer, got 1.5"),
+            (input("[\"a\"]", ""), "input_ids: expected a list of numbers"),
+            (input("[1, 2]", r#""target_tokens": [1]"#), "target_tokens: expected 2 values like input_ids"),
+            (input("[1, 2]", r#""target_tokens": [1, 11]"#), "token id 11 is not in"),
+            (input("[1, 2]", r#""target_tokens": [1, 2], "weights": [1]"#), "weights: expected 2 values"),
+            (
+                input("[1, 2]", r#""labels": [1, 2], "weights": [1]"#),
+                "weights: expected 2 values like input_ids",
+            ),
+            (input("[1, 2]", r#""labels": [1]"#), "labels: expected 2 values like input_ids, got 1"),
+            (
+                input("[1]", r#""target_tokens": {"data": [1, 2], "shape": [3]}"#),
+                "as many numbers as the shape says",
+            ),
+            (
+                r#"{"model_input": {"chunks": [{"type": "image"}]}}"#.into(),
+                "chunks[0].tokens: expected token ids",
+            ),
+        ] {
+            let error = datum(&text).unwrap_err().to_string();
+            assert!(error.contains(words), "{text}: {error}");
+        }
+        for (text, words) in [
+            ("{}", "batches[0]: expected field `input_ids`"),
+            (r#"{"input_ids": [1], "labels": [1, 2]}"#, "labels: expected 1 values like input_ids, got 2"),
+            (r#"{"input_ids": [1, 2], "weights": [1]}"#, "batches[0].weights: expected 2 values"),
+            (r#"{"input_ids": [[1, 2], [1]]}"#, "input_ids: expected a list of integers"),
+            (r#"{"input_ids": [1], "sample_weight": [1]}"#, "sample_weight"),
+        ] {
+            let error = rows(text).unwrap_err().to_string();
+            assert!(error.contains(words), "{text}: {error}");
+        }
+        let long = format!(r#"{{"input_ids": {:?}}}"#, [1; 21]);
+        assert!(rows(&long).unwrap_err().to_string().contains("21 tokens are more than the 20"));
+    }
+}

@@ -1,0 +1,223 @@
+//! Adapters: create, describe, unload, and the end of a session.
+
+use super::{
+    Call,
+    fields::{Fields, model_id},
+    weights::timestamp,
+};
+use crate::server::{
+    app::{App, Submission, mismatched},
+    checkpoints,
+    fault::Fault,
+    futures::{Body, Look},
+    paths::Kind,
+    registry::Tenant,
+    request::{AdapterSpec, ModelId, Refusal, Reply, Save, Task},
+    wire::iso_time,
+};
+use serde_json::{Value, json};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+/// Time for which `kill_session` waits for its save. The client gives up after 120 s.
+const KILL_TIME: Duration = Duration::from_secs(110);
+
+/// Creates an adapter, or begins anew with one that has this shape.
+pub fn create(call: &Call, fields: &Fields) -> Result<Value, Fault> {
+    let settings = &call.app.settings;
+    let model = fields.model()?;
+    if model.as_str().contains(':') {
+        return Err(Fault::user(format!(
+            "model_id {model}: names with ':' are of tinker's clients; leave it out"
+        )));
+    }
+    if let Some(base) = fields.text("base_model")?
+        && base != settings.base_model
+        && !settings.other_names.iter().any(|name| name == base)
+    {
+        return Err(Fault::user(format!(
+            "base_model {base:?}: this server trains {:?}",
+            settings.base_model
+        )));
+    }
+    let lora = fields.object("lora_config", "lora_config.")?;
+    let own = &settings.adapter;
+    let is_rank = |rank: f64| rank >= 1.0 && rank.fract() == 0.0 && rank <= 1e6;
+    let rank = lora.number(&["lora_rank", "rank"], "an integer of at least 1", is_rank)?;
+    let rank = rank.map_or(own.rank, |rank| rank as usize);
+    if let Some(most) = settings.max_rank.filter(|&most| rank > most) {
+        return Err(Fault::user(format!(
+            "lora_config.rank: {rank} is more than this server's max_lora_rank, {most}"
+        )));
+    }
+    let alpha = lora.number(&["lora_alpha", "alpha"], "a positive number", |alpha| alpha > 0.0)?;
+    let spec = AdapterSpec {
+        rank,
+        alpha: alpha.unwrap_or(own.alpha),
+        targets: lora.texts("target_modules")?.or_else(|| own.targets.clone()),
+        train_attn: lora.flag("train_attn")?.unwrap_or(own.train_attn),
+        train_mlp: lora.flag("train_mlp")?.unwrap_or(own.train_mlp),
+        seed: lora.integer("seed")?.map_or(own.seed, |seed| seed as u64),
+    };
+    let dropout = lora
+        .number(&["dropout", "lora_dropout"], "a number from 0 to 1", |rate| (0.0..=1.0).contains(&rate))?;
+    let warning = dropout.filter(|&rate| rate > 0.0);
+    let warning = warning.map(|rate| format!("lora_config.dropout {rate} is ignored: no dropout is applied"));
+    let name = model.clone();
+    let render = Box::new(move |reply: &Reply, _| match reply {
+        Reply::Created => {
+            Body::json(&json!({"model_id": name, "type": "create_model", "warning_message": warning}))
+        }
+        other => mismatched(other),
+    });
+    let id = call.app.create(call.tenant, &model, spec, render)?;
+    Ok(json!({"request_id": id, "model_id": model}))
+}
+
+/// Forgets an adapter. A repeat is an error, for the first has forgotten it.
+pub fn unload(call: &Call, fields: &Fields) -> Result<Value, Fault> {
+    let model = fields.model()?;
+    let name = model.clone();
+    let render = Box::new(move |reply: &Reply, _| match reply {
+        Reply::Unloaded => Body::json(&json!({"model_id": name, "type": "unload_model"})),
+        other => mismatched(other),
+    });
+    call.submit(&model, fields.seq_id()?, Task::Unload, render)
+}
+
+/// Describes an adapter and its base.
+pub fn info(call: &Call, fields: &Fields) -> Result<Value, Fault> {
+    let (model, settings) = (fields.model()?, &call.app.settings);
+    let spec = call.app.spec(call.tenant, &model)?;
+    Ok(json!({
+        "type": "get_info",
+        "model_id": model,
+        "model_name": settings.base_model,
+        "model_data": {
+            "arch": settings.architecture,
+            "model_name": settings.base_model,
+            "tokenizer_id": settings.tokenizer,
+        },
+        "is_lora": true,
+        "lora_rank": spec.rank,
+        "lora_alpha": spec.alpha,
+    }))
+}
+
+/// Counts of an adapter: `?model_id=` or `?session_id=`.
+pub fn session_info(app: &App, tenant: &Tenant, query: &BTreeMap<String, String>) -> Result<Value, Fault> {
+    let model = model_id(query.get("model_id").or(query.get("session_id")).map(String::as_str))?;
+    let spec = app.spec(tenant, &model)?;
+    let id = tenant.engine_id(&model).map_err(|error| Fault::user(error.to_string()))?;
+    let state = app.engine.state();
+    let known = state.models.get(id.as_str());
+    let last = app.registry().get(tenant, &model).map(|known| iso_time(known.last_request));
+    Ok(json!({
+        "model_id": model,
+        "session_id": model,
+        "base_model": app.settings.base_model,
+        "is_lora": true,
+        "lora_rank": spec.rank,
+        "lora_alpha": spec.alpha,
+        "step": known.map_or(0, |model| model.step),
+        "accumulated_passes": known.map_or(0, |model| model.accumulated),
+        "last_request_time": last,
+    }))
+}
+
+/// The adapters of a tenant by name: `?limit=20&offset=0`.
+pub fn training_runs(app: &App, tenant: &Tenant, query: &BTreeMap<String, String>) -> Result<Value, Fault> {
+    let number = |name: &str, otherwise: usize| match query.get(name) {
+        None => Ok(otherwise),
+        Some(text) => text
+            .parse()
+            .map_err(|_| Fault::user(format!("{name}: expected an integer of at least 0, got {text:?}"))),
+    };
+    let (limit, offset) = (number("limit", 20)?.min(1000), number("offset", 0)?);
+    let all: Vec<(ModelId, usize, String)> = {
+        let registry = app.registry();
+        let run = |(id, model): (&ModelId, &crate::server::registry::Model)| {
+            (id.clone(), model.spec.rank, iso_time(model.last_request))
+        };
+        registry.of(tenant).map(run).collect()
+    };
+    let root = app.root(tenant)?;
+    let run = |(id, rank, last): &(ModelId, usize, String)| {
+        let saved = checkpoints::list(&root, id);
+        let newest =
+            |kind| saved.iter().rfind(|stored| stored.checkpoint.kind == kind).map(super::weights::listed);
+        json!({
+            "training_run_id": id,
+            "base_model": app.settings.base_model,
+            "model_owner": tenant.name(),
+            "is_lora": true,
+            "lora_rank": rank,
+            "corrupted": false,
+            "last_request_time": last,
+            "last_checkpoint": newest(Kind::Weights),
+            "last_sampler_checkpoint": newest(Kind::Sampler),
+        })
+    };
+    let runs: Vec<Value> = all.iter().skip(offset).take(limit).map(run).collect();
+    let cursor = json!({"offset": offset, "limit": limit, "total_count": all.len()});
+    Ok(json!({"training_runs": runs, "cursor": cursor}))
+}
+
+/// A session that is to end, after a save if there is one.
+pub struct Kill {
+    model: ModelId,
+    /// The future and the path of the save.
+    save: Option<(String, String)>,
+}
+
+/// Submits the save of a session that is to end.
+pub fn begin_kill(call: &Call, fields: &Fields) -> Result<Kill, Fault> {
+    let model = fields.model()?;
+    call.app.spec(call.tenant, &model)?;
+    if !fields.flag("save_checkpoint")?.unwrap_or(true) {
+        return Ok(Kill { model, save: None });
+    }
+    let root = call.app.root(call.tenant)?;
+    let (folder, checkpoint) =
+        checkpoints::to_save(&root, &format!("killed-{}", timestamp()), &model, Kind::Weights)?;
+    let save = Save { folder, training_state: true, overwrite: false, metadata: json!({}) };
+    let id = submit(call.app, call.tenant, &model, Task::Save(save))?;
+    Ok(Kill { model, save: Some((id, checkpoint.uri("xorl"))) })
+}
+
+/// Submits a step of the end of a session, whose future only the server asks for.
+fn submit(app: &App, tenant: &Tenant, model: &ModelId, task: Task) -> Result<String, Fault> {
+    let render = Box::new(|_: &Reply, _| Body::json(&json!({})));
+    app.submit(Submission { tenant, model, call: "kill_session", number: None, task, render })
+}
+
+/// Waits for the save of a session, and then unloads it. A session that could not be saved goes on.
+///
+/// # Errors
+/// The server takes no request now.
+pub async fn kill(app: &Arc<App>, tenant: &Tenant, kill: Kill) -> Result<Value, Fault> {
+    let Kill { model, save } = kill;
+    let fails = |text: &str| Ok(json!({"success": false, "message": text}));
+    let (save, path) = save.unzip();
+    if let Some(id) = save
+        && let Err(text) = settled(app, tenant, &id).await
+    {
+        return fails(&format!("{model} goes on, for it could not be saved: {text}"));
+    }
+    let unload = submit(app, tenant, &model, Task::Unload)?;
+    if let Err(text) = settled(app, tenant, &unload).await {
+        return fails(&format!("{model} could not be unloaded: {text}"));
+    }
+    Ok(json!({"success": true, "message": format!("{model} is unloaded"), "checkpoint_path": path}))
+}
+
+/// Waits until a future is there.
+async fn settled(app: &App, tenant: &Tenant, id: &str) -> Result<(), String> {
+    match app.futures.wait(id, tenant, Some(KILL_TIME)).await {
+        Look::Done(outcome) => match outcome.answer() {
+            Ok(_) => Ok(()),
+            Err(Refusal::User(text) | Refusal::Server(text)) => Err(text.clone()),
+        },
+        Look::Pending(place) => Err(place.reason()),
+        Look::Unknown => Err("its result is no longer kept".into()),
+    }
+}

@@ -1,0 +1,10 @@
+//! HTTP of the training server over real sockets, with an engine that answers by itself.
+//!
+//! - `server`: the engine and a client
+//! - `wire`: the calls of `xorl-client`, futures and paths
+//! - `limits`: keys, limits, slow and broken clients, the end of the server
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
+
+mod limits;
+mod server;
+mod wire;

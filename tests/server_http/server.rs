@@ -1,0 +1,273 @@
+//! A server on a port of its own over an engine without a model, and a client by hand.
+
+use serde_json::{Value, json};
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
+    path::Path,
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{Receiver, Sender, channel},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+use tempfile::TempDir;
+use xorl_dist::server::{
+    app::{App, Settings},
+    futures::FutureLimits,
+    http::{HttpLimits, Shutdown, serve},
+    keys::Keys,
+    request::{
+        AdapterSpec, Answer, Engine, EngineState, ModelId, ModelState, OptimStep, PassReply, Refusal, Reply,
+        Request, StepReply, Task,
+    },
+};
+
+pub type Queued = (Request, Box<dyn FnOnce(Answer) + Send>);
+
+/// An engine without a model: a thread answers, and notes what it was asked.
+pub struct Double {
+    queue: Mutex<Sender<Queued>>,
+    pub state: Arc<Mutex<EngineState>>,
+    asked: Arc<Mutex<Vec<Request>>>,
+    /// Held to stop the thread before its next answer.
+    pub gate: Arc<Mutex<()>>,
+}
+
+impl Double {
+    pub fn start() -> Arc<Self> {
+        let (sender, receiver) = channel();
+        let double = Arc::new(Self {
+            queue: Mutex::new(sender),
+            state: Arc::new(Mutex::new(EngineState { healthy: true, ..EngineState::default() })),
+            asked: Arc::default(),
+            gate: Arc::default(),
+        });
+        let (state, asked, gate) = (double.state.clone(), double.asked.clone(), double.gate.clone());
+        thread::spawn(move || answer_all(&receiver, &state, &asked, &gate));
+        double
+    }
+
+    pub fn asked(&self) -> Vec<Request> {
+        self.asked.lock().unwrap().clone()
+    }
+}
+
+fn answer_all(
+    queue: &Receiver<Queued>,
+    state: &Mutex<EngineState>,
+    asked: &Mutex<Vec<Request>>,
+    gate: &Mutex<()>,
+) {
+    for (request, answer) in queue {
+        drop(gate.lock().unwrap());
+        asked.lock().unwrap().push(request.clone());
+        let reply = reply_to(&request, &mut state.lock().unwrap_or_else(PoisonError::into_inner));
+        answer(reply);
+    }
+}
+
+fn reply_to(request: &Request, state: &mut EngineState) -> Answer {
+    state.answered += 1;
+    let name = request.model.to_string();
+    if let Task::Create(spec) = &request.task {
+        state.models.entry(name).or_insert(ModelState { spec: spec.clone(), step: 0, accumulated: 0 });
+        return Ok(Reply::Created);
+    }
+    let Some(model) = state.models.get_mut(&name) else {
+        return Err(Refusal::Server(format!("{name} was never created")));
+    };
+    match &request.task {
+        Task::Pass(pass) if pass.loss.name == "stable_reinforce" => {
+            Err(Refusal::User("stable_reinforce is not built; use importance_sampling".into()))
+        }
+        Task::Pass(pass) if pass.loss.name == "panic" => panic!("the engine fails"),
+        Task::Pass(pass) => {
+            model.accumulated += u64::from(pass.backward);
+            let log_probs: Vec<Vec<f32>> = pass
+                .data
+                .iter()
+                .map(|datum| datum.targets.iter().map(|&target| -0.5 * f32::from(target >= 0)).collect())
+                .collect();
+            let valid =
+                pass.data.iter().flat_map(|datum| &datum.targets).filter(|&&target| target >= 0).count()
+                    as u64;
+            Ok(Reply::Passed(PassReply {
+                loss: 0.5 * valid as f64,
+                valid,
+                log_probs,
+                metrics: BTreeMap::new(),
+            }))
+        }
+        Task::OptimStep(_) => {
+            model.step += 1;
+            model.accumulated = 0;
+            Ok(Reply::Stepped(StepReply { step: model.step, grad_norm: 1.25, non_finite: Vec::new() }))
+        }
+        Task::AbortGradients => Ok(Reply::Aborted { step: model.step }),
+        Task::Save(save) if save.folder.exists() && !save.overwrite => {
+            Err(Refusal::User(format!("{} exists; give overwrite or another name", save.folder.display())))
+        }
+        Task::Save(save) => {
+            fs::create_dir_all(&save.folder).unwrap();
+            let config = json!({"peft_type": "LORA", "r": model.spec.rank, "lora_alpha": model.spec.alpha,
+                "target_modules": ["q_proj"]});
+            fs::write(save.folder.join("adapter_config.json"), config.to_string()).unwrap();
+            let manifest = json!({"adapter_config.json": {"size": config.to_string().len(), "sha256": ""}});
+            fs::write(save.folder.join("manifest.json"), manifest.to_string()).unwrap();
+            Ok(Reply::Saved { folder: save.folder.clone(), bytes: 1 })
+        }
+        Task::Load(load) if load.folder.is_dir() => Ok(Reply::Loaded { step: 3 }),
+        Task::Load(load) => Err(Refusal::User(format!("{} is no checkpoint", load.folder.display()))),
+        Task::Unload => {
+            state.models.remove(&name);
+            Ok(Reply::Unloaded)
+        }
+        Task::Create(_) => unreachable!(),
+    }
+}
+
+impl Engine for Double {
+    fn submit(&self, request: Request, answer: Box<dyn FnOnce(Answer) + Send>) {
+        // A thread that has panicked has dropped its end: the answer is dropped, too.
+        let _ = self.queue.lock().unwrap().send((request, answer));
+    }
+
+    fn state(&self) -> EngineState {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// A server on a port of its own.
+pub struct Server {
+    pub address: SocketAddr,
+    pub engine: Arc<Double>,
+    pub output: TempDir,
+    pub shutdown: Shutdown,
+    thread: Option<JoinHandle<std::io::Result<()>>>,
+}
+
+pub fn settings(output: &Path) -> Settings {
+    Settings {
+        base_model: "org/base".into(),
+        other_names: vec!["/models/base".into()],
+        architecture: "LlamaForCausalLM".into(),
+        tokenizer: "/models/base".into(),
+        output_dir: output.to_owned(),
+        vocab_size: 100,
+        adapter: AdapterSpec {
+            rank: 16,
+            alpha: 32.0,
+            targets: None,
+            train_attn: true,
+            train_mlp: true,
+            seed: 42,
+        },
+        max_rank: Some(64),
+        model_ids: vec![ModelId::new("policy_v1").unwrap()],
+        optim: OptimStep {
+            lr: 1e-4,
+            betas: (0.9, 0.95),
+            eps: 1e-12,
+            weight_decay: 0.0,
+            max_grad_norm: 1.0,
+            divide: true,
+        },
+        max_tokens: 1000,
+        futures: FutureLimits { poll: Duration::from_millis(300), ..FutureLimits::default() },
+        http: HttpLimits { linger: Duration::from_millis(500), ..HttpLimits::default() },
+    }
+}
+
+impl Server {
+    pub fn start() -> Self {
+        Self::with(Keys::default(), |_| {})
+    }
+
+    pub fn with(keys: Keys, change: impl FnOnce(&mut Settings)) -> Self {
+        let output = tempfile::tempdir().unwrap();
+        let mut settings = settings(output.path());
+        change(&mut settings);
+        let engine = Double::start();
+        let app = App::new(engine.clone(), settings, keys);
+        app.create_declared().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (address, shutdown) = (listener.local_addr().unwrap(), Shutdown::default());
+        let stop = shutdown.clone();
+        let thread = Some(thread::spawn(move || serve(listener, app, &stop)));
+        Self { address, engine, output, shutdown, thread }
+    }
+
+    /// Sends a request on a connection of its own; returns status and JSON body (text where it is no JSON).
+    pub fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> (u16, Value) {
+        let mut stream = TcpStream::connect(self.address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        let mut head = format!(
+            "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n",
+            body.len()
+        );
+        headers.iter().for_each(|(name, value)| head += &format!("{name}: {value}\r\n"));
+        stream.write_all((head + "\r\n").as_bytes()).unwrap();
+        // A server may answer and close before it has read all.
+        let _ = stream.write_all(body);
+        read_response(&mut stream)
+    }
+
+    pub fn post(&self, name: &str, body: &Value) -> (u16, Value) {
+        self.send("POST", &format!("/api/v1/{name}"), &[], body.to_string().as_bytes())
+    }
+
+    pub fn get(&self, path: &str) -> (u16, Value) {
+        self.send("GET", path, &[], b"")
+    }
+
+    /// Submits, and returns the id of the future.
+    pub fn submit(&self, name: &str, body: &Value) -> String {
+        let (status, reply) = self.post(name, body);
+        assert_eq!(status, 200, "{name}: {reply}");
+        reply["request_id"].as_str().unwrap().to_owned()
+    }
+
+    pub fn retrieve(&self, id: &str) -> (u16, Value) {
+        self.post("retrieve_future", &json!({"request_id": id}))
+    }
+
+    /// Submits and waits.
+    pub fn call(&self, name: &str, body: &Value) -> Value {
+        let (status, reply) = self.retrieve(&self.submit(name, body));
+        assert_eq!(status, 200, "{name}: {reply}");
+        reply
+    }
+
+    pub fn stop(&mut self) {
+        self.shutdown.begin();
+        self.thread.take().unwrap().join().unwrap().unwrap();
+    }
+}
+
+fn read_response(stream: &mut TcpStream) -> (u16, Value) {
+    let mut bytes = Vec::new();
+    let _ = stream.read_to_end(&mut bytes);
+    let text = String::from_utf8_lossy(&bytes);
+    let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
+    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
+    (status, serde_json::from_str(body).unwrap_or_else(|_| Value::String(body.into())))
+}
+
+pub fn detail(reply: &Value) -> &str {
+    reply["detail"].as_str().unwrap_or_else(|| panic!("no detail in {reply}"))
+}
+
+pub fn datum() -> Value {
+    json!({"model_input": {"input_ids": [1, 2, 3]},
+        "loss_fn_inputs": {"target_tokens": {"data": [2, 3, 4], "dtype": "int64", "shape": [3]},
+            "weights": {"data": [0.0, 1.0, 2.0], "dtype": "float32", "shape": [3]}}})
+}
+
+pub fn forward_backward(seq_id: u64) -> Value {
+    json!({"model_id": "default", "seq_id": seq_id,
+        "forward_backward_input": {"data": [datum()], "loss_fn": "cross_entropy"}})
+}
