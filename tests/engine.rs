@@ -31,8 +31,10 @@ use xorl_dist::{
         Server, ServerPlan,
         engine::{self, AdapterDefaults, EngineOptions},
         request::{
-            AdapterSpec, Answer, Datum, Engine, ModelId, OptimStep, Reply, Request, Save, StepReply, Task,
+            AdapterSpec, Answer, Datum, Engine, Load, ModelId, OptimStep, Reply, Request, Save, StepReply,
+            Task,
         },
+        store::Base,
     },
     session::Session,
     shard::ProcessGroups,
@@ -63,6 +65,8 @@ enum Script {
     /// So many adapters, together, then interleaved, then each alone.
     Adapters(usize),
     LocalTrainer,
+    /// Saved with what it has accumulated, and loaded.
+    Saves,
     Refusals,
     ManyTargets,
     Idle,
@@ -191,7 +195,7 @@ fn of_trainer(groups: &ProcessGroups, case: &Case, options: Options) -> Seen {
     let mut seen = Seen::default();
     for step in 0..STEPS {
         let own: Vec<usize> = (0..6).filter(|row| row % case.world == groups.rank).collect();
-        let report = trainer.step(&[batch(step, &own, Data::Random)], step).unwrap();
+        let report = trainer.step(&[batch(step, &own, Data::Random).into()], step).unwrap();
         seen.losses.push(report.loss.unwrap());
         seen.valid.push(report.valid_tokens);
         seen.norms.push(report.grad_norm);
@@ -354,6 +358,38 @@ fn many_targets(client: &Client) -> Value {
     json!(reply.loss)
 }
 
+/// An adapter that is loaded goes on as it did when it was saved, with the gradient that it had accumulated.
+fn saves(client: &Client) -> Value {
+    let (model, step) = (id("default"), step_of(0));
+    client.create(&model, adapter(0));
+    let train = |data: Vec<Datum>| passed(client.ask(&model, pass(data, true))).loss;
+    let on = || {
+        let norm = client.step(&model, step).grad_norm;
+        (norm, train(data_of(3, 0)), client.step(&model, step).step)
+    };
+    train(data_of(0, 0));
+    client.step(&model, step);
+    train(data_of(1, 0));
+    let output = std::env::var("XORL_TEST_OUT").unwrap();
+    let folder = Path::new(&output).join("weights/default/first");
+    let save = Save { folder, training_state: true, overwrite: false, metadata: json!({"note": "first"}) };
+    let Ok(Reply::Saved { folder, bytes }) = client.ask(&model, Task::Save(save.clone())) else {
+        panic!("not saved");
+    };
+    assert!(folder.join("adapter_model.safetensors").is_file() && bytes > 10_000, "{bytes} in {folder:?}");
+    assert!(client.refused(&model, Task::Save(save)).contains("first"));
+    let went_on = on();
+    assert_eq!(went_on.2, 3);
+    let load = |optimizer| Task::Load(Load { folder: folder.clone(), optimizer });
+    assert_eq!(client.ask(&model, load(true)), Ok(Reply::Loaded { step: 1 }));
+    assert_eq!(on(), went_on);
+    assert_eq!(client.ask(&model, load(false)), Ok(Reply::Loaded { step: 0 }));
+    let other = id("other");
+    client.create(&other, adapter(1));
+    assert!(client.refused(&other, load(true)).contains("rank"));
+    json!(went_on.0)
+}
+
 /// CPU seconds of a process so far.
 fn cpu_seconds(process: u32) -> f64 {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
@@ -409,14 +445,16 @@ fn mpi_worker() {
         b_init_std: B_STD,
         max_rank: Some(64),
     };
+    let base = Base { name: "base".into(), digest: "digest".into() };
     let engine =
-        EngineOptions { defaults, max_tokens_per_pass: MAX_TOKENS, max_waiting: 100, gather: GATHER };
+        EngineOptions { defaults, base, max_tokens_per_pass: MAX_TOKENS, max_waiting: 100, gather: GATHER };
     let seen = engine::serve(&world, groups, model, engine, move |handle| {
         let client = Client(handle);
         match case.script {
             Script::Adapters(count) => adapters(&client, count, case.world),
             Script::LocalTrainer => as_trainer(&client, &expected),
             Script::Refusals => refusals(&client),
+            Script::Saves => saves(&client),
             Script::ManyTargets => many_targets(&client),
             Script::Idle => idle(&client, &processes),
         }
@@ -527,6 +565,12 @@ fn a_server_reads_a_model_and_trains_its_default_targets() {
     let losses = losses.unwrap().unwrap();
     // B starts at zero: the first loss is the base model's.
     assert!(losses[0] > 20.0 * 503f64.ln() * 0.8 && losses[7] < 0.7 * losses[0], "{losses:?}");
+}
+
+#[test]
+fn mpi_a_loaded_adapter_goes_on_as_when_it_was_saved() {
+    run(&Case::new(1, Script::Saves));
+    run(&Case::experts(2, 2, Script::Saves));
 }
 
 #[test]

@@ -151,7 +151,7 @@ pub struct Save {
 }
 
 /// A load of saved values into an adapter of the same shape.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Load {
     /// The folder of the save.
     pub folder: PathBuf,

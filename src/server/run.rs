@@ -1,6 +1,9 @@
 //! A server, whole: read the model, build each rank's part of it, run the engine.
 
-use super::engine::{self, AdapterDefaults, EngineHandle, EngineOptions};
+use super::{
+    engine::{self, AdapterDefaults, EngineHandle, EngineOptions},
+    store::Base,
+};
 use crate::{
     comm::World,
     error::{Error, Result},
@@ -14,7 +17,7 @@ use crate::{
         transformer::Transformer,
     },
     shard::ProcessGroups,
-    weights::{SafetensorsSource, WeightSource},
+    weights::{self, SafetensorsSource, WeightSource},
 };
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -76,6 +79,7 @@ impl Server {
         let ServerPlan { use_rslora, hybrid, b_init_std, max_rank, .. } = plan;
         let engine = EngineOptions {
             defaults: AdapterDefaults { targets, use_rslora, hybrid, b_init_std, max_rank },
+            base: Base { name: plan.model_path.display().to_string(), digest: weights::digest(&source)? },
             max_tokens_per_pass: plan.max_tokens_per_pass,
             max_waiting: plan.max_waiting,
             gather: plan.gather,

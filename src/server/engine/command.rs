@@ -6,10 +6,10 @@
 use crate::{
     comm::{CommandError, CommandReceiver, CommandSender},
     loss::{LossError, NamedLoss, Param},
-    server::request::{AdapterSpec, Datum, ModelId, OptimStep},
+    server::request::{AdapterSpec, Datum, Load, ModelId, OptimStep, Save},
 };
 use serde::{Deserialize, Serialize};
-use std::{borrow::Cow, collections::BTreeMap};
+use std::{borrow::Cow, collections::BTreeMap, path::PathBuf};
 
 /// Bytes of a command that travel at a time, below what the control mesh takes.
 const PART: usize = 64 << 20;
@@ -44,6 +44,14 @@ pub enum Command<'a> {
     Abort {
         model: ModelId,
     },
+    Save {
+        model: ModelId,
+        save: PlainSave,
+    },
+    Load {
+        model: ModelId,
+        load: Load,
+    },
     Unload {
         model: ModelId,
     },
@@ -74,6 +82,31 @@ pub struct Segment<'a> {
     /// Index into [`Rows::losses`].
     pub loss: usize,
     pub data: Vec<Cow<'a, Datum>>,
+}
+
+/// A [`Save`] in a form that postcard can read: its metadata are text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PlainSave {
+    folder: PathBuf,
+    training_state: bool,
+    overwrite: bool,
+    metadata: String,
+}
+
+impl From<&Save> for PlainSave {
+    fn from(save: &Save) -> Self {
+        let Save { folder, training_state, overwrite, metadata } = save.clone();
+        Self { folder, training_state, overwrite, metadata: metadata.to_string() }
+    }
+}
+
+impl From<&PlainSave> for Save {
+    fn from(plain: &PlainSave) -> Self {
+        let PlainSave { folder, training_state, overwrite, metadata } = plain.clone();
+        // Rank 0 alone writes them, from the request itself.
+        let metadata = serde_json::from_str(&metadata).unwrap_or_default();
+        Self { folder, training_state, overwrite, metadata }
+    }
 }
 
 /// A [`NamedLoss`] in a form that postcard can read: its parameters are tagged.

@@ -3,7 +3,7 @@
 use super::{
     EngineOptions, IDLE,
     check::{self, DataLimits},
-    command::{self, Command, PlainLoss, Rows, Segment},
+    command::{self, Command, PlainLoss, PlainSave, Rows, Segment},
     handle::{Asked, EngineHandle, Message},
     loss,
     models::{DatumAnswer, Models, Trained},
@@ -12,7 +12,9 @@ use super::{
 use crate::{
     Error, Result,
     comm::{CommandSender, Watcher},
-    server::request::{AdapterSpec, ModelId, ModelState, OptimStep, Pass, PassReply, Refusal, Reply, Task},
+    server::request::{
+        AdapterSpec, Load, ModelId, ModelState, OptimStep, Pass, PassReply, Refusal, Reply, Save, Task,
+    },
 };
 use crossbeam::channel::Receiver;
 use std::{borrow::Cow, collections::BTreeMap, sync::Arc, time::Instant};
@@ -172,9 +174,8 @@ impl Driver {
             Task::OptimStep(step) => self.optim_step(model, step),
             Task::AbortGradients => self.abort(model),
             Task::Unload => self.unload(model),
-            Task::Save(_) | Task::Load(_) => {
-                Err(Refusal::Server("this engine neither saves nor loads adapters".into()).into())
-            }
+            Task::Save(save) => self.save(model, save),
+            Task::Load(load) => self.load(model, load),
         };
         self.show();
         match reply {
@@ -222,6 +223,20 @@ impl Driver {
         self.ranks.tell(&Command::Abort { model: model.clone() })?;
         self.models.abort(model)?;
         Ok(Reply::Aborted { step })
+    }
+
+    fn save(&mut self, model: &ModelId, save: &Save) -> Result<Reply, Unmet> {
+        self.known(model)?;
+        let _saving = self.ranks.watcher.clone().slow("save");
+        self.ranks.tell(&Command::Save { model: model.clone(), save: PlainSave::from(save) })?;
+        Ok(self.models.save(model, save)??)
+    }
+
+    fn load(&mut self, model: &ModelId, load: &Load) -> Result<Reply, Unmet> {
+        self.known(model)?;
+        let _loading = self.ranks.watcher.clone().slow("load");
+        self.ranks.tell(&Command::Load { model: model.clone(), load: load.clone() })?;
+        Ok(self.models.load(model, load)??)
     }
 
     fn unload(&mut self, model: &ModelId) -> Result<Reply, Unmet> {

@@ -19,6 +19,7 @@ use crate::{
     Error, Result,
     comm::{Commands, Watcher, World},
     model::transformer::Transformer,
+    server::store::Base,
     shard::ProcessGroups,
 };
 use command::Command;
@@ -48,6 +49,8 @@ pub struct AdapterDefaults {
 #[derive(Clone, Debug, PartialEq)]
 pub struct EngineOptions {
     pub defaults: AdapterDefaults,
+    /// The base, as saves name it.
+    pub base: Base,
     /// Tokens of a rank and micro-batch, at most; no datum may be longer.
     pub max_tokens_per_pass: usize,
     /// Requests that may wait.
@@ -69,7 +72,7 @@ pub fn serve<T: Send + 'static>(
     front: impl FnOnce(Arc<EngineHandle>) -> T + Send + 'static,
 ) -> Result<Option<T>> {
     let watcher = world.watcher();
-    let models = Models::new(model, groups, options.defaults.clone());
+    let models = Models::new(model, groups, options.defaults.clone(), options.base.clone());
     // Commands have deadlines; the wait for one has none.
     watcher.step(0);
     match world.commands().map_err(EngineError::from)? {

@@ -6,7 +6,9 @@ use super::{
     loss,
 };
 use crate::{
-    Result, config,
+    Error, Result,
+    checkpoint::state::Accumulated,
+    config,
     lora::{LoraShape, Site, TargetError, targets},
     loss::{BySegment, NamedLoss, TokenLoss},
     model::{
@@ -15,7 +17,10 @@ use crate::{
     },
     ops::cpu::values,
     optim::{Optimizer, Settings},
-    server::request::{AdapterSpec, ModelId, OptimStep, StepReply},
+    server::{
+        request::{AdapterSpec, Load, ModelId, OptimStep, Refusal, Reply, Save, StepReply},
+        store::{self, Base},
+    },
     session::{Session, Update},
     shard::ProcessGroups,
     train::metrics::peak_rss_bytes,
@@ -54,7 +59,16 @@ pub struct Models {
     model: Transformer,
     groups: ProcessGroups,
     defaults: AdapterDefaults,
+    base: Base,
     adapters: BTreeMap<ModelId, Trained>,
+}
+
+/// The reply to a client, or the refusal that every rank has. Ranks that can no longer talk to each other have failed.
+fn refused(outcome: Result<Reply>) -> Result<Result<Reply, Refusal>> {
+    match outcome {
+        Err(error @ (Error::Comm(_) | Error::Shard(_))) => Err(error),
+        outcome => Ok(outcome.map_err(|error| store::refusal(&error))),
+    }
 }
 
 /// The part of a rank in a micro-batch.
@@ -75,9 +89,9 @@ pub struct DatumAnswer {
 }
 
 impl Models {
-    /// No adapters on `model`.
-    pub fn new(model: Transformer, groups: ProcessGroups, defaults: AdapterDefaults) -> Self {
-        Self { model, groups, defaults, adapters: BTreeMap::new() }
+    /// No adapters on `model`, the base `base`.
+    pub fn new(model: Transformer, groups: ProcessGroups, defaults: AdapterDefaults, base: Base) -> Self {
+        Self { model, groups, defaults, base, adapters: BTreeMap::new() }
     }
 
     pub fn groups(&self) -> &ProcessGroups {
@@ -111,6 +125,9 @@ impl Models {
             Command::MicroBatch(rows) => self.compute(rows).map(drop),
             Command::OptimStep { model, step, factor } => self.optim_step(model, step, *factor).map(drop),
             Command::Abort { model } => self.abort(model),
+            // Rank 0 answers with the refusal, which every rank has.
+            Command::Save { model, save } => self.save(model, &Save::from(save)).map(drop),
+            Command::Load { model, load } => self.load(model, load).map(drop),
             Command::Unload { model } => {
                 self.unload(model);
                 Ok(())
@@ -140,6 +157,29 @@ impl Models {
     pub fn abort(&mut self, model: &ModelId) -> Result<()> {
         self.trained(model)?.drop_gradients();
         Ok(())
+    }
+
+    /// Saves an adapter: its folder and bytes, or the refusal that every rank has. Collective.
+    pub fn save(&mut self, model: &ModelId, save: &Save) -> Result<Result<Reply, Refusal>> {
+        let trained = self.adapters.get(model).ok_or_else(|| EngineError::NoAdapter(model.clone()))?;
+        let accumulated = Accumulated { passes: trained.accumulated, valid: trained.valid };
+        let saved = store::save(&trained.session, &self.groups, &self.base, accumulated, save);
+        refused(saved.map(|saved| {
+            let (folder, bytes) = saved.unwrap_or_else(|| (save.folder.clone(), 0));
+            Reply::Saved { folder, bytes }
+        }))
+    }
+
+    /// Loads a save into an adapter, which is as it was if that is refused. Collective.
+    pub fn load(&mut self, model: &ModelId, load: &Load) -> Result<Result<Reply, Refusal>> {
+        let (groups, base) = (&self.groups, &self.base);
+        let trained = self.adapters.get_mut(model).ok_or_else(|| EngineError::NoAdapter(model.clone()))?;
+        let loaded = store::load(&mut trained.session, groups, base, load);
+        refused(loaded.map(|loaded| {
+            let Accumulated { passes, valid } = loaded.accumulated;
+            (trained.step, trained.accumulated, trained.valid) = (loaded.step, passes, valid);
+            Reply::Loaded { step: loaded.step }
+        }))
     }
 
     /// Forgets an adapter.

@@ -240,8 +240,8 @@ pub fn of_row(row: &Row, at: &str, bounds: Bounds) -> Result<Vec<Datum>, Fault> 
         .map(|(name, cell)| (name.clone(), plain(cell)))
         .collect();
     let text = serde_json::to_vec(&line).unwrap_or_default();
-    let sample = parse_tokenized(&text, bounds.vocab_size, &mut Notes::default());
-    let Sample { tokens: ids, labels, documents } =
+    let sample = parse_tokenized(&text, bounds.vocab_size, &[], &mut Notes::default());
+    let Sample { tokens: ids, labels, documents, .. } =
         sample.map_err(|error| Fault::user(format!("{at}: {error}")))?;
     let start = padding_before(row, tokens - ids.len());
     let inputs = aligned(at, &inputs, tokens, start..start + ids.len())?;
