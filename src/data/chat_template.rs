@@ -103,6 +103,7 @@ impl ChatTemplate {
         let mut sources = BTreeMap::new();
         let mut marks_generation = false;
         for (name, (path, source)) in found {
+            let source = with_newlines(source);
             let (rewritten, marked) = jinja::rewrite(&source);
             env.add_template_owned(name.clone(), rewritten.into_owned()).map_err(invalid(path))?;
             marks_generation |= marked;
@@ -228,6 +229,11 @@ fn config_templates(config: &Json, path: &Path) -> Result<BTreeMap<String, (Path
             problem: "chat_template: expected a string or a list of {name, template}".into(),
         }),
     }
+}
+
+/// A template with every end of a line as `\n`, as Jinja2 reads it, also within string literals.
+fn with_newlines(source: String) -> String {
+    if source.contains('\r') { source.replace("\r\n", "\n").replace('\r', "\n") } else { source }
 }
 
 /// A JSON file, or `None` if there is no such file.

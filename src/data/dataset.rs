@@ -31,7 +31,7 @@ pub const TRAINING_CLOCK: Clock = Clock::Fixed(1_721_952_000);
 const DUMMY_SAMPLES: usize = 128;
 
 /// Changes when the meaning of prepared rows does.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 
 /// Counts of the data.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
