@@ -76,8 +76,8 @@ pub enum LineProblem {
     )]
     NoProbe { message: usize, problem: String },
     #[error(
-        "the template has {blocks} {{% generation %}} blocks for {messages} assistant messages, so which of them \
-         to train cannot be told; leave out data.turns: last, and weights of messages"
+        "the template has {blocks} {{% generation %}} blocks for {messages} assistant messages, and it cannot be told \
+         to which message each belongs; leave out data.turns: last, and weights of messages"
     )]
     MarksOfMessages { blocks: usize, messages: usize },
     #[error(
