@@ -8,6 +8,7 @@ use super::{
     special_tokens::SpecialTokens,
     tokenizer::check_folder,
 };
+use crate::json;
 use minijinja::{Environment, Error, ErrorKind, Value, value::Serde};
 use serde_json::Value as Json;
 use sha2::{Digest, Sha256};
@@ -243,8 +244,10 @@ pub(super) fn read_json(path: &Path) -> Result<Option<Json>, DataError> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(DataError::Io { path: path.into(), source }),
     };
-    let problem =
-        |error| DataError::Template { path: path.into(), problem: format!("not valid JSON: {error}") };
+    let problem = |error| {
+        let problem = format!("not valid JSON: {}", json::problem(&bytes, &error));
+        DataError::Template { path: path.into(), problem }
+    };
     serde_json::from_slice(&bytes).map(Some).map_err(problem)
 }
 
