@@ -15,7 +15,8 @@ use tch::Tensor;
 const SEQUENCES: usize = 64;
 
 /// Said of a model or adapter whose outputs are no numbers.
-pub(super) const NOT_FINITE: &str = "the outputs have NaN or infinity: weights of the model or of the adapter are not finite, or too large for --dtype";
+pub(super) const NOT_FINITE: &str = "the outputs have NaN or infinity: weights of the model or of the adapter are \
+                                     not finite, or too large for --dtype";
 
 /// When a continuation ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
