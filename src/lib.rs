@@ -29,6 +29,7 @@
 //! - [`buffers`]: host memory of activations and temporaries, reused
 //! - [`rng`]: counter-based random numbers keyed by name
 //! - [`dtype`]: element types of stored and gathered tensors
+//! - [`json`]: faults of JSON files in words
 //! - [`lfs`]: pointers that git-LFS leaves in place of files
 //! - [`error`]: the one error type of the crate and its exit codes; it gathers the rooms' errors and is imported by
 //!   the rooms at the top only
@@ -47,6 +48,7 @@ pub mod device;
 pub mod dtype;
 pub mod error;
 pub mod infer;
+pub mod json;
 pub mod lfs;
 pub mod lora;
 pub mod loss;

@@ -137,6 +137,8 @@ fn what_is_no_command_is_refused_in_one_line() {
         ("--train.lr=1 generate --model m --chat a", "--train.lr: generate reads no configuration"),
         ("generate --model m --chat a --max-new-tokens 0", "at least 1"),
         ("check --config run.yaml --show-samples 0", "at least 1"),
+        ("check --config run.yaml --ranks 1000000000000", "at most 1048576"),
+        ("generate --model m --chat a --max-new-tokens 18446744073709551615", "at most 1048576"),
     ] {
         let error = parse(line).expect_err(line);
         assert!(error.contains(words), "{line:?}: {error}");

@@ -87,6 +87,19 @@ fn broken_files_are_refused_at_the_right_place() {
             "run.yaml:6: train.gradient_checkpointing_method:",
             "expected recompute_full_layer, selective or no_recompute",
         ),
+        (lora("lora_rank: 9223372036854775807"), "run.yaml:6: lora.lora_rank:", "at most 1048576, got 9223"),
+        (
+            train("loss_chunk_tokens: 18446744073709551615"),
+            "run.yaml:6: train.loss_chunk_tokens:",
+            "expected a whole number of at most 2147483647, got 18446744073709551615",
+        ),
+        (train("lr_warmup_steps: 9000000000"), "run.yaml:6: train.lr_warmup_steps:", "at most 2147483647"),
+        (train("micro_batch_size: 9999999"), "run.yaml:6: train.micro_batch_size:", "at most 1048576"),
+        (
+            data(&format!("{dummy}pad_to_multiple_of: 100000000000")),
+            "run.yaml:5: data.pad_to_multiple_of:",
+            "at most 1048576",
+        ),
         (lora("lora_rank: 0"), "run.yaml:6: lora.lora_rank:", "at least 1, got 0"),
         (lora("lora_alpha: 0"), "run.yaml:6: lora.lora_alpha:", "a positive number"),
         (
@@ -630,7 +643,7 @@ proptest! {
     #[test]
     fn any_text_and_number_survives_writing_and_reading(
         path in "[^\0]{1,40}", targets in prop::collection::vec(".{1,20}", 1..4), lr in 1e-300..1e300,
-        alpha in proptest::num::f64::POSITIVE, seed: u64, steps in prop::option::of(1..usize::MAX),
+        alpha in proptest::num::f64::POSITIVE, seed: u64, steps in prop::option::of(1..=i32::MAX as usize),
     ) {
         let mut config = resolved(MINIMAL, &[]);
         config.model.model_path = Some(path.clone().into());

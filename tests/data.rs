@@ -103,6 +103,26 @@ fn data_that_cannot_be_used_say_why() {
     std::fs::create_dir(dir.path().join("empty")).unwrap();
     let empty = plain(vec![entry(dir.path().join("empty"), DatasetType::Tokenized)]);
     assert!(open(&empty).ends_with("empty: the folder holds no .jsonl file"));
+    for name in ["a.JSONL", "b.json", "c.ndjson", "d.jsonl.gz", "README.md", ".hidden"] {
+        std::fs::write(dir.path().join("empty").join(name), "{}").unwrap();
+    }
+    let said = open(&empty);
+    assert!(said.ends_with("no .jsonl file; it has a.JSONL, b.json, c.ndjson and 1 more"), "{said}");
+    for (bytes, words) in [
+        (&b"\x1f\x8b\x08\0"[..], "that gzip packed; unpack it with `gunzip`"),
+        (b"\x28\xb5\x2f\xfd", "zstd"),
+        (b"PAR1", "a parquet file; one row a line is wanted (jsonl)"),
+        (b"\xff\xfe{\0", "text in UTF-16; write it in UTF-8"),
+        (b"{\0\"\0", "UTF-16"),
+        (b"[{\"input_ids\": [1]}]", "a JSON list; one row a line is wanted (jsonl)"),
+        (b"\xef\xbb\xbf\n [\n  {", "a JSON list"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    ] {
+        let path = dir.path().join("foreign");
+        std::fs::write(&path, bytes).unwrap();
+        let said = open(&plain(vec![entry(&path, DatasetType::Tokenized)]));
+        assert!(said.contains("foreign: ") && said.contains(words), "{said}");
+    }
     let chat = plain(vec![entry(dir.path().join("data.jsonl"), DatasetType::Chat)]);
     assert!(open(&chat).contains("set model.tokenizer_path"));
     let long = DataArgs { max_seq_len: Some(2), ..tokenized(&dir, &[r#"{"input_ids": [1, 2, 3]}"#]) };

@@ -276,9 +276,8 @@ fn refusals(client: &Client) -> Value {
             assert!(said.contains(text), "{said}");
         }
         assert!(client.refused(&tried, Task::OptimStep(OptimStep { eps: -1.0, ..step })).contains("eps"));
-        let folder = "nowhere".into();
-        let save = Save { folder, training_state: false, overwrite: false, metadata: Value::Null };
-        assert!(client.ask(&tried, Task::Save(save)).is_err());
+        let load = Load { folder: "nowhere".into(), optimizer: true };
+        assert!(client.ask(&tried, Task::Load(load)).is_err());
     };
     refuse();
     assert!(client.refused(&tried, Task::OptimStep(step)).contains("there are none"));

@@ -5,6 +5,7 @@
 mod common;
 
 use common::{failed, python, ranks_of, stand_in, succeeded, xorl};
+use safetensors::{Dtype, tensor::TensorView};
 use serde_json::{Value, json};
 use std::{
     path::{Path, PathBuf},
@@ -97,6 +98,41 @@ fn mpi_generates_what_transformers_and_peft_generate() {
     stand_in(&mut command, folder.path());
     let output = command.output().unwrap();
     assert_eq!(text(&output.stdout), "The capital of France is Paris.\n", "{}", text(&output.stderr));
+}
+
+/// An adapter of rank 1 on the first q_proj of SmolLM2, all of whose B is `value`; its configuration selects `modules`.
+fn adapter_of(folder: &Path, value: f32, modules: Value) {
+    let tensor = |name: &str, shape: [usize; 2], values: &[f32]| {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        (format!("base_model.model.model.layers.0.self_attn.q_proj.{name}.weight"), shape.to_vec(), bytes)
+    };
+    let tensors = [tensor("lora_A", [1, 576], &[0.5; 576]), tensor("lora_B", [576, 1], &[value; 576])];
+    let views = tensors
+        .iter()
+        .map(|(name, shape, bytes)| (name, TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
+    let file = safetensors::serialize(views.collect::<Vec<_>>(), None).unwrap();
+    std::fs::write(folder.join("adapter_model.safetensors"), file).unwrap();
+    let config = json!({"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": modules});
+    std::fs::write(folder.join("adapter_config.json"), config.to_string()).unwrap();
+}
+
+#[test]
+fn mpi_adapters_that_are_not_finite_or_not_whole_are_told() {
+    let model = smollm2();
+    let folder = tempfile::tempdir().unwrap();
+    let adapter = folder.path().display().to_string();
+    let arguments = ["--adapter", &adapter, "--max-new-tokens", "2", "--prompt", "The sea"];
+    adapter_of(folder.path(), f32::NAN, json!(["layers.0.self_attn.q_proj"]));
+    let output = generate(2, &model, &arguments);
+    let line = failed(&output, 1);
+    assert!(line.contains("the outputs have NaN or infinity") && output.stdout.is_empty(), "{line}");
+
+    adapter_of(folder.path(), 0.0, json!(["q_proj"]));
+    let output = generate(1, &model, &arguments);
+    succeeded(&output);
+    let stderr = text(&output.stderr);
+    assert!(stderr.contains("model.layers.1.self_attn.q_proj, model.layers.2"), "{stderr}");
+    assert!(stderr.contains("and 26 more are selected by adapter_config.json"), "{stderr}");
 }
 
 #[test]

@@ -90,6 +90,22 @@ fn mpi_a_rank_killed_while_saving_leaves_the_steps_before() {
     killed_while_saving(2);
 }
 
+#[test]
+fn mpi_an_adapter_that_is_not_finite_is_not_published() {
+    let run = TinyRun::new();
+    for (ranks, settings) in [
+        (1, &["--train.lr", "1e39"][..]),
+        (2, &["--train.lr", "1e39", "--train.save_steps", "1"]),
+        (1, &["--train.weight_decay", "1e300", "--lora.lora_b_init_std", "0.1"]),
+    ] {
+        let out = format!("{} {ranks}", settings[0]);
+        let line = failed(&run.run(ranks, &out, settings), 1);
+        assert!(line.contains("is not saved: NaN or infinity in ") && line.contains("lora_"), "{line}");
+        assert_eq!(run.steps(&out), Vec::<usize>::new());
+        assert_eq!(hidden(&run.run_dir(&out)), Vec::<String>::new());
+    }
+}
+
 /// Ranks whose files may suddenly grow no more: an ordinary error of write(2) instead of a signal.
 fn forgiving(run: &TinyRun, out: &str) -> Command {
     let mut command = ranks_of(Path::new("bash"), 2);

@@ -2,7 +2,7 @@
 //! or the values with which it changes nothing; the rest is computed. Any other field is refused by name.
 
 use super::{CheckpointError, io};
-use crate::{console::shortened, lora::LoraShape};
+use crate::{console::shortened, json, lora::LoraShape};
 use fancy_regex::Regex;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
@@ -133,8 +133,14 @@ pub fn read_config(directory: &Path) -> Result<AdapterConfig, CheckpointError> {
     let path = directory.join(CONFIG_FILE);
     let text = std::fs::read_to_string(&path).map_err(io(&path))?;
     let format = |reason: String| CheckpointError::Format { path: path.clone(), reason };
-    let json: Map<String, Value> = serde_json::from_str(&text).map_err(|error| format(error.to_string()))?;
-    for (field, value) in json.iter().filter(|(_, value)| !value.is_null()) {
+    let fields: Map<String, Value> =
+        serde_json::from_str(&text).map_err(|error| format(json::problem(text.as_bytes(), &error)))?;
+    if fields.get("peft_type").is_none_or(Value::is_null) {
+        return Err(format(
+            "peft_type is missing, without which PEFT loads no adapter; set it to \"LORA\"".into(),
+        ));
+    }
+    for (field, value) in fields.iter().filter(|(_, value)| !value.is_null()) {
         let remedy = match FIELDS.iter().find(|(known, _)| known == field) {
             Some((_, Computed | Harmless(_))) => continue,
             Some((_, Only(neutral, _))) if neutral.contains(&value.to_string().as_str()) => continue,
@@ -144,7 +150,7 @@ pub fn read_config(directory: &Path) -> Result<AdapterConfig, CheckpointError> {
         let (field, found) = (field.clone(), shortened(value));
         return Err(CheckpointError::NotBuilt { path, field, found, remedy });
     }
-    let file = ConfigFile { path, json };
+    let file = ConfigFile { path, fields };
     let config = AdapterConfig {
         r: file.field("r", 8)?,
         lora_alpha: file.field("lora_alpha", 8.0)?,
@@ -165,13 +171,13 @@ pub fn read_config(directory: &Path) -> Result<AdapterConfig, CheckpointError> {
 /// The file, without fields that are refused.
 struct ConfigFile {
     path: PathBuf,
-    json: Map<String, Value>,
+    fields: Map<String, Value>,
 }
 
 impl ConfigFile {
     /// The value of `field`, `default` where PEFT has one for an absent field.
     fn field<T: DeserializeOwned>(&self, field: &str, default: T) -> Result<T, CheckpointError> {
-        match self.json.get(field) {
+        match self.fields.get(field) {
             None => Ok(default),
             Some(Value::Null) if !["r", "lora_alpha"].contains(&field) => Ok(default),
             Some(value) => serde_json::from_value(value.clone()).map_err(|_| {
@@ -344,10 +350,28 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn config(fields: Value) -> Result<AdapterConfig, CheckpointError> {
+    fn read(text: &str) -> Result<AdapterConfig, CheckpointError> {
         let folder = tempfile::tempdir().unwrap();
-        std::fs::write(folder.path().join(CONFIG_FILE), fields.to_string()).unwrap();
+        std::fs::write(folder.path().join(CONFIG_FILE), text).unwrap();
         read_config(folder.path())
+    }
+
+    fn config(mut fields: Value) -> Result<AdapterConfig, CheckpointError> {
+        fields.as_object_mut().unwrap().entry("peft_type").or_insert("LORA".into());
+        read(&fields.to_string())
+    }
+
+    #[test]
+    fn a_file_without_its_type_or_with_numbers_that_json_lacks_is_refused() {
+        for (text, words) in [
+            (r#"{"r": 4}"#, "peft_type is missing"),
+            (r#"{"peft_type": null, "r": 4}"#, "peft_type is missing"),
+            (r#"{"peft_type": "LORA", "lora_alpha": NaN}"#, "NaN is not JSON; write a number"),
+            ("{\n\"lora_alpha\": -Infinity}", "line 2"),
+        ] {
+            let message = read(text).unwrap_err().to_string();
+            assert!(message.contains(words) && message.contains(CONFIG_FILE), "{message}");
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@ use super::{
     adapter_config::{AdapterConfig, CONFIG_FILE, Names, read_config},
     adapter_file::{AdapterFile, Entry, WEIGHTS_FILE},
     experts, io,
-    stored::Layout,
+    stored::{Layout, Stored},
 };
 use crate::{
     config::ExportFormat,
@@ -266,6 +266,7 @@ impl AdapterFolder {
     pub fn adapter(&self, projections: &[Projection]) -> Result<StoredAdapter, CheckpointError> {
         let sites = self.sites(projections);
         let shapes = self.shapes(&sites)?;
+        self.warn_of_missing(projections);
         let values = self.values(&sites, &shapes)?;
         Ok(StoredAdapter { sites, shapes, values })
     }
@@ -377,8 +378,7 @@ impl AdapterFolder {
                     format!("{path} is a target in target_modules and in target_parameters; name it once");
                 return Err(self.mismatch(reason));
             }
-            // PEFT has no names for experts that are apart or stacked.
-            let is_known = site.experts.is_some() || is_parameter || self.config.targets(&path);
+            let is_known = is_parameter || self.selects(site, &path);
             if !is_known && self.file.get(&stored.key).is_some() && !untargeted.contains(&path) {
                 untargeted.push(path.clone());
             }
@@ -386,6 +386,45 @@ impl AdapterFolder {
         }
         modules.dedup();
         Ok(modules)
+    }
+
+    /// True if the configuration selects `site`, whose module in the file is `path`. Experts that are apart or stacked
+    /// have other leaf names in some files than in `target_modules`.
+    fn selects(&self, site: &Site, path: &str) -> bool {
+        let Some(experts) = site.experts else { return self.config.targets(path) };
+        let parent = path.rsplit_once('.').map_or(path, |(parent, _)| parent);
+        let by_leaf = |leaf: &str| {
+            [leaf, experts.names.leaf(leaf)]
+                .iter()
+                .any(|leaf| self.config.targets(&format!("{parent}.{leaf}")))
+        };
+        self.config.targets(path)
+            || site.leaves.iter().any(|(leaf, _)| by_leaf(leaf))
+            || self.config.targets_parameter(&experts::parameter_of(site))
+    }
+
+    /// Warns of modules on `projections` that the configuration selects and the file lacks: they stay as the base has
+    /// them, as in PEFT, which warns too.
+    fn warn_of_missing(&self, projections: &[Projection]) {
+        let mut missing = Vec::new();
+        // PEFT leaves modules of an MLP out beside experts that are targeted as parameters.
+        let left_out =
+            |site: &Site| !self.config.target_parameters.is_empty() && site.parent.contains(".mlp");
+        let sites = projections.iter().flat_map(Projection::leaf_sites);
+        for site in sites.filter(|site| !self.is_parameter(site) && !left_out(site)) {
+            let tensors = self.layout.tensors(&LogicalAdapter::of(&site, self.config.shape()));
+            if !tensors.iter().any(|stored| self.file.get(&stored.key).is_some()) {
+                let module = tensors.iter().map(Stored::module).find(|module| self.selects(&site, module));
+                missing.extend(module.map(str::to_owned));
+            }
+        }
+        if !missing.is_empty() {
+            tracing::warn!(
+                "{}: {} selected by {CONFIG_FILE} but without tensors in the file; what has none stays as the base has it",
+                self.file.path.display(),
+                listed(&missing)
+            );
+        }
     }
 
     /// The shape of `site`, one of `sites`, where its module has `shape`: half the rank for gate or up of experts that

@@ -150,8 +150,12 @@ struct Cli {
 
 /// The parser of a count.
 fn at_least_one(text: &str) -> Result<usize, String> {
-    let number = text.parse().ok().filter(|number| *number >= 1);
-    number.ok_or_else(|| "expected a whole number of at least 1".to_owned())
+    const MOST: usize = 1 << 20;
+    match text.parse::<usize>() {
+        Ok(number @ 1..=MOST) => Ok(number),
+        Ok(0) | Err(_) => Err("expected a whole number of at least 1".to_owned()),
+        Ok(_) => Err(format!("expected a whole number of at most {MOST}")),
+    }
 }
 
 /// Parses the arguments after the program's name.

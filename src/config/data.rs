@@ -62,7 +62,7 @@ section! {
         /// max_position_embeddings if that is less.
         sample_packing_sequence_len: usize = 2048 => OneOrMore;
         /// Pad packs to a multiple of this many tokens; not with `none`. null: no padding.
-        pad_to_multiple_of: Option<usize> = Some(128) => OneOrMore;
+        pad_to_multiple_of: Option<usize> = Some(128) => Size;
         /// Shuffle all samples together, by `train.seed`.
         shuffle_merged_datasets: bool = true;
         /// Shuffle each data set before they are put one after the other.

@@ -23,7 +23,7 @@ section! {
         /// Must stay true: the base is frozen by design.
         enable_lora: bool = true;
         /// Rank r of A and B.
-        lora_rank: usize = 16 => OneOrMore;
+        lora_rank: usize = 16 => Size;
         /// The adapter's output is scaled by lora_alpha / lora_rank.
         lora_alpha: f64 = 32.0 => Positive;
         /// Scale by lora_alpha / √lora_rank instead (rank-stabilized LoRA).

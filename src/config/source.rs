@@ -3,7 +3,7 @@
 //! Scalars stay text: the field that they are given to decides the meaning of `1e-5` or `yes`. So the same code reads
 //! files and the command line. Broken, nested or repeated input is an error, never a panic.
 
-use saphyr_parser::{Event, Parser, ScalarStyle};
+use saphyr_parser::{Event, Parser, ScalarStyle, Tag};
 
 /// No configuration needs more; a bound keeps hostile nesting off the stack.
 const MAX_DEPTH: usize = 16;
@@ -160,10 +160,12 @@ impl<'a> Reader<'a> {
             return Err(self.error("nested too deeply"));
         }
         let kind = match event {
-            Event::Scalar(text, style, ..) => {
-                Kind::Scalar { text: text.into_owned(), quoted: style != ScalarStyle::Plain }
+            Event::Scalar(text, style, _, tag) => {
+                let is_text = self.check_tag(tag.as_deref())?;
+                Kind::Scalar { text: text.into_owned(), quoted: is_text || style != ScalarStyle::Plain }
             }
-            Event::SequenceStart(..) => {
+            Event::SequenceStart(_, tag) => {
+                self.check_tag(tag.as_deref())?;
                 let mut items = Vec::new();
                 loop {
                     match self.expect_next()? {
@@ -172,7 +174,10 @@ impl<'a> Reader<'a> {
                     }
                 }
             }
-            Event::MappingStart(..) => self.mapping(depth)?,
+            Event::MappingStart(_, tag) => {
+                self.check_tag(tag.as_deref())?;
+                self.mapping(depth)?
+            }
             Event::Alias(_) => {
                 return Err(self.error("YAML aliases (*name) are not supported; write the value out"));
             }
@@ -188,7 +193,10 @@ impl<'a> Reader<'a> {
             let line = self.line;
             let key = match event {
                 Event::MappingEnd => return Ok(Kind::Map(entries)),
-                Event::Scalar(key, ..) => key.into_owned(),
+                Event::Scalar(key, _, _, tag) => {
+                    self.check_tag(tag.as_deref())?;
+                    key.into_owned()
+                }
                 _ => return Err(self.error("expected a key: a plain word before the colon")),
             };
             let first = entries.iter().find(|entry| entry.key == key).map(|entry| entry.line);
@@ -200,6 +208,16 @@ impl<'a> Reader<'a> {
             if first.is_none() {
                 entries.push(Entry { key, line, value });
             }
+        }
+    }
+
+    /// Refuses tags that ask for a computation, as `!env NAME`. Returns true for one that makes a scalar text.
+    fn check_tag(&self, tag: Option<&Tag>) -> Result<bool, SyntaxError> {
+        let Some(tag) = tag else { return Ok(false) };
+        match tag.suffix.as_str() {
+            "str" if tag.is_yaml_core_schema() => Ok(true),
+            "int" | "float" | "bool" | "null" | "seq" | "map" if tag.is_yaml_core_schema() => Ok(false),
+            _ => Err(self.error(&format!("the YAML tag {tag} is not read; write the value out"))),
         }
     }
 
@@ -268,6 +286,11 @@ mod tests {
             ("a: &x 1\nb: *x\n", 2, "aliases"),
             ("a: 1\n---\nb: 2\n", 2, "second YAML document"),
             ("a: [1, 2\n", 2, "not valid YAML"),
+            ("a: 1\nb: !env FOO\n", 2, "the YAML tag !env is not read; write the value out"),
+            ("a: !include x.yaml\n", 1, "!include"),
+            ("a:\n  - !!binary aGk=\n", 2, "binary"),
+            ("a: !path {b: 1}\n", 1, "!path"),
+            ("!key a: 1\n", 1, "!key"),
             (deep.as_str(), 1, "nested too deeply"),
             (abyss.as_str(), 1, "recursion limit"),
         ] {
@@ -275,6 +298,17 @@ mod tests {
             assert!(error.message.contains(words), "{error:?}");
             assert_eq!(error.line, line, "{error:?}");
         }
+    }
+
+    #[test]
+    fn tags_of_plain_types_are_read() {
+        let Kind::Map(entries) = parse_yaml("a: !!str null\nb: !!int 3\nc: !!seq [x]\n").unwrap().root.kind
+        else {
+            panic!("no mapping")
+        };
+        assert!(!entries[0].value.is_null() && entries[0].value.text() == Some("null"));
+        assert_eq!(entries[1].value.text(), Some("3"));
+        assert!(matches!(&entries[2].value.kind, Kind::List(items) if items.len() == 1));
     }
 
     #[test]

@@ -87,9 +87,9 @@ section! {
         /// Seed of the adapter's initial values and of the data order.
         seed: u64 = 42;
         /// Rows that a rank computes at a time.
-        micro_batch_size: usize = 1 => OneOrMore;
+        micro_batch_size: usize = 1 => Size;
         /// Micro-batches per step and rank.
-        gradient_accumulation_steps: usize = 1 => OneOrMore;
+        gradient_accumulation_steps: usize = 1 => Size;
         /// Rows per step over all ranks. null: micro_batch_size × gradient_accumulation_steps × data-parallel
         /// size, or on a resume that of the step.
         global_batch_size: Option<usize> = None => OneOrMore;

@@ -20,6 +20,8 @@ pub(super) enum Rule {
     BelowOne,
     /// A count of at least one.
     OneOrMore,
+    /// A count of at least one that others are multiplied with, or that memory is asked for: at most [`LARGEST_SIZE`].
+    Size,
     /// A size of the mesh: -1 stands for the ranks that are left.
     SizeOrRest,
     /// A name that is safe as a directory name.
@@ -127,12 +129,18 @@ impl Value for f64 {
     }
 }
 
+/// No run counts further; products of a few counts stay within 64 bits.
+const LARGEST_COUNT: i128 = i32::MAX as i128;
+/// Ranks of adapters, rows and tokens that a rank holds at a time.
+const LARGEST_SIZE: i128 = 1 << 20;
+
+/// `any`: without a rule the type takes every value, as a seed does.
 macro_rules! whole_number {
-    ($($ty:ty),+) => {$(
+    ($($ty:ty, any: $any:literal);+) => {$(
         impl Value for $ty {
             fn describe(rule: Rule) -> Description {
                 match rule {
-                    Rule::OneOrMore => Description::new("integer >= 1", "a whole number of at least 1"),
+                    Rule::OneOrMore | Rule::Size => Description::new("integer >= 1", "a whole number of at least 1"),
                     Rule::SizeOrRest => {
                         Description::new("integer >= 1 or -1", "a whole number of at least 1, or -1 for the rest")
                     }
@@ -145,11 +153,19 @@ macro_rules! whole_number {
                 let holds = |x: &$ty| {
                     let wide = i128::try_from(*x).unwrap_or(i128::MAX);
                     match rule {
-                        Rule::OneOrMore => wide >= 1,
+                        Rule::OneOrMore | Rule::Size => wide >= 1,
                         Rule::SizeOrRest => wide >= 1 || wide == -1,
                         _ => wide >= 0,
                     }
                 };
+                let most = match rule {
+                    Rule::Size => LARGEST_SIZE,
+                    Rule::Any if $any => i128::MAX,
+                    _ => LARGEST_COUNT,
+                };
+                if node.text().and_then(|text| text.parse().ok()).is_some_and(|wide: i128| wide > most) {
+                    return Err(vec![Issue::expected(format!("a whole number of at most {most}"), node.shown())]);
+                }
                 let number = node.text().and_then(|text| text.parse().ok()).filter(holds);
                 number.ok_or_else(|| mismatch::<Self>(node, rule))
             }
@@ -160,7 +176,7 @@ macro_rules! whole_number {
         }
     )+};
 }
-whole_number!(usize, u64, i64, u16);
+whole_number!(usize, any: false; u64, any: true; i64, any: false; u16, any: false);
 
 impl Value for String {
     fn describe(rule: Rule) -> Description {

@@ -8,6 +8,7 @@ use super::{
     special_tokens::SpecialTokens,
     tokenizer::check_folder,
 };
+use crate::json;
 use minijinja::{Environment, Error, ErrorKind, Value, value::Serde};
 use serde_json::Value as Json;
 use sha2::{Digest, Sha256};
@@ -103,6 +104,7 @@ impl ChatTemplate {
         let mut sources = BTreeMap::new();
         let mut marks_generation = false;
         for (name, (path, source)) in found {
+            let source = with_newlines(source);
             let (rewritten, marked) = jinja::rewrite(&source);
             env.add_template_owned(name.clone(), rewritten.into_owned()).map_err(invalid(path))?;
             marks_generation |= marked;
@@ -230,6 +232,11 @@ fn config_templates(config: &Json, path: &Path) -> Result<BTreeMap<String, (Path
     }
 }
 
+/// A template with every end of a line as `\n`, as Jinja2 reads it, also within string literals.
+fn with_newlines(source: String) -> String {
+    if source.contains('\r') { source.replace("\r\n", "\n").replace('\r', "\n") } else { source }
+}
+
 /// A JSON file, or `None` if there is no such file.
 pub(super) fn read_json(path: &Path) -> Result<Option<Json>, DataError> {
     let bytes = match std::fs::read(path) {
@@ -237,8 +244,10 @@ pub(super) fn read_json(path: &Path) -> Result<Option<Json>, DataError> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(DataError::Io { path: path.into(), source }),
     };
-    let problem =
-        |error| DataError::Template { path: path.into(), problem: format!("not valid JSON: {error}") };
+    let problem = |error| {
+        let problem = format!("not valid JSON: {}", json::problem(&bytes, &error));
+        DataError::Template { path: path.into(), problem }
+    };
     serde_json::from_slice(&bytes).map(Some).map_err(problem)
 }
 

@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     config::{DataArgs, DatasetArgs, DatasetType, PackingMethod, Turns},
+    console::first_of,
     rng::Stream,
 };
 use sha2::{Digest, Sha256};
@@ -31,7 +32,7 @@ pub const TRAINING_CLOCK: Clock = Clock::Fixed(1_721_952_000);
 const DUMMY_SAMPLES: usize = 128;
 
 /// Changes when the meaning of prepared rows does.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 
 /// Counts of the data.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -122,6 +123,16 @@ impl Dataset {
                 Some((Tokenizer::load(dir)?, template))
             }
         };
+        for entry in args.datasets.iter().filter(|entry| !is_dummy(entry)) {
+            let left_out = source::left_out(&entry.path);
+            if !left_out.is_empty() {
+                let names = first_of(&left_out);
+                tracing::warn!(
+                    "{}: only .jsonl files of a folder are read, not {names}",
+                    entry.path.display()
+                );
+            }
+        }
         let recipe = Recipe { args, text, vocab_size, pad_id, seed, inputs };
         let (store, summary) = match &args.dataset_prepared_path {
             None => recipe.build()?,

@@ -11,8 +11,10 @@ pub enum DataError {
     Line { path: PathBuf, line: usize, problem: LineProblem },
     #[error("data.datasets: expected at least one entry")]
     NoDatasets,
-    #[error("{}: the folder holds no .jsonl file", path.display())]
-    NoFiles { path: PathBuf },
+    #[error("{}: the folder holds no .jsonl file{found}", path.display())]
+    NoFiles { path: PathBuf, found: String },
+    #[error("{}: {problem}", path.display())]
+    Foreign { path: PathBuf, problem: &'static str },
     #[error("{}: expected at least one sample, found none", path.display())]
     Empty { path: PathBuf },
     #[error("all {samples} samples are longer than {limit} tokens: raise {field} or shorten the data")]
@@ -78,8 +80,8 @@ pub enum LineProblem {
     )]
     NoProbe { message: usize, problem: String },
     #[error(
-        "the template has {blocks} {{% generation %}} blocks for {messages} assistant messages, so which of them \
-         to train cannot be told; leave out data.turns: last, and weights of messages"
+        "the template has {blocks} {{% generation %}} blocks for {messages} assistant messages, and it cannot be told \
+         to which message each belongs; leave out data.turns: last, and weights of messages"
     )]
     MarksOfMessages { blocks: usize, messages: usize },
     #[error(

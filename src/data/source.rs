@@ -1,6 +1,7 @@
 //! Data files: which there are, their lines, and checks that all kinds of lines share. Nothing here trusts its input.
 
 use super::{DataError, LineProblem, integers};
+use crate::{console::first_of, lfs};
 use serde_json::{Map, Value};
 use std::{
     fs::File,
@@ -22,10 +23,49 @@ pub(crate) fn files(path: &Path) -> Result<Vec<PathBuf>, DataError> {
         }
     }
     if files.is_empty() {
-        return Err(DataError::NoFiles { path: path.into() });
+        let found = Some(left_out(path)).filter(|names| !names.is_empty());
+        let found = found.map(|names| format!("; it has {}", first_of(&names))).unwrap_or_default();
+        return Err(DataError::NoFiles { path: path.into(), found });
     }
     files.sort();
     Ok(files)
+}
+
+/// Files of the folder `path` that [`files`] does not read, by name: those that are not hidden and no text about it.
+pub(crate) fn left_out(path: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
+    let name = |entry: std::fs::DirEntry| {
+        let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
+        let ending = path.extension().unwrap_or_default();
+        (path.is_file() && !name.starts_with('.') && ending != "jsonl" && ending != "md").then_some(name)
+    };
+    let mut names: Vec<String> = entries.filter_map(name).collect();
+    names.sort();
+    names
+}
+
+/// The first bytes of files in other formats, and what to do with them.
+const FOREIGN: [(&[u8], &str); 7] = [
+    (b"\x1f\x8b", "a file that gzip packed; unpack it with `gunzip`"),
+    (b"\x28\xb5\x2f\xfd", "a file that zstd packed; unpack it with `unzstd`"),
+    (b"PK\x03\x04", "a zip archive; unpack it"),
+    (
+        b"PAR1",
+        "a parquet file; one row a line is wanted (jsonl): write it with pandas' to_json(orient=\"records\", lines=True)",
+    ),
+    (b"\xff\xfe", UTF_16),
+    (b"\xfe\xff", UTF_16),
+    (b"{\0", UTF_16),
+];
+const UTF_16: &str = "text in UTF-16; write it in UTF-8, as `iconv -f UTF-16 -t UTF-8` does";
+const ARRAY: &str = "a JSON list; one row a line is wanted (jsonl), as `jq -c '.[]'` writes it";
+
+/// Tells a file that begins with `start` and is no jsonl by what it is.
+fn foreign(start: &[u8]) -> Option<&'static str> {
+    let text = start.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(start);
+    let known = FOREIGN.iter().find(|(magic, _)| start.starts_with(magic)).map(|(_, what)| *what);
+    if lfs::is_pointer(start) { Some(lfs::REMEDY) } else { known }
+        .or_else(|| text.trim_ascii_start().starts_with(b"[").then_some(ARRAY))
 }
 
 /// Calls `visit` with every line that is not blank; what it finds wrong becomes an error naming file and line.
@@ -35,6 +75,9 @@ pub(crate) fn for_each_line(
 ) -> Result<(), DataError> {
     let io = |source| DataError::Io { path: path.into(), source };
     let mut reader = BufReader::with_capacity(1 << 20, File::open(path).map_err(io)?);
+    if let Some(problem) = foreign(reader.fill_buf().map_err(io)?) {
+        return Err(DataError::Foreign { path: path.into(), problem });
+    }
     let mut buffer = Vec::new();
     for line in 1.. {
         buffer.clear();

@@ -4,10 +4,10 @@
 //! template that leaves thoughts out of earlier answers does not: such a message becomes a row of its own, which ends
 //! with it, and stays untrained in the row of the chat.
 
-use super::{Chat, ChatTemplate, LineProblem, messages};
+use super::{Chat, ChatTemplate, LineProblem, integers, messages};
 use crate::config::Turns;
 use serde_json::{Value, json};
-use std::ops::Range;
+use std::{collections::BTreeSet, ops::Range};
 
 /// A rendered text and the byte ranges of it that are trained.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -60,15 +60,65 @@ fn marked(
         return Err(LineProblem::CapturedGeneration);
     }
     let mut spans = whole.generated;
+    let mut count = trained.len().min(spans.len());
     if trained.len() < assistant.len() {
-        if spans.len() != assistant.len() {
-            return Err(LineProblem::MarksOfMessages { blocks: spans.len(), messages: assistant.len() });
-        }
-        let of_message = spans.into_iter().zip(assistant);
-        spans = of_message.filter(|(_, at)| trained.contains(at)).map(|(span, _)| span).collect();
+        let owners = owners(template, chat, assistant, &whole.text, &spans)
+            .ok_or(LineProblem::MarksOfMessages { blocks: spans.len(), messages: assistant.len() })?;
+        let is_trained = |(_, owner): &(Range<usize>, usize)| trained.contains(owner);
+        let kept: Vec<_> = spans.into_iter().zip(owners).filter(is_trained).collect();
+        count = kept.iter().map(|(_, owner)| owner).collect::<BTreeSet<_>>().len();
+        spans = kept.into_iter().map(|(span, _)| span).collect();
     }
-    let trained = spans.len();
-    Ok(ChatRows { renderings: vec![Rendering { text: whole.text, spans }], trained, ..ChatRows::default() })
+    let renderings = vec![Rendering { text: whole.text, spans }];
+    Ok(ChatRows { renderings, trained: count, ..ChatRows::default() })
+}
+
+/// The message of `assistant` that each generation block belongs to: the one whose change changes the block. `None`
+/// where that cannot be told for a block.
+fn owners(
+    template: &ChatTemplate,
+    chat: &Chat,
+    assistant: &[usize],
+    text: &str,
+    spans: &[Range<usize>],
+) -> Option<Vec<usize>> {
+    let mut found: Vec<Option<usize>> = vec![None; spans.len()];
+    for &index in assistant {
+        // A text where there was none may open a block, which says nothing of the others.
+        let changed = [true, false].into_iter().find_map(|with_empty| {
+            let mut messages = chat.messages.clone();
+            change(&mut messages[index], with_empty);
+            let probe = template.render_messages(&messages, chat.tools.as_ref(), false).ok()?;
+            (probe.generated.len() == spans.len()).then_some(probe)
+        })?;
+        for ((span, other), owner) in spans.iter().zip(changed.generated).zip(&mut found) {
+            if text.get(span.clone()) != changed.text.get(other) && owner.replace(index).is_some() {
+                return None;
+            }
+        }
+    }
+    // A block that no change reaches, as that of an empty answer, has the owner that is left for it.
+    let in_order = spans.len() == assistant.len()
+        && found.iter().zip(assistant).all(|(owner, index)| owner.is_none_or(|owner| owner == *index));
+    if in_order { Some(assistant.to_vec()) } else { found.into_iter().collect() }
+}
+
+/// Changes every text of a message that a template may write as generated; the empty ones too `with_empty`.
+fn change(value: &mut Value, with_empty: bool) {
+    // Read for what they are, as `content[0].type`.
+    const FIXED: [&str; 4] = ["role", "type", "id", "tool_call_id"];
+    match value {
+        Value::String(text) if with_empty || !text.is_empty() => {
+            *text = text.replace("</think>", "x</think>x") + "x";
+        }
+        Value::Array(items) => items.iter_mut().for_each(|item| change(item, with_empty)),
+        Value::Object(_) if integers::digits(value).is_some() => {}
+        Value::Object(fields) => {
+            let free = fields.iter_mut().filter(|(name, _)| !FIXED.contains(&name.as_str()));
+            free.for_each(|(_, field)| change(field, with_empty));
+        }
+        _ => {}
+    }
 }
 
 /// The rows of a template without marks.

@@ -4,6 +4,7 @@
 use super::cache::{KvCache, NextTokens, Prefill};
 use crate::{
     comm::{Communicator, Reduce},
+    error::{Error, Result, agree},
     lora::Adapter,
     model::transformer::{Batch, Transformer},
     shard::ShardError,
@@ -12,6 +13,10 @@ use tch::Tensor;
 
 /// Sequences that a rank decodes at a time: enough for the GEMMs to pay for a gather of the layers.
 const SEQUENCES: usize = 64;
+
+/// Said of a model or adapter whose outputs are no numbers.
+pub(super) const NOT_FINITE: &str = "the outputs have NaN or infinity: weights of the model or of the adapter are \
+                                     not finite, or too large for --dtype";
 
 /// When a continuation ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,7 +34,7 @@ pub fn greedy(
     world: &dyn Communicator,
     prompts: &[&[i64]],
     limits: &Limits,
-) -> Result<Vec<Vec<i64>>, ShardError> {
+) -> Result<Vec<Vec<i64>>> {
     let mut rounds = [prompts.len().div_ceil(SEQUENCES) as f64];
     world.all_reduce_host(&mut rounds, Reduce::Max)?;
     let mut continuations = Vec::with_capacity(prompts.len());
@@ -47,7 +52,7 @@ fn greedy_round(
     world: &dyn Communicator,
     prompts: &[&[i64]],
     limits: &Limits,
-) -> Result<Vec<Vec<i64>>, ShardError> {
+) -> Result<Vec<Vec<i64>>> {
     let device = model.device().tensors();
     let lengths: Vec<usize> = prompts.iter().map(|prompt| prompt.len()).collect();
     let longest = lengths.iter().copied().max().unwrap_or(0);
@@ -69,16 +74,22 @@ fn greedy_round(
     let mut continuations = vec![Vec::new(); prompts.len()];
     let mut ended = vec![false; prompts.len()];
     for new in 0..limits.max_new_tokens {
-        let next = Vec::<i64>::try_from(logits.argmax(-1, false))?;
+        let is_broken = !bool::try_from(logits.isfinite().all()).map_err(ShardError::from)?;
+        let next = Vec::<i64>::try_from(logits.argmax(-1, false)).map_err(ShardError::from)?;
         for ((&id, ended), continuation) in next.iter().zip(&mut ended).zip(&mut continuations) {
             *ended |= limits.eos_token_ids.contains(&id);
             if !*ended {
                 continuation.push(id);
             }
         }
-        let mut going = [f64::from(u8::from(ended.contains(&false) && new + 1 < limits.max_new_tokens))];
-        world.all_reduce_host(&mut going, Reduce::Max)?;
-        if going[0] == 0.0 {
+        let goes_on = ended.contains(&false) && new + 1 < limits.max_new_tokens;
+        let mut any = [goes_on, is_broken].map(|is_so| f64::from(u8::from(is_so)));
+        world.all_reduce_host(&mut any, Reduce::Max)?;
+        let [goes_on, is_broken_somewhere] = any.map(|is_so| is_so > 0.0);
+        if is_broken_somewhere {
+            agree(world, if is_broken { Err(Error::Failure(NOT_FINITE.into())) } else { Ok(()) })?;
+        }
+        if !goes_on {
             break;
         }
         // Sequences that have ended go on with the others: nobody reads what comes of them.

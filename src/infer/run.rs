@@ -1,6 +1,6 @@
 //! The command `generate`, whole: read a model, an adapter and prompts, continue them on all ranks.
 
-use super::{Limits, greedy};
+use super::{Limits, decode::NOT_FINITE, greedy};
 use crate::{
     checkpoint::{
         adapter_config,
@@ -144,6 +144,9 @@ impl Generation {
             let reference = own.as_ref().and_then(|(index, _)| self.prompts[*index].reference.as_ref());
             let loss = if scored { Some(reference_loss(&mut model, adapters, reference)?) } else { None };
             let loss = loss.filter(|_| reference.is_some());
+            if loss.as_ref().is_some_and(|loss| !loss.sum.is_finite()) {
+                return Err(Error::Failure(NOT_FINITE.into()));
+            }
             if let Some((index, continuation)) = own {
                 let completion = self.tokenizer.decode(&continuation, true)?;
                 lines.push(json!({"prompt_index": index, "completion": completion,

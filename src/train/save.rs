@@ -12,8 +12,9 @@ use crate::{
         state::DataIdentity,
         steps,
     },
+    console::first_of,
     data::schedule::DataCursor,
-    error::{Result, agree},
+    error::{Error, Result, agree},
     lora::Parameter,
     weights,
 };
@@ -54,6 +55,21 @@ fn write_note(model: &Path) -> Result<()> {
     std::fs::write(&path, NOTE).map_err(|error| CheckpointError::Io { path, error }.into())
 }
 
+/// Refuses an adapter with NaN or infinities, which would load and answer nonsense.
+fn check_finite(whole: &[(Parameter, Vec<f32>)], step: usize) -> Result<()> {
+    let is_broken = |values: &[f32]| values.iter().any(|value| !value.is_finite());
+    let broken: Vec<&str> =
+        whole.iter().filter(|(_, values)| is_broken(values)).map(|(parameter, _)| &*parameter.name).collect();
+    if broken.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Failure(format!(
+        "step {step} is not saved: NaN or infinity in {}; lower train.lr, train.weight_decay or lora.lora_alpha, and go \
+         on from an earlier step",
+        first_of(&broken)
+    )))
+}
+
 impl<'a> Saver<'a> {
     pub(super) fn new(run: &'a Run, rank: usize) -> Result<Self> {
         let model = run.resumed().map(|resumed| resumed.path.join(checkpoint::base::FOLDER));
@@ -67,7 +83,10 @@ impl<'a> Saver<'a> {
         let world = &*trainer.world;
         let whole = trainer.session.adapter.whole()?;
         let (run, rank) = (self.run, self.rank);
-        let opened = if rank == 0 { self.begin(trainer, whole, at).map(Some) } else { Ok(None) };
+        let opened = match rank {
+            0 => check_finite(&whole, at.step).and_then(|()| self.begin(trainer, whole, at)).map(Some),
+            _ => Ok(None),
+        };
         publish_together(
             world,
             |own| agree(world, own),

@@ -195,6 +195,15 @@ def inputs(maker):
     copied("keys without a prefix", False,
            lambda path: rewrite(path, lambda t: {k.removeprefix("base_model.model."): v for k, v in t.items()}))
     copied("keys of modules that are no targets", False, target_modules=["q_proj", "v_proj"])
+    copied("modules that the file lacks", True, lambda path: rewrite(path, lambda t: {k: v for k, v in t.items() if "layers.1." not in k}))
+    copied("no peft_type", False, peft_type=...)
+    copied("null as peft_type", False, peft_type=None)
+    apart(maker, "experts apart", True, ["q_proj", "gate_proj", "up_proj", "down_proj"])
+    apart(maker, "experts apart, by expression", True, r".*(q_proj|experts\.\d+\.\w+_proj)")
+    apart(maker, "experts apart that are no targets", False, ["q_proj"])
+    apart(maker, "experts apart of which one leaf is no target", False, ["q_proj", "gate_proj", "down_proj"])
+    apart(maker, "experts apart in layers that are left out", False, ["q_proj", "gate_proj", "up_proj", "down_proj"], layers_to_transform=[0])
+    apart(maker, "experts apart, excluded", False, ["q_proj", "gate_proj", "up_proj", "down_proj"], exclude_modules=["experts.0.up_proj"])
     copied("a field of the future", False, use_new_thing=True)
     copied("a field of the future that is off", False, use_new_thing=False)
     copied("rank 0 for a module", False, rank_pattern={"q_proj": 0})
@@ -210,6 +219,29 @@ def inputs(maker):
     made("a head that is saved", False, modules_to_save=["lm_head"])
     made("tokens that are trained", False, trainable_token_indices=[3, 4])
     made("biases that are saved", False, bias="all")
+
+
+def apart(maker, name, accept, targets, **fields):
+    """An adapter with a module for each expert, as PEFT made before experts were fused; merged by hand."""
+    path, model = f"{maker.out}/{name.replace(' ', '_')}", maker.models["moe"]
+    os.makedirs(path)
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=targets, **fields)
+    json.dump(config, open(f"{path}/{CONFIG}", "w"))
+    weights, tensors, numbers = load_file(f"{model}/model.safetensors"), {}, torch.Generator().manual_seed(3)
+    for key, weight in list(weights.items()):
+        if ".experts." in key or key.endswith("q_proj.weight"):
+            rows, columns = weight.shape
+            a, b = torch.randn(4, columns, generator=numbers) * 0.2, torch.randn(rows, 4, generator=numbers) * 0.2
+            stem = "base_model.model." + key.removesuffix(".weight")
+            tensors |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+            weights[key] = weight + 2 * b @ a
+    save_file(tensors, f"{path}/{WEIGHTS}")
+    merged = f"{path}/merged"
+    shutil.copytree(model, merged)
+    save_file(weights, f"{merged}/model.safetensors", metadata={"format": "pt"})
+    with torch.no_grad():
+        save_file({"logits": base(merged)(IDS).logits[0].contiguous()}, f"{path}/logits.safetensors")
+    maker.cases.append(dict(kind="input", name=name, field="", model=model, path=path, accept=accept, loads=accept, same=False))
 
 
 def main():

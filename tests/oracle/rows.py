@@ -55,7 +55,9 @@ def rows(case, tokenizer):
     chosen = [i for i in answers if is_trained(messages[i]) and (case["turns"] == "all" or i == answers[-1])]
     if "{% generation %}" in template:
         text, spans = render(template, tokenizer, messages, marks=True)
-        return [(text, [span for i, span in zip(answers, spans) if i in chosen])]
+        owners = case.get("blocks", answers)
+        assert len(owners) == len(spans)
+        return [(text, [span for i, span in zip(owners, spans) if i in chosen])]
     whole, own = render(template, tokenizer, messages), []
     spans = []
     for index in chosen:

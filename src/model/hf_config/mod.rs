@@ -13,7 +13,7 @@ use super::{
 use crate::{
     console::{first_of, shortened},
     dtype::DType,
-    lfs,
+    json, lfs,
 };
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
@@ -26,8 +26,8 @@ use generation::Generation;
 pub enum ConfigError {
     #[error("{path}: {error}")]
     Io { path: PathBuf, error: std::io::Error },
-    #[error("{path}: not JSON: {error}")]
-    Json { path: PathBuf, error: serde_json::Error },
+    #[error("{path}: not JSON: {problem}")]
+    Json { path: PathBuf, problem: String },
     #[error("{path}: {}", lfs::REMEDY)]
     LfsPointer { path: PathBuf },
     #[error("{path}: model_type is {found}; built are {}", known())]
@@ -159,7 +159,9 @@ fn read_object(path: &Path) -> Result<Map<String, Value>, ConfigError> {
     if lfs::is_pointer(text.as_bytes()) {
         return Err(ConfigError::LfsPointer { path: path.to_owned() });
     }
-    serde_json::from_str(&text).map_err(|error| ConfigError::Json { path: path.to_owned(), error })
+    let problem = |error| json::problem(text.as_bytes(), &error);
+    serde_json::from_str(&text)
+        .map_err(|error| ConfigError::Json { path: path.to_owned(), problem: problem(error) })
 }
 
 #[cfg(test)]
