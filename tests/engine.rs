@@ -269,7 +269,7 @@ fn refusals(client: &Client) -> Value {
                 change(&|datum| *datum = Datum { ids: vec![1; 201], targets: vec![1; 201], ..datum.clone() }),
                 "200",
             ),
-            (change(&|datum| drop(datum.inputs.insert("weights".into(), vec![1.0; 99]))), "99 values"),
+            (change(&|datum| drop(datum.inputs.insert("weights".into(), vec![1.0; 99]))), "got 99"),
             (pass(vec![], true), "no datum"),
         ] {
             let said = client.refused(&tried, bad);
@@ -288,7 +288,7 @@ fn refusals(client: &Client) -> Value {
     assert_eq!(client.ask(&tried, Task::AbortGradients), Ok(Reply::Aborted { step: 0 }));
     let mut poison = data_of(0, 1);
     let tokens = poison[0].ids.len();
-    poison[0].inputs.insert("weights".into(), vec![f32::NAN; tokens]);
+    poison[0].inputs.insert("weights".into(), vec![f32::MAX; tokens]);
     client.ask(&tried, pass(poison, true)).unwrap();
     let StepReply { step: count, grad_norm, non_finite } =
         client.step(&tried, OptimStep { divide: false, ..step });

@@ -251,7 +251,7 @@ impl<T: Value> Value for Option<T> {
         T::read(node, rule).map(Some).map_err(|mut issues| {
             for issue in issues.iter_mut().filter(|issue| issue.suffix.is_empty()) {
                 if let Problem::Expected { expected, .. } = &mut issue.problem {
-                    *expected = Self::describe(rule).phrase;
+                    expected.push_str(", or null");
                 }
             }
             issues

@@ -121,8 +121,8 @@ pub struct OptimStep {
     pub weight_decay: f64,
     /// 0 or less: no limit.
     pub max_grad_norm: f64,
-    /// True: the accumulated gradient is divided by the valid targets of its passes (xorl). False: it is their plain sum
-    /// (tinker).
+    /// True: the accumulated gradient is divided by the valid targets of its passes (xorl). False: it is their plain
+    /// sum (tinker).
     pub divide: bool,
 }
 

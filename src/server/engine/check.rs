@@ -152,7 +152,10 @@ mod tests {
             (datum(&[-1], &[1], 1, None), "datum 1: token 0 is -1"),
             (datum(&[1, 2], &[1], 1, None), "datum 1: 1 targets, but 2 tokens with 1 each have 2"),
             (datum(&[1], &[10], 1, None), "datum 1: target 0 is 10, but the last id is 9"),
-            (datum(&[1], &[1, 1], 2, Some(&[1.0; 3])), "datum 1: weights has 3 values"),
+            (
+                datum(&[1], &[1, 1], 2, Some(&[1.0; 3])),
+                "datum 1: cross_entropy: input weights: expected 2 values, one a target, got 3",
+            ),
         ] {
             let Err(Refusal::User(said)) = pass(&of(vec![good.clone(), bad]), LIMITS) else {
                 panic!("{text}");
