@@ -28,7 +28,7 @@ mod tests {
             ("{\"a\": [1, NaN, 2]}", "NaN is not JSON; write a number (line 1)"),
             ("{\n  \"a\": Infinity\n}", "Infinity is not JSON; write a number (line 2)"),
             ("{\n  \"a\":\n  -Infinity\n}", "Infinity is not JSON; write a number (line 3)"),
-            ("{\"a\": \"NaN\", \"b\": x}", "expected value at line 1 column 18"),
+            ("{\"a\": \"NaN\", \"b\": x}", "expected value at line 1 column 19"),
             ("", "EOF while parsing a value at line 1 column 0"),
         ] {
             let error = serde_json::from_str::<serde_json::Value>(text).unwrap_err();

@@ -235,9 +235,12 @@ impl Server {
         self.post("retrieve_future", &json!({"request_id": id}))
     }
 
-    /// Submits and waits.
+    /// Submits and waits as clients do: a 408 is asked again.
     pub fn call(&self, name: &str, body: &Value) -> Value {
-        let (status, reply) = self.retrieve(&self.submit(name, body));
+        let id = self.submit(name, body);
+        let polls = std::iter::repeat_with(|| self.retrieve(&id)).take(100);
+        let mut ends = polls.skip_while(|(status, _)| *status == 408);
+        let (status, reply) = ends.next().unwrap_or_else(|| panic!("{name}: no result in 100 polls"));
         assert_eq!(status, 200, "{name}: {reply}");
         reply
     }
