@@ -6,7 +6,8 @@ use super::{
     futures::{FutureLimits, Futures, Promise, Render},
     http::{HttpLimits, Metrics},
     keys::Keys,
-    registry::{Fingerprint, Registry, Tenant},
+    order::BodyHash,
+    registry::{Registry, Tenant},
     request::{AdapterSpec, Answer, Engine, ModelId, OptimStep, Reply, Request, Task},
 };
 use axum::http::StatusCode;
@@ -42,7 +43,7 @@ pub struct Settings {
     pub max_rank: Option<usize>,
     /// Adapters that exist without `create_model`, with [`DEFAULT_MODEL`].
     pub model_ids: Vec<ModelId>,
-    /// Where `optim_step` does not say.
+    /// The step that `optim_step` asks for where it does not say.
     pub optim: OptimStep,
     /// Tokens of one request, at most.
     pub max_tokens: usize,
@@ -56,8 +57,8 @@ pub struct Submission<'a> {
     pub model: &'a ModelId,
     /// The name of the call, for the queue's reason.
     pub call: &'a str,
-    /// The sequence number, with the fingerprint of path and body. `None`: never a repeat.
-    pub number: Option<(i64, Fingerprint)>,
+    /// The sequence number, with the hash of call and body. `None`: never a repeat.
+    pub number: Option<(i64, BodyHash)>,
     pub task: Task,
     pub render: Render,
 }
@@ -152,7 +153,7 @@ impl App {
         let id = promise.id();
         let exists = match registry.get(tenant, model) {
             Some(known) => {
-                known.epoch = Default::default();
+                known.requests.open_epoch();
                 known.last_request = SystemTime::now();
                 None
             }
@@ -179,17 +180,18 @@ impl App {
         let mut registry = self.registry();
         self.ensure(&mut registry, tenant, model)?;
         let Some(known) = registry.get(tenant, model) else { return Err(unknown(model)) };
-        if let Some((number, body)) = &number {
-            let repeat = known.epoch.repeat(*number, body).map_err(|error| Fault::user(error.to_string()))?;
+        if let Some((number, body)) = number {
+            let repeat =
+                known.requests.repeat(number, body).map_err(|error| Fault::user(error.to_string()))?;
             if let Some(id) = repeat {
-                return Ok(id.into());
+                return Ok(id);
             }
         }
         let promise = self.futures.open(tenant.clone(), format!("{call} of {model}"), render)?;
         let id = promise.id();
         known.last_request = SystemTime::now();
         if let Some((number, body)) = number {
-            known.epoch.take(number, body, id.clone());
+            known.requests.take(number, body, id.clone());
         }
         let exists = is_unload.then(|| registry.withdraw(tenant, model)).flatten();
         self.send(request, promise, move |answer| {

@@ -23,6 +23,11 @@ impl BodyHash {
     pub fn of(body: &[u8]) -> Self {
         Self(Sha256::digest(body).into())
     }
+
+    /// With the name of the call, for ids that several calls share.
+    pub fn of_call(name: &str, body: &[u8]) -> Self {
+        Self(Sha256::new().chain_update(name).chain_update([0]).chain_update(body).finalize().into())
+    }
 }
 
 /// An id that two different requests have. Permanent: to be answered by 400 with this text.
@@ -52,11 +57,11 @@ pub enum Submitted<R> {
 /// Requests by id, with the hash of each body: those of a model by `seq_id`, or the models of a session by
 /// `model_seq_id`.
 #[derive(Clone, Debug)]
-pub struct Repeats<R> {
-    sent: BTreeMap<u64, (BodyHash, R)>,
+pub struct Repeats<R, K = u64> {
+    sent: BTreeMap<K, (BodyHash, R)>,
 }
 
-impl<R> Default for Repeats<R> {
+impl<R, K> Default for Repeats<R, K> {
     fn default() -> Self {
         Self { sent: BTreeMap::new() }
     }
@@ -66,27 +71,31 @@ impl<R: Clone> Repeats<R> {
     /// # Errors
     /// The id was sent with another body.
     pub fn submit(&mut self, id: u64, body: BodyHash, request: R) -> Result<Submitted<R>, OtherBody> {
-        if let Some(first) = self.find(id, body)? {
+        if let Some(first) = self.find(id, body).ok_or(OtherBody(id))? {
             return Ok(Submitted::Repeat(first));
         }
         self.sent.insert(id, (body, request));
-        self.forget_below(u64::MAX);
+        self.forget_below(u64::MAX, REMEMBERED);
         Ok(Submitted::New)
     }
+}
 
-    /// The request that has this id and body.
-    fn find(&self, id: u64, body: BodyHash) -> Result<Option<R>, OtherBody> {
+impl<R: Clone, K: Ord + Copy> Repeats<R, K> {
+    /// The request that has this id and body, if there is one. `None`: the id has another body.
+    fn find(&self, id: K, body: BodyHash) -> Option<Option<R>> {
         match self.sent.get(&id) {
-            Some((sent, _)) if *sent != body => Err(OtherBody(id)),
-            found => Ok(found.map(|(_, request)| request.clone())),
+            Some((sent, _)) if *sent != body => None,
+            found => Some(found.map(|(_, request)| request.clone())),
         }
     }
 
-    /// Forgets the smallest ids below `bound` that are more than need be remembered.
-    fn forget_below(&mut self, bound: u64) {
-        while self.sent.len() > REMEMBERED && self.sent.first_key_value().is_some_and(|(&id, _)| id < bound) {
-            self.sent.pop_first();
+    /// Forgets the smallest ids below `bound` that are more than `remembered`. Gives the largest of them.
+    fn forget_below(&mut self, bound: K, remembered: usize) -> Option<K> {
+        let mut last = None;
+        while self.sent.len() > remembered && self.sent.first_key_value().is_some_and(|(&id, _)| id < bound) {
+            last = self.sent.pop_first().map(|(id, _)| id);
         }
+        last
     }
 }
 
@@ -124,7 +133,7 @@ impl<R: Clone, T> InOrder<R, T> {
         item: T,
         now: Instant,
     ) -> Result<Submitted<R>, OrderError> {
-        if let Some(first) = self.repeats.find(seq_id, body)? {
+        if let Some(first) = self.repeats.find(seq_id, body).ok_or(OtherBody(seq_id))? {
             return Ok(Submitted::Repeat(first));
         }
         if self.consumed.contains(&seq_id) {
@@ -134,7 +143,7 @@ impl<R: Clone, T> InOrder<R, T> {
             return Err(OrderError::TooLate { seq_id, last: self.next_id - 1 });
         }
         self.repeats.sent.insert(seq_id, (body, request));
-        self.repeats.forget_below(self.next_id);
+        self.repeats.forget_below(self.next_id, REMEMBERED);
         self.waiting.insert(seq_id, (now, item));
         Ok(Submitted::New)
     }
@@ -190,35 +199,62 @@ impl<R: Clone, T> InOrder<R, T> {
     }
 }
 
+/// Requests that an epoch of [`OnArrival`] remembers.
+const REMEMBERED_OF_EPOCH: usize = 10_000;
+
+/// Why a number of [`OnArrival`] gives no request. Permanent: to be answered by 400 with this text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SequenceError {
+    #[error(
+        "seq_id {0} was used for another request of this adapter; number requests from 1 upwards, or begin anew with \
+         create_model"
+    )]
+    Reused(i64),
+    #[error(
+        "seq_id {0} is older than the last {REMEMBERED_OF_EPOCH} requests of this adapter, so a repeat cannot be told"
+    )]
+    Forgotten(i64),
+}
+
 /// The order of a model whose client sends one request after another: as they arrive, with gaps.
 #[derive(Clone, Debug)]
 pub struct OnArrival<R> {
-    repeats: Repeats<R>,
+    repeats: Repeats<R, i64>,
+    /// The largest number that was forgotten.
+    forgotten: Option<i64>,
 }
 
 impl<R> Default for OnArrival<R> {
     fn default() -> Self {
-        Self { repeats: Repeats::default() }
+        Self { repeats: Repeats::default(), forgotten: None }
     }
 }
 
 impl<R: Clone> OnArrival<R> {
     /// A client attaches with `create_model`: its ids begin anew and repeat none of the clients before it.
     pub fn open_epoch(&mut self) {
-        self.repeats = Repeats::default();
+        *self = Self::default();
     }
 
-    /// A new request may run at once. One without an id repeats none.
+    /// The request that has this number and body, if it was taken before.
     ///
     /// # Errors
-    /// The id was sent with another body.
-    pub fn submit(
-        &mut self,
-        seq_id: Option<u64>,
-        body: BodyHash,
-        request: R,
-    ) -> Result<Submitted<R>, OtherBody> {
-        seq_id.map_or(Ok(Submitted::New), |seq_id| self.repeats.submit(seq_id, body, request))
+    /// The number was used for another body, or is too old to tell.
+    pub fn repeat(&self, number: i64, body: BodyHash) -> Result<Option<R>, SequenceError> {
+        match self.repeats.find(number, body) {
+            None => Err(SequenceError::Reused(number)),
+            Some(None) if self.forgotten.is_some_and(|last| number <= last) => {
+                Err(SequenceError::Forgotten(number))
+            }
+            Some(found) => Ok(found),
+        }
+    }
+
+    /// Remembers `request`, which [`Self::repeat`] did not find.
+    pub fn take(&mut self, number: i64, body: BodyHash, request: R) {
+        self.repeats.sent.insert(number, (body, request));
+        let last = self.repeats.forget_below(i64::MAX, REMEMBERED_OF_EPOCH);
+        self.forgotten = last.or(self.forgotten);
     }
 }
 
@@ -298,15 +334,24 @@ mod tests {
     #[test]
     fn a_client_that_attaches_anew_repeats_nothing_of_the_one_before() {
         let mut order = OnArrival::default();
-        assert_eq!(order.submit(Some(1), body("one"), 'a'), Ok(Submitted::New));
-        assert_eq!(order.submit(Some(9), body("nine"), 'b'), Ok(Submitted::New));
-        assert_eq!(order.submit(Some(1), body("one"), 'c'), Ok(Submitted::Repeat('a')));
-        assert_eq!(order.submit(Some(9), body("one"), 'd'), Err(OtherBody(9)));
-        for request in ['e', 'f'] {
-            assert_eq!(order.submit(None, body("page"), request), Ok(Submitted::New));
+        // A gap is no matter.
+        for (number, text, request) in [(1, "one", 'a'), (9, "nine", 'b')] {
+            assert_eq!(order.repeat(number, body(text)), Ok(None));
+            order.take(number, body(text), request);
         }
+        assert_eq!(order.repeat(1, body("one")), Ok(Some('a')));
+        assert_eq!(order.repeat(9, body("one")), Err(SequenceError::Reused(9)));
+        assert_eq!(order.repeat(5, body("one")), Ok(None));
         order.open_epoch();
-        assert_eq!(order.submit(Some(1), body("one"), 'g'), Ok(Submitted::New));
+        assert_eq!(order.repeat(1, body("one")), Ok(None));
+    }
+
+    #[test]
+    fn numbers_that_were_forgotten_are_refused() {
+        let mut order = OnArrival::default();
+        (0..=REMEMBERED_OF_EPOCH as i64 + 1).for_each(|number| order.take(number, body("same"), ()));
+        assert_eq!(order.repeat(1, body("same")), Err(SequenceError::Forgotten(1)));
+        assert_eq!(order.repeat(2, body("same")), Ok(Some(())));
     }
 
     #[test]
@@ -324,7 +369,7 @@ mod tests {
         assert!(order.consumed.len() <= REMEMBERED);
     }
 
-    /// A step of a client, and the milliseconds after which it happens.
+    /// A step of a client.
     #[derive(Clone, Copy, Debug)]
     enum Event {
         Send(u64),

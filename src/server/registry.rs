@@ -1,7 +1,10 @@
 //! The adapters that clients know: who made one, its shape, and the requests that were taken for it. A tenant sees its
 //! own alone.
 
-use super::request::{AdapterSpec, ModelId, ModelIdError};
+use super::{
+    order::OnArrival,
+    request::{AdapterSpec, ModelId, ModelIdError},
+};
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
@@ -66,68 +69,13 @@ impl Tenant {
     }
 }
 
-/// SHA-256 of a request's path and body.
-pub type Fingerprint = [u8; 32];
-
-/// The numbered requests since a client has begun with the adapter. Sequence numbers may have gaps, and start again in
-/// the next epoch.
-#[derive(Debug, Default)]
-pub struct Epoch {
-    taken: BTreeMap<i64, (Fingerprint, String)>,
-    /// The largest number that was forgotten.
-    forgotten: Option<i64>,
-}
-
-/// Numbers that an epoch remembers.
-const REMEMBERED: usize = 10_000;
-
-/// A number that was used for another request.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum SequenceError {
-    #[error(
-        "seq_id {0} was used for another request of this adapter; number requests from 1 upwards, or begin anew with \
-         create_model"
-    )]
-    Reused(i64),
-    #[error(
-        "seq_id {0} is older than the last {REMEMBERED} requests of this adapter, so a repeat cannot be told"
-    )]
-    Forgotten(i64),
-}
-
-impl Epoch {
-    /// The id of the future that request `number` got, if it is a repeat.
-    ///
-    /// # Errors
-    /// The number was used for another body, or is too old to tell.
-    pub fn repeat(&self, number: i64, body: &Fingerprint) -> Result<Option<&str>, SequenceError> {
-        match self.taken.get(&number) {
-            Some((taken, id)) if taken == body => Ok(Some(id)),
-            Some(_) => Err(SequenceError::Reused(number)),
-            None if self.forgotten.is_some_and(|last| number <= last) => {
-                Err(SequenceError::Forgotten(number))
-            }
-            None => Ok(None),
-        }
-    }
-
-    /// Remembers that request `number` got the future `id`.
-    pub fn take(&mut self, number: i64, body: Fingerprint, id: String) {
-        self.taken.insert(number, (body, id));
-        if self.taken.len() > REMEMBERED
-            && let Some((first, _)) = self.taken.pop_first()
-        {
-            self.forgotten = Some(first);
-        }
-    }
-}
-
 /// An adapter.
 #[derive(Debug)]
 pub struct Model {
     pub spec: AdapterSpec,
     pub last_request: SystemTime,
-    pub epoch: Epoch,
+    /// Ids of futures by number.
+    pub requests: OnArrival<String>,
     /// False: it could not be made, or is unloaded. Changed by answers of the engine, which take no lock.
     exists: Arc<AtomicBool>,
 }
@@ -149,7 +97,7 @@ impl Registry {
     pub fn add(&mut self, tenant: Tenant, model: ModelId, spec: AdapterSpec) -> Arc<AtomicBool> {
         let exists = Arc::new(AtomicBool::new(true));
         let last_request = SystemTime::now();
-        let entry = Model { spec, last_request, epoch: Epoch::default(), exists: exists.clone() };
+        let entry = Model { spec, last_request, requests: OnArrival::default(), exists: exists.clone() };
         self.models.insert((tenant, model), entry);
         exists
     }
@@ -174,26 +122,6 @@ mod tests {
 
     fn spec() -> AdapterSpec {
         AdapterSpec { rank: 4, alpha: 8.0, targets: None, train_attn: true, train_mlp: true, seed: 1 }
-    }
-
-    #[test]
-    fn a_repeat_is_the_same_number_with_the_same_body() {
-        let mut epoch = Epoch::default();
-        assert_eq!(epoch.repeat(1, &[1; 32]), Ok(None));
-        epoch.take(1, [1; 32], "a".into());
-        // A gap is no matter.
-        epoch.take(9, [9; 32], "b".into());
-        assert_eq!(epoch.repeat(1, &[1; 32]), Ok(Some("a")));
-        assert_eq!(epoch.repeat(9, &[1; 32]), Err(SequenceError::Reused(9)));
-        assert_eq!(epoch.repeat(5, &[1; 32]), Ok(None));
-    }
-
-    #[test]
-    fn numbers_that_were_forgotten_are_refused() {
-        let mut epoch = Epoch::default();
-        (0..=REMEMBERED as i64 + 1).for_each(|number| epoch.take(number, [0; 32], String::new()));
-        assert_eq!(epoch.repeat(1, &[0; 32]), Err(SequenceError::Forgotten(1)));
-        assert_eq!(epoch.repeat(2, &[0; 32]), Ok(Some("")));
     }
 
     #[test]

@@ -15,12 +15,12 @@ pub use fields::object;
 pub use sessions::{Kill, kill};
 
 use super::super::{
-    app::App, app::Submission, fault::Fault, futures::Render, registry::Tenant, request::Task,
+    app::App, app::Submission, fault::Fault, futures::Render, order::BodyHash, registry::Tenant,
+    request::Task,
 };
 use axum::http::Method;
 use fields::Fields;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 use std::{collections::BTreeMap, sync::Arc};
 
 const POSTS: [&str; 14] = [
@@ -107,9 +107,7 @@ impl Call<'_> {
         task: Task,
         render: Render,
     ) -> Result<Value, Fault> {
-        let fingerprint =
-            || Sha256::new().chain_update(self.name).chain_update([0]).chain_update(self.body).finalize();
-        let number = seq_id.map(|seq_id| (seq_id, fingerprint().into()));
+        let number = seq_id.map(|seq_id| (seq_id, BodyHash::of_call(self.name, self.body)));
         let submission = Submission { tenant: self.tenant, model, call: self.name, number, task, render };
         let id = self.app.submit(submission)?;
         Ok(json!({"request_id": id, "model_id": model}))
