@@ -6,9 +6,10 @@ pub mod tinker;
 pub mod xorl;
 
 use axum::http::{HeaderMap, header};
+use jiff::Timestamp;
 use scalar::Scalar;
 use serde::Deserialize;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// A family of clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,26 +54,16 @@ impl Wire {
 
 /// A time as `2026-11-29T09:05:00Z`.
 pub fn iso_time(time: SystemTime) -> String {
-    let seconds = time.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs();
-    let (days, second) = (seconds / 86_400, seconds % 86_400);
-    // Days of the civil calendar, counted from March, so that a leap day is the last of its year.
-    let since_march_0 = days + 719_468;
-    let era = since_march_0 / 146_097;
-    let day_of_era = since_march_0 % 146_097;
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_from_march = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = (month_from_march + 2) % 12 + 1;
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+    let seconds = time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    // A time that the calendar lacks is shown as its first second.
+    Timestamp::from_second(seconds.cast_signed()).unwrap_or_default().to_string()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use axum::http::{HeaderName, HeaderValue};
+    use std::time::Duration;
 
     #[test]
     fn the_sender_is_known_by_headers_or_body() {
