@@ -1,6 +1,6 @@
 //! Pointers that git-LFS leaves in place of large files in a clone without it.
 
-/// What a user does about one.
+/// The remedy for a user.
 pub const REMEDY: &str = "a git-LFS pointer in place of the file; run `git lfs pull` in its folder";
 
 /// Returns true if `bytes` are the start of a pointer.

@@ -267,7 +267,7 @@ fn run(case: &Case, out: &Path) -> Value {
     first
 }
 
-/// What `from` saves, each of `to` loads bit for bit, and makes the update that `from` makes.
+/// Each of `to` loads bit for bit what `from` saves, and makes the update that `from` makes.
 fn travels(from: Case, to: &[Case]) {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path();

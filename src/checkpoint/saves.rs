@@ -98,16 +98,25 @@ fn nothing_else(folder: &Path) -> Result<(), CheckpointError> {
     Ok(())
 }
 
+/// The time at which a save was published, and its files.
+///
+/// # Errors
+/// `folder` is no save, or its files cannot be read.
+pub fn published(folder: &Path) -> Result<(SystemTime, Manifest), CheckpointError> {
+    let folder = present(folder);
+    let path = folder.join(MANIFEST);
+    let time = fs::metadata(&path).and_then(|data| data.modified()).map_err(io(&path))?;
+    Ok((time, Manifest::read(&folder)?))
+}
+
 /// Describes a save, without reading its tensors.
 ///
 /// # Errors
 /// `folder` is no save, or its files cannot be read.
 pub fn describe(folder: &Path) -> Result<Description, CheckpointError> {
+    let (time, manifest) = published(folder)?;
     let folder = &present(folder);
-    let manifest = Manifest::read(folder)?;
     let config = read_config(folder)?;
-    let path = folder.join(MANIFEST);
-    let time = fs::metadata(&path).and_then(|data| data.modified()).map_err(io(&path))?;
     let metadata = match manifest.lists(METADATA) {
         true => {
             let path = folder.join(METADATA);

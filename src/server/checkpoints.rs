@@ -5,13 +5,11 @@ use super::{
     paths::{self, Checkpoint, Kind, PathError, Place, inside},
     request::ModelId,
 };
-use crate::checkpoint::{
-    adapter_config::{CONFIG_FILE, read_config},
-    publish::MANIFEST,
+use crate::{
+    checkpoint::{CheckpointError, saves},
+    lora::LoraShape,
 };
-use serde::Deserialize;
 use std::{
-    collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
     time::SystemTime,
@@ -33,6 +31,8 @@ pub enum StoreError {
     Io { path: PathBuf, error: io::Error },
     #[error("{0}")]
     Unreadable(String),
+    #[error("{0}")]
+    Failed(String),
 }
 
 /// A saved adapter that exists.
@@ -45,24 +45,9 @@ pub struct Stored {
     pub bytes: u64,
 }
 
-/// Rank and scale that a saved adapter says of itself.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Described {
-    pub rank: usize,
-    pub alpha: f64,
-}
-
-#[derive(Deserialize)]
-struct Sized {
-    size: u64,
-}
-
 /// Time and bytes of the save in `folder`, if it is published.
 fn published(folder: &Path) -> Option<(SystemTime, u64)> {
-    let manifest = folder.join(MANIFEST);
-    let files: BTreeMap<String, Sized> = serde_json::from_slice(&fs::read(&manifest).ok()?).ok()?;
-    let bytes = files.values().fold(0_u64, |sum, file| sum.saturating_add(file.size));
-    Some((fs::metadata(&manifest).ok()?.modified().ok()?, bytes))
+    saves::published(folder).ok().map(|(time, manifest)| (time, manifest.bytes()))
 }
 
 fn note(checkpoint: &Checkpoint) -> PathBuf {
@@ -172,33 +157,33 @@ pub fn find(root: &Path, path: &str, model: &ModelId) -> Result<Stored, StoreErr
     Err(StoreError::Absent(path.into()))
 }
 
-/// Deletes a saved adapter. It disappears at once: a kill leaves at most a hidden folder, which the next save sweeps.
+/// Deletes a saved adapter. It disappears at once.
 pub fn delete(root: &Path, found: &Stored) -> Result<(), StoreError> {
-    let io = |error| StoreError::Io { path: found.folder.clone(), error };
-    let hidden = found.folder.with_file_name(format!(".tmp-deleted-{}", found.checkpoint.name));
-    if hidden.exists() {
-        fs::remove_dir_all(&hidden).map_err(io)?;
-    }
-    fs::rename(&found.folder, &hidden).map_err(io)?;
+    saves::delete(&found.folder).map_err(|error| refused(found, &error))?;
     if let Ok(path) = inside(root, &note(&found.checkpoint)) {
         let _ = fs::remove_file(path);
     }
-    fs::remove_dir_all(&hidden).map_err(io)
+    Ok(())
 }
 
 /// Rank and scale of a saved adapter.
-pub fn describe(found: &Stored) -> Result<Described, StoreError> {
-    let config = read_config(&found.folder).map_err(|error| {
-        let within =
-            |text: String| text.replace(&*found.folder.to_string_lossy(), &found.checkpoint.uri("xorl"));
-        StoreError::Unreadable(format!("{CONFIG_FILE}: {}", within(error.to_string())))
-    })?;
-    Ok(Described { rank: config.r, alpha: config.lora_alpha })
+pub fn describe(found: &Stored) -> Result<LoraShape, StoreError> {
+    saves::describe(&found.folder).map(|save| save.shape).map_err(|error| refused(found, &error))
+}
+
+/// The error of a save, which clients know by its name and not by its folder.
+fn refused(found: &Stored, error: &CheckpointError) -> StoreError {
+    let text = error.to_string().replace(&*found.folder.to_string_lossy(), &found.checkpoint.uri("xorl"));
+    match error.exit_code() {
+        2 => StoreError::Unreadable(text),
+        _ => StoreError::Failed(text),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::publish::MANIFEST;
 
     fn model() -> ModelId {
         ModelId::new("policy_v1").unwrap()

@@ -47,7 +47,9 @@ impl From<StoreError> for Fault {
     fn from(error: StoreError) -> Self {
         match error {
             StoreError::Absent(_) => Self::not_found(error.to_string()),
-            StoreError::Io { .. } => Self::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+            StoreError::Io { .. } | StoreError::Failed(_) => {
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())
+            }
             _ => Self::user(error.to_string()),
         }
     }

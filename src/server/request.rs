@@ -1,6 +1,6 @@
 //! Requests to the engine and their answers, in one form for all wires.
 
-use crate::{config::is_model_id, loss::NamedLoss};
+use crate::{checkpoint::saves::folder_name, config::is_model_id, loss::NamedLoss};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, fmt, path::PathBuf};
 
@@ -29,7 +29,7 @@ impl ModelId {
 
     /// The name of its folder: ':' is written `%3A`.
     pub fn folder(&self) -> String {
-        self.0.replace(':', "%3A")
+        folder_name(&self.0)
     }
 }
 
@@ -46,7 +46,7 @@ pub struct Request {
     pub task: Task,
 }
 
-/// What is asked of an adapter. Tasks of one adapter are carried out in the order in which the engine gets them.
+/// A task for an adapter. Tasks of one adapter are carried out in the order in which the engine gets them.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Task {
     /// Make a new adapter. The same name with an equal spec again is no error and changes nothing.
@@ -191,7 +191,7 @@ pub enum Refusal {
     Server(String),
 }
 
-/// What the engine answers.
+/// The answer of the engine.
 pub type Answer = Result<Reply, Refusal>;
 
 /// Takes requests to the engine. A wire has one; tests have one that answers by itself.

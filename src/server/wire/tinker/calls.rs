@@ -98,7 +98,7 @@ pub struct FinishSession {
     pub detail: Option<String>,
 }
 
-/// How a session ended, as its client sees it.
+/// The end of a session, as its client sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, ToSchema)]
 pub struct FinishReason {
     /// `success`, `errored` or `interrupted`
@@ -156,7 +156,7 @@ fn yes() -> bool {
     true
 }
 
-/// What the server gives to models whose client does not say.
+/// Defaults of models whose client does not say.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelDefaults {
     /// The base by the name that clients are told.
@@ -320,7 +320,7 @@ pub struct SaveWeightsForSampler {
     pub user_metadata: Option<BTreeMap<String, String>>,
 }
 
-/// Where weights for sampling go.
+/// The destination of weights for sampling.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SamplerSave<'a> {
     /// A checkpoint of this name.

@@ -1,14 +1,17 @@
 //! Saved adapters: save, load, list, delete, describe.
 
 use super::{Call, fields::Fields};
-use crate::server::{
-    app::mismatched,
-    checkpoints::{self, Stored},
-    fault::Fault,
-    futures::Body,
-    paths::{Checkpoint, Kind},
-    request::{Load, ModelId, Reply, Save, Task},
-    wire::iso_time,
+use crate::{
+    lora::LoraShape,
+    server::{
+        app::mismatched,
+        checkpoints::{self, Stored},
+        fault::Fault,
+        futures::Body,
+        paths::{Checkpoint, Kind},
+        request::{Load, ModelId, Reply, Save, Task},
+        wire::iso_time,
+    },
 };
 use serde_json::{Value, json};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -104,7 +107,7 @@ pub fn info(call: &Call, fields: &Fields) -> Result<Value, Fault> {
         return Err(Fault::user("xorl_path: expected the path of a save, got none"));
     };
     let found = checkpoints::find(&call.app.root(call.tenant)?, path, &fields.model()?)?;
-    let checkpoints::Described { rank, alpha } = checkpoints::describe(&found)?;
+    let LoraShape { rank, alpha, .. } = checkpoints::describe(&found)?;
     let Checkpoint { model, .. } = &found.checkpoint;
     let model: &ModelId = model;
     Ok(json!({
