@@ -55,13 +55,15 @@ pub(crate) mod testing {
         Tensor::randn(shape, (Kind::Double, Device::Cpu)).set_requires_grad(true)
     }
 
-    /// The largest absolute difference.
-    pub fn distance(a: &Tensor, b: &Tensor) -> f64 {
-        assert_eq!(a.size(), b.size());
-        if a.numel() == 0 {
+    /// The largest difference: absolute up to numbers of 1 in `exact`, beyond them relative, as dtypes round.
+    pub fn distance(ours: &Tensor, exact: &Tensor) -> f64 {
+        assert_eq!(ours.size(), exact.size());
+        if ours.numel() == 0 {
             return 0.0;
         }
-        (a.detach().to_kind(Kind::Double) - b.detach().to_kind(Kind::Double)).abs().max().double_value(&[])
+        let exact = exact.detach().to_kind(Kind::Double);
+        let off = (ours.detach().to_kind(Kind::Double) - &exact).abs();
+        (off / exact.abs().clamp_min(1.0)).max().double_value(&[])
     }
 
     /// Gradients of `inputs` when `output` gets the gradient `d_output`.
