@@ -1,5 +1,6 @@
 //! Methods and filters of Python and Jinja2 that minijinja lacks or answers otherwise.
 
+use super::jinja_values::{is_printable, python_str};
 use minijinja::{
     Environment, Error, ErrorKind, State, Value,
     value::{Kwargs, ValueKind, from_args},
@@ -16,6 +17,9 @@ pub(super) fn add_to(env: &mut Environment<'static>) {
     env.add_filter("urlencode", |text: &str| url_encoded(text));
     env.add_filter("striptags", filters::striptags);
     env.add_filter("filesizeformat", filters::filesizeformat);
+    env.add_filter("trim", |value: &Value, chars: Option<&str>| {
+        strip(&python_str(value), chars, "strip").to_owned()
+    });
     env.add_filter("wordcount", |text: &str| {
         text.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|word| !word.is_empty()).count()
     });
@@ -88,7 +92,12 @@ fn string_method(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>
         }
         "isdecimal" => all(text, is_decimal).into(),
         "istitle" => (text.chars().any(char::is_alphabetic) && title(text) == text).into(),
-        "isprintable" => text.chars().all(|c| !c.is_control() && (c == ' ' || !c.is_whitespace())).into(),
+        "isprintable" => text.chars().all(is_printable).into(),
+        "isspace" => all(text, is_space).into(),
+        "strip" | "lstrip" | "rstrip" => {
+            let (chars,): (Option<&str>,) = from_args(args)?;
+            strip(text, chars, name).into()
+        }
         "isidentifier" => {
             let begins = text.chars().next().is_some_and(|c| c.is_alphabetic() || c == '_');
             (begins && text.chars().all(|c| c.is_alphanumeric() || c == '_')).into()
@@ -204,14 +213,26 @@ fn split(text: &str, from_right: bool, args: &[Value]) -> Result<Value, Error> {
     Ok(parts.into())
 }
 
+/// White space as Python has it: with the separators of files, groups, records and units.
+fn is_space(c: char) -> bool {
+    c.is_whitespace() || matches!(c, '\u{1c}'..='\u{1f}')
+}
+
+/// `strip`, `lstrip` or `rstrip` by `name`, of `chars` or of white space.
+fn strip<'a>(text: &'a str, chars: Option<&str>, name: &str) -> &'a str {
+    let is_edge = |c: char| chars.map_or_else(|| is_space(c), |chars| chars.contains(c));
+    let text = if name == "rstrip" { text } else { text.trim_start_matches(is_edge) };
+    if name == "lstrip" { text } else { text.trim_end_matches(is_edge) }
+}
+
 /// Words of a text, what is left after `most` splits as it is.
 fn words(text: &str, most: usize) -> Vec<String> {
     let mut found = Vec::new();
-    let mut rest = text.trim_start();
+    let mut rest = text.trim_start_matches(is_space);
     while !rest.is_empty() {
-        let end = rest.find(char::is_whitespace).filter(|_| found.len() < most).unwrap_or(rest.len());
+        let end = rest.find(is_space).filter(|_| found.len() < most).unwrap_or(rest.len());
         found.push(rest[..end].to_string());
-        rest = rest[end..].trim_start();
+        rest = rest[end..].trim_start_matches(is_space);
     }
     found
 }

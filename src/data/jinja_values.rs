@@ -1,10 +1,12 @@
 //! Values as Python writes them: `json.dumps` for the `tojson` filter, `repr` and `str` for what a template prints.
 
 use super::integers::Digits;
+use fancy_regex::Regex;
 use minijinja::{
     Error, ErrorKind, Value,
     value::{Kwargs, Rest, ValueKind, ValueOrKwargs},
 };
+use std::sync::LazyLock;
 
 /// Options of `json.dumps`.
 struct JsonStyle {
@@ -192,12 +194,26 @@ fn string_repr(text: &str) -> String {
             '\r' => out.push_str("\\r"),
             '\t' => out.push_str("\\t"),
             c if c == quote => out.extend(['\\', c]),
-            c if c.is_control() => out.push_str(&format!("\\x{:02x}", u32::from(c))),
-            c => out.push(c),
+            c if is_printable(c) => out.push(c),
+            c => out.push_str(&match u32::from(c) {
+                code @ ..=0xff => format!("\\x{code:02x}"),
+                code @ ..=0xffff => format!("\\u{code:04x}"),
+                code => format!("\\U{code:08x}"),
+            }),
         }
     }
     out.push(quote);
     out
+}
+
+/// `str.isprintable` of one character: no control, format, private or unassigned one, and no space but the plain one.
+pub(super) fn is_printable(c: char) -> bool {
+    static NOT: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"^[\p{C}\p{Z}]$").ok());
+    if c.is_ascii() {
+        return !c.is_ascii_control();
+    }
+    let not = |regex: &Regex| regex.is_match(c.encode_utf8(&mut [0; 4])).unwrap_or(false);
+    !NOT.as_ref().is_some_and(not)
 }
 
 /// An integer, or a float as Python's `repr` writes it: shortest digits, an exponent below 1e-4 and from 1e16.
