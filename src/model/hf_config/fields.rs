@@ -110,9 +110,9 @@ impl Fields {
         value.as_bool().ok_or_else(|| self.fault(field, "true or false", value))
     }
 
-    /// One id or a list of them.
-    pub(super) fn token_ids(&self, field: &str) -> Vec<i64> {
-        super::token_ids(self.get(field))
+    /// `eos_token_id`: one id or a list of them.
+    pub(super) fn token_ids(&self) -> Result<Vec<i64>, ConfigError> {
+        super::token_ids(&self.path, &self.map)
     }
 
     /// The id of padding. Negative ids count from the vocabulary's end in torch, and mean that there is none.

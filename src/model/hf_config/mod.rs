@@ -82,8 +82,11 @@ pub struct HfModel {
     pub spec: ModelSpec,
     /// Dtype of the checkpoint, if the config has one.
     pub dtype: Option<DType>,
-    /// Tokens that end a generation, those of a generation_config.json beside the config included.
+    /// Tokens that end a document, as the config class has them.
     pub eos_token_ids: Vec<i64>,
+    /// Tokens that end a generation: those of a generation_config.json alone, or without one those that stand in the
+    /// config.
+    pub end_token_ids: Vec<i64>,
     pub pad_token_id: Option<i64>,
     /// Tokens of the longest sequence that the model was made for, if the config has it.
     pub max_positions: Option<usize>,
@@ -96,16 +99,23 @@ impl HfModel {
     pub fn open(path: &Path) -> Result<Self, ConfigError> {
         let path = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
         let mut model = Self::parse(&path, read_object(&path)?)?;
-        let generation = Generation::read(&path.with_file_name("generation_config.json"))?;
-        let others = generation.eos_token_ids.iter().filter(|id| !model.eos_token_ids.contains(id));
-        let others: Vec<i64> = others.copied().collect();
-        model.eos_token_ids.extend(others);
-        model.generation_unread = generation.unread;
+        if let Some(generation) = Generation::read(&path.with_file_name("generation_config.json"))? {
+            model.end_token_ids = generation.eos_token_ids;
+            model.generation_unread = generation.unread;
+        }
         Ok(model)
+    }
+
+    /// The token that fills packs. It has no loss.
+    pub fn padding(&self) -> i64 {
+        let ends = || self.eos_token_ids.iter().chain(&self.end_token_ids).next().copied();
+        self.pad_token_id.or_else(ends).unwrap_or(0)
     }
 
     /// The model that `map` of the file `path` describes.
     pub fn parse(path: &Path, map: Map<String, Value>) -> Result<Self, ConfigError> {
+        // transformers generates by the file alone, without the defaults of its config class.
+        let end_token_ids = token_ids(path, &map)?;
         let fields = Fields::new(path, map)?;
         let family = fields.family();
         let rms_norm_eps = fields.positive("rms_norm_eps")?;
@@ -126,10 +136,19 @@ impl HfModel {
             initializer_range: fields.positive("initializer_range")?,
         };
         let pad_token_id = fields.pad_token_id(spec.vocab_size)?;
-        let eos_token_ids = fields.token_ids("eos_token_id");
+        let eos_token_ids = fields.token_ids()?;
         let (dtype, generation_unread) = (dtype(&fields)?, Vec::new());
         let max_positions = fields.optional_size("max_position_embeddings")?;
-        Ok(Self { family, spec, dtype, eos_token_ids, pad_token_id, max_positions, generation_unread })
+        Ok(Self {
+            family,
+            spec,
+            dtype,
+            eos_token_ids,
+            end_token_ids,
+            pad_token_id,
+            max_positions,
+            generation_unread,
+        })
     }
 }
 
@@ -144,13 +163,20 @@ fn dtype(fields: &Fields) -> Result<Option<DType>, ConfigError> {
     }
 }
 
-/// One id or a list of them.
-fn token_ids(value: Option<&Value>) -> Vec<i64> {
-    match value {
-        Some(Value::Array(ids)) => ids.iter().filter_map(Value::as_i64).collect(),
-        Some(value) => value.as_i64().into_iter().collect(),
-        None => Vec::new(),
-    }
+/// The field `eos_token_id` of `map`, read from `path`: one id or a list of them.
+fn token_ids(path: &Path, map: &Map<String, Value>) -> Result<Vec<i64>, ConfigError> {
+    const FIELD: &str = "eos_token_id";
+    let Some(value) = map.get(FIELD).filter(|value| !value.is_null()) else { return Ok(Vec::new()) };
+    let ids = match value {
+        Value::Array(ids) => ids.iter().map(Value::as_i64).collect(),
+        value => value.as_i64().map(|id| vec![id]),
+    };
+    ids.ok_or_else(|| ConfigError::Value {
+        path: path.to_owned(),
+        field: FIELD.to_owned(),
+        expected: "an id or a list of ids".to_owned(),
+        found: shortened(value),
+    })
 }
 
 fn read_object(path: &Path) -> Result<Map<String, Value>, ConfigError> {
