@@ -398,6 +398,10 @@ def checkpoints(cases):
     (whole / 'model.safetensors.index.json').write_text(json.dumps(dict(weight_map=dict.fromkeys(tensors, 'model.safetensors'))))
     cases.add('an index of the single file', {}, weights=whole)
 
+    inside = made('adapter inside', tensors)
+    (inside / 'adapter_config.json').write_text('{}')
+    cases.add('an adapter beside the weights', {}, weights=inside, expect='refused', words=['adapter_config.json', 'lora.adapter_path', 'merge'])
+
     pointer = 'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 123\n'
     for name, file, text, words in (
         ('an LFS pointer', 'model.safetensors', pointer, ['git-LFS pointer', 'git lfs pull']),
