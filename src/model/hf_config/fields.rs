@@ -70,6 +70,13 @@ impl Fields {
         self.optional_size(field)?.ok_or_else(|| self.missing(field))
     }
 
+    /// A required positive integer of at most `most`.
+    pub fn size_up_to(&self, field: &str, most: usize) -> Result<usize, ConfigError> {
+        let size = self.size(field)?;
+        let expected = || format!("a positive integer of at most {most}");
+        if size > most { Err(self.fault(field, expected(), &size.into())) } else { Ok(size) }
+    }
+
     /// A positive integer, or `None` when null.
     pub fn optional_size(&self, field: &str) -> Result<Option<usize>, ConfigError> {
         let Some(value) = self.get(field) else { return Ok(None) };

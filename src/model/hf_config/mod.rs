@@ -38,6 +38,10 @@ pub enum ConfigError {
     Value { path: PathBuf, field: String, expected: String, found: String },
     #[error("{path}: {fields}: not known for {of}; a field that may change the maths is refused")]
     Unknown { path: PathBuf, of: String, fields: String },
+    #[error(
+        "{path}: its sizes make a model of {parameters:.1e} parameters; at most {MOST_PARAMETERS:e} are read"
+    )]
+    TooLarge { path: PathBuf, parameters: f64 },
     #[error("{path}: {first} and {second}: two spellings of one setting disagree; keep the right one")]
     Disagree { path: PathBuf, first: String, second: String },
     #[error(
@@ -46,6 +50,20 @@ pub enum ConfigError {
     )]
     Quantized { path: PathBuf, field: &'static str, method: String },
 }
+
+/// Layers of the deepest model that is read.
+const MOST_LAYERS: usize = 10_000;
+/// Fields of widths of matrices, and the largest width that is read.
+const WIDTHS: [&str; 5] = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+];
+const MOST_WIDTH: usize = 1 << 24;
+/// Parameters of the largest model that is read.
+const MOST_PARAMETERS: f64 = 1e15;
 
 fn known() -> String {
     FAMILIES.iter().map(|family| family.model_type).collect::<Vec<_>>().join(", ")
@@ -118,8 +136,14 @@ impl HfModel {
         let end_token_ids = token_ids(path, &map)?;
         let fields = Fields::new(path, map)?;
         let family = fields.family();
+        for field in WIDTHS.into_iter().filter(|field| family.reads(field)) {
+            if fields.optional_size(field)?.is_some() {
+                fields.size_up_to(field, MOST_WIDTH)?;
+            }
+        }
         let rms_norm_eps = fields.positive("rms_norm_eps")?;
-        let decoder = Decoder { num_layers: fields.size("num_hidden_layers")?, rms_norm_eps };
+        let num_layers = fields.size_up_to("num_hidden_layers", MOST_LAYERS)?;
+        let decoder = Decoder { num_layers, rms_norm_eps };
         let layers = (family.layers)(&fields, &decoder)?;
         for moe in layers.iter().filter_map(|layer| layer.ffn.moe()) {
             if moe.top_k > moe.experts {
@@ -135,6 +159,7 @@ impl HfModel {
             tie_word_embeddings: fields.flag("tie_word_embeddings")?,
             initializer_range: fields.positive("initializer_range")?,
         };
+        check_parameters(path, &spec)?;
         let pad_token_id = fields.pad_token_id(spec.vocab_size)?;
         let eos_token_ids = fields.token_ids()?;
         let (dtype, generation_unread) = (dtype(&fields)?, Vec::new());
@@ -177,6 +202,16 @@ fn token_ids(path: &Path, map: &Map<String, Value>) -> Result<Vec<i64>, ConfigEr
         expected: "an id or a list of ids".to_owned(),
         found: shortened(value),
     })
+}
+
+/// Refuses sizes whose products could not be counted in bytes.
+fn check_parameters(path: &Path, spec: &ModelSpec) -> Result<(), ConfigError> {
+    let elements = |shape: &[usize]| shape.iter().map(|&size| size as f64).product::<f64>();
+    let parameters: f64 = spec.tensors().iter().map(|(_, shape)| elements(shape)).sum();
+    if parameters > MOST_PARAMETERS {
+        return Err(ConfigError::TooLarge { path: path.to_owned(), parameters });
+    }
+    Ok(())
 }
 
 fn read_object(path: &Path) -> Result<Map<String, Value>, ConfigError> {
