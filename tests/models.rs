@@ -135,6 +135,7 @@ fn python_configs_and_checkpoints_are_what_transformers_makes_of_them_or_refused
     let out = oracle();
     absent_fields_are_as_in_transformers(&read(&out.path().join("defaults.json")));
     let read = read(&out.path().join("cases.json"));
+    ends_are_as_in_transformers(&read["ends"]);
     let documents: Vec<Vec<i64>> = serde_json::from_value(read["documents"].clone()).unwrap();
     let world = World::start().unwrap();
     let groups = ProcessGroups::one_block(&world);
@@ -161,6 +162,21 @@ fn python_configs_and_checkpoints_are_what_transformers_makes_of_them_or_refused
     println!("{} cases, {loaded} loaded, {} refused", cases.len(), cases.len() - loaded);
     assert!(faults.is_empty(), "{} of {} cases:\n{}", faults.len(), cases.len(), faults.join("\n"));
     assert!(cases.len() > 400 && loaded > 200, "{loaded} of {} cases", cases.len());
+}
+
+/// Holds the tokens that end a generation against transformers', or the refusal of a wrong type.
+fn ends_are_as_in_transformers(folders: &Value) {
+    for case in folders.as_array().unwrap() {
+        let folder = case["folder"].as_str().unwrap();
+        let ours = HfModel::open(Path::new(folder));
+        match &case["right"] {
+            Value::Null => {
+                let line = ours.unwrap_err().to_string();
+                assert!(line.contains("generation_config.json: eos_token_id: expected an id"), "{line}");
+            }
+            right => assert_eq!(Value::from(ours.unwrap().end_token_ids), *right, "{folder}"),
+        }
+    }
 }
 
 /// Holds the values of absent fields against the defaults of transformers' config classes.

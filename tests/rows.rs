@@ -31,7 +31,12 @@ fn list(value: &Value) -> &[Value] {
 
 /// A folder with the test tokenizer, `config` over its tokenizer_config.json, and `files`.
 fn tokenizer_dir(dir: &Path, config: &Value, files: &Value) {
-    let source = tables().join("chat/byte_level");
+    tokenizer_dir_of("byte_level", dir, config, files);
+}
+
+/// As [`tokenizer_dir`], with the tokenizer `base` of tests/data/chat.
+fn tokenizer_dir_of(base: &str, dir: &Path, config: &Value, files: &Value) {
+    let source = tables().join("chat").join(base);
     std::fs::create_dir_all(dir).unwrap();
     std::fs::copy(source.join("tokenizer.json"), dir.join("tokenizer.json")).unwrap();
     let mut whole = read_json(&source.join("tokenizer_config.json"));
@@ -80,7 +85,8 @@ const FIRST: &str = r#"{"messages": [{"role": "user", "content": "hi", "n": 1000
 fn our_tokenizers(cases: &Value, folder: &Path) -> Vec<Result<Value, String>> {
     let one = |(index, case): (usize, &Value)| {
         let dir = folder.join("tokenizers").join(index.to_string());
-        tokenizer_dir(&dir, &case["config"], &case["files"]);
+        let base = case["base"].as_str().unwrap_or("byte_level");
+        tokenizer_dir_of(base, &dir, &case["config"], &case["files"]);
         let ids =
             Tokenizer::load(&dir).and_then(|tokenizer| tokenizer.encode(case["text"].as_str().unwrap()));
         ids.map(|ids| json!(ids)).map_err(|error| error.to_string())
@@ -169,6 +175,18 @@ fn python_tables_of_rows_tokenizers_and_templates_equal_transformers() {
             names.iter().map(|(name, text)| format!("{name}={};", text.as_str().unwrap())).collect();
         let printed = our_names(folder.path(), index, &right["names"]);
         compare(format!("names of {}", case["name"]), &Ok(printed.into()), &expected.into());
+    }
+    for name in list(&right["classes"]) {
+        let dir = folder.path().join("class");
+        tokenizer_dir(
+            &dir,
+            &json!({"tokenizer_class": name}),
+            &json!({"config.json": {"model_type": "llama"}}),
+        );
+        let is_built =
+            ["Qwen2Tokenizer", "GPTNeoXTokenizer", "GPT2Tokenizer"].contains(&name.as_str().unwrap());
+        let is_refused = Tokenizer::load(&dir).is_err();
+        compare(format!("class {name} is refused"), &Ok(is_refused.into()), &(!is_built).into());
     }
     let lines = std::fs::read_to_string(tables().join("rows/expressions.txt")).unwrap();
     for ((ours, right), line) in expressions.iter().zip(list(&right["expressions"])).zip(lines.lines()) {

@@ -25,6 +25,7 @@ mod special_tokens;
 mod store;
 mod tokenized;
 mod tokenizer;
+mod tokenizer_class;
 mod tokenizer_keys;
 mod turns;
 

@@ -1,7 +1,7 @@
 //! Tokens that stand in files beside tokenizer.json: names such as `eos_token`, and tokens that tokenizer.json lacks.
 //! They are found, and added to the tokenizer, in the order in which transformers 5 does it.
 
-use super::{DataError, chat_template::read_json, tokenizer_keys};
+use super::{DataError, chat_template::read_json, tokenizer_class::TokenizerClass, tokenizer_keys};
 use crate::console::shortened;
 use serde_json::{Map, Value};
 use std::{
@@ -29,6 +29,8 @@ pub(super) struct SpecialTokens {
     pub split: bool,
     /// tokenizer_config.json names code of a tokenizer (`auto_map`).
     pub names_code: bool,
+    /// The class of transformers that rebuilds tokenizer.json.
+    pub class: Option<TokenizerClass>,
 }
 
 /// A token, with its flags where a file gives them.
@@ -65,6 +67,7 @@ impl SpecialTokens {
         let mut found = Self {
             split: config.get("split_special_tokens") == Some(&Value::Bool(true)),
             names_code: config.contains_key("auto_map"),
+            class: TokenizerClass::of(dir, &config)?,
             ..Self::default()
         };
         if let Some(old) = config.swap_remove("additional_special_tokens") {
@@ -80,6 +83,9 @@ impl SpecialTokens {
             tokenizer_keys::check_map(&map_path, &map)?;
             merge(&mut config, map);
         }
+        for (name, token) in found.class.iter().flat_map(TokenizerClass::names) {
+            config.entry(*name).or_insert_with(|| (*token).into());
+        }
         found.read_names(&path, &config)?;
         if !found.has_decoder {
             let added_path = dir.join("added_tokens.json");
@@ -93,12 +99,15 @@ impl SpecialTokens {
         self.named.iter().map(|(name, token)| (name.clone(), token.text().into())).collect()
     }
 
-    /// The tokens to add to a tokenizer that has `present`, in order.
+    /// The tokens to add, in order, to a tokenizer whose tokenizer.json has `present`.
     pub fn missing(&self, present: &BTreeMap<u32, AddedToken>) -> Vec<AddedToken> {
         let mut known = self.added.clone();
         if !self.has_decoder {
             known.extend(present.iter().map(|(id, token)| (*id, token.clone())));
         }
+        // A class that rebuilds the tokenizer begins without added tokens.
+        let none = BTreeMap::new();
+        let present = if self.class.is_some() { &none } else { present };
         let is_present = |token: &AddedToken| present.values().any(|other| same(other, token));
         let named = |token: &AddedToken| self.named.iter().any(|(_, name)| name.text() == token.content);
         let as_added = |token: &AddedToken| token.clone().special(token.special || named(token));

@@ -5,6 +5,7 @@ use super::{DataError, LineProblem, error::one_line, special_tokens::SpecialToke
 use crate::lfs;
 use sha2::{Digest, Sha256};
 use std::{ops::Range, path::Path};
+use tokenizers::models::ModelWrapper;
 
 /// Token ids of a text with the bytes of the text that each stands for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -55,16 +56,34 @@ impl Tokenizer {
             let remedy = "a pointer of Git LFS in place of the file; run `git lfs pull` in the folder";
             return Err(problem(remedy.into()));
         }
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
-            .map_err(|error| problem(format!("not a tokenizer: {}", one_line(error))))?;
+        let parsed = |bytes: &[u8]| {
+            tokenizers::Tokenizer::from_bytes(bytes)
+                .map_err(|error| problem(format!("not a tokenizer: {}", one_line(error))))
+        };
+        let mut inner = parsed(&bytes)?;
+        let present = inner.get_added_tokens_decoder().into_iter().collect();
+        let tokens = SpecialTokens::load(dir)?;
+        let bytes = match &tokens.class {
+            None => bytes,
+            Some(class) => {
+                let rebuilt = class.rebuilt(&bytes)?;
+                inner = parsed(&rebuilt)?;
+                rebuilt
+            }
+        };
+        if let ModelWrapper::BPE(model) = inner.get_model()
+            && let Some(dropout) = model.dropout.filter(|&dropout| dropout != 0.0)
+        {
+            let what = "would tokenize the same text differently each time; set it to null";
+            return Err(problem(format!("model.dropout: {dropout} {what}")));
+        }
         inner.with_truncation(None).map_err(|error| problem(one_line(error)))?;
         inner.with_padding(None);
-        let tokens = SpecialTokens::load(dir)?;
         if tokens.names_code {
             let config = dir.join("tokenizer_config.json");
             tracing::warn!("{}: auto_map: its code is not run, tokenizer.json is used", config.display());
         }
-        let missing = tokens.missing(&inner.get_added_tokens_decoder().into_iter().collect());
+        let missing = tokens.missing(&present);
         inner.add_tokens(&missing);
         inner.set_encode_special_tokens(tokens.split);
         for (stated, token) in &tokens.added {

@@ -5,7 +5,10 @@ use serde_json::{Map, Value};
 use std::path::Path;
 
 /// Keys that are read, besides names of tokens.
-const READ: [&str; 6] = [
+const READ: [&str; 9] = [
+    "add_prefix_space",
+    "legacy",
+    "tokenizer_class",
     "auto_map",
     "chat_template",
     "extra_special_tokens",
@@ -20,7 +23,6 @@ const HARMLESS: [&[&str]; 5] = [
     &["add_bos_token", "add_eos_token", "add_special_tokens", "use_default_system_prompt"],
     // tokenizer.json holds what these say of a tokenizer in another form.
     &[
-        "tokenizer_class",
         "slow_tokenizer_class",
         "tokenizer_type",
         "model_type",
@@ -29,7 +31,6 @@ const HARMLESS: [&[&str]; 5] = [
         "merges_file",
         "spm_file",
         "sp_model_kwargs",
-        "add_prefix_space",
         "add_dummy_prefix",
         "do_lower_case",
         "lowercase",
@@ -42,7 +43,6 @@ const HARMLESS: [&[&str]; 5] = [
         "keep_accents",
         "remove_space",
         "trim_offsets",
-        "legacy",
         "legacy_behaviour",
         "from_slow",
         "use_fast",

@@ -85,6 +85,13 @@ impl Generation {
                 directory.display()
             );
         }
+        if hf.end_token_ids.is_empty() && !hf.eos_token_ids.is_empty() {
+            tracing::warn!(
+                "{}: no token ends a generation, as in transformers: generation_config.json, or without one \
+                 config.json, names no eos_token_id",
+                directory.display()
+            );
+        }
         let mut spec = hf.spec;
         let source = stored_base::open(directory, &mut spec)?;
         let tokenizer = Tokenizer::load(directory)?;
@@ -111,7 +118,7 @@ impl Generation {
         };
         let adapter = adapter.as_ref().map(read).transpose()?;
         let limits =
-            Limits { max_new_tokens: request.max_new_tokens, eos_token_ids: hf.eos_token_ids.clone() };
+            Limits { max_new_tokens: request.max_new_tokens, eos_token_ids: hf.end_token_ids.clone() };
         Ok(Self { request, spec, source, compute, tokenizer, prompts, limits, adapter })
     }
 

@@ -11,6 +11,8 @@ use crate::{
 };
 use std::path::Path;
 
+/// A folder of a model with this file is the model with an adapter to transformers.
+const ADAPTER: &str = "adapter_config.json";
 /// Elements compared at a time.
 const CHUNK: usize = 1 << 20;
 
@@ -18,6 +20,10 @@ const CHUNK: usize = 1 << 20;
 /// the files have beside another embedding is used even if the config ties the two: `spec` is changed then.
 pub fn open(directory: &Path, spec: &mut ModelSpec) -> Result<SafetensorsSource, SourceError> {
     let mut source = SafetensorsSource::open(directory)?;
+    let adapter = directory.join(ADAPTER);
+    if adapter.is_file() {
+        return Err(SourceError::AdapterInside { path: adapter });
+    }
     source.rename(names_in_model(&spec.tensors()))?;
     if spec.tie_word_embeddings && source.meta(HEAD).is_some() {
         if source.meta(EMBEDDING).is_none() {

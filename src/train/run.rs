@@ -97,6 +97,7 @@ impl Run {
         let refused = |field: &str, why: &str| Error::Input(format!("{}: {why}", loaded.places.of(field)));
         let mesh = Mesh::new(world, MeshSizes::from(&config.train.compute))?;
         let hf = HfModel::open(&config.model.hf_config())?;
+        let pad = hf.padding();
         let mut spec = hf.spec;
         let experts = spec.moe().map(|moe| moe.experts);
         if experts.is_none() && mesh.expert() > 1 {
@@ -129,7 +130,6 @@ impl Run {
             data.sample_packing_sequence_len = data.sample_packing_sequence_len.min(longest);
         }
         let tokenizer = config.model.tokenizer();
-        let pad = hf.pad_token_id.or(hf.eos_token_ids.first().copied()).unwrap_or(0);
         let train = &config.train;
         let loss = RowLoss::new(train, &loaded.places)?;
         let (vocabulary, data) = (spec.vocab_size, &config.data);

@@ -92,6 +92,11 @@ pub enum SourceError {
     NoWeights { path: PathBuf },
     #[error("{path}: {found} is there and no model.safetensors: {remedy}")]
     Foreign { path: PathBuf, found: String, remedy: &'static str },
+    #[error(
+        "{path}: an adapter in the folder of a model, which transformers applies; merge it into the model, or move its \
+         files elsewhere and name them in lora.adapter_path (generate: --adapter)"
+    )]
+    AdapterInside { path: PathBuf },
     #[error("{path}: {}", lfs::REMEDY)]
     LfsPointer { path: PathBuf },
     #[error("{path}: not a safetensors file: {reason}")]

@@ -321,6 +321,16 @@ def fields(cases):
         ('a size in quotes', 'llama', ['hidden_size', 'positive integer'], dict(hidden_size='16')),
         ('a size of null', 'llama', ['vocab_size is missing'], dict(vocab_size=None)),
         ('more experts a token than experts', 'olmoe', ['num_experts_per_tok', 'at most the 4'], dict(num_experts_per_tok=5)),
+        ('too many layers', 'llama', ['num_hidden_layers', 'at most 10000'], dict(num_hidden_layers=10**9)),
+        ('too many heads', 'llama', ['num_attention_heads', 'at most 65536'], dict(num_attention_heads=2**33, num_key_value_heads=1, head_dim=2**33)),
+        ('too wide a head', 'llama', ['head_dim', 'at most 65536'], dict(head_dim=2**33)),
+        ('too many experts', 'qwen3_moe', ['num_experts', 'at most 4096'], dict(num_experts=10**9)),
+        ('too many experts', 'mixtral', ['num_local_experts', 'at most 4096'], dict(num_local_experts=10**9)),
+        ('too wide', 'llama', ['hidden_size', 'at most 16777216'], dict(hidden_size=2**39)),
+        ('too many parameters', 'llama', ['parameters', 'at most 1e15'], dict(hidden_size=2**24, intermediate_size=2**24, head_dim=4)),
+        ('an end in quotes', 'llama', ['eos_token_id', 'an id or a list of ids'], dict(eos_token_id='2')),
+        ('an end that is no integer', 'llama', ['eos_token_id', 'an id or a list of ids'], dict(eos_token_id=2.0)),
+        ('ends in quotes', 'llama', ['eos_token_id', 'an id or a list of ids'], dict(eos_token_id=['2'])),
         ('a family that is not built', 'llama', ['model_type is mamba', 'qwen3_moe'], dict(model_type='mamba')),
     ):
         cases.add(name, changed, base, expect='refused', words=words)
@@ -395,6 +405,10 @@ def checkpoints(cases):
     (whole / 'model.safetensors.index.json').write_text(json.dumps(dict(weight_map=dict.fromkeys(tensors, 'model.safetensors'))))
     cases.add('an index of the single file', {}, weights=whole)
 
+    inside = made('adapter inside', tensors)
+    (inside / 'adapter_config.json').write_text('{}')
+    cases.add('an adapter beside the weights', {}, weights=inside, expect='refused', words=['adapter_config.json', 'lora.adapter_path', 'merge'])
+
     pointer = 'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 123\n'
     for name, file, text, words in (
         ('an LFS pointer', 'model.safetensors', pointer, ['git-LFS pointer', 'git lfs pull']),
@@ -411,10 +425,34 @@ def checkpoints(cases):
         cases.add(name, {}, weights=at, expect='refused', words=words)
 
 
+def ends(cases):
+    """Tokens that end a generation: folders, each with the ids of transformers, or null where a wrong type is to be refused."""
+    folder, config = cases.base('llama')
+    found = []
+    for index, (eos, generation, is_right) in enumerate((
+        (3, None, True), ([3, 4], None, True), (ABSENT, None, True), (None, None, True), (3, {'eos_token_id': 4}, True),
+        (3, {'eos_token_id': [4, 5]}, True), (3, {'bos_token_id': 1}, True), (3, {'eos_token_id': None}, True), (ABSENT, {'eos_token_id': 4}, True),
+        (3, {'eos_token_id': '4'}, False), (3, {'eos_token_id': 4.0}, False), (3, {'eos_token_id': ['4']}, False), (3, {'eos_token_id': True}, False),
+    )):
+        at = cases.out / 'ends' / str(index)
+        shutil.copytree(folder, at)
+        (at / 'generation_config.json').unlink(missing_ok=True)
+        changed = {key: value for key, value in {**config, 'eos_token_id': eos}.items() if value is not ABSENT}
+        (at / 'config.json').write_text(json.dumps(changed))
+        if generation is not None:
+            (at / 'generation_config.json').write_text(json.dumps(generation))
+        right = None
+        if is_right:
+            right = transformers.AutoModelForCausalLM.from_pretrained(at).generation_config.eos_token_id
+            right = right if isinstance(right, list) else [] if right is None else [right]
+        found.append(dict(folder=str(at), right=right))
+    return found
+
+
 if __name__ == '__main__':
     out = Path(sys.argv[1])
     write_defaults(out)
     cases = Cases(out)
     for table in (matrix, rope, fields, checkpoints):
         table(cases)
-    (out / 'cases.json').write_text(json.dumps(dict(documents=DOCUMENTS, cases=cases.cases)))
+    (out / 'cases.json').write_text(json.dumps(dict(documents=DOCUMENTS, cases=cases.cases, ends=ends(cases))))

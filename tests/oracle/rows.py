@@ -119,11 +119,22 @@ def losses(table, ours):
     return found
 
 
+def classes():
+    """Tokenizer classes that do not take tokenizer.json as it is."""
+    backend = transformers.TokenizersBackend
+    for name in dir(transformers):
+        found = getattr(transformers, name) if name.endswith("Tokenizer") else None
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerBase):
+            is_own = "__init__" in found.__dict__ or not issubclass(found, backend)
+            if is_own and found.__name__ != "PythonBackend":
+                yield name
+
+
 def main(folder):
     transformers.logging.set_verbosity_error()
     cases = json.loads((DATA / "rows" / "cases.json").read_text())
     plain = transformers.AutoTokenizer.from_pretrained(DATA / "chat" / "byte_level")
-    right = {"tokenizers": [], "expressions": [], "chats": []}
+    right = {"tokenizers": [], "expressions": [], "chats": [], "classes": list(classes())}
     for index, case in enumerate(cases["tokenizers"]):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizers" / str(index))
         ids = tokenizer(case["text"], add_special_tokens=False)["input_ids"]

@@ -4,7 +4,7 @@
 use super::{
     ATTENTION_AND_MLP,
     Absent::{Null, Number, Size},
-    Family,
+    Family, MOST_EXPERTS,
 };
 use crate::{
     lora::MoeNames,
@@ -32,7 +32,7 @@ pub const FAMILY: Family = Family {
     default_targets: ATTENTION_AND_MLP,
     layers: |fields, decoder| {
         let moe = MoeSpec {
-            experts: fields.size("num_local_experts")?,
+            experts: fields.size_up_to("num_local_experts", MOST_EXPERTS)?,
             top_k: fields.size("num_experts_per_tok")?,
             normalise: true,
             width: fields.size("intermediate_size")?,

@@ -43,6 +43,11 @@ pub enum Absent {
     Number(f64),
 }
 
+/// Bounds of sizes, far above those of any model.
+const MOST_HEADS: usize = 1 << 16;
+const MOST_HEAD_DIM: usize = 1 << 16;
+const MOST_EXPERTS: usize = 4096;
+
 /// The fields that all families read, and their values where they are absent.
 const ABSENT: &[(&str, Absent)] = &[
     ("eos_token_id", Absent::Null),
@@ -88,7 +93,7 @@ pub struct Decoder {
 impl Decoder {
     /// Plain grouped-query attention of the common fields: no biases, norms or windows.
     fn gqa(&self, fields: &Fields) -> Result<GqaSpec, ConfigError> {
-        let num_heads = fields.size("num_attention_heads")?;
+        let num_heads = fields.size_up_to("num_attention_heads", MOST_HEADS)?;
         let num_kv_heads = fields.optional_size("num_key_value_heads")?.unwrap_or(num_heads);
         if !num_heads.is_multiple_of(num_kv_heads) {
             let expected = format!("a divisor of num_attention_heads {num_heads}");
@@ -98,6 +103,10 @@ impl Decoder {
             Some(head_dim) => head_dim,
             None => fields.size("hidden_size")? / num_heads,
         };
+        if head_dim > MOST_HEAD_DIM {
+            let expected = format!("at most {MOST_HEAD_DIM}, also as hidden_size / num_attention_heads");
+            return Err(fields.fault("head_dim", expected, &head_dim.into()));
+        }
         if head_dim == 0 || head_dim % 2 != 0 {
             return Err(fields.fault("head_dim", "an even number (rotation pairs)", &head_dim.into()));
         }
@@ -145,7 +154,7 @@ pub const FAMILIES: &[Family] = &[
 /// The experts of Qwen's kind, as wide as the field `width` says.
 fn mixture(fields: &Fields, width: &str) -> Result<MoeSpec, ConfigError> {
     Ok(MoeSpec {
-        experts: fields.size("num_experts")?,
+        experts: fields.size_up_to("num_experts", MOST_EXPERTS)?,
         top_k: fields.size("num_experts_per_tok")?,
         normalise: fields.flag("norm_topk_prob")?,
         width: fields.size(width)?,

@@ -70,6 +70,13 @@ impl Fields {
         self.optional_size(field)?.ok_or_else(|| self.missing(field))
     }
 
+    /// A required positive integer of at most `most`.
+    pub fn size_up_to(&self, field: &str, most: usize) -> Result<usize, ConfigError> {
+        let size = self.size(field)?;
+        let expected = || format!("a positive integer of at most {most}");
+        if size > most { Err(self.fault(field, expected(), &size.into())) } else { Ok(size) }
+    }
+
     /// A positive integer, or `None` when null.
     pub fn optional_size(&self, field: &str) -> Result<Option<usize>, ConfigError> {
         let Some(value) = self.get(field) else { return Ok(None) };
@@ -110,9 +117,9 @@ impl Fields {
         value.as_bool().ok_or_else(|| self.fault(field, "true or false", value))
     }
 
-    /// One id or a list of them.
-    pub(super) fn token_ids(&self, field: &str) -> Vec<i64> {
-        super::token_ids(self.get(field))
+    /// `eos_token_id`: one id or a list of them.
+    pub(super) fn token_ids(&self) -> Result<Vec<i64>, ConfigError> {
+        super::token_ids(&self.path, &self.map)
     }
 
     /// The id of padding. Negative ids count from the vocabulary's end in torch, and mean that there is none.

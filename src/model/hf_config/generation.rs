@@ -73,7 +73,6 @@ const NEUTRAL: &[(&str, f64)] = &[
 ];
 
 /// The part of a generation_config.json that greedy decoding needs.
-#[derive(Default)]
 pub struct Generation {
     pub eos_token_ids: Vec<i64>,
     /// Settings that are not built, with their values.
@@ -82,9 +81,9 @@ pub struct Generation {
 
 impl Generation {
     /// Reads the file at `path`, if there is one.
-    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+    pub fn read(path: &Path) -> Result<Option<Self>, ConfigError> {
         if !path.is_file() {
-            return Ok(Self::default());
+            return Ok(None);
         }
         let map = read_object(path)?;
         let has_effect = |(key, value): &(&String, &Value)| {
@@ -93,6 +92,6 @@ impl Generation {
             *key != "eos_token_id" && !HARMLESS.contains(&key.as_str()) && !value.is_null() && !is_neutral
         };
         let unread = map.iter().filter(has_effect).map(|(key, value)| format!("{key} {}", shortened(value)));
-        Ok(Self { eos_token_ids: token_ids(map.get("eos_token_id")), unread: unread.collect() })
+        Ok(Some(Self { eos_token_ids: token_ids(path, &map)?, unread: unread.collect() }))
     }
 }

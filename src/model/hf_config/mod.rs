@@ -38,6 +38,10 @@ pub enum ConfigError {
     Value { path: PathBuf, field: String, expected: String, found: String },
     #[error("{path}: {fields}: not known for {of}; a field that may change the maths is refused")]
     Unknown { path: PathBuf, of: String, fields: String },
+    #[error(
+        "{path}: its sizes make a model of {parameters:.1e} parameters; at most {MOST_PARAMETERS:e} are read"
+    )]
+    TooLarge { path: PathBuf, parameters: f64 },
     #[error("{path}: {first} and {second}: two spellings of one setting disagree; keep the right one")]
     Disagree { path: PathBuf, first: String, second: String },
     #[error(
@@ -46,6 +50,20 @@ pub enum ConfigError {
     )]
     Quantized { path: PathBuf, field: &'static str, method: String },
 }
+
+/// Layers of the deepest model that is read.
+const MOST_LAYERS: usize = 10_000;
+/// Fields of widths of matrices, and the largest width that is read.
+const WIDTHS: [&str; 5] = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+];
+const MOST_WIDTH: usize = 1 << 24;
+/// Parameters of the largest model that is read.
+const MOST_PARAMETERS: f64 = 1e15;
 
 fn known() -> String {
     FAMILIES.iter().map(|family| family.model_type).collect::<Vec<_>>().join(", ")
@@ -82,8 +100,11 @@ pub struct HfModel {
     pub spec: ModelSpec,
     /// Dtype of the checkpoint, if the config has one.
     pub dtype: Option<DType>,
-    /// Tokens that end a generation, those of a generation_config.json beside the config included.
+    /// Tokens that end a document, as the config class has them.
     pub eos_token_ids: Vec<i64>,
+    /// Tokens that end a generation: those of a generation_config.json alone, or without one those that stand in the
+    /// config.
+    pub end_token_ids: Vec<i64>,
     pub pad_token_id: Option<i64>,
     /// Tokens of the longest sequence that the model was made for, if the config has it.
     pub max_positions: Option<usize>,
@@ -96,20 +117,33 @@ impl HfModel {
     pub fn open(path: &Path) -> Result<Self, ConfigError> {
         let path = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
         let mut model = Self::parse(&path, read_object(&path)?)?;
-        let generation = Generation::read(&path.with_file_name("generation_config.json"))?;
-        let others = generation.eos_token_ids.iter().filter(|id| !model.eos_token_ids.contains(id));
-        let others: Vec<i64> = others.copied().collect();
-        model.eos_token_ids.extend(others);
-        model.generation_unread = generation.unread;
+        if let Some(generation) = Generation::read(&path.with_file_name("generation_config.json"))? {
+            model.end_token_ids = generation.eos_token_ids;
+            model.generation_unread = generation.unread;
+        }
         Ok(model)
+    }
+
+    /// The token that fills packs. It has no loss.
+    pub fn padding(&self) -> i64 {
+        let ends = || self.eos_token_ids.iter().chain(&self.end_token_ids).next().copied();
+        self.pad_token_id.or_else(ends).unwrap_or(0)
     }
 
     /// The model that `map` of the file `path` describes.
     pub fn parse(path: &Path, map: Map<String, Value>) -> Result<Self, ConfigError> {
+        // transformers generates by the file alone, without the defaults of its config class.
+        let end_token_ids = token_ids(path, &map)?;
         let fields = Fields::new(path, map)?;
         let family = fields.family();
+        for field in WIDTHS.into_iter().filter(|field| family.reads(field)) {
+            if fields.optional_size(field)?.is_some() {
+                fields.size_up_to(field, MOST_WIDTH)?;
+            }
+        }
         let rms_norm_eps = fields.positive("rms_norm_eps")?;
-        let decoder = Decoder { num_layers: fields.size("num_hidden_layers")?, rms_norm_eps };
+        let num_layers = fields.size_up_to("num_hidden_layers", MOST_LAYERS)?;
+        let decoder = Decoder { num_layers, rms_norm_eps };
         let layers = (family.layers)(&fields, &decoder)?;
         for moe in layers.iter().filter_map(|layer| layer.ffn.moe()) {
             if moe.top_k > moe.experts {
@@ -125,11 +159,21 @@ impl HfModel {
             tie_word_embeddings: fields.flag("tie_word_embeddings")?,
             initializer_range: fields.positive("initializer_range")?,
         };
+        check_parameters(path, &spec)?;
         let pad_token_id = fields.pad_token_id(spec.vocab_size)?;
-        let eos_token_ids = fields.token_ids("eos_token_id");
+        let eos_token_ids = fields.token_ids()?;
         let (dtype, generation_unread) = (dtype(&fields)?, Vec::new());
         let max_positions = fields.optional_size("max_position_embeddings")?;
-        Ok(Self { family, spec, dtype, eos_token_ids, pad_token_id, max_positions, generation_unread })
+        Ok(Self {
+            family,
+            spec,
+            dtype,
+            eos_token_ids,
+            end_token_ids,
+            pad_token_id,
+            max_positions,
+            generation_unread,
+        })
     }
 }
 
@@ -144,13 +188,30 @@ fn dtype(fields: &Fields) -> Result<Option<DType>, ConfigError> {
     }
 }
 
-/// One id or a list of them.
-fn token_ids(value: Option<&Value>) -> Vec<i64> {
-    match value {
-        Some(Value::Array(ids)) => ids.iter().filter_map(Value::as_i64).collect(),
-        Some(value) => value.as_i64().into_iter().collect(),
-        None => Vec::new(),
+/// The field `eos_token_id` of `map`, read from `path`: one id or a list of them.
+fn token_ids(path: &Path, map: &Map<String, Value>) -> Result<Vec<i64>, ConfigError> {
+    const FIELD: &str = "eos_token_id";
+    let Some(value) = map.get(FIELD).filter(|value| !value.is_null()) else { return Ok(Vec::new()) };
+    let ids = match value {
+        Value::Array(ids) => ids.iter().map(Value::as_i64).collect(),
+        value => value.as_i64().map(|id| vec![id]),
+    };
+    ids.ok_or_else(|| ConfigError::Value {
+        path: path.to_owned(),
+        field: FIELD.to_owned(),
+        expected: "an id or a list of ids".to_owned(),
+        found: shortened(value),
+    })
+}
+
+/// Refuses sizes whose products could not be counted in bytes.
+fn check_parameters(path: &Path, spec: &ModelSpec) -> Result<(), ConfigError> {
+    let elements = |shape: &[usize]| shape.iter().map(|&size| size as f64).product::<f64>();
+    let parameters: f64 = spec.tensors().iter().map(|(_, shape)| elements(shape)).sum();
+    if parameters > MOST_PARAMETERS {
+        return Err(ConfigError::TooLarge { path: path.to_owned(), parameters });
     }
+    Ok(())
 }
 
 fn read_object(path: &Path) -> Result<Map<String, Value>, ConfigError> {
