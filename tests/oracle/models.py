@@ -324,7 +324,7 @@ def fields(cases):
         ('too many layers', 'llama', ['num_hidden_layers', 'at most 10000'], dict(num_hidden_layers=10**9)),
         ('too many heads', 'llama', ['num_attention_heads', 'at most 65536'], dict(num_attention_heads=2**33, num_key_value_heads=1, head_dim=2**33)),
         ('too wide a head', 'llama', ['head_dim', 'at most 65536'], dict(head_dim=2**33)),
-        ('too many experts', 'qwen3_moe', ['num_experts', 'at most 4096'], dict(num_experts=10**9)),
+        ('too many experts', 'qwen3_moe', ['num_experts', 'at most 4096'], dict(num_experts=10**9, num_local_experts=10**9)),
         ('too many experts', 'mixtral', ['num_local_experts', 'at most 4096'], dict(num_local_experts=10**9)),
         ('too wide', 'llama', ['hidden_size', 'at most 16777216'], dict(hidden_size=2**39)),
         ('too many parameters', 'llama', ['parameters', 'at most 1e15'], dict(hidden_size=2**24, intermediate_size=2**24, head_dim=4)),
