@@ -2,13 +2,16 @@
 //! reach the engine in the order in which they are submitted here.
 
 use super::{
+    downloads::Signer,
     fault::Fault,
     futures::{FutureLimits, Futures, Promise, Render},
     http::{HttpLimits, Metrics},
     keys::Keys,
     order::BodyHash,
+    ordered::Orders,
     registry::{Registry, Tenant},
     request::{AdapterSpec, Answer, Engine, ModelId, OptimStep, Reply, Request, Task},
+    sessions::Sessions,
 };
 use axum::http::StatusCode;
 use std::{
@@ -70,16 +73,20 @@ pub struct App {
     pub settings: Settings,
     pub keys: Keys,
     pub metrics: Metrics,
+    pub signer: Signer,
     registry: Mutex<Registry>,
+    sessions: Mutex<Sessions>,
+    pub(super) orders: Orders,
     is_draining: AtomicBool,
 }
 
 impl App {
     /// A server over `engine`, whose adapters clients find as they left them.
     pub fn new(engine: Arc<dyn Engine>, settings: Settings, keys: Keys) -> Arc<Self> {
-        let mut registry = Registry::default();
+        let (mut registry, mut sessions) = (Registry::default(), Sessions::default());
         for (id, model) in engine.state().models {
             if let Some((tenant, id)) = Tenant::of_engine_id(&id, keys.are_needed()) {
+                sessions.restore(&tenant, &id);
                 registry.add(tenant, id, model.spec);
             }
         }
@@ -89,13 +96,21 @@ impl App {
             settings,
             keys,
             metrics: Metrics::default(),
+            signer: Signer::default(),
             registry: Mutex::new(registry),
+            sessions: Mutex::new(sessions),
+            orders: Orders::default(),
             is_draining: AtomicBool::new(false),
         })
     }
 
     pub fn registry(&self) -> MutexGuard<'_, Registry> {
         self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its lock is taken before that of the registry.
+    pub fn sessions(&self) -> MutexGuard<'_, Sessions> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The folder that the paths of `tenant` are in; made if it is not there.
@@ -113,9 +128,10 @@ impl App {
     /// Takes no more requests; those that were taken are carried out.
     pub fn drain(&self) {
         self.is_draining.store(true, Ordering::Release);
+        self.refuse_held();
     }
 
-    fn check_open(&self) -> Result<(), Fault> {
+    pub(super) fn check_open(&self) -> Result<(), Fault> {
         let busy = |text: &str| Err(Fault::new(StatusCode::SERVICE_UNAVAILABLE, text));
         if self.is_draining.load(Ordering::Acquire) {
             return busy(
@@ -126,6 +142,17 @@ impl App {
             return busy("a rank of the server has failed; restart it, and go on from the last saved state");
         }
         Ok(())
+    }
+
+    /// # Errors
+    /// The rank is larger than the server allows.
+    pub fn check_rank(&self, rank: usize) -> Result<(), Fault> {
+        match self.settings.max_rank.filter(|&most| rank > most) {
+            None => Ok(()),
+            Some(most) => Err(Fault::user(format!(
+                "lora_config.rank: {rank} is more than this server's max_lora_rank, {most}"
+            ))),
+        }
     }
 
     /// Creates an adapter, or begins a new epoch of one that exists with this shape. Returns the id of the future.
@@ -235,7 +262,12 @@ impl App {
     }
 
     /// Makes a declared adapter that does not exist yet.
-    fn ensure(&self, registry: &mut Registry, tenant: &Tenant, model: &ModelId) -> Result<(), Fault> {
+    pub(super) fn ensure(
+        &self,
+        registry: &mut Registry,
+        tenant: &Tenant,
+        model: &ModelId,
+    ) -> Result<(), Fault> {
         if registry.get(tenant, model).is_some() || !self.is_declared(model) {
             return Ok(());
         }
@@ -253,13 +285,18 @@ impl App {
         Ok(())
     }
 
-    fn request(&self, tenant: &Tenant, model: &ModelId, task: Task) -> Result<Request, Fault> {
+    pub(super) fn request(&self, tenant: &Tenant, model: &ModelId, task: Task) -> Result<Request, Fault> {
         let model = tenant.engine_id(model).map_err(|error| Fault::user(error.to_string()))?;
         Ok(Request { model, task })
     }
 
     /// Sends a request to the engine. `after` sees the answer before the client does.
-    fn send(&self, request: Request, promise: Promise, after: impl FnOnce(&Answer) + Send + 'static) {
+    pub(super) fn send(
+        &self,
+        request: Request,
+        promise: Promise,
+        after: impl FnOnce(&Answer) + Send + 'static,
+    ) {
         let answered = Box::new(move |answer: Answer| {
             after(&answer);
             promise.answer(answer);
@@ -268,7 +305,8 @@ impl App {
     }
 }
 
-fn unknown(model: &ModelId) -> Fault {
+/// The refusal of a request for an adapter that is not there.
+pub(super) fn unknown(model: &ModelId) -> Fault {
     Fault::user(format!(
         "model_id {model} does not exist; make it with POST /api/v1/create_model, or name it in model_ids"
     ))

@@ -5,22 +5,29 @@
 //! connections, holds keys and limits, and keeps answers until clients fetch them (`futures`).
 //!
 //! - [`app`]: the state that HTTP and the wires share
-//! - [`registry`]: tenants, and the adapters that they know
-//! - [`paths`]: paths of clients as folders; [`checkpoints`]: the saved adapters in them
+//! - [`registry`]: tenants, and the adapters that they know; [`sessions`]: the programs that made these
+//! - [`order`]: which request is next, and which is a repeat; [`ordered`]: requests that wait for those before them
+//! - [`paths`]: paths of clients as folders; [`checkpoints`]: the saved adapters in them; [`labels`]: what is known
+//!   about these; [`runs`]: what was trained; [`downloads`] of it
 //! - [`keys`], [`fault`]: who may ask, and refusals
 
 pub mod app;
 pub mod checkpoints;
+pub mod downloads;
 pub mod engine;
 pub mod fault;
 pub mod futures;
 pub mod http;
 pub mod keys;
+pub mod labels;
 pub mod order;
+pub mod ordered;
 pub mod paths;
 pub mod registry;
 pub mod request;
 pub mod run;
+pub mod runs;
+pub mod sessions;
 pub mod store;
 pub mod wire;
 
