@@ -7,6 +7,7 @@
 //! - [`app`]: the state that HTTP and the wires share
 //! - [`registry`]: tenants, and the adapters that they know
 //! - [`paths`]: paths of clients as folders; [`checkpoints`]: the saved adapters in them
+//! - [`spill`], [`storage`], [`sweep`]: adapters on disk, bytes of output_dir, idle adapters
 //! - [`keys`], [`fault`]: who may ask, and refusals
 
 pub mod app;
@@ -21,7 +22,10 @@ pub mod paths;
 pub mod registry;
 pub mod request;
 pub mod run;
+pub mod spill;
+pub mod storage;
 pub mod store;
+pub mod sweep;
 pub mod wire;
 
 pub use run::{Server, ServerPlan};

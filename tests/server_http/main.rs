@@ -2,9 +2,11 @@
 //!
 //! - `server`: the engine and a client
 //! - `wire`: the calls of `xorl-client`, futures and paths
+//! - `idle`: adapters without requests
 //! - `limits`: keys, limits, slow and broken clients, the end of the server
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
+mod idle;
 mod limits;
 mod server;
 mod wire;
