@@ -443,10 +443,19 @@ fn mpi_worker() {
         hybrid: false,
         b_init_std: B_STD,
         max_rank: Some(64),
+        rank: 16,
     };
     let base = Base { name: "base".into(), digest: "digest".into() };
-    let engine =
-        EngineOptions { defaults, base, max_tokens_per_pass: MAX_TOKENS, max_waiting: 100, gather: GATHER };
+    let engine = EngineOptions {
+        defaults,
+        base,
+        max_tokens_per_pass: MAX_TOKENS,
+        max_waiting: 100,
+        gather: GATHER,
+        output_dir: std::env::var("XORL_TEST_OUT").unwrap().into(),
+        adapter_memory: None,
+        storage_limit: None,
+    };
     let seen = engine::serve(&world, groups, model, engine, move |handle| {
         let client = Client(handle);
         match case.script {
@@ -537,6 +546,9 @@ fn a_server_reads_a_model_and_trains_its_default_targets() {
         hybrid: false,
         b_init_std: 0.0,
         max_rank: None,
+        rank: 16,
+        adapter_memory: None,
+        storage_limit: None,
         max_tokens_per_pass: 100,
         max_waiting: 10,
         gather: Duration::ZERO,

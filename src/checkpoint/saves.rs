@@ -13,7 +13,9 @@ use super::{
 use crate::lora::LoraShape;
 use serde_json::Value;
 use std::{
+    collections::HashSet,
     fs,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::SystemTime,
 };
@@ -203,15 +205,22 @@ pub fn recover_below(root: &Path) -> Result<(), CheckpointError> {
     Ok(())
 }
 
-/// Bytes of all files below `folder`, hidden ones too; links are not followed.
+/// Bytes of all files below `folder`, hidden ones too. Symbolic links are not followed; a file of several names counts
+/// once.
 pub fn bytes_below(folder: &Path) -> u64 {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    let bytes = |entry: fs::DirEntry| match entry.file_type() {
-        Ok(kind) if kind.is_dir() => bytes_below(&entry.path()),
-        Ok(kind) if kind.is_file() => entry.metadata().map_or(0, |data| data.len()),
-        _ => 0,
-    };
-    entries.map(bytes).sum()
+    fn below(folder: &Path, linked: &mut HashSet<(u64, u64)>) -> u64 {
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+        let bytes = |entry: fs::DirEntry| match entry.file_type() {
+            Ok(kind) if kind.is_dir() => below(&entry.path(), linked),
+            Ok(kind) if kind.is_file() => entry.metadata().map_or(0, |data| {
+                let is_first = data.nlink() == 1 || linked.insert((data.dev(), data.ino()));
+                if is_first { data.len() } else { 0 }
+            }),
+            _ => 0,
+        };
+        entries.map(bytes).sum()
+    }
+    below(folder, &mut HashSet::new())
 }
 
 #[cfg(test)]

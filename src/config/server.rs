@@ -63,7 +63,11 @@ section! {
         adam_beta2: f64 = 0.95 => BelowOne;
         /// Added to the root of the second moment in an update that gives none.
         adam_epsilon: f64 = 1e-8 => Positive;
-        /// Seconds without a request or heartbeat after which a session ends. null: never.
+        /// Bytes of a rank's memory for adapters, such as 8GB; those that have no room wait on disk. null: what the base
+        /// and a pass leave when the server starts.
+        adapter_memory: Option<ByteSize> = None;
+        /// Seconds without a request or heartbeat after which an adapter waits on disk until its next request. null:
+        /// never.
         idle_session_timeout: Option<f64> = Some(7200.0) => Positive;
         /// Bytes of `output_dir` above which a save is refused, such as 500GB; 1GB is 1024³ bytes. null: no limit.
         storage_limit: Option<ByteSize> = Some(ByteSize(10 << 40));

@@ -92,14 +92,17 @@ impl Adapter {
         self.set(|parameter, range| init::values(parameter, range, seed, b_std))
     }
 
-    /// Names of the parameters of which this rank owns a gradient element that is not finite.
-    pub fn non_finite_gradients(&self) -> Vec<String> {
+    /// Names of the parameters of which this rank owns an element that is not finite in one of `tensors(piece)`
+    /// `[piece elements]`.
+    pub fn non_finite(&self, tensors: impl Fn(&OwnedPiece) -> Vec<Tensor>) -> Vec<String> {
         let not_finite = |owned: &OwnedParameter| {
             let OwnedParameter { unit, parameter, own, .. } = owned;
-            let shards = self.regions.of(parameter.region);
+            let (shards, flat) = (self.regions.of(parameter.region), self.plan.flat_of(parameter.region));
             let at = (own.start - shards.owned(*unit).start) as i64;
-            let finite = shards.gradient(*unit).narrow(0, at, own.len() as i64).isfinite().all();
-            finite.int64_value(&[]) == 0
+            let finite = |tensor: Tensor| {
+                tensor.narrow(0, at, own.len() as i64).isfinite().all().int64_value(&[]) != 0
+            };
+            !tensors(&shards.piece(*unit, &flat[*unit])).into_iter().all(finite)
         };
         self.owned_parameters().filter(not_finite).map(|owned| owned.parameter.name).collect()
     }

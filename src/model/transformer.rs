@@ -195,10 +195,14 @@ impl Transformer {
 
     /// An adapter of zeros of `shapes` on `sites` of this model.
     pub fn new_adapter(&self, sites: &[Site], shapes: impl Into<LoraShapes>) -> Adapter {
-        let projections = self.plans.iter().map(|layer| &layer.projections[..]);
-        let plan =
-            AdapterPlan::new(projections, sites, &shapes.into(), self.options.compute, &self.groups.mesh);
+        let plan = self.adapter_plan(sites, shapes);
         Adapter::new(plan, self.options.slots, self.options.reduce, &self.groups)
+    }
+
+    /// The plan of an adapter of `shapes` on `sites`; takes no memory for its tensors.
+    pub fn adapter_plan(&self, sites: &[Site], shapes: impl Into<LoraShapes>) -> AdapterPlan {
+        let projections = self.plans.iter().map(|layer| &layer.projections[..]);
+        AdapterPlan::new(projections, sites, &shapes.into(), self.options.compute, &self.groups.mesh)
     }
 
     /// The device that it computes on.

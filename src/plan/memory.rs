@@ -4,6 +4,7 @@
 //! backward of the last layer. Temporaries of libtorch's kernels and blocks that the allocator keeps are not modelled:
 //! [`LIBRARIES`] and the tests' tolerance cover them.
 
+use super::adapter::{AdapterMemory, Held};
 use crate::{
     config,
     lora::AdapterPlan,
@@ -14,7 +15,6 @@ use crate::{
         declare::ProjectionId,
         sublayer::CostSizes,
     },
-    optim,
     shard::RegionLayout,
 };
 
@@ -61,37 +61,23 @@ impl Memory {
         let kept = Kept::new(spec, base, adapter, options, batch);
         let layer = kept.again + layer_scratch(spec, base, options, batch);
         let base = [&regions.layers, &regions.experts].map(|layouts| Held::new(layouts));
-        let adapters = [&adapter.dense, &adapter.experts].map(|layouts| Held::new(layouts));
+        let adapter = AdapterMemory::new(adapter, options, optimizer);
         let [vocab, norm] = [&regions.vocab[..], std::slice::from_ref(&regions.final_norm)].map(Held::new);
         let slots_used = options.slots.clamp(1, regions.layers.len().max(1));
-        let fp32 = |bytes: usize| bytes / options.compute.size() * size_of::<f32>();
         let pieces = |held: &[Held]| held.iter().map(|held| held.pieces).sum::<usize>();
         let whole = |held: &[Held]| held.iter().map(|held| held.in_slots(slots_used)).sum::<usize>();
-        let moments = optim::state_names(optimizer).len();
-        let unreduced = |held: &Held| match options.reduce {
-            _ if held.shards == 1 => 0,
-            config::ReduceGradients::Step => held.pieces * held.shards,
-            config::ReduceGradients::MicroBatch => held.largest,
-        };
-        let gradients = pieces(&adapters) + adapters.iter().map(unreduced).sum::<usize>();
-        // A rank's pieces are copied, then serialised. Before that rank 0 does the same with the whole adapter, where
-        // experts are put together once more.
-        let own_state = (1 + moments) * fp32(pieces(&adapters));
-        let of_experts = fp32(adapters[1].pieces);
-        let whole_adapter = (fp32(pieces(&adapters)) + of_experts / 2) * base[0].shards;
-
         let scratch = |rows| loss_scratch(spec, options, batch, rows).max(layer);
         Self {
             base: pieces(&base) + vocab.pieces + norm.pieces,
             slots: whole(&base) + vocab.in_slots(1) + norm.in_slots(1),
-            adapter: pieces(&adapters) + whole(&adapters),
-            optimizer: (1 + moments) * fp32(pieces(&adapters)),
-            gradients: fp32(gradients),
+            adapter: adapter.copies + adapter.slots,
+            optimizer: adapter.optimizer,
+            gradients: adapter.gradients,
             activations: kept.all,
             scratch: scratch(HOST_ROWS as usize),
             device_scratch: scratch(usize::MAX),
             libraries: LIBRARIES,
-            save: 2 * own_state.max(whole_adapter),
+            save: adapter.save,
         }
     }
 
@@ -109,6 +95,16 @@ impl Memory {
         ]
     }
 
+    /// Bytes that a pass takes on the host, beside the base and what adapters hold.
+    pub fn pass(&self) -> usize {
+        self.slots + self.activations + self.scratch
+    }
+
+    /// The same on a device, whose slots exist once the base is there.
+    pub fn pass_on_device(&self) -> usize {
+        self.activations + self.device_scratch
+    }
+
     /// Bytes on the rank's device, for a device that is not the host.
     pub fn on_device(&self) -> usize {
         self.total() - self.libraries - self.scratch + self.device_scratch
@@ -116,29 +112,6 @@ impl Memory {
 
     pub fn total(&self) -> usize {
         self.parts().iter().map(|(_, bytes)| bytes).sum()
-    }
-}
-
-/// Bytes of the regions of a slot pool.
-struct Held {
-    /// Pieces of a rank.
-    pieces: usize,
-    /// The largest gathered region.
-    largest: usize,
-    /// Ranks that the regions are cut over.
-    shards: usize,
-}
-
-impl Held {
-    fn new(layouts: &[RegionLayout]) -> Self {
-        let pieces = layouts.iter().map(RegionLayout::piece_bytes).sum();
-        let largest = layouts.iter().map(|layout| layout.padded).max().unwrap_or(0);
-        Self { pieces, largest, shards: layouts.first().map_or(1, |layout| layout.shards) }
-    }
-
-    /// Bytes of `slots` slots; a single rank has none.
-    fn in_slots(&self, slots: usize) -> usize {
-        if self.shards == 1 { 0 } else { slots * self.largest }
     }
 }
 

@@ -2,10 +2,12 @@
 //! [`BasePlan`](crate::model::base_plan::BasePlan) and an [`AdapterPlan`](crate::lora::AdapterPlan), which ask the
 //! layers' halves. `check` prints them; tests compare them with measurements.
 
+pub mod adapter;
 pub mod compute;
 pub mod memory;
 pub mod traffic;
 
+pub use adapter::AdapterMemory;
 pub use memory::{Memory, MicroBatch};
 pub use traffic::{RoutedRows, Traffic};
 

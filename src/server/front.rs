@@ -8,6 +8,8 @@ use super::{
     journal::Recorded,
     kept::Kept,
     keys::Keys,
+    labels,
+    sweep::Sweep,
 };
 use crate::{
     checkpoint::output::OutputLock,
@@ -15,7 +17,7 @@ use crate::{
     error::{Error, Result},
     train::StopSignals,
 };
-use std::{net::TcpListener, sync::Arc};
+use std::{net::TcpListener, sync::Arc, time::Duration};
 
 /// Everything that rank 0 needs besides the model.
 pub struct Front {
@@ -23,6 +25,8 @@ pub struct Front {
     keys: Keys,
     settings: Settings,
     kept: Kept,
+    /// Time without a request or heartbeat after which an adapter waits on disk; `None`: it never does.
+    idle: Option<Duration>,
     shutdown: Shutdown,
     /// Held until all is saved.
     _lock: OutputLock,
@@ -30,9 +34,15 @@ pub struct Front {
 
 impl Front {
     /// Finds the adapters that earlier servers have left in the output directory, whose lock this is.
-    pub fn new(listener: TcpListener, keys: Keys, lock: OutputLock, settings: Settings) -> Result<Self> {
+    pub fn new(
+        listener: TcpListener,
+        keys: Keys,
+        lock: OutputLock,
+        settings: Settings,
+        idle: Option<Duration>,
+    ) -> Result<Self> {
         let kept = Kept::open(&settings.output_dir, keys.are_needed())?;
-        Ok(Self { listener, keys, settings, kept, shutdown: Shutdown::default(), _lock: lock })
+        Ok(Self { listener, keys, settings, kept, idle, shutdown: Shutdown::default(), _lock: lock })
     }
 
     /// Has the server stop at the first of `signals`.
@@ -46,7 +56,7 @@ impl Front {
     /// # Errors
     /// An adapter cannot be brought back or saved, or the listener fails.
     pub fn serve(self, engine: Arc<EngineHandle>, ranks: &str) -> Result<()> {
-        let Self { listener, keys, settings, kept, shutdown, _lock } = self;
+        let Self { listener, keys, settings, kept, idle, shutdown, _lock } = self;
         let back = kept.bring_back(&*engine)?;
         let recorded = Arc::new(Recorded { engine: engine.clone(), journal: kept.journal() });
         let app = App::new(recorded, settings, keys);
@@ -56,7 +66,7 @@ impl Front {
             app.registry().lose(lost.tenant.clone(), lost.model.clone(), lost.text.clone());
         }
         app.create_declared().map_err(|fault| Error::Failure(fault.detail))?;
-        let failed = |error| Error::Failure(format!("HTTP: {error}"));
+        let failed = |error: std::io::Error| Error::Failure(format!("HTTP: {error}"));
         let address = listener.local_addr().map_err(failed)?;
         let declared = app.settings.model_ids.iter().map(|model| model.as_str());
         let declared: Vec<&str> = std::iter::once(DEFAULT_MODEL).chain(declared).collect();
@@ -66,7 +76,9 @@ impl Front {
             first_of(&declared),
             count(back, "adapter"),
         );
+        let sweep = Sweep::start(app.clone(), idle, labels::sweep).map_err(failed)?;
         http::serve(listener, app.clone(), &shutdown).map_err(failed)?;
+        drop(sweep);
         let saved = kept.save(&*engine, &app.last_numbers())?;
         tracing::warn!(
             "stopped, as a signal asked for it: {} saved; the same command brings them back",

@@ -10,6 +10,7 @@ use super::{
     paths::Kind,
     registry::Tenant,
     request::{AdapterSpec, Answer, Engine, Load, ModelId, Refusal, Request, Save, Task},
+    storage,
 };
 use crate::{
     checkpoint::{CheckpointError, saves, state::AdapterState},
@@ -24,8 +25,6 @@ use std::{
     time::UNIX_EPOCH,
 };
 
-/// The server's own folder in output_dir. Names of clients begin with a letter or a digit.
-const FOLDER: &str = ".server";
 const ADAPTERS: &str = "adapters";
 const JOURNAL: &str = "journal.jsonl";
 /// The field of a save's metadata that has its [`Owned`].
@@ -132,7 +131,7 @@ impl Kept {
     /// Finds what earlier servers have left in `output`, which this process alone writes. `has_keys`: clients need
     /// keys. Adapters of the other kind of server stay where they are.
     pub fn open(output: &Path, has_keys: bool) -> Result<Self, KeptError> {
-        let folder = output.join(FOLDER);
+        let folder = output.join(storage::OWN);
         let adapters = folder.join(ADAPTERS);
         std::fs::create_dir_all(&adapters)
             .map_err(|error| KeptError::Io { path: adapters.clone(), error })?;

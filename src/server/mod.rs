@@ -9,6 +9,7 @@
 //! - [`order`]: which request is next, and which is a repeat; [`ordered`]: requests that wait for those before them
 //! - [`paths`]: paths of clients as folders; [`checkpoints`]: the saved adapters in them; [`labels`]: what is known
 //!   about these; [`runs`]: what was trained; [`downloads`] of it
+//! - [`spill`], [`storage`], [`sweep`]: adapters on disk, bytes of output_dir, idle adapters
 //! - [`keys`], [`fault`]: who may ask, and refusals
 //! - [`start`], [`front`], [`run`]: the start of a server, what rank 0 does besides, and the whole of it
 //! - [`kept`], [`journal`]: adapters over a restart
@@ -33,8 +34,11 @@ pub mod request;
 pub mod run;
 pub mod runs;
 pub mod sessions;
+pub mod spill;
 pub mod start;
+pub mod storage;
 pub mod store;
+pub mod sweep;
 pub mod wire;
 
 pub use run::{Server, ServerPlan};

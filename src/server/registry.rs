@@ -12,7 +12,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 /// The folder of the tenants' folders in the output directory.
@@ -63,6 +63,16 @@ impl Tenant {
         }
     }
 
+    /// The folders of all tenants that have one.
+    pub fn roots(output: &Path) -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(output.join(TENANTS)).into_iter().flatten().flatten();
+        let named = entries.filter(|entry| {
+            let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+            is_folder && entry.file_name().to_str().and_then(Self::named).is_some()
+        });
+        std::iter::once(output.to_owned()).chain(named.map(|entry| entry.path())).collect()
+    }
+
     /// The name, for pages that list adapters.
     pub fn name(&self) -> &str {
         self.0.as_deref().unwrap_or("local")
@@ -74,6 +84,8 @@ impl Tenant {
 pub struct Model {
     pub spec: AdapterSpec,
     pub last_request: SystemTime,
+    /// The last heartbeat of its client.
+    pub last_heartbeat: Option<SystemTime>,
     /// Ids of futures by number.
     pub requests: OnArrival<String>,
     /// False: it could not be made, or is unloaded. Changed by answers of the engine, which take no lock.
@@ -99,7 +111,13 @@ impl Registry {
     pub fn add(&mut self, tenant: Tenant, model: ModelId, spec: AdapterSpec) -> Arc<AtomicBool> {
         let exists = Arc::new(AtomicBool::new(true));
         let last_request = SystemTime::now();
-        let entry = Model { spec, last_request, requests: OnArrival::default(), exists: exists.clone() };
+        let entry = Model {
+            spec,
+            last_request,
+            last_heartbeat: None,
+            requests: OnArrival::default(),
+            exists: exists.clone(),
+        };
         let key = (tenant, model);
         self.lost.remove(&key);
         self.models.insert(key, entry);
@@ -126,6 +144,23 @@ impl Registry {
         let exists = self.get(tenant, model)?.exists.clone();
         exists.store(false, Ordering::Release);
         Some(exists)
+    }
+
+    /// Notes that the client of those adapters of `tenant` that are `its` is alive at `now`.
+    pub fn heartbeat(&mut self, tenant: &Tenant, now: SystemTime, its: impl Fn(&ModelId) -> bool) {
+        let own = self.models.iter_mut().filter(|((owner, id), _)| owner == tenant && its(id));
+        own.for_each(|(_, model)| model.last_heartbeat = Some(now));
+    }
+
+    /// The adapters of all tenants with no request and no heartbeat for `time` before `now`.
+    pub fn idle(&self, now: SystemTime, time: Duration) -> Vec<(Tenant, ModelId)> {
+        // A clock that was set back says nothing.
+        let is_silent = |since: SystemTime| now.duration_since(since).is_ok_and(|silent| silent >= time);
+        let is_idle = |model: &Model| {
+            let exists = model.exists.load(Ordering::Acquire);
+            exists && is_silent(model.last_request) && model.last_heartbeat.is_none_or(is_silent)
+        };
+        self.models.iter().filter(|(_, model)| is_idle(model)).map(|(key, _)| key.clone()).collect()
     }
 
     /// The adapters of `tenant` by name.
@@ -161,6 +196,26 @@ mod tests {
         for bad in ["", "-a", "a:b", "a/b", "..", "a.b", &"a".repeat(33)] {
             assert_eq!(Tenant::named(bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn an_adapter_is_idle_after_its_last_request_and_heartbeat() {
+        let (one, two) = (Tenant::named("one").unwrap(), Tenant::named("two").unwrap());
+        let [a, b, c] = ["a", "b", "c"].map(|name| ModelId::new(name).unwrap());
+        let mut registry = Registry::default();
+        for (tenant, model) in [(&one, &a), (&one, &b), (&two, &a), (&two, &c)] {
+            registry.add(tenant.clone(), model.clone(), spec());
+        }
+        let (start, seconds) = (SystemTime::now(), Duration::from_secs);
+        let idle = |registry: &Registry, after| registry.idle(start + seconds(after), seconds(100));
+        assert_eq!((idle(&registry, 90).len(), idle(&registry, 110).len()), (0, 4));
+        registry.heartbeat(&one, start + seconds(60), |model| *model == a);
+        registry.get(&one, &b).unwrap().last_request = start + seconds(80);
+        registry.withdraw(&two, &c).unwrap();
+        assert_eq!(idle(&registry, 110), [(two.clone(), a.clone())]);
+        assert_eq!(idle(&registry, 170), [(one.clone(), a.clone()), (two.clone(), a.clone())]);
+        assert_eq!(idle(&registry, 190).len(), 3);
+        assert!(registry.idle(start - seconds(1), seconds(0)).is_empty());
     }
 
     #[test]

@@ -58,6 +58,8 @@ pub enum Task {
     AbortGradients,
     Save(Save),
     Load(Load),
+    /// Move the adapter to disk, which frees its memory; its next task brings it back.
+    Spill,
     /// Forget the adapter.
     Unload,
 }
@@ -133,7 +135,8 @@ pub struct StepReply {
     pub step: u64,
     /// L2 norm before clipping, of the gradient that was applied.
     pub grad_norm: f64,
-    /// Parameters whose gradient is not finite. Not empty: nothing was updated, and the gradients are dropped.
+    /// Parameters whose gradient is not finite, or whose value would not be after the update. Not empty: nothing was
+    /// updated, and the gradients are dropped.
     pub non_finite: Vec<String>,
 }
 
@@ -177,6 +180,7 @@ pub enum Reply {
     Loaded {
         step: u64,
     },
+    Spilled,
     Unloaded,
 }
 
@@ -218,6 +222,24 @@ pub struct EngineState {
     pub micro_batches: u64,
     /// Largest resident memory of a rank, in bytes.
     pub peak_rss_bytes: u64,
+    pub usage: Usage,
+}
+
+/// Memory and disk that adapters take.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Usage {
+    /// Bytes of a rank that adapters in memory hold.
+    pub memory: u64,
+    /// Bytes of a rank that they may hold; `None`: not known.
+    pub memory_limit: Option<u64>,
+    /// Adapters of the default shape that fit in memory together; `None`: not known.
+    pub fits: Option<u64>,
+    /// Times that an adapter went to disk, and came back.
+    pub spilled: u64,
+    pub restored: u64,
+    /// Bytes of output_dir.
+    pub storage: u64,
+    pub storage_limit: Option<u64>,
 }
 
 /// An adapter as the engine has it.
@@ -228,6 +250,12 @@ pub struct ModelState {
     pub step: u64,
     /// Passes with backward since the last update.
     pub accumulated: u64,
+    /// False: it waits on disk.
+    pub in_memory: bool,
+    /// Bytes of a rank that it holds while it is in memory.
+    pub bytes: u64,
+    /// The time of its last task, in Unix seconds.
+    pub last_used: u64,
 }
 
 #[cfg(test)]

@@ -41,6 +41,12 @@ pub struct ServerPlan {
     pub b_init_std: f64,
     /// Largest rank of an adapter; `None`: what memory holds.
     pub max_rank: Option<usize>,
+    /// Rank of an adapter that is created without.
+    pub rank: usize,
+    /// Bytes of a rank's memory for adapters; `None`: what the base and a pass leave.
+    pub adapter_memory: Option<u64>,
+    /// Bytes that `output_dir` may have after a save; `None`: any.
+    pub storage_limit: Option<u64>,
     /// Tokens of a rank and micro-batch, at most; no datum may be longer.
     pub max_tokens_per_pass: usize,
     /// Requests that may wait.
@@ -82,16 +88,19 @@ impl Server {
         let targets = plan.targets.clone().unwrap_or_else(of_family);
         targets::resolve(&all_projections(&model.spec), Some(&targets), &[])
             .map_err(|error| Error::Input(format!("lora_target_modules: {error}")))?;
-        let ServerPlan { hybrid, b_init_std, max_rank, .. } = plan;
+        let ServerPlan { hybrid, b_init_std, max_rank, rank, .. } = plan;
         // Clients of both wires are told rank and alpha alone, and scale by their ratio.
         let use_rslora = false;
         let name = plan.model.hf_config().display().to_string();
         let engine = EngineOptions {
-            defaults: AdapterDefaults { targets, use_rslora, hybrid, b_init_std, max_rank },
+            defaults: AdapterDefaults { targets, use_rslora, hybrid, b_init_std, max_rank, rank },
             base: Base { name, digest: weights::digest(source.as_ref())? },
             max_tokens_per_pass: plan.max_tokens_per_pass,
             max_waiting: plan.max_waiting,
             gather: plan.gather,
+            output_dir: plan.output_dir.clone(),
+            adapter_memory: plan.adapter_memory,
+            storage_limit: plan.storage_limit,
         };
         Ok(Self { plan, model, source, mesh, engine })
     }

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
 /// The optimizer of every adapter of the server.
-const OPTIMIZER: Optimizer = Optimizer::Adamw;
+pub(super) const OPTIMIZER: Optimizer = Optimizer::Adamw;
 
 /// The base that the server's adapters are on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -144,7 +144,7 @@ pub fn refusal(error: &Error) -> Refusal {
 }
 
 /// Every rank's own result where all succeeded, otherwise on every rank the error of the first that failed. Collective.
-fn same_outcome<T>(world: &dyn Communicator, own: Result<T>) -> Result<T> {
+pub(super) fn same_outcome<T>(world: &dyn Communicator, own: Result<T>) -> Result<T> {
     let failed = own.as_ref().err().map(|error| Failed { text: error.to_string(), code: error.exit_code() });
     let bytes = failed.map(|failed| serde_json::to_vec(&failed).unwrap_or_default()).unwrap_or_default();
     let all = world.all_gather_host(&bytes)?;

@@ -93,6 +93,13 @@ impl AdapterRegions {
         self.both().into_iter().for_each(|shards| shards.pool.poison(unit));
     }
 
+    /// The tensors that hold what is accumulated between passes, as this rank has it: zero after
+    /// [`zero_gradients`](Self::zero_gradients).
+    pub fn accumulators(&self) -> impl Iterator<Item = &Tensor> {
+        let units = [&self.dense, &self.experts].into_iter().flat_map(|shards| &shards.units);
+        units.map(|unit| unit.full.as_ref().unwrap_or(&unit.gradient))
+    }
+
     /// Sets all gradients to zero, before a step.
     pub fn zero_gradients(&mut self) {
         self.both().into_iter().for_each(AdapterShards::zero_gradients);

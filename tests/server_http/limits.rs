@@ -232,7 +232,7 @@ fn adapters_of_the_engine_are_there_after_a_restart() {
     let output = tempfile::tempdir().unwrap();
     let engine = Double::start();
     let spec = AdapterSpec { rank: 7, ..settings(output.path()).adapter };
-    let state = ModelState { spec, step: 5, accumulated: 1 };
+    let state = model_state(spec, 5, 1);
     engine.state.lock().unwrap().models.insert("old".into(), state);
     let app = App::new(engine, settings(output.path()), Keys::default());
     let old = ModelId::new("old").unwrap();

@@ -3,12 +3,14 @@
 //! - `server`: the engine and a client
 //! - `wire`: the calls of `xorl-client`, futures and paths
 //! - `tinker`: the calls of `tinker` by hand; `clients`: the same by real clients
+//! - `idle`: adapters without requests
 //! - `limits`: keys, limits, slow and broken clients, the end of the server
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod clients;
 #[path = "../common/mod.rs"]
 mod common;
+mod idle;
 mod limits;
 mod server;
 mod tinker;

@@ -71,11 +71,16 @@ fn answer_all(
     }
 }
 
+/// An adapter in memory.
+pub fn model_state(spec: AdapterSpec, step: u64, accumulated: u64) -> ModelState {
+    ModelState { spec, step, accumulated, in_memory: true, bytes: 1000, last_used: 1 }
+}
+
 fn reply_to(request: &Request, state: &mut EngineState) -> Answer {
     state.answered += 1;
     let name = request.model.to_string();
     if let Task::Create(spec) = &request.task {
-        state.models.entry(name).or_insert(ModelState { spec: spec.clone(), step: 0, accumulated: 0 });
+        state.models.entry(name).or_insert_with(|| model_state(spec.clone(), 0, 0));
         return Ok(Reply::Created);
     }
     let Some(model) = state.models.get_mut(&name) else {
@@ -131,6 +136,10 @@ fn reply_to(request: &Request, state: &mut EngineState) -> Answer {
         }
         Task::Load(load) if load.folder.is_dir() => Ok(Reply::Loaded { step: 3 }),
         Task::Load(load) => Err(Refusal::User(format!("{} is no checkpoint", load.folder.display()))),
+        Task::Spill => {
+            model.in_memory = false;
+            Ok(Reply::Spilled)
+        }
         Task::Unload => {
             state.models.remove(&name);
             Ok(Reply::Unloaded)

@@ -23,6 +23,8 @@ pub enum EngineError {
     Encoding(#[from] postcard::Error),
     #[error("a command is for adapter {0}, which this rank does not have")]
     NoAdapter(ModelId),
+    #[error("a command is for adapter {0}, which this rank has on disk")]
+    OnDisk(ModelId),
     #[error("the loss of a command cannot be computed: {0}")]
     Loss(#[from] LossError),
 }
@@ -51,6 +53,15 @@ pub enum Command<'a> {
     Load {
         model: ModelId,
         load: Load,
+    },
+    /// Move an adapter to disk, to the file of this number.
+    Spill {
+        model: ModelId,
+        number: u64,
+    },
+    /// Bring an adapter back from disk.
+    Restore {
+        model: ModelId,
     },
     Unload {
         model: ModelId,

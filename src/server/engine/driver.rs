@@ -1,5 +1,7 @@
 //! The loop of rank 0: takes requests, has them carried out on all ranks, answers.
 
+mod moves;
+
 use super::{
     EngineOptions, IDLE,
     check::{self, DataLimits},
@@ -8,12 +10,20 @@ use super::{
     loss,
     models::{DatumAnswer, Models, Trained},
     plan::{Dealt, Kind, Limits, MicroBatch, Next, Plan},
+    residence::Residence,
+    room::Room,
 };
 use crate::{
     Error, Result,
+    checkpoint::saves::bytes_below,
     comm::{CommandSender, Watcher},
-    server::request::{
-        AdapterSpec, Load, ModelId, ModelState, OptimStep, Pass, PassReply, Refusal, Reply, Save, Task,
+    plan::adapter::save_bytes,
+    server::{
+        request::{
+            AdapterSpec, Load, ModelId, ModelState, OptimStep, Pass, PassReply, Refusal, Reply, Save, Task,
+            Usage,
+        },
+        storage::Storage,
     },
 };
 use crossbeam::channel::Receiver;
@@ -27,6 +37,11 @@ pub struct Driver {
     requests: Receiver<Message>,
     handle: Arc<EngineHandle>,
     plan: Plan,
+    residence: Residence,
+    storage: Storage,
+    usage: Usage,
+    /// Files of adapters on disk so far.
+    files: u64,
     /// Requests without an answer, by number.
     asked: BTreeMap<u64, Asked>,
     /// Passes that have begun.
@@ -89,6 +104,7 @@ impl Driver {
     pub fn new(
         models: Models,
         options: EngineOptions,
+        room: Room,
         commands: CommandSender,
         requests: Receiver<Message>,
         handle: Arc<EngineHandle>,
@@ -97,8 +113,14 @@ impl Driver {
         let others = models.groups().world.size() > 1;
         let limits =
             Limits { ranks: models.groups().mesh.data_parallel(), tokens: options.max_tokens_per_pass };
-        Self {
+        let storage = Storage::new(options.output_dir.clone(), options.storage_limit);
+        let usage = Usage { memory_limit: room.bytes, fits: room.fits(), ..Usage::default() };
+        let driver = Self {
             models,
+            residence: Residence::new(room.bytes.unwrap_or(u64::MAX)),
+            storage,
+            usage,
+            files: 0,
             options,
             ranks: Ranks { commands, watcher, sent: 0, others },
             requests,
@@ -108,7 +130,9 @@ impl Driver {
             passes: BTreeMap::new(),
             count: 0,
             stopping: false,
-        }
+        };
+        driver.show();
+        driver
     }
 
     /// Carries out requests until it is told to stop and none is left.
@@ -120,9 +144,10 @@ impl Driver {
             while let Ok(message) = self.requests.try_recv() {
                 self.take(message);
             }
-            match self.plan.next() {
+            let residence = &self.residence;
+            match self.plan.next(&|models| residence.fit_together(models)) {
                 Some(Next::Begin { model, request }) => self.begin(&model, request)?,
-                Some(Next::MicroBatch(micro_batch)) => self.compute(&micro_batch)?,
+                Some(Next::MicroBatch(micro_batch)) => self.compute(micro_batch)?,
                 None if self.stopping => break,
                 None => self.sleep(),
             }
@@ -176,6 +201,7 @@ impl Driver {
             Task::Unload => self.unload(model),
             Task::Save(save) => self.save(model, save),
             Task::Load(load) => self.load(model, load),
+            Task::Spill => self.leave(model),
         };
         self.show();
         match reply {
@@ -207,13 +233,18 @@ impl Driver {
         }
         let sites = self.models.sites(spec).map_err(|error| Refusal::User(format!("targets: {error}")))?;
         check::spec(spec, self.options.defaults.max_rank, sites.len())?;
+        let need = self.models.need(spec).map_err(|error| Refusal::User(error.to_string()))?;
+        self.check_fits(spec, need)?;
+        self.make_room(&[], Some(need))?;
         self.ranks.tell(&Command::Create { model: model.clone(), spec: spec.clone() })?;
         self.models.create(model, spec)?;
+        self.residence.add(model.clone(), need, moves::now());
         Ok(Reply::Created)
     }
 
     fn optim_step(&mut self, model: &ModelId, step: &OptimStep) -> Result<Reply, Unmet> {
         let factor = check::factor(step, self.known(model)?.valid)?;
+        self.make_room(std::slice::from_ref(model), None)?;
         self.ranks.tell(&Command::OptimStep { model: model.clone(), step: *step, factor })?;
         Ok(Reply::Stepped(self.models.optim_step(model, step, factor)?))
     }
@@ -226,14 +257,26 @@ impl Driver {
     }
 
     fn save(&mut self, model: &ModelId, save: &Save) -> Result<Reply, Unmet> {
-        self.known(model)?;
+        let accumulated = self.known(model)?.accumulated > 0;
+        self.make_room(std::slice::from_ref(model), None)?;
+        let plan = self.models.plan_of(model);
+        let needed = plan.map_or(0, |plan| save_bytes(plan, save.training_state, accumulated) as u64);
+        if !self.storage.is_own(&save.folder) {
+            self.storage.check(needed, "the save").map_err(|full| Refusal::User(full.to_string()))?;
+        }
+        let replaced = bytes_below(&save.folder);
         let _saving = self.ranks.watcher.clone().slow("save");
         self.ranks.tell(&Command::Save { model: model.clone(), save: PlainSave::from(save) })?;
-        Ok(self.models.save(model, save)??)
+        let reply = self.models.save(model, save)??;
+        if let Reply::Saved { bytes, .. } = reply {
+            self.storage.changed(replaced, bytes);
+        }
+        Ok(reply)
     }
 
     fn load(&mut self, model: &ModelId, load: &Load) -> Result<Reply, Unmet> {
         self.known(model)?;
+        self.make_room(std::slice::from_ref(model), None)?;
         let _loading = self.ranks.watcher.clone().slow("load");
         self.ranks.tell(&Command::Load { model: model.clone(), load: load.clone() })?;
         Ok(self.models.load(model, load)??)
@@ -241,9 +284,22 @@ impl Driver {
 
     fn unload(&mut self, model: &ModelId) -> Result<Reply, Unmet> {
         self.known(model)?;
+        if !self.residence.is_in_memory(model) {
+            self.storage.changed(self.models.bytes_on_disk(model), 0);
+        }
         self.ranks.tell(&Command::Unload { model: model.clone() })?;
         self.models.unload(model);
+        self.residence.remove(model);
         Ok(Reply::Unloaded)
+    }
+
+    /// Moves an adapter to disk, unless it is there.
+    fn leave(&mut self, model: &ModelId) -> Result<Reply, Unmet> {
+        self.known(model)?;
+        if self.residence.is_in_memory(model) {
+            self.spill(model)?;
+        }
+        Ok(Reply::Spilled)
     }
 
     /// Gives the data of `pass` to the plan.
@@ -259,9 +315,15 @@ impl Driver {
     }
 
     /// Computes `micro_batch` on all ranks, and answers the passes that end with it.
-    fn compute(&mut self, micro_batch: &MicroBatch) -> Result<()> {
-        let ended = self.ended(micro_batch);
-        let mut rows = rows(micro_batch, &self.asked);
+    fn compute(&mut self, micro_batch: MicroBatch) -> Result<()> {
+        let micro_batch = match self.make_room(&micro_batch.adapters, None) {
+            Ok(()) => Some(micro_batch),
+            Err(Unmet::Refused(refusal)) => self.without_absent(micro_batch, &refusal)?,
+            Err(Unmet::Failed(error)) => return Err(error),
+        };
+        let Some(micro_batch) = micro_batch else { return Ok(()) };
+        let ended = self.ended(&micro_batch);
+        let mut rows = rows(&micro_batch, &self.asked);
         if micro_batch.backward {
             rows.ended =
                 ended.iter().map(|&(adapter, request)| (adapter, self.passes[&request].valid)).collect();
@@ -307,13 +369,18 @@ impl Driver {
 
     /// Shows the adapters to other threads.
     fn show(&self) {
-        let of = |trained: &Trained| ModelState {
-            spec: trained.spec.clone(),
-            step: trained.step,
-            accumulated: trained.accumulated,
+        let of = |(model, trained): (&ModelId, &Trained)| {
+            let state = ModelState {
+                spec: trained.spec.clone(),
+                step: trained.step,
+                accumulated: trained.accumulated,
+                in_memory: self.residence.is_in_memory(model),
+                bytes: self.residence.need(model).held,
+                last_used: self.residence.last_used(model),
+            };
+            (model.to_string(), state)
         };
-        let models = self.models.adapters().iter();
-        self.handle.show(models.map(|(model, trained)| (model.to_string(), of(trained))).collect());
+        self.handle.show(self.models.adapters().iter().map(of).collect(), self.usage());
     }
 }
 

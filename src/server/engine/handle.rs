@@ -1,6 +1,6 @@
 //! The way of requests to the engine's thread and back, and the state that other threads see.
 
-use crate::server::request::{Answer, Engine, EngineState, ModelState, Refusal, Request};
+use crate::server::request::{Answer, Engine, EngineState, ModelState, Refusal, Request, Usage};
 use crossbeam::channel::{Receiver, Sender};
 use std::{
     collections::BTreeMap,
@@ -65,6 +65,7 @@ struct Shown {
     models: BTreeMap<String, ModelState>,
     micro_batches: u64,
     peak_rss_bytes: u64,
+    usage: Usage,
 }
 
 impl EngineHandle {
@@ -72,7 +73,13 @@ impl EngineHandle {
     pub(super) fn new(max_waiting: usize) -> (Arc<Self>, Receiver<Message>) {
         // Bounded by the count of waiting requests. Unlike a bounded channel, it drops what is in it with its receiver.
         let (messages, received) = crossbeam::channel::unbounded();
-        let shown = Shown { healthy: true, models: BTreeMap::new(), micro_batches: 0, peak_rss_bytes: 0 };
+        let shown = Shown {
+            healthy: true,
+            models: BTreeMap::new(),
+            micro_batches: 0,
+            peak_rss_bytes: 0,
+            usage: Usage::default(),
+        };
         let handle = Self {
             messages,
             counts: Arc::default(),
@@ -84,8 +91,9 @@ impl EngineHandle {
     }
 
     /// Shows the adapters as they are now.
-    pub(super) fn show(&self, models: BTreeMap<String, ModelState>) {
-        self.lock().models = models;
+    pub(super) fn show(&self, models: BTreeMap<String, ModelState>, usage: Usage) {
+        let mut shown = self.lock();
+        (shown.models, shown.usage) = (models, usage);
     }
 
     /// Shows that a micro-batch was computed by ranks of at most `peak_rss_bytes`.
@@ -130,6 +138,7 @@ impl Engine for EngineHandle {
             models: shown.models.clone(),
             micro_batches: shown.micro_batches,
             peak_rss_bytes: shown.peak_rss_bytes,
+            usage: shown.usage.clone(),
         }
     }
 }

@@ -11,6 +11,8 @@ mod handle;
 mod loss;
 mod models;
 mod plan;
+mod residence;
+mod room;
 
 pub use command::EngineError;
 pub use handle::EngineHandle;
@@ -19,13 +21,14 @@ use crate::{
     Error, Result,
     comm::{Commands, Watcher, World},
     model::transformer::Transformer,
-    server::store::Base,
+    server::{request::AdapterSpec, spill, store::Base},
     shard::ProcessGroups,
 };
 use command::Command;
 use driver::Driver;
 use models::Models;
-use std::{sync::Arc, time::Duration};
+use room::Room;
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 /// Phase of a rank that waits for commands.
 const IDLE: &str = "waiting for requests";
@@ -43,6 +46,22 @@ pub struct AdapterDefaults {
     pub b_init_std: f64,
     /// Largest rank of an adapter; `None`: what memory holds.
     pub max_rank: Option<usize>,
+    /// Rank of an adapter that is created without.
+    pub rank: usize,
+}
+
+impl AdapterDefaults {
+    /// The adapter by which memory is told.
+    fn spec(&self) -> AdapterSpec {
+        AdapterSpec {
+            rank: self.rank,
+            alpha: 1.0,
+            targets: None,
+            train_attn: true,
+            train_mlp: true,
+            seed: 0,
+        }
+    }
 }
 
 /// Settings of the engine.
@@ -57,6 +76,12 @@ pub struct EngineOptions {
     pub max_waiting: usize,
     /// Time for which an idle engine that gets a pass waits for those of other adapters, to compute all together.
     pub gather: Duration,
+    /// Folder of everything that the server leaves behind.
+    pub output_dir: PathBuf,
+    /// Bytes of a rank's memory for adapters; `None`: what the base and a pass leave.
+    pub adapter_memory: Option<u64>,
+    /// Bytes that `output_dir` may have after a save; `None`: any.
+    pub storage_limit: Option<u64>,
 }
 
 /// Runs the engine over the ranks of `groups`. `front` runs on a thread of rank 0 and submits requests. When it has
@@ -72,7 +97,8 @@ pub fn serve<T: Send + 'static>(
     front: impl FnOnce(Arc<EngineHandle>) -> T + Send + 'static,
 ) -> Result<Option<T>> {
     let watcher = world.watcher();
-    let models = Models::new(model, groups, options.defaults.clone(), options.base.clone());
+    let models = Models::new(model, groups, &options);
+    let room = Room::new(&models, &options)?;
     // Commands have deadlines; the wait for one has none.
     watcher.step(0);
     match world.commands().map_err(EngineError::from)? {
@@ -80,11 +106,13 @@ pub fn serve<T: Send + 'static>(
             follow(models, &watcher, || command::receive(&commands)).map(|()| None)
         }
         Commands::Sender(commands) => {
+            spill::clear(&options.output_dir).map_err(|error| Error::Failure(error.to_string()))?;
+            tracing::info!("{}", room.told(options.defaults.rank, options.max_tokens_per_pass));
             let (handle, requests) = EngineHandle::new(options.max_waiting);
             let failing = handle.clone();
             watcher.on_end(move || failing.fail());
+            let mut driver = Driver::new(models, options, room, commands, requests, handle.clone(), watcher);
             let front = with_front(handle.clone(), front)?;
-            let mut driver = Driver::new(models, options, commands, requests, handle.clone(), watcher);
             driver.run().inspect_err(|_| handle.fail())?;
             front.join().map(Some).map_err(|_| Error::Failure("the front of the server has panicked".into()))
         }

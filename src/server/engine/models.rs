@@ -1,15 +1,16 @@
 //! The base and the adapters of a rank, and how it carries out commands.
 
 use super::{
-    AdapterDefaults,
+    AdapterDefaults, EngineOptions,
     command::{Command, EngineError, Rows},
     loss,
+    residence::Need,
 };
 use crate::{
     Error, Result,
     checkpoint::state::Accumulated,
     config,
-    lora::{LoraShape, Site, TargetError, targets},
+    lora::{Adapter, AdapterPlan, LoraShape, Site, TargetError, targets},
     loss::{BySegment, NamedLoss, TokenLoss},
     model::{
         base_plan::all_projections,
@@ -17,8 +18,10 @@ use crate::{
     },
     ops::cpu::values,
     optim::{Optimizer, Settings},
+    plan::AdapterMemory,
     server::{
         request::{AdapterSpec, Load, ModelId, OptimStep, Refusal, Reply, Save, StepReply},
+        spill::{Spilled, bytes_of},
         store::{self, Base},
     },
     session::{Session, Update},
@@ -26,18 +29,24 @@ use crate::{
     train::metrics::peak_rss_bytes,
 };
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, ops::Range};
-use tch::Device;
+use std::{collections::BTreeMap, ops::Range, path::PathBuf};
+use tch::{Device, Tensor};
 
 /// Module of a layer's attention.
 const ATTENTION: &str = ".self_attn";
+/// The largest rank whose bytes are counted one by one; those of larger ones by multiples.
+const MOST_RANK: usize = 1 << 20;
 /// The name of a gradient norm that overflows although every element is finite.
 const NORM: &str = "grad_norm";
 
 /// An adapter that is being trained.
 pub struct Trained {
     pub spec: AdapterSpec,
-    pub session: Session,
+    place: Place,
+    /// A pass, whole or in part, has added to its gradients.
+    has_gradients: bool,
+    /// The numbers of its last update.
+    numbers: Settings,
     /// Updates so far.
     pub step: u64,
     /// Passes with backward since the last update.
@@ -46,12 +55,43 @@ pub struct Trained {
     pub valid: u64,
 }
 
+/// The place of an adapter's tensors.
+enum Place {
+    Memory(Session),
+    Disk(OnDisk),
+}
+
+/// An adapter on disk.
+struct OnDisk {
+    file: Spilled,
+    /// Updates that the optimizer has seen.
+    updates: u64,
+    /// The file has gradients too.
+    with_gradients: bool,
+}
+
 impl Trained {
+    fn session(&mut self, model: &ModelId) -> Result<&mut Session, EngineError> {
+        match &mut self.place {
+            Place::Memory(session) => Ok(session),
+            Place::Disk(_) => Err(EngineError::OnDisk(model.clone())),
+        }
+    }
+
     /// Drops the gradients that were accumulated.
     fn drop_gradients(&mut self) {
-        self.session.adapter.regions_mut().zero_gradients();
-        (self.accumulated, self.valid) = (0, 0);
+        if let Place::Memory(session) = &mut self.place {
+            session.adapter.regions_mut().zero_gradients();
+        }
+        (self.accumulated, self.valid, self.has_gradients) = (0, 0, false);
     }
+}
+
+/// The tensors of `session` that go to disk and back, on this rank: its state, and with `gradients` what is
+/// accumulated. The rest is made from them.
+fn tensors(session: &Session, gradients: bool) -> Vec<Tensor> {
+    let sums = session.adapter.regions().accumulators().filter(|_| gradients).map(Tensor::shallow_clone);
+    session.state().into_iter().chain(sums).collect()
 }
 
 /// The part that one rank has of everything.
@@ -60,11 +100,12 @@ pub struct Models {
     groups: ProcessGroups,
     defaults: AdapterDefaults,
     base: Base,
+    output_dir: PathBuf,
     adapters: BTreeMap<ModelId, Trained>,
 }
 
 /// The reply to a client, or the refusal that every rank has. Ranks that can no longer talk to each other have failed.
-fn refused(outcome: Result<Reply>) -> Result<Result<Reply, Refusal>> {
+fn refused<T>(outcome: Result<T>) -> Result<Result<T, Refusal>> {
     match outcome {
         Err(error @ (Error::Comm(_) | Error::Shard(_))) => Err(error),
         outcome => Ok(outcome.map_err(|error| store::refusal(&error))),
@@ -90,8 +131,13 @@ pub struct DatumAnswer {
 
 impl Models {
     /// No adapters on `model`, the base `base`.
-    pub fn new(model: Transformer, groups: ProcessGroups, defaults: AdapterDefaults, base: Base) -> Self {
-        Self { model, groups, defaults, base, adapters: BTreeMap::new() }
+    pub fn new(model: Transformer, groups: ProcessGroups, options: &EngineOptions) -> Self {
+        let EngineOptions { defaults, base, output_dir, .. } = options.clone();
+        Self { model, groups, defaults, base, output_dir, adapters: BTreeMap::new() }
+    }
+
+    pub fn model(&self) -> &Transformer {
+        &self.model
     }
 
     pub fn groups(&self) -> &ProcessGroups {
@@ -118,6 +164,47 @@ impl Models {
         Ok(if self.defaults.hybrid { sites.map(Site::hybrid).collect() } else { sites.collect() })
     }
 
+    /// The plan of an adapter of `spec`.
+    pub fn plan(&self, spec: &AdapterSpec) -> Result<AdapterPlan, TargetError> {
+        Ok(self.model.adapter_plan(&self.sites(spec)?, self.shape(spec)))
+    }
+
+    /// Memory of a rank that an adapter of `spec` needs, the same on every rank.
+    pub fn need(&self, spec: &AdapterSpec) -> Result<Need, TargetError> {
+        // Sizes of more would not be numbers.
+        let (rank, times) = (spec.rank.min(MOST_RANK), spec.rank.div_ceil(MOST_RANK) as u64);
+        let plan = self.plan(&AdapterSpec { rank, ..spec.clone() })?;
+        let memory = AdapterMemory::new(&plan, self.model.options(), store::OPTIMIZER);
+        // An update keeps what it changes until it is known to be finite. Copies of a save are on the host.
+        let at_work = match self.groups.device.tensors() {
+            Device::Cpu => memory.optimizer.max(memory.save),
+            _ => memory.optimizer,
+        };
+        let times = |bytes: usize| (bytes as u64).saturating_mul(times);
+        Ok(Need { held: times(memory.held()), at_work: times(at_work) })
+    }
+
+    /// The plan of an adapter in memory.
+    pub fn plan_of(&self, model: &ModelId) -> Option<&AdapterPlan> {
+        match &self.adapters.get(model)?.place {
+            Place::Memory(session) => Some(session.adapter.plan()),
+            Place::Disk(_) => None,
+        }
+    }
+
+    fn shape(&self, spec: &AdapterSpec) -> LoraShape {
+        LoraShape { rank: spec.rank, alpha: spec.alpha, use_rslora: self.defaults.use_rslora }
+    }
+
+    /// Bytes of the files of all ranks of an adapter: those that it has on disk, or would have there.
+    pub fn bytes_on_disk(&self, model: &ModelId) -> u64 {
+        let bytes = self.adapters.get(model).map_or(0, |trained| match &trained.place {
+            Place::Memory(session) => bytes_of(&tensors(session, trained.has_gradients)),
+            Place::Disk(on_disk) => on_disk.file.bytes(),
+        });
+        bytes * self.groups.world.size() as u64
+    }
+
     /// Carries out `command`. Collective: every rank has the same adapters and the same command.
     pub fn execute(&mut self, command: &Command) -> Result<()> {
         match command {
@@ -128,6 +215,8 @@ impl Models {
             // Rank 0 answers with the refusal, which every rank has.
             Command::Save { model, save } => self.save(model, &Save::from(save)).map(drop),
             Command::Load { model, load } => self.load(model, load).map(drop),
+            Command::Spill { model, number } => self.spill(model, *number).map(drop),
+            Command::Restore { model } => self.restore(model).map(drop),
             Command::Unload { model } => {
                 self.unload(model);
                 Ok(())
@@ -140,17 +229,66 @@ impl Models {
         self.adapters.get_mut(model).ok_or_else(|| EngineError::NoAdapter(model.clone()))
     }
 
+    /// An adapter of zeros.
+    fn session(&self, model: &ModelId, spec: &AdapterSpec, numbers: &Settings) -> Result<Session> {
+        let adapter = self.model.new_adapter(&self.sites(spec)?, self.shape(spec));
+        let optimizer = Optimizer::new(numbers, adapter.pieces());
+        Ok(Session { name: model.to_string(), adapter, optimizer, max_grad_norm: 0.0 })
+    }
+
     /// Makes a fresh adapter.
     pub fn create(&mut self, model: &ModelId, spec: &AdapterSpec) -> Result<()> {
-        let AdapterDefaults { use_rslora, b_init_std, .. } = self.defaults;
-        let shape = LoraShape { rank: spec.rank, alpha: spec.alpha, use_rslora };
-        let mut adapter = self.model.new_adapter(&self.sites(spec)?, shape);
-        adapter.init(spec.seed, b_init_std)?;
-        let optimizer = Optimizer::new(&Settings::from(&config::TrainArgs::default()), adapter.pieces());
-        let session = Session { name: model.to_string(), adapter, optimizer, max_grad_norm: 0.0 };
-        let trained = Trained { spec: spec.clone(), session, step: 0, accumulated: 0, valid: 0 };
+        let numbers = Settings::from(&config::TrainArgs::default());
+        let mut session = self.session(model, spec, &numbers)?;
+        session.adapter.init(spec.seed, self.defaults.b_init_std)?;
+        let trained = Trained {
+            spec: spec.clone(),
+            place: Place::Memory(session),
+            has_gradients: false,
+            numbers,
+            step: 0,
+            accumulated: 0,
+            valid: 0,
+        };
         self.adapters.insert(model.clone(), trained);
         Ok(())
+    }
+
+    /// Moves an adapter to disk. A refusal, which every rank has, leaves it in memory. Collective.
+    pub fn spill(&mut self, model: &ModelId, number: u64) -> Result<Result<(), Refusal>> {
+        let name = format!("{number}-{}", self.groups.rank);
+        let (world, device) = (self.groups.world.clone(), self.groups.device.clone());
+        let trained = self.adapters.get_mut(model).ok_or_else(|| EngineError::NoAdapter(model.clone()))?;
+        let with_gradients = trained.has_gradients;
+        let session = trained.session(model)?;
+        let file = Spilled::write(&self.output_dir, &name, &tensors(session, with_gradients), &device);
+        let updates = session.optimizer.updates();
+        let file = file.map_err(|error| Error::Failure(format!("{model} cannot go to disk: {error}")));
+        refused(store::same_outcome(&*world, file).map(|file| {
+            trained.place = Place::Disk(OnDisk { file, updates, with_gradients });
+        }))
+    }
+
+    /// Brings an adapter back from disk. A refusal, which every rank has, leaves it there. Collective.
+    pub fn restore(&mut self, model: &ModelId) -> Result<Result<(), Refusal>> {
+        let (world, device) = (self.groups.world.clone(), &self.groups.device);
+        let trained = self.adapters.get(model).ok_or_else(|| EngineError::NoAdapter(model.clone()))?;
+        let Place::Disk(on_disk) = &trained.place else { return Ok(Ok(())) };
+        let mut session = self.session(model, &trained.spec, &trained.numbers)?;
+        let read = on_disk.file.read(&tensors(&session, on_disk.with_gradients), device);
+        let read =
+            read.map_err(|error| Error::Failure(format!("{model} cannot be read from disk: {error}")));
+        let read = store::same_outcome(&*world, read);
+        if read.is_ok() {
+            session.optimizer.set_updates(on_disk.updates);
+            session.adapter.regions_mut().refresh()?;
+            let trained = self.trained(model)?;
+            trained.place = Place::Memory(session);
+            if !trained.has_gradients {
+                trained.drop_gradients();
+            }
+        }
+        refused(read)
     }
 
     /// Drops the gradients that were accumulated since the last step.
@@ -161,9 +299,9 @@ impl Models {
 
     /// Saves an adapter: its folder and bytes, or the refusal that every rank has. Collective.
     pub fn save(&mut self, model: &ModelId, save: &Save) -> Result<Result<Reply, Refusal>> {
-        let trained = self.adapters.get(model).ok_or_else(|| EngineError::NoAdapter(model.clone()))?;
+        let trained = self.adapters.get_mut(model).ok_or_else(|| EngineError::NoAdapter(model.clone()))?;
         let accumulated = Accumulated { passes: trained.accumulated, valid: trained.valid };
-        let saved = store::save(&trained.session, &self.groups, &self.base, accumulated, save);
+        let saved = store::save(trained.session(model)?, &self.groups, &self.base, accumulated, save);
         refused(saved.map(|saved| {
             let (folder, bytes) = saved.unwrap_or_else(|| (save.folder.clone(), 0));
             Reply::Saved { folder, bytes }
@@ -174,15 +312,16 @@ impl Models {
     pub fn load(&mut self, model: &ModelId, load: &Load) -> Result<Result<Reply, Refusal>> {
         let (groups, base) = (&self.groups, &self.base);
         let trained = self.adapters.get_mut(model).ok_or_else(|| EngineError::NoAdapter(model.clone()))?;
-        let loaded = store::load(&mut trained.session, groups, base, load);
+        let loaded = store::load(trained.session(model)?, groups, base, load);
         refused(loaded.map(|loaded| {
             let Accumulated { passes, valid } = loaded.accumulated;
             (trained.step, trained.accumulated, trained.valid) = (loaded.step, passes, valid);
+            trained.has_gradients = passes > 0;
             Reply::Loaded { step: loaded.step }
         }))
     }
 
-    /// Forgets an adapter.
+    /// Forgets an adapter, also on disk.
     pub fn unload(&mut self, model: &ModelId) {
         self.adapters.remove(model);
     }
@@ -215,7 +354,12 @@ impl Models {
         // Both are in the order of names.
         let adapters =
             self.adapters.iter_mut().filter(|(model, _)| rows.adapters.binary_search(model).is_ok());
-        let mut adapters: Vec<_> = adapters.map(|(_, trained)| &mut trained.session.adapter).collect();
+        let mut adapters: Vec<&mut Adapter> = adapters
+            .map(|(model, trained)| {
+                trained.has_gradients |= rows.backward;
+                trained.session(model).map(|session| &mut session.adapter)
+            })
+            .collect::<Result<_, EngineError>>()?;
         let found = if rows.backward {
             self.model.forward_backward(&batch, &mut adapters, &loss)?
         } else {
@@ -228,7 +372,7 @@ impl Models {
             trained.accumulated += 1;
             trained.valid += valid;
         }
-        let host = |tensor: &tch::Tensor| values::<f32>(&tensor.to_device(Device::Cpu).contiguous());
+        let host = |tensor: &Tensor| values::<f32>(&tensor.to_device(Device::Cpu).contiguous());
         let (losses, log_probs) = (host(&found.values), host(&found.log_probs));
         let mut start = 0;
         let data = lengths.iter().map(|tokens| {
@@ -253,20 +397,21 @@ impl Models {
     pub fn optim_step(&mut self, model: &ModelId, step: &OptimStep, factor: f64) -> Result<StepReply> {
         let world = self.groups.world.clone();
         let trained = self.trained(model)?;
-        let session = &mut trained.session;
+        let &OptimStep { lr, betas, eps, weight_decay, max_grad_norm, .. } = step;
+        trained.numbers = Settings { kind: config::Optimizer::Adamw, weight_decay, betas, eps };
+        let numbers = trained.numbers;
+        let session = trained.session(model)?;
         session.reduce()?;
         if factor != 1.0 {
             session.adapter.regions_mut().scale_gradients(factor);
         }
-        let &OptimStep { lr, betas, eps, weight_decay, max_grad_norm, .. } = step;
-        session.optimizer.set_numbers(&Settings { kind: config::Optimizer::Adamw, weight_decay, betas, eps });
+        session.optimizer.set_numbers(&numbers);
         session.max_grad_norm = max_grad_norm;
-        let Update { grad_norm, mut non_finite } = session.update(lr, &*world)?;
-        if grad_norm.is_finite() {
-            trained.step += 1;
-        } else if non_finite.is_empty() {
+        let Update { grad_norm, mut non_finite } = session.update_finite(lr, &*world)?;
+        if !grad_norm.is_finite() && non_finite.is_empty() {
             non_finite.push(NORM.into());
         }
+        trained.step += u64::from(non_finite.is_empty());
         trained.drop_gradients();
         Ok(StepReply { step: trained.step, grad_norm, non_finite })
     }

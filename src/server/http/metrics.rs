@@ -50,6 +50,7 @@ impl Metrics {
         let (futures, engine) = (app.futures.counts(), app.engine.state());
         let accumulated: u64 = engine.models.values().map(|model| model.accumulated).sum();
         let steps: u64 = engine.models.values().map(|model| model.step).sum();
+        let (usage, in_memory) = (&engine.usage, engine.models.values().filter(|model| model.in_memory).count());
         let gauges = [
             ("xorl_futures_pending", "Requests that wait or are carried out", futures.pending as u64),
             ("xorl_futures_kept", "Results that are kept", futures.kept as u64),
@@ -60,6 +61,13 @@ impl Metrics {
             ("xorl_models", "Adapters", engine.models.len() as u64),
             ("xorl_model_steps", "Updates of all adapters", steps),
             ("xorl_model_passes_accumulated", "Passes since the last updates of all adapters", accumulated),
+            ("xorl_models_in_memory", "Adapters in memory; the others wait on disk", in_memory as u64),
+            ("xorl_models_fit", "Adapters of the default shape that fit in memory", usage.fits.unwrap_or(0)),
+            ("xorl_adapter_bytes", "Memory of a rank that adapters hold", usage.memory),
+            ("xorl_adapter_limit_bytes", "Memory of a rank for adapters", usage.memory_limit.unwrap_or(0)),
+            ("xorl_adapters_spilled", "Times that an adapter went to disk", usage.spilled),
+            ("xorl_adapters_restored", "Times that an adapter came back from disk", usage.restored),
+            ("xorl_output_bytes", "Bytes of output_dir", usage.storage),
             ("xorl_peak_rss_bytes", "Largest resident memory of a rank", engine.peak_rss_bytes),
         ];
         let mut families = self.registry.gather();

@@ -8,8 +8,13 @@ use super::{
     calls::{CreateSession, SessionHeartbeat},
     json,
 };
-use crate::server::{fault::Fault, sessions::About};
+use crate::server::{
+    fault::Fault,
+    request::ModelId,
+    sessions::{self, About},
+};
 use axum::http::StatusCode;
+use std::time::SystemTime;
 
 /// Seconds after which clients ask for their dynamic configuration again, which never changes.
 const REFRESH: u64 = 3600;
@@ -33,10 +38,11 @@ pub fn create_session(call: &Call) -> Answer {
 /// Hears that a client lives. 410 tells one whose session has ended to be silent.
 pub fn heartbeat(call: &Call) -> Answer {
     let SessionHeartbeat { session_id } = call.read()?;
-    match call.app.sessions().heartbeat(call.tenant, &session_id) {
-        Ok(()) => json(&Heartbeat {}),
-        Err(ended) => Err(Fault::new(StatusCode::GONE, ended.to_string())),
-    }
+    let heard = call.app.sessions().heartbeat(call.tenant, &session_id);
+    heard.map_err(|ended| Fault::new(StatusCode::GONE, ended.to_string()))?;
+    let of_session = |model: &ModelId| sessions::of_model(model).is_some_and(|(session, _)| session == session_id);
+    call.app.registry().heartbeat(call.tenant, SystemTime::now(), of_session);
+    json(&Heartbeat {})
 }
 
 /// Drops what clients tell about themselves.

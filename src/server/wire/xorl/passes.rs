@@ -227,11 +227,14 @@ fn step_body(stepped: &StepReply, lr: f64) -> Body {
     // JSON has no infinity: a norm that is not finite is left out.
     metrics.extend(grad_norm.is_finite().then_some(("grad_norm", *grad_norm)));
     metrics.insert("skipped", f64::from(u8::from(!non_finite.is_empty())));
+    let cause = match grad_norm.is_finite() {
+        true => "this learning_rate and gradient would make values that are not finite of",
+        false => "those are not finite of",
+    };
     let info = match non_finite.is_empty() {
         true => json!({}),
         false => json!({"warning": format!(
-            "nothing was updated, and the gradients are dropped: those of {} are not finite",
-            first_of(non_finite)
+            "nothing was updated, and the gradients are dropped: {cause} {}", first_of(non_finite)
         )}),
     };
     Body::json(&json!({"metrics": metrics, "info": info}))

@@ -1,0 +1,92 @@
+//! Memory of one adapter on a rank, as a run holds one and a server many.
+
+use crate::{
+    config,
+    dtype::DType,
+    lora::AdapterPlan,
+    model::base_plan::Options,
+    optim,
+    shard::RegionLayout,
+};
+
+/// Bytes of a rank that an adapter takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AdapterMemory {
+    /// The compute copies of this rank's pieces.
+    pub copies: usize,
+    /// The slots into which layers are gathered.
+    pub slots: usize,
+    /// fp32 masters and moments.
+    pub optimizer: usize,
+    /// fp32 gradients: this rank's pieces, and the full sums before they are reduced.
+    pub gradients: usize,
+    /// Copies that a save makes on the host, beside all that.
+    pub save: usize,
+}
+
+impl AdapterMemory {
+    /// Memory of `adapter`, gathered in the compute dtype of `options` and updated by `optimizer`.
+    pub fn new(adapter: &AdapterPlan, options: &Options, optimizer: config::Optimizer) -> Self {
+        let regions = [&adapter.dense, &adapter.experts].map(|layouts| Held::new(layouts));
+        let slots = options.slots.clamp(1, adapter.dense.len().max(1));
+        let fp32 = |bytes: usize| bytes / options.compute.size() * DType::F32.size();
+        let copies = regions.iter().map(|region| region.pieces).sum::<usize>();
+        let unreduced = |held: &Held| match options.reduce {
+            _ if held.shards == 1 => 0,
+            config::ReduceGradients::Step => held.pieces * held.shards,
+            config::ReduceGradients::MicroBatch => held.largest,
+        };
+        let optimizer = (1 + optim::state_names(optimizer).len()) * fp32(copies);
+        // A rank's pieces are copied, then serialised. Before that rank 0 does the same with the whole adapter, where
+        // experts are put together once more.
+        let of_experts = fp32(regions[1].pieces);
+        let whole = (fp32(copies) + of_experts / 2) * regions[0].shards;
+        Self {
+            copies,
+            slots: regions.iter().map(|region| region.in_slots(slots)).sum(),
+            optimizer,
+            gradients: fp32(copies + regions.iter().map(unreduced).sum::<usize>()),
+            save: 2 * optimizer.max(whole),
+        }
+    }
+
+    /// Bytes as long as the adapter is in memory.
+    pub fn held(&self) -> usize {
+        self.copies + self.slots + self.optimizer + self.gradients
+    }
+}
+
+/// Bytes of the files of a server's save of `adapter`, all ranks together, about: the whole adapter in fp32, and with
+/// training state masters, moments and, if passes have `accumulated`, gradients.
+pub fn save_bytes(adapter: &AdapterPlan, training_state: bool, accumulated: bool) -> usize {
+    /// Headers, configuration and manifest.
+    const TEXT: usize = 64 << 10;
+    let parameters = adapter.layers.iter().flat_map(|layer| layer.parameters());
+    let values: usize = parameters.map(|parameter| parameter.shape.iter().product::<usize>()).sum();
+    let moments = optim::state_names(config::Optimizer::Adamw).len();
+    let state = if training_state { 1 + moments + usize::from(accumulated) } else { 0 };
+    TEXT + values * DType::F32.size() * (1 + state)
+}
+
+/// Bytes of the regions of a slot pool.
+pub(super) struct Held {
+    /// Pieces of a rank.
+    pub pieces: usize,
+    /// The largest gathered region.
+    pub largest: usize,
+    /// Ranks that the regions are cut over.
+    pub shards: usize,
+}
+
+impl Held {
+    pub fn new(layouts: &[RegionLayout]) -> Self {
+        let pieces = layouts.iter().map(RegionLayout::piece_bytes).sum();
+        let largest = layouts.iter().map(|layout| layout.padded).max().unwrap_or(0);
+        Self { pieces, largest, shards: layouts.first().map_or(1, |layout| layout.shards) }
+    }
+
+    /// Bytes of `slots` slots; a single rank has none.
+    pub fn in_slots(&self, slots: usize) -> usize {
+        if self.shards == 1 { 0 } else { slots * self.largest }
+    }
+}
