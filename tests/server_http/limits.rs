@@ -15,7 +15,7 @@ use xorl_dist::server::{
     app::App,
     keys::Keys,
     registry::Tenant,
-    request::{AdapterSpec, Engine, ModelId, ModelState},
+    request::{AdapterSpec, Engine, ModelId},
 };
 
 #[test]
