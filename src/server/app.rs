@@ -4,7 +4,7 @@
 use super::{
     fault::Fault,
     futures::{FutureLimits, Futures, Promise, Render},
-    http::{HttpLimits, Metrics},
+    http::{Bodies, HttpLimits, Metrics},
     keys::Keys,
     order::BodyHash,
     registry::{Registry, Tenant},
@@ -70,6 +70,7 @@ pub struct App {
     pub settings: Settings,
     pub keys: Keys,
     pub metrics: Metrics,
+    pub bodies: Bodies,
     registry: Mutex<Registry>,
     is_draining: AtomicBool,
 }
@@ -86,6 +87,7 @@ impl App {
         Arc::new(Self {
             engine,
             futures: Arc::new(Futures::new(settings.futures.clone())),
+            bodies: Bodies::new(&settings.http),
             settings,
             keys,
             metrics: Metrics::default(),
@@ -149,7 +151,7 @@ impl App {
                  lora_config, another model_id, or unload it first"
             )));
         }
-        let promise = self.futures.open(tenant.clone(), format!("create_model of {model}"), render)?;
+        let promise = self.futures.open(tenant.clone(), format!("create_model of {model}"), 0, render)?;
         let id = promise.id();
         let exists = match registry.get(tenant, model) {
             Some(known) => {
@@ -175,7 +177,7 @@ impl App {
     pub fn submit(&self, submission: Submission) -> Result<String, Fault> {
         self.check_open()?;
         let Submission { tenant, model, call, number, task, render } = submission;
-        let is_unload = task == Task::Unload;
+        let (is_unload, bytes) = (task == Task::Unload, task.bytes());
         let request = self.request(tenant, model, task)?;
         let mut registry = self.registry();
         self.ensure(&mut registry, tenant, model)?;
@@ -187,7 +189,7 @@ impl App {
                 return Ok(id);
             }
         }
-        let promise = self.futures.open(tenant.clone(), format!("{call} of {model}"), render)?;
+        let promise = self.futures.open(tenant.clone(), format!("{call} of {model}"), bytes, render)?;
         let id = promise.id();
         known.last_request = SystemTime::now();
         if let Some((number, body)) = number {

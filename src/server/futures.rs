@@ -19,6 +19,8 @@ use tokio::sync::Notify;
 pub struct FutureLimits {
     /// Requests that wait or are being carried out, at most.
     pub pending: usize,
+    /// Bytes of the data of these requests, at most; one alone may have more.
+    pub pending_bytes: usize,
     /// Results that are kept, at most. The one that came first goes first.
     pub kept: usize,
     /// Bytes of the results that are kept, at most; the newest is always kept.
@@ -33,6 +35,7 @@ impl Default for FutureLimits {
     fn default() -> Self {
         Self {
             pending: 1024,
+            pending_bytes: 2 << 30,
             kept: 10_000,
             bytes: 1 << 30,
             lifetime: Duration::from_secs(3600),
@@ -85,10 +88,12 @@ impl Outcome {
     fn bytes(&self) -> usize {
         const FIXED: usize = 1024;
         match &self.answer {
+            // The other half: weights, which writing the result needs.
             Ok(Reply::Passed(pass)) => {
-                FIXED + pass.log_probs.iter().map(|datum| 24 + 4 * datum.len()).sum::<usize>()
+                FIXED + pass.log_probs.iter().map(|datum| 48 + 8 * datum.len()).sum::<usize>()
             }
-            _ => FIXED,
+            Ok(_) => FIXED,
+            Err(Refusal::User(text) | Refusal::Server(text)) => FIXED + text.len(),
         }
     }
 }
@@ -126,13 +131,22 @@ pub enum Look {
 
 /// The queue is full.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0} requests wait already, as many as this server takes; send it again in some seconds")]
-pub struct Full(pub usize);
+pub enum Full {
+    #[error("{0} requests wait already, as many as this server takes; send it again in some seconds")]
+    Requests(usize),
+    #[error(
+        "the requests that wait have {0} bytes of data, and with this one more than this server takes; send it again \
+         in some seconds"
+    )]
+    Bytes(usize),
+}
 
 struct Entry {
     owner: Tenant,
     /// `forward_backward of policy_v1`
     work: String,
+    /// Bytes of its data while it is pending.
+    bytes: usize,
     submitted: Instant,
     changed: Arc<Notify>,
     /// With its time.
@@ -145,6 +159,8 @@ struct Entry {
 struct Table {
     entries: BTreeMap<u64, Entry>,
     pending: BTreeSet<u64>,
+    /// Bytes of the data of those that are pending.
+    pending_bytes: usize,
     /// Those with a result, by the time at which it came.
     kept: VecDeque<u64>,
     bytes: usize,
@@ -156,17 +172,23 @@ impl Table {
         &mut self,
         owner: Tenant,
         work: String,
+        bytes: usize,
         now: Instant,
         limits: &FutureLimits,
     ) -> Result<u64, Full> {
         self.expire(now, limits);
         if self.pending.len() >= limits.pending {
-            return Err(Full(self.pending.len()));
+            return Err(Full::Requests(self.pending.len()));
         }
+        let pending_bytes = self.pending_bytes.saturating_add(bytes);
+        if pending_bytes > limits.pending_bytes && !self.pending.is_empty() {
+            return Err(Full::Bytes(self.pending_bytes));
+        }
+        self.pending_bytes = pending_bytes;
         let number = self.next;
         self.next += 1;
         let changed = Arc::default();
-        let entry = Entry { owner, work, submitted: now, changed, outcome: None, is_read: false };
+        let entry = Entry { owner, work, bytes, submitted: now, changed, outcome: None, is_read: false };
         self.entries.insert(number, entry);
         self.pending.insert(number);
         Ok(number)
@@ -179,6 +201,7 @@ impl Table {
         self.bytes += outcome.bytes();
         entry.outcome = Some((Arc::new(outcome), now));
         entry.changed.notify_waiters();
+        self.pending_bytes -= std::mem::take(&mut entry.bytes);
         self.pending.remove(&number);
         self.kept.push_back(number);
         self.expire(now, limits);
@@ -244,12 +267,18 @@ impl Futures {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Opens a future for `work`, whose result `render` writes.
+    /// Opens a future for `work` with `bytes` of data, whose result `render` writes.
     ///
     /// # Errors
-    /// [`Full`]: too many are pending.
-    pub fn open(self: &Arc<Self>, owner: Tenant, work: String, render: Render) -> Result<Promise, Full> {
-        let number = self.table().open(owner, work, Instant::now(), &self.limits)?;
+    /// [`Full`]: too many are pending, or too much data.
+    pub fn open(
+        self: &Arc<Self>,
+        owner: Tenant,
+        work: String,
+        bytes: usize,
+        render: Render,
+    ) -> Result<Promise, Full> {
+        let number = self.table().open(owner, work, bytes, Instant::now(), &self.limits)?;
         Ok(Promise { futures: self.clone(), number, render: Some(render) })
     }
 
@@ -339,149 +368,4 @@ impl Drop for Promise {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::server::request::PassReply;
-    use proptest::prelude::*;
-
-    const SECOND: Duration = Duration::from_secs(1);
-
-    fn limits() -> FutureLimits {
-        FutureLimits { pending: 3, kept: 4, bytes: 6000, lifetime: 10 * SECOND, poll: SECOND / 10 }
-    }
-
-    fn outcome(tokens: usize) -> Outcome {
-        let pass =
-            PassReply { loss: 0.0, valid: 0, log_probs: vec![vec![0.0; tokens]], metrics: BTreeMap::new() };
-        Outcome { answer: Ok(Reply::Passed(pass)), render: Box::new(|_, _| Body::json(&1)) }
-    }
-
-    fn table_with(now: Instant, works: &[&str]) -> Table {
-        let mut table = Table::default();
-        for work in works {
-            table.open(Tenant::everyone(), (*work).into(), now, &limits()).unwrap();
-        }
-        table
-    }
-
-    fn is_kept(table: &mut Table, number: u64, now: Instant) -> bool {
-        !matches!(table.look(number, &Tenant::everyone(), now), Look::Unknown)
-    }
-
-    #[test]
-    fn a_place_says_how_many_are_ahead_and_which_is_carried_out() {
-        let now = Instant::now();
-        let mut table = table_with(now, &["forward of a", "optim_step of a", "forward of b"]);
-        let reason =
-            |table: &mut Table, number, owner: &Tenant| match table.look(number, owner, now + 7 * SECOND) {
-                Look::Pending(place) => place.reason(),
-                _ => panic!("not pending"),
-            };
-        let all = Tenant::everyone();
-        assert_eq!(
-            reason(&mut table, 0, &all),
-            "forward of a is being carried out, 7 s after it was submitted"
-        );
-        assert_eq!(reason(&mut table, 2, &all), "number 3 in the queue for 7 s, behind forward of a");
-        table.finish(0, outcome(1), now, &limits());
-        assert_eq!(reason(&mut table, 2, &all), "number 2 in the queue for 7 s, behind optim_step of a");
-        // Nobody reads the names of another tenant's models.
-        let other = Tenant::named("other").unwrap();
-        table.open(other.clone(), "forward of c".into(), now, &limits()).unwrap();
-        assert_eq!(reason(&mut table, 3, &other), "number 3 in the queue for 7 s");
-    }
-
-    #[test]
-    fn a_full_queue_refuses_until_one_is_answered() {
-        let now = Instant::now();
-        let mut table = table_with(now, &["a", "b", "c"]);
-        let refused = table.open(Tenant::everyone(), "d".into(), now, &limits());
-        assert_eq!(refused.unwrap_err(), Full(3));
-        table.finish(1, outcome(1), now, &limits());
-        table.open(Tenant::everyone(), "d".into(), now, &limits()).unwrap();
-    }
-
-    #[test]
-    fn a_result_stays_for_its_lifetime_and_within_the_limits() {
-        let start = Instant::now();
-        let mut table = table_with(start, &["a", "b", "c"]);
-        table.finish(1, outcome(1), start, &limits());
-        assert!(is_kept(&mut table, 1, start + 9 * SECOND) && is_kept(&mut table, 1, start + 9 * SECOND));
-        table.expire(start + 10 * SECOND, &limits());
-        assert!(!is_kept(&mut table, 1, start));
-        // Bytes: the oldest result goes, the newest stays even if it alone is too large.
-        table.finish(0, outcome(1), start, &limits());
-        table.finish(2, outcome(100_000), start, &limits());
-        assert!(!is_kept(&mut table, 0, start) && is_kept(&mut table, 2, start));
-    }
-
-    #[test]
-    fn another_tenant_knows_no_id() {
-        let futures = Arc::new(Futures::new(limits()));
-        let owner = Tenant::named("one").unwrap();
-        let promise = futures.open(owner.clone(), "a".into(), Box::new(|_, _| Body::json(&1))).unwrap();
-        assert!(matches!(futures.look(&promise.id(), &owner), Look::Pending(_)));
-        for other in [Tenant::everyone(), Tenant::named("two").unwrap()] {
-            assert!(matches!(futures.look(&promise.id(), &other), Look::Unknown));
-        }
-    }
-
-    #[test]
-    fn a_promise_that_is_dropped_answers_with_an_error_of_the_server() {
-        let futures = Arc::new(Futures::new(limits()));
-        let promise = futures.open(Tenant::everyone(), "a".into(), Box::new(|_, _| Body::json(&1))).unwrap();
-        let id = promise.id();
-        drop(promise);
-        let Look::Done(outcome) = futures.look(&id, &Tenant::everyone()) else { panic!("not done") };
-        let body: serde_json::Value = serde_json::from_slice(&outcome.body(true).bytes).unwrap();
-        assert_eq!(body["category"], "server");
-        assert!(body["error"].as_str().unwrap().contains("the engine ended"));
-    }
-
-    #[test]
-    fn a_poll_ends_with_the_result_or_with_its_time() {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-        let futures = Arc::new(Futures::new(limits()));
-        let open = || futures.open(Tenant::everyone(), "a".into(), Box::new(|_, _| Body::json(&1))).unwrap();
-        let (never, soon) = (open(), open());
-        let (first, second) = (never.id(), soon.id());
-        let started = Instant::now();
-        let look = runtime.block_on(futures.wait(&first, &Tenant::everyone(), None));
-        assert!(matches!(look, Look::Pending(_)) && started.elapsed() >= limits().poll);
-        let answers = std::thread::spawn(move || {
-            std::thread::sleep(SECOND / 10);
-            soon.answer(Ok(Reply::Created));
-        });
-        let look = runtime.block_on(futures.wait(&second, &Tenant::everyone(), Some(30 * SECOND)));
-        assert!(matches!(look, Look::Done(_)) && started.elapsed() < 10 * SECOND);
-        answers.join().unwrap();
-        let unknown = runtime.block_on(futures.wait("future_1", &Tenant::everyone(), None));
-        assert!(matches!(unknown, Look::Unknown));
-    }
-
-    proptest! {
-        #[test]
-        fn a_text_that_is_no_id_is_unknown(text in ".{0,40}", digits in "[0-9a-f+ ]{0,20}") {
-            let futures = Futures::new(limits());
-            for id in [text, format!("future_{digits}"), format!("future_{:08x}{digits}", futures.nonce)] {
-                prop_assert!(matches!(futures.look(&id, &Tenant::everyone()), Look::Unknown));
-            }
-        }
-
-        #[test]
-        fn bytes_are_those_of_the_results_that_are_kept(
-            steps in prop::collection::vec((0u64..6, 0usize..2000, 0u64..5), 1..60),
-        ) {
-            let (mut now, mut table) = (Instant::now(), Table::default());
-            for (number, tokens, seconds) in steps {
-                now += Duration::from_secs(seconds);
-                let _ = table.open(Tenant::everyone(), String::new(), now, &limits());
-                table.finish(table.next.saturating_sub(number), outcome(tokens), now, &limits());
-                let held = table.entries.values().filter_map(|entry| entry.outcome.as_ref());
-                prop_assert_eq!(table.bytes, held.map(|(outcome, _)| outcome.bytes()).sum::<usize>());
-                prop_assert_eq!(table.entries.len(), table.kept.len() + table.pending.len());
-                prop_assert!(table.kept.len() <= 4 && (table.bytes <= 6000 || table.kept.len() == 1));
-            }
-        }
-    }
-}
+mod tests;

@@ -2,9 +2,12 @@
 //!
 //! - `server`: the engine and a client
 //! - `wire`: the calls of `xorl-client`, futures and paths
+//! - `hostile`: clients that mean harm or are broken; `memory`: bytes that bodies take while they are read
 //! - `limits`: keys, limits, slow and broken clients, the end of the server
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
+mod hostile;
 mod limits;
+mod memory;
 mod server;
 mod wire;

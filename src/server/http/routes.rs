@@ -1,7 +1,11 @@
 //! From a request to its answer: key, limits, the wire that speaks it. The paths are those of the clients; a name that
 //! no wire knows is a 404.
 
-use super::{body, connection::Connection};
+use super::{
+    body,
+    connection::Connection,
+    openapi::{self, Alive, Health, TryAgain},
+};
 use crate::server::{
     app::App,
     fault::Fault,
@@ -16,12 +20,13 @@ use axum::{
     http::{HeaderMap, HeaderValue, Method, StatusCode, header, request::Parts},
     response::{IntoResponse, Response},
 };
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 /// The prefix of the clients' calls.
-const PREFIX: &str = "/api/v1/";
-const RETRIEVE: &str = "retrieve_future";
+pub const PREFIX: &str = "/api/v1/";
+/// The call that asks for a result.
+pub const RETRIEVE: &str = "retrieve_future";
 
 /// All paths of the server.
 pub fn router(app: Arc<App>) -> Router {
@@ -42,10 +47,10 @@ async fn handle(
     let answered = answer(&app, &name, parts, &mut body).await;
     let response = answered.unwrap_or_else(IntoResponse::into_response);
     if let Some(body) = body {
-        body::discard(body, &app.settings.http).await;
+        app.bodies.discard(body).await;
     }
-    let is_known =
-        xorl::method(&name).is_some() || ["health", "healthz", "metrics", RETRIEVE].contains(&&*name);
+    let is_known = xorl::method(&name).is_some()
+        || ["health", "healthz", "metrics", "openapi.json", RETRIEVE].contains(&&*name);
     let label = if is_known { &name } else { "other" };
     app.metrics.count(label, response.status().as_u16(), started.elapsed());
     response
@@ -63,7 +68,10 @@ async fn answer(
         return Ok(health(app));
     }
     if is_get && path == "/api/v1/healthz" {
-        return Ok(Json(json!({"status": "ok"})).into_response());
+        return Ok(Json(Alive { status: "ok" }).into_response());
+    }
+    if is_get && path == openapi::PATH {
+        return Ok(openapi::response());
     }
     let Some(tenant) = app.keys.tenant(&parts.headers) else {
         let detail = "no known key; send it as `X-API-Key: KEY` or `Authorization: Bearer KEY`";
@@ -77,12 +85,12 @@ async fn answer(
         return Err(Fault::user(detail));
     }
     let is_below = path.starts_with(PREFIX);
-    match xorl::method(name).or((name == RETRIEVE).then_some(Method::POST)).filter(|_| is_below) {
+    let method = xorl::method(name).map(|(_, method)| method);
+    match method.or((name == RETRIEVE).then_some(Method::POST)).filter(|_| is_below) {
         None => Err(Fault::not_found(format!("{path} is no path of this server"))),
         Some(method) if method == Method::GET && is_get => get(app, tenant, name.to_owned(), &parts).await,
         Some(method) if method == parts.method => {
-            let bytes =
-                body::read(&parts.headers, body.take().unwrap_or_default(), &app.settings.http).await?;
+            let bytes = app.bodies.read(&parts.headers, body.take().unwrap_or_default()).await?;
             if name == RETRIEVE {
                 return retrieve(app, &tenant, &parts.headers, &bytes).await;
             }
@@ -102,12 +110,12 @@ async fn answer(
 fn health(app: &App) -> Response {
     let engine = app.engine.state();
     let status = if engine.healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    let body = json!({
-        "status": if engine.healthy { "ok" } else { "failed" },
-        "engine_running": engine.healthy,
-        "active_requests": app.futures.counts().pending,
-        "total_requests": engine.answered + engine.waiting as u64,
-    });
+    let body = Health {
+        status: if engine.healthy { "ok" } else { "failed" },
+        engine_running: engine.healthy,
+        active_requests: app.futures.counts().pending,
+        total_requests: engine.answered + engine.waiting as u64,
+    };
     (status, Json(body)).into_response()
 }
 
@@ -161,13 +169,7 @@ async fn retrieve(
             )));
         }
         Look::Pending(place) => {
-            let body = json!({
-                "type": "try_again",
-                "request_id": id,
-                "queue_state": "active",
-                "queue_state_reason": place.reason(),
-            });
-            return Ok((StatusCode::REQUEST_TIMEOUT, Json(body)).into_response());
+            return Ok((StatusCode::REQUEST_TIMEOUT, Json(TryAgain::new(id, &place))).into_response());
         }
         Look::Done(outcome) => outcome,
     };
@@ -175,5 +177,6 @@ async fn retrieve(
     let protobuf = accepted.is_some_and(|kinds| kinds.contains("protobuf"));
     let rendered = tokio::task::spawn_blocking(move || outcome.body(protobuf)).await.map_err(body::failed)?;
     let futures::Body { content_type, bytes } = rendered;
+    let bytes = app.bodies.hold(bytes).await?;
     Ok(([(header::CONTENT_TYPE, HeaderValue::from_static(content_type))], bytes).into_response())
 }
