@@ -15,6 +15,8 @@
 #   ci/long.sh mpich           the tests of several ranks built and run with MPICH (Debian's, installed beside Open MPI)
 #   ci/long.sh same_bits       BEFORE AFTER: two builds train the same models; results are compared bit for bit; --quick
 #   ci/long.sh same_speed      BEFORE AFTER: two release builds in turns, tokens/s and memory beside each other (hour)
+#   ci/long.sh schemathesis    requests made of the OpenAPI document, good and bad, to a server of SmolLM2: none may fail
+#                              the server; schemathesis' options may follow, as --max-examples 200
 #   ci/long.sh real_size       one bf16 step of a random model with the shapes of Qwen2.5-1.5B, on 2 ranks
 #   ci/long.sh real_moe        the same with two layers of the shapes of Qwen3-30B-A3B, 64 experts on each rank
 set -euo pipefail
@@ -77,6 +79,26 @@ case "${1:-}" in
     launch/setup.sh
     smollm2
     HF_HUB_OFFLINE=1 exec .venv/bin/python benches/same_speed.py "$@"
+    ;;
+  schemathesis)
+    shift
+    smollm2
+    venv=target/schemathesis
+    [ -x "$venv/bin/st" ] || { python3 -m venv "$venv" && "$venv/bin/pip" install --quiet schemathesis==4.32.5; }
+    cargo build --release --quiet
+    rm -rf outputs/schemathesis outputs/schemathesis.log
+    mkdir -p outputs
+    OMP_NUM_THREADS=1 "${CARGO_TARGET_DIR:-target}/release/xorl-dist" serve --device cpu \
+      --config configs/server/smollm2_lora.yaml --server.output_dir outputs/schemathesis --server.api_port 0 \
+      2>outputs/schemathesis.log &
+    server=$!
+    trap 'kill "$server"' EXIT
+    until address=$(grep -m 1 -o 'listening on http://[0-9.:]*[0-9]' outputs/schemathesis.log); do
+      kill -0 "$server" || { cat outputs/schemathesis.log; exit 1; }
+      sleep 1
+    done
+    "$venv/bin/st" run "${address#listening on }/openapi.json" --continue-on-failure \
+      --checks not_a_server_error,content_type_conformance,response_schema_conformance "$@"
     ;;
   real_size | real_moe)
     launch/setup.sh --no-tests

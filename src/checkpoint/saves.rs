@@ -6,7 +6,8 @@ use super::{
     adapter_config::read_config,
     io,
     publish::{
-        KnownHashes, MANIFEST, Manifest, create_folder, present, published_name, recover, sync, verify, withdraw,
+        KnownHashes, MANIFEST, Manifest, create_folder, present, published_name, recover, sync, verify,
+        withdraw,
     },
     state,
 };
@@ -161,7 +162,9 @@ pub fn link(from: &Path, to: &Path, metadata: &Value) -> Result<(), CheckpointEr
     for file in Manifest::read(&from)?.files().filter(|file| *file != METADATA) {
         let target = writer.directory().join(file);
         let folder = target.parent().unwrap_or(writer.directory());
-        fs::create_dir_all(folder).and_then(|()| fs::hard_link(from.join(file), &target)).map_err(io(&target))?;
+        fs::create_dir_all(folder)
+            .and_then(|()| fs::hard_link(from.join(file), &target))
+            .map_err(io(&target))?;
     }
     write_metadata(&writer, metadata)?;
     writer.publish(&mut KnownHashes::default()).map(drop)

@@ -5,7 +5,7 @@ use super::{
     downloads::Signer,
     fault::Fault,
     futures::{FutureLimits, Futures, Promise, Render},
-    http::{HttpLimits, Metrics},
+    http::{Bodies, HttpLimits, Metrics},
     keys::Keys,
     order::{BodyHash, OnArrival},
     ordered::Orders,
@@ -75,6 +75,7 @@ pub struct App {
     pub keys: Keys,
     pub metrics: Metrics,
     pub signer: Signer,
+    pub bodies: Bodies,
     registry: Mutex<Registry>,
     sessions: Mutex<Sessions>,
     pub(super) orders: Orders,
@@ -94,6 +95,7 @@ impl App {
         Arc::new(Self {
             engine,
             futures: Arc::new(Futures::new(settings.futures.clone())),
+            bodies: Bodies::new(&settings.http),
             settings,
             keys,
             metrics: Metrics::default(),
@@ -108,10 +110,13 @@ impl App {
     /// The largest number of a request that was taken for each adapter, by its name in the engine.
     pub fn last_numbers(&self) -> BTreeMap<ModelId, i64> {
         let in_order = self.last_in_order().into_iter();
-        let in_order = in_order.filter_map(|(tenant, model, last)| Some((tenant, model, i64::try_from(last).ok()?)));
+        let in_order =
+            in_order.filter_map(|(tenant, model, last)| Some((tenant, model, i64::try_from(last).ok()?)));
         let registry = self.registry();
-        let on_arrival = registry.last_numbers().map(|(tenant, model, last)| (tenant.clone(), model.clone(), last));
-        let named = |(tenant, model, last): (Tenant, ModelId, i64)| Some((tenant.engine_id(&model).ok()?, last));
+        let on_arrival =
+            registry.last_numbers().map(|(tenant, model, last)| (tenant.clone(), model.clone(), last));
+        let named =
+            |(tenant, model, last): (Tenant, ModelId, i64)| Some((tenant.engine_id(&model).ok()?, last));
         on_arrival.chain(in_order).filter_map(named).collect()
     }
 
@@ -119,7 +124,9 @@ impl App {
     /// cannot tell repeats.
     pub fn resume_numbers(&self, last: &BTreeMap<ModelId, i64>) {
         for (id, &last) in last {
-            let Some((tenant, model)) = Tenant::of_engine_id(id.as_str(), self.keys.are_needed()) else { continue };
+            let Some((tenant, model)) = Tenant::of_engine_id(id.as_str(), self.keys.are_needed()) else {
+                continue;
+            };
             match u64::try_from(last).ok().filter(|_| sessions::of_model(&model).is_some()) {
                 Some(last) => self.resume_order(tenant, model, last),
                 None => {
@@ -206,7 +213,7 @@ impl App {
                  lora_config, another model_id, or unload it first"
             )));
         }
-        let promise = self.futures.open(tenant.clone(), format!("create_model of {model}"), render)?;
+        let promise = self.futures.open(tenant.clone(), format!("create_model of {model}"), 0, render)?;
         let id = promise.id();
         let exists = match registry.get(tenant, model) {
             Some(known) => {
@@ -231,7 +238,7 @@ impl App {
     /// No such adapter, a sequence number that is used, a full queue, or the server takes no request now.
     pub fn submit(&self, submission: Submission) -> Result<String, Fault> {
         let Submission { tenant, model, call, number, task, render } = submission;
-        let is_unload = task == Task::Unload;
+        let (is_unload, bytes) = (task == Task::Unload, task.bytes());
         let request = self.request(tenant, model, task)?;
         let mut registry = self.registry();
         self.check_open()?;
@@ -244,7 +251,7 @@ impl App {
                 return Ok(id);
             }
         }
-        let promise = self.futures.open(tenant.clone(), format!("{call} of {model}"), render)?;
+        let promise = self.futures.open(tenant.clone(), format!("{call} of {model}"), bytes, render)?;
         let id = promise.id();
         known.last_request = SystemTime::now();
         if let Some((number, body)) = number {

@@ -19,6 +19,8 @@ use tokio::sync::Notify;
 pub struct FutureLimits {
     /// Requests that wait or are being carried out, at most.
     pub pending: usize,
+    /// Bytes of the data of these requests, at most; one alone may have more.
+    pub pending_bytes: usize,
     /// Results that are kept, at most. The one that came first goes first.
     pub kept: usize,
     /// Bytes of the results that are kept, at most; the newest is always kept.
@@ -36,6 +38,7 @@ impl Default for FutureLimits {
     fn default() -> Self {
         Self {
             pending: 1024,
+            pending_bytes: 2 << 30,
             kept: 10_000,
             bytes: 1 << 30,
             lifetime: Duration::from_secs(3600),
@@ -89,10 +92,12 @@ impl Outcome {
     fn bytes(&self) -> usize {
         const FIXED: usize = 1024;
         match &self.answer {
+            // The other half: weights, which writing the result needs.
             Ok(Reply::Passed(pass)) => {
-                FIXED + pass.log_probs.iter().map(|datum| 24 + 4 * datum.len()).sum::<usize>()
+                FIXED + pass.log_probs.iter().map(|datum| 48 + 8 * datum.len()).sum::<usize>()
             }
-            _ => FIXED,
+            Ok(_) => FIXED,
+            Err(Refusal::User(text) | Refusal::Server(text)) => FIXED + text.len(),
         }
     }
 }
@@ -135,13 +140,22 @@ pub enum Look {
 
 /// The queue is full.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0} requests wait already, as many as this server takes; send it again in some seconds")]
-pub struct Full(pub usize);
+pub enum Full {
+    #[error("{0} requests wait already, as many as this server takes; send it again in some seconds")]
+    Requests(usize),
+    #[error(
+        "the requests that wait have {0} bytes of data, and with this one more than this server takes; send it again \
+         in some seconds"
+    )]
+    Bytes(usize),
+}
 
 struct Entry {
     owner: Tenant,
     /// `forward_backward of policy_v1`
     work: String,
+    /// Bytes of its data while it is pending.
+    bytes: usize,
     submitted: Instant,
     /// The reason why it is held back.
     held: Option<String>,
@@ -156,6 +170,8 @@ struct Entry {
 struct Table {
     entries: BTreeMap<u64, Entry>,
     pending: BTreeSet<u64>,
+    /// Bytes of the data of those that are pending.
+    pending_bytes: usize,
     /// Those with a result, by the time at which it came.
     kept: VecDeque<u64>,
     bytes: usize,
@@ -167,18 +183,24 @@ impl Table {
         &mut self,
         owner: Tenant,
         work: String,
+        bytes: usize,
         now: Instant,
         limits: &FutureLimits,
     ) -> Result<u64, Full> {
         self.expire(now, limits);
         if self.pending.len() >= limits.pending {
-            return Err(Full(self.pending.len()));
+            return Err(Full::Requests(self.pending.len()));
         }
+        let pending_bytes = self.pending_bytes.saturating_add(bytes);
+        if pending_bytes > limits.pending_bytes && !self.pending.is_empty() {
+            return Err(Full::Bytes(self.pending_bytes));
+        }
+        self.pending_bytes = pending_bytes;
         let number = self.next;
         self.next += 1;
         let changed = Arc::default();
         let entry =
-            Entry { owner, work, submitted: now, held: None, changed, outcome: None, is_read: false };
+            Entry { owner, work, bytes, submitted: now, held: None, changed, outcome: None, is_read: false };
         self.entries.insert(number, entry);
         self.pending.insert(number);
         Ok(number)
@@ -191,6 +213,7 @@ impl Table {
         self.bytes += outcome.bytes();
         entry.outcome = Some((Arc::new(outcome), now));
         entry.changed.notify_waiters();
+        self.pending_bytes -= std::mem::take(&mut entry.bytes);
         self.pending.remove(&number);
         self.kept.push_back(number);
         self.expire(now, limits);
@@ -259,12 +282,18 @@ impl Futures {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Opens a future for `work`, whose result `render` writes.
+    /// Opens a future for `work` with `bytes` of data, whose result `render` writes.
     ///
     /// # Errors
-    /// [`Full`]: too many are pending.
-    pub fn open(self: &Arc<Self>, owner: Tenant, work: String, render: Render) -> Result<Promise, Full> {
-        let number = self.table().open(owner, work, Instant::now(), &self.limits)?;
+    /// [`Full`]: too many are pending, or too much data.
+    pub fn open(
+        self: &Arc<Self>,
+        owner: Tenant,
+        work: String,
+        bytes: usize,
+        render: Render,
+    ) -> Result<Promise, Full> {
+        let number = self.table().open(owner, work, bytes, Instant::now(), &self.limits)?;
         Ok(Promise { futures: self.clone(), number, render: Some(render) })
     }
 

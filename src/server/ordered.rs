@@ -66,6 +66,7 @@ impl App {
     pub fn submit_in_order(&self, submission: Submission) -> Result<String, Fault> {
         let Some((number, body)) = submission.number else { return self.submit(submission) };
         let Submission { tenant, model, call, task, render, .. } = submission;
+        let bytes = task.bytes();
         let Ok(seq_id) = u64::try_from(number) else {
             return Err(Fault::user(format!("seq_id {number}: expected a positive number")));
         };
@@ -76,7 +77,7 @@ impl App {
         if let Some(first) = order.repeat(seq_id, body)? {
             return Ok(first);
         }
-        let promise = self.futures.open(tenant.clone(), format!("{call} of {model}"), render)?;
+        let promise = self.futures.open(tenant.clone(), format!("{call} of {model}"), bytes, render)?;
         let (id, now) = (promise.id(), Instant::now());
         if seq_id > order.next_id() {
             let missing = order.next_id();
@@ -172,11 +173,7 @@ impl App {
     ///
     /// # Errors
     /// The adapter exists, or the server takes no request now.
-    pub fn create_by_load(
-        &self,
-        submission: Submission,
-        spec: AdapterSpec,
-    ) -> Result<String, Fault> {
+    pub fn create_by_load(&self, submission: Submission, spec: AdapterSpec) -> Result<String, Fault> {
         self.check_open()?;
         let Submission { tenant, model, call, task, render, .. } = submission;
         let create = self.request(tenant, model, Task::Create(spec.clone()))?;
@@ -184,9 +181,11 @@ impl App {
         let unload = self.request(tenant, model, Task::Unload)?;
         let mut registry = self.registry();
         if registry.get(tenant, model).is_some() {
-            return Err(Fault::user(format!("model_id {model} exists; load into it, or take another number")));
+            return Err(Fault::user(format!(
+                "model_id {model} exists; load into it, or take another number"
+            )));
         }
-        let promise = self.futures.open(tenant.clone(), format!("{call} of {model}"), render)?;
+        let promise = self.futures.open(tenant.clone(), format!("{call} of {model}"), 0, render)?;
         let id = promise.id();
         let exists = registry.add(tenant.clone(), model.clone(), spec);
         let refusal = Arc::new(OnceLock::new());

@@ -109,6 +109,9 @@ impl Registry {
 
     /// Adds an adapter. The switch says that it exists, and turns false when it does not.
     pub fn add(&mut self, tenant: Tenant, model: ModelId, spec: AdapterSpec) -> Arc<AtomicBool> {
+        // One that is gone goes, unless an answer that may bring it back still holds its switch.
+        self.models
+            .retain(|_, model| model.exists.load(Ordering::Acquire) || Arc::strong_count(&model.exists) > 1);
         let exists = Arc::new(AtomicBool::new(true));
         let last_request = SystemTime::now();
         let entry = Model {

@@ -64,6 +64,14 @@ pub enum Task {
     Unload,
 }
 
+impl Task {
+    /// Bytes of its data in memory.
+    pub fn bytes(&self) -> usize {
+        let Self::Pass(pass) = self else { return 0 };
+        pass.data.iter().map(Datum::bytes).sum()
+    }
+}
+
 /// The shape of an adapter, as it is created.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AdapterSpec {
@@ -99,6 +107,14 @@ pub struct Datum {
     pub k: usize,
     /// Other inputs of the loss by their names on the wire (`weights`, `logprobs`, `advantages`): `[tokens × k]` each.
     pub inputs: BTreeMap<String, Vec<f32>>,
+}
+
+impl Datum {
+    fn bytes(&self) -> usize {
+        let integers = size_of::<i64>() * (self.ids.len() + self.targets.len());
+        let input = |(name, values): (&String, &Vec<f32>)| name.len() + size_of_val(&values[..]);
+        size_of::<Self>() + integers + self.inputs.iter().map(input).sum::<usize>()
+    }
 }
 
 /// The outcome of a [`Pass`].

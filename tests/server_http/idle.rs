@@ -51,8 +51,7 @@ fn idle_adapters_leave_memory_once_and_heartbeats_keep_them() {
     ["quiet", "alive", "busy"].map(make);
     eventually("all are made", || engine.state().models.len() == 3);
     let start = SystemTime::now();
-    let sweep =
-        |after: u64| sweep::once(&app, Some(IDLE), &|_, _| (), start + Duration::from_secs(after));
+    let sweep = |after: u64| sweep::once(&app, Some(IDLE), &|_, _| (), start + Duration::from_secs(after));
     sweep(7100);
     let alive = |after: u64| {
         let its = |model: &ModelId| model.as_str() == "alive";

@@ -4,14 +4,17 @@
 //! - `wire`: the calls of `xorl-client`, futures and paths
 //! - `tinker`: the calls of `tinker` by hand; `clients`: the same by real clients
 //! - `idle`: adapters without requests
+//! - `hostile`: clients that mean harm or are broken; `memory`: bytes that bodies take while they are read
 //! - `limits`: keys, limits, slow and broken clients, the end of the server
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod clients;
 #[path = "../common/mod.rs"]
 mod common;
+mod hostile;
 mod idle;
 mod limits;
+mod memory;
 mod server;
 mod tinker;
 mod wire;

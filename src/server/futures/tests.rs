@@ -7,7 +7,8 @@ use proptest::prelude::*;
 const SECOND: Duration = Duration::from_secs(1);
 
 fn limits() -> FutureLimits {
-    FutureLimits { pending: 3, kept: 4, bytes: 6000, lifetime: 10 * SECOND, poll: SECOND / 10, gap: SECOND }
+    let (lifetime, poll) = (10 * SECOND, SECOND / 10);
+    FutureLimits { pending: 3, pending_bytes: 100, kept: 4, bytes: 6000, lifetime, poll, gap: SECOND }
 }
 
 fn outcome(tokens: usize) -> Outcome {
@@ -19,7 +20,7 @@ fn outcome(tokens: usize) -> Outcome {
 fn table_with(now: Instant, works: &[&str]) -> Table {
     let mut table = Table::default();
     for work in works {
-        table.open(Tenant::everyone(), (*work).into(), now, &limits()).unwrap();
+        table.open(Tenant::everyone(), (*work).into(), 10, now, &limits()).unwrap();
     }
     table
 }
@@ -32,22 +33,19 @@ fn is_kept(table: &mut Table, number: u64, now: Instant) -> bool {
 fn a_place_says_how_many_are_ahead_and_which_is_carried_out() {
     let now = Instant::now();
     let mut table = table_with(now, &["forward of a", "optim_step of a", "forward of b"]);
-    let reason =
-        |table: &mut Table, number, owner: &Tenant| match table.look(number, owner, now + 7 * SECOND) {
-            Look::Pending(place) => place.reason(),
-            _ => panic!("not pending"),
-        };
+    let reason = |table: &mut Table, number, owner: &Tenant| match table.look(number, owner, now + 7 * SECOND)
+    {
+        Look::Pending(place) => place.reason(),
+        _ => panic!("not pending"),
+    };
     let all = Tenant::everyone();
-    assert_eq!(
-        reason(&mut table, 0, &all),
-        "forward of a is being carried out, 7 s after it was submitted"
-    );
+    assert_eq!(reason(&mut table, 0, &all), "forward of a is being carried out, 7 s after it was submitted");
     assert_eq!(reason(&mut table, 2, &all), "number 3 in the queue for 7 s, behind forward of a");
     table.finish(0, outcome(1), now, &limits());
     assert_eq!(reason(&mut table, 2, &all), "number 2 in the queue for 7 s, behind optim_step of a");
     // Nobody reads the names of another tenant's models.
     let other = Tenant::named("other").unwrap();
-    table.open(other.clone(), "forward of c".into(), now, &limits()).unwrap();
+    table.open(other.clone(), "forward of c".into(), 0, now, &limits()).unwrap();
     assert_eq!(reason(&mut table, 3, &other), "number 3 in the queue for 7 s");
 }
 
@@ -55,10 +53,24 @@ fn a_place_says_how_many_are_ahead_and_which_is_carried_out() {
 fn a_full_queue_refuses_until_one_is_answered() {
     let now = Instant::now();
     let mut table = table_with(now, &["a", "b", "c"]);
-    let refused = table.open(Tenant::everyone(), "d".into(), now, &limits());
-    assert_eq!(refused.unwrap_err(), Full(3));
+    let refused = table.open(Tenant::everyone(), "d".into(), 0, now, &limits());
+    assert_eq!(refused.unwrap_err(), Full::Requests(3));
     table.finish(1, outcome(1), now, &limits());
-    table.open(Tenant::everyone(), "d".into(), now, &limits()).unwrap();
+    table.open(Tenant::everyone(), "d".into(), 0, now, &limits()).unwrap();
+}
+
+#[test]
+fn data_that_waits_is_bounded_and_one_request_alone_is_not() {
+    let now = Instant::now();
+    let mut table = Table::default();
+    let open =
+        |table: &mut Table, bytes| table.open(Tenant::everyone(), "a".into(), bytes, now, &limits());
+    let large = open(&mut table, 1000).unwrap();
+    assert_eq!(open(&mut table, 1), Err(Full::Bytes(1000)));
+    table.finish(large, outcome(1), now, &limits());
+    open(&mut table, 60).unwrap();
+    assert_eq!(open(&mut table, 41), Err(Full::Bytes(60)));
+    open(&mut table, 40).unwrap();
 }
 
 #[test]
@@ -79,7 +91,7 @@ fn a_result_stays_for_its_lifetime_and_within_the_limits() {
 fn another_tenant_knows_no_id() {
     let futures = Arc::new(Futures::new(limits()));
     let owner = Tenant::named("one").unwrap();
-    let promise = futures.open(owner.clone(), "a".into(), Box::new(|_, _| Body::json(&1))).unwrap();
+    let promise = futures.open(owner.clone(), "a".into(), 0, Box::new(|_, _| Body::json(&1))).unwrap();
     assert!(matches!(futures.look(&promise.id(), &owner), Look::Pending(_)));
     for other in [Tenant::everyone(), Tenant::named("two").unwrap()] {
         assert!(matches!(futures.look(&promise.id(), &other), Look::Unknown));
@@ -89,7 +101,7 @@ fn another_tenant_knows_no_id() {
 #[test]
 fn a_promise_that_is_dropped_answers_with_an_error_of_the_server() {
     let futures = Arc::new(Futures::new(limits()));
-    let promise = futures.open(Tenant::everyone(), "a".into(), Box::new(|_, _| Body::json(&1))).unwrap();
+    let promise = futures.open(Tenant::everyone(), "a".into(), 0, Box::new(|_, _| Body::json(&1))).unwrap();
     let id = promise.id();
     drop(promise);
     let Look::Done(outcome) = futures.look(&id, &Tenant::everyone()) else { panic!("not done") };
@@ -102,7 +114,7 @@ fn a_promise_that_is_dropped_answers_with_an_error_of_the_server() {
 fn a_poll_ends_with_the_result_or_with_its_time() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     let futures = Arc::new(Futures::new(limits()));
-    let open = || futures.open(Tenant::everyone(), "a".into(), Box::new(|_, _| Body::json(&1))).unwrap();
+    let open = || futures.open(Tenant::everyone(), "a".into(), 0, Box::new(|_, _| Body::json(&1))).unwrap();
     let (never, soon) = (open(), open());
     let (first, second) = (never.id(), soon.id());
     let started = Instant::now();
@@ -135,10 +147,13 @@ proptest! {
         let (mut now, mut table) = (Instant::now(), Table::default());
         for (number, tokens, seconds) in steps {
             now += Duration::from_secs(seconds);
-            let _ = table.open(Tenant::everyone(), String::new(), now, &limits());
+            let _ = table.open(Tenant::everyone(), String::new(), tokens / 20, now, &limits());
             table.finish(table.next.saturating_sub(number), outcome(tokens), now, &limits());
             let held = table.entries.values().filter_map(|entry| entry.outcome.as_ref());
             prop_assert_eq!(table.bytes, held.map(|(outcome, _)| outcome.bytes()).sum::<usize>());
+            let pending = table.entries.values().filter(|entry| entry.outcome.is_none());
+            prop_assert_eq!(table.pending_bytes, pending.map(|entry| entry.bytes).sum::<usize>());
+            prop_assert!(table.pending_bytes <= 100);
             prop_assert_eq!(table.entries.len(), table.kept.len() + table.pending.len());
             prop_assert!(table.kept.len() <= 4 && (table.bytes <= 6000 || table.kept.len() == 1));
         }

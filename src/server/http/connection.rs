@@ -1,5 +1,5 @@
-//! Connections with time limits below HTTP: a client that sends its request's head too slowly, is idle for long, or
-//! takes nothing of its response loses the connection.
+//! Connections with limits below HTTP: a client that sends its request's head too slowly or at great length, is idle
+//! for long, or takes nothing of its response loses the connection.
 
 use super::HttpLimits;
 use axum::{
@@ -11,7 +11,7 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
     task::{Context, Poll, ready},
@@ -23,6 +23,9 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::{Instant, Sleep, sleep_until},
 };
+
+/// Bytes of a request's head after which no more are read of it.
+const LONGEST_HEAD: usize = 64 << 10;
 
 /// Accepts connections, up to a number at a time.
 pub struct Connections {
@@ -100,11 +103,13 @@ impl Drop for Busy {
 struct Idle {
     since: Instant,
     has_begun: bool,
+    /// Bytes that were read meanwhile.
+    bytes: usize,
 }
 
 impl Idle {
     fn since_now() -> Self {
-        Self { since: Instant::now(), has_begun: false }
+        Self { since: Instant::now(), has_begun: false, bytes: 0 }
     }
 }
 
@@ -147,7 +152,7 @@ impl TimedStream {
     fn poll_late(&mut self, context: &mut Context) -> Poll<()> {
         loop {
             ready!(self.reading.as_mut().poll(context));
-            let idle = *self.activity.idle_since.lock().unwrap_or_else(PoisonError::into_inner);
+            let idle = *self.idle();
             let limit = if idle.has_begun { self.head_time } else { self.idle_time };
             let ends = if self.activity.requests.load(Ordering::Acquire) > 0 {
                 Instant::now() + self.head_time.min(self.idle_time)
@@ -162,17 +167,36 @@ impl TimedStream {
         }
     }
 
-    fn note_read(&self) {
-        let mut idle = self.activity.idle_since.lock().unwrap_or_else(PoisonError::into_inner);
+    fn idle(&self) -> MutexGuard<'_, Idle> {
+        self.activity.idle_since.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note_read(&self, bytes: usize) {
+        let mut idle = self.idle();
         if !idle.has_begun {
-            *idle = Idle { since: Instant::now(), has_begun: true };
+            *idle = Idle { since: Instant::now(), has_begun: true, bytes: 0 };
         }
+        idle.bytes += bytes;
+    }
+
+    /// A client that takes its response is not idle, though its request is answered.
+    fn note_write(&self) {
+        let mut idle = self.idle();
+        if !idle.has_begun {
+            idle.since = Instant::now();
+        }
+    }
+
+    /// True once a head has more bytes than it may: its request would be there otherwise.
+    fn is_too_long(&self) -> bool {
+        self.activity.requests.load(Ordering::Acquire) == 0 && self.idle().bytes >= LONGEST_HEAD
     }
 
     /// Passes the outcome of a write on, or an error once it has been pending for long.
     fn timed_write<T>(&mut self, context: &mut Context, outcome: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         if outcome.is_ready() {
             self.writing = None;
+            self.note_write();
             return outcome;
         }
         let ends = Instant::now() + self.idle_time;
@@ -187,11 +211,15 @@ impl AsyncRead for TimedStream {
         context: &mut Context,
         buffer: &mut ReadBuf,
     ) -> Poll<io::Result<()>> {
+        if self.is_too_long() {
+            return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
+        }
         let before = buffer.filled().len();
         match Pin::new(&mut self.stream).poll_read(context, buffer) {
             Poll::Ready(read) => {
-                if buffer.filled().len() > before {
-                    self.note_read();
+                let bytes = buffer.filled().len() - before;
+                if bytes > 0 {
+                    self.note_read(bytes);
                     // A head that comes byte by byte is late all the same.
                     if self.poll_late(context).is_ready() {
                         return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));

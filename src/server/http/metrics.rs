@@ -50,11 +50,13 @@ impl Metrics {
         let (futures, engine) = (app.futures.counts(), app.engine.state());
         let accumulated: u64 = engine.models.values().map(|model| model.accumulated).sum();
         let steps: u64 = engine.models.values().map(|model| model.step).sum();
-        let (usage, in_memory) = (&engine.usage, engine.models.values().filter(|model| model.in_memory).count());
+        let (usage, in_memory) =
+            (&engine.usage, engine.models.values().filter(|model| model.in_memory).count());
         let gauges = [
             ("xorl_futures_pending", "Requests that wait or are carried out", futures.pending as u64),
             ("xorl_futures_kept", "Results that are kept", futures.kept as u64),
             ("xorl_futures_kept_bytes", "Bytes of the results that are kept", futures.bytes as u64),
+            ("xorl_http_body_bytes", "Bytes of bodies that are held", app.bodies.bytes() as u64),
             ("xorl_engine_healthy", "1 while all ranks run", u64::from(engine.healthy)),
             ("xorl_engine_waiting", "Requests that the engine has", engine.waiting as u64),
             ("xorl_engine_answered", "Requests that the engine has answered", engine.answered),

@@ -4,8 +4,10 @@
 mod body;
 mod connection;
 mod metrics;
+mod openapi;
 mod routes;
 
+pub use body::Bodies;
 pub use metrics::Metrics;
 
 use super::app::App;
@@ -20,6 +22,11 @@ pub struct HttpLimits {
     pub connections: usize,
     /// Bytes of a body, as it is sent and after it is unpacked.
     pub body: usize,
+    /// Bytes of all bodies that are being received or read, and of results that are being sent; more wait. JSON takes
+    /// up to 16 times its bytes while it is read.
+    pub bodies: usize,
+    /// Time for which a body waits for room among the others.
+    pub room_time: Duration,
     /// Time for the head of a request, from its first byte.
     pub head_time: Duration,
     /// Time for the body of a request.
@@ -35,6 +42,8 @@ impl Default for HttpLimits {
         Self {
             connections: 4096,
             body: 64 << 20,
+            bodies: 512 << 20,
+            room_time: Duration::from_secs(20),
             head_time: Duration::from_secs(20),
             body_time: Duration::from_secs(60),
             idle_time: Duration::from_secs(120),
@@ -42,6 +51,9 @@ impl Default for HttpLimits {
         }
     }
 }
+
+/// Bodies that are read, and results that are written, at a time; each may be large.
+const BLOCKING: usize = 64;
 
 /// Tells [`serve`] to stop.
 #[derive(Clone, Debug)]
@@ -70,6 +82,7 @@ pub fn serve(listener: TcpListener, app: Arc<App>, shutdown: &Shutdown) -> io::R
     let mut begun = shutdown.0.subscribe();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
+        .max_blocking_threads(BLOCKING)
         .thread_name("http")
         .enable_all()
         .build()?;

@@ -1,7 +1,11 @@
 //! From a request to its answer: key, limits, the wire that speaks it. The paths are those of the clients; a name that
 //! no wire knows is a 404.
 
-use super::{body, connection::Connection};
+use super::{
+    body,
+    connection::Connection,
+    openapi::{self, Alive, Health, TryAgain},
+};
 use crate::server::{
     app::App,
     downloads,
@@ -17,7 +21,7 @@ use axum::{
     http::{HeaderMap, HeaderValue, Method, StatusCode, header, request::Parts},
     response::{IntoResponse, Response},
 };
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use std::{
     collections::BTreeMap,
     sync::Arc,
@@ -26,8 +30,9 @@ use std::{
 use tower_http::services::ServeFile;
 
 /// The prefix of the clients' calls.
-const PREFIX: &str = "/api/v1/";
-const RETRIEVE: &str = "retrieve_future";
+pub const PREFIX: &str = "/api/v1/";
+/// The call that asks for a result.
+pub const RETRIEVE: &str = "retrieve_future";
 
 /// All paths of the server.
 pub fn router(app: Arc<App>) -> Router {
@@ -46,7 +51,7 @@ async fn handle(
     let mut body = Some(body);
     let response = answer(&app, parts, &mut body).await.unwrap_or_else(IntoResponse::into_response);
     if let Some(body) = body {
-        body::discard(body, &app.settings.http).await;
+        app.bodies.discard(body).await;
     }
     app.metrics.count(label, response.status().as_u16(), started.elapsed());
     response
@@ -54,7 +59,8 @@ async fn handle(
 
 /// The name of a path in metrics: one of few.
 fn label(path: &str) -> &'static str {
-    let open = ["health", "metrics"].into_iter().find(|name| path.strip_prefix('/') == Some(*name));
+    let open =
+        ["health", "metrics", "openapi.json"].into_iter().find(|name| path.strip_prefix('/') == Some(*name));
     let of_call = || {
         let name = path.strip_prefix(PREFIX)?;
         let other = ["healthz", RETRIEVE].into_iter().find(|other| *other == name);
@@ -70,7 +76,10 @@ async fn answer(app: &Arc<App>, parts: Parts, body: &mut Option<Body>) -> Result
         return Ok(health(app));
     }
     if is_get && path == "/api/v1/healthz" {
-        return Ok(Json(json!({"status": "ok"})).into_response());
+        return Ok(Json(Alive { status: "ok" }).into_response());
+    }
+    if is_get && path == openapi::PATH {
+        return Ok(openapi::response());
     }
     if is_get && let Some(address) = path.strip_prefix(downloads::PREFIX) {
         return download(app, address, parts).await;
@@ -93,7 +102,7 @@ async fn answer(app: &Arc<App>, parts: Parts, body: &mut Option<Body>) -> Result
     let target = Target::find(name, &method);
     let bytes = match &target {
         Target::Result | Target::Call(_) if !is_get => {
-            body::read(&parts.headers, body.take().unwrap_or_default(), &app.settings.http).await?
+            app.bodies.read(&parts.headers, body.take().unwrap_or_default()).await?
         }
         _ => Bytes::new(),
     };
@@ -142,7 +151,8 @@ impl Target {
         if called.tinker.is_some() || called.xorl {
             return Self::Call(called);
         }
-        let mut known: Vec<Method> = tinker::rows(name).map(|row| row.method.clone()).chain(of_xorl).collect();
+        let mut known: Vec<Method> =
+            tinker::rows(name).map(|row| row.method.clone()).chain(of_xorl).collect();
         known.dedup();
         Self::Other(known)
     }
@@ -164,12 +174,12 @@ impl Called {
 fn health(app: &App) -> Response {
     let engine = app.engine.state();
     let status = if engine.healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    let body = json!({
-        "status": if engine.healthy { "ok" } else { "failed" },
-        "engine_running": engine.healthy,
-        "active_requests": app.futures.counts().pending,
-        "total_requests": engine.answered + engine.waiting as u64,
-    });
+    let body = Health {
+        status: if engine.healthy { "ok" } else { "failed" },
+        engine_running: engine.healthy,
+        active_requests: app.futures.counts().pending,
+        total_requests: engine.answered + engine.waiting as u64,
+    };
     (status, Json(body)).into_response()
 }
 
@@ -253,13 +263,7 @@ async fn retrieve(
             )));
         }
         Look::Pending(place) => {
-            let body = json!({
-                "type": "try_again",
-                "request_id": id,
-                "queue_state": "active",
-                "queue_state_reason": place.reason(),
-            });
-            return Ok((StatusCode::REQUEST_TIMEOUT, Json(body)).into_response());
+            return Ok((StatusCode::REQUEST_TIMEOUT, Json(TryAgain::new(id, &place))).into_response());
         }
         Look::Done(outcome) => outcome,
     };

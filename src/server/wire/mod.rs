@@ -1,6 +1,8 @@
 //! Wires: each turns the requests of one family of clients into requests to the engine, and the engine's replies into
 //! bodies. They share paths, so the sender is known by the request itself ([`Wire::of`]).
 
+mod bounded;
+pub mod described;
 mod scalar;
 pub mod tinker;
 pub mod xorl;

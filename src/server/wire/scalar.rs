@@ -5,6 +5,13 @@ use serde::{
     de::{IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 use std::fmt;
+use utoipa::{
+    PartialSchema, ToSchema,
+    openapi::{
+        Object, RefOr, Schema,
+        schema::{SchemaType, Type},
+    },
+};
 
 /// A value without parts.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -68,3 +75,12 @@ impl<'de> Deserialize<'de> for Scalar {
         deserializer.deserialize_any(ScalarVisitor)
     }
 }
+
+impl PartialSchema for Scalar {
+    fn schema() -> RefOr<Schema> {
+        let types = [Type::Number, Type::String, Type::Boolean, Type::Null];
+        Object::with_type(SchemaType::from_iter(types)).into()
+    }
+}
+
+impl ToSchema for Scalar {}

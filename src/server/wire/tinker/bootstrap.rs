@@ -3,7 +3,8 @@
 use super::{
     Answer, Call,
     answers::{
-        Capabilities, ClientConfig, CreatedSession, Done, DynamicConfig, Heartbeat, Status, SupportedModel, texts,
+        Capabilities, ClientConfig, CreatedSession, Done, DynamicConfig, Heartbeat, Status, SupportedModel,
+        texts,
     },
     calls::{CreateSession, SessionHeartbeat},
     json,
@@ -40,7 +41,8 @@ pub fn heartbeat(call: &Call) -> Answer {
     let SessionHeartbeat { session_id } = call.read()?;
     let heard = call.app.sessions().heartbeat(call.tenant, &session_id);
     heard.map_err(|ended| Fault::new(StatusCode::GONE, ended.to_string()))?;
-    let of_session = |model: &ModelId| sessions::of_model(model).is_some_and(|(session, _)| session == session_id);
+    let of_session =
+        |model: &ModelId| sessions::of_model(model).is_some_and(|(session, _)| session == session_id);
     call.app.registry().heartbeat(call.tenant, SystemTime::now(), of_session);
     json(&Heartbeat {})
 }

@@ -7,7 +7,10 @@ use super::{
 };
 use crate::{
     loss::{NamedLoss, Param},
-    server::request::{Datum, ModelId, ModelIdError, Pass},
+    server::{
+        request::{Datum, ModelId, ModelIdError, Pass},
+        wire::bounded::{Fields, List},
+    },
 };
 use prost::{Message, bytes::Bytes};
 use serde::Deserialize;
@@ -67,6 +70,8 @@ pub enum DataError {
     NoData,
     #[error("{got} data: at most {most} a request; send them in several")]
     TooManyData { got: usize, most: usize },
+    #[error("data: more than {most} chunks and inputs; send them in several requests")]
+    TooManyParts { most: usize },
     #[error("data[{index}]: {reason}")]
     Datum { index: usize, reason: DatumError },
 }
@@ -100,8 +105,9 @@ impl PassCall {
     /// # Errors
     /// The body is no such message, or the pass is out of bounds or makes no sense.
     pub fn from_protobuf(body: Bytes, limits: &Limits) -> Result<Self, RefusedPass> {
-        let request = proto::ForwardBackwardRequest::decode(body)
-            .map_err(|reason| RefusedPass { address: Address::default(), reason: reason.into() })?;
+        let unread = |reason| RefusedPass { address: Address::default(), reason };
+        count_parts(&body, limits).map_err(unread)?;
+        let request = proto::ForwardBackwardRequest::decode(body).map_err(|reason| unread(reason.into()))?;
         // 0 is the value of a field that was not sent.
         let seq_id = Some(request.seq_id.into()).filter(|&seq_id| seq_id != 0);
         let data = request.data.into_iter().map(SentDatum::from);
@@ -122,8 +128,8 @@ impl PassCall {
             (None, Some(input)) => (input, false),
             _ => return Err(refused(DataError::Input)),
         };
-        let loss = NamedLoss { name: input.loss_fn, params: input.loss_fn_config.unwrap_or_default() };
-        let data = input.data.into_iter().map(SentDatum::from);
+        let loss = NamedLoss { name: input.loss_fn, params: input.loss_fn_config.unwrap_or_default().0 };
+        let data = input.data.0.into_iter().map(SentDatum::from);
         Self::new(&request.model_id, request.seq_id, data, Ok(loss), backward, limits)
     }
 
@@ -152,6 +158,33 @@ impl PassCall {
         };
         read().map_err(|reason| RefusedPass { address, reason })
     }
+}
+
+/// Chunks, inputs and parameters of a request, at most.
+const MOST_PARTS: usize = 1 << 17;
+
+/// The tag of the data in a request.
+const DATA: u32 = 3;
+
+/// Counts data and their parts before they are read. A part takes some hundred bytes of memory for a few in the body,
+/// so a body within its limit could fill memory.
+fn count_parts(body: &[u8], limits: &Limits) -> Result<(), DataError> {
+    let (mut data, mut parts) = (0, 0);
+    for (tag, field) in proto::fields(body) {
+        if tag == DATA {
+            data += 1;
+            parts += proto::fields(field).count();
+        } else {
+            parts += 1;
+        }
+        if parts > MOST_PARTS {
+            return Err(DataError::TooManyParts { most: MOST_PARTS });
+        }
+    }
+    if data > limits.data {
+        return Err(DataError::TooManyData { got: data, most: limits.data });
+    }
+    Ok(())
 }
 
 /// Parameters of the loss; the older map holds numbers only.
@@ -315,21 +348,21 @@ struct JsonRequest {
 
 #[derive(Deserialize)]
 struct JsonInput {
-    data: Vec<JsonDatum>,
+    data: List<JsonDatum>,
     loss_fn: String,
     #[serde(default)]
-    loss_fn_config: Option<BTreeMap<String, Param>>,
+    loss_fn_config: Option<Fields<Param>>,
 }
 
 #[derive(Deserialize)]
 struct JsonDatum {
     model_input: JsonModelInput,
-    loss_fn_inputs: BTreeMap<String, JsonTensor>,
+    loss_fn_inputs: Fields<JsonTensor>,
 }
 
 #[derive(Deserialize)]
 struct JsonModelInput {
-    chunks: Vec<JsonChunk>,
+    chunks: List<JsonChunk>,
 }
 
 #[derive(Deserialize)]
@@ -348,8 +381,8 @@ impl From<JsonDatum> for SentDatum {
         };
         let input = |(name, tensor)| (name, SentInput::Json(tensor));
         Self {
-            chunks: datum.model_input.chunks.into_iter().map(chunk).collect(),
-            inputs: datum.loss_fn_inputs.into_iter().map(input).collect(),
+            chunks: datum.model_input.chunks.0.into_iter().map(chunk).collect(),
+            inputs: datum.loss_fn_inputs.0.into_iter().map(input).collect(),
         }
     }
 }

@@ -1,9 +1,28 @@
 //! Messages of package `tinker_public` as far as they are read or written here. Fields that are left out, among them
 //! the provenance spans of a datum and what an image holds, are skipped in decoding. Numbers inside `bytes` are
-//! little-endian and not copied. An empty datum is 2 bytes in a body and 48 in memory: a limit on bodies bounds both.
+//! little-endian and not copied.
 
-use prost::bytes::Bytes;
-use std::collections::BTreeMap;
+use prost::{
+    bytes::Bytes,
+    encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_field},
+};
+use std::{collections::BTreeMap, iter};
+
+/// The fields of a message, unread: the tag of each with its bytes, none for a number. It ends where the message is
+/// broken.
+pub fn fields(mut message: &[u8]) -> impl Iterator<Item = (u32, &[u8])> {
+    iter::from_fn(move || {
+        let (tag, kind) = decode_key(&mut message).ok()?;
+        if kind != WireType::LengthDelimited {
+            skip_field(kind, tag, &mut message, DecodeContext::default()).ok()?;
+            return Some((tag, &[][..]));
+        }
+        let length = usize::try_from(decode_varint(&mut message).ok()?).ok()?;
+        let (field, rest) = message.split_at_checked(length)?;
+        message = rest;
+        Some((tag, field))
+    })
+}
 
 /// The body of `forward_backward`.
 #[derive(Clone, PartialEq, prost::Message)]

@@ -6,7 +6,14 @@ use serde::{
     Deserialize, Deserializer,
     de::{IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
-use std::fmt;
+use std::{borrow::Cow, fmt};
+use utoipa::{
+    PartialSchema, ToSchema,
+    openapi::{
+        Array, Object, RefOr, Schema,
+        schema::{AnyOf, SchemaType, Type},
+    },
+};
 
 /// A field of a datum or row: numbers as a list, a list of lists or `{data, dtype, shape}`, or something else.
 #[derive(Clone, Debug, PartialEq)]
@@ -150,7 +157,32 @@ impl<'de> Deserialize<'de> for Element {
     }
 }
 
+impl PartialSchema for Cell {
+    fn schema() -> RefOr<Schema> {
+        let of = |kind| Object::with_type(SchemaType::Type(kind));
+        let (list, sizes) = (|| Array::new(of(Type::Number)), Array::new(of(Type::Integer)));
+        let tensor = Object::builder()
+            .property("data", list())
+            .property("dtype", of(Type::String))
+            .property("shape", sizes)
+            .required("data");
+        let any = AnyOf::builder().item(list()).item(Array::new(list())).item(tensor);
+        any.description(Some("Numbers as a list, a list of lists, or with a shape.")).into()
+    }
+}
+
+impl ToSchema for Cell {
+    fn name() -> Cow<'static, str> {
+        "xorl.Numbers".into()
+    }
+}
+
 impl Cell {
+    /// Numbers in it.
+    pub fn count(&self) -> usize {
+        if let Self::Numbers { values, .. } = self { values.len() } else { 0 }
+    }
+
     /// The numbers, with the shape.
     pub fn numbers(&self, at: &str) -> Result<(&[f64], &[usize]), Fault> {
         match self {

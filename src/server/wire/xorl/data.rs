@@ -3,11 +3,16 @@
 use super::cell::Cell;
 use crate::{
     data::{IGNORE_INDEX, Notes, Sample, parse_tokenized},
-    server::{fault::Fault, request::Datum},
+    server::{
+        fault::Fault,
+        request::Datum,
+        wire::bounded::{Fields, List},
+    },
 };
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use std::{collections::BTreeMap, ops::Range};
+use utoipa::ToSchema;
 
 /// Inputs of losses that a row may carry; they are aligned with `input_ids` as labels are.
 const ROW_INPUTS: [&str; 8] = [
@@ -22,24 +27,37 @@ const ROW_INPUTS: [&str; 8] = [
 ];
 
 /// A row of `batches`.
-pub type Row = BTreeMap<String, Cell>;
+pub type Row = Fields<Cell>;
 
 /// A datum of `forward_backward_input`.
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
+#[schema(as = xorl::Datum)]
 pub struct WireDatum {
     model_input: ModelInput,
+    /// `target_tokens`, which are shifted already, or `labels`, which are not; and other inputs of the loss. One row
+    /// for each token.
     #[serde(default)]
-    loss_fn_inputs: BTreeMap<String, Cell>,
+    #[schema(
+        value_type = BTreeMap<String, Cell>,
+        required = true,
+        example = json!({"target_tokens": [2, 3, 4]})
+    )]
+    loss_fn_inputs: Fields<Cell>,
 }
 
-#[derive(Deserialize)]
+/// Tokens of a datum, at least one, as `input_ids` or else in chunks.
+#[derive(Deserialize, ToSchema)]
+#[schema(as = xorl::ModelInput, example = json!({"input_ids": [1, 2, 3]}))]
 struct ModelInput {
     input_ids: Option<Cell>,
-    chunks: Option<Vec<Chunk>>,
+    #[schema(value_type = Option<Vec<Chunk>>)]
+    chunks: Option<List<Chunk>>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
+#[schema(as = xorl::Chunk)]
 struct Chunk {
+    #[schema(required = true, value_type = Cell)]
     tokens: Option<Cell>,
 }
 
@@ -65,16 +83,25 @@ impl Bounds {
         }
     }
 
-    /// Checks that data is there and not too large.
-    pub fn check_size(&self, data: &[Datum]) -> Result<(), Fault> {
-        let tokens: usize = data.iter().map(|datum| datum.ids.len()).sum();
-        match tokens {
-            0 => Err(Fault::user("data: expected at least one datum, got none")),
-            _ if tokens > self.max_tokens => Err(Fault::user(format!(
-                "data: {tokens} tokens are more than the {} that one request may have; send them in several",
+    /// All of `data`, read in turn until they are too many.
+    pub fn gather(&self, data: impl Iterator<Item = Result<Vec<Datum>, Fault>>) -> Result<Vec<Datum>, Fault> {
+        let (mut all, mut tokens) = (Vec::new(), 0);
+        for some in data {
+            let some = some?;
+            tokens += some.iter().map(|datum| datum.ids.len()).sum::<usize>();
+            self.check_tokens("data", tokens)?;
+            all.extend(some);
+        }
+        if tokens == 0 { Err(Fault::user("data: expected at least one datum, got none")) } else { Ok(all) }
+    }
+
+    fn check_tokens(&self, at: &str, tokens: usize) -> Result<(), Fault> {
+        match tokens > self.max_tokens {
+            false => Ok(()),
+            true => Err(Fault::user(format!(
+                "{at}: {tokens} tokens are more than the {} that one request may have; send them in several",
                 self.max_tokens
             ))),
-            _ => Ok(()),
         }
     }
 }
@@ -86,7 +113,7 @@ impl WireDatum {
         if let Some(cell) = &self.model_input.input_ids {
             ids = cell.integers(&format!("{at}.model_input.input_ids"))?;
         } else {
-            for (i, chunk) in self.model_input.chunks.iter().flatten().enumerate() {
+            for (i, chunk) in self.model_input.chunks.iter().flat_map(|chunks| chunks.iter()).enumerate() {
                 let at = format!("{at}.model_input.chunks[{i}].tokens");
                 let Some(tokens) = &chunk.tokens else {
                     return Err(Fault::user(format!(
@@ -216,24 +243,25 @@ fn shift(
 /// The data of a row as a local run has it: one datum a document, so a row with several gives several. A row of lists
 /// of lists is as many rows.
 pub fn of_row(row: &Row, at: &str, bounds: Bounds) -> Result<Vec<Datum>, Fault> {
-    if let Some(Cell::Numbers { shape, .. }) = row.get("input_ids")
-        && let [rows, _] = shape[..]
-    {
-        let one = |i| of_row(&part(row, i, rows), &format!("{at}[{i}]"), bounds);
-        return (0..rows).map(one).collect::<Result<Vec<_>, _>>().map(|data| data.concat());
-    }
-    let is_input = |name: &str| ROW_INPUTS.contains(&name);
-    let inputs: Vec<(&String, &Cell)> = row.iter().filter(|(name, _)| is_input(name)).collect();
     let tokens = match row.get("input_ids") {
-        Some(Cell::Numbers { values, .. }) if values.len() <= bounds.max_tokens => values.len(),
-        Some(Cell::Numbers { values, .. }) => {
-            let (tokens, most) = (values.len(), bounds.max_tokens);
-            return Err(Fault::user(format!(
-                "{at}: {tokens} tokens are more than the {most} that one request may have"
-            )));
+        Some(Cell::Numbers { values, shape }) => {
+            bounds.check_tokens(at, values.len())?;
+            if let [rows, width] = shape[..] {
+                let one = |i| of_row(&part(row, i, rows, width), &format!("{at}[{i}]"), bounds);
+                return (0..rows).map(one).collect::<Result<Vec<_>, _>>().map(|data| data.concat());
+            }
+            values.len()
         }
         _ => 0,
     };
+    if let Some((name, cell)) = row.iter().find(|(_, cell)| cell.count() > bounds.max_tokens) {
+        let (values, most) = (cell.count(), bounds.max_tokens);
+        return Err(Fault::user(format!(
+            "{at}.{name}: {values} values are more than the {most} tokens that one request may have"
+        )));
+    }
+    let is_input = |name: &str| ROW_INPUTS.contains(&name);
+    let inputs: Vec<(&String, &Cell)> = row.iter().filter(|(name, _)| is_input(name)).collect();
     let line: Map<String, Value> = row
         .iter()
         .filter(|(name, _)| !is_input(name))
@@ -267,16 +295,20 @@ fn padding_before(row: &Row, dropped: usize) -> usize {
     }
 }
 
-/// Row `i` of `rows` in a row of lists of lists. Cells of another shape belong to all.
-fn part(row: &Row, i: usize, rows: usize) -> Row {
+/// Row `i` of `rows` in a row of lists of lists. Cells of another shape belong to all; one that is too long for any is
+/// cut to where that shows, since it is copied for each.
+fn part(row: &Row, i: usize, rows: usize, width: usize) -> Row {
     let cut = |cell: &Cell| match cell {
         Cell::Numbers { values, shape } if shape.len() == 2 && shape[0] == rows => {
             let values = values[i * shape[1]..(i + 1) * shape[1]].to_vec();
             Cell::Numbers { values, shape: vec![shape[1]] }
         }
+        Cell::Numbers { values, .. } if values.len() > width => {
+            Cell::Numbers { values: values[..=width].to_vec(), shape: vec![width + 1] }
+        }
         other => other.clone(),
     };
-    row.iter().map(|(name, cell)| (name.clone(), cut(cell))).collect()
+    Fields(row.iter().map(|(name, cell)| (name.clone(), cut(cell))).collect())
 }
 
 /// A cell as the line of a file has it.

@@ -4,6 +4,8 @@
 //! the first one's future, with another body it is an error. Gaps are no matter, and a body without a number is never a
 //! repeat. The gradient of an update is divided by the valid targets of its passes.
 
+mod answers;
+mod bodies;
 mod cell;
 mod data;
 mod fields;
@@ -14,32 +16,215 @@ mod weights;
 pub use fields::object;
 pub use sessions::{Kill, kill};
 
-use super::super::{
-    app::App, app::Submission, fault::Fault, futures::Render, order::BodyHash, registry::Tenant,
-    request::Task,
+use super::{
+    super::{
+        app::{App, Submission},
+        fault::Fault,
+        futures::Render,
+        order::BodyHash,
+        registry::Tenant,
+        request::{ModelId, Task},
+    },
+    described::{Described, QueryField, Shape},
 };
-use axum::http::Method;
-use fields::Fields;
-use serde_json::{Value, json};
+use axum::http::{Method, StatusCode};
+use bodies::Address;
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
 use std::{collections::BTreeMap, sync::Arc};
+use utoipa::openapi::schema::Type;
 
-const POSTS: [&str; 14] = [
-    "abort_gradient_epoch",
-    "create_model",
-    "delete_checkpoint",
-    "forward",
-    "forward_backward",
-    "get_info",
-    "kill_session",
-    "list_checkpoints",
-    "load_weights",
-    "optim_step",
-    "save_weights",
-    "save_weights_for_sampler",
-    "unload_model",
-    "weights_info",
+/// A call that is served.
+struct Served {
+    name: &'static str,
+    /// What it does, as the OpenAPI document says.
+    about: &'static str,
+    answer: Answers,
+    /// `None` of a GET.
+    body: Option<fn() -> Shape>,
+    reply: fn() -> Shape,
+}
+
+/// The function that answers a call.
+enum Answers {
+    Post(fn(&Call) -> Result<Value, Fault>),
+    Kill,
+    Get(fn(&App, &Tenant, &Query) -> Result<Value, Fault>, &'static [QueryField]),
+}
+
+/// The parameters of a GET.
+type Query = BTreeMap<String, String>;
+
+impl Served {
+    /// A POST whose result a future has.
+    const fn task(
+        name: &'static str,
+        about: &'static str,
+        body: fn() -> Shape,
+        answer: fn(&Call) -> Result<Value, Fault>,
+    ) -> Self {
+        Self {
+            name,
+            about,
+            answer: Answers::Post(answer),
+            body: Some(body),
+            reply: Shape::of::<answers::Submitted>,
+        }
+    }
+
+    /// A POST that is answered at once.
+    const fn now(
+        name: &'static str,
+        about: &'static str,
+        body: fn() -> Shape,
+        reply: fn() -> Shape,
+        answer: fn(&Call) -> Result<Value, Fault>,
+    ) -> Self {
+        Self { name, about, answer: Answers::Post(answer), body: Some(body), reply }
+    }
+
+    const fn get(
+        name: &'static str,
+        about: &'static str,
+        query: &'static [QueryField],
+        reply: fn() -> Shape,
+        answer: fn(&App, &Tenant, &Query) -> Result<Value, Fault>,
+    ) -> Self {
+        Self { name, about, answer: Answers::Get(answer, query), body: None, reply }
+    }
+
+    fn method(&self) -> Method {
+        if matches!(self.answer, Answers::Get(..)) { Method::GET } else { Method::POST }
+    }
+}
+
+/// A body with the address of a request.
+fn with_address<T: utoipa::ToSchema>() -> Shape {
+    Shape::of::<Address>().and(Shape::of::<T>())
+}
+
+/// The body of a pass, which has data in one of three fields.
+fn pass_shape() -> Shape {
+    let data =
+        [("forward_backward_input", Type::Object), ("forward_input", Type::Object), ("batches", Type::Array)];
+    Shape::of::<passes::PassBody>().with_any(&data)
+}
+
+static CALLS: [Served; 16] = [
+    Served::task(
+        "abort_gradient_epoch",
+        "Drops the gradients since the last update.",
+        Shape::of::<Address>,
+        passes::abort,
+    ),
+    Served::task(
+        "create_model",
+        "Creates an adapter, or begins anew with one of this shape.",
+        with_address::<bodies::CreateModel>,
+        sessions::create,
+    ),
+    Served::now(
+        "delete_checkpoint",
+        "Deletes a saved adapter.",
+        with_address::<bodies::DeleteCheckpoint>,
+        Shape::of::<answers::Deleted>,
+        weights::delete,
+    ),
+    Served::task("forward", "Computes a loss without gradients.", pass_shape, passes::pass),
+    Served::task("forward_backward", "Computes a loss and adds its gradients.", pass_shape, passes::pass),
+    Served::now(
+        "get_info",
+        "Describes an adapter and its base.",
+        Shape::of::<Address>,
+        Shape::of::<answers::Info>,
+        sessions::info,
+    ),
+    Served {
+        name: "kill_session",
+        about: "Saves an adapter and unloads it.",
+        answer: Answers::Kill,
+        body: Some(with_address::<bodies::KillSession>),
+        reply: Shape::of::<answers::Killed>,
+    },
+    Served::now(
+        "list_checkpoints",
+        "Lists the saved adapters of a name, newest last.",
+        Shape::of::<Address>,
+        Shape::of::<answers::Checkpoints>,
+        weights::list,
+    ),
+    Served::task(
+        "load_weights",
+        "Loads saved values into an adapter.",
+        with_address::<bodies::LoadWeights>,
+        weights::load,
+    ),
+    Served::task(
+        "optim_step",
+        "Updates an adapter by its gradients.",
+        with_address::<bodies::OptimStep>,
+        passes::optim_step,
+    ),
+    Served::task(
+        "save_weights",
+        "Saves an adapter with its training state.",
+        with_address::<bodies::SaveWeights>,
+        weights::save,
+    ),
+    Served::task(
+        "save_weights_for_sampler",
+        "Saves an adapter alone.",
+        with_address::<bodies::SaveForSampler>,
+        weights::save_for_sampler,
+    ),
+    Served::get(
+        "session_info",
+        "Counts of an adapter.",
+        &sessions::OF_SESSION,
+        Shape::of::<answers::SessionInfo>,
+        sessions::session_info,
+    ),
+    Served::get(
+        "training_runs",
+        "Lists adapters by name.",
+        &sessions::OF_LIST,
+        Shape::of::<answers::TrainingRuns>,
+        sessions::training_runs,
+    ),
+    Served::task("unload_model", "Forgets an adapter.", Shape::of::<Address>, sessions::unload),
+    Served::now(
+        "weights_info",
+        "Describes a saved adapter.",
+        with_address::<bodies::WeightsInfo>,
+        Shape::of::<answers::StoredInfo>,
+        weights::info,
+    ),
 ];
-const GETS: [&str; 2] = ["session_info", "training_runs"];
+
+/// All calls of the wire, below `prefix`.
+pub fn described(prefix: &str) -> impl Iterator<Item = Described> {
+    CALLS.iter().map(move |call| Described {
+        method: call.method(),
+        path: format!("{prefix}{}", call.name),
+        about: call.about,
+        query: if let Answers::Get(_, query) = call.answer { query } else { &[] },
+        body: call.body.map(|shape| shape()),
+        reply: (call.reply)(),
+    })
+}
+
+/// The results that futures of this wire have.
+pub fn results() -> Shape {
+    let shapes: [fn() -> Shape; 6] = [
+        Shape::of::<answers::PassResult>,
+        Shape::of::<answers::StepResult>,
+        Shape::of::<answers::AbortResult>,
+        Shape::of::<answers::SaveResult>,
+        Shape::of::<answers::LoadResult>,
+        Shape::of::<answers::ModelResult>,
+    ];
+    Shape::any_of(shapes.map(|shape| shape()))
+}
 
 const SAMPLING: &str =
     "sampling is not served here; load the saved adapter into an inference server, for it is PEFT's";
@@ -72,10 +257,11 @@ const REFUSED: [(&str, &str); 17] = [
 
 /// A call with its method, if the wire has it.
 pub fn method(name: &str) -> Option<(&'static str, Method)> {
-    let of = |names: &'static [&'static str], method: Method| {
-        names.iter().find(|known| **known == name).map(|known| (*known, method))
-    };
-    of(&GETS, Method::GET).or_else(|| of(&POSTS, Method::POST))
+    find(name).map(|call| (call.name, call.method()))
+}
+
+fn find(name: &str) -> Option<&'static Served> {
+    CALLS.iter().find(|call| call.name == name)
 }
 
 /// The reason why a call of the client is not served, if it is one of those.
@@ -101,19 +287,41 @@ struct Call<'a> {
 }
 
 impl Call<'_> {
+    /// The adapter and the number of the request, with the rest of the body.
+    fn read<T: DeserializeOwned>(&self) -> Result<(ModelId, Option<i64>, T), Fault> {
+        let (model, seq_id) = self.address()?;
+        Ok((model, seq_id, fields::read(self.body)?))
+    }
+
+    /// The adapter and the number of the request.
+    fn address(&self) -> Result<(ModelId, Option<i64>), Fault> {
+        let address: Address = fields::read(self.body)?;
+        Ok((address.model()?, address.seq_id))
+    }
+
     /// Submits `task` for a model; returns the body that names its future.
     fn submit(
         &self,
-        model: &super::super::request::ModelId,
+        model: &ModelId,
         seq_id: Option<i64>,
         task: Task,
         render: Render,
     ) -> Result<Value, Fault> {
         let number = seq_id.map(|seq_id| (seq_id, BodyHash::of_call(self.name, self.body)));
         let submission = Submission { tenant: self.tenant, model, call: self.name, number, task, render };
-        let id = self.app.submit(submission)?;
-        Ok(json!({"request_id": id, "model_id": model}))
+        let request_id = self.app.submit(submission)?;
+        value(&answers::Submitted { request_id, model_id: model })
     }
+}
+
+/// An answer as JSON.
+fn value(answer: &impl Serialize) -> Result<Value, Fault> {
+    serde_json::to_value(answer)
+        .map_err(|error| Fault::new(StatusCode::INTERNAL_SERVER_ERROR, format!("the answer: {error}")))
+}
+
+fn no_call(name: &str) -> Fault {
+    Fault::not_found(format!("{name} is no call of this server"))
 }
 
 /// Answers a POST. `name` is one that [`method`] knows.
@@ -122,40 +330,20 @@ impl Call<'_> {
 /// The request is refused.
 pub fn post(app: &Arc<App>, tenant: &Tenant, name: &str, body: &[u8]) -> Result<Called, Fault> {
     let call = Call { app, tenant, name, body };
-    if name == "forward_backward" || name == "forward" {
-        return passes::pass(&call).map(Called::Now);
+    match find(name).map(|served| &served.answer) {
+        Some(Answers::Post(answer)) => answer(&call).map(Called::Now),
+        Some(Answers::Kill) => sessions::begin_kill(&call).map(Called::Kill),
+        Some(Answers::Get(..)) | None => Err(no_call(name)),
     }
-    let fields = Fields::read(body)?;
-    let answered = match name {
-        "abort_gradient_epoch" => passes::abort(&call, &fields),
-        "create_model" => sessions::create(&call, &fields),
-        "delete_checkpoint" => weights::delete(&call, &fields),
-        "get_info" => sessions::info(&call, &fields),
-        "kill_session" => return sessions::begin_kill(&call, &fields).map(Called::Kill),
-        "list_checkpoints" => weights::list(&call, &fields),
-        "load_weights" => weights::load(&call, &fields),
-        "optim_step" => passes::optim_step(&call, &fields),
-        "save_weights" => weights::save(&call, &fields),
-        "save_weights_for_sampler" => weights::save_for_sampler(&call, &fields),
-        "unload_model" => sessions::unload(&call, &fields),
-        "weights_info" => weights::info(&call, &fields),
-        _ => Err(Fault::not_found(format!("{name} is no call of this server"))),
-    };
-    answered.map(Called::Now)
 }
 
 /// Answers a GET.
 ///
 /// # Errors
 /// The request is refused.
-pub fn get(
-    app: &Arc<App>,
-    tenant: &Tenant,
-    name: &str,
-    query: &BTreeMap<String, String>,
-) -> Result<Value, Fault> {
-    match name {
-        "session_info" => sessions::session_info(app, tenant, query),
-        _ => sessions::training_runs(app, tenant, query),
+pub fn get(app: &Arc<App>, tenant: &Tenant, name: &str, query: &Query) -> Result<Value, Fault> {
+    match find(name).map(|served| &served.answer) {
+        Some(Answers::Get(answer, _)) => answer(app, tenant, query),
+        _ => Err(no_call(name)),
     }
 }

@@ -2,8 +2,11 @@
 
 use super::{
     Call,
+    answers::{AbortResult, LossOutput, PassResult, StepResult, TensorData},
+    bodies::{self, AdamParams},
+    cell::Cell,
     data::{Bounds, Row, WireDatum, of_row},
-    fields::{Fields, model_id},
+    fields::{checked, model_id},
 };
 use crate::{
     console::first_of,
@@ -13,39 +16,70 @@ use crate::{
         fault::Fault,
         futures::Body,
         request::{Datum, OptimStep, Pass, PassReply, Reply, StepReply, Task},
-        wire::scalar::Scalar,
+        wire::{
+            bounded::{Fields, List},
+            scalar::Scalar,
+        },
     },
 };
-use serde::{Deserialize, Serialize, de::IgnoredAny};
-use serde_json::{Value, json};
+use serde::{Deserialize, de::IgnoredAny};
+use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
+use utoipa::ToSchema;
 
 /// The loss of a request that names none.
 const DEFAULT_LOSS: &str = "causallm_loss";
 
-type Params = BTreeMap<String, Scalar>;
+type Params = Fields<Scalar>;
 
 /// The body of a pass: the client's, or that of the LoRA page with rows in `batches`.
-#[derive(Deserialize)]
-struct PassBody {
+///
+/// Fields as in the bodies of other calls, but read at once: it may be large.
+#[derive(Deserialize, ToSchema)]
+#[schema(as = xorl::Pass)]
+pub struct PassBody {
+    /// Name of the adapter; `default` where it is absent.
+    #[schema(example = "default")]
     model_id: Option<String>,
+    /// Another name of `model_id`, read where that is absent.
     session_id: Option<String>,
+    /// A number that no other request since `create_model` has. The same body again gets the first one's future.
     seq_id: Option<i64>,
     forward_backward_input: Option<PassInput>,
+    /// Another name of `forward_backward_input`, read where that is absent.
     forward_input: Option<PassInput>,
-    batches: Option<Vec<Row>>,
+    /// Rows as those of a training file: `input_ids`, `labels`, and inputs of the loss. Not beside data.
+    #[schema(
+        value_type = Option<Vec<BTreeMap<String, Cell>>>,
+        example = json!([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}])
+    )]
+    batches: Option<List<Row>>,
+    /// The loss of `batches`; `causallm_loss` where it is absent.
+    #[schema(example = "causallm_loss")]
     loss_fn: Option<String>,
+    #[schema(value_type = Option<BTreeMap<String, Scalar>>)]
     loss_fn_params: Option<Params>,
+    /// Another name of `loss_fn_params`, read where that is absent.
+    #[schema(value_type = Option<BTreeMap<String, Scalar>>)]
     loss_fn_config: Option<Params>,
 }
 
-#[derive(Deserialize)]
+/// Data with their loss.
+#[derive(Deserialize, ToSchema)]
+#[schema(as = xorl::PassInput)]
 struct PassInput {
+    /// At least one.
     #[serde(default)]
-    data: Vec<WireDatum>,
+    #[schema(value_type = Vec<WireDatum>, required = true, min_items = 1)]
+    data: List<WireDatum>,
+    #[schema(example = "cross_entropy")]
     loss_fn: Option<String>,
+    #[schema(value_type = Option<BTreeMap<String, Scalar>>)]
     loss_fn_params: Option<Params>,
+    /// Another name of `loss_fn_params`, read where that is absent.
+    #[schema(value_type = Option<BTreeMap<String, Scalar>>)]
     loss_fn_config: Option<Params>,
+    #[schema(ignore)]
     routed_experts: Option<IgnoredAny>,
 }
 
@@ -63,12 +97,13 @@ fn named_loss(name: Option<String>, params: Option<Params>) -> Result<NamedLoss,
         };
         Some(param.map(|param| (name, param)))
     };
-    let params = params.unwrap_or_default().into_iter().filter_map(param).collect::<Result<_, _>>()?;
+    let params = params.unwrap_or_default().0.into_iter().filter_map(param).collect::<Result<_, _>>()?;
     Ok(NamedLoss { name: name.unwrap_or_else(|| DEFAULT_LOSS.into()), params })
 }
 
 /// Submits a pass; `forward` has no backward.
 pub fn pass(call: &Call) -> Result<Value, Fault> {
+    // Apart from other bodies: it is too large for a track of the field that is being read.
     let body: PassBody =
         serde_json::from_slice(call.body).map_err(|error| Fault::user(format!("body: {error}")))?;
     let backward = call.name == "forward_backward";
@@ -91,19 +126,15 @@ pub fn pass(call: &Call) -> Result<Value, Fault> {
                 ));
             }
             let data = input.data.iter().enumerate();
-            let data = data
-                .map(|(i, datum)| datum.datum(&format!("data[{i}]"), bounds))
-                .collect::<Result<_, _>>()?;
-            (data, named_loss(input.loss_fn, input.loss_fn_params.or(input.loss_fn_config))?)
+            let data = data.map(|(i, datum)| Ok(vec![datum.datum(&format!("data[{i}]"), bounds)?]));
+            (bounds.gather(data)?, named_loss(input.loss_fn, input.loss_fn_params.or(input.loss_fn_config))?)
         }
         (None, Some(rows)) => {
             let rows = rows.iter().enumerate();
             let data = rows.map(|(i, row)| of_row(row, &format!("batches[{i}]"), bounds));
-            let loss = named_loss(body.loss_fn, body.loss_fn_params.or(body.loss_fn_config))?;
-            (data.collect::<Result<Vec<_>, _>>()?.concat(), loss)
+            (bounds.gather(data)?, named_loss(body.loss_fn, body.loss_fn_params.or(body.loss_fn_config))?)
         }
     };
-    bounds.check_size(&data)?;
     let shapes = Shapes::of(&data, &loss);
     let task = Task::Pass(Pass { data, loss, backward });
     let render = Box::new(move |reply: &Reply, _| match reply {
@@ -119,28 +150,6 @@ struct Shapes {
     ks: Vec<usize>,
     /// The weights of each datum; `None`: 1. `None` in place of all where the loss is no weighted sum of log p.
     weights: Option<Vec<Option<Vec<f32>>>>,
-}
-
-#[derive(Serialize)]
-struct TensorData<'a> {
-    data: std::borrow::Cow<'a, [f32]>,
-    dtype: &'static str,
-    shape: Vec<usize>,
-}
-
-#[derive(Serialize)]
-struct LossOutput<'a> {
-    logprobs: TensorData<'a>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    elementwise_loss: Option<TensorData<'a>>,
-}
-
-#[derive(Serialize)]
-struct PassResult<'a> {
-    loss_fn_output_type: &'static str,
-    loss_fn_outputs: Vec<LossOutput<'a>>,
-    metrics: BTreeMap<&'a str, f64>,
-    info: Value,
 }
 
 impl Shapes {
@@ -168,49 +177,41 @@ impl Shapes {
             let shape = if k == 1 { vec![log_probs.len()] } else { vec![log_probs.len() / k, k] };
             let losses = self.losses(i, k, log_probs);
             outputs.push(LossOutput {
-                logprobs: TensorData { data: log_probs.into(), dtype: "float32", shape: shape.clone() },
-                elementwise_loss: losses.map(|data| TensorData {
-                    data: data.into(),
-                    dtype: "float32",
-                    shape,
-                }),
+                logprobs: TensorData::floats(log_probs, shape.clone()),
+                elementwise_loss: losses.map(|losses| TensorData::floats(losses, shape)),
             });
         }
-        let mut metrics: BTreeMap<&str, f64> =
-            pass.metrics.iter().map(|(name, &value)| (name.as_str(), value)).collect();
-        metrics.insert("loss:sum", pass.loss);
-        metrics.insert("loss:mean", pass.loss / (pass.valid.max(1) as f64));
-        metrics.insert("valid_tokens:sum", pass.valid as f64);
         Body::json(&PassResult {
             loss_fn_output_type: "ArrayRecord",
             loss_fn_outputs: outputs,
-            metrics,
-            info: json!({}),
+            metrics: PassResult::metrics(pass),
+            info: Map::new(),
         })
     }
 }
 
 /// Submits an update. Values outside `adam_params` come first, then those in it, then the server's.
-pub fn optim_step(call: &Call, fields: &Fields) -> Result<Value, Fault> {
-    let adam = fields.object("adam_params", "adam_params.")?;
+pub fn optim_step(call: &Call) -> Result<Value, Fault> {
+    let (model, seq_id, body) = call.read::<bodies::OptimStep>()?;
+    let AdamParams { learning_rate, lr, beta1, beta2, eps, weight_decay, grad_clip_norm } =
+        body.adam_params.unwrap_or_default();
     let known = &call.app.settings.optim;
-    let positive = |number: f64| number >= 0.0;
-    let below_one = |number: f64| (0.0..1.0).contains(&number);
-    let of = |fields: &Fields, names: &[&str]| fields.number(names, "a number of at least 0", positive);
-    let beta = |name, known| {
-        Ok::<_, Fault>(adam.number(&[name], "a number from 0 to below 1", below_one)?.unwrap_or(known))
+    let positive =
+        |name, number| checked(name, number, "a number of at least 0", |number: f64| number >= 0.0);
+    let beta = |name, number| {
+        checked(name, number, "a number from 0 to below 1", |number| (0.0..1.0).contains(&number))
     };
-    let first = |own: Option<f64>, given: Option<f64>, known| own.or(given).unwrap_or(known);
+    let own_lr = positive("learning_rate", body.learning_rate.or(body.lr))?;
+    let given_lr = positive("adam_params.learning_rate", learning_rate.or(lr))?;
     let step = OptimStep {
-        lr: first(of(fields, &["learning_rate", "lr"])?, of(&adam, &["learning_rate", "lr"])?, known.lr),
-        betas: (beta("beta1", known.betas.0)?, beta("beta2", known.betas.1)?),
-        eps: of(&adam, &["eps"])?.unwrap_or(known.eps),
-        weight_decay: of(&adam, &["weight_decay"])?.unwrap_or(known.weight_decay),
-        max_grad_norm: first(
-            fields.number(&["gradient_clip"], "a number", |_| true)?,
-            adam.number(&["grad_clip_norm"], "a number", |_| true)?,
-            known.max_grad_norm,
+        lr: own_lr.or(given_lr).unwrap_or(known.lr),
+        betas: (
+            beta("adam_params.beta1", beta1)?.unwrap_or(known.betas.0),
+            beta("adam_params.beta2", beta2)?.unwrap_or(known.betas.1),
         ),
+        eps: positive("adam_params.eps", eps)?.unwrap_or(known.eps),
+        weight_decay: positive("adam_params.weight_decay", weight_decay)?.unwrap_or(known.weight_decay),
+        max_grad_norm: body.gradient_clip.or(grad_clip_norm).unwrap_or(known.max_grad_norm),
         divide: true,
     };
     let lr = step.lr;
@@ -218,7 +219,7 @@ pub fn optim_step(call: &Call, fields: &Fields) -> Result<Value, Fault> {
         Reply::Stepped(stepped) => step_body(stepped, lr),
         other => mismatched(other),
     });
-    call.submit(&fields.model()?, fields.seq_id()?, Task::OptimStep(step), render)
+    call.submit(&model, seq_id, Task::OptimStep(step), render)
 }
 
 fn step_body(stepped: &StepReply, lr: f64) -> Body {
@@ -237,18 +238,22 @@ fn step_body(stepped: &StepReply, lr: f64) -> Body {
             "nothing was updated, and the gradients are dropped: {cause} {}", first_of(non_finite)
         )}),
     };
-    Body::json(&json!({"metrics": metrics, "info": info}))
+    Body::json(&StepResult { metrics, info })
 }
 
 /// Drops the gradients since the last update.
-pub fn abort(call: &Call, fields: &Fields) -> Result<Value, Fault> {
-    let model = fields.model()?;
+pub fn abort(call: &Call) -> Result<Value, Fault> {
+    let (model, seq_id) = call.address()?;
     let name = model.clone();
     let render = Box::new(move |reply: &Reply, _| match reply {
-        Reply::Aborted { step } => Body::json(&json!({
-            "success": true, "model_id": name, "step": step, "forward_backward_step": 0, "info": {},
-        })),
+        Reply::Aborted { step } => Body::json(&AbortResult {
+            success: true,
+            model_id: &name,
+            step: *step,
+            forward_backward_step: 0,
+            info: Map::new(),
+        }),
         other => mismatched(other),
     });
-    call.submit(&model, fields.seq_id()?, Task::AbortGradients, render)
+    call.submit(&model, seq_id, Task::AbortGradients, render)
 }

@@ -1,0 +1,155 @@
+//! JSON bodies of the calls, passes apart. Fields that are not named here are ignored, for clients send others, and
+//! null counts as absent.
+
+use serde::Deserialize;
+use utoipa::ToSchema;
+
+/// The adapter and the number of a request, in every body.
+#[derive(Deserialize, ToSchema)]
+#[schema(as = xorl::Address)]
+pub struct Address {
+    /// Name of the adapter; `default` where it is absent.
+    #[schema(example = "default")]
+    pub model_id: Option<String>,
+    /// Another name of `model_id`, read where that is absent.
+    pub session_id: Option<String>,
+    /// A number that no other request since `create_model` has. The same body again gets the first one's future.
+    pub seq_id: Option<i64>,
+}
+
+/// `create_model`
+#[derive(Deserialize, ToSchema)]
+#[schema(as = xorl::CreateModel)]
+pub struct CreateModel {
+    /// The base that this server trains.
+    pub base_model: Option<String>,
+    pub lora_config: Option<LoraConfig>,
+}
+
+/// The shape of an adapter; the server's own where a field is absent.
+#[derive(Default, Deserialize, ToSchema)]
+#[schema(as = xorl::LoraConfig)]
+pub struct LoraConfig {
+    #[schema(minimum = 1, example = 8)]
+    pub rank: Option<f64>,
+    /// Another name of `rank`, which goes before it.
+    #[schema(minimum = 1, example = 8)]
+    pub lora_rank: Option<f64>,
+    #[schema(exclusive_minimum = 0, example = 16)]
+    pub alpha: Option<f64>,
+    /// Another name of `alpha`, which goes before it.
+    #[schema(exclusive_minimum = 0, example = 16)]
+    pub lora_alpha: Option<f64>,
+    /// Names of linear layers.
+    #[schema(example = json!(["q_proj", "v_proj"]))]
+    pub target_modules: Option<Vec<String>>,
+    /// Keeps the targets that are in attention.
+    pub train_attn: Option<bool>,
+    /// Keeps the targets that are in MLPs and experts.
+    pub train_mlp: Option<bool>,
+    /// Key of the initial values.
+    pub seed: Option<i64>,
+    /// Ignored, with a warning where it is not 0.
+    #[schema(minimum = 0, maximum = 1, example = 0)]
+    pub dropout: Option<f64>,
+    /// Another name of `dropout`, read where that is absent.
+    #[schema(minimum = 0, maximum = 1, example = 0)]
+    pub lora_dropout: Option<f64>,
+}
+
+/// `optim_step`. Values beside `adam_params` go before those in it, and these before the server's own.
+#[derive(Deserialize, ToSchema)]
+#[schema(as = xorl::OptimStep)]
+pub struct OptimStep {
+    #[schema(minimum = 0, example = 1e-4)]
+    pub learning_rate: Option<f64>,
+    /// Another name of `learning_rate`, read where that is absent.
+    #[schema(minimum = 0, example = 1e-4)]
+    pub lr: Option<f64>,
+    /// Largest L2 norm of the gradient; 0 or less: no limit.
+    pub gradient_clip: Option<f64>,
+    pub adam_params: Option<AdamParams>,
+}
+
+/// Parameters of an update by AdamW.
+#[derive(Default, Deserialize, ToSchema)]
+#[schema(as = xorl::AdamParams)]
+pub struct AdamParams {
+    #[schema(minimum = 0, example = 1e-4)]
+    pub learning_rate: Option<f64>,
+    /// Another name of `learning_rate`, read where that is absent.
+    #[schema(minimum = 0, example = 1e-4)]
+    pub lr: Option<f64>,
+    #[schema(minimum = 0, exclusive_maximum = 1, example = 0.9)]
+    pub beta1: Option<f64>,
+    #[schema(minimum = 0, exclusive_maximum = 1, example = 0.95)]
+    pub beta2: Option<f64>,
+    #[schema(minimum = 0, example = 1e-12)]
+    pub eps: Option<f64>,
+    #[schema(minimum = 0, example = 0.01)]
+    pub weight_decay: Option<f64>,
+    /// Largest L2 norm of the gradient; 0 or less: no limit.
+    pub grad_clip_norm: Option<f64>,
+}
+
+/// `save_weights`
+#[derive(Deserialize, ToSchema)]
+#[schema(as = xorl::SaveWeights)]
+pub struct SaveWeights {
+    /// A name, `xorl://model/weights/name`, or a folder below the server's; `checkpoint-{milliseconds}` where absent.
+    #[schema(example = "step_1")]
+    pub path: Option<String>,
+    /// Replace a save of the same name.
+    pub overwrite: Option<bool>,
+}
+
+/// `save_weights_for_sampler`
+#[derive(Deserialize, ToSchema)]
+#[schema(as = xorl::SaveForSampler)]
+pub struct SaveForSampler {
+    /// The name of the save; also read as `path`.
+    #[serde(alias = "path")]
+    #[schema(example = "sampler_1")]
+    pub name: String,
+    /// Replace a save of the same name.
+    pub overwrite: Option<bool>,
+}
+
+/// `load_weights`
+#[derive(Deserialize, ToSchema)]
+#[schema(as = xorl::LoadWeights)]
+pub struct LoadWeights {
+    /// A name, `xorl://model/weights/name`, or a folder below the server's.
+    #[schema(example = "step_1")]
+    pub path: String,
+    /// False: without the optimizer's state. True where it is absent.
+    pub optimizer: Option<bool>,
+}
+
+/// `delete_checkpoint`
+#[derive(Deserialize, ToSchema)]
+#[schema(as = xorl::DeleteCheckpoint)]
+pub struct DeleteCheckpoint {
+    /// A name as `list_checkpoints` gives it, or `xorl://model/weights/name`; also read as `path`.
+    #[serde(alias = "path")]
+    #[schema(example = "weights/step_1")]
+    pub checkpoint_id: String,
+}
+
+/// `weights_info`
+#[derive(Deserialize, ToSchema)]
+#[schema(as = xorl::WeightsInfo)]
+pub struct WeightsInfo {
+    /// `xorl://model/weights/name`, or a name; also read as `path`.
+    #[serde(alias = "path")]
+    #[schema(example = "xorl://default/weights/step_1")]
+    pub xorl_path: String,
+}
+
+/// `kill_session`
+#[derive(Deserialize, ToSchema)]
+#[schema(as = xorl::KillSession)]
+pub struct KillSession {
+    /// False: without a save before the end. True where it is absent.
+    pub save_checkpoint: Option<bool>,
+}
