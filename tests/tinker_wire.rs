@@ -15,20 +15,23 @@ use std::{
 use tempfile::TempDir;
 use xorl_dist::server::{
     request::{ModelId, PassReply, StepReply},
-    wire::{iso_time, tinker::{
-        answers::{
-            Capabilities, Checkpoint, CheckpointType, Checkpoints, ClientConfig, CreatedModel,
-            CreatedSession, Cursor, Heartbeat, LoadedWeights, ModelData, ModelInfo, SavedSamplerWeights,
-            SavedWeights, Session, Sessions, Status, Stepped, SupportedModel, TrainingRun, TrainingRuns,
-            UnloadedModel, WeightsInfo, texts,
+    wire::{
+        iso_time,
+        tinker::{
+            answers::{
+                Capabilities, Checkpoint, CheckpointType, Checkpoints, ClientConfig, CreatedModel,
+                CreatedSession, Cursor, Heartbeat, LoadedWeights, ModelData, ModelInfo, SavedSamplerWeights,
+                SavedWeights, Session, Sessions, Status, Stepped, SupportedModel, TrainingRun, TrainingRuns,
+                UnloadedModel, WeightsInfo, texts,
+            },
+            calls::{
+                CreateModel, CreateSession, LoadTarget, LoadWeights, ModelCall, ModelDefaults, OptimStepCall,
+                SamplerSave, SaveWeights, SaveWeightsForSampler, model_id, ttl,
+            },
+            data::{Limits, PassCall, RefusedPass},
+            reply,
         },
-        calls::{
-            CreateModel, CreateSession, LoadTarget, LoadWeights, ModelCall, ModelDefaults, OptimStepCall,
-            SamplerSave, SaveWeights, SaveWeightsForSampler, model_id, ttl,
-        },
-        data::{Limits, PassCall, RefusedPass},
-        reply,
-    }},
+    },
 };
 
 const LIMITS: Limits = Limits { data: 16, tokens: 64, bytes: 1 << 16, vocabulary: 500 };

@@ -5,7 +5,10 @@ use super::{
     CheckpointError, FolderWriter,
     adapter_config::read_config,
     io,
-    publish::{KnownHashes, MANIFEST, Manifest, present, published_name, recover, verify, withdraw},
+    publish::{
+        KnownHashes, MANIFEST, Manifest, create_folder, present, published_name, recover, sync, verify,
+        withdraw,
+    },
     state,
 };
 use crate::lora::LoraShape;
@@ -79,6 +82,15 @@ pub fn delete(folder: &Path) -> Result<(), CheckpointError> {
     withdraw(&directory)
 }
 
+/// Gives the save `folder` the name `new`, which no other has. A kill leaves it under one of the two.
+pub fn rename(folder: &Path, new: &Path) -> Result<(), CheckpointError> {
+    let directory = present(folder);
+    let parents = [&directory, new].map(|path| path.parent().unwrap_or(Path::new("")).to_owned());
+    create_folder(&parents[1])?;
+    fs::rename(&directory, new).map_err(io(new))?;
+    parents.iter().try_for_each(|parent| sync(parent))
+}
+
 /// Checks that the directory `folder` is a save, and has nothing in it that the save has not listed: with it, other
 /// saves and foreign files would go.
 fn nothing_else(folder: &Path) -> Result<(), CheckpointError> {
@@ -148,7 +160,9 @@ pub fn link(from: &Path, to: &Path, metadata: &Value) -> Result<(), CheckpointEr
     for file in Manifest::read(&from)?.files().filter(|file| *file != METADATA) {
         let target = writer.directory().join(file);
         let folder = target.parent().unwrap_or(writer.directory());
-        fs::create_dir_all(folder).and_then(|()| fs::hard_link(from.join(file), &target)).map_err(io(&target))?;
+        fs::create_dir_all(folder)
+            .and_then(|()| fs::hard_link(from.join(file), &target))
+            .map_err(io(&target))?;
     }
     write_metadata(&writer, metadata)?;
     writer.publish(&mut KnownHashes::default()).map(drop)

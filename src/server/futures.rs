@@ -177,8 +177,7 @@ impl Table {
         let number = self.next;
         self.next += 1;
         let changed = Arc::default();
-        let entry =
-            Entry { owner, work, submitted: now, held: None, changed, outcome: None, is_read: false };
+        let entry = Entry { owner, work, submitted: now, held: None, changed, outcome: None, is_read: false };
         self.entries.insert(number, entry);
         self.pending.insert(number);
         Ok(number)

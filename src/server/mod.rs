@@ -10,14 +10,19 @@
 //! - [`paths`]: paths of clients as folders; [`checkpoints`]: the saved adapters in them; [`labels`]: what is known
 //!   about these; [`runs`]: what was trained; [`downloads`] of it
 //! - [`keys`], [`fault`]: who may ask, and refusals
+//! - [`start`], [`front`], [`run`]: the start of a server, what rank 0 does besides, and the whole of it
+//! - [`kept`], [`journal`]: adapters over a restart
 
 pub mod app;
 pub mod checkpoints;
 pub mod downloads;
 pub mod engine;
 pub mod fault;
+pub mod front;
 pub mod futures;
 pub mod http;
+pub mod journal;
+pub mod kept;
 pub mod keys;
 pub mod labels;
 pub mod order;
@@ -28,7 +33,9 @@ pub mod request;
 pub mod run;
 pub mod runs;
 pub mod sessions;
+pub mod start;
 pub mod store;
 pub mod wire;
 
 pub use run::{Server, ServerPlan};
+pub use start::Start;

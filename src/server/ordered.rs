@@ -8,6 +8,7 @@ use super::{
     order::{InOrder, OrderError},
     registry::Tenant,
     request::{AdapterSpec, Answer, ModelId, Refusal, Request, Task},
+    sessions::of_model,
 };
 use std::{
     collections::BTreeMap,
@@ -111,7 +112,7 @@ impl App {
         self.ensure(&mut registry, tenant, model)?;
         let Some(known) = registry.get(tenant, model) else {
             orders.remove(&key);
-            return Err(unknown(model));
+            return Err(unknown(&registry, tenant, model));
         };
         known.last_request = SystemTime::now();
         Ok(orders.entry(key).or_insert_with(|| InOrder::resumed(RESUME_TIME, self.futures.gap())))
@@ -145,10 +146,31 @@ impl App {
 
     /// Refuses the requests that are held back, for those that they wait for will not be taken.
     pub(super) fn refuse_held(&self) {
-        let orders = std::mem::take(&mut *self.orders.lock());
-        for Work { promise, .. } in orders.into_values().flat_map(InOrder::into_waiting) {
+        for Work { promise, .. } in self.orders.lock().values_mut().flat_map(InOrder::give_up) {
             let text = "the server is stopping, and requests before this one have not arrived; it was not carried out";
             promise.answer(Err(Refusal::Server(text.into())));
+        }
+    }
+
+    /// The number behind which the order of each adapter goes on, by its name in the engine.
+    pub(super) fn last_in_order(&self) -> Vec<(ModelId, i64)> {
+        let orders = self.orders.lock();
+        let last = |((tenant, model), order): (&(Tenant, ModelId), &Order)| {
+            Some((tenant.engine_id(model).ok()?, i64::try_from(order.next_id() - 1).ok()?))
+        };
+        orders.iter().filter_map(last).collect()
+    }
+
+    /// Goes on, for models of sessions, behind the numbers that an earlier process took last.
+    pub(super) fn resume_in_order(&self, last: &BTreeMap<ModelId, i64>) {
+        let mut orders = self.orders.lock();
+        for (id, &last) in last {
+            if let Some(key) = Tenant::of_engine_id(id.as_str(), self.keys.are_needed())
+                && of_model(&key.1).is_some()
+                && let Ok(last) = u64::try_from(last)
+            {
+                orders.insert(key, InOrder::new(last.saturating_add(1), self.futures.gap()));
+            }
         }
     }
 
@@ -157,19 +179,17 @@ impl App {
     ///
     /// # Errors
     /// The adapter exists, or the server takes no request now.
-    pub fn create_by_load(
-        &self,
-        submission: Submission,
-        spec: AdapterSpec,
-    ) -> Result<String, Fault> {
-        self.check_open()?;
+    pub fn create_by_load(&self, submission: Submission, spec: AdapterSpec) -> Result<String, Fault> {
         let Submission { tenant, model, call, task, render, .. } = submission;
         let create = self.request(tenant, model, Task::Create(spec.clone()))?;
         let load = self.request(tenant, model, task)?;
         let unload = self.request(tenant, model, Task::Unload)?;
         let mut registry = self.registry();
+        self.check_open()?;
         if registry.get(tenant, model).is_some() {
-            return Err(Fault::user(format!("model_id {model} exists; load into it, or take another number")));
+            return Err(Fault::user(format!(
+                "model_id {model} exists; load into it, or take another number"
+            )));
         }
         let promise = self.futures.open(tenant.clone(), format!("{call} of {model}"), render)?;
         let id = promise.id();

@@ -3,9 +3,9 @@
 
 use super::{
     app::App,
+    checkpoints::{StoreError, Stored},
     fault::Fault,
     labels::{self, About},
-    checkpoints::{StoreError, Stored},
     paths::Kind,
     registry::Tenant,
     request::{AdapterSpec, ModelId},
@@ -69,7 +69,8 @@ fn run(root: &Path, id: ModelId, live: Option<(usize, SystemTime)>) -> Option<Ru
     }
     let record: Option<Record> = labels::read(root, &record_path(&id));
     let of_saves = || saves.iter().rev().find_map(|(_, about)| Some(about.spec.as_ref()?.rank));
-    let rank = live.map(|(rank, _)| rank).or(record.as_ref().map(|record| record.spec.rank)).or_else(of_saves);
+    let rank =
+        live.map(|(rank, _)| rank).or(record.as_ref().map(|record| record.spec.rank)).or_else(of_saves);
     let last_save = || saves.last().map_or(UNIX_EPOCH, |(stored, _)| stored.time);
     let last_request = live.map_or_else(last_save, |(_, time)| time);
     Some(Run { id, rank, user_metadata: record.and_then(|record| record.user_metadata), last_request, saves })
@@ -82,7 +83,9 @@ fn run(root: &Path, id: ModelId, live: Option<(usize, SystemTime)>) -> Option<Ru
 pub fn find(app: &App, tenant: &Tenant, id: &str) -> Result<Run, Fault> {
     let absent = || {
         let shown: String = id.chars().take(128).collect();
-        Fault::not_found(format!("training run {shown:?} is not known; training_runs names those that there are"))
+        Fault::not_found(format!(
+            "training run {shown:?} is not known; training_runs names those that there are"
+        ))
     };
     let model = ModelId::new(id).map_err(|_| absent())?;
     let live = app.registry().get(tenant, &model).map(|known| (known.spec.rank, known.last_request));

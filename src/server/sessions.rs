@@ -198,10 +198,7 @@ mod tests {
         sessions.take(&all, &id, 0, hash("rank 8"), "future".into()).unwrap();
         assert_eq!(sessions.repeat(&all, &id, 0, hash("rank 8")), Ok(Some("future".into())));
         let other = sessions.repeat(&all, &id, 0, hash("rank 16")).unwrap_err().to_string();
-        assert_eq!(
-            other,
-            "model_seq_id 0 was sent before with another body: a new request needs a new one"
-        );
+        assert_eq!(other, "model_seq_id 0 was sent before with another body: a new request needs a new one");
         sessions.finish(&all, &id);
         assert!(sessions.repeat(&all, &id, 1, hash("")).is_err());
     }

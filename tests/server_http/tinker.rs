@@ -2,7 +2,7 @@
 
 use crate::{
     clients::keys,
-    server::{Server, detail},
+    server::{Double, Server, detail, settings},
 };
 use serde_json::{Value, json};
 use std::{
@@ -10,7 +10,11 @@ use std::{
     time::{Duration, Instant},
 };
 use xorl_dist::server::{
+    app::{App, Submission},
+    futures::Body,
     keys::Keys,
+    order::BodyHash,
+    registry::Tenant,
     request::{ModelId, Task},
 };
 
@@ -99,13 +103,11 @@ fn a_refused_request_has_used_up_its_number() {
     let (status, reply) = server.post("forward_backward", &bad);
     assert_eq!(status, 400);
     assert!(detail(&reply).contains("the vocabulary has 100 ids"), "{reply}");
-    let step = |seq_id: u64, lr: f64| {
-        json!({"model_id": model, "seq_id": seq_id, "type": "optim_step", "adam_params": {"learning_rate": lr}})
-    };
+    let step = |seq_id: u64, lr: f64| json!({"model_id": model, "seq_id": seq_id, "type": "optim_step", "adam_params": {"learning_rate": lr}});
     assert_eq!(server.call("optim_step", &step(2, 0.1))["metrics"]["step"], 1.0);
     assert_eq!(server.post("optim_step", &step(3, -1.0)).0, 400);
-    let (status, reply) =
-        server.post("load_weights", &json!({"model_id": model, "seq_id": 4, "path": "../x", "optimizer": true}));
+    let (status, reply) = server
+        .post("load_weights", &json!({"model_id": model, "seq_id": 4, "path": "../x", "optimizer": true}));
     assert_eq!(status, 400, "{reply}");
     // One that is refused when it waits leaves its number, too.
     let waiting = server.submit("forward_backward", &pass(&model, 6, 6));
@@ -201,11 +203,13 @@ fn calls_of_sampling_and_of_accounts_are_refused_at_once_with_the_reason() {
         ("POST", "sessions/search", "not searched"),
         ("GET", "training_runs/a/checkpoints/weights/b/archive", "archives are not made"),
     ] {
-        let (status, reply) = server.send(method, &format!("/api/v1/{path}"), &[("x-stainless-lang", "python")], b"{}");
+        let (status, reply) =
+            server.send(method, &format!("/api/v1/{path}"), &[("x-stainless-lang", "python")], b"{}");
         assert_eq!(status, 400, "{path}: {reply}");
         assert!(detail(&reply).contains(words), "{path}: {reply}");
     }
-    let (status, reply) = server.send("PUT", "/api/v1/training_runs/a/checkpoints/weights/b/publish", &[], b"");
+    let (status, reply) =
+        server.send("PUT", "/api/v1/training_runs/a/checkpoints/weights/b/publish", &[], b"");
     assert_eq!(status, 405, "{reply}");
     assert!(detail(&reply).contains("takes POST, DELETE, got PUT"), "{reply}");
     let (status, reply) = server.get("/api/v1/training_runs/a/other");
@@ -249,9 +253,8 @@ fn a_pass_is_read_and_answered_as_its_headers_say() {
     let (status, reply) = server.send("POST", "/api/v1/forward_backward", &json, &packed);
     assert_eq!(status, 200, "{reply}");
     let id = json!({"request_id": reply["request_id"]}).to_string();
-    let retrieve = |accept: &str| {
-        server.send("POST", "/api/v1/retrieve_future", &[("accept", accept)], id.as_bytes()).1
-    };
+    let retrieve =
+        |accept: &str| server.send("POST", "/api/v1/retrieve_future", &[("accept", accept)], id.as_bytes()).1;
     assert_eq!(retrieve("application/json")["metrics"]["loss:sum"], 1.5);
     // Results stay, in either form.
     assert!(retrieve("application/x-protobuf").as_str().unwrap().contains("loss:sum"));
@@ -307,9 +310,50 @@ fn tenants_see_their_own_runs_and_downloads_need_no_key() {
     assert_eq!(send("two", "POST", "session_heartbeat", &json!({"session_id": session})).0, 410);
     assert_eq!(send("two", "POST", "create_model", &create(&session, 1, 8)).0, 400);
     assert_eq!(send("tml-two", "GET", "training_runs", &json!({})).0, 401);
-    let (status, _) = send("tml-one", "DELETE", &format!("{of_run}/checkpoints/external_weights/out"), &json!({}));
+    let (status, _) =
+        send("tml-one", "DELETE", &format!("{of_run}/checkpoints/external_weights/out"), &json!({}));
     assert_eq!(status, 204);
     assert_eq!(server.get(path).0, 404);
+}
+
+#[test]
+fn a_server_that_was_restarted_goes_on_behind_the_last_number() {
+    let (engine, output) = (Double::start(), tempfile::tempdir().unwrap());
+    let app = || App::new(engine.clone(), settings(output.path()), Keys::default());
+    let (tenant, model) = (Tenant::everyone(), ModelId::new("sess-1:train:0").unwrap());
+    let render = || Box::new(|_: &_, _| Body::json(&json!({})));
+    let send = |app: &App, number: i64| {
+        app.submit_in_order(Submission {
+            tenant: &tenant,
+            model: &model,
+            call: "abort",
+            number: Some((number, BodyHash::of(b""))),
+            task: Task::AbortGradients,
+            render: render(),
+        })
+    };
+    let asked = |count: usize| {
+        while engine.asked().len() < count {
+            thread::sleep(Duration::from_millis(5));
+        }
+        engine.asked().len()
+    };
+    let first = app();
+    first.create(&tenant, &model, settings(output.path()).adapter, render()).unwrap();
+    first.begin_order(&tenant, &model);
+    for number in [1, 2, 4] {
+        send(&first, number).unwrap();
+    }
+    assert_eq!(asked(3), 3);
+    first.drain();
+    assert_eq!(first.last_numbers()[&model], 4, "what was held back is given up");
+    let second = app();
+    second.resume_numbers(&first.last_numbers());
+    for number in [2, 3, 4] {
+        assert!(send(&second, number).unwrap_err().detail.contains("comes too late"), "{number}");
+    }
+    send(&second, 5).unwrap();
+    assert_eq!(asked(4), 4);
 }
 
 #[test]
@@ -328,7 +372,9 @@ fn two_clients_that_send_at_once_keep_their_own_orders() {
         let asked = server.engine.asked();
         let own = asked.iter().filter(|asked| asked.model.as_str() == model);
         let tokens: Vec<usize> = own
-            .filter_map(|asked| if let Task::Pass(pass) = &asked.task { Some(pass.data[0].ids.len()) } else { None })
+            .filter_map(
+                |asked| if let Task::Pass(pass) = &asked.task { Some(pass.data[0].ids.len()) } else { None },
+            )
             .collect();
         assert_eq!(tokens, [1, 2, 3, 4]);
     }

@@ -32,16 +32,13 @@ fn is_kept(table: &mut Table, number: u64, now: Instant) -> bool {
 fn a_place_says_how_many_are_ahead_and_which_is_carried_out() {
     let now = Instant::now();
     let mut table = table_with(now, &["forward of a", "optim_step of a", "forward of b"]);
-    let reason =
-        |table: &mut Table, number, owner: &Tenant| match table.look(number, owner, now + 7 * SECOND) {
-            Look::Pending(place) => place.reason(),
-            _ => panic!("not pending"),
-        };
+    let reason = |table: &mut Table, number, owner: &Tenant| match table.look(number, owner, now + 7 * SECOND)
+    {
+        Look::Pending(place) => place.reason(),
+        _ => panic!("not pending"),
+    };
     let all = Tenant::everyone();
-    assert_eq!(
-        reason(&mut table, 0, &all),
-        "forward of a is being carried out, 7 s after it was submitted"
-    );
+    assert_eq!(reason(&mut table, 0, &all), "forward of a is being carried out, 7 s after it was submitted");
     assert_eq!(reason(&mut table, 2, &all), "number 3 in the queue for 7 s, behind forward of a");
     table.finish(0, outcome(1), now, &limits());
     assert_eq!(reason(&mut table, 2, &all), "number 2 in the queue for 7 s, behind optim_step of a");

@@ -142,7 +142,8 @@ impl Target {
         if called.tinker.is_some() || called.xorl {
             return Self::Call(called);
         }
-        let mut known: Vec<Method> = tinker::rows(name).map(|row| row.method.clone()).chain(of_xorl).collect();
+        let mut known: Vec<Method> =
+            tinker::rows(name).map(|row| row.method.clone()).chain(of_xorl).collect();
         known.dedup();
         Self::Other(known)
     }

@@ -3,7 +3,8 @@
 use super::{
     Answer, Call,
     answers::{
-        Capabilities, ClientConfig, CreatedSession, Done, DynamicConfig, Heartbeat, Status, SupportedModel, texts,
+        Capabilities, ClientConfig, CreatedSession, Done, DynamicConfig, Heartbeat, Status, SupportedModel,
+        texts,
     },
     calls::{CreateSession, SessionHeartbeat},
     json,
@@ -55,7 +56,7 @@ pub fn capabilities(call: &Call) -> Answer {
     let settings = &call.app.settings;
     let base = SupportedModel {
         model_name: settings.base_model.clone(),
-        max_context_length: settings.max_tokens,
+        max_context_length: settings.max_datum,
         trainable: true,
         sampleable: false,
     };

@@ -264,8 +264,7 @@ mod tests {
 
     #[test]
     fn no_two_calls_share_path_and_method() {
-        let mut all: Vec<(&str, &str)> =
-            ROWS.iter().map(|row| (row.path, row.method.as_str())).collect();
+        let mut all: Vec<(&str, &str)> = ROWS.iter().map(|row| (row.path, row.method.as_str())).collect();
         all.sort();
         all.dedup();
         assert_eq!(all.len(), ROWS.len());

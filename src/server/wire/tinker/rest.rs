@@ -180,7 +180,9 @@ pub fn session(call: &Call) -> Answer {
     let [id] = call.parts("sessions/{session}")?;
     let Some(about) = call.app.sessions().get(call.tenant, &id).map(|session| session.about.clone()) else {
         let shown: String = id.chars().take(64).collect();
-        return Err(Fault::not_found(format!("session {shown:?} is not known; sessions lists those that are")));
+        return Err(Fault::not_found(format!(
+            "session {shown:?} is not known; sessions lists those that are"
+        )));
     };
     let runs = runs::list(call.app, call.tenant)?;
     let own = runs.iter().filter(|run| of_model(&run.id).is_some_and(|(session, _)| session == id));

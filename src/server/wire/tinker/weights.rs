@@ -3,10 +3,12 @@
 use super::{
     Answer, Call,
     answers::{
-        CopiedWeights, LoadedWeights, SavedExternalWeights, SavedSamplerWeights, SavedWeights, WeightsInfo, texts,
+        CopiedWeights, LoadedWeights, SavedExternalWeights, SavedSamplerWeights, SavedWeights, WeightsInfo,
+        texts,
     },
     calls::{
-        CopyWeights, LoadTarget, LoadWeights, SamplerSave, SaveWeights, SaveWeightsForSampler, WeightsInfoCall, ttl,
+        CopyWeights, LoadTarget, LoadWeights, SamplerSave, SaveWeights, SaveWeightsForSampler,
+        WeightsInfoCall, ttl,
     },
     json,
 };
@@ -146,7 +148,8 @@ pub fn load(call: &Call) -> Answer {
             call.model(model.as_str())?;
             let root = call.app.root(call.tenant)?;
             let folder = checkpoints::to_load(&root, &body.path, &model);
-            let load = Load { folder: folder.map_err(|error| call.used_up(error))?, optimizer: body.optimizer };
+            let load =
+                Load { folder: folder.map_err(|error| call.used_up(error))?, optimizer: body.optimizer };
             let render = loaded(&model, body.path);
             call.submit(&model, body.seq_id, Task::Load(load), render)
         }
@@ -225,7 +228,10 @@ pub fn copy(call: &Call) -> Answer {
     let root = call.app.root(call.tenant)?;
     let model = match (&body.session_id, body.model_seq_id) {
         (Some(session), Some(number)) => {
-            call.app.sessions().heartbeat(call.tenant, session).map_err(|error| Fault::user(error.to_string()))?;
+            call.app
+                .sessions()
+                .heartbeat(call.tenant, session)
+                .map_err(|error| Fault::user(error.to_string()))?;
             super::calls::model_id(session, number)
         }
         (None, None) => super::calls::model_id(&session_of_copy(call), 0),
@@ -241,7 +247,8 @@ pub fn copy(call: &Call) -> Answer {
     if labels::find(&root, &tinker_path, &copy.model).is_err() {
         let folder = paths::inside(&root, &copy.folder())?;
         let metadata = labels::metadata(about.spec.as_ref(), about.user_metadata.as_ref(), ttl_seconds);
-        saves::link(&stored.folder, &folder, &metadata).map_err(|error| checkpoints::refused(&stored, &error))?;
+        saves::link(&stored.folder, &folder, &metadata)
+            .map_err(|error| checkpoints::refused(&stored, &error))?;
     }
     json(&CopiedWeights { tinker_path })
 }
