@@ -11,7 +11,7 @@ use std::{
 };
 use xorl_dist::server::{
     app::{App, Submission},
-    futures::Body,
+    futures::{Body, Render},
     keys::Keys,
     order::BodyHash,
     registry::Tenant,
@@ -145,7 +145,10 @@ fn a_repeat_gets_the_first_future_and_another_body_an_error() {
 
 #[test]
 fn requests_that_wait_hold_no_thread_and_are_refused_when_the_server_stops() {
-    let mut server = with_gap(LONG);
+    let mut server = Server::with(Keys::default(), |settings| {
+        settings.futures.gap = LONG;
+        settings.http.linger = Duration::from_secs(3);
+    });
     let (_, model) = start(&server);
     let threads = || std::fs::read_dir("/proc/self/task").unwrap().count();
     let before = threads();
@@ -154,14 +157,13 @@ fn requests_that_wait_hold_no_thread_and_are_refused_when_the_server_stops() {
     assert!(threads() < before + 50, "{before} threads, and then {}", threads());
     assert!(passes(&server).is_empty());
     let began = Instant::now();
-    let stopping = server.shutdown.clone();
-    stopping.begin();
+    server.shutdown.begin();
     while server.retrieve(&ids[0]).0 == 408 {}
     let (_, reply) = server.retrieve(&ids[499]);
     assert_eq!(reply["category"], "server", "{reply}");
     assert!(reply["error"].as_str().unwrap().contains("it was not carried out"), "{reply}");
     server.stop();
-    assert!(began.elapsed() < Duration::from_secs(10));
+    assert!(began.elapsed() < Duration::from_secs(30));
 }
 
 #[test]
@@ -269,7 +271,7 @@ fn a_pass_is_read_and_answered_as_its_headers_say() {
 fn tenants_see_their_own_runs_and_downloads_need_no_key() {
     let server = Server::with(keys(), |_| {});
     let send = |key: &str, method: &str, path: &str, body: &Value| {
-        let headers = [("x-api-key", key), ("x-stainless-lang", "python"), ("host", "127.0.0.1")];
+        let headers = [("x-api-key", key), ("x-stainless-lang", "python")];
         server.send(method, &format!("/api/v1/{path}"), &headers, body.to_string().as_bytes())
     };
     let post = |path: &str, body: &Value| send("tml-one", "POST", path, body).1;
@@ -286,7 +288,7 @@ fn tenants_see_their_own_runs_and_downloads_need_no_key() {
     let (status, answer) = send("tml-one", "GET", &urls, &json!({}));
     assert_eq!(status, 200, "{answer}");
     let url = answer["urls"]["adapter_config.json"].as_str().unwrap();
-    let path = url.strip_prefix("http://127.0.0.1").unwrap();
+    let path = url.strip_prefix("http://x").unwrap();
     let (status, file) = server.get(path);
     assert_eq!((status, &file["peft_type"]), (200, &json!("LORA")));
     for bad in [path.replace("adapter_config", "manifest"), path.replace("/lab/", "/other/")] {
@@ -321,7 +323,7 @@ fn a_server_that_was_restarted_goes_on_behind_the_last_number() {
     let (engine, output) = (Double::start(), tempfile::tempdir().unwrap());
     let app = || App::new(engine.clone(), settings(output.path()), Keys::default());
     let (tenant, model) = (Tenant::everyone(), ModelId::new("sess-1:train:0").unwrap());
-    let render = || Box::new(|_: &_, _| Body::json(&json!({})));
+    let render = || -> Render { Box::new(|_, _| Body::json(&json!({}))) };
     let send = |app: &App, number: i64| {
         app.submit_in_order(Submission {
             tenant: &tenant,
