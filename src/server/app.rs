@@ -11,7 +11,7 @@ use super::{
     ordered::Orders,
     registry::{Registry, Tenant},
     request::{AdapterSpec, Answer, Engine, ModelId, OptimStep, Reply, Request, Task},
-    sessions::{self, Sessions},
+    sessions::Sessions,
 };
 use axum::http::StatusCode;
 use std::{
@@ -49,6 +49,8 @@ pub struct Settings {
     pub model_ids: Vec<ModelId>,
     /// The step that `optim_step` asks for where it does not say.
     pub optim: OptimStep,
+    /// Tokens of one datum, at most.
+    pub max_datum: usize,
     /// Tokens of one request, at most.
     pub max_tokens: usize,
     pub futures: FutureLimits,
@@ -109,33 +111,24 @@ impl App {
 
     /// The largest number of a request that was taken for each adapter, by its name in the engine.
     pub fn last_numbers(&self) -> BTreeMap<ModelId, i64> {
-        let in_order = self.last_in_order().into_iter();
-        let in_order =
-            in_order.filter_map(|(tenant, model, last)| Some((tenant, model, i64::try_from(last).ok()?)));
+        let ordered = self.last_in_order();
         let registry = self.registry();
-        let on_arrival =
-            registry.last_numbers().map(|(tenant, model, last)| (tenant.clone(), model.clone(), last));
-        let named =
-            |(tenant, model, last): (Tenant, ModelId, i64)| Some((tenant.engine_id(&model).ok()?, last));
-        on_arrival.chain(in_order).filter_map(named).collect()
+        let numbers = registry.last_numbers().map(|(tenant, model, last)| (tenant.engine_id(model), last));
+        let all = numbers.filter_map(|(id, last)| Some((id.ok()?, last))).chain(ordered);
+        all.collect()
     }
 
     /// Refuses, for each adapter by its name in the engine, numbers up to the one that an earlier process took last: it
     /// cannot tell repeats.
     pub fn resume_numbers(&self, last: &BTreeMap<ModelId, i64>) {
         for (id, &last) in last {
-            let Some((tenant, model)) = Tenant::of_engine_id(id.as_str(), self.keys.are_needed()) else {
-                continue;
-            };
-            match u64::try_from(last).ok().filter(|_| sessions::of_model(&model).is_some()) {
-                Some(last) => self.resume_order(tenant, model, last),
-                None => {
-                    if let Some(known) = self.registry().get(&tenant, &model) {
-                        known.requests = OnArrival::resumed(last);
-                    }
-                }
+            if let Some((tenant, model)) = Tenant::of_engine_id(id.as_str(), self.keys.are_needed())
+                && let Some(known) = self.registry().get(&tenant, &model)
+            {
+                known.requests = OnArrival::resumed(last);
             }
         }
+        self.resume_in_order(last);
     }
 
     pub fn registry(&self) -> MutexGuard<'_, Registry> {
@@ -161,10 +154,9 @@ impl App {
 
     /// Takes no more requests; those that were taken are carried out, and have their futures when this returns.
     pub fn drain(&self) {
-        {
-            let _registry = self.registry();
-            self.is_draining.store(true, Ordering::Release);
-        }
+        let registry = self.registry();
+        self.is_draining.store(true, Ordering::Release);
+        drop(registry);
         self.refuse_held();
     }
 

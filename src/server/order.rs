@@ -216,13 +216,12 @@ impl<R: Clone, T> InOrder<R, T> {
         self.next_id
     }
 
-    /// The largest id whose turn is over; `None` where the first is not known.
-    pub fn last(&self) -> Option<u64> {
-        self.first_limit.is_none().then(|| self.next_id.saturating_sub(1))
-    }
-
-    /// Takes away the requests that still wait.
-    pub fn take_waiting(&mut self) -> impl Iterator<Item = T> + use<R, T> {
+    /// Gives up the requests that wait, which it returns, and all before them.
+    pub fn give_up(&mut self) -> impl Iterator<Item = T> + use<R, T> {
+        if let Some((&last, _)) = self.waiting.last_key_value() {
+            self.next_id = last.saturating_add(1);
+            self.consumed = self.consumed.split_off(&self.next_id);
+        }
         std::mem::take(&mut self.waiting).into_values().map(|(_, item)| item)
     }
 

@@ -8,6 +8,7 @@ use super::{
     order::{InOrder, OrderError},
     registry::Tenant,
     request::{AdapterSpec, Answer, ModelId, Refusal, Request, Task},
+    sessions::of_model,
 };
 use std::{
     collections::BTreeMap,
@@ -91,21 +92,6 @@ impl App {
         Ok(id)
     }
 
-    /// The largest number whose turn is over, of each adapter that has an order.
-    pub(super) fn last_in_order(&self) -> Vec<(Tenant, ModelId, u64)> {
-        let orders = self.orders.lock();
-        let last = |((tenant, model), order): (&(Tenant, ModelId), &Order)| {
-            Some((tenant.clone(), model.clone(), order.last()?))
-        };
-        orders.iter().filter_map(last).collect()
-    }
-
-    /// Goes on with the order of an adapter whose requests up to number `last` an earlier process took.
-    pub(super) fn resume_order(&self, tenant: Tenant, model: ModelId, last: u64) {
-        let order = InOrder::new(last.saturating_add(1), self.futures.gap());
-        self.orders.lock().insert((tenant, model), order);
-    }
-
     /// Skips the number of a request that was refused: its client goes on with the next one.
     pub fn refuse_in_order(&self, tenant: &Tenant, model: &ModelId, seq_id: u64) {
         let mut orders = self.orders.lock();
@@ -161,10 +147,31 @@ impl App {
 
     /// Refuses the requests that are held back, for those that they wait for will not be taken.
     pub(super) fn refuse_held(&self) {
-        let mut orders = self.orders.lock();
-        for Work { promise, .. } in orders.values_mut().flat_map(InOrder::take_waiting) {
+        for Work { promise, .. } in self.orders.lock().values_mut().flat_map(InOrder::give_up) {
             let text = "the server is stopping, and requests before this one have not arrived; it was not carried out";
             promise.answer(Err(Refusal::Server(text.into())));
+        }
+    }
+
+    /// The number behind which the order of each adapter goes on, by its name in the engine.
+    pub(super) fn last_in_order(&self) -> Vec<(ModelId, i64)> {
+        let orders = self.orders.lock();
+        let last = |((tenant, model), order): (&(Tenant, ModelId), &Order)| {
+            Some((tenant.engine_id(model).ok()?, i64::try_from(order.next_id() - 1).ok()?))
+        };
+        orders.iter().filter_map(last).collect()
+    }
+
+    /// Goes on, for models of sessions, behind the numbers that an earlier process took last.
+    pub(super) fn resume_in_order(&self, last: &BTreeMap<ModelId, i64>) {
+        let mut orders = self.orders.lock();
+        for (id, &last) in last {
+            if let Some(key) = Tenant::of_engine_id(id.as_str(), self.keys.are_needed())
+                && of_model(&key.1).is_some()
+                && let Ok(last) = u64::try_from(last)
+            {
+                orders.insert(key, InOrder::new(last.saturating_add(1), self.futures.gap()));
+            }
         }
     }
 
@@ -174,12 +181,12 @@ impl App {
     /// # Errors
     /// The adapter exists, or the server takes no request now.
     pub fn create_by_load(&self, submission: Submission, spec: AdapterSpec) -> Result<String, Fault> {
-        self.check_open()?;
         let Submission { tenant, model, call, task, render, .. } = submission;
         let create = self.request(tenant, model, Task::Create(spec.clone()))?;
         let load = self.request(tenant, model, task)?;
         let unload = self.request(tenant, model, Task::Unload)?;
         let mut registry = self.registry();
+        self.check_open()?;
         if registry.get(tenant, model).is_some() {
             return Err(Fault::user(format!(
                 "model_id {model} exists; load into it, or take another number"

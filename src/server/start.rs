@@ -91,6 +91,7 @@ pub fn settings(config: &ServerConfig, model: &HfModel) -> Result<Settings> {
             max_grad_norm: config.max_grad_norm,
             divide: true,
         },
+        max_datum: config.max_tokens_per_pass,
         max_tokens: MAX_TOKENS,
         futures: FutureLimits::default(),
         http: HttpLimits {

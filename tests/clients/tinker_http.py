@@ -268,7 +268,7 @@ def main():
     else:
         service.close("success").result()
         assert (f"sessions/{session}/finish", 200) in Proxy.seen, Proxy.seen[-5:]
-    assert ("telemetry", 200) in Proxy.seen
+        assert ("telemetry", 200) in Proxy.seen, Proxy.seen
     print("done")
 
 

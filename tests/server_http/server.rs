@@ -194,6 +194,7 @@ pub fn settings(output: &Path) -> Settings {
             max_grad_norm: 1.0,
             divide: true,
         },
+        max_datum: 1000,
         max_tokens: 1000,
         futures: FutureLimits { poll: Duration::from_millis(300), ..FutureLimits::default() },
         http: HttpLimits { linger: Duration::from_millis(500), ..HttpLimits::default() },

@@ -63,7 +63,7 @@ pub fn capabilities(call: &Call) -> Answer {
     let settings = &call.app.settings;
     let base = SupportedModel {
         model_name: settings.base_model.clone(),
-        max_context_length: settings.max_tokens,
+        max_context_length: settings.max_datum,
         trainable: true,
         sampleable: false,
     };
