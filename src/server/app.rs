@@ -154,9 +154,9 @@ impl App {
 
     /// Takes no more requests; those that were taken are carried out, and have their futures when this returns.
     pub fn drain(&self) {
-        let registry = self.registry();
+        let taking = self.registry();
         self.is_draining.store(true, Ordering::Release);
-        drop(registry);
+        drop(taking);
         self.refuse_held();
     }
 

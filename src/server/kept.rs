@@ -1,8 +1,8 @@
-//! Adapters over a restart. A server that stops saves each with its optimizer and what it has accumulated, in a folder of
-//! its own that no client's path names (`{output_dir}/.server/adapters`); the next server on this output_dir brings them
-//! back before it takes requests. An adapter that had changed when its server was killed does not come back at an older
-//! state in silence: it is lost, what was saved of it last becomes a checkpoint of its owner, and its requests are
-//! refused with the name of that checkpoint until someone makes it again.
+//! Adapters over a restart. A server that stops saves each with its optimizer and what it has accumulated, in a folder
+//! of its own that no client's path names (`{output_dir}/.server/adapters`); the next server on this output_dir brings
+//! them back before it takes requests. An adapter that had changed when its server was killed does not come back at an
+//! older state in silence: it is lost, what was saved of it last becomes a checkpoint of its owner, and its requests
+//! are refused with the name of that checkpoint until someone makes it again.
 
 use super::{
     checkpoints,
@@ -211,8 +211,8 @@ impl Kept {
         Ok(self.back.len())
     }
 
-    /// Saves all adapters of `engine` that have changed, with the largest number of a request of each, and forgets those
-    /// that it has no longer. Returns the number of adapters. Each save is published whole.
+    /// Saves all adapters of `engine` that have changed, with the largest number of a request of each, and forgets
+    /// those that it has no longer. Returns the number of adapters. Each save is published whole.
     ///
     /// # Errors
     /// Those that could not be saved; the others are.
