@@ -93,20 +93,20 @@ fn leaving(client: &Client, ranks: usize) -> Value {
         let [expected, ours] = [&stays, &leaves].map(|model| client.ask(model, task()));
         assert!(expected.is_ok() && expected == ours, "{expected:?} {ours:?}");
         leave();
-        expected
+        expected.unwrap()
     };
     both(&|| Task::Create(adapter(0)));
     let mut seen = Seen::default();
     for step in 0..STEPS + 1 {
         for data in passes(step, 0) {
-            seen.pass(passed(both(&|| pass(data.clone(), true))));
+            seen.pass(passed(Ok(both(&|| pass(data.clone(), true)))));
         }
         if step == 1 {
             // Dropped while they are on disk.
             both(&|| Task::AbortGradients);
-            seen.pass(passed(both(&|| pass(data_of(7, 2), true))));
+            seen.pass(passed(Ok(both(&|| pass(data_of(7, 2), true)))));
         }
-        seen.step(&stepped(both(&|| Task::OptimStep(step_of(0)))), step);
+        seen.step(&stepped(Ok(both(&|| Task::OptimStep(step_of(0))))), step);
     }
     assert_eq!(client.ask(&leaves, Task::AbortGradients), Ok(Reply::Aborted { step: 3 }));
     // Saved from disk, with gradients.
@@ -116,7 +116,9 @@ fn leaving(client: &Client, ranks: usize) -> Value {
     let saved = ["stays", "leaves"].map(|name| {
         let folder = output().join("weights").join(name);
         let save = Save { folder, training_state: true, overwrite: false, metadata: json!({}) };
-        let Ok(Reply::Saved { folder, .. }) = client.ask(&id(name), Task::Save(save)) else { panic!("{name}") };
+        let Ok(Reply::Saved { folder, .. }) = client.ask(&id(name), Task::Save(save)) else {
+            panic!("{name}")
+        };
         let files = (0..ranks).map(|rank| format!("training_state/optimizer-{rank}-of-{ranks}.safetensors"));
         let files = files.chain(["adapter_model.safetensors".to_owned()]);
         files.filter_map(|file| fs::read(folder.join(file)).ok()).collect::<Vec<_>>()
@@ -206,11 +208,17 @@ fn free_disk() {
 fn no_room(client: &Client, ranks: usize, memory: u64) -> Value {
     let of_rank = |rank| AdapterSpec { rank, ..adapter(0) };
     let said = client.refused(&id("large"), Task::Create(of_rank(1 << 40)));
-    assert!(said.contains(&format!("the server has {memory} for adapters ({memory} of them free now)")), "{said}");
+    assert!(
+        said.contains(&format!("the server has {memory} for adapters ({memory} of them free now)")),
+        "{said}"
+    );
     let largest = number(&said, "the largest rank that fits is") as usize;
     assert!(number(&said, "needs") > memory, "{said}");
     let said = client.refused(&id("large"), Task::Create(of_rank(largest + 1)));
-    assert!(number(&said, "needs") > memory && number(&said, "rank that fits is") == largest as u64, "{said}");
+    assert!(
+        number(&said, "needs") > memory && number(&said, "rank that fits is") == largest as u64,
+        "{said}"
+    );
     client.create(&id("large"), of_rank(largest));
     let state = client.0.state();
     assert!(state.usage.memory > memory / 3 && state.usage.memory <= memory, "{:?}", state.usage);
@@ -252,7 +260,7 @@ fn no_room(client: &Client, ranks: usize, memory: u64) -> Value {
     assert!(received(&both[1]).is_ok());
     assert_eq!(client.ask(&c, Task::AbortGradients), Ok(Reply::Aborted { step: 0 }));
     free_disk();
-    let trained = [&a, &b, &c].map(|model| train(model));
+    let trained = [&a, &b, &c].map(train);
     for model in [&a, &b, &c] {
         client.ask(model, Task::Unload).unwrap();
     }
@@ -290,7 +298,8 @@ fn measured(client: &Client, processes: &[u32]) -> Value {
     let first = make("first");
     let more = ["second", "third", "fourth"].map(make);
     let said = client.0.state().models["first"].bytes as f64;
-    let found: Vec<f64> = first.iter().zip(&more[2]).map(|(&a, &b)| (b as f64 - a as f64) / 3.0 / said).collect();
+    let found: Vec<f64> =
+        first.iter().zip(&more[2]).map(|(&a, &b)| (b as f64 - a as f64) / 3.0 / said).collect();
     for found in &found {
         assert!((0.93..1.07).contains(found), "{found} of {said} bytes");
     }

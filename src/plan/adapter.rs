@@ -1,13 +1,6 @@
 //! Memory of one adapter on a rank, as a run holds one and a server many.
 
-use crate::{
-    config,
-    dtype::DType,
-    lora::AdapterPlan,
-    model::base_plan::Options,
-    optim,
-    shard::RegionLayout,
-};
+use crate::{config, dtype::DType, lora::AdapterPlan, model::base_plan::Options, optim, shard::RegionLayout};
 
 /// Bytes of a rank that an adapter takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -127,7 +127,8 @@ mod tests {
     }
 
     fn bits(tensors: &[Tensor]) -> Vec<Vec<u32>> {
-        let of = |tensor: &Tensor| Vec::<f32>::try_from(tensor).unwrap().iter().map(|x| x.to_bits()).collect();
+        let of =
+            |tensor: &Tensor| Vec::<f32>::try_from(tensor).unwrap().iter().map(|x| x.to_bits()).collect();
         tensors.iter().map(of).collect()
     }
 

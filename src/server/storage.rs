@@ -90,14 +90,17 @@ mod tests {
         assert_eq!(storage.used(), 90);
         let full = storage.check(40, "a save").unwrap_err().to_string();
         assert!(
-            full.contains("a save needs about 40") && full.contains("90 of the 100") && full.contains("delete"),
+            full.contains("a save needs about 40")
+                && full.contains("90 of the 100")
+                && full.contains("delete"),
             "{full}"
         );
         // What others have deleted.
         fs::remove_file(folder.path().join("b")).unwrap();
         assert_eq!((storage.check(40, "a save"), storage.used()), (Ok(()), 60));
         assert_eq!(Storage::new(folder.path().into(), None).check(u64::MAX, "a save"), Ok(()));
-        let is_own = ["a/b", ".server/adapters/a", ".servers"].map(|own| storage.is_own(&folder.path().join(own)));
+        let is_own =
+            ["a/b", ".server/adapters/a", ".servers"].map(|own| storage.is_own(&folder.path().join(own)));
         assert_eq!(is_own, [false, true, false]);
     }
 }

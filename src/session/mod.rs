@@ -86,8 +86,12 @@ impl Session {
             self.state_of(piece).into_iter().chain(compute).collect::<Vec<_>>()
         };
         // A double holds the sum of any finite floats.
-        let sums: Vec<Tensor> =
-            self.adapter.pieces().flat_map(|piece| all(&piece)).map(|tensor| tensor.sum(Kind::Double)).collect();
+        let sums: Vec<Tensor> = self
+            .adapter
+            .pieces()
+            .flat_map(|piece| all(&piece))
+            .map(|tensor| tensor.sum(Kind::Double))
+            .collect();
         let is_finite = sums.is_empty() || Tensor::stack(&sums, 0).isfinite().all().int64_value(&[]) != 0;
         if is_finite { Vec::new() } else { self.adapter.non_finite(all) }
     }

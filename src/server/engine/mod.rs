@@ -53,14 +53,7 @@ pub struct AdapterDefaults {
 impl AdapterDefaults {
     /// The adapter by which memory is told.
     fn spec(&self) -> AdapterSpec {
-        AdapterSpec {
-            rank: self.rank,
-            alpha: 1.0,
-            targets: None,
-            train_attn: true,
-            train_mlp: true,
-            seed: 0,
-        }
+        AdapterSpec { rank: self.rank, alpha: 1.0, targets: None, train_attn: true, train_mlp: true, seed: 0 }
     }
 }
 

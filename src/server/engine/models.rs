@@ -276,8 +276,7 @@ impl Models {
         let Place::Disk(on_disk) = &trained.place else { return Ok(Ok(())) };
         let mut session = self.session(model, &trained.spec, &trained.numbers)?;
         let read = on_disk.file.read(&tensors(&session, on_disk.with_gradients), device);
-        let read =
-            read.map_err(|error| Error::Failure(format!("{model} cannot be read from disk: {error}")));
+        let read = read.map_err(|error| Error::Failure(format!("{model} cannot be read from disk: {error}")));
         let read = store::same_outcome(&*world, read);
         if read.is_ok() {
             session.optimizer.set_updates(on_disk.updates);

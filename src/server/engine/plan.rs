@@ -221,11 +221,7 @@ impl Plan {
     }
 
     /// Takes the data of the next micro-batch out of the queues, in `order`.
-    fn micro_batch(
-        &mut self,
-        order: &[ModelId],
-        fit: &dyn Fn(&[&ModelId]) -> bool,
-    ) -> Option<MicroBatch> {
+    fn micro_batch(&mut self, order: &[ModelId], fit: &dyn Fn(&[&ModelId]) -> bool) -> Option<MicroBatch> {
         let open = |model: &ModelId| self.queues[model].open.front();
         let first = order.iter().find_map(open)?;
         let (backward, k) = (first.backward, first.left.first()?.1.k);

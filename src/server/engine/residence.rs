@@ -116,7 +116,8 @@ impl Residence {
         let mut spill = Vec::new();
         // Without anything new nothing has to leave: what is in memory has been let in.
         let grows = new.is_some() || !restore.is_empty();
-        while grows && !fits(self.room, fixed.iter().copied().chain(others.iter().map(|other| other.1.need))) {
+        while grows && !fits(self.room, fixed.iter().copied().chain(others.iter().map(|other| other.1.need)))
+        {
             spill.push(others.pop()?.0.clone());
         }
         Some(Moves { spill, restore })

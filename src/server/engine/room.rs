@@ -49,7 +49,9 @@ impl Room {
                  {rank} fit ({each}), others wait on disk",
                 gb(bytes)
             ),
-            _ => format!("adapters: this host does not tell its free memory; one of rank {rank} takes {each}"),
+            _ => {
+                format!("adapters: this host does not tell its free memory; one of rank {rank} takes {each}")
+            }
         }
     }
 }
@@ -81,7 +83,8 @@ fn of_tightest(ranks: &[(String, Option<u64>)]) -> Option<u64> {
     for (place, _) in ranks {
         *sharing.entry(place).or_default() += 1;
     }
-    let each: Option<Vec<u64>> = ranks.iter().map(|(place, free)| Some((*free)? / sharing[&**place])).collect();
+    let each: Option<Vec<u64>> =
+        ranks.iter().map(|(place, free)| Some((*free)? / sharing[&**place])).collect();
     each?.into_iter().min()
 }
 

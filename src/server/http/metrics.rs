@@ -50,7 +50,8 @@ impl Metrics {
         let (futures, engine) = (app.futures.counts(), app.engine.state());
         let accumulated: u64 = engine.models.values().map(|model| model.accumulated).sum();
         let steps: u64 = engine.models.values().map(|model| model.step).sum();
-        let (usage, in_memory) = (&engine.usage, engine.models.values().filter(|model| model.in_memory).count());
+        let (usage, in_memory) =
+            (&engine.usage, engine.models.values().filter(|model| model.in_memory).count());
         let gauges = [
             ("xorl_futures_pending", "Requests that wait or are carried out", futures.pending as u64),
             ("xorl_futures_kept", "Results that are kept", futures.kept as u64),
