@@ -93,20 +93,20 @@ fn leaving(client: &Client, ranks: usize) -> Value {
         let [expected, ours] = [&stays, &leaves].map(|model| client.ask(model, task()));
         assert!(expected.is_ok() && expected == ours, "{expected:?} {ours:?}");
         leave();
-        expected
+        expected.unwrap()
     };
     both(&|| Task::Create(adapter(0)));
     let mut seen = Seen::default();
     for step in 0..STEPS + 1 {
         for data in passes(step, 0) {
-            seen.pass(passed(both(&|| pass(data.clone(), true))));
+            seen.pass(passed(Ok(both(&|| pass(data.clone(), true)))));
         }
         if step == 1 {
             // Dropped while they are on disk.
             both(&|| Task::AbortGradients);
-            seen.pass(passed(both(&|| pass(data_of(7, 2), true))));
+            seen.pass(passed(Ok(both(&|| pass(data_of(7, 2), true)))));
         }
-        seen.step(&stepped(both(&|| Task::OptimStep(step_of(0)))), step);
+        seen.step(&stepped(Ok(both(&|| Task::OptimStep(step_of(0))))), step);
     }
     assert_eq!(client.ask(&leaves, Task::AbortGradients), Ok(Reply::Aborted { step: 3 }));
     // Saved from disk, with gradients.
@@ -260,7 +260,7 @@ fn no_room(client: &Client, ranks: usize, memory: u64) -> Value {
     assert!(received(&both[1]).is_ok());
     assert_eq!(client.ask(&c, Task::AbortGradients), Ok(Reply::Aborted { step: 0 }));
     free_disk();
-    let trained = [&a, &b, &c].map(|model| train(model));
+    let trained = [&a, &b, &c].map(train);
     for model in [&a, &b, &c] {
         client.ask(model, Task::Unload).unwrap();
     }

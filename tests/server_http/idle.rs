@@ -15,9 +15,10 @@ use std::{
 };
 use xorl_dist::server::{
     app::App,
+    futures::Body,
     keys::Keys,
     registry::Tenant,
-    request::{Engine, ModelId, Task},
+    request::{Engine, ModelId, Reply, Task},
     sweep::{self, Sweep},
 };
 
@@ -45,7 +46,7 @@ fn idle_adapters_leave_memory_once_and_heartbeats_keep_them() {
     let (tenant, spec) = (Tenant::everyone(), app.settings.adapter.clone());
     let make = |name: &str| {
         let model = ModelId::new(name).unwrap();
-        let render = Box::new(|_: &_, _| xorl_dist::server::futures::Body::json(&json!({})));
+        let render = Box::new(|_: &Reply, _| Body::json(&json!({})));
         app.create(&tenant, &model, spec.clone(), render).unwrap();
     };
     ["quiet", "alive", "busy"].map(make);
@@ -97,7 +98,9 @@ fn a_sweep_goes_on_until_it_is_dropped() {
     let app = App::new(Double::start(), settings(output.path()), Keys::default());
     let sweeps = Arc::new(AtomicUsize::new(0));
     let (own, count) = (sweeps.clone(), || sweeps.load(SeqCst));
-    let expire = move |_: &Path, _| drop(own.fetch_add(1, SeqCst));
+    let expire = move |_: &Path, _| {
+        own.fetch_add(1, SeqCst);
+    };
     let sweep = Sweep::start(app.clone(), Some(Duration::from_millis(20)), expire).unwrap();
     eventually("it sweeps", || count() > 2);
     drop(sweep);
