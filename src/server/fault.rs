@@ -7,6 +7,9 @@ use axum::{
     response::{IntoResponse, Response},
 };
 
+/// Bytes of a detail, at most.
+const LONGEST: usize = 2000;
+
 /// A refused request. What is permanent is a 4xx but not 409: clients try 409 and 5xx again.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{status}: {detail}")]
@@ -17,8 +20,14 @@ pub struct Fault {
 }
 
 impl Fault {
+    /// A detail that repeats much of a long request is cut.
     pub fn new(status: StatusCode, detail: impl Into<String>) -> Self {
-        Self { status, detail: detail.into() }
+        let mut detail = detail.into();
+        if detail.len() > LONGEST {
+            detail.truncate(detail.floor_char_boundary(LONGEST));
+            detail.push('…');
+        }
+        Self { status, detail }
     }
 
     /// The request is wrong.

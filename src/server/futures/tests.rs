@@ -63,8 +63,7 @@ fn a_full_queue_refuses_until_one_is_answered() {
 fn data_that_waits_is_bounded_and_one_request_alone_is_not() {
     let now = Instant::now();
     let mut table = Table::default();
-    let open =
-        |table: &mut Table, bytes| table.open(Tenant::everyone(), "a".into(), bytes, now, &limits());
+    let open = |table: &mut Table, bytes| table.open(Tenant::everyone(), "a".into(), bytes, now, &limits());
     let large = open(&mut table, 1000).unwrap();
     assert_eq!(open(&mut table, 1), Err(Full::Bytes(1000)));
     table.finish(large, outcome(1), now, &limits());

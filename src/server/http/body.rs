@@ -241,7 +241,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// What [`Bodies::unpack`] gives, in steps but without waiting.
+    /// Unpacks in the steps of [`Bodies::unpack`], without room.
     fn unpack(packed: &[u8], limit: usize) -> Result<Vec<u8>, Fault> {
         let mut unpacking = Unpacking::new(Bytes::copy_from_slice(packed), limit)?;
         while !unpacking.step()? {}

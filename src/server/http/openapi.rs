@@ -100,12 +100,12 @@ fn document() -> OpenApi {
         calls.entry((path, method)).or_default().push(call);
     }
     let mut paths = Paths::new();
-    for ((path, _), calls) in calls {
+    for ((path, name), calls) in calls {
         let method = match calls.first().map(|call| &call.method) {
             Some(&Method::GET) => HttpMethod::Get,
             _ => HttpMethod::Post,
         };
-        let operation = all.operation(&path, calls);
+        let operation = all.operation(&name, &path, calls);
         paths.add_path_operation(&path, vec![method], operation);
     }
     let key = SecurityScheme::ApiKey(ApiKey::Header(ApiKeyValue::new("X-API-Key")));
@@ -181,10 +181,11 @@ impl Parts {
     }
 
     /// The operation of a path, which several wires may answer.
-    fn operation(&mut self, path: &str, calls: Vec<Described>) -> Operation {
+    fn operation(&mut self, method: &str, path: &str, calls: Vec<Described>) -> Operation {
         let is_text = path == "/metrics";
         let mut operation = Operation::new();
-        operation.operation_id = path.rsplit('/').next().map(str::to_owned);
+        let name = path.strip_prefix(PREFIX).unwrap_or(path.trim_start_matches('/'));
+        operation.operation_id = Some(format!("{}_{}", method.to_lowercase(), name.replace('/', "_")));
         let (mut bodies, mut replies) = (Vec::new(), Vec::new());
         for call in calls {
             operation.summary.get_or_insert_with(|| call.about.into());

@@ -8,12 +8,12 @@ use serde::{
 use std::{collections::BTreeMap, fmt, marker::PhantomData, ops::Deref};
 
 /// Parts of a list, at most: data or chunks. Clients send 2048.
-const LONGEST_LIST: usize = 1 << 16;
+const LONGEST_LIST: usize = 1 << 14;
 
 /// Fields of a map, at most: inputs or parameters of a loss.
 const LARGEST_MAP: usize = 64;
 
-/// A list of at most 65536 parts.
+/// A list of at most 16384 parts.
 #[derive(Clone, Debug, PartialEq)]
 pub struct List<T>(pub Vec<T>);
 
@@ -111,8 +111,8 @@ mod tests {
     #[test]
     fn what_has_too_many_parts_is_refused() {
         assert_eq!(*from_value::<List<u8>>(json!([1, 2])).unwrap(), [1, 2]);
-        let error = from_value::<List<u8>>(json!(vec![1; 65537])).unwrap_err().to_string();
-        assert_eq!(error, "invalid length 65537, expected a list of at most 65536");
+        let error = from_value::<List<u8>>(json!(vec![1; 16385])).unwrap_err().to_string();
+        assert_eq!(error, "invalid length 16385, expected a list of at most 16384");
         let map = |fields: usize| json!((0..fields).map(|i| (i.to_string(), i)).collect::<BTreeMap<_, _>>());
         assert_eq!(from_value::<Fields<usize>>(map(64)).unwrap().len(), 64);
         let error = from_value::<Fields<usize>>(map(65)).unwrap_err().to_string();

@@ -14,7 +14,7 @@ pub struct Described {
     pub method: Method,
     /// `/api/v1/create_model`
     pub path: String,
-    /// What it does, as a sentence.
+    /// Its effect, as a sentence.
     pub about: &'static str,
     pub query: &'static [QueryField],
     /// The body of a POST.

@@ -37,7 +37,7 @@ use utoipa::openapi::schema::Type;
 /// A call that is served.
 struct Served {
     name: &'static str,
-    /// What it does, as the OpenAPI document says.
+    /// Its effect, as the OpenAPI document says.
     about: &'static str,
     answer: Answers,
     /// `None` of a GET.

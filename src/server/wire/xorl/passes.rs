@@ -116,7 +116,7 @@ pub fn pass(call: &Call) -> Result<Value, Fault> {
         }
         (None, None) => {
             return Err(Fault::user(
-                "body: expected forward_backward_input with data, or batches with rows of input_ids and labels",
+                "body: expected forward_backward_input or forward_input with data, or batches with rows of input_ids and labels",
             ));
         }
         (Some(input), None) => {
