@@ -314,6 +314,22 @@ fn counts_of_what_nothing_is_trained_on_are_said_once() {
             path.display()
         )
     );
+    let calls = json!({"messages": [message("user", "a"),
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "x"}]}, message("tool", "1"), message("assistant", "b"),
+        message("user", ""), {"role": "assistant", "content": "", "tool_calls": []}]});
+    assert_eq!(
+        remarks(std::slice::from_ref(&calls), DatasetType::Chat, Turns::All),
+        Ok(vec![
+            "fields of messages that the chat template does not name: tool_calls (2 messages)".into(),
+            "1 message of the assistant's would teach it to say nothing: content is empty, and the chat template \
+             leaves the rest out (tool_calls, for one); take a template that writes it, or give them weight 0"
+                .into(),
+        ])
+    );
+    let misspelt =
+        json!({"messages": [message("user", "a"), {"role": "assistant", "content": "b", "wieght": 0}]});
+    let refused = remarks(&[misspelt], DatasetType::Chat, Turns::All).unwrap_err();
+    assert!(refused.contains("messages[1].wieght") && refused.contains("weight, train"), "{refused}");
     let padded = json!({"input_ids": [1, 2, 3, 0, 0], "attention_mask": [1, 1, 1, 0, 0], "idx": 7});
     assert_eq!(
         remarks(&[padded.clone(), padded], DatasetType::Tokenized, Turns::All),

@@ -36,6 +36,7 @@ pub use load::{Loaded, Override, load, load_server, load_server_yaml, load_with_
 pub use lora::{ExportFormat, LoraArgs};
 pub use loss::Param;
 pub use model::ModelArgs;
+pub use nearest::misspelt;
 pub use section::FieldInfo;
 pub use server::{ServerConfig, is_model_id};
 pub use train::{LoadCheckpoint, LogFormat, LrDecayStyle, Optimizer, TrainArgs};

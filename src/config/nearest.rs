@@ -29,7 +29,7 @@ impl Hint {
 
 /// The one of `known` that `name` is a misspelling of: a letter or two wrong, missing, added or swapped. A more distant
 /// name would mislead.
-fn misspelt<S: AsRef<str>>(name: &str, known: impl IntoIterator<Item = S>) -> Option<S> {
+pub fn misspelt<S: AsRef<str>>(name: &str, known: impl IntoIterator<Item = S>) -> Option<S> {
     let lower = name.to_ascii_lowercase().replace('-', "_");
     let wrong_letters = |known: &str| strsim::osa_distance(&lower, known);
     let most = match name.chars().count() {

@@ -368,11 +368,15 @@ impl Recipe<'_> {
         let Some((tokenizer, template)) = &self.text else {
             return Err(LineProblem::Tokenize("no tokenizer was given".into()));
         };
-        for message in &chat.messages {
+        for (index, message) in chat.messages.iter().enumerate() {
             let fields = message.as_object().into_iter().flat_map(|fields| fields.keys());
-            notes.count_message_fields(
-                fields.filter(|field| !messages::is_switch(field) && !template.names(field)),
-            );
+            let unnamed = |field: &&String| !messages::is_switch(field) && !template.names(field);
+            let unnamed: Vec<&String> = fields.filter(unnamed).collect();
+            unnamed.iter().try_for_each(|field| messages::check_spelling(index, field))?;
+            if messages::is_trained(index, message)? && messages::is_emptied(message, &unnamed) {
+                notes.count_emptied();
+            }
+            notes.count_message_fields(unnamed.into_iter());
         }
         if self.args.train_on_inputs {
             if let Some(field) = messages::switched_off(&chat.messages)? {

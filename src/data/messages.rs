@@ -5,6 +5,7 @@ use super::{
     notes::Notes,
     source::{parse_object, wrong},
 };
+use crate::config::misspelt;
 use serde_json::{Map, Value};
 
 /// Fields of a message that say whether it is trained, with the value that means no.
@@ -181,6 +182,30 @@ fn switch(index: usize, fields: &Map<String, Value>) -> Result<Option<(&'static 
 pub(crate) fn clear_switches(message: &mut Value) {
     if let Value::Object(fields) = message {
         fields.retain(|field, _| !is_switch(field));
+    }
+}
+
+/// True for a message that the assistant says nothing in, though it has fields of `unnamed`, which the template leaves
+/// out: calls of tools, for one.
+pub(crate) fn is_emptied(message: &Value, unnamed: &[&String]) -> bool {
+    let is_empty = |value: &Value| match value {
+        Value::Null => true,
+        Value::String(text) => text.trim().is_empty(),
+        Value::Array(parts) => parts.is_empty(),
+        _ => false,
+    };
+    is_empty(&message["content"]) && unnamed.iter().any(|&field| !is_empty(&message[field]))
+}
+
+/// Refuses a field of message `index` that is nearly one of those that say what is trained.
+pub(crate) fn check_spelling(index: usize, field: &str) -> Result<(), LineProblem> {
+    match misspelt(field, SWITCHES.iter().map(|(name, _)| *name)) {
+        None => Ok(()),
+        Some(_) => Err(LineProblem::Refused {
+            field: format!("messages[{index}].{field}"),
+            reason: "nearly a field that says whether a message has a loss (weight, train, trainable, loss); correct \
+                     or leave it out",
+        }),
     }
 }
 

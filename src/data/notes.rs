@@ -12,6 +12,8 @@ pub(crate) struct Notes {
     fields: BTreeMap<String, usize>,
     /// Messages with a field that the chat template does not name.
     message_fields: BTreeMap<String, usize>,
+    /// Messages with a loss of which the template leaves nothing.
+    emptied: usize,
     padding_tokens: usize,
     padded_rows: usize,
     /// Messages of roles that are neither trained nor usual.
@@ -55,6 +57,11 @@ impl Notes {
         }
     }
 
+    /// Counts a message with a loss whose fields the chat template leaves out, all that are not empty.
+    pub fn count_emptied(&mut self) {
+        self.emptied += 1;
+    }
+
     /// Counts a row with `tokens` of padding.
     pub fn count_padding(&mut self, tokens: usize) {
         self.padding_tokens += tokens;
@@ -88,6 +95,13 @@ impl Notes {
         if !self.message_fields.is_empty() {
             let fields = counted(&self.message_fields, "message");
             lines.push(format!("fields of messages that the chat template does not name: {fields}"));
+        }
+        if self.emptied > 0 {
+            lines.push(format!(
+                "{} of the assistant's would teach it to say nothing: content is empty, and the chat template leaves \
+                 the rest out (tool_calls, for one); take a template that writes it, or give them weight 0",
+                count(self.emptied, "message")
+            ));
         }
         if self.padding_tokens > 0 {
             let (tokens, rows) = (self.padding_tokens, count(self.padded_rows, "row"));
