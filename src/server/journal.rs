@@ -236,13 +236,13 @@ mod tests {
         assert_eq!(read(&path).unwrap(), before, "none of these changes one");
         assert!(ask("kept", step()) && ask("new", step()) && ask("other", step()));
         assert!(ask("other", Task::Unload));
-        let states = [
-            ("kept", State::Changed),
-            ("lost", State::Lost),
-            ("new", State::Changed),
-            ("other", State::Gone),
-        ];
-        assert_eq!(read(&path).unwrap(), states.map(|(name, state)| (id(name), state)).into_iter().collect());
+        let after = BTreeMap::from([
+            (id("kept"), State::Changed),
+            (id("lost"), State::Lost),
+            (id("new"), State::Changed),
+            (id("other"), State::Gone),
+        ]);
+        assert_eq!(read(&path).unwrap(), after);
         assert_eq!(journal.in_memory(), ["kept", "new"].map(id));
         journal.note(&id("new"), State::Saved).unwrap();
         assert_eq!(read(&path).unwrap()[&id("new")], State::Saved);
