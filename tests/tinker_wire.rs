@@ -266,7 +266,7 @@ fn python_answers_pass_the_checks_of_the_clients() {
         base_model: "org/base".to_owned(),
         model_owner: "key-1".to_owned(),
         is_lora: true,
-        lora_rank: 8,
+        lora_rank: Some(8),
         corrupted: false,
         last_request_time: time.clone(),
         last_checkpoint: Some(checkpoint.clone()),
