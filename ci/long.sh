@@ -15,8 +15,8 @@
 #   ci/long.sh mpich           the tests of several ranks built and run with MPICH (Debian's, installed beside Open MPI)
 #   ci/long.sh same_bits       BEFORE AFTER: two builds train the same models; results are compared bit for bit; --quick
 #   ci/long.sh same_speed      BEFORE AFTER: two release builds in turns, tokens/s and memory beside each other (hour)
-#   ci/long.sh schemathesis    requests made of the OpenAPI document, good and bad, to a server of SmolLM2: none may fail
-#                              the server; schemathesis' options may follow, as --max-examples 200
+#   ci/long.sh schemathesis    requests made of the OpenAPI document, good and bad, to a server of SmolLM2: none is a
+#                              5xx; schemathesis' options may follow, as --max-examples 200
 #   ci/long.sh real_size       one bf16 step of a random model with the shapes of Qwen2.5-1.5B, on 2 ranks
 #   ci/long.sh real_moe        the same with two layers of the shapes of Qwen3-30B-A3B, 64 experts on each rank
 set -euo pipefail
@@ -89,7 +89,8 @@ case "${1:-}" in
     rm -rf outputs/schemathesis outputs/schemathesis.log
     mkdir -p outputs
     OMP_NUM_THREADS=1 "${CARGO_TARGET_DIR:-target}/release/xorl-dist" serve --device cpu \
-      --config configs/server/smollm2_lora.yaml --server.output_dir outputs/schemathesis --server.api_port 0 \
+      --config configs/server/smollm2_lora.yaml --server.model_path models/smollm2 \
+      --server.tokenizer_path models/smollm2 --server.output_dir outputs/schemathesis --server.api_port 0 \
       2>outputs/schemathesis.log &
     server=$!
     trap 'kill "$server"' EXIT

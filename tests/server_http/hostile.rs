@@ -1,5 +1,5 @@
-//! Clients that mean harm or are broken: paths that lead out, floods, malformed HTTP, connections that end in the middle,
-//! and more bytes than memory has.
+//! Clients that mean harm or are broken: paths that lead out, floods, malformed HTTP, connections that end in the
+//! middle, and more bytes than memory has.
 
 use crate::server::{Server, datum, detail, forward_backward};
 use serde_json::{Value, json};
@@ -589,6 +589,7 @@ fn data_that_waits_is_bounded() {
     assert!(detail(&reply).contains("bytes of data"), "{reply}");
     assert_eq!(server.post("optim_step", &json!({})).0, 200, "a request without data is taken");
     drop(gate);
+    server.call("abort_gradient_epoch", &json!({}));
     server.call("forward", &body);
 }
 

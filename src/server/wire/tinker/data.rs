@@ -70,7 +70,7 @@ pub enum DataError {
     NoData,
     #[error("{got} data: at most {most} a request; send them in several")]
     TooManyData { got: usize, most: usize },
-    #[error("data: more than {most} chunks and inputs; send them in several requests")]
+    #[error("data: more than {most} data, chunks and inputs; send them in several requests")]
     TooManyParts { most: usize },
     #[error("data[{index}]: {reason}")]
     Datum { index: usize, reason: DatumError },
@@ -106,7 +106,7 @@ impl PassCall {
     /// The body is no such message, or the pass is out of bounds or makes no sense.
     pub fn from_protobuf(body: Bytes, limits: &Limits) -> Result<Self, RefusedPass> {
         let unread = |reason| RefusedPass { address: Address::default(), reason };
-        count_parts(&body, limits).map_err(unread)?;
+        count_parts(&body).map_err(unread)?;
         let request = proto::ForwardBackwardRequest::decode(body).map_err(|reason| unread(reason.into()))?;
         // 0 is the value of a field that was not sent.
         let seq_id = Some(request.seq_id.into()).filter(|&seq_id| seq_id != 0);
@@ -160,7 +160,7 @@ impl PassCall {
     }
 }
 
-/// Chunks, inputs and parameters of a request, at most.
+/// Data, chunks, inputs and parameters of a request, at most.
 const MOST_PARTS: usize = 1 << 17;
 
 /// The tag of the data in a request.
@@ -168,21 +168,16 @@ const DATA: u32 = 3;
 
 /// Counts data and their parts before they are read. A part takes some hundred bytes of memory for a few in the body,
 /// so a body within its limit could fill memory.
-fn count_parts(body: &[u8], limits: &Limits) -> Result<(), DataError> {
-    let (mut data, mut parts) = (0, 0);
+fn count_parts(body: &[u8]) -> Result<(), DataError> {
+    let mut parts = 0;
     for (tag, field) in proto::fields(body) {
+        parts += 1;
         if tag == DATA {
-            data += 1;
             parts += proto::fields(field).count();
-        } else {
-            parts += 1;
         }
         if parts > MOST_PARTS {
             return Err(DataError::TooManyParts { most: MOST_PARTS });
         }
-    }
-    if data > limits.data {
-        return Err(DataError::TooManyData { got: data, most: limits.data });
     }
     Ok(())
 }
