@@ -78,7 +78,7 @@ class Server:
             "model_ids": [f"adapter{i}" for i in range(ADAPTERS)],
         }
         (folder / "server.yaml").write_text(json.dumps(config))
-        command = [ROOT / "launch/mpirun.sh", "-n", args.ranks, "serve", "--config", folder / "server.yaml"]
+        command = [ROOT / "launch/mpirun.sh", "-n", args.ranks, "serve", "--device", "cpu", "--config", folder / "server.yaml"]
         self.process = Process(command, {"XORL_DIST": str(args.binary)}, args.binary, watch=False)
 
     async def wait(self):
@@ -221,7 +221,7 @@ def local_step(args, folder):
     }
     config = folder / "run.yaml"
     config.write_text(json.dumps(run))
-    command = [ROOT / "launch/mpirun.sh", "-n", args.ranks, "--config", config]
+    command = [ROOT / "launch/mpirun.sh", "-n", args.ranks, "--device", "cpu", "--config", config]
     Process(command, {"XORL_DIST": str(args.binary)}, args.binary, watch=False).wait()
     lines = (Path(run["train"]["output_dir"]) / "metrics.jsonl").read_text().splitlines()
     seconds = [json.loads(line)["step_seconds"] for line in lines][WARMUP:steps]

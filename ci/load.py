@@ -74,7 +74,7 @@ class Server:
         (folder / "server.yaml").write_text(json.dumps(config))
 
     async def start(self):
-        command = [ROOT / "launch/mpirun.sh", "-n", self.args.ranks, "serve", "--config", self.folder / "server.yaml"]
+        command = [ROOT / "launch/mpirun.sh", "-n", self.args.ranks, "serve", "--device", "cpu", "--config", self.folder / "server.yaml"]
         self.process = Process(command, {"XORL_DIST": str(self.args.binary)}, self.args.binary, watch=False)
         while True:
             try:

@@ -10,7 +10,7 @@ use crate::{
     lora::TargetError,
     mesh::MeshError,
     model::hf_config,
-    server::engine::EngineError,
+    server::{engine::EngineError, kept::KeptError},
     shard::ShardError,
     trace::TraceError,
     weights::SourceError,
@@ -35,6 +35,8 @@ pub enum Error {
     Engine(#[from] EngineError),
     #[error(transparent)]
     HfConfig(#[from] hf_config::ConfigError),
+    #[error(transparent)]
+    Kept(#[from] KeptError),
     #[error(transparent)]
     Shard(#[from] ShardError),
     #[error(transparent)]
@@ -75,6 +77,7 @@ impl Error {
             Error::Checkpoint(error) => error.exit_code(),
             Error::Comm(error) => error.exit_code(),
             Error::Device(error) => error.exit_code(),
+            Error::Kept(error) => error.exit_code(),
             Error::Engine(_) | Error::Shard(_) | Error::Trace(_) | Error::Failure(_) => 1,
             Error::Elsewhere { code } => *code,
         }

@@ -7,6 +7,7 @@ use xorl_dist::cli::{
     self, Command, Common, Invocation,
     check::Check,
     generate::{DtypeChoice, Generate, Prompt},
+    serve::Serve,
     train::Train,
 };
 use xorl_dist::config::Override;
@@ -69,6 +70,20 @@ fn overrides_are_taken_wherever_they_stand() {
 }
 
 #[test]
+fn serve_takes_fields_of_a_server() {
+    let overrides = vec![given("server.api_port", &["0"]), given("server.model_ids", &["a", "b"])];
+    let common = Common { overrides, device: DeviceChoice::Cpu, debug: false };
+    let expected = Invocation::Command(Command::Serve(Serve { config: "server.yaml".into() }), common);
+    let line = "serve --config server.yaml --server.api_port 0 --device cpu --server.model_ids a b";
+    assert_eq!(parse(line), Ok(expected));
+    let Ok(Invocation::Help(help)) = parse("serve --help") else { panic!("no help") };
+    for (section, field) in xorl_dist::config::server_schema() {
+        assert!(help.contains(&format!("--{section}.{} <{}>", field.key, field.type_name)), "{}", field.key);
+    }
+    assert!(!help.contains("--train.lr"));
+}
+
+#[test]
 fn generate_takes_a_chat_or_a_prompt() {
     let plain = Generate {
         model: Some("m".into()),
@@ -122,6 +137,7 @@ fn what_is_no_command_is_refused_in_one_line() {
     for (line, words) in [
         ("", "no run was named"),
         ("train", "--config <FILE>"),
+        ("serve", "--config <FILE>"),
         ("run.yaml", "write --config run.yaml"),
         ("train run.yaml --train.lr 1", "--config"),
         ("--config", "--config <FILE>"),

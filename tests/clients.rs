@@ -5,15 +5,13 @@
 
 mod common;
 
-use common::{client_python, is_mpich, python, ranks_of, signal, wait_for};
+use common::{client_python, is_mpich, python, serving::Serving};
 use serde_json::{Value, json};
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
-    io::{Read, Write},
-    net::{TcpListener, TcpStream},
+    fs,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
 };
 
 /// The name in the README of xorl-client, which finds the tokenizer by it: below the folder where clients start.
@@ -26,7 +24,7 @@ fn scripts() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients")
 }
 
-/// A client, its Python, and of how many adapters it trains eight ranks' worth.
+/// A client, and how many adapters it trains.
 struct Client {
     name: &'static str,
     family: &'static str,
@@ -45,72 +43,24 @@ fn clients() -> [Client; 3] {
     ]
 }
 
-/// A server that is up.
-struct Server {
-    process: Child,
-    url: String,
-    log: PathBuf,
-}
-
-impl Server {
-    fn start(world: usize, model: &Path, folder: &Path) -> Self {
-        fs::create_dir(folder).unwrap();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let config = json!({
-            "model_path": model, "base_model_name": BASE_MODEL, "output_dir": folder.join("out"), "api_port": port,
-            "lora_rank": 8, "lora_alpha": 16, "enable_mixed_precision": false,
-            // PEFT has no fused projections.
-            "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        });
-        fs::write(folder.join("server.yaml"), config.to_string()).unwrap();
-        let log = folder.join("log");
-        let mut command = ranks_of(Path::new(env!("CARGO_BIN_EXE_xorl-dist")), world);
-        command.args(["serve", "--config"]).arg(folder.join("server.yaml"));
-        command.stdout(Stdio::null()).stderr(File::create(&log).unwrap());
-        let mut server =
-            Self { process: command.spawn().unwrap(), url: format!("http://127.0.0.1:{port}"), log };
-        wait_for("a healthy server", || {
-            let ended = server.process.try_wait().unwrap();
-            assert!(ended.is_none(), "{ended:?} {}", server.said());
-            is_healthy(port).then_some(())
-        });
-        server
-    }
-
-    fn said(&self) -> String {
-        fs::read_to_string(&self.log).unwrap()
-    }
-
-    /// Asks it to stop, which saves all adapters.
-    fn stop(mut self) {
-        // To mpirun too: it passes this one on.
-        signal(self.process.id(), libc::SIGUSR1);
-        let status = self.process.wait().unwrap();
-        assert!(status.code() == Some(75) || is_mpich(), "{status} {}", self.said());
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // A failed test leaves none behind; one that has ended needs no more.
-        if let Ok(None) = self.process.try_wait() {
-            signal(self.process.id(), libc::SIGTERM);
-            let _ = self.process.wait();
-        }
-    }
-}
-
-fn is_healthy(port: u16) -> bool {
-    let Ok(mut connection) = TcpStream::connect(("127.0.0.1", port)) else { return false };
-    let mut answer = String::new();
-    let asked = connection.write_all(b"GET /health HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n");
-    asked.and_then(|()| connection.read_to_string(&mut answer)).is_ok() && answer.contains(" 200 OK")
+/// Settings of a server of fp32, whose adapters PEFT can have: it has no fused projections.
+fn write_config(path: &Path, model: &Path, output: &Path) {
+    let config = json!({
+        "model_path": model, "base_model_name": BASE_MODEL, "output_dir": output,
+        "lora_rank": 8, "lora_alpha": 16, "enable_mixed_precision": false,
+        "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    });
+    fs::write(path, config.to_string()).unwrap();
 }
 
 /// What each client reports of a server in `world`.
 fn reports(world: usize, folder: &Path, packages: &str) -> BTreeMap<&'static str, PathBuf> {
     let own = folder.join(format!("world_{world}"));
-    let server = Server::start(world, &folder.join(BASE_MODEL), &own);
+    fs::create_dir(&own).unwrap();
+    let config = own.join("server.yaml");
+    write_config(&config, &folder.join(BASE_MODEL), &own.join("out"));
+    let server = Serving::start(world, &config, &[]);
+    let url = format!("http://{}", server.address);
     let running: Vec<_> = clients()
         .into_iter()
         .map(|client| {
@@ -118,7 +68,7 @@ fn reports(world: usize, folder: &Path, packages: &str) -> BTreeMap<&'static str
             let mut command = Command::new(&client.python);
             command
                 .arg(scripts().join("drive.py"))
-                .args([client.family, &server.url])
+                .args([client.family, &url])
                 .arg(own.join("out"))
                 .args([BASE_MODEL, &client.adapters.to_string()])
                 .arg(&report)
@@ -139,7 +89,8 @@ fn reports(world: usize, folder: &Path, packages: &str) -> BTreeMap<&'static str
         let said = [&output.stdout[..], &output.stderr].map(String::from_utf8_lossy).concat();
         assert!(output.status.success(), "{name} on {world} ranks: {said}\n{}", server.said());
     }
-    server.stop();
+    let (status, said) = server.end(libc::SIGUSR1);
+    assert!(status.code() == Some(75) || is_mpich(), "{status} {said}");
     ended.into_iter().map(|(name, _, report)| (name, report)).collect()
 }
 

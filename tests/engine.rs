@@ -17,7 +17,7 @@ use std::{collections::BTreeMap, path::Path, sync::mpsc, time::Duration};
 use tch::Kind;
 use xorl_dist::{
     comm::World,
-    config::{ReduceGradients, TrainArgs},
+    config::{ComputeArgs, ModelArgs, ReduceGradients, TrainArgs},
     device::DeviceChoice,
     lora::{LoraShape, targets::resolve},
     loss::CrossEntropy,
@@ -528,12 +528,12 @@ fn mpi_refusals_and_dropped_gradients_leave_an_adapter_as_it_was() {
 fn a_server_reads_a_model_and_trains_its_default_targets() {
     let folder = model_folder();
     let plan = ServerPlan {
-        model_path: folder.path().into(),
+        model: ModelArgs { model_path: Some(folder.path().into()), ..ModelArgs::default() },
+        seed: 1,
         output_dir: folder.path().into(),
-        mesh: MeshSizes { replicate: 1, shard: -1, sequence: 1, expert: 1 },
-        options: Options::default(),
+        compute: ComputeArgs { enable_mixed_precision: false, ..ComputeArgs::default() },
+        merge: true,
         targets: None,
-        use_rslora: false,
         hybrid: false,
         b_init_std: 0.0,
         max_rank: None,
@@ -541,10 +541,11 @@ fn a_server_reads_a_model_and_trains_its_default_targets() {
         max_waiting: 10,
         gather: Duration::ZERO,
         comm_timeout: Duration::from_secs(60),
+        debug: false,
     };
     let refused = |plan: ServerPlan| Server::prepare(plan, 2).err().unwrap().to_string();
-    let sizes = MeshSizes { expert: 2, ..plan.mesh };
-    assert!(refused(ServerPlan { mesh: sizes, ..plan.clone() }).contains("no experts to divide"));
+    let compute = ComputeArgs { expert_parallel_size: 2, ..plan.compute.clone() };
+    assert!(refused(ServerPlan { compute, ..plan.clone() }).contains("no experts to divide"));
     let targets = Some(names(&["w1"]));
     assert!(refused(ServerPlan { targets, ..plan.clone() }).contains("w1 matches nothing"));
     let world = World::start().unwrap();

@@ -4,8 +4,13 @@
 
 mod common;
 
-use common::{succeeded, tiny::TinyRun, tiny::differences, wait_for_at_most};
-use serde_json::Value;
+use common::{
+    serving::{address_in, exchange},
+    succeeded,
+    tiny::{TinyRun, differences},
+    wait_for_at_most,
+};
+use serde_json::{Value, json};
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -16,6 +21,7 @@ use std::{
 /// Long enough to be met while it runs.
 const LONG: &str = "300";
 const PATIENCE: Duration = Duration::from_secs(120);
+const SERVE: &str = "launch/slurm/serve.sbatch";
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -71,7 +77,8 @@ impl Cluster {
         let log = run.at(&format!("{out}.batch.log"));
         let mut sbatch = self.tool("sbatch");
         sbatch.args(["--parsable", "-o", log.to_str().unwrap()]).args(script);
-        sbatch.arg(run.at("run.yaml")).args(more);
+        let config = if script.contains(&SERVE) { "server.yaml" } else { "run.yaml" };
+        sbatch.arg(run.at(config)).args(more);
         sbatch
             .env("XORL_DIST", env!("CARGO_BIN_EXE_xorl-dist"))
             .env("OUT", run.at(out))
@@ -185,4 +192,41 @@ fn mpi_batch_scripts_run_and_requeued_jobs_go_on_by_themselves() {
         .unwrap()
     };
     assert!(config("1").contains("\"r\": 4") && config("2").contains("\"r\": 2"));
+}
+
+#[test]
+fn mpi_a_server_that_is_requeued_has_its_adapters_again() {
+    let (cluster, run) = (Cluster::start(), TinyRun::new());
+    let yaml = format!("config_path: {}\nenable_mixed_precision: false\napi_port: 0\n", run.at("").display());
+    fs::write(run.at("server.yaml"), yaml).unwrap();
+    let job = cluster.submit(&run, "served", &[SERVE], &[], &["--device", "cpu"]);
+    let log = || fs::read_to_string(run.at("served/slurm.log")).unwrap_or_default();
+    // The address of the server after `starts` starts.
+    let listens = |starts: usize| {
+        wait_for_at_most(PATIENCE, "a server that listens", || {
+            let text = log();
+            let at = text.match_indices("listening on").nth(starts - 1)?.0;
+            address_in(&text[at..])
+        })
+    };
+    let address = listens(1);
+    let post = |name: &str, body: Value| {
+        let (status, reply) =
+            exchange(address, "POST", &format!("/api/v1/{name}"), &body.to_string()).unwrap();
+        assert_eq!(status, 200, "{name}: {reply}");
+        reply
+    };
+    for (name, body) in [
+        ("forward_backward", json!({"batches": [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]})),
+        ("optim_step", json!({})),
+    ] {
+        let id = post(name, body)["request_id"].take();
+        assert!(post("retrieve_future", json!({"request_id": id})).get("error").is_none());
+    }
+    cluster.run("scancel", &["--signal=USR1", "--batch", &job]);
+    let (_, info) = exchange(listens(2), "GET", "/api/v1/session_info?model_id=default", "").unwrap();
+    assert_eq!(info["step"], 1, "{info}");
+    cluster.run("scancel", &[&job]);
+    let saved = || (log().matches("1 adapter saved; the same command").count() == 2).then_some(());
+    wait_for_at_most(PATIENCE, "the second save", saved);
 }

@@ -71,10 +71,10 @@ pub enum CheckpointError {
          --train.overwrite true, or give another train.run_id"
     )]
     Occupied { path: PathBuf },
-    #[error("{path} is in use by {holder}: wait for that run to end, or give another train.output_dir")]
+    #[error("{path} is in use by {holder}: wait for that process to end, or give another output_dir")]
     Locked { path: PathBuf, holder: String },
     #[error(
-        "{path} is not the directory that rank 0 writes: train.output_dir has to be on storage that all ranks see"
+        "{path} is not the directory that rank 0 writes: output_dir has to be on storage that all ranks see"
     )]
     NotShared { path: PathBuf },
     #[error(

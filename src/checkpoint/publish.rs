@@ -276,7 +276,7 @@ fn split(folder: &Path) -> Result<(&Path, &str), CheckpointError> {
 }
 
 /// Creates `folder` with those above it, on the disk when this returns.
-fn create_folder(folder: &Path) -> Result<(), CheckpointError> {
+pub(super) fn create_folder(folder: &Path) -> Result<(), CheckpointError> {
     let absent: Vec<&Path> = folder.ancestors().take_while(|above| !above.is_dir()).collect();
     fs::create_dir_all(folder).map_err(io(folder))?;
     absent.iter().filter_map(|new| new.parent()).filter(|above| above.is_dir()).try_for_each(sync)

@@ -5,7 +5,7 @@ use super::{
     CheckpointError, FolderWriter,
     adapter_config::read_config,
     io,
-    publish::{MANIFEST, Manifest, present, published_name, recover, verify, withdraw},
+    publish::{MANIFEST, Manifest, create_folder, present, published_name, recover, sync, verify, withdraw},
     state,
 };
 use crate::lora::LoraShape;
@@ -77,6 +77,15 @@ pub fn delete(folder: &Path) -> Result<(), CheckpointError> {
     let directory = present(folder);
     nothing_else(&directory)?;
     withdraw(&directory)
+}
+
+/// Gives the save `folder` the name `new`, which no other has. A kill leaves it under one of the two.
+pub fn rename(folder: &Path, new: &Path) -> Result<(), CheckpointError> {
+    let directory = present(folder);
+    let parents = [&directory, new].map(|path| path.parent().unwrap_or(Path::new("")).to_owned());
+    create_folder(&parents[1])?;
+    fs::rename(&directory, new).map_err(io(new))?;
+    parents.iter().try_for_each(|parent| sync(parent))
 }
 
 /// Checks that the directory `folder` is a save, and has nothing in it that the save has not listed: with it, other

@@ -1,4 +1,4 @@
-//! The command line: `train` (default), `check`, `generate`, and `--section.field value` overrides.
+//! The command line: `train` (default), `check`, `generate`, `serve`, and `--section.field value` overrides.
 //!
 //! [`parse`] is a pure function from arguments to an [`Invocation`]; [`run`] carries one out. A command is a file with
 //! one type: clap parses its fields, and its `Runnable` runs it. A new one also gets its `mod` line and its line in
@@ -7,6 +7,7 @@
 pub mod check;
 pub mod generate;
 mod ranks;
+pub mod serve;
 pub mod train;
 mod version;
 
@@ -116,6 +117,7 @@ commands! {
     train::Train,
     check::Check,
     generate::Generate,
+    serve::Serve,
 }
 
 /// A parsed command line.

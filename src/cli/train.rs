@@ -3,12 +3,12 @@
 use super::{Common, Fields, RUN_FIELDS, Runnable, ranks::on_all_ranks};
 use crate::{
     error::{Result, agree},
-    train::{Ended, Launch, Run, StopSignals},
+    train::{Ended, Launch, Program, Run, StopSignals},
 };
 use std::{path::PathBuf, process::ExitCode};
 
-/// Exit code of a run that has saved and stopped because a signal asked for it.
-const STOPPED: u8 = 75;
+/// Exit code of a run or a server that has saved and stopped because a signal asked for it.
+pub(super) const STOPPED: u8 = 75;
 
 /// Train an adapter (the default)
 #[derive(Clone, Debug, PartialEq, clap::Args)]
@@ -28,6 +28,7 @@ impl Runnable for Train {
             common.debug,
             |world| {
                 let stop = StopSignals::listen(Launch {
+                    program: Program::Run,
                     leaves_signals: world.leaves_signals(),
                     by_hand: world.is_by_hand(),
                     says: world.rank() == 0,

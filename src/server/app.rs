@@ -6,12 +6,13 @@ use super::{
     futures::{FutureLimits, Futures, Promise, Render},
     http::{HttpLimits, Metrics},
     keys::Keys,
-    order::BodyHash,
+    order::{BodyHash, OnArrival},
     registry::{Registry, Tenant},
     request::{AdapterSpec, Answer, Engine, ModelId, OptimStep, Reply, Request, Task},
 };
 use axum::http::StatusCode;
 use std::{
+    collections::BTreeMap,
     path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -94,6 +95,25 @@ impl App {
         })
     }
 
+    /// The largest number of a request that was taken for each adapter, by its name in the engine.
+    pub fn last_numbers(&self) -> BTreeMap<ModelId, i64> {
+        let registry = self.registry();
+        let numbers = registry.last_numbers();
+        numbers.filter_map(|(tenant, model, last)| Some((tenant.engine_id(model).ok()?, last))).collect()
+    }
+
+    /// Refuses, for each adapter by its name in the engine, numbers up to the one that an earlier process took last: it
+    /// cannot tell repeats.
+    pub fn resume_numbers(&self, last: &BTreeMap<ModelId, i64>) {
+        for (id, &last) in last {
+            if let Some((tenant, model)) = Tenant::of_engine_id(id.as_str(), self.keys.are_needed())
+                && let Some(known) = self.registry().get(&tenant, &model)
+            {
+                known.requests = OnArrival::resumed(last);
+            }
+        }
+    }
+
     pub fn registry(&self) -> MutexGuard<'_, Registry> {
         self.registry.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -110,8 +130,9 @@ impl App {
         }
     }
 
-    /// Takes no more requests; those that were taken are carried out.
+    /// Takes no more requests; those that were taken are carried out, and have their futures when this returns.
     pub fn drain(&self) {
+        let _registry = self.registry();
         self.is_draining.store(true, Ordering::Release);
     }
 
@@ -139,9 +160,9 @@ impl App {
         spec: AdapterSpec,
         render: Render,
     ) -> Result<String, Fault> {
-        self.check_open()?;
         let request = self.request(tenant, model, Task::Create(spec.clone()))?;
         let mut registry = self.registry();
+        self.check_open()?;
         if let Some(known) = registry.get(tenant, model).filter(|known| known.spec != spec) {
             let AdapterSpec { rank, alpha, .. } = known.spec;
             return Err(Fault::user(format!(
@@ -173,13 +194,13 @@ impl App {
     /// # Errors
     /// No such adapter, a sequence number that is used, a full queue, or the server takes no request now.
     pub fn submit(&self, submission: Submission) -> Result<String, Fault> {
-        self.check_open()?;
         let Submission { tenant, model, call, number, task, render } = submission;
         let is_unload = task == Task::Unload;
         let request = self.request(tenant, model, task)?;
         let mut registry = self.registry();
+        self.check_open()?;
         self.ensure(&mut registry, tenant, model)?;
-        let Some(known) = registry.get(tenant, model) else { return Err(unknown(model)) };
+        let Some(known) = registry.get(tenant, model) else { return Err(unknown(&registry, tenant, model)) };
         if let Some((number, body)) = number {
             let repeat =
                 known.requests.repeat(number, body).map_err(|error| Fault::user(error.to_string()))?;
@@ -208,10 +229,11 @@ impl App {
     /// No such adapter.
     pub fn spec(&self, tenant: &Tenant, model: &ModelId) -> Result<AdapterSpec, Fault> {
         let mut registry = self.registry();
+        let is_declared = self.is_declared(model) && registry.lost(tenant, model).is_none();
         match registry.get(tenant, model) {
             Some(known) => Ok(known.spec.clone()),
-            None if self.is_declared(model) => Ok(self.settings.adapter.clone()),
-            None => Err(unknown(model)),
+            None if is_declared => Ok(self.settings.adapter.clone()),
+            None => Err(unknown(&registry, tenant, model)),
         }
     }
 
@@ -234,9 +256,10 @@ impl App {
         models.into_iter().try_for_each(|model| self.ensure(&mut registry, &Tenant::everyone(), model))
     }
 
-    /// Makes a declared adapter that does not exist yet.
+    /// Makes a declared adapter that does not exist yet and is not lost.
     fn ensure(&self, registry: &mut Registry, tenant: &Tenant, model: &ModelId) -> Result<(), Fault> {
-        if registry.get(tenant, model).is_some() || !self.is_declared(model) {
+        let is_known = registry.get(tenant, model).is_some() || registry.lost(tenant, model).is_some();
+        if is_known || !self.is_declared(model) {
             return Ok(());
         }
         let spec = self.settings.adapter.clone();
@@ -268,7 +291,11 @@ impl App {
     }
 }
 
-fn unknown(model: &ModelId) -> Fault {
+/// The refusal of a request for an adapter that is not there.
+fn unknown(registry: &Registry, tenant: &Tenant, model: &ModelId) -> Fault {
+    if let Some(text) = registry.lost(tenant, model) {
+        return Fault::user(text);
+    }
     Fault::user(format!(
         "model_id {model} does not exist; make it with POST /api/v1/create_model, or name it in model_ids"
     ))

@@ -8,20 +8,27 @@
 //! - [`registry`]: tenants, and the adapters that they know
 //! - [`paths`]: paths of clients as folders; [`checkpoints`]: the saved adapters in them
 //! - [`keys`], [`fault`]: who may ask, and refusals
+//! - [`start`], [`front`], [`run`]: the start of a server, what rank 0 does besides, and the whole of it
+//! - [`kept`], [`journal`]: adapters over a restart
 
 pub mod app;
 pub mod checkpoints;
 pub mod engine;
 pub mod fault;
+pub mod front;
 pub mod futures;
 pub mod http;
+pub mod journal;
+pub mod kept;
 pub mod keys;
 pub mod order;
 pub mod paths;
 pub mod registry;
 pub mod request;
 pub mod run;
+pub mod start;
 pub mod store;
 pub mod wire;
 
 pub use run::{Server, ServerPlan};
+pub use start::Start;

@@ -211,7 +211,8 @@ pub enum SequenceError {
     )]
     Reused(i64),
     #[error(
-        "seq_id {0} is older than the last {REMEMBERED_OF_EPOCH} requests of this adapter, so a repeat cannot be told"
+        "seq_id {0} is not above all those that were taken long ago or before the server was restarted, so a repeat \
+         cannot be told; number on from there, or begin anew with create_model"
     )]
     Forgotten(i64),
 }
@@ -220,7 +221,7 @@ pub enum SequenceError {
 #[derive(Clone, Debug)]
 pub struct OnArrival<R> {
     repeats: Repeats<R, i64>,
-    /// The largest number that was forgotten.
+    /// The largest number that was forgotten, or that an earlier process took.
     forgotten: Option<i64>,
 }
 
@@ -231,6 +232,16 @@ impl<R> Default for OnArrival<R> {
 }
 
 impl<R: Clone> OnArrival<R> {
+    /// The order of a model for which an earlier process took requests up to number `last`.
+    pub fn resumed(last: i64) -> Self {
+        Self { forgotten: Some(last), ..Self::default() }
+    }
+
+    /// The largest number that was taken.
+    pub fn last(&self) -> Option<i64> {
+        self.repeats.sent.last_key_value().map(|(&last, _)| last).max(self.forgotten)
+    }
+
     /// A client attaches with `create_model`: its ids begin anew and repeat none of the clients before it.
     pub fn open_epoch(&mut self) {
         *self = Self::default();

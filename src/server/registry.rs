@@ -84,6 +84,8 @@ pub struct Model {
 #[derive(Debug, Default)]
 pub struct Registry {
     models: BTreeMap<(Tenant, ModelId), Model>,
+    /// Adapters that a killed server has lost, each with the text for its client.
+    lost: BTreeMap<(Tenant, ModelId), String>,
 }
 
 impl Registry {
@@ -98,8 +100,25 @@ impl Registry {
         let exists = Arc::new(AtomicBool::new(true));
         let last_request = SystemTime::now();
         let entry = Model { spec, last_request, requests: OnArrival::default(), exists: exists.clone() };
-        self.models.insert((tenant, model), entry);
+        let key = (tenant, model);
+        self.lost.remove(&key);
+        self.models.insert(key, entry);
         exists
+    }
+
+    /// Notes that an adapter is lost until it is added again. `text` tells its client.
+    pub fn lose(&mut self, tenant: Tenant, model: ModelId, text: String) {
+        self.lost.insert((tenant, model), text);
+    }
+
+    /// The text for the client of a lost adapter.
+    pub fn lost(&self, tenant: &Tenant, model: &ModelId) -> Option<&str> {
+        self.lost.get(&(tenant.clone(), model.clone())).map(String::as_str)
+    }
+
+    /// The largest number of a request that was taken, of each adapter that has one.
+    pub fn last_numbers(&self) -> impl Iterator<Item = (&Tenant, &ModelId, i64)> {
+        self.models.iter().filter_map(|((tenant, id), model)| Some((tenant, id, model.requests.last()?)))
     }
 
     /// Takes an adapter away until the switch turns true again.
@@ -153,5 +172,16 @@ mod tests {
         assert!(registry.get(&tenant, &model).is_none() && registry.withdraw(&tenant, &model).is_none());
         exists.store(true, Ordering::Release);
         assert!(registry.get(&tenant, &model).is_some());
+    }
+
+    #[test]
+    fn an_adapter_is_lost_until_it_is_added_again() {
+        let (tenant, model) = (Tenant::everyone(), ModelId::new("a").unwrap());
+        let mut registry = Registry::default();
+        registry.lose(tenant.clone(), model.clone(), "step 6".into());
+        assert_eq!(registry.lost(&tenant, &model), Some("step 6"));
+        assert_eq!(registry.lost(&Tenant::named("other").unwrap(), &model), None);
+        registry.add(tenant.clone(), model.clone(), spec());
+        assert_eq!(registry.lost(&tenant, &model), None);
     }
 }

@@ -6,34 +6,35 @@ use super::{
 };
 use crate::{
     comm::World,
+    config::{ComputeArgs, ModelArgs},
     error::{Error, Result},
     lora::targets,
     mesh::{Mesh, MeshSizes},
     model::{
-        ModelSpec,
         base_plan::{Options, all_projections},
         hf_config::HfModel,
         stored_base,
         transformer::Transformer,
     },
     shard::ProcessGroups,
-    weights::{self, SafetensorsSource, WeightSource},
+    weights::{self, RandomSource, WeightSource},
 };
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 /// Settings from which a server starts its engine.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ServerPlan {
-    /// HF model directory.
-    pub model_path: PathBuf,
+    pub model: ModelArgs,
+    /// Key of the base's weights where they are random.
+    pub seed: u64,
     /// Folder of everything that the server leaves behind.
     pub output_dir: PathBuf,
-    pub mesh: MeshSizes,
-    pub options: Options,
+    /// The mesh, precision and memory.
+    pub compute: ComputeArgs,
+    /// One GEMM for q, k, v and one for gate, up.
+    pub merge: bool,
     /// Targets of an adapter that is created without; `None`: the default of the model's family.
     pub targets: Option<Vec<String>>,
-    /// Scale by alpha / √rank.
-    pub use_rslora: bool,
     /// Experts share one factor.
     pub hybrid: bool,
     /// Standard deviation of the initial B.
@@ -48,13 +49,15 @@ pub struct ServerPlan {
     pub gather: Duration,
     /// Time for which a rank may be silent, or keep others waiting in a collective.
     pub comm_timeout: Duration,
+    /// Checks the output of every layer: see [`Options::debug`].
+    pub debug: bool,
 }
 
 /// A server whose model is read and validated.
 pub struct Server {
     plan: ServerPlan,
-    spec: ModelSpec,
-    source: SafetensorsSource,
+    model: HfModel,
+    source: Box<dyn WeightSource>,
     mesh: Mesh,
     engine: EngineOptions,
 }
@@ -62,29 +65,45 @@ pub struct Server {
 impl Server {
     /// Reads everything but the weights, for one of `world` ranks. Enters no collective and writes nothing.
     pub fn prepare(plan: ServerPlan, world: usize) -> Result<Self> {
-        let mesh = Mesh::new(world, plan.mesh)?;
-        let hf = HfModel::open(&plan.model_path)?;
-        let mut spec = hf.spec;
-        let experts = spec.moe().map(|moe| moe.experts);
+        let mesh = Mesh::new(world, MeshSizes::from(&plan.compute))?;
+        let mut model = HfModel::open(&plan.model.hf_config())?;
+        let experts = model.spec.moe().map(|moe| moe.experts);
         if experts.is_none() && mesh.expert() > 1 {
             let why = "expert_parallel_size: this model has no experts to divide; leave it at 1";
             return Err(Error::Input(why.into()));
         }
         mesh.experts_of(0, experts.unwrap_or_default())?;
-        let source = stored_base::open(&plan.model_path, &mut spec)?;
-        let of_family = || hf.family.default_targets.iter().map(|name| name.to_string()).collect();
+        let spec = &mut model.spec;
+        let source: Box<dyn WeightSource> = match &plan.model.model_path {
+            Some(directory) => Box::new(stored_base::open(directory, spec)?),
+            None => Box::new(RandomSource::new(spec.tensors(), spec.initializer_range, plan.seed)),
+        };
+        let of_family = || model.family.default_targets.iter().map(|name| name.to_string()).collect();
         let targets = plan.targets.clone().unwrap_or_else(of_family);
-        targets::resolve(&all_projections(&spec), Some(&targets), &[])
+        targets::resolve(&all_projections(&model.spec), Some(&targets), &[])
             .map_err(|error| Error::Input(format!("lora_target_modules: {error}")))?;
-        let ServerPlan { use_rslora, hybrid, b_init_std, max_rank, .. } = plan;
+        let ServerPlan { hybrid, b_init_std, max_rank, .. } = plan;
+        // Clients of both wires are told rank and alpha alone, and scale by their ratio.
+        let use_rslora = false;
+        let name = plan.model.hf_config().display().to_string();
         let engine = EngineOptions {
             defaults: AdapterDefaults { targets, use_rslora, hybrid, b_init_std, max_rank },
-            base: Base { name: plan.model_path.display().to_string(), digest: weights::digest(&source)? },
+            base: Base { name, digest: weights::digest(source.as_ref())? },
             max_tokens_per_pass: plan.max_tokens_per_pass,
             max_waiting: plan.max_waiting,
             gather: plan.gather,
         };
-        Ok(Self { plan, spec, source, mesh, engine })
+        Ok(Self { plan, model, source, mesh, engine })
+    }
+
+    /// The base as its configuration describes it.
+    pub fn model(&self) -> &HfModel {
+        &self.model
+    }
+
+    /// [`weights::digest`] of the base.
+    pub fn digest(&self) -> &str {
+        &self.engine.base.digest
     }
 
     /// Builds this rank's part of the model and serves until `front`, which runs on a thread of rank 0, returns. Gives
@@ -94,13 +113,14 @@ impl Server {
         world: &World,
         front: impl FnOnce(Arc<EngineHandle>) -> T + Send + 'static,
     ) -> Result<Option<T>> {
-        let Self { plan, spec, source, mesh, engine } = self;
+        let Self { plan, model: HfModel { spec, .. }, source, mesh, engine } = self;
         let (groups, watcher) = (ProcessGroups::new(world, mesh), world.watcher());
         watcher.set_timeout(plan.comm_timeout);
         watcher.set_output(&plan.output_dir);
         let has_experts = spec.moe().is_some();
-        let mut model = Transformer::new(spec, plan.options, &groups)?;
-        model.load(&source as &dyn WeightSource)?;
+        let options = Options { debug: plan.debug, ..Options::new(&plan.compute, &spec, plan.merge) };
+        let mut model = Transformer::new(spec, options, &groups)?;
+        model.load(source.as_ref())?;
         groups.open(has_experts)?;
         groups.world.barrier()?;
         engine::serve(world, groups, model, engine, front)

@@ -1,5 +1,5 @@
-//! Compares all ranks before they train: program, configuration, model and data, and after a resume the steps that are
-//! left. A rank with an old binary or another copy of a file would train, and nobody would know on what.
+//! Compares all ranks before they train or serve: program, configuration, model and data, and after a resume the steps
+//! that are left. A rank with an old binary or another copy of a file would train, and nobody would know on what.
 
 use super::Run;
 use crate::{
@@ -10,9 +10,9 @@ use crate::{
 use object::Object;
 use serde::{Deserialize, Serialize};
 
-/// Program and inputs of a rank's run.
+/// Program and inputs of a rank.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Identity {
+pub struct Identity {
     /// Version, and the linker's number of this very build.
     program: String,
     /// Resolved, as YAML.
@@ -29,13 +29,7 @@ impl Run {
     /// # Errors
     /// The first rank that differs from rank 0 says in what; the others return [`Error::Elsewhere`].
     pub fn same_on_all_ranks(&self, world: &dyn Communicator) -> Result<()> {
-        let own = agree(world, self.identity())?;
-        let all = world.all_gather_host(&serde_json::to_vec(&own).unwrap_or_default())?;
-        let first = all.first().and_then(|bytes| serde_json::from_slice::<Identity>(bytes).ok());
-        // An identity that cannot be read is another program's.
-        let another = || Some("runs another xorl-dist than rank 0: start one on all hosts".to_owned());
-        let differs = first.map_or_else(another, |first| own.difference(&first));
-        same(world, differs)
+        agree(world, self.identity())?.same_on_all_ranks(world)
     }
 
     /// Compares what the ranks have taken over from a step: fields of the configuration, and the steps that are left.
@@ -58,16 +52,31 @@ impl Run {
     }
 
     fn identity(&self) -> Result<Identity> {
-        Ok(Identity {
-            program: format!("{} {}", env!("CARGO_PKG_VERSION"), build_id().unwrap_or_default()),
-            config: self.config.to_yaml(),
-            model: weights::digest(self.source.as_ref())?,
-            data: self.dataset.fingerprint().to_owned(),
-        })
+        let data = self.dataset.fingerprint().to_owned();
+        Ok(Identity::new(self.config.to_yaml(), weights::digest(self.source.as_ref())?, data))
     }
 }
 
 impl Identity {
+    /// This program with a resolved configuration as YAML, the digest of a model, and the fingerprint of data.
+    pub fn new(config: String, model: String, data: String) -> Self {
+        let program = format!("{} {}", env!("CARGO_PKG_VERSION"), build_id().unwrap_or_default());
+        Self { program, config, model, data }
+    }
+
+    /// Compares the ranks. Collective.
+    ///
+    /// # Errors
+    /// The first rank that differs from rank 0 says in what; the others return [`Error::Elsewhere`].
+    pub fn same_on_all_ranks(&self, world: &dyn Communicator) -> Result<()> {
+        let all = world.all_gather_host(&serde_json::to_vec(self).unwrap_or_default())?;
+        let first = all.first().and_then(|bytes| serde_json::from_slice::<Self>(bytes).ok());
+        // An identity that cannot be read is another program's.
+        let another = || Some("runs another xorl-dist than rank 0: start one on all hosts".to_owned());
+        let differs = first.map_or_else(another, |first| self.difference(&first));
+        same(world, differs)
+    }
+
     /// The first difference of a rank from the `first`, to stand behind the rank's number.
     fn difference(&self, first: &Self) -> Option<String> {
         if self.program != first.program {

@@ -3,6 +3,7 @@
 //! - [`step`]: one step, as the algorithm reads
 //! - [`run`]: the run around it
 //! - `loss`: the loss of a run's rows; `identity`: all ranks run the same
+//! - `output`: the output directory, for one process at a time
 //! - `resume`: the start of a run, fresh or from a step; `save`: publishing of steps
 //! - `signals`: requests to stop
 //! - `report`: cost of a run, before it starts; `samples`: its rows as the model sees them
@@ -11,6 +12,7 @@
 mod identity;
 mod loss;
 pub mod metrics;
+mod output;
 mod profile;
 mod progress;
 mod report;
@@ -21,6 +23,8 @@ mod save;
 mod signals;
 pub mod step;
 
+pub use identity::Identity;
+pub use output::take_output;
 pub use run::{Ended, Run};
-pub use signals::{Launch, StopSignals};
+pub use signals::{Launch, Program, StopSignals};
 pub use step::{MicroBatch, StepReport, Trainer};

@@ -3,11 +3,11 @@
 //! Rank 0 finds and verifies the step; then every rank reads its own pieces. Nothing is written before all of it is
 //! done: an error here ends all ranks with exit code 2 and changes no file.
 
-use super::{Run, run::makes_steps};
+use super::{Run, run::makes_steps, take_output};
 use crate::{
     checkpoint::{
         CheckpointError, TrainerState, adapter_store,
-        output::{OutputLock, SharedToken},
+        output::OutputLock,
         peft::AdapterFolder,
         pieces::{Pieces, read_pieces},
         publish::verify,
@@ -82,7 +82,9 @@ impl Run {
         if self.resumed().is_some() {
             self.same_plan_on_all_ranks(world)?;
         }
-        self.take_output(world)
+        let (held, output) = (self.lock.take(), self.config.train.output_dir.clone());
+        self.lock = take_output(&output, &self.places.of("train.output_dir").to_string(), held, world)?;
+        Ok(())
     }
 
     /// Decides on the step to resume from, and verifies it. On rank 0.
@@ -254,28 +256,6 @@ impl Run {
     pub(super) fn standing(&self) -> (usize, DataCursor) {
         self.resumed()
             .map_or((0, DataCursor::default()), |resumed| (resumed.state.step, resumed.state.position))
-    }
-
-    /// Locks output_dir on rank 0, and checks that all ranks see the same directory. Collective.
-    fn take_output(&mut self, world: &dyn Communicator) -> Result<()> {
-        let output = self.config.train.output_dir.clone();
-        // A directory that cannot be written is a user error, as nothing was written yet.
-        let place = self.places.of("train.output_dir");
-        let input = |error: &dyn std::fmt::Display| Error::Input(format!("{place}: {error}"));
-        let held = self.lock.take();
-        let take = || {
-            std::fs::create_dir_all(&output)
-                .map_err(|error| input(&format!("{}: {error}", output.display())))?;
-            let lock = held.map_or_else(|| OutputLock::take(&output), Ok).map_err(|error| input(&error))?;
-            let token = SharedToken::put(&output).map_err(|error| input(&error))?;
-            Ok(Some((lock, token)))
-        };
-        let taken = if world.rank() == 0 { take() } else { Ok(None) };
-        let (lock, token) = agree(world, taken)?.unzip();
-        let name = broadcast_from_root(world, token.as_ref().map_or("", SharedToken::name))?;
-        agree(world, SharedToken::is_seen(&output, &name).map_err(Error::from))?;
-        self.lock = lock;
-        Ok(())
     }
 }
 

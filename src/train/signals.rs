@@ -1,6 +1,6 @@
-//! Signals that ask a run to save and stop: SIGUSR1 under any launcher, SIGTERM and SIGINT where no launcher acts on
-//! them. The handlers only set a flag; ranks agree on it at the end of each step. A thread prints the reaction to the
-//! first signal at once, because a step may take long.
+//! Signals that ask a run or a server to save and stop: SIGUSR1 under any launcher, SIGTERM and SIGINT where no launcher
+//! acts on them. The handlers only set a flag; the ranks of a run agree on it at the end of each step. A thread prints
+//! the reaction to the first signal at once, because a step may take long.
 
 use crate::{
     console,
@@ -24,20 +24,32 @@ use std::{
 pub struct StopSignals {
     asked: Arc<AtomicBool>,
     place: Place,
+    /// The signals that are listened to.
+    signals: &'static [i32],
+}
+
+/// The program that is asked to stop.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Program {
+    #[default]
+    Run,
+    Server,
 }
 
 /// Progress of a run, for the message about a signal.
 #[derive(Clone, Default)]
 struct Place {
+    program: Program,
     /// The step that is being made, from 1; 0 before the first.
     step: Arc<AtomicUsize>,
     /// The step that was saved last; 0: none.
     saved: Arc<AtomicUsize>,
 }
 
-/// The launch of a run, as far as signals go.
+/// The launch of a program, as far as signals go.
 #[derive(Clone, Copy, Debug)]
 pub struct Launch {
+    pub program: Program,
     /// SIGTERM and SIGINT reach the ranks, with time to act on them.
     pub leaves_signals: bool,
     /// No launcher started this process.
@@ -50,7 +62,8 @@ impl StopSignals {
     /// Listens from now on. By hand, a second SIGTERM or SIGINT ends the process at once. slurm may send one signal
     /// twice, and kills later anyway.
     pub fn listen(launch: Launch) -> Result<Self> {
-        let (asked, place) = (Arc::new(AtomicBool::new(false)), Place::default());
+        let place = Place { program: launch.program, ..Place::default() };
+        let asked = Arc::new(AtomicBool::new(false));
         let failed = |error| Error::Failure(format!("listening to signals: {error}"));
         let ours = if launch.leaves_signals { &[SIGTERM, SIGINT, SIGUSR1][..] } else { &[SIGUSR1] };
         for &signal in ours {
@@ -72,11 +85,23 @@ impl StopSignals {
             };
             on_first(&[SIGTERM], ends).map_err(failed)?;
         }
-        Ok(Self { asked, place })
+        Ok(Self { asked, place, signals: ours })
     }
 
     pub fn asked(&self) -> bool {
         self.asked.load(Ordering::Relaxed)
+    }
+
+    /// Has a thread call `act` at the first signal. One that has come already counts.
+    pub fn on_asked(&self, act: impl Fn() + Send + Sync + 'static) -> Result<()> {
+        let act = Arc::new(act);
+        let own = act.clone();
+        on_first(self.signals, move || own())
+            .map_err(|error| Error::Failure(format!("listening to signals: {error}")))?;
+        if self.asked() {
+            act();
+        }
+        Ok(())
     }
 
     /// Notes that `step`, from 1, begins.
@@ -94,6 +119,9 @@ impl Place {
     fn stopping(&self, by_hand: bool) -> String {
         let again = if by_hand { "; once more (Ctrl-C) ends at once, without saving" } else { "" };
         match self.step.load(Ordering::Relaxed) {
+            _ if self.program == Program::Server => format!(
+                "stopping: requests that were taken are finished, then all adapters are saved and the server ends{again}"
+            ),
             0 => format!("stopping: the first step is made and saved, then the run ends{again}"),
             step => format!("stopping: step {step} is finished and saved, then the run ends{again}"),
         }
@@ -102,6 +130,7 @@ impl Place {
     /// mpirun handles SIGTERM and SIGINT by ending its ranks about a second later.
     fn ending(&self) -> String {
         let saved = match self.saved.load(Ordering::Relaxed) {
+            _ if self.program == Program::Server => "adapters are as they were last saved".to_owned(),
             0 => "nothing of this run is saved".to_owned(),
             step => format!("nothing after step {step} is saved"),
         };

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "every test program compiles its own copy")]
 
 pub mod engine;
+pub mod serving;
 pub mod tiny;
 pub mod topology;
 

@@ -118,6 +118,8 @@ struct Local {
     timeout: Duration,
     /// Directory of the flight record.
     output: Option<PathBuf>,
+    /// Called before the watchdog ends the process.
+    on_end: Option<Box<dyn FnOnce() + Send>>,
     /// The control thread and its wakeup.
     thread: Option<(JoinHandle<()>, Wakeup)>,
     closing: bool,
@@ -138,6 +140,7 @@ impl Shared {
             flight: VecDeque::new(),
             timeout: TIMEOUT,
             output: None,
+            on_end: None,
             thread: None,
             closing: false,
         };
@@ -300,6 +303,11 @@ impl Watcher {
     /// Sets the directory of the flight record.
     pub fn set_output(&self, output_dir: &Path) {
         self.with(|local| local.output = Some(output_dir.to_owned()));
+    }
+
+    /// Has `act` called when the watchdog is about to end this process, about a second before it does.
+    pub fn on_end(&self, act: impl FnOnce() + Send + 'static) {
+        self.with(|local| local.on_end = Some(Box::new(act)));
     }
 
     /// Begins step `step`, from 1. Steps have a deadline.

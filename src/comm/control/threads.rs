@@ -381,15 +381,17 @@ fn write_all(mut links: Vec<&mut Link>, limit: Duration) {
     }
 }
 
-/// Ends this process: prints the reason if it `says` it, and writes the flight record.
+/// Ends this process: prints the reason if it `says` it, tells who has asked to know, and writes the flight record.
 fn end(shared: &Shared, rank: usize, line: &str, says: bool) -> ! {
     if says {
         crate::console::say(&format!("error: {line}"));
     }
+    let on_end = shared.lock().on_end.take();
+    let is_told = on_end.map(|act| act()).is_some();
     shared.write_flight(rank, line);
     shared.abort();
     // The launcher kills all ranks when the first has ended: those that print or write need time before it.
-    std::thread::sleep(Duration::from_millis(if says { 300 } else { 1000 }));
+    std::thread::sleep(Duration::from_millis(if says && !is_told { 300 } else { 1000 }));
     // SAFETY: _exit takes any status and returns never. It runs no exit handlers: MPI's may wait for the rank that
     // hangs.
     unsafe { libc::_exit(1) }

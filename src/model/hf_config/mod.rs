@@ -97,6 +97,8 @@ impl ConfigError {
 #[derive(Clone, Debug)]
 pub struct HfModel {
     pub family: &'static Family,
+    /// The class of the model, `LlamaForCausalLM`; the `model_type` where the config names none.
+    pub architecture: String,
     pub spec: ModelSpec,
     /// Dtype of the checkpoint, if the config has one.
     pub dtype: Option<DType>,
@@ -134,6 +136,7 @@ impl HfModel {
     pub fn parse(path: &Path, map: Map<String, Value>) -> Result<Self, ConfigError> {
         // transformers generates by the file alone, without the defaults of its config class.
         let end_token_ids = token_ids(path, &map)?;
+        let class = map.get("architectures").and_then(|classes| classes.get(0)?.as_str().map(str::to_owned));
         let fields = Fields::new(path, map)?;
         let family = fields.family();
         for field in WIDTHS.into_iter().filter(|field| family.reads(field)) {
@@ -166,6 +169,7 @@ impl HfModel {
         let max_positions = fields.optional_size("max_position_embeddings")?;
         Ok(Self {
             family,
+            architecture: class.unwrap_or_else(|| family.model_type.to_owned()),
             spec,
             dtype,
             eos_token_ids,

@@ -81,6 +81,8 @@ pub fn serve<T: Send + 'static>(
         }
         Commands::Sender(commands) => {
             let (handle, requests) = EngineHandle::new(options.max_waiting);
+            let failing = handle.clone();
+            watcher.on_end(move || failing.fail());
             let front = with_front(handle.clone(), front)?;
             let mut driver = Driver::new(models, options, commands, requests, handle.clone(), watcher);
             driver.run().inspect_err(|_| handle.fail())?;

@@ -1,0 +1,46 @@
+//! The command `serve`.
+
+use super::{Common, Fields, Runnable, ranks::on_all_ranks, train::STOPPED};
+use crate::{
+    config,
+    error::{Result, agree},
+    server::Start,
+    train::{Launch, Program, StopSignals},
+};
+use std::{path::PathBuf, process::ExitCode};
+
+/// Serve a base model over HTTP to clients that train adapters of it; also sharded over the ranks of mpirun
+#[derive(Clone, Debug, PartialEq, clap::Args)]
+pub struct Serve {
+    /// The server: a .yaml, .yml or .json file
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+}
+
+impl Runnable for Serve {
+    const USAGE: &'static str = "serve --config <FILE>";
+    const FIELDS: Option<Fields> =
+        Some(Fields { usage: "[--server.field <VALUE>]...", help: config::server_help });
+
+    /// Serves until a signal asks for the end; then all adapters are saved.
+    fn run(&self, common: &Common) -> Result<ExitCode> {
+        on_all_ranks(
+            common.device,
+            common.debug,
+            |world| {
+                let stop = StopSignals::listen(Launch {
+                    program: Program::Server,
+                    leaves_signals: world.leaves_signals(),
+                    by_hand: world.is_by_hand(),
+                    says: world.rank() == 0,
+                })?;
+                let everyone = world.group("world", 0);
+                let start = Start::read(&self.config, &common.overrides, world.size(), common.debug);
+                let mut start = agree(&*everyone, start)?;
+                start.open(&*everyone)?;
+                Ok((start, stop))
+            },
+            |(start, stop), world| start.execute(world, &stop).map(|()| ExitCode::from(STOPPED)),
+        )
+    }
+}

@@ -1,0 +1,34 @@
+//! The output directory of a run or a server: made and locked by rank 0, and seen by all ranks.
+
+use crate::{
+    checkpoint::output::{OutputLock, SharedToken},
+    comm::Communicator,
+    error::{Error, Result, agree, broadcast_from_root},
+};
+use std::path::Path;
+
+/// Makes `output` and locks it on rank 0, unless that `held` the lock already, and checks that all ranks see the same
+/// directory. `place` stands before errors. Gives the lock to rank 0. Collective.
+///
+/// # Errors
+/// The error of the first rank that has one, and [`Error::Elsewhere`] on the others.
+pub fn take_output(
+    output: &Path,
+    place: &str,
+    held: Option<OutputLock>,
+    world: &dyn Communicator,
+) -> Result<Option<OutputLock>> {
+    // A directory that cannot be written is a user error, as nothing was written yet.
+    let input = |error: &dyn std::fmt::Display| Error::Input(format!("{place}: {error}"));
+    let take = || {
+        std::fs::create_dir_all(output).map_err(|error| input(&format!("{}: {error}", output.display())))?;
+        let lock = held.map_or_else(|| OutputLock::take(output), Ok).map_err(|error| input(&error))?;
+        let token = SharedToken::put(output).map_err(|error| input(&error))?;
+        Ok(Some((lock, token)))
+    };
+    let taken = if world.rank() == 0 { take() } else { Ok(None) };
+    let (lock, token) = agree(world, taken)?.unzip();
+    let name = broadcast_from_root(world, token.as_ref().map_or("", SharedToken::name))?;
+    agree(world, SharedToken::is_seen(output, &name).map_err(Error::from))?;
+    Ok(lock)
+}
