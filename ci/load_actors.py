@@ -7,6 +7,7 @@ adapter, Refused where the operation was not taken, and Unknown where nobody can
 import asyncio
 import re
 import sys
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,6 +18,10 @@ import plan  # noqa: E402
 
 SECONDS = 120
 LOST = re.compile(r"the server ended before it could save model_id (\S+): (.*)", re.DOTALL)
+
+
+# Of a session of tinker's.
+ENDED = "has ended, or the server was started after it"
 
 
 class Unknown(Exception):
@@ -176,6 +181,8 @@ class Library:
     async def _call(self, function):
         try:
             return await asyncio.to_thread(function)
+        except NotTaken:
+            raise
         except Exception as error:
             judged = judge(error, str(error))
             if judged is error and not self._is_refusal(error):
@@ -225,6 +232,7 @@ class XorlClient(Library):
 class Tinker(Library):
     kind = "tinker"
     driver = None
+    lock = threading.Lock()
 
     def __init__(self, server, name, adapter, random, mischief=True):
         super().__init__(server, name, adapter, random)
@@ -243,18 +251,30 @@ class Tinker(Library):
         Tinker.generation = self.server.generation
 
     def _made(self, make):
-        """A client that `make` makes; its session may have ended with a server."""
-        if Tinker.driver is None or Tinker.generation != self.server.generation:
-            self._renew()
-        self.client = make()
+        """A client that `make` makes; sessions end with their server."""
+        import tinker
+
+        with Tinker.lock:
+            if Tinker.driver is None or Tinker.generation != self.server.generation:
+                self._renew()
+        try:
+            self.client = make()
+        except tinker.BadRequestError as error:
+            if ENDED in str(error):
+                Tinker.driver = None
+                raise NotTaken(str(error)) from error
+            raise
         self.model = self.client.get_info().model_id
 
     async def create(self):
         await self._call(lambda: self._made(lambda: self.driver.create(self.name, self.adapter % 8)))
 
     async def load(self, uri):
-        make = self.driver.service.create_training_client_from_state_with_optimizer
-        await self._call(lambda: self._made(lambda: self.driver.module.settled(make(uri))))
+        def make():
+            made = Tinker.driver.service.create_training_client_from_state_with_optimizer(uri)
+            return Tinker.driver.module.settled(made)
+
+        await self._call(lambda: self._made(make))
 
     async def unload(self):
         """By hand: this client leaves its adapters to the end of the session."""

@@ -53,7 +53,12 @@ class Life:
             if self.random.random() < SAVES and tally(self.applied)[1] == 0:
                 await self._save(f"s{number}")
         await self._notice()
-        if (found := await self._counts()) != tally(self.applied):
+        try:
+            found = await self._counts()
+        except Lost as lost:
+            await self._recover(str(lost))
+            found = tally(self.applied)
+        if found != tally(self.applied):
             raise AssertionError(f"{self.actor.model}: {found} at the end, acknowledged were {tally(self.applied)}")
         self.final = await self._save("final")
         try:
@@ -81,7 +86,7 @@ class Life:
                     self.stops |= {len(self.applied) - 1, len(self.applied)}
                 return
             except Lost as lost:
-                return await self._recover(str(lost))
+                return await self._recover(str(lost), operation)
             except (Unknown, NotTaken) as error:
                 await self._back(generation)
                 if self.server.generation != generation:
@@ -132,7 +137,7 @@ class Life:
         try:
             found = await self._counts()
         except Lost as lost:
-            await self._recover(str(lost))
+            await self._recover(str(lost), pending)
             return True
         if found is None:
             if self.applied or self.saves:
@@ -170,27 +175,32 @@ class Life:
             raise Lost(detail)
         return None
 
-    async def _recover(self, text):
+    async def _recover(self, text, pending=None):
         """Goes on from the state that the server names, which must be the newest that the ledger has."""
         self.server.counts["adapters lost in the kill"] += 1
         named = NAMED.search(text)
-        saves = f"{text!r}; acknowledged were saves {self.saves}, stops {self.stops}"
+        told = f"{text!r}; acknowledged were {tally(self.applied)}, saves {self.saves}, stops {self.stops}, then {pending}"
         if named is None:
             if self.saves or self.stops:
-                raise AssertionError(saves)
+                raise AssertionError(told)
             self.applied = []
             return await self._make(None)
         step, uri = int(named[1]), named[2]
-        possible = [self.saves[uri]] if uri in self.saves else sorted(self.stops)
-        possible = [length for length in possible if tally(self.applied[:length])[0] == step]
-        if not possible or possible[-1] < max(self.saves.values(), default=0):
-            raise AssertionError(saves)
+        if uri in self.saves:
+            ledgers = [self.applied[: self.saves[uri]]]
+        else:
+            # Saved by the server at a stop, perhaps one that this client has slept through.
+            ledgers = [self.applied[:length] for length in sorted({*self.stops, len(self.applied)})]
+            ledgers += [[*self.applied, pending]] if pending else []
+        ledgers = [ledger for ledger in ledgers if tally(ledger)[0] == step]
+        if not ledgers or len(ledgers[-1]) < max(self.saves.values(), default=0):
+            raise AssertionError(told)
         await self._make(uri)
         found = await self._counts()
-        fitting = [length for length in possible if tally(self.applied[:length]) == found]
+        fitting = [ledger for ledger in ledgers if tally(ledger) == found]
         if not fitting:
-            raise AssertionError(f"{saves}; after a load of {uri} it is at {found}")
-        self.applied = self.applied[: fitting[-1]]
+            raise AssertionError(f"{told}; after a load of {uri} it is at {found}")
+        self.applied = fitting[-1]
 
     async def _make(self, uri):
         while True:

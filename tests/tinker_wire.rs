@@ -15,19 +15,22 @@ use std::{
 use tempfile::TempDir;
 use xorl_dist::server::{
     request::{ModelId, PassReply, StepReply},
-    wire::tinker::{
-        answers::{
-            Capabilities, Checkpoint, CheckpointType, Checkpoints, ClientConfig, CreatedModel,
-            CreatedSession, Cursor, Heartbeat, LoadedWeights, ModelData, ModelInfo, SavedSamplerWeights,
-            SavedWeights, Session, Sessions, Status, Stepped, SupportedModel, TrainingRun, TrainingRuns,
-            UnloadedModel, WeightsInfo, utc,
+    wire::{
+        iso_time,
+        tinker::{
+            answers::{
+                Capabilities, Checkpoint, CheckpointType, Checkpoints, ClientConfig, CreatedModel,
+                CreatedSession, Cursor, Heartbeat, LoadedWeights, ModelData, ModelInfo, SavedSamplerWeights,
+                SavedWeights, Session, Sessions, Status, Stepped, SupportedModel, TrainingRun, TrainingRuns,
+                UnloadedModel, WeightsInfo, texts,
+            },
+            calls::{
+                CreateModel, CreateSession, LoadTarget, LoadWeights, ModelCall, ModelDefaults, OptimStepCall,
+                SamplerSave, SaveWeights, SaveWeightsForSampler, model_id, ttl,
+            },
+            data::{Limits, PassCall, RefusedPass},
+            reply,
         },
-        calls::{
-            CreateModel, CreateSession, LoadTarget, LoadWeights, ModelCall, ModelDefaults, OptimStepCall,
-            SamplerSave, SaveWeights, SaveWeightsForSampler, model_id, ttl,
-        },
-        data::{Limits, PassCall, RefusedPass},
-        reply,
     },
 };
 
@@ -200,7 +203,7 @@ fn python_calls_that_clients_send_ask_for_what_they_meant() {
         assert_eq!((spec.rank, spec.alpha, spec.seed), (8, 32.0, u64::MAX - 2));
         assert_eq!((spec.train_attn, spec.train_mlp, spec.targets), (true, false, None));
         assert!(warning.unwrap().contains("train_unembed is ignored"));
-        assert_eq!(json!(create.text_metadata()), json!({"r": "x", "n": "3"}));
+        assert_eq!(json!(create.user_metadata.as_ref().map(texts)), json!({"r": "x", "n": "3"}));
         assert_eq!(model_id(&create.session_id, create.model_seq_id).unwrap().as_str(), "sess-1:train:2");
 
         let step: OptimStepCall = parse(call("optim_step"));
@@ -247,9 +250,9 @@ fn python_answers_pass_the_checks_of_the_clients() {
         model_name: "org/base".to_owned(),
         tokenizer_id: "/models/base".to_owned(),
     };
-    let time = utc(UNIX_EPOCH + Duration::from_secs(1_795_941_000));
+    let time = iso_time(UNIX_EPOCH + Duration::from_secs(1_795_941_000));
     let checkpoint = Checkpoint {
-        checkpoint_id: format!("{}/a", CheckpointType::Training.folder()),
+        checkpoint_id: "weights/a".to_owned(),
         checkpoint_type: CheckpointType::Training,
         time: time.clone(),
         tinker_path: "tinker://sess-1:train:0/weights/a".to_owned(),

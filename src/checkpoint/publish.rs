@@ -58,6 +58,11 @@ impl Manifest {
         self.0.contains_key(file)
     }
 
+    /// The files, by their path in the step.
+    pub fn files(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
+    }
+
     /// Bytes of the files.
     pub fn bytes(&self) -> u64 {
         self.0.values().map(|listed| listed.size).sum()

@@ -5,7 +5,10 @@ use super::{
     CheckpointError, FolderWriter,
     adapter_config::read_config,
     io,
-    publish::{MANIFEST, Manifest, create_folder, present, published_name, recover, sync, verify, withdraw},
+    publish::{
+        KnownHashes, MANIFEST, Manifest, create_folder, present, published_name, recover, sync, verify,
+        withdraw,
+    },
     state,
 };
 use crate::lora::LoraShape;
@@ -147,6 +150,24 @@ pub fn describe(folder: &Path) -> Result<Description, CheckpointError> {
     })
 }
 
+/// Makes a save `to` with the files of the save `from`, which are linked and not copied, and other metadata.
+///
+/// # Errors
+/// `from` is not whole, `to` is taken, or they are on two file systems.
+pub fn link(from: &Path, to: &Path, metadata: &Value) -> Result<(), CheckpointError> {
+    let from = whole(from)?;
+    let writer = begin(to, false)?;
+    for file in Manifest::read(&from)?.files().filter(|file| *file != METADATA) {
+        let target = writer.directory().join(file);
+        let folder = target.parent().unwrap_or(writer.directory());
+        fs::create_dir_all(folder)
+            .and_then(|()| fs::hard_link(from.join(file), &target))
+            .map_err(io(&target))?;
+    }
+    write_metadata(&writer, metadata)?;
+    writer.publish(&mut KnownHashes::default()).map(drop)
+}
+
 /// Writes the user's `metadata` into a save that is being written; nothing for null.
 pub fn write_metadata(writer: &FolderWriter, metadata: &Value) -> Result<(), CheckpointError> {
     if metadata.is_null() {
@@ -198,7 +219,6 @@ pub fn bytes_below(folder: &Path) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::publish::KnownHashes;
     use super::*;
     use serde_json::json;
 
@@ -340,6 +360,21 @@ mod tests {
         assert_eq!(entries(root.path()), ["b", "no save"]);
         let error = delete(&folder).unwrap_err();
         assert!(error.to_string().contains("no such folder") && error.exit_code() == 2, "{error}");
+    }
+
+    #[test]
+    fn a_linked_save_outlives_the_first_and_has_metadata_of_its_own() {
+        let root = tempfile::tempdir().unwrap();
+        let (first, second) = (root.path().join("first"), root.path().join("other/second"));
+        let writer = written(&first, "text", false);
+        write_metadata(&writer, &json!({"of": "first"})).unwrap();
+        writer.publish(&mut KnownHashes::default()).unwrap();
+        link(&first, &second, &json!({"of": "second"})).unwrap();
+        assert!(matches!(link(&first, &second, &Value::Null), Err(CheckpointError::Taken { .. })));
+        delete(&first).unwrap();
+        assert_eq!(text(&second), "text");
+        assert_eq!(describe(&second).unwrap().metadata, json!({"of": "second"}));
+        assert!(link(&first, &root.path().join("third"), &Value::Null).is_err());
     }
 
     #[test]

@@ -172,7 +172,7 @@ pub fn describe(found: &Stored) -> Result<LoraShape, StoreError> {
 }
 
 /// The error of a save, which clients know by its name and not by its folder.
-fn refused(found: &Stored, error: &CheckpointError) -> StoreError {
+pub fn refused(found: &Stored, error: &CheckpointError) -> StoreError {
     let text = error.to_string().replace(&*found.folder.to_string_lossy(), &found.checkpoint.uri("xorl"));
     match error.exit_code() {
         2 => StoreError::Unreadable(text),

@@ -27,6 +27,9 @@ pub struct FutureLimits {
     pub lifetime: Duration,
     /// Time for which a poll waits for a result. Clients give up after 45 s.
     pub poll: Duration,
+    /// Time for which a request waits for those before it that have not arrived. Clients send a lost one again after
+    /// 60 s and some more.
+    pub gap: Duration,
 }
 
 impl Default for FutureLimits {
@@ -37,6 +40,7 @@ impl Default for FutureLimits {
             bytes: 1 << 30,
             lifetime: Duration::from_secs(3600),
             poll: Duration::from_secs(35),
+            gap: Duration::from_secs(120),
         }
     }
 }
@@ -102,12 +106,17 @@ pub struct Place {
     pub current: String,
     /// Seconds since the request was submitted.
     pub waited: u64,
+    /// The reason why it is not in the queue yet.
+    pub held: Option<String>,
 }
 
 impl Place {
     /// Cause and place, as a sentence.
     pub fn reason(&self) -> String {
-        let Self { ahead, current, waited } = self;
+        let Self { ahead, current, waited, held } = self;
+        if let Some(reason) = held {
+            return format!("{reason}, for {waited} s");
+        }
         match (ahead, current.is_empty()) {
             (0, _) => format!("{current} is being carried out, {waited} s after it was submitted"),
             (_, true) => format!("number {} in the queue for {waited} s", ahead + 1),
@@ -134,6 +143,8 @@ struct Entry {
     /// `forward_backward of policy_v1`
     work: String,
     submitted: Instant,
+    /// The reason why it is held back.
+    held: Option<String>,
     changed: Arc<Notify>,
     /// With its time.
     outcome: Option<(Arc<Outcome>, Instant)>,
@@ -166,7 +177,7 @@ impl Table {
         let number = self.next;
         self.next += 1;
         let changed = Arc::default();
-        let entry = Entry { owner, work, submitted: now, changed, outcome: None, is_read: false };
+        let entry = Entry { owner, work, submitted: now, held: None, changed, outcome: None, is_read: false };
         self.entries.insert(number, entry);
         self.pending.insert(number);
         Ok(number)
@@ -209,10 +220,13 @@ impl Table {
             return Look::Done(outcome.clone());
         }
         let waited = now.duration_since(entry.submitted).as_secs();
-        let first = self.pending.first().and_then(|first| self.entries.get(first));
-        let current = first.filter(|first| first.owner == *owner).map(|first| first.work.clone());
-        let ahead = self.pending.range(..number).count();
-        Look::Pending(Place { ahead, current: current.unwrap_or_default(), waited })
+        let held = entry.held.clone();
+        let before = self.pending.range(..=number).filter_map(|number| self.entries.get(number));
+        let mut queued = before.filter(|entry| entry.held.is_none()).peekable();
+        let first = queued.peek().filter(|first| first.owner == *owner);
+        let current = first.map(|first| first.work.clone()).unwrap_or_default();
+        let ahead = queued.count().saturating_sub(1);
+        Look::Pending(Place { ahead, current, waited, held })
     }
 }
 
@@ -294,6 +308,11 @@ impl Futures {
         }
     }
 
+    /// Time for which a request waits for those before it that have not arrived.
+    pub fn gap(&self) -> Duration {
+        self.limits.gap
+    }
+
     pub fn counts(&self) -> Counts {
         let table = self.table();
         let is_unread = |number: &&u64| table.entries.get(number).is_some_and(|entry| !entry.is_read);
@@ -323,6 +342,13 @@ impl Promise {
         self.settle(answer);
     }
 
+    /// Tells those who poll why the request is held back; `None`: it is in the queue.
+    pub fn hold(&self, reason: Option<String>) {
+        if let Some(entry) = self.futures.table().entries.get_mut(&self.number) {
+            entry.held = reason;
+        }
+    }
+
     fn settle(&mut self, answer: Answer) {
         if let Some(render) = self.render.take() {
             let outcome = Outcome { answer, render };
@@ -339,149 +365,4 @@ impl Drop for Promise {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::server::request::PassReply;
-    use proptest::prelude::*;
-
-    const SECOND: Duration = Duration::from_secs(1);
-
-    fn limits() -> FutureLimits {
-        FutureLimits { pending: 3, kept: 4, bytes: 6000, lifetime: 10 * SECOND, poll: SECOND / 10 }
-    }
-
-    fn outcome(tokens: usize) -> Outcome {
-        let pass =
-            PassReply { loss: 0.0, valid: 0, log_probs: vec![vec![0.0; tokens]], metrics: BTreeMap::new() };
-        Outcome { answer: Ok(Reply::Passed(pass)), render: Box::new(|_, _| Body::json(&1)) }
-    }
-
-    fn table_with(now: Instant, works: &[&str]) -> Table {
-        let mut table = Table::default();
-        for work in works {
-            table.open(Tenant::everyone(), (*work).into(), now, &limits()).unwrap();
-        }
-        table
-    }
-
-    fn is_kept(table: &mut Table, number: u64, now: Instant) -> bool {
-        !matches!(table.look(number, &Tenant::everyone(), now), Look::Unknown)
-    }
-
-    #[test]
-    fn a_place_says_how_many_are_ahead_and_which_is_carried_out() {
-        let now = Instant::now();
-        let mut table = table_with(now, &["forward of a", "optim_step of a", "forward of b"]);
-        let reason =
-            |table: &mut Table, number, owner: &Tenant| match table.look(number, owner, now + 7 * SECOND) {
-                Look::Pending(place) => place.reason(),
-                _ => panic!("not pending"),
-            };
-        let all = Tenant::everyone();
-        assert_eq!(
-            reason(&mut table, 0, &all),
-            "forward of a is being carried out, 7 s after it was submitted"
-        );
-        assert_eq!(reason(&mut table, 2, &all), "number 3 in the queue for 7 s, behind forward of a");
-        table.finish(0, outcome(1), now, &limits());
-        assert_eq!(reason(&mut table, 2, &all), "number 2 in the queue for 7 s, behind optim_step of a");
-        // Nobody reads the names of another tenant's models.
-        let other = Tenant::named("other").unwrap();
-        table.open(other.clone(), "forward of c".into(), now, &limits()).unwrap();
-        assert_eq!(reason(&mut table, 3, &other), "number 3 in the queue for 7 s");
-    }
-
-    #[test]
-    fn a_full_queue_refuses_until_one_is_answered() {
-        let now = Instant::now();
-        let mut table = table_with(now, &["a", "b", "c"]);
-        let refused = table.open(Tenant::everyone(), "d".into(), now, &limits());
-        assert_eq!(refused.unwrap_err(), Full(3));
-        table.finish(1, outcome(1), now, &limits());
-        table.open(Tenant::everyone(), "d".into(), now, &limits()).unwrap();
-    }
-
-    #[test]
-    fn a_result_stays_for_its_lifetime_and_within_the_limits() {
-        let start = Instant::now();
-        let mut table = table_with(start, &["a", "b", "c"]);
-        table.finish(1, outcome(1), start, &limits());
-        assert!(is_kept(&mut table, 1, start + 9 * SECOND) && is_kept(&mut table, 1, start + 9 * SECOND));
-        table.expire(start + 10 * SECOND, &limits());
-        assert!(!is_kept(&mut table, 1, start));
-        // Bytes: the oldest result goes, the newest stays even if it alone is too large.
-        table.finish(0, outcome(1), start, &limits());
-        table.finish(2, outcome(100_000), start, &limits());
-        assert!(!is_kept(&mut table, 0, start) && is_kept(&mut table, 2, start));
-    }
-
-    #[test]
-    fn another_tenant_knows_no_id() {
-        let futures = Arc::new(Futures::new(limits()));
-        let owner = Tenant::named("one").unwrap();
-        let promise = futures.open(owner.clone(), "a".into(), Box::new(|_, _| Body::json(&1))).unwrap();
-        assert!(matches!(futures.look(&promise.id(), &owner), Look::Pending(_)));
-        for other in [Tenant::everyone(), Tenant::named("two").unwrap()] {
-            assert!(matches!(futures.look(&promise.id(), &other), Look::Unknown));
-        }
-    }
-
-    #[test]
-    fn a_promise_that_is_dropped_answers_with_an_error_of_the_server() {
-        let futures = Arc::new(Futures::new(limits()));
-        let promise = futures.open(Tenant::everyone(), "a".into(), Box::new(|_, _| Body::json(&1))).unwrap();
-        let id = promise.id();
-        drop(promise);
-        let Look::Done(outcome) = futures.look(&id, &Tenant::everyone()) else { panic!("not done") };
-        let body: serde_json::Value = serde_json::from_slice(&outcome.body(true).bytes).unwrap();
-        assert_eq!(body["category"], "server");
-        assert!(body["error"].as_str().unwrap().contains("the engine ended"));
-    }
-
-    #[test]
-    fn a_poll_ends_with_the_result_or_with_its_time() {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-        let futures = Arc::new(Futures::new(limits()));
-        let open = || futures.open(Tenant::everyone(), "a".into(), Box::new(|_, _| Body::json(&1))).unwrap();
-        let (never, soon) = (open(), open());
-        let (first, second) = (never.id(), soon.id());
-        let started = Instant::now();
-        let look = runtime.block_on(futures.wait(&first, &Tenant::everyone(), None));
-        assert!(matches!(look, Look::Pending(_)) && started.elapsed() >= limits().poll);
-        let answers = std::thread::spawn(move || {
-            std::thread::sleep(SECOND / 10);
-            soon.answer(Ok(Reply::Created));
-        });
-        let look = runtime.block_on(futures.wait(&second, &Tenant::everyone(), Some(30 * SECOND)));
-        assert!(matches!(look, Look::Done(_)) && started.elapsed() < 10 * SECOND);
-        answers.join().unwrap();
-        let unknown = runtime.block_on(futures.wait("future_1", &Tenant::everyone(), None));
-        assert!(matches!(unknown, Look::Unknown));
-    }
-
-    proptest! {
-        #[test]
-        fn a_text_that_is_no_id_is_unknown(text in ".{0,40}", digits in "[0-9a-f+ ]{0,20}") {
-            let futures = Futures::new(limits());
-            for id in [text, format!("future_{digits}"), format!("future_{:08x}{digits}", futures.nonce)] {
-                prop_assert!(matches!(futures.look(&id, &Tenant::everyone()), Look::Unknown));
-            }
-        }
-
-        #[test]
-        fn bytes_are_those_of_the_results_that_are_kept(
-            steps in prop::collection::vec((0u64..6, 0usize..2000, 0u64..5), 1..60),
-        ) {
-            let (mut now, mut table) = (Instant::now(), Table::default());
-            for (number, tokens, seconds) in steps {
-                now += Duration::from_secs(seconds);
-                let _ = table.open(Tenant::everyone(), String::new(), now, &limits());
-                table.finish(table.next.saturating_sub(number), outcome(tokens), now, &limits());
-                let held = table.entries.values().filter_map(|entry| entry.outcome.as_ref());
-                prop_assert_eq!(table.bytes, held.map(|(outcome, _)| outcome.bytes()).sum::<usize>());
-                prop_assert_eq!(table.entries.len(), table.kept.len() + table.pending.len());
-                prop_assert!(table.kept.len() <= 4 && (table.bytes <= 6000 || table.kept.len() == 1));
-            }
-        }
-    }
-}
+mod tests;

@@ -5,14 +5,17 @@
 //! connections, holds keys and limits, and keeps answers until clients fetch them (`futures`).
 //!
 //! - [`app`]: the state that HTTP and the wires share
-//! - [`registry`]: tenants, and the adapters that they know
-//! - [`paths`]: paths of clients as folders; [`checkpoints`]: the saved adapters in them
+//! - [`registry`]: tenants, and the adapters that they know; [`sessions`]: the programs that made these
+//! - [`order`]: which request is next, and which is a repeat; [`ordered`]: requests that wait for those before them
+//! - [`paths`]: paths of clients as folders; [`checkpoints`]: the saved adapters in them; [`labels`]: what is known
+//!   about these; [`runs`]: what was trained; [`downloads`] of it
 //! - [`keys`], [`fault`]: who may ask, and refusals
 //! - [`start`], [`front`], [`run`]: the start of a server, what rank 0 does besides, and the whole of it
 //! - [`kept`], [`journal`]: adapters over a restart
 
 pub mod app;
 pub mod checkpoints;
+pub mod downloads;
 pub mod engine;
 pub mod fault;
 pub mod front;
@@ -21,11 +24,15 @@ pub mod http;
 pub mod journal;
 pub mod kept;
 pub mod keys;
+pub mod labels;
 pub mod order;
+pub mod ordered;
 pub mod paths;
 pub mod registry;
 pub mod request;
 pub mod run;
+pub mod runs;
+pub mod sessions;
 pub mod start;
 pub mod store;
 pub mod wire;

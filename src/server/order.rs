@@ -68,10 +68,18 @@ impl<R, K> Default for Repeats<R, K> {
 }
 
 impl<R: Clone> Repeats<R> {
+    /// The request that has this id and body, if it was taken before.
+    ///
+    /// # Errors
+    /// The id was sent with another body.
+    pub fn repeat(&self, id: u64, body: BodyHash) -> Result<Option<R>, OtherBody> {
+        self.find(id, body).ok_or(OtherBody(id))
+    }
+
     /// # Errors
     /// The id was sent with another body.
     pub fn submit(&mut self, id: u64, body: BodyHash, request: R) -> Result<Submitted<R>, OtherBody> {
-        if let Some(first) = self.find(id, body).ok_or(OtherBody(id))? {
+        if let Some(first) = self.repeat(id, body)? {
             return Ok(Submitted::Repeat(first));
         }
         self.sent.insert(id, (body, request));
@@ -105,6 +113,8 @@ impl<R: Clone, K: Ord + Copy> Repeats<R, K> {
 pub struct InOrder<R, T> {
     /// The longest time that a request waits.
     limit: Duration,
+    /// The same before the first request has run, where the id of the first is not known.
+    first_limit: Option<Duration>,
     /// Every id below was carried out, consumed or given up.
     next_id: u64,
     /// Requests that are held back, with their arrival.
@@ -118,7 +128,30 @@ impl<R: Clone, T> InOrder<R, T> {
     /// `next_id`: the id of the model's first request, 1 for a new model.
     pub fn new(next_id: u64, limit: Duration) -> Self {
         let (waiting, consumed) = (BTreeMap::new(), BTreeSet::new());
-        Self { limit, next_id, waiting, consumed, repeats: Repeats::default() }
+        Self { limit, first_limit: None, next_id, waiting, consumed, repeats: Repeats::default() }
+    }
+
+    /// The order of a model whose earlier requests are not known: it begins with the lowest id that is there
+    /// `first_limit` after the first request came.
+    pub fn resumed(first_limit: Duration, limit: Duration) -> Self {
+        Self { first_limit: Some(first_limit.min(limit)), ..Self::new(1, limit) }
+    }
+
+    /// The request that has this id and body, if it was taken before.
+    ///
+    /// # Errors
+    /// The id has a request with another body, or its turn is over.
+    pub fn repeat(&self, seq_id: u64, body: BodyHash) -> Result<Option<R>, OrderError> {
+        if let Some(first) = self.repeats.repeat(seq_id, body)? {
+            return Ok(Some(first));
+        }
+        if self.consumed.contains(&seq_id) {
+            return Err(OrderError::Consumed(seq_id));
+        }
+        if seq_id < self.next_id {
+            return Err(OrderError::TooLate { seq_id, last: self.next_id - 1 });
+        }
+        Ok(None)
     }
 
     /// Takes `item`, the work of `request`. [`Self::next`] gives it back when its turn has come; a repeat's is dropped.
@@ -133,14 +166,8 @@ impl<R: Clone, T> InOrder<R, T> {
         item: T,
         now: Instant,
     ) -> Result<Submitted<R>, OrderError> {
-        if let Some(first) = self.repeats.find(seq_id, body).ok_or(OtherBody(seq_id))? {
+        if let Some(first) = self.repeat(seq_id, body)? {
             return Ok(Submitted::Repeat(first));
-        }
-        if self.consumed.contains(&seq_id) {
-            return Err(OrderError::Consumed(seq_id));
-        }
-        if seq_id < self.next_id {
-            return Err(OrderError::TooLate { seq_id, last: self.next_id - 1 });
         }
         self.repeats.sent.insert(seq_id, (body, request));
         self.repeats.forget_below(self.next_id, REMEMBERED);
@@ -172,6 +199,7 @@ impl<R: Clone, T> InOrder<R, T> {
         }
         let (_, item) = self.waiting.remove(&first)?;
         self.next_id = self.next_id.max(first.saturating_add(1));
+        self.first_limit = None;
         self.consumed = self.consumed.split_off(&self.next_id);
         self.skip_consumed();
         Some(item)
@@ -179,7 +207,8 @@ impl<R: Clone, T> InOrder<R, T> {
 
     /// The time at which [`Self::next`] gives up what is missing, if any request waits for it.
     pub fn deadline(&self) -> Option<Instant> {
-        self.waiting.values().map(|(arrived, _)| *arrived + self.limit).min()
+        let limit = self.first_limit.unwrap_or(self.limit);
+        self.waiting.values().map(|(arrived, _)| *arrived + limit).min()
     }
 
     /// The id from which the order goes on: the one that is missing, while requests wait.
@@ -308,6 +337,20 @@ mod tests {
         let late = order.submit(2, body("two"), 'c', 2, now + LIMIT);
         assert_eq!(late, Err(OrderError::TooLate { seq_id: 2, last: 4 }));
         assert_eq!(order.submit(4, body("four"), 'd', 4, now + LIMIT), Ok(Submitted::Repeat('a')));
+    }
+
+    #[test]
+    fn an_order_that_is_resumed_begins_with_the_lowest_id_that_comes() {
+        let first_limit = Duration::from_secs(2);
+        let (mut order, now) = (InOrder::resumed(first_limit, LIMIT), Instant::now());
+        for id in [41, 40] {
+            order.submit(id, body("chunk"), id, id, now).unwrap();
+        }
+        assert!(drain(&mut order, now + first_limit / 2).is_empty());
+        assert_eq!(drain(&mut order, now + first_limit), [40, 41]);
+        // From then on gaps have the usual limit.
+        order.submit(43, body("chunk"), 43, 43, now).unwrap();
+        assert_eq!(order.deadline(), Some(now + LIMIT));
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! |---|---|
 //! | `n`, `weights/n` | `weights/{the request's model}/n` |
 //! | `m/n`, `weights/m/n`, `xorl://m/weights/n`, `tinker://m/weights/n` | `weights/m/n` |
-//! | the same with `sampler_weights` | `sampler_weights/m/n` |
+//! | the same with `sampler_weights` or `external_weights` | `sampler_weights/m/n` or `external_weights/m/n` |
 //! | another with '/' | the folder itself |
 
 use super::request::ModelId;
@@ -48,27 +48,31 @@ pub enum PathError {
     Io { path: PathBuf, error: std::io::Error },
 }
 
-/// The two kinds of saved adapters.
+/// The kinds of saved adapters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     /// With the state of training.
     Weights,
     /// For a sampler: the adapter alone.
     Sampler,
+    /// To be downloaded: the adapter alone.
+    External,
 }
 
 impl Kind {
-    pub const ALL: [Self; 2] = [Self::Weights, Self::Sampler];
+    pub const ALL: [Self; 3] = [Self::Weights, Self::Sampler, Self::External];
 
     /// The name of the folder, and of the kind in a path.
     pub fn folder(self) -> &'static str {
         match self {
             Self::Weights => "weights",
             Self::Sampler => "sampler_weights",
+            Self::External => "external_weights",
         }
     }
 
-    fn of(folder: &str) -> Option<Self> {
+    /// The kind whose folder has this name.
+    pub fn of(folder: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.folder() == folder)
     }
 }
@@ -202,7 +206,7 @@ pub fn to_save(path: &str, model: &ModelId, kind: Kind) -> Result<Place, PathErr
         (&[_, name], Some(named)) => own(checkpoint(path, model.as_str(), named, name)?),
         (&[_, other, name], Some(named)) => own(checkpoint(path, other, named, name)?),
         (_, Some(_)) => Err(elsewhere()),
-        (_, None) if kind == Kind::Sampler => Err(PathError::Sampler { path: path.into() }),
+        (_, None) if kind != Kind::Weights => Err(PathError::Sampler { path: path.into() }),
         (_, None) => folder(path, &parts),
     }
 }

@@ -238,7 +238,8 @@ def copies(driver):
     client = driver.another()
     train(client)
     path = settled(client.save_state("a")).path
-    copied = [settled(driver.service.copy_weights(path)), *both(driver.rest, "copy_weights", path, "project-1")]
+    service = tinker.ServiceClient(base_url=driver.url, api_key=KEY, project_id="project-1")
+    copied = [settled(service.copy_weights(path)), *both(driver.rest, "copy_weights", path, "project-1")]
     for copy in copied:
         assert copy != path and settled(driver.rest.get_weights_info_by_tinker_path(copy)).lora_rank == 4
         is_near(logprobs(settled(driver.service.create_training_client_from_state(copy))), logprobs(client))
@@ -426,11 +427,13 @@ OTHERS = {
     "get_checkpoint_archive_url": ("run", "weights/a"),
     "get_checkpoint_archive_url_from_tinker_path": ("tinker://run/weights/a",),
 }
+# This form of 0.24 fails before it asks the server, whatever loop awaits it.
+BROKEN = ["get_audit_log_async"] if tinker.__version__.startswith("0.24.") else []
 for name, arguments in OTHERS.items():
     for end in ("", "_async"):
         TABLE.refused(
             f"RestClient.{name}{end}",
-            "is not served",
+            "incorrect event loop" if name + end in BROKEN else "is not served",
             lambda driver, name=name + end, arguments=arguments: getattr(driver.rest, name)(*arguments),
         )
         TABLE.refused(

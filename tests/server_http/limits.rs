@@ -185,9 +185,6 @@ fn calls_that_are_not_served_say_so_by_name() {
             "{path}: {reply}"
         );
     }
-    let proto = [("Content-Type", "application/x-protobuf")];
-    let (status, reply) = server.send("POST", "/api/v1/forward_backward", &proto, b"\x0a\x01a");
-    assert!(status == 400 && detail(&reply).contains("tinker"), "{reply}");
 }
 
 #[test]

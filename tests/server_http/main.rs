@@ -2,9 +2,14 @@
 //!
 //! - `server`: the engine and a client
 //! - `wire`: the calls of `xorl-client`, futures and paths
+//! - `tinker`: the calls of `tinker` by hand; `clients`: the same by real clients
 //! - `limits`: keys, limits, slow and broken clients, the end of the server
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
+mod clients;
+#[path = "../common/mod.rs"]
+mod common;
 mod limits;
 mod server;
+mod tinker;
 mod wire;

@@ -1,6 +1,7 @@
 //! A server on a port of its own over an engine without a model, and a client by hand.
 
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use std::{
     collections::BTreeMap,
     fs,
@@ -115,10 +116,18 @@ fn reply_to(request: &Request, state: &mut EngineState) -> Answer {
             fs::create_dir_all(&save.folder).unwrap();
             let config = json!({"peft_type": "LORA", "r": model.spec.rank, "lora_alpha": model.spec.alpha,
                 "target_modules": ["q_proj"]});
-            fs::write(save.folder.join("adapter_config.json"), config.to_string()).unwrap();
-            let manifest = json!({"adapter_config.json": {"size": config.to_string().len(), "sha256": ""}});
+            let mut manifest = json!({});
+            for (file, value) in [("adapter_config.json", &config), ("metadata.json", &save.metadata)] {
+                let text = value.to_string();
+                let sha256 = format!("{:x}", Sha256::digest(&text));
+                manifest[file] = json!({"size": text.len(), "sha256": sha256});
+                fs::write(save.folder.join(file), text).unwrap();
+            }
             fs::write(save.folder.join("manifest.json"), manifest.to_string()).unwrap();
             Ok(Reply::Saved { folder: save.folder.clone(), bytes: 1 })
+        }
+        Task::Load(load) if load.folder.ends_with("damaged") => {
+            Err(Refusal::User(format!("{} is damaged", load.folder.display())))
         }
         Task::Load(load) if load.folder.is_dir() => Ok(Reply::Loaded { step: 3 }),
         Task::Load(load) => Err(Refusal::User(format!("{} is no checkpoint", load.folder.display()))),

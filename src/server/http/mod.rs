@@ -84,6 +84,7 @@ pub fn serve(listener: TcpListener, app: Arc<App>, shutdown: &Shutdown) -> io::R
                 let _ = closed.wait_for(|closed| *closed).await;
             });
         let server = tokio::spawn(async move { server.await });
+        tokio::spawn(app.clone().keep_orders());
         let _ = begun.wait_for(|begun| *begun).await;
         app.drain();
         drained(&app, limits.linger).await;

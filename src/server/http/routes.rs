@@ -4,10 +4,11 @@
 use super::{body, connection::Connection};
 use crate::server::{
     app::App,
+    downloads,
     fault::Fault,
     futures::{self, Look},
     registry::Tenant,
-    wire::{Wire, xorl},
+    wire::{Wire, tinker, xorl},
 };
 use axum::{
     Json, Router,
@@ -17,7 +18,12 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use serde_json::{Map, Value, json};
-use std::{collections::BTreeMap, sync::Arc, time::Instant};
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Instant, SystemTime},
+};
+use tower_http::services::ServeFile;
 
 /// The prefix of the clients' calls.
 const PREFIX: &str = "/api/v1/";
@@ -36,34 +42,38 @@ async fn handle(
     let _busy = connection.busy();
     let started = Instant::now();
     let (parts, body) = request.into_parts();
+    let label = label(parts.uri.path());
     let mut body = Some(body);
-    let path = parts.uri.path();
-    let name = path.strip_prefix(PREFIX).unwrap_or(path.trim_start_matches('/')).to_owned();
-    let answered = answer(&app, &name, parts, &mut body).await;
-    let response = answered.unwrap_or_else(IntoResponse::into_response);
+    let response = answer(&app, parts, &mut body).await.unwrap_or_else(IntoResponse::into_response);
     if let Some(body) = body {
         body::discard(body, &app.settings.http).await;
     }
-    let is_known =
-        xorl::method(&name).is_some() || ["health", "healthz", "metrics", RETRIEVE].contains(&&*name);
-    let label = if is_known { &name } else { "other" };
     app.metrics.count(label, response.status().as_u16(), started.elapsed());
     response
 }
 
-async fn answer(
-    app: &Arc<App>,
-    name: &str,
-    parts: Parts,
-    body: &mut Option<Body>,
-) -> Result<Response, Fault> {
+/// The name of a path in metrics: one of few.
+fn label(path: &str) -> &'static str {
+    let open = ["health", "metrics"].into_iter().find(|name| path.strip_prefix('/') == Some(*name));
+    let of_call = || {
+        let name = path.strip_prefix(PREFIX)?;
+        let other = ["healthz", RETRIEVE].into_iter().find(|other| *other == name);
+        other.or_else(|| Some(tinker::rows(name).next()?.path)).or_else(|| Some(xorl::method(name)?.0))
+    };
+    open.or_else(of_call).unwrap_or("other")
+}
+
+async fn answer(app: &Arc<App>, parts: Parts, body: &mut Option<Body>) -> Result<Response, Fault> {
     let is_get = [Method::GET, Method::HEAD].contains(&parts.method);
-    let path = parts.uri.path();
+    let path = parts.uri.path().to_owned();
     if is_get && path == "/health" {
         return Ok(health(app));
     }
     if is_get && path == "/api/v1/healthz" {
         return Ok(Json(json!({"status": "ok"})).into_response());
+    }
+    if is_get && let Some(address) = path.strip_prefix(downloads::PREFIX) {
+        return download(app, address, parts).await;
     }
     let Some(tenant) = app.keys.tenant(&parts.headers) else {
         let detail = "no known key; send it as `X-API-Key: KEY` or `Authorization: Bearer KEY`";
@@ -73,29 +83,82 @@ async fn answer(
         let kind = HeaderValue::from_static("text/plain; version=0.0.4");
         return Ok(([(header::CONTENT_TYPE, kind)], app.metrics.text(app)).into_response());
     }
-    if let Some(detail) = xorl::refusal(name) {
+    let name = path.strip_prefix(PREFIX);
+    let refused = name.unwrap_or(path.trim_start_matches('/'));
+    if let Some(detail) = xorl::refusal(refused).or_else(|| tinker::refusal(refused)) {
         return Err(Fault::user(detail));
     }
-    let is_below = path.starts_with(PREFIX);
-    match xorl::method(name).or((name == RETRIEVE).then_some(Method::POST)).filter(|_| is_below) {
-        None => Err(Fault::not_found(format!("{path} is no path of this server"))),
-        Some(method) if method == Method::GET && is_get => get(app, tenant, name.to_owned(), &parts).await,
-        Some(method) if method == parts.method => {
-            let bytes =
-                body::read(&parts.headers, body.take().unwrap_or_default(), &app.settings.http).await?;
-            if name == RETRIEVE {
-                return retrieve(app, &tenant, &parts.headers, &bytes).await;
-            }
-            post(app, tenant, name.to_owned(), parts.headers, bytes).await
+    let Some(name) = name else { return Err(unknown(&path)) };
+    let method = if is_get { Method::GET } else { parts.method.clone() };
+    let target = Target::find(name, &method);
+    let bytes = match &target {
+        Target::Result | Target::Call(_) if !is_get => {
+            body::read(&parts.headers, body.take().unwrap_or_default(), &app.settings.http).await?
         }
-        Some(method) => {
-            let detail = format!("{path} takes {method}, got {}", parts.method);
-            let mut response = Fault::new(StatusCode::METHOD_NOT_ALLOWED, detail).into_response();
-            response
-                .headers_mut()
-                .extend(HeaderValue::from_str(method.as_str()).map(|value| (header::ALLOW, value)));
-            Ok(response)
+        _ => Bytes::new(),
+    };
+    match target {
+        Target::Other(known) => other_method(&path, &known, &parts.method),
+        Target::Result => retrieve(app, &tenant, &parts.headers, &bytes).await,
+        Target::Call(called) => submit(app, tenant, called, name.to_owned(), parts, bytes).await,
+    }
+}
+
+fn unknown(path: &str) -> Fault {
+    Fault::not_found(format!("{path} is no path of this server"))
+}
+
+/// 405 for a path that has other methods, 404 for one that has none.
+fn other_method(path: &str, known: &[Method], got: &Method) -> Result<Response, Fault> {
+    if known.is_empty() {
+        return Err(unknown(path));
+    }
+    let known = known.iter().map(Method::as_str).collect::<Vec<_>>().join(", ");
+    let detail = format!("{path} takes {known}, got {got}");
+    let mut response = Fault::new(StatusCode::METHOD_NOT_ALLOWED, detail).into_response();
+    response.headers_mut().extend(HeaderValue::from_str(&known).map(|value| (header::ALLOW, value)));
+    Ok(response)
+}
+
+/// The meaning of path and method.
+enum Target {
+    /// A result is asked for, on any wire.
+    Result,
+    Call(Called),
+    /// The methods that the path has instead.
+    Other(Vec<Method>),
+}
+
+impl Target {
+    fn find(name: &str, method: &Method) -> Self {
+        if name == RETRIEVE {
+            return if method == Method::POST { Self::Result } else { Self::Other(vec![Method::POST]) };
         }
+        let of_xorl = xorl::method(name).map(|(_, method)| method);
+        let called = Called {
+            tinker: tinker::rows(name).find(|row| row.method == *method),
+            xorl: of_xorl.as_ref() == Some(method),
+        };
+        if called.tinker.is_some() || called.xorl {
+            return Self::Call(called);
+        }
+        let mut known: Vec<Method> =
+            tinker::rows(name).map(|row| row.method.clone()).chain(of_xorl).collect();
+        known.dedup();
+        Self::Other(known)
+    }
+}
+
+/// The wires that have a call.
+struct Called {
+    tinker: Option<&'static tinker::Row>,
+    xorl: bool,
+}
+
+impl Called {
+    /// The call of the client's wire, where both have the path.
+    fn of(self, headers: &HeaderMap, bytes: &[u8]) -> Option<&'static tinker::Row> {
+        self.tinker.filter(|_| !self.xorl || Wire::of(headers, bytes) == Wire::Tinker)
     }
 }
 
@@ -111,35 +174,65 @@ fn health(app: &App) -> Response {
     (status, Json(body)).into_response()
 }
 
-async fn get(app: &Arc<App>, tenant: Tenant, name: String, parts: &Parts) -> Result<Response, Fault> {
-    let query = Query::<BTreeMap<String, String>>::try_from_uri(&parts.uri);
-    let query = query.map(|Query(query)| query).unwrap_or_default();
-    let app = app.clone();
-    let called = move || xorl::get(&app, &tenant, &name, &query);
-    Ok(Json(tokio::task::spawn_blocking(called).await.map_err(body::failed)??).into_response())
+/// Sends the file at a signed address. Ranges are honoured.
+async fn download(app: &Arc<App>, address: &str, parts: Parts) -> Result<Response, Fault> {
+    let path = app.signer.open(address, SystemTime::now())?.to_owned();
+    let absent = || Fault::not_found("the file is no longer there");
+    let own = app.clone();
+    let found = move || downloads::file(&own.settings.output_dir, own.keys.are_needed(), &path);
+    let file = tokio::task::spawn_blocking(found).await.map_err(body::failed)?.ok_or_else(absent)?;
+    let request = Request::from_parts(parts, Body::empty());
+    let response = ServeFile::new(file).try_call(request).await.map_err(|_| absent())?;
+    Ok(response.map(Body::new))
 }
 
-/// Reads the body and submits what it asks for, apart from the threads of connections: a body may be large.
-async fn post(
+/// Reads the body and carries out or submits what it asks for, apart from the threads of connections: a body may be
+/// large.
+async fn submit(
     app: &Arc<App>,
     tenant: Tenant,
+    called: Called,
     name: String,
-    headers: HeaderMap,
+    parts: Parts,
     bytes: Bytes,
 ) -> Result<Response, Fault> {
-    let (own, owner) = (app.clone(), tenant.clone());
-    let called = move || match Wire::of(&headers, &bytes) {
-        Wire::Tinker => Err(Fault::user(
-            "the request is of a tinker client (protobuf, its headers, a `type` or a session), which is not served \
-             here; use xorl-client",
-        )),
-        Wire::Xorl => xorl::post(&own, &owner, &name, &bytes),
+    let query = Query::<BTreeMap<String, String>>::try_from_uri(&parts.uri);
+    let query = query.map(|Query(query)| query).unwrap_or_default();
+    let (own, owner, headers) = (app.clone(), tenant.clone(), parts.headers);
+    let is_post = parts.method == Method::POST;
+    let answered = move || match called.of(&headers, &bytes) {
+        Some(row) => {
+            let call = tinker::Call {
+                app: &own,
+                tenant: &owner,
+                path: &name,
+                query: &query,
+                headers: &headers,
+                body: &bytes,
+            };
+            tinker::answer(row, &call).map(Answered::Tinker)
+        }
+        None if is_post => xorl::post(&own, &owner, &name, &bytes).map(Answered::Xorl),
+        None => xorl::get(&own, &owner, &name, &query).map(|value| Answered::Xorl(xorl::Called::Now(value))),
     };
-    let value = match tokio::task::spawn_blocking(called).await.map_err(body::failed)?? {
-        xorl::Called::Now(value) => value,
-        xorl::Called::Kill(kill) => xorl::kill(app, &tenant, kill).await?,
+    let value = match tokio::task::spawn_blocking(answered).await.map_err(body::failed)?? {
+        Answered::Tinker(None) => return Ok(StatusCode::NO_CONTENT.into_response()),
+        Answered::Tinker(Some(body)) => return Ok(response(body)),
+        Answered::Xorl(xorl::Called::Now(value)) => value,
+        Answered::Xorl(xorl::Called::Kill(kill)) => xorl::kill(app, &tenant, kill).await?,
     };
     Ok(Json(value).into_response())
+}
+
+/// The answer of a wire.
+enum Answered {
+    Tinker(Option<futures::Body>),
+    Xorl(xorl::Called),
+}
+
+fn response(body: futures::Body) -> Response {
+    let futures::Body { content_type, bytes } = body;
+    ([(header::CONTENT_TYPE, HeaderValue::from_static(content_type))], bytes).into_response()
 }
 
 /// Waits for a result. 408 tells the client to ask again, and why it waits.
@@ -174,6 +267,5 @@ async fn retrieve(
     let accepted = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok());
     let protobuf = accepted.is_some_and(|kinds| kinds.contains("protobuf"));
     let rendered = tokio::task::spawn_blocking(move || outcome.body(protobuf)).await.map_err(body::failed)?;
-    let futures::Body { content_type, bytes } = rendered;
-    Ok(([(header::CONTENT_TYPE, HeaderValue::from_static(content_type))], bytes).into_response())
+    Ok(response(rendered))
 }

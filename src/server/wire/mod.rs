@@ -5,7 +5,8 @@ mod scalar;
 pub mod tinker;
 pub mod xorl;
 
-use axum::http::{HeaderMap, header};
+use super::fault::Fault;
+use axum::http::{HeaderMap, StatusCode, header};
 use jiff::Timestamp;
 use scalar::Scalar;
 use serde::Deserialize;
@@ -50,6 +51,19 @@ impl Wire {
         let is_run = marks.model_id.text().is_some_and(|model| model.contains(':'));
         if is_typed || is_session || is_run { Self::Tinker } else { Self::Xorl }
     }
+}
+
+/// Bytes of a body without data, at most: JSON takes many times its bytes once it is read.
+const LARGEST: usize = 1 << 20;
+
+/// # Errors
+/// A body without data is too large.
+fn check_size(body: &[u8]) -> Result<(), Fault> {
+    if body.len() <= LARGEST {
+        return Ok(());
+    }
+    let detail = format!("body: {} bytes are more than the {LARGEST} that this call may have", body.len());
+    Err(Fault::new(StatusCode::PAYLOAD_TOO_LARGE, detail))
 }
 
 /// A time as `2026-11-29T09:05:00Z`.

@@ -1,21 +1,18 @@
 //! Bodies that answer the calls of `tinker` clients. A field that is no `Option` is one that clients insist on. A
 //! container's `tag` writes its constant field `type`.
 
-use super::{
-    calls::{CreateModel, IGNORED_UNEMBED},
-    data::Limits,
+use super::{calls::IGNORED_UNEMBED, data::Limits};
+use crate::server::{
+    paths::Kind,
+    request::{ModelId, StepReply},
 };
-use crate::server::request::{ModelId, StepReply};
 use serde::Serialize;
 use serde_json::Value;
-use std::{
-    collections::BTreeMap,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::collections::BTreeMap;
 use utoipa::ToSchema;
 
 /// Data that clients put into one request, unless the server takes fewer.
-const CHUNK_DATA: usize = 1024;
+pub const CHUNK_DATA: usize = 1024;
 
 /// `client/config`: flags of the client. Those that are absent have the client's defaults.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
@@ -25,12 +22,19 @@ pub struct ClientConfig {
     pub fwdbwd_max_chunk_len: usize,
     /// True: bodies of passes come compressed by zstd.
     pub proto_compress_fwdbwd: bool,
+    /// True: clients of 0.24, too, create models from saved weights by `load_weights` alone.
+    pub create_model_via_load_weights: bool,
 }
 
 impl ClientConfig {
     pub fn new(limits: &Limits) -> Self {
         let fwdbwd_max_chunk_len = CHUNK_DATA.min(limits.data);
-        Self { pjwt_auth_enabled: false, fwdbwd_max_chunk_len, proto_compress_fwdbwd: false }
+        Self {
+            pjwt_auth_enabled: false,
+            fwdbwd_max_chunk_len,
+            proto_compress_fwdbwd: false,
+            create_model_via_load_weights: true,
+        }
     }
 }
 
@@ -58,6 +62,10 @@ impl CreatedSession {
     }
 }
 
+/// The answer to a call that has nothing to say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
+pub struct Done {}
+
 /// `session_heartbeat`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(tag = "type", rename = "session_heartbeat")]
@@ -72,6 +80,19 @@ pub struct Status {
 impl Status {
     pub const ACCEPTED: Self = Self { status: "accepted" };
     pub const OK: Self = Self { status: "ok" };
+}
+
+/// A request that was taken: its result is asked for by `request_id`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+pub struct Submitted {
+    pub request_id: String,
+    pub model_id: String,
+}
+
+impl Submitted {
+    pub fn new(request_id: String, model: &ModelId) -> Self {
+        Self { request_id, model_id: model.to_string() }
+    }
 }
 
 /// The result of `create_model`.
@@ -225,27 +246,24 @@ pub struct TrainingRun {
     pub base_model: String,
     pub model_owner: String,
     pub is_lora: bool,
-    pub lora_rank: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora_rank: Option<usize>,
     pub corrupted: bool,
-    /// From [`utc`].
+    /// From [`iso_time`](crate::server::wire::iso_time).
     pub last_request_time: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_checkpoint: Option<Checkpoint>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_sampler_checkpoint: Option<Checkpoint>,
-    /// From [`CreateModel::text_metadata`].
+    /// From [`texts`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub user_metadata: Option<BTreeMap<String, String>>,
 }
 
-impl CreateModel {
-    /// The client's metadata as it expects it back: values that are no texts as JSON.
-    pub fn text_metadata(&self) -> Option<BTreeMap<String, String>> {
-        let text = |(name, value): (&String, &Value)| {
-            (name.clone(), value.as_str().map_or_else(|| value.to_string(), str::to_owned))
-        };
-        self.user_metadata.as_ref().map(|metadata| metadata.iter().map(text).collect())
-    }
+/// The client's metadata as it expects it back: values that are no texts as JSON.
+pub fn texts(metadata: &BTreeMap<String, Value>) -> BTreeMap<String, String> {
+    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    metadata.iter().map(|(name, value)| (name.clone(), text(value))).collect()
 }
 
 /// `training_runs/{training_run_id}/checkpoints` and `checkpoints`
@@ -262,14 +280,14 @@ pub struct Checkpoint {
     /// `weights/x`: the last two parts of `tinker_path`.
     pub checkpoint_id: String,
     pub checkpoint_type: CheckpointType,
-    /// From [`utc`].
+    /// From [`iso_time`](crate::server::wire::iso_time).
     pub time: String,
     pub tinker_path: String,
     pub size_bytes: u64,
     pub public: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub user_metadata: Option<BTreeMap<String, String>>,
-    /// From [`utc`]; `None`: never.
+    /// From [`iso_time`](crate::server::wire::iso_time); `None`: never.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<String>,
 }
@@ -283,13 +301,12 @@ pub enum CheckpointType {
     External,
 }
 
-impl CheckpointType {
-    /// The part of a path between the run and the name.
-    pub fn folder(self) -> &'static str {
-        match self {
-            Self::Training => "weights",
-            Self::Sampler => "sampler_weights",
-            Self::External => "external_weights",
+impl From<Kind> for CheckpointType {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::Weights => Self::Training,
+            Kind::Sampler => Self::Sampler,
+            Kind::External => Self::External,
         }
     }
 }
@@ -299,7 +316,7 @@ impl CheckpointType {
 pub struct ExternalWeightsUrls {
     /// Addresses by file; they are fetched without a key.
     pub urls: BTreeMap<String, String>,
-    /// From [`utc`].
+    /// From [`iso_time`](crate::server::wire::iso_time).
     pub expires: String,
 }
 
@@ -318,21 +335,4 @@ pub struct Session {
     pub user_metadata: Option<BTreeMap<String, String>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub display_name: Option<String>,
-}
-
-/// A time in UTC as ISO 8601 has it, to the second: `2026-11-29T08:30:00Z`.
-pub fn utc(time: SystemTime) -> String {
-    let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let (days, of_day) = (seconds / 86_400, seconds % 86_400);
-    // Years begin on 1 March here, so that the day of a leap year is the last; an era has 400 of them.
-    let shifted = days + 719_468;
-    let (era, of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let march_month = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * march_month + 2) / 5 + 1;
-    let month = if march_month < 10 { march_month + 3 } else { march_month - 9 };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    let (hour, minute, second) = (of_day / 3_600, of_day / 60 % 60, of_day % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
 }

@@ -7,6 +7,8 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use utoipa::ToSchema;
 
+pub use crate::server::sessions::model_id;
+
 /// Seconds that a checkpoint may be kept at most: 10 years.
 const LONGEST_TTL: i64 = 10 * 365 * 24 * 3600;
 
@@ -59,14 +61,6 @@ impl Address {
             seq_id: fields.seq_id.as_u64(),
         }
     }
-}
-
-/// The id of a session's `model_seq_id`-th model. Clients compute it too.
-///
-/// # Errors
-/// The session's id has a character that a model's may not have.
-pub fn model_id(session_id: &str, model_seq_id: u64) -> Result<ModelId, ModelIdError> {
-    ModelId::new(format!("{session_id}:train:{model_seq_id}"))
 }
 
 /// `create_session`

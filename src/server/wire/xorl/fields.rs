@@ -3,24 +3,16 @@
 
 use crate::{
     console::shortened,
-    server::{app::DEFAULT_MODEL, fault::Fault, request::ModelId},
+    server::{app::DEFAULT_MODEL, fault::Fault, request::ModelId, wire::check_size},
 };
-use axum::http::StatusCode;
 use serde_json::{Map, Value};
-
-/// Bytes of a body without data, at most: JSON takes many times its bytes once it is read.
-const LARGEST: usize = 1 << 20;
 
 /// A body that is a JSON object.
 ///
 /// # Errors
 /// It is none, or too large; nested deeper than 128 levels counts as none.
 pub fn object(body: &[u8]) -> Result<Map<String, Value>, Fault> {
-    if body.len() > LARGEST {
-        let detail =
-            format!("body: {} bytes are more than the {LARGEST} that this call may have", body.len());
-        return Err(Fault::new(StatusCode::PAYLOAD_TOO_LARGE, detail));
-    }
+    check_size(body)?;
     match serde_json::from_slice(body) {
         Ok(Value::Object(fields)) => Ok(fields),
         Ok(other) => Err(Fault::user(format!("body: expected a JSON object, got {}", shortened(&other)))),

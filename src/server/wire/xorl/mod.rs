@@ -70,10 +70,12 @@ const REFUSED: [(&str, &str); 17] = [
     ("wake_up", SYNC),
 ];
 
-/// The method of a call, if the wire has it.
-pub fn method(name: &str) -> Option<Method> {
-    let is_get = GETS.contains(&name).then_some(Method::GET);
-    is_get.or(POSTS.contains(&name).then_some(Method::POST))
+/// A call with its method, if the wire has it.
+pub fn method(name: &str) -> Option<(&'static str, Method)> {
+    let of = |names: &'static [&'static str], method: Method| {
+        names.iter().find(|known| **known == name).map(|known| (*known, method))
+    };
+    of(&GETS, Method::GET).or_else(|| of(&POSTS, Method::POST))
 }
 
 /// The reason why a call of the client is not served, if it is one of those.

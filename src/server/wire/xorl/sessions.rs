@@ -44,11 +44,7 @@ pub fn create(call: &Call, fields: &Fields) -> Result<Value, Fault> {
     let is_rank = |rank: f64| rank >= 1.0 && rank.fract() == 0.0 && rank <= 1e6;
     let rank = lora.number(&["lora_rank", "rank"], "an integer of at least 1", is_rank)?;
     let rank = rank.map_or(own.rank, |rank| rank as usize);
-    if let Some(most) = settings.max_rank.filter(|&most| rank > most) {
-        return Err(Fault::user(format!(
-            "lora_config.rank: {rank} is more than this server's max_lora_rank, {most}"
-        )));
-    }
+    call.app.check_rank(rank)?;
     let alpha = lora.number(&["lora_alpha", "alpha"], "a positive number", |alpha| alpha > 0.0)?;
     let spec = AdapterSpec {
         rank,

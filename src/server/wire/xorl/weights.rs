@@ -8,6 +8,7 @@ use crate::{
         checkpoints::{self, Stored},
         fault::Fault,
         futures::Body,
+        labels,
         paths::{Checkpoint, Kind},
         request::{Load, ModelId, Reply, Save, Task},
         wire::iso_time,
@@ -38,11 +39,12 @@ pub fn save_for_sampler(call: &Call, fields: &Fields) -> Result<Value, Fault> {
 
 fn save_to(call: &Call, fields: &Fields, path: &str, kind: Kind) -> Result<Value, Fault> {
     let model = fields.model()?;
-    call.app.spec(call.tenant, &model)?;
+    let spec = call.app.spec(call.tenant, &model)?;
     let root = call.app.root(call.tenant)?;
     let (folder, checkpoint) = checkpoints::to_save(&root, path, &model, kind)?;
     let overwrite = fields.flag("overwrite")?.unwrap_or(false);
-    let save = Save { folder, training_state: kind == Kind::Weights, overwrite, metadata: json!({}) };
+    let metadata = labels::metadata(Some(&spec), None, None);
+    let save = Save { folder, training_state: kind == Kind::Weights, overwrite, metadata };
     let uri = checkpoint.uri("xorl");
     let render = Box::new(move |reply: &Reply, _| match reply {
         Reply::Saved { folder, bytes } => {
@@ -75,6 +77,7 @@ pub fn listed(stored: &Stored) -> Value {
     let kind = match checkpoint.kind {
         Kind::Weights => "training",
         Kind::Sampler => "sampler",
+        Kind::External => "external",
     };
     json!({
         "checkpoint_id": checkpoint.id(),
@@ -97,7 +100,7 @@ pub fn delete(call: &Call, fields: &Fields) -> Result<Value, Fault> {
     };
     let root = call.app.root(call.tenant)?;
     let found = checkpoints::find(&root, id, &fields.model()?)?;
-    checkpoints::delete(&root, &found)?;
+    labels::delete(&root, &found)?;
     Ok(json!({"success": true, "deleted_path": found.checkpoint.uri("xorl"), "error": null}))
 }
 

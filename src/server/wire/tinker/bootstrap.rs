@@ -1,0 +1,64 @@
+//! Calls that a client makes before it trains and while it lives: configuration, session, heartbeat, telemetry.
+
+use super::{
+    Answer, Call,
+    answers::{
+        Capabilities, ClientConfig, CreatedSession, Done, DynamicConfig, Heartbeat, Status, SupportedModel,
+        texts,
+    },
+    calls::{CreateSession, SessionHeartbeat},
+    json,
+};
+use crate::server::{fault::Fault, sessions::About};
+use axum::http::StatusCode;
+
+/// Seconds after which clients ask for their dynamic configuration again, which never changes.
+const REFRESH: u64 = 3600;
+
+pub fn client_config(call: &Call) -> Answer {
+    json(&ClientConfig::new(&call.limits()))
+}
+
+pub fn dynamic_config(_: &Call) -> Answer {
+    json(&DynamicConfig { refresh_interval_sec: REFRESH })
+}
+
+/// Opens a session. Its messages say what differs from what clients may expect.
+pub fn create_session(call: &Call) -> Answer {
+    let CreateSession { user_metadata, display_name, .. } = call.read()?;
+    let about = About { user_metadata: user_metadata.as_ref().map(texts), display_name };
+    let id = call.app.sessions().open(call.tenant.clone(), about);
+    json(&CreatedSession::new(id, call.app.settings.adapter.alpha))
+}
+
+/// Hears that a client lives. 410 tells one whose session has ended to be silent.
+pub fn heartbeat(call: &Call) -> Answer {
+    let SessionHeartbeat { session_id } = call.read()?;
+    match call.app.sessions().heartbeat(call.tenant, &session_id) {
+        Ok(()) => json(&Heartbeat {}),
+        Err(ended) => Err(Fault::new(StatusCode::GONE, ended.to_string())),
+    }
+}
+
+/// Drops what clients tell about themselves.
+pub fn telemetry(_: &Call) -> Answer {
+    json(&Status::ACCEPTED)
+}
+
+/// Ends a session. One that is not known is no error, for that would end the client's program with one.
+pub fn finish(call: &Call) -> Answer {
+    let [session] = call.parts("sessions/{session}/finish")?;
+    call.app.sessions().finish(call.tenant, &session);
+    json(&Done {})
+}
+
+pub fn capabilities(call: &Call) -> Answer {
+    let settings = &call.app.settings;
+    let base = SupportedModel {
+        model_name: settings.base_model.clone(),
+        max_context_length: settings.max_tokens,
+        trainable: true,
+        sampleable: false,
+    };
+    json(&Capabilities { supported_models: vec![base] })
+}
