@@ -38,7 +38,7 @@ fn clients() -> [Client; 3] {
     let json = client_python("XORL_TINKER_JSON_PYTHON", ".venv-tinker-json");
     [
         Client { name: "xorl", family: "xorl", python: own, adapters: 8 },
-        Client { name: "tinker", family: "tinker", python: tinker, adapters: 8 },
+        Client { name: "tinker", family: "tinker", python: tinker, adapters: 3 },
         Client { name: "tinker_json", family: "tinker", python: json, adapters: 2 },
     ]
 }

@@ -129,7 +129,7 @@ def trains_adapters(driver):
     clients = both(driver.service, "create_lora_training_client", driver.base_model, rank=4, seed=1)
     for client in clients:
         passed = both(client, "forward", DATA, "cross_entropy")
-        assert values(passed[0]) == values(passed[1])
+        is_near(values(passed[0]), values(passed[1]))
         assert [output["logprobs"].shape for output in passed[0].loss_fn_outputs] == [[datum.model_input.length] for datum in DATA]
         weights = [weight for datum in DATA for weight in datum.loss_fn_inputs["weights"].data]
         total = -sum(weight * value for weight, value in zip(weights, values(passed[0])))

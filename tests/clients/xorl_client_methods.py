@@ -187,7 +187,9 @@ def forward_alone_trains_nothing(driver):
     first = client.forward(DATA, "cross_entropy").result(timeout=60)
     second = settled(client.forward_async(DATA, "cross_entropy"))
     assert [output["logprobs"].shape for output in first.loss_fn_outputs] == [[datum.model_input.length] for datum in DATA]
-    assert first.metrics == second.metrics and first.metrics["loss:sum"] > 0
+    # Data of other clients may share the pass: the same but for rounding.
+    is_near([first.metrics["loss:sum"]], [second.metrics["loss:sum"]])
+    assert first.metrics["loss:sum"] > 0
     # Nothing is there that an update could be divided by.
     try:
         client.optim_step(STEP).result(timeout=60)
