@@ -19,6 +19,9 @@
 #                              5xx; schemathesis' options may follow, as --max-examples 200
 #   ci/long.sh real_size       one bf16 step of a random model with the shapes of Qwen2.5-1.5B, on 2 ranks
 #   ci/long.sh real_moe        the same with two layers of the shapes of Qwen3-30B-A3B, 64 experts on each rank
+#   ci/long.sh load            [MINUTES]: 64 clients ill-treat a server that is stopped twice and killed once (10 minutes,
+#                              and as many to replay what they did)
+#   ci/long.sh serve           throughput of the server beside PEFT, itself one adapter after another, and a local run
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -100,6 +103,21 @@ case "${1:-}" in
     done
     "$venv/bin/st" run "${address#listening on }/openapi.json" --continue-on-failure \
       --checks not_a_server_error,content_type_conformance,response_schema_conformance "$@"
+    ;;
+  load)
+    shift
+    launch/setup.sh
+    cargo build --release --quiet
+    export OMPI_MCA_rmaps_base_oversubscribe=1 HF_HUB_OFFLINE=1
+    exec .venv/bin/python ci/load.py --binary "${CARGO_TARGET_DIR:-target}/release/xorl-dist" --minutes "${1:-10}"
+    ;;
+  serve)
+    shift
+    launch/setup.sh
+    smollm2
+    cargo build --release --quiet
+    binary=${CARGO_TARGET_DIR:-target}/release/xorl-dist
+    HF_HUB_OFFLINE=1 exec .venv/bin/python benches/serve_throughput.py --model models/smollm2 --binary "$binary" "$@"
     ;;
   real_size | real_moe)
     launch/setup.sh --no-tests

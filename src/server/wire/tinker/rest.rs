@@ -31,6 +31,9 @@ use std::{
 /// Items of a list in one reply, at most.
 const MOST_ITEMS: usize = 1000;
 
+/// The last 0.x of the client whose lists of checkpoints must have no external weights in them.
+const LAST_WITHOUT_EXTERNAL: u32 = 24;
+
 const CHECKPOINT: &str = "training_runs/{run}/checkpoints/{kind}/{name}";
 
 /// The part of `items` that a page has, and its cursor.
@@ -61,6 +64,14 @@ impl Call<'_> {
         let model = ModelId::new(run.as_str()).map_err(|_| absent())?;
         Kind::of(&kind).ok_or_else(absent)?;
         Ok(labels::find(&self.app.root(self.tenant)?, &path, &model)?)
+    }
+
+    /// False for checkpoints of a kind that the client cannot read in a list.
+    fn knows(&self, stored: &Stored) -> bool {
+        let version = self.headers.get("x-stainless-package-version").and_then(|value| value.to_str().ok());
+        let minor = version.and_then(|version| version.strip_prefix("0.")?.split('.').next()?.parse().ok());
+        stored.checkpoint.kind != Kind::External
+            || minor.is_none_or(|minor: u32| minor > LAST_WITHOUT_EXTERNAL)
     }
 
     fn change(&self, rest: &str, change: impl FnOnce(&mut About)) -> Answer {
@@ -116,14 +127,16 @@ pub fn run(call: &Call) -> Answer {
 pub fn checkpoints_of_run(call: &Call) -> Answer {
     let [run] = call.parts("training_runs/{run}/checkpoints")?;
     let run = runs::find(call.app, call.tenant, &run)?;
-    let checkpoints = run.saves.iter().map(|(stored, about)| listed(stored, about)).collect();
+    let known = run.saves.iter().filter(|(stored, _)| call.knows(stored));
+    let checkpoints = known.map(|(stored, about)| listed(stored, about)).collect();
     json(&Checkpoints { checkpoints, cursor: None })
 }
 
 /// The checkpoints of all runs, newest first.
 pub fn checkpoints(call: &Call) -> Answer {
     let runs = runs::list(call.app, call.tenant)?;
-    let mut saves: Vec<(Stored, About)> = runs.into_iter().flat_map(|run| run.saves).collect();
+    let saves = runs.into_iter().flat_map(|run| run.saves);
+    let mut saves: Vec<(Stored, About)> = saves.filter(|(stored, _)| call.knows(stored)).collect();
     saves.sort_by_key(|(stored, _)| std::cmp::Reverse(stored.time));
     let (saves, cursor) = paged(saves, call.page()?);
     let checkpoints = saves.iter().map(|(stored, about)| listed(stored, about)).collect();

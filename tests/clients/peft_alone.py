@@ -1,0 +1,95 @@
+"""A tiny random model, and what PEFT alone makes of the adapters that clients trained through the server.
+
+    peft_alone.py model DIR TOKENIZER           a llama of two layers in fp32, with the tokenizer's files
+    peft_alone.py compare MODEL REPORT...       prints the largest distances, as JSON
+
+`train` of a report holds, for each adapter and way: the adapter before, the adapter after, the losses of the steps.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import plan
+
+torch.set_num_threads(1)
+
+
+def write_model(folder, tokenizer):
+    torch.manual_seed(21)
+    config = LlamaConfig(vocab_size=plan.VOCABULARY, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=16, max_position_embeddings=512, initializer_range=0.15)
+    LlamaForCausalLM(config).float().save_pretrained(folder)
+    for file in Path(tokenizer).iterdir():
+        shutil.copy(file, folder)
+
+
+def train(base, told):
+    """Losses of the steps as sums, and the adapter after them by the names that PEFT saves."""
+    model = PeftModel.from_pretrained(base, told["start"], is_trainable=True).eval()
+    trained = {name.replace(".default.", "."): p for name, p in model.named_parameters() if p.requires_grad}
+    asked = plan.settings(told["adapter"])
+    optimizer = torch.optim.AdamW(trained.values(), lr=asked["learning_rate"], betas=(asked["beta1"], asked["beta2"]), eps=asked["eps"],
+                                  weight_decay=asked["weight_decay"])
+    losses = []
+    for step in range(plan.STEPS):
+        total, valid = 0.0, 0.0
+        for ids, targets, weights in plan.data(told["adapter"], step):
+            logits = model(input_ids=torch.tensor([ids])).logits[0]
+            by_token = torch.nn.functional.cross_entropy(logits, torch.tensor(targets), reduction="none")
+            total, valid = total + (by_token * torch.tensor(weights)).sum(), valid + sum(weights)
+        (total / valid if told["divide"] else total).backward()
+        if asked["grad_clip_norm"] > 0:
+            torch.nn.utils.clip_grad_norm_(trained.values(), asked["grad_clip_norm"])
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total.item())
+    final = {name: p.detach().clone() for name, p in trained.items()}
+    model.unload()
+    return losses, final
+
+
+def apart(ours, theirs):
+    """‖a − b‖ / ‖b‖ over all tensors, and the largest relative distance of two losses."""
+    (our_losses, our_tensors), (their_losses, their_tensors) = ours, theirs
+    assert our_tensors.keys() == their_tensors.keys(), sorted(our_tensors.keys() ^ their_tensors.keys())
+    flat = [torch.cat([tensors[name].double().flatten() for name in sorted(tensors)]) for tensors in (our_tensors, their_tensors)]
+    losses = max(abs(a - b) / abs(b) for a, b in zip(our_losses, their_losses))
+    return max(losses, ((flat[0] - flat[1]).norm() / flat[1].norm()).item())
+
+
+def of_file(folder):
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def compare(model_folder, reports):
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="eager")
+    table = {}
+    for path in reports:
+        told = json.loads(Path(path).read_text())["train"]
+        alone = {one["adapter"]: one for one in told if one["way"] == "alone"}
+        for one in told:
+            key = f"{Path(path).stem} {one['way']}"
+            ours, reference = (one["losses"], of_file(one["end"])), alone[one["adapter"]]
+            row = table.setdefault(key, {"adapters": 0, "alone": 0.0, "peft": 0.0, "moved": 1e9})
+            row["adapters"] += 1
+            row["alone"] = max(row["alone"], apart(ours, (reference["losses"], of_file(reference["end"]))))
+            row["peft"] = max(row["peft"], apart(ours, train(base, one)))
+            # Zero would mean that nothing was trained.
+            row["moved"] = min(row["moved"], apart((one["losses"], of_file(one["start"])), ours))
+    print(json.dumps(table))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "model":
+        write_model(*sys.argv[2:])
+        # Where torch is: a client without one borrows it.
+        print(Path(torch.__file__).parent.parent)
+    else:
+        compare(sys.argv[2], sys.argv[3:])
