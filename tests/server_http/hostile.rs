@@ -564,7 +564,8 @@ fn results_that_nobody_fetches_are_bounded() {
     let first = server.submit("forward", &body);
     server.retrieve(&first);
     let before = resident();
-    let last = (0..500).map(|_| server.submit("forward", &body)).last().unwrap();
+    let all: Vec<_> = (0..500).map(|_| server.submit("forward", &body)).collect();
+    let last = all.last().unwrap().clone();
     assert_eq!(server.retrieve(&last).0, 200);
     assert_eq!(server.retrieve(&first).0, 404, "the oldest result is gone");
     let kept = metric(&server, "xorl_futures_kept_bytes");

@@ -57,7 +57,7 @@ pub struct Trained {
 
 /// The place of an adapter's tensors.
 enum Place {
-    Memory(Session),
+    Memory(Box<Session>),
     Disk(OnDisk),
 }
 
@@ -243,7 +243,7 @@ impl Models {
         session.adapter.init(spec.seed, self.defaults.b_init_std)?;
         let trained = Trained {
             spec: spec.clone(),
-            place: Place::Memory(session),
+            place: Place::Memory(Box::new(session)),
             has_gradients: false,
             numbers,
             step: 0,
@@ -282,7 +282,7 @@ impl Models {
             session.optimizer.set_updates(on_disk.updates);
             session.adapter.regions_mut().refresh()?;
             let trained = self.trained(model)?;
-            trained.place = Place::Memory(session);
+            trained.place = Place::Memory(Box::new(session));
             if !trained.has_gradients {
                 trained.drop_gradients();
             }

@@ -18,7 +18,7 @@ use crate::{
         app::{DEFAULT_MODEL, Submission, mismatched},
         checkpoints::{self, Stored},
         fault::Fault,
-        futures::Body,
+        futures::{Body, Render},
         labels::{self, About},
         paths::{self, Checkpoint, Kind},
         request::{AdapterSpec, Load, ModelId, Reply, Save, Task},
@@ -156,7 +156,7 @@ pub fn load(call: &Call) -> Answer {
     }
 }
 
-fn loaded(model: &ModelId, path: String) -> Box<dyn Fn(&Reply, bool) -> Body + Send + Sync> {
+fn loaded(model: &ModelId, path: String) -> Render {
     let answer = LoadedWeights { path, model_id: model.to_string() };
     Box::new(move |reply: &Reply, _| match reply {
         Reply::Loaded { .. } => Body::json(&answer),
