@@ -1,6 +1,6 @@
 //! Signals that ask a run or a server to save and stop: SIGUSR1 under any launcher, SIGTERM and SIGINT where no
-//! launcher acts on them. The handlers only set a flag; the ranks of a run agree on it at the end of each step. A thread prints
-//! the reaction to the first signal at once, because a step may take long.
+//! launcher acts on them. The handlers only set a flag; the ranks of a run agree on it at the end of each step. A
+//! thread prints the reaction to the first signal at once, because a step may take long.
 
 use crate::{
     console,
