@@ -49,7 +49,7 @@ fn idle_adapters_leave_memory_once_and_heartbeats_keep_them() {
         let render = Box::new(|_: &Reply, _| Body::json(&json!({})));
         app.create(&tenant, &model, spec.clone(), render).unwrap();
     };
-    ["quiet", "alive", "busy"].map(make);
+    ["quiet", "alive", "busy"].into_iter().for_each(make);
     eventually("all are made", || engine.state().models.len() == 3);
     let start = SystemTime::now();
     let sweep = |after: u64| sweep::once(&app, Some(IDLE), &|_, _| (), start + Duration::from_secs(after));
