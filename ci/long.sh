@@ -19,8 +19,8 @@
 #                              5xx; schemathesis' options may follow, as --max-examples 200
 #   ci/long.sh real_size       one bf16 step of a random model with the shapes of Qwen2.5-1.5B, on 2 ranks
 #   ci/long.sh real_moe        the same with two layers of the shapes of Qwen3-30B-A3B, 64 experts on each rank
-#   ci/long.sh load            [MINUTES]: 64 clients ill-treat a server that is stopped twice and killed once (10 minutes,
-#                              and as many to replay what they did)
+#   ci/long.sh load            [MINUTES]: 64 clients ill-treat a server that is stopped twice and killed once (10, and
+#                              as many to replay what they did)
 #   ci/long.sh serve           throughput of the server beside PEFT, itself one adapter after another, and a local run
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
