@@ -101,7 +101,8 @@ impl Document {
         if let Some(example) = schema.get("example") {
             return example.clone();
         }
-        let mut alternatives = ["oneOf", "anyOf"].iter().filter_map(|name| schema[*name].as_array()).flatten();
+        let mut alternatives =
+            ["oneOf", "anyOf"].iter().filter_map(|name| schema[*name].as_array()).flatten();
         if let Some(first) = alternatives.find(|one| one["type"] != "null") {
             return self.value(first);
         }
