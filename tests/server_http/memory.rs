@@ -362,7 +362,7 @@ fn replaced() -> impl Strategy<Value = Vec<u8>> {
         let (mut body, place) = (base, &places[at.index(places.len())]);
         *body.pointer_mut(place).unwrap() = json!("the place");
         let mut bytes = body.to_string().replace("\"the place\"", &bad).into_bytes();
-        if let Some((at, byte)) = broken {
+        if let Some((at, byte)) = broken.filter(|_| !bytes.is_empty()) {
             let at = at.index(bytes.len());
             bytes[at] = byte;
         }
@@ -403,7 +403,7 @@ const CALLS: [&str; 14] = [
 #[test]
 fn a_bad_value_anywhere_is_a_fault_of_the_client() {
     let target = Target::new();
-    let config = ProptestConfig { cases: 1500, failure_persistence: None, ..ProptestConfig::default() };
+    let config = ProptestConfig { cases: 600, failure_persistence: None, ..ProptestConfig::default() };
     proptest!(config, |(body in replaced())| {
         for call in CALLS {
             if let Err(fault) = target.post(call, &body) {
