@@ -173,7 +173,7 @@ fn the_document_has_the_paths_that_the_server_answers() {
         assert!([404, 405].contains(&server.send(other, path, &[], b"").0), "{other} {path}");
     }
     let served: BTreeSet<&str> = names.iter().map(|name| name.split_once(' ').unwrap().1).collect();
-    for word in ["health", "metrics", "openapi.json", "create_session", "sample", "nothing", "save_state"] {
+    for word in ["health", "metrics", "openapi.json", "create_sessions", "sample", "nothing", "save_state"] {
         for path in [format!("/{word}"), format!("/api/v1/{word}"), format!("/api/{word}")] {
             if !served.contains(path.as_str()) {
                 let status = server.send("POST", &path, &[], b"{}").0.min(server.get(&path).0);

@@ -63,8 +63,8 @@ section! {
         adam_beta2: f64 = 0.95 => BelowOne;
         /// Added to the root of the second moment in an update that gives none.
         adam_epsilon: f64 = 1e-8 => Positive;
-        /// Bytes of a rank's memory for adapters, such as 8GB; those that have no room wait on disk. null: what the base
-        /// and a pass leave when the server starts.
+        /// Bytes of a rank's memory for adapters, such as 8GB; those that have no room wait on disk. null: what the
+        /// base and a pass leave when the server starts.
         adapter_memory: Option<ByteSize> = None;
         /// Seconds without a request or heartbeat after which an adapter waits on disk until its next request. null:
         /// never.

@@ -132,7 +132,7 @@ def refusals(client):
     """A refused request uses up its number: the next one does not wait."""
     refused(lambda: client.forward_backward([datum(ids=(1, 2, 5000))], "cross_entropy"), "5000", "vocabulary")
     refused(lambda: client.save_weights_and_get_sampling_client(), "sampling is not served here")
-    refused(lambda: client.save_state("a/b"), "without '/'")
+    refused(lambda: client.save_state("a/b"), "a/b", "expected a name without")
     refused(lambda: client.forward_backward([datum()], "stable_reinforce"), "importance_sampling")
     began = time.time()
     updates(client)

@@ -24,8 +24,8 @@ pub struct Room {
 }
 
 impl Room {
-    /// The room that `options` say, or that there is: of the memory that is free now, what a pass leaves on the tightest
-    /// rank. Collective, after all have loaded the base.
+    /// The room that `options` say, or that there is: of the memory that is free now, what a pass leaves on the
+    /// tightest rank. Collective, after all have loaded the base.
     pub fn new(models: &Models, options: &EngineOptions) -> Result<Self> {
         let spec = options.defaults.spec();
         let measure = || measure(models, &models.plan(&spec)?, options.max_tokens_per_pass);

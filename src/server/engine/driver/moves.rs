@@ -27,7 +27,8 @@ pub fn now() -> u64 {
 }
 
 impl Driver {
-    /// Brings `wanted` into memory, with room for one more adapter of `new`. Those that were used longest ago make room.
+    /// Brings `wanted` into memory, with room for one more adapter of `new`. Those that were used longest ago make
+    /// room.
     ///
     /// # Errors
     /// An adapter cannot go to disk or come back. Each is in one of both places then.
