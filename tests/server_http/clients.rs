@@ -77,11 +77,11 @@ fn check(asked: &[Request]) {
 }
 
 #[test]
-fn the_client_that_sends_protobuf_trains() {
+fn python_the_client_that_sends_protobuf_trains() {
     check(&run("XORL_TINKER_PYTHON", ".venv-tinker"));
 }
 
 #[test]
-fn the_client_that_sends_json_trains() {
+fn python_the_client_that_sends_json_trains() {
     check(&run("XORL_TINKER_JSON_PYTHON", ".venv-tinker-json"));
 }
