@@ -225,7 +225,7 @@ fn a_locked_output_directory_is_refused() {
     let lock = File::options().write(true).open(run.at("out/.lock")).unwrap();
     lock.try_lock().expect("free after the run");
     let line = failed(&run.run(1, "out", &AUTO), 2);
-    assert!(line.contains("is in use by process") && line.contains("train.output_dir"), "{line}");
+    assert!(line.contains("is in use by process") && line.contains("another output_dir"), "{line}");
     drop(lock);
     succeeded(&run.run(1, "out", &AUTO));
 }
