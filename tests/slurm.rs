@@ -196,16 +196,21 @@ fn mpi_batch_scripts_run_and_requeued_jobs_go_on_by_themselves() {
 
 /// Requeueing is that of all batch scripts, above; slurm waits long before it.
 #[test]
-fn mpi_a_batch_server_saves_when_it_is_cancelled() {
+fn mpi_a_batch_server_saves_when_it_is_cancelled_and_the_next_job_goes_on() {
     let (cluster, run) = (Cluster::start(), TinyRun::new());
     let yaml = format!("config_path: {}\nenable_mixed_precision: false\napi_port: 0\n", run.at("").display());
     fs::write(run.at("server.yaml"), yaml).unwrap();
     let job = cluster.submit(&run, "served", &[SERVE], &[], &["--device", "cpu"]);
     let log = || fs::read_to_string(run.at("served/slurm.log")).unwrap_or_default();
-    let address = wait_for_at_most(PATIENCE, "a server that listens", || {
-        let text = log();
-        address_in(&text[text.find("listening on")?..])
-    });
+    // The address of the server after `starts` starts.
+    let listens = |starts: usize| {
+        wait_for_at_most(PATIENCE, "a server that listens", || {
+            let text = log();
+            let at = text.match_indices("listening on").nth(starts - 1)?.0;
+            address_in(&text[at..])
+        })
+    };
+    let address = listens(1);
     let post = |name: &str, body: Value| {
         let (status, reply) =
             exchange(address, "POST", &format!("/api/v1/{name}"), &body.to_string()).unwrap();
@@ -222,4 +227,10 @@ fn mpi_a_batch_server_saves_when_it_is_cancelled() {
     cluster.run("scancel", &[&job]);
     let saved = || log().contains("1 adapter saved; the same command").then_some(());
     wait_for_at_most(PATIENCE, "the save", saved);
+    // The output directory is the first job's until its process has ended.
+    let ended = || cluster.run("squeue", &["--noheader", "--jobs", &job]).trim().is_empty().then_some(());
+    wait_for_at_most(PATIENCE, "the end of the first job", ended);
+    cluster.submit(&run, "served", &[SERVE], &[], &["--device", "cpu"]);
+    let (_, info) = exchange(listens(2), "GET", "/api/v1/session_info?model_id=default", "").unwrap();
+    assert_eq!(info["step"], 1, "{info}");
 }

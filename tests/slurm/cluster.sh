@@ -8,7 +8,7 @@ command=$1 dir=$2
 PATH=$PATH:/usr/sbin
 case $command in
   start)
-    mkdir -p "$dir"/{munge,state,spool}
+    mkdir -p "$dir"/{munge,state,spool,tmp}
     chmod 755 "$dir"
     chmod 700 "$dir/munge"
     # The socket has to be reachable for everybody, its folder too.
@@ -37,6 +37,8 @@ AuthInfo=socket=$dir/socket/munge,cred_expire=5
 CredType=cred/munge
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool
+# Folders of steps go by the job's number: what a killed cluster has left in /tmp would stop a step of this one.
+TmpFS=$dir/tmp
 SlurmctldPidFile=$dir/slurmctld.pid
 SlurmdPidFile=$dir/slurmd.pid
 SlurmctldLogFile=$dir/slurmctld.log
