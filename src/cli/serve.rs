@@ -5,7 +5,7 @@ use crate::{
     config,
     error::{Result, agree},
     server::Start,
-    train::{Launch, Program, StopSignals},
+    train::{Program, StopSignals},
 };
 use std::{path::PathBuf, process::ExitCode};
 
@@ -28,12 +28,7 @@ impl Runnable for Serve {
             common.device,
             common.debug,
             |world| {
-                let stop = StopSignals::listen(Launch {
-                    program: Program::Server,
-                    leaves_signals: world.leaves_signals(),
-                    by_hand: world.is_by_hand(),
-                    says: world.rank() == 0,
-                })?;
+                let stop = StopSignals::listen(Program::Server, world)?;
                 let everyone = world.group("world", 0);
                 let start = Start::read(&self.config, &common.overrides, world.size(), common.debug);
                 let mut start = agree(&*everyone, start)?;

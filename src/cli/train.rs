@@ -3,7 +3,7 @@
 use super::{Common, Fields, RUN_FIELDS, Runnable, ranks::on_all_ranks};
 use crate::{
     error::{Result, agree},
-    train::{Ended, Launch, Program, Run, StopSignals},
+    train::{Ended, Program, Run, StopSignals},
 };
 use std::{path::PathBuf, process::ExitCode};
 
@@ -27,12 +27,7 @@ impl Runnable for Train {
             common.device,
             common.debug,
             |world| {
-                let stop = StopSignals::listen(Launch {
-                    program: Program::Run,
-                    leaves_signals: world.leaves_signals(),
-                    by_hand: world.is_by_hand(),
-                    says: world.rank() == 0,
-                })?;
+                let stop = StopSignals::listen(Program::Run, world)?;
                 let everyone = world.group("world", 0);
                 let run = Run::prepare(&self.config, &common.overrides, world.size());
                 let mut run = agree(&*everyone, run)?;

@@ -2,6 +2,7 @@
 //! the process that wrote it, into tensors of the same sizes: an adapter that comes back is the same to the bit, with
 //! its gradients as far as this rank has accumulated them. The next process deletes what is left of them.
 
+use super::storage;
 use crate::device::{DeviceError, RankDevice, Staging};
 use sha2::{Digest, Sha256};
 use std::{
@@ -11,8 +12,10 @@ use std::{
 };
 use tch::Tensor;
 
-/// The folder of these files in output_dir.
-pub const FOLDER: &str = ".server/spilled";
+/// The folder of these files below `output`.
+fn folder(output: &Path) -> PathBuf {
+    output.join(storage::OWN).join("spilled")
+}
 
 /// Reasons why an adapter cannot be moved to disk or back.
 #[derive(Debug, thiserror::Error)]
@@ -40,7 +43,7 @@ pub struct Spilled {
 /// # Errors
 /// They cannot be deleted.
 pub fn clear(output: &Path) -> Result<(), SpillError> {
-    let folder = output.join(FOLDER);
+    let folder = folder(output);
     match fs::remove_dir_all(&folder) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(SpillError::Io { path: folder, error }),
         _ => Ok(()),
@@ -64,7 +67,7 @@ impl Spilled {
         tensors: &[Tensor],
         device: &RankDevice,
     ) -> Result<Self, SpillError> {
-        let folder = output.join(FOLDER);
+        let folder = folder(output);
         let mut spilled = Self { path: folder.join(name), bytes: 0, digest: [0; 32] };
         let io = |error| SpillError::Io { path: folder.join(name), error };
         fs::create_dir_all(&folder).map_err(io)?;
@@ -142,7 +145,7 @@ mod tests {
         let read = fresh();
         spilled.read(&read, &host).unwrap();
         assert_eq!(bits(&read), bits(&written));
-        let file = output.path().join(FOLDER).join("1-0");
+        let file = folder(output.path()).join("1-0");
         let mut bytes = fs::read(&file).unwrap();
         bytes[17] ^= 1;
         fs::write(&file, &bytes).unwrap();
@@ -153,7 +156,7 @@ mod tests {
         assert!(!file.exists());
         clear(output.path()).unwrap();
         clear(output.path()).unwrap();
-        assert!(!output.path().join(FOLDER).exists());
+        assert!(!folder(output.path()).exists());
     }
 
     #[test]

@@ -26,5 +26,5 @@ pub mod step;
 pub use identity::Identity;
 pub use output::take_output;
 pub use run::{Ended, Run};
-pub use signals::{Launch, Program, StopSignals};
+pub use signals::{Program, StopSignals};
 pub use step::{MicroBatch, StepReport, Trainer};

@@ -3,6 +3,7 @@
 //! thread prints the reaction to the first signal at once, because a step may take long.
 
 use crate::{
+    comm::World,
     console,
     error::{Error, Result},
 };
@@ -46,38 +47,27 @@ struct Place {
     saved: Arc<AtomicUsize>,
 }
 
-/// The launch of a program, as far as signals go.
-#[derive(Clone, Copy, Debug)]
-pub struct Launch {
-    pub program: Program,
-    /// SIGTERM and SIGINT reach the ranks, with time to act on them.
-    pub leaves_signals: bool,
-    /// No launcher started this process.
-    pub by_hand: bool,
-    /// This rank prints the reaction to a signal.
-    pub says: bool,
-}
-
 impl StopSignals {
-    /// Listens from now on. By hand, a second SIGTERM or SIGINT ends the process at once. slurm may send one signal
-    /// twice, and kills later anyway.
-    pub fn listen(launch: Launch) -> Result<Self> {
-        let place = Place { program: launch.program, ..Place::default() };
+    /// Listens from now on, on a rank of `world` that runs `program`; rank 0 prints the reaction. By hand, a second
+    /// SIGTERM or SIGINT ends the process at once. slurm may send one signal twice, and kills later anyway.
+    pub fn listen(program: Program, world: &World) -> Result<Self> {
+        let (leaves_signals, by_hand, says) = (world.leaves_signals(), world.is_by_hand(), world.rank() == 0);
+        let place = Place { program, ..Place::default() };
         let asked = Arc::new(AtomicBool::new(false));
         let failed = |error| Error::Failure(format!("listening to signals: {error}"));
-        let ours = if launch.leaves_signals { &[SIGTERM, SIGINT, SIGUSR1][..] } else { &[SIGUSR1] };
+        let ours = if leaves_signals { &[SIGTERM, SIGINT, SIGUSR1][..] } else { &[SIGUSR1] };
         for &signal in ours {
-            if launch.by_hand && signal != SIGUSR1 {
+            if by_hand && signal != SIGUSR1 {
                 // Registered before the flag, so that the first signal finds the flag unset.
                 flag::register_conditional_shutdown(signal, 128 + signal, asked.clone()).map_err(failed)?;
             }
             flag::register(signal, asked.clone()).map_err(failed)?;
         }
-        if launch.says {
+        if says {
             let own = place.clone();
-            on_first(ours, move || console::say(&own.stopping(launch.by_hand))).map_err(failed)?;
+            on_first(ours, move || console::say(&own.stopping(by_hand))).map_err(failed)?;
         }
-        if launch.says && !launch.leaves_signals {
+        if says && !leaves_signals {
             let own = place.clone();
             let ends = move || {
                 console::say(&own.ending());
