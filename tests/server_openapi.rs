@@ -8,17 +8,31 @@ mod server;
 use serde_json::{Map, Value, json};
 use server::Server;
 use std::collections::BTreeSet;
+use xorl_dist::server::request::ModelId;
 
-/// The calls of xorl-client that a trainer answers, from its source, and those that every server has.
-const SERVED: [&str; 21] = [
+/// The calls of the clients that a trainer answers, from their sources, and those that every server has.
+const SERVED: [&str; 40] = [
+    "DELETE /api/v1/training_runs/{run}/checkpoints/{kind}/{name}",
+    "DELETE /api/v1/training_runs/{run}/checkpoints/{kind}/{name}/publish",
+    "GET /api/v1/checkpoints",
+    "GET /api/v1/get_server_capabilities",
     "GET /api/v1/healthz",
     "GET /api/v1/session_info",
+    "GET /api/v1/sessions",
+    "GET /api/v1/sessions/{session}",
     "GET /api/v1/training_runs",
+    "GET /api/v1/training_runs/{run}",
+    "GET /api/v1/training_runs/{run}/checkpoints",
+    "GET /api/v1/training_runs/{run}/checkpoints/{kind}/{name}/external_weights_urls",
     "GET /health",
     "GET /metrics",
     "GET /openapi.json",
     "POST /api/v1/abort_gradient_epoch",
+    "POST /api/v1/client/config",
+    "POST /api/v1/client/dynamic_config",
+    "POST /api/v1/copy_weights",
     "POST /api/v1/create_model",
+    "POST /api/v1/create_session",
     "POST /api/v1/delete_checkpoint",
     "POST /api/v1/forward",
     "POST /api/v1/forward_backward",
@@ -29,9 +43,15 @@ const SERVED: [&str; 21] = [
     "POST /api/v1/optim_step",
     "POST /api/v1/retrieve_future",
     "POST /api/v1/save_weights",
+    "POST /api/v1/save_weights_external",
     "POST /api/v1/save_weights_for_sampler",
+    "POST /api/v1/session_heartbeat",
+    "POST /api/v1/sessions/{session}/finish",
+    "POST /api/v1/telemetry",
+    "POST /api/v1/training_runs/{run}/checkpoints/{kind}/{name}/publish",
     "POST /api/v1/unload_model",
     "POST /api/v1/weights_info",
+    "PUT /api/v1/training_runs/{run}/checkpoints/{kind}/{name}/ttl",
 ];
 
 struct Document(Value);
@@ -145,13 +165,31 @@ impl Document {
     }
 }
 
+/// The bodies that a call takes: of a path that two wires share, that of xorl's client first.
+fn body_schemas(operation: &Value) -> Vec<&Value> {
+    let Some(schema) = operation.pointer("/requestBody/content/application~1json/schema") else {
+        return vec![];
+    };
+    schema["anyOf"].as_array().map_or_else(|| vec![schema], |any| any.iter().collect())
+}
+
 fn body_schema(operation: &Value) -> Option<&Value> {
-    operation.pointer("/requestBody/content/application~1json/schema")
+    body_schemas(operation).first().copied()
+}
+
+/// A path with "a" in place of each of its parameters.
+fn filled(path: &str) -> String {
+    path.split('/').map(|part| if part.starts_with('{') { "a" } else { part }).collect::<Vec<_>>().join("/")
+}
+
+fn send_with(server: &Server, name: &str, headers: &[(&str, &str)], body: &Value) -> (u16, Value) {
+    let (method, path) = name.split_once(' ').unwrap();
+    let body = if method == "GET" { String::new() } else { body.to_string() };
+    server.send(method, &filled(path), headers, body.as_bytes())
 }
 
 fn send(server: &Server, name: &str, body: &Value) -> (u16, Value) {
-    let (method, path) = name.split_once(' ').unwrap();
-    server.send(method, path, &[], if method == "GET" { String::new() } else { body.to_string() }.as_bytes())
+    send_with(server, name, &[], body)
 }
 
 #[test]
@@ -170,7 +208,7 @@ fn the_document_has_the_paths_that_the_server_answers() {
         let is_no_path = reply["detail"].as_str().is_some_and(|detail| detail.contains("is no path"));
         assert!(!is_no_path && ![405, 501].contains(&status) && status < 500, "{name}: {status} {reply}");
         let other = if method == "GET" { "PUT" } else { "GET" };
-        assert!([404, 405].contains(&server.send(other, path, &[], b"").0), "{other} {path}");
+        assert!([404, 405].contains(&server.send(other, &filled(path), &[], b"").0), "{other} {path}");
     }
     let served: BTreeSet<&str> = names.iter().map(|name| name.split_once(' ').unwrap().1).collect();
     for word in ["health", "metrics", "openapi.json", "create_sessions", "sample", "nothing", "save_state"] {
@@ -201,7 +239,11 @@ fn every_name_in_the_document_leads_to_a_schema() {
     for (name, operation) in document.operations() {
         let ids = ["summary", "operationId"].map(|field| operation[field].as_str().unwrap_or_default());
         assert!(ids.iter().all(|text| !text.is_empty()), "{name}");
-        assert!(operation["responses"]["200"]["content"].is_object(), "{name}");
+        let responses = &operation["responses"];
+        assert!(responses["200"]["content"].is_object() || responses["204"].is_object(), "{name}");
+        let places = name.matches('{').count();
+        let parameters = operation["parameters"].as_array().into_iter().flatten();
+        assert_eq!(parameters.filter(|parameter| parameter["in"] == "path").count(), places, "{name}");
     }
 }
 
@@ -223,7 +265,7 @@ fn a_body_of_required_fields_is_taken_and_each_of_them_is_required() {
         }
         for body in bodies {
             let (status, reply) = send(&server, &name, &body);
-            assert!([200, 404].contains(&status), "{name} {body}: {status} {reply}");
+            assert!([200, 404, 410].contains(&status), "{name} {body}: {status} {reply}");
             let mut places = Vec::new();
             document.required_places(schema, &body, "", &mut places);
             places.extend(
@@ -275,6 +317,72 @@ fn every_documented_field_is_read_with_its_type() {
         }
     }
     assert!(fields >= 60, "{fields}");
+}
+
+#[test]
+fn the_other_body_of_a_shared_path_is_read_as_it_is_documented() {
+    let server = Server::start();
+    let document = Document::of(&server);
+    let tinker = [("x-stainless-lang", "python")];
+    let (mut wrongs, mut dropped, mut packed) = (0, 0, 0);
+    for (name, operation) in document.operations() {
+        packed += usize::from(operation["requestBody"]["content"]["application/x-protobuf"].is_object());
+        for schema in body_schemas(operation).into_iter().skip(1) {
+            let base = document.value(schema);
+            let (properties, required) = document.properties(schema);
+            for (field, property) in &properties {
+                let text = document.resolved(property).to_string();
+                let wrong = if text.contains("\"string\"") { json!([1]) } else { json!("text") };
+                let with = |value: &Value| {
+                    let mut body = base.clone();
+                    body[field] = value.clone();
+                    let (status, reply) = send_with(&server, &name, &tinker, &body);
+                    (status, reply["detail"].as_str().unwrap_or_default().to_owned())
+                };
+                let (status, detail) = with(&wrong);
+                let is_refused = status == 400 && detail.starts_with("body: invalid type");
+                assert!(is_refused, "{name} with {field} {wrong}: {status} {detail}");
+                let is_null_fine = text.contains("\"null\"");
+                let (_, detail) = with(&Value::Null);
+                let is_null_refused = detail.starts_with("body: invalid type: null");
+                assert_ne!(is_null_refused, is_null_fine, "{name} with {field} null: {detail}");
+                wrongs += 1;
+            }
+            for field in &required {
+                let mut body = base.clone();
+                body.as_object_mut().unwrap().remove(field);
+                let (status, reply) = send_with(&server, &name, &tinker, &body);
+                let detail = reply["detail"].as_str().unwrap_or_default();
+                let is_named = detail.starts_with(&format!("body: missing field `{field}`"));
+                assert!(status == 400 && is_named, "{name} without {field}: {reply}");
+                dropped += 1;
+            }
+        }
+    }
+    assert!(wrongs >= 40 && dropped >= 12 && packed == 2, "{wrongs} {dropped} {packed}");
+}
+
+#[test]
+fn every_name_of_an_adapter_has_the_pattern_of_those_that_are_taken() {
+    let server = Server::start();
+    let document = Document::of(&server);
+    let mut patterns = BTreeSet::new();
+    for (name, operation) in document.operations() {
+        for schema in body_schemas(operation) {
+            if let Some(property) = document.properties(schema).0.get("model_id") {
+                patterns.insert(property["pattern"].as_str().unwrap_or_else(|| panic!("{name}")).to_owned());
+            }
+        }
+    }
+    let [pattern] = &patterns.into_iter().collect::<Vec<_>>()[..] else { panic!("not one pattern") };
+    let pattern = fancy_regex::Regex::new(pattern).unwrap();
+    for text in ["a", "default", "sess-1:train:0", "a.b_c-d", "", ".", "-a", "_a", "a/b", "a b", "é", "aé"]
+    {
+        assert_eq!(pattern.is_match(text).unwrap(), ModelId::new(text).is_ok(), "{text}");
+    }
+    for length in [128, 129] {
+        assert_eq!(pattern.is_match(&"a".repeat(length)).unwrap(), length == 128);
+    }
 }
 
 /// Serves until it is killed, for programs that read the document: `ci/long.sh schemathesis`.

@@ -17,7 +17,7 @@ use tokio::sync::Notify;
 /// Bounds on futures.
 #[derive(Clone, Debug)]
 pub struct FutureLimits {
-    /// Requests that wait or are being carried out, at most.
+    /// Requests that wait or are being carried out, at most. One of several tenants has no more than it leaves free.
     pub pending: usize,
     /// Bytes of the data of these requests, at most; one alone may have more.
     pub pending_bytes: usize,
@@ -148,6 +148,18 @@ pub enum Full {
          in some seconds"
     )]
     Bytes(usize),
+    #[error(
+        "{requests} requests of this key wait already, with {bytes} bytes of data, and room is left for those of \
+         others; send it again in some seconds"
+    )]
+    Share { requests: usize, bytes: usize },
+}
+
+/// Requests that are pending, and bytes of their data.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Load {
+    requests: usize,
+    bytes: usize,
 }
 
 struct Entry {
@@ -172,6 +184,8 @@ struct Table {
     pending: BTreeSet<u64>,
     /// Bytes of the data of those that are pending.
     pending_bytes: usize,
+    /// The part of each tenant in what is pending.
+    shares: BTreeMap<Tenant, Load>,
     /// Those with a result, by the time at which it came.
     kept: VecDeque<u64>,
     bytes: usize,
@@ -195,6 +209,8 @@ impl Table {
         if pending_bytes > limits.pending_bytes && !self.pending.is_empty() {
             return Err(Full::Bytes(self.pending_bytes));
         }
+        let share = self.share(&owner, bytes, limits)?;
+        self.shares.insert(owner.clone(), share);
         self.pending_bytes = pending_bytes;
         let number = self.next;
         self.next += 1;
@@ -206,6 +222,20 @@ impl Table {
         Ok(number)
     }
 
+    /// The share of `owner` with a request more. One of several tenants has no more than it leaves free, so that
+    /// others find room; its first request needs room alone.
+    fn share(&self, owner: &Tenant, bytes: usize, limits: &FutureLimits) -> Result<Load, Full> {
+        let Load { requests, bytes: held } = self.shares.get(owner).copied().unwrap_or_default();
+        let free = limits.pending.saturating_sub(self.pending.len());
+        let free_bytes = limits.pending_bytes.saturating_sub(self.pending_bytes);
+        let share = Load { requests: requests + 1, bytes: held.saturating_add(bytes) };
+        let is_large = share.requests > free || share.bytes > free_bytes;
+        match is_large && requests > 0 && !owner.is_only() {
+            true => Err(Full::Share { requests, bytes: held }),
+            false => Ok(share),
+        }
+    }
+
     fn finish(&mut self, number: u64, outcome: Outcome, now: Instant, limits: &FutureLimits) {
         let Some(entry) = self.entries.get_mut(&number).filter(|entry| entry.outcome.is_none()) else {
             return;
@@ -213,7 +243,12 @@ impl Table {
         self.bytes += outcome.bytes();
         entry.outcome = Some((Arc::new(outcome), now));
         entry.changed.notify_waiters();
-        self.pending_bytes -= std::mem::take(&mut entry.bytes);
+        let bytes = std::mem::take(&mut entry.bytes);
+        self.pending_bytes -= bytes;
+        if let Some(share) = self.shares.get_mut(&entry.owner) {
+            *share = Load { requests: share.requests - 1, bytes: share.bytes - bytes };
+        }
+        self.shares.retain(|_, share| share.requests > 0);
         self.pending.remove(&number);
         self.kept.push_back(number);
         self.expire(now, limits);

@@ -28,6 +28,11 @@ impl Tenant {
         Self(None)
     }
 
+    /// True of the one tenant of a server without keys.
+    pub fn is_only(&self) -> bool {
+        self.0.is_none()
+    }
+
     /// A tenant by name: 1 to 32 letters, digits, '_' and '-', the first of them a letter or a digit.
     pub fn named(name: &str) -> Option<Self> {
         let is_allowed = |c: char| c.is_ascii_alphanumeric() || "_-".contains(c);

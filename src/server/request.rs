@@ -144,6 +144,37 @@ pub struct OptimStep {
     pub divide: bool,
 }
 
+/// A number of an [`OptimStep`] that AdamW cannot take.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("{field}: expected {expected}, got {got}")]
+pub struct StepError {
+    field: &'static str,
+    expected: &'static str,
+    got: f64,
+}
+
+impl OptimStep {
+    /// # Errors
+    /// The first number that AdamW cannot take.
+    pub fn check(&self) -> Result<(), StepError> {
+        let &Self { lr, betas, eps, weight_decay, max_grad_norm, .. } = self;
+        let (finite, betas_range) = (0.0..f64::INFINITY, 0.0..1.0);
+        let (not_negative, below_1) = ("a number, 0 or more", "a number, 0 or more and below 1");
+        let rules = [
+            ("learning_rate", lr, finite.contains(&lr), not_negative),
+            ("beta1", betas.0, betas_range.contains(&betas.0), below_1),
+            ("beta2", betas.1, betas_range.contains(&betas.1), below_1),
+            ("eps", eps, eps > 0.0 && eps.is_finite(), "a number above 0"),
+            ("weight_decay", weight_decay, finite.contains(&weight_decay), not_negative),
+            ("grad_clip_norm", max_grad_norm, !max_grad_norm.is_nan(), "a number; 0 is no limit"),
+        ];
+        match rules.into_iter().find(|(.., is_fine, _)| !is_fine) {
+            Some((field, got, _, expected)) => Err(StepError { field, expected, got }),
+            None => Ok(()),
+        }
+    }
+}
+
 /// The outcome of an [`OptimStep`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepReply {

@@ -4,6 +4,7 @@ use crate::{
     clients::keys,
     server::{Double, Server, detail, settings},
 };
+use prost::Message;
 use serde_json::{Value, json};
 use std::{
     thread,
@@ -16,6 +17,7 @@ use xorl_dist::server::{
     order::BodyHash,
     registry::Tenant,
     request::{ModelId, Task},
+    wire::tinker::proto::{Chunk, ChunkKind, Datum, EncodedTextChunk, ForwardBackwardRequest},
 };
 
 /// A session with one model of rank 8.
@@ -92,6 +94,45 @@ fn a_request_that_never_comes_is_given_up_after_a_time() {
     assert_eq!(status, 400);
     assert!(detail(&late).contains("seq_id 1 comes too late"), "{late}");
     assert_eq!(passes(&server), [2]);
+}
+
+#[test]
+fn a_body_that_is_too_large_or_broken_has_used_up_the_number_in_its_first_bytes() {
+    let server = Server::with(Keys::default(), |settings| {
+        settings.futures.gap = LONG;
+        settings.http.body = 1 << 20;
+    });
+    let (_, model) = start(&server);
+    // Random bytes, since zstd would take the block of equal ones whole.
+    let datum = |bytes: usize| {
+        let tokens =
+            (0..bytes as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect::<Vec<_>>();
+        let text = EncodedTextChunk { tokens: tokens.into() };
+        let chunk = Chunk { kind: Some(ChunkKind::EncodedText(text)) };
+        Datum { model_input: vec![chunk], ..Datum::default() }
+    };
+    let pass_of = |seq_id: i32, bytes: usize| {
+        let model_id = model.clone();
+        let pass =
+            ForwardBackwardRequest { model_id, seq_id, data: vec![datum(bytes)], ..Default::default() };
+        pass.encode_to_vec()
+    };
+    let send = |headers: &[(&str, &str)], body: &[u8]| {
+        let kind = ("Content-Type", "application/x-protobuf");
+        server.send("POST", "/api/v1/forward_backward", &[&[kind], headers].concat(), body).0
+    };
+    let waiting = server.submit("forward_backward", &pass(&model, 4, 4));
+    let zstd = [("Content-Encoding", "zstd")];
+    assert_eq!(send(&[], &pass_of(1, 2 << 20)), 413);
+    assert_eq!(
+        send(&zstd, &zstd::encode_all(&[pass_of(2, 0), vec![0; 4 << 20]].concat()[..], 3).unwrap()),
+        413
+    );
+    assert_eq!(server.retrieve(&waiting).0, 408);
+    let packed = zstd::encode_all(&pass_of(3, 1 << 19)[..], 3).unwrap();
+    assert_eq!(send(&zstd, &packed[..packed.len() - 100]), 400);
+    assert_eq!(server.retrieve(&waiting).0, 200);
+    assert_eq!(passes(&server), [4]);
 }
 
 #[test]

@@ -87,21 +87,8 @@ pub fn spec(spec: &AdapterSpec, max_rank: Option<usize>, sites: usize) -> Result
 /// # Errors
 /// A number that AdamW cannot take, or a division by no target.
 pub fn factor(step: &OptimStep, valid: u64) -> Result<f64, Refusal> {
-    let &OptimStep { lr, betas, eps, weight_decay, max_grad_norm, divide } = step;
-    let not_negative = |value: f64| value.is_finite() && value >= 0.0;
-    let is_beta = |value: f64| (0.0..1.0).contains(&value);
-    let rules = [
-        ("learning_rate", lr, not_negative(lr), "a finite number, 0 or more"),
-        ("beta1", betas.0, is_beta(betas.0), "at least 0 and below 1"),
-        ("beta2", betas.1, is_beta(betas.1), "at least 0 and below 1"),
-        ("eps", eps, not_negative(eps) && eps > 0.0, "a finite number above 0"),
-        ("weight_decay", weight_decay, not_negative(weight_decay), "a finite number, 0 or more"),
-        ("grad_clip_norm", max_grad_norm, !max_grad_norm.is_nan(), "a number; 0 is no limit"),
-    ];
-    if let Some((name, value, _, right)) = rules.into_iter().find(|rule| !rule.2) {
-        return Err(Refusal::User(format!("{name}: expected {right}, got {value}")));
-    }
-    match (divide, valid) {
+    step.check().map_err(|error| Refusal::User(error.to_string()))?;
+    match (step.divide, valid) {
         (false, _) => Ok(1.0),
         (true, 0) => Err(Refusal::User(
             "the gradient is divided by the valid targets of the passes since the last step, and there are none: \

@@ -73,6 +73,27 @@ fn data_that_waits_is_bounded_and_one_request_alone_is_not() {
 }
 
 #[test]
+fn one_of_several_tenants_leaves_room_for_others() {
+    let limits = FutureLimits { pending: 8, ..limits() };
+    let (now, mut table) = (Instant::now(), Table::default());
+    let [one, two, three] = ["one", "two", "three"].map(|name| Tenant::named(name).unwrap());
+    let mut open = |owner: &Tenant, bytes| table.open(owner.clone(), "a".into(), bytes, now, &limits).is_ok();
+    // Requests: 4 of 8, then 2 of the 4 that are free, then 1 of the 2.
+    assert_eq!([&one, &two, &three].map(|owner| (0..9).filter(|_| open(owner, 0)).count()), [4, 2, 1]);
+    let mut table = Table::default();
+    let mut open = |owner: &Tenant, bytes| table.open(owner.clone(), "a".into(), bytes, now, &limits);
+    // Bytes: half of 100 in small ones, and a first request that fits is taken whatever its size.
+    let first = open(&one, 25).unwrap();
+    open(&one, 25).unwrap();
+    assert_eq!(open(&one, 1), Err(Full::Share { requests: 2, bytes: 50 }));
+    open(&two, 45).unwrap();
+    assert_eq!(open(&two, 1), Err(Full::Share { requests: 1, bytes: 45 }));
+    table.finish(first, outcome(1), now, &limits);
+    table.open(one, "a".into(), 5, now, &limits).unwrap();
+    assert_eq!(table.shares.values().map(|share| share.bytes).sum::<usize>(), table.pending_bytes);
+}
+
+#[test]
 fn a_result_stays_for_its_lifetime_and_within_the_limits() {
     let start = Instant::now();
     let mut table = table_with(start, &["a", "b", "c"]);

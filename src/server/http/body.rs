@@ -44,6 +44,29 @@ struct Claim<'a> {
     permit: Option<OwnedSemaphorePermit>,
 }
 
+/// A body that was refused.
+#[derive(Debug)]
+pub struct Unread {
+    pub fault: Fault,
+    /// Its first bytes, unpacked, as far as they came.
+    pub start: Vec<u8>,
+}
+
+impl From<Fault> for Unread {
+    fn from(fault: Fault) -> Self {
+        Self { fault, start: Vec::new() }
+    }
+}
+
+/// Bytes of the start of a body that was refused, at most.
+const START: usize = 4096;
+
+fn unread(fault: Fault, mut bytes: Vec<u8>) -> Unread {
+    bytes.truncate(START);
+    bytes.shrink_to_fit();
+    Unread { fault, start: bytes }
+}
+
 /// A body with its room.
 struct Held {
     bytes: Vec<u8>,
@@ -108,7 +131,7 @@ impl Bodies {
     ///
     /// # Errors
     /// It is too large, late or broken, its packing is not known, or others leave no room for it.
-    pub async fn read(&self, headers: &HeaderMap, body: Body) -> Result<Bytes, Fault> {
+    pub async fn read(&self, headers: &HeaderMap, body: Body) -> Result<Bytes, Unread> {
         let limits = &self.limits;
         let packing = headers.get(header::CONTENT_ENCODING).map(|value| value.to_str().unwrap_or("?").trim());
         let is_packed = match packing {
@@ -116,15 +139,21 @@ impl Bodies {
             Some("zstd") => true,
             Some(other) => {
                 let detail = format!("Content-Encoding {other}: send the body as it is or as zstd");
-                return Err(Fault::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail));
+                return Err(Fault::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail).into());
             }
         };
         let late = |_| {
             let detail = format!("the body did not come within {} s", limits.body_time.as_secs());
             Fault::new(StatusCode::REQUEST_TIMEOUT, detail)
         };
-        let bytes = timeout(limits.body_time, self.collect(body)).await.map_err(late)??;
-        if is_packed { self.unpack(bytes).await } else { Ok(bytes) }
+        let bytes = timeout(limits.body_time, self.collect(body)).await.map_err(late)?;
+        match (bytes, is_packed) {
+            (Ok(bytes), true) => self.unpack(bytes).await,
+            (Ok(bytes), false) => Ok(bytes),
+            // The start of what is packed says nothing.
+            (Err(Unread { fault, .. }), true) => Err(fault.into()),
+            (Err(unread), false) => Err(unread),
+        }
     }
 
     /// Bytes of a response, which take room until their client has them.
@@ -142,7 +171,7 @@ impl Bodies {
         let _ = timeout(self.limits.body_time, drop_rest(body)).await;
     }
 
-    async fn collect(&self, mut body: Body) -> Result<Bytes, Fault> {
+    async fn collect(&self, mut body: Body) -> Result<Bytes, Unread> {
         let (mut claim, mut bytes) = (self.claim(), Vec::new());
         while let Some(data) = next_data(&mut body).await? {
             let length = bytes.len() + data.len();
@@ -151,9 +180,10 @@ impl Bodies {
                 false => claim.grow(length).await,
             };
             if let Err(fault) = refused {
-                drop((bytes, claim));
+                let refused = unread(fault, bytes);
+                drop(claim);
                 drop_rest(body).await;
-                return Err(fault);
+                return Err(refused);
             }
             bytes.extend_from_slice(&data);
         }
@@ -161,16 +191,20 @@ impl Bodies {
     }
 
     /// Unpacks zstd to the largest size of a body at most. Memory follows what comes out, not what a frame claims.
-    async fn unpack(&self, packed: Bytes) -> Result<Bytes, Fault> {
+    async fn unpack(&self, packed: Bytes) -> Result<Bytes, Unread> {
         let (mut claim, mut unpacking) = (self.claim(), Unpacking::new(packed, self.limits.body)?);
         loop {
             claim.grow(unpacking.bytes.len() + STEP).await?;
-            let step =
-                tokio::task::spawn_blocking(move || unpacking.step().map(|is_whole| (unpacking, is_whole)));
+            let step = tokio::task::spawn_blocking(move || {
+                let is_whole = unpacking.step();
+                (unpacking, is_whole)
+            });
             let is_whole;
-            (unpacking, is_whole) = step.await.map_err(failed)??;
-            if is_whole {
-                return Ok(claim.hold(unpacking.bytes));
+            (unpacking, is_whole) = step.await.map_err(failed)?;
+            match is_whole {
+                Ok(true) => return Ok(claim.hold(unpacking.bytes)),
+                Ok(false) => {}
+                Err(fault) => return Err(unread(fault, unpacking.bytes)),
             }
         }
     }

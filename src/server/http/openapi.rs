@@ -5,7 +5,7 @@ use crate::server::{
     futures::Place,
     wire::{
         described::{Described, QueryField, Shape},
-        tinker::calls::RetrieveFuture,
+        tinker::{self, calls::RetrieveFuture},
         xorl,
     },
 };
@@ -22,8 +22,8 @@ use utoipa::{
         Components, Content, HttpMethod, Info, Object, OpenApi, Paths, RefOr, Required, Response, Schema,
         SecurityRequirement,
         path::{Operation, Parameter, ParameterIn},
-        request_body::RequestBody,
-        schema::{SchemaType, Type},
+        request_body::{RequestBody, RequestBodyBuilder},
+        schema::{KnownFormat, SchemaFormat, SchemaType, Type},
         security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme},
     },
 };
@@ -32,6 +32,7 @@ use utoipa::{
 pub const PATH: &str = "/openapi.json";
 
 const JSON: &str = "application/json";
+const PROTOBUF: &str = "application/x-protobuf";
 const TEXT: &str = "text/plain";
 
 /// The document as a response.
@@ -95,7 +96,7 @@ struct Failed {
 fn document() -> OpenApi {
     let mut all = Parts::default();
     let mut calls: BTreeMap<(String, String), Vec<Described>> = BTreeMap::new();
-    for call in shared().into_iter().chain(xorl::described(PREFIX)) {
+    for call in shared().into_iter().chain(xorl::described(PREFIX)).chain(tinker::described(PREFIX)) {
         let (path, method) = (call.path.clone(), call.method.to_string());
         calls.entry((path, method)).or_default().push(call);
     }
@@ -103,6 +104,8 @@ fn document() -> OpenApi {
     for ((path, name), calls) in calls {
         let method = match calls.first().map(|call| &call.method) {
             Some(&Method::GET) => HttpMethod::Get,
+            Some(&Method::PUT) => HttpMethod::Put,
+            Some(&Method::DELETE) => HttpMethod::Delete,
             _ => HttpMethod::Post,
         };
         let operation = all.operation(&name, &path, calls);
@@ -130,10 +133,10 @@ fn document() -> OpenApi {
 fn shared() -> [Described; 5] {
     let get = |path: &str, about, reply| {
         let path = path.to_owned();
-        Described { method: Method::GET, path, about, query: &[], body: None, reply }
+        Described { method: Method::GET, path, about, query: &[], body: None, reply: Some(reply) }
     };
-    let text = Shape { schema: Object::with_type(SchemaType::Type(Type::String)).into(), parts: Vec::new() };
-    let any = Shape { schema: Object::new().into(), parts: Vec::new() };
+    let text = Shape::alone(Object::with_type(SchemaType::Type(Type::String)));
+    let any = Shape::alone(Object::new());
     [
         get("/health", "Says whether all ranks run.", Shape::of::<Health>()),
         get(&format!("{PREFIX}healthz"), "Says that the server answers.", Shape::of::<Alive>()),
@@ -145,7 +148,7 @@ fn shared() -> [Described; 5] {
             about: "Waits for the result of a request. 408: ask again.",
             query: &[],
             body: Some(Shape::of::<RetrieveFuture>()),
-            reply: Shape::any_of([xorl::results(), Shape::of::<Failed>()]),
+            reply: Some(Shape::any_of([xorl::results(), tinker::results(), Shape::of::<Failed>()])),
         },
     ]
 }
@@ -163,14 +166,20 @@ impl Parts {
         shape.schema
     }
 
-    /// The schema that any of `shapes` has.
-    fn take_any(&mut self, shapes: Vec<Shape>) -> Option<RefOr<Schema>> {
+    /// A body of any of `shapes`, by its media types; none without a shape. JSON goes by the name of `json`.
+    fn contents(&mut self, json: &str, shapes: Vec<Shape>) -> BTreeMap<String, Content> {
         let mut shapes = shapes.into_iter();
-        match (shapes.next(), shapes.len()) {
-            (None, _) => None,
-            (Some(only), 0) => Some(self.take(only)),
-            (Some(first), _) => Some(self.take(Shape::any_of([first].into_iter().chain(shapes)))),
-        }
+        let shape = match (shapes.next(), shapes.len()) {
+            (None, _) => return BTreeMap::new(),
+            (Some(only), 0) => only,
+            (Some(first), _) => Shape::any_of([first].into_iter().chain(shapes)),
+        };
+        let bytes = Object::builder()
+            .schema_type(Type::String)
+            .format(Some(SchemaFormat::KnownFormat(KnownFormat::Binary)));
+        let protobuf = shape.has_protobuf.then(|| (PROTOBUF.to_owned(), Content::new(Some(bytes))));
+        let json = (json.to_owned(), Content::new(Some(self.take(shape))));
+        [json].into_iter().chain(protobuf).collect()
     }
 
     fn response<T: ToSchema>(&mut self, about: &str) -> Response {
@@ -185,23 +194,35 @@ impl Parts {
         let is_text = path == "/metrics";
         let mut operation = Operation::new();
         let name = path.strip_prefix(PREFIX).unwrap_or(path.trim_start_matches('/'));
-        operation.operation_id = Some(format!("{}_{}", method.to_lowercase(), name.replace('/', "_")));
+        let id = name.replace('/', "_").replace(['{', '}'], "");
+        operation.operation_id = Some(format!("{}_{id}", method.to_lowercase()));
+        let of_path = name.split('/').filter_map(|part| part.strip_prefix('{')?.strip_suffix('}'));
+        let mut parameters: Vec<Parameter> = of_path.map(path_parameter).collect();
         let (mut bodies, mut replies) = (Vec::new(), Vec::new());
         for call in calls {
             operation.summary.get_or_insert_with(|| call.about.into());
-            operation.parameters.get_or_insert_default().extend(call.query.iter().map(parameter));
+            for field in call.query {
+                // Wires that share a path share the names of its query.
+                if parameters.iter().all(|known| known.name != field.name) {
+                    parameters.push(parameter(field));
+                }
+            }
             bodies.extend(call.body);
-            replies.push(call.reply);
+            replies.extend(call.reply);
         }
-        operation.request_body = self.take_any(bodies).map(|schema| {
+        operation.parameters = Some(parameters).filter(|parameters| !parameters.is_empty());
+        let contents = self.contents(JSON, bodies);
+        if !contents.is_empty() {
             let body = RequestBody::builder().required(Some(Required::True));
-            body.content(JSON, Content::new(Some(schema))).build()
-        });
-        let mut response = Response::new("The answer.");
-        let kind = if is_text { TEXT } else { JSON };
-        response.content.insert(kind.into(), Content::new(self.take_any(replies)));
+            let with = |body: RequestBodyBuilder, (kind, content)| body.content(kind, content);
+            operation.request_body = Some(contents.into_iter().fold(body, with).build());
+        }
+        let contents = self.contents(if is_text { TEXT } else { JSON }, replies);
+        let (status, about) = if contents.is_empty() { ("204", "Done.") } else { ("200", "The answer.") };
+        let mut response = Response::new(about);
+        response.content.extend(contents);
         let responses = &mut operation.responses.responses;
-        responses.insert("200".into(), response.into());
+        responses.insert(status.into(), response.into());
         if path.ends_with(RETRIEVE) {
             responses.insert("408".into(), self.response::<TryAgain>("Not there yet.").into());
         }
@@ -212,6 +233,16 @@ impl Parts {
         responses.insert("5XX".into(), self.response::<Refused>("Refused: try again later.").into());
         operation
     }
+}
+
+fn path_parameter(name: &str) -> Parameter {
+    let text = Object::with_type(SchemaType::Type(Type::String));
+    Parameter::builder()
+        .name(name)
+        .parameter_in(ParameterIn::Path)
+        .required(Required::True)
+        .schema(Some(text))
+        .build()
 }
 
 fn parameter(field: &QueryField) -> Parameter {

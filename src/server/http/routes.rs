@@ -2,7 +2,7 @@
 //! no wire knows is a 404.
 
 use super::{
-    body,
+    body::{self, Unread},
     connection::Connection,
     openapi::{self, Alive, Health, TryAgain},
 };
@@ -102,7 +102,16 @@ async fn answer(app: &Arc<App>, parts: Parts, body: &mut Option<Body>) -> Result
     let target = Target::find(name, &method);
     let bytes = match &target {
         Target::Result | Target::Call(_) if !is_get => {
-            app.bodies.read(&parts.headers, body.take().unwrap_or_default()).await?
+            match app.bodies.read(&parts.headers, body.take().unwrap_or_default()).await {
+                Ok(bytes) => bytes,
+                Err(Unread { fault, start }) => {
+                    let is_known = matches!(&target, Target::Call(called) if called.tinker.is_some());
+                    if is_known && Wire::of(&parts.headers, &[]) == Wire::Tinker {
+                        tinker::refused_unread(app, &tenant, &start);
+                    }
+                    return Err(fault);
+                }
+            }
         }
         _ => Bytes::new(),
     };

@@ -13,6 +13,9 @@ use utoipa::{
     },
 };
 
+/// Up to here every whole number is an f64.
+pub const LARGEST_WHOLE: f64 = 9.0e15;
+
 /// A value without parts.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub enum Scalar {

@@ -1,7 +1,11 @@
 //! JSON bodies of the calls of `tinker` clients, and what they ask of the engine. Fields that are not named here are
 //! ignored, for new clients send new ones.
 
-use crate::server::request::{AdapterSpec, ModelId, ModelIdError, OptimStep};
+use super::proto;
+use crate::server::{
+    request::{AdapterSpec, ModelId, ModelIdError, OptimStep, StepError},
+    wire::scalar::{LARGEST_WHOLE, Scalar},
+};
 use serde::Deserialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -17,8 +21,8 @@ const LONGEST_TTL: i64 = 10 * 365 * 24 * 3600;
 pub enum CallError {
     #[error("{field} of type {got:?}: this server updates by AdamW; {remedy}")]
     Optimizer { field: &'static str, got: String, remedy: &'static str },
-    #[error("adam_params.{field}: expected {expected}, got {got}")]
-    Number { field: &'static str, expected: &'static str, got: f64 },
+    #[error("adam_params.{0}")]
+    Step(#[from] StepError),
     #[error("base_model {got:?}: this server trains {served:?} only")]
     BaseModel { got: String, served: String },
     #[error("lora_config.rank {0}: expected a positive number")]
@@ -51,14 +55,26 @@ impl Address {
         #[derive(Deserialize)]
         struct Fields {
             #[serde(default)]
-            model_id: Value,
+            model_id: Scalar,
             #[serde(default)]
-            seq_id: Value,
+            seq_id: Scalar,
         }
         let Ok(fields) = serde_json::from_slice::<Fields>(body) else { return Self::default() };
+        let seq_id = match fields.seq_id {
+            Scalar::Number(number) if number.fract() == 0.0 && (0.0..LARGEST_WHOLE).contains(&number) => {
+                Some(number as u64)
+            }
+            _ => None,
+        };
+        Self { model: fields.model_id.text().and_then(|id| ModelId::new(id).ok()), seq_id }
+    }
+
+    /// As far as the first bytes of a pass as protobuf say, whose rest was not read.
+    pub fn of_start(start: &[u8]) -> Self {
+        let (model, seq_id) = proto::address(start);
         Self {
-            model: fields.model_id.as_str().and_then(|id| ModelId::new(id).ok()),
-            seq_id: fields.seq_id.as_u64(),
+            model: model.and_then(|id| ModelId::new(id).ok()),
+            seq_id: seq_id.and_then(|seq_id| u64::try_from(seq_id).ok()),
         }
     }
 }
@@ -84,25 +100,10 @@ pub struct SessionHeartbeat {
     pub session_id: String,
 }
 
-/// `sessions/{session_id}/finish`
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, ToSchema)]
-pub struct FinishSession {
-    pub reason: FinishReason,
-    #[serde(default)]
-    pub detail: Option<String>,
-}
-
-/// The end of a session, as its client sees it.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, ToSchema)]
-pub struct FinishReason {
-    /// `success`, `errored` or `interrupted`
-    #[serde(rename = "type")]
-    pub kind: String,
-}
-
 /// The optimizer that a client chooses for a new model.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, ToSchema)]
 pub struct OptimizerConfig {
+    /// `adamw`
     #[serde(rename = "type")]
     pub kind: String,
 }
@@ -201,12 +202,14 @@ fn check_base(got: &str, defaults: &ModelDefaults) -> Result<(), CallError> {
 /// `get_info` and `unload_model`
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, ToSchema)]
 pub struct ModelCall {
+    #[schema(example = "default", pattern = "^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
     pub model_id: String,
 }
 
 /// `optim_step`
 #[derive(Clone, Debug, PartialEq, Deserialize, ToSchema)]
 pub struct OptimStepCall {
+    #[schema(example = "default", pattern = "^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
     pub model_id: String,
     #[serde(default)]
     pub seq_id: Option<u64>,
@@ -251,36 +254,23 @@ impl OptimStepCall {
             return Err(CallError::Optimizer { field: "optimizer_params", got: kind.clone(), remedy });
         }
         let params = self.adam_params.unwrap_or_default();
-        let positive = (0.0..f64::INFINITY, "a number, 0 or more");
-        let beta = (0.0..1.0, "a number, 0 or more and below 1");
-        let any = (f64::MIN..f64::INFINITY, "a number");
-        let rules = [
-            ("learning_rate", params.learning_rate, &positive),
-            ("beta1", params.beta1, &beta),
-            ("beta2", params.beta2, &beta),
-            ("eps", params.eps, &positive),
-            ("weight_decay", params.weight_decay, &positive),
-            ("grad_clip_norm", params.grad_clip_norm, &any),
-        ];
-        for (field, got, (range, expected)) in rules {
-            if !range.contains(&got) {
-                return Err(CallError::Number { field, expected, got });
-            }
-        }
-        Ok(OptimStep {
+        let step = OptimStep {
             lr: params.learning_rate,
             betas: (params.beta1, params.beta2),
             eps: params.eps,
             weight_decay: params.weight_decay,
             max_grad_norm: params.grad_clip_norm,
             divide: false,
-        })
+        };
+        step.check()?;
+        Ok(step)
     }
 }
 
 /// `save_weights` and `save_weights_external`
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, ToSchema)]
 pub struct SaveWeights {
+    #[schema(example = "default", pattern = "^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
     pub model_id: String,
     #[serde(default)]
     pub seq_id: Option<u64>,
@@ -301,6 +291,7 @@ pub struct SaveWeights {
 /// `save_weights_for_sampler`
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, ToSchema)]
 pub struct SaveWeightsForSampler {
+    #[schema(example = "default", pattern = "^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
     pub model_id: String,
     #[serde(default)]
     pub seq_id: Option<u64>,
@@ -343,6 +334,7 @@ pub struct LoadWeights {
     /// True: with the optimizer's state.
     pub optimizer: bool,
     #[serde(default)]
+    #[schema(example = "default", pattern = "^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
     pub model_id: Option<String>,
     #[serde(default)]
     pub seq_id: Option<u64>,
@@ -383,6 +375,7 @@ impl LoadWeights {
 /// `weights_info`
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, ToSchema)]
 pub struct WeightsInfoCall {
+    #[schema(example = "tinker://default/weights/step_1")]
     pub tinker_path: String,
 }
 
@@ -407,6 +400,8 @@ pub fn ttl(seconds: Option<i64>) -> Result<Option<u64>, CallError> {
 /// `copy_weights`
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, ToSchema)]
 pub struct CopyWeights {
+    /// A `tinker://` path.
+    #[schema(example = "tinker://default/weights/step_1")]
     pub source_path: String,
     #[serde(default)]
     pub session_id: Option<String>,

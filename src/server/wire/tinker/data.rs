@@ -15,6 +15,7 @@ use crate::{
 use prost::{Message, bytes::Bytes};
 use serde::Deserialize;
 use std::collections::BTreeMap;
+use utoipa::ToSchema;
 
 /// The input of every loss that names what each token should predict.
 const TARGETS: &str = "target_tokens";
@@ -330,8 +331,10 @@ impl From<proto::Datum> for SentDatum {
     }
 }
 
-#[derive(Deserialize)]
-struct JsonRequest {
+/// A pass as JSON: with backward by `forward_backward_input`, without by `forward_input`.
+#[derive(Deserialize, ToSchema)]
+#[schema(as = tinker::Pass)]
+pub(super) struct JsonRequest {
     model_id: String,
     #[serde(default)]
     seq_id: Option<i64>,
@@ -341,27 +344,37 @@ struct JsonRequest {
     forward_input: Option<JsonInput>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
+#[schema(as = tinker::PassInput)]
 struct JsonInput {
+    #[schema(value_type = Vec<JsonDatum>, min_items = 1)]
     data: List<JsonDatum>,
     loss_fn: String,
     #[serde(default)]
+    #[schema(value_type = Option<BTreeMap<String, serde_json::Value>>)]
     loss_fn_config: Option<Fields<Param>>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
+#[schema(as = tinker::Datum)]
 struct JsonDatum {
     model_input: JsonModelInput,
+    /// `target_tokens` and other inputs of the loss: a value or k for each token.
+    #[schema(value_type = BTreeMap<String, JsonTensor>)]
     loss_fn_inputs: Fields<JsonTensor>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
+#[schema(as = tinker::ModelInput)]
 struct JsonModelInput {
+    #[schema(value_type = Vec<JsonChunk>)]
     chunks: List<JsonChunk>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
+#[schema(as = tinker::Chunk)]
 struct JsonChunk {
+    /// `encoded_text`
     #[serde(default, rename = "type")]
     kind: Option<String>,
     #[serde(default)]

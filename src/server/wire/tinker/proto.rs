@@ -4,7 +4,7 @@
 
 use prost::{
     bytes::Bytes,
-    encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_field},
+    encoding::{self, DecodeContext, WireType, decode_key, decode_varint, skip_field},
 };
 use std::{collections::BTreeMap, iter};
 
@@ -22,6 +22,27 @@ pub fn fields(mut message: &[u8]) -> impl Iterator<Item = (u32, &[u8])> {
         message = rest;
         Some((tag, field))
     })
+}
+
+/// `model_id` and `seq_id` of a [`ForwardBackwardRequest`] whose end may be missing: writers put them first.
+pub fn address(mut message: &[u8]) -> (Option<String>, Option<i32>) {
+    let (mut model_id, mut seq_id) = (None, None);
+    while let Ok((tag, kind)) = decode_key(&mut message) {
+        let read = match tag {
+            1 => encoding::string::merge(
+                kind,
+                model_id.insert(String::new()),
+                &mut message,
+                DecodeContext::default(),
+            ),
+            2 => encoding::int32::merge(kind, seq_id.insert(0), &mut message, DecodeContext::default()),
+            _ => break,
+        };
+        if read.is_err() {
+            return (None, None);
+        }
+    }
+    (model_id, seq_id)
 }
 
 /// The body of `forward_backward`.

@@ -5,6 +5,7 @@ use crate::server::request::PassReply;
 use prost::Message;
 use serde::Serialize;
 use std::{collections::BTreeMap, io};
+use utoipa::ToSchema;
 
 /// The class that clients expect the outputs of a loss to have.
 const OUTPUT_TYPE: &str = "ArrayRecord";
@@ -66,15 +67,20 @@ fn record(data: &[Vec<f32>], columns: Option<usize>) -> ArrayRecord {
     }
 }
 
-#[derive(Serialize)]
-struct JsonOutput<'a> {
+/// The result of a pass.
+#[derive(Serialize, ToSchema)]
+#[schema(as = tinker::PassResult)]
+pub(super) struct JsonOutput<'a> {
     loss_fn_output_type: &'static str,
+    #[schema(value_type = Vec<BTreeMap<String, JsonTensor<'a>>>)]
     loss_fn_outputs: Vec<BTreeMap<&'static str, JsonTensor<'a>>>,
     metrics: BTreeMap<String, f64>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = tinker::OutputTensor)]
 struct JsonTensor<'a> {
+    #[schema(value_type = Vec<f32>)]
     data: &'a [f32],
     dtype: &'static str,
     shape: Vec<usize>,

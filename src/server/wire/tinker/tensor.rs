@@ -3,6 +3,7 @@
 use super::proto::{self, DType, Encoding};
 use half::bf16;
 use serde::Deserialize;
+use utoipa::ToSchema;
 
 /// Why a tensor was refused.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -164,7 +165,8 @@ fn wrong_type(dtype: i32, expected: &'static str) -> TensorError {
 }
 
 /// A tensor of the JSON wire. Its dtype is not read: numbers carry it.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[schema(as = tinker::Tensor)]
 pub(super) struct JsonTensor {
     data: Vec<f64>,
     #[serde(default)]

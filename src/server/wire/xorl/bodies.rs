@@ -9,9 +9,10 @@ use utoipa::ToSchema;
 #[schema(as = xorl::Address)]
 pub struct Address {
     /// Name of the adapter; `default` where it is absent.
-    #[schema(example = "default")]
+    #[schema(example = "default", pattern = "^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
     pub model_id: Option<String>,
     /// Another name of `model_id`, read where that is absent.
+    #[schema(pattern = "^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
     pub session_id: Option<String>,
     /// A number that no other request since `create_model` has. The same body again gets the first one's future.
     pub seq_id: Option<i64>,
@@ -84,7 +85,7 @@ pub struct AdamParams {
     pub beta1: Option<f64>,
     #[schema(minimum = 0, exclusive_maximum = 1, example = 0.95)]
     pub beta2: Option<f64>,
-    #[schema(minimum = 0, example = 1e-12)]
+    #[schema(exclusive_minimum = 0, example = 1e-12)]
     pub eps: Option<f64>,
     #[schema(minimum = 0, example = 0.01)]
     pub weight_decay: Option<f64>,

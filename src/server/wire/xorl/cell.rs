@@ -1,7 +1,7 @@
 //! Fields of data: numbers as a list, a list of lists, or `{data, dtype, shape}`. They are read without a tree of JSON,
 //! which takes many times the bytes of the text.
 
-use crate::server::fault::Fault;
+use crate::server::{fault::Fault, wire::scalar::LARGEST_WHOLE};
 use serde::{
     Deserialize, Deserializer,
     de::{IgnoredAny, MapAccess, SeqAccess, Visitor},
@@ -196,10 +196,8 @@ impl Cell {
     /// Whole numbers.
     pub fn integers(&self, at: &str) -> Result<Vec<i64>, Fault> {
         let (values, _) = self.numbers(at)?;
-        // Up to here every whole number is an f64.
-        const LARGEST: f64 = 9.0e15;
         let integer = |(i, &value): (usize, &f64)| {
-            let is_whole = value.fract() == 0.0 && value.abs() < LARGEST;
+            let is_whole = value.fract() == 0.0 && value.abs() < LARGEST_WHOLE;
             is_whole
                 .then_some(value as i64)
                 .ok_or_else(|| Fault::user(format!("{at}[{i}]: expected an integer, got {value}")))

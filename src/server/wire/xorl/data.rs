@@ -2,29 +2,36 @@
 
 use super::cell::Cell;
 use crate::{
-    data::{IGNORE_INDEX, Notes, Sample, parse_tokenized},
+    data::{IGNORE_INDEX, Notes, Row as FileRow, RowInput, Sample, Shifted, parse_tokenized},
     server::{
         fault::Fault,
         request::Datum,
-        wire::bounded::{Fields, List},
+        wire::{
+            bounded::{Fields, List},
+            scalar::LARGEST_WHOLE,
+        },
     },
 };
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use std::{collections::BTreeMap, ops::Range};
+use std::collections::BTreeMap;
 use utoipa::ToSchema;
 
 /// Inputs of losses that a row may carry; they are aligned with `input_ids` as labels are.
-const ROW_INPUTS: [&str; 8] = [
-    "weights",
-    "logprobs",
-    "advantages",
-    "ref_logprobs",
-    "rollout_logprobs",
-    "sequence_ratio_mask",
-    "clip_low_threshold",
-    "clip_high_threshold",
+const ROW_INPUTS: [RowInput; 8] = [
+    input("weights"),
+    input("logprobs"),
+    input("advantages"),
+    input("ref_logprobs"),
+    input("rollout_logprobs"),
+    input("sequence_ratio_mask"),
+    input("clip_low_threshold"),
+    input("clip_high_threshold"),
 ];
+
+const fn input(name: &'static str) -> RowInput {
+    RowInput { name, required: false }
+}
 
 /// A row of `batches`.
 pub type Row = Fields<Cell>;
@@ -138,8 +145,14 @@ impl WireDatum {
             (None, Some(labels)) => {
                 let at = format!("{at}.loss_fn_inputs");
                 let labels = labels.integers(&format!("{at}.labels"))?;
-                let inputs = aligned(&at, &others, ids.len(), 0..ids.len())?;
-                shift(&format!("{at}.labels"), ids, &labels, &inputs, bounds)
+                if labels.len() != ids.len() {
+                    return Err(unlike_ids(&format!("{at}.labels"), ids.len(), labels.len()));
+                }
+                let labels = checked_targets(labels, &format!("{at}.labels"), bounds)?;
+                let inputs = aligned(&at, &others, ids.len())?;
+                let document_lengths = vec![ids.len()];
+                let row = FileRow { input_ids: ids, labels, document_lengths, inputs };
+                documents(&row).next().ok_or_else(|| unlike_ids(&at, row.input_ids.len(), 0))
             }
         }
     }
@@ -166,7 +179,8 @@ fn shifted_already(
             values.len()
         )));
     }
-    let targets = checked_targets(targets.integers(&format!("{at}.target_tokens"))?, &at, bounds)?;
+    let of_targets = format!("{at}.target_tokens");
+    let targets = checked_targets(targets.integers(&of_targets)?, &of_targets, bounds)?;
     let mut taken = BTreeMap::new();
     for (name, cell) in inputs {
         let at = format!("{at}.{name}");
@@ -190,109 +204,72 @@ fn checked_targets(mut targets: Vec<i64>, at: &str, bounds: Bounds) -> Result<Ve
         if *target < 0 {
             *target = IGNORE_INDEX;
         } else {
-            bounds.check(&[*target], &format!("{at}.target_tokens"))?;
+            bounds.check(&[*target], at)?;
         }
     }
     Ok(targets)
 }
 
-/// Inputs that are aligned with `input_ids`, cut to the tokens that are kept.
+fn unlike_ids(at: &str, tokens: usize, got: usize) -> Fault {
+    Fault::user(format!("{at}: expected {tokens} values like input_ids, got {got}"))
+}
+
+/// Inputs that are aligned with `input_ids`.
 fn aligned(
     at: &str,
     inputs: &[(&String, &Cell)],
     tokens: usize,
-    kept: Range<usize>,
 ) -> Result<BTreeMap<String, Vec<f32>>, Fault> {
     let one = |(name, cell): &(&String, &Cell)| {
         let at = format!("{at}.{name}");
         let (values, _) = cell.numbers(&at)?;
-        let Some(kept) = values.get(kept.clone()).filter(|_| values.len() == tokens) else {
-            return Err(Fault::user(format!(
-                "{at}: expected {tokens} values like input_ids, got {}",
-                values.len()
-            )));
-        };
-        Ok(((*name).clone(), kept.iter().map(|&value| value as f32).collect()))
+        match values.len() == tokens {
+            true => Ok(((*name).clone(), values.iter().map(|&value| value as f32).collect())),
+            false => Err(unlike_ids(&at, tokens, values.len())),
+        }
     };
     inputs.iter().map(one).collect()
 }
 
-/// A datum of a document whose labels and inputs are aligned with its tokens: each token's are those of the next.
-fn shift(
-    at: &str,
-    ids: Vec<i64>,
-    labels: &[i64],
-    inputs: &BTreeMap<String, Vec<f32>>,
-    bounds: Bounds,
-) -> Result<Datum, Fault> {
-    if labels.len() != ids.len() {
-        return Err(Fault::user(format!(
-            "{at}: expected {} values like input_ids, got {}",
-            ids.len(),
-            labels.len()
-        )));
-    }
-    let next = labels.iter().skip(1).copied().chain([IGNORE_INDEX]).collect();
-    let targets = checked_targets(next, at, bounds)?;
-    let moved = |(name, values): (&String, &Vec<f32>)| {
-        (name.clone(), values.iter().skip(1).copied().chain([0.0]).collect())
-    };
-    Ok(Datum { ids, targets, k: 1, inputs: inputs.iter().map(moved).collect() })
+/// A datum for each document of a row, shifted as in a local run.
+fn documents(row: &FileRow) -> impl Iterator<Item = Datum> {
+    let mut rest = &row.input_ids[..];
+    row.document_lengths.iter().zip(row.shifted()).map(move |(&length, Shifted { targets, inputs })| {
+        let (ids, later) = rest.split_at(length);
+        rest = later;
+        Datum { ids: ids.to_vec(), targets, k: 1, inputs }
+    })
 }
 
 /// The data of a row as a local run has it: one datum a document, so a row with several gives several. A row of lists
 /// of lists is as many rows.
 pub fn of_row(row: &Row, at: &str, bounds: Bounds) -> Result<Vec<Datum>, Fault> {
-    let tokens = match row.get("input_ids") {
-        Some(Cell::Numbers { values, shape }) => {
-            bounds.check_tokens(at, values.len())?;
-            if let [rows, width] = shape[..] {
-                let one = |i| of_row(&part(row, i, rows, width), &format!("{at}[{i}]"), bounds);
-                return (0..rows).map(one).collect::<Result<Vec<_>, _>>().map(|data| data.concat());
-            }
-            values.len()
+    if let Some(Cell::Numbers { values, shape }) = row.get("input_ids") {
+        bounds.check_tokens(at, values.len())?;
+        if let [rows, width] = shape[..] {
+            let one = |i| of_row(&part(row, i, rows, width), &format!("{at}[{i}]"), bounds);
+            return (0..rows).map(one).collect::<Result<Vec<_>, _>>().map(|data| data.concat());
         }
-        _ => 0,
-    };
+    }
     if let Some((name, cell)) = row.iter().find(|(_, cell)| cell.count() > bounds.max_tokens) {
         let (values, most) = (cell.count(), bounds.max_tokens);
         return Err(Fault::user(format!(
             "{at}.{name}: {values} values are more than the {most} tokens that one request may have"
         )));
     }
-    let is_input = |name: &str| ROW_INPUTS.contains(&name);
-    let inputs: Vec<(&String, &Cell)> = row.iter().filter(|(name, _)| is_input(name)).collect();
-    let line: Map<String, Value> = row
-        .iter()
-        .filter(|(name, _)| !is_input(name))
-        .map(|(name, cell)| (name.clone(), plain(cell)))
-        .collect();
+    let line: Map<String, Value> = row.iter().map(|(name, cell)| (name.clone(), plain(cell))).collect();
     let text = serde_json::to_vec(&line).unwrap_or_default();
-    let sample = parse_tokenized(&text, bounds.vocab_size, &[], &mut Notes::default());
-    let Sample { tokens: ids, labels, documents, .. } =
+    let sample = parse_tokenized(&text, bounds.vocab_size, &ROW_INPUTS, &mut Notes::default());
+    let Sample { tokens, labels, documents: document_lengths, inputs } =
         sample.map_err(|error| Fault::user(format!("{at}: {error}")))?;
-    let start = padding_before(row, tokens - ids.len());
-    let inputs = aligned(at, &inputs, tokens, start..start + ids.len())?;
-    let (mut data, mut from) = (Vec::new(), 0);
-    for length in documents {
-        let range = from..from + length;
-        let ids = ids[range.clone()].iter().map(|&id| i64::from(id)).collect();
-        let inputs =
-            inputs.iter().map(|(name, values)| (name.clone(), values[range.clone()].to_vec())).collect();
-        data.push(shift(at, ids, &labels[range.clone()], &inputs, bounds)?);
-        from = range.end;
-    }
-    Ok(data)
-}
-
-/// Tokens of padding before the first that is kept, of `dropped` in all.
-fn padding_before(row: &Row, dropped: usize) -> usize {
-    match row.get("attention_mask") {
-        Some(Cell::Numbers { values, .. }) if dropped > 0 => {
-            values.iter().position(|&value| value != 0.0).unwrap_or(0)
-        }
-        _ => 0,
-    }
+    let values = |bits: Vec<u32>| bits.into_iter().map(f32::from_bits).collect();
+    let row = FileRow {
+        input_ids: tokens.into_iter().map(i64::from).collect(),
+        labels,
+        document_lengths,
+        inputs: inputs.into_iter().map(|(name, bits)| (name.to_owned(), values(bits))).collect(),
+    };
+    Ok(documents(&row).collect())
 }
 
 /// Row `i` of `rows` in a row of lists of lists. Cells of another shape belong to all; one that is too long for any is
@@ -313,7 +290,10 @@ fn part(row: &Row, i: usize, rows: usize, width: usize) -> Row {
 
 /// A cell as the line of a file has it.
 fn plain(cell: &Cell) -> Value {
-    let number = |&value: &f64| if value.fract() == 0.0 { json!(value as i64) } else { json!(value) };
+    let number = |&value: &f64| match value.fract() == 0.0 && value.abs() < LARGEST_WHOLE {
+        true => json!(value as i64),
+        false => json!(value),
+    };
     match cell {
         Cell::Numbers { values, .. } => values.iter().map(number).collect(),
         Cell::Other => json!("something else than numbers"),
@@ -414,7 +394,7 @@ mod tests {
         for (text, words) in [
             ("{}", "batches[0]: expected field `input_ids`"),
             (r#"{"input_ids": [1], "labels": [1, 2]}"#, "labels: expected 1 values like input_ids, got 2"),
-            (r#"{"input_ids": [1, 2], "weights": [1]}"#, "batches[0].weights: expected 2 values"),
+            (r#"{"input_ids": [1, 2], "weights": [1]}"#, "batches[0]: weights: expected 2 values"),
             (r#"{"input_ids": [[1, 2], [1]]}"#, "input_ids: expected a list of integers"),
             (r#"{"input_ids": [1], "sample_weight": [1]}"#, "sample_weight"),
         ] {

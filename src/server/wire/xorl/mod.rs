@@ -209,7 +209,7 @@ pub fn described(prefix: &str) -> impl Iterator<Item = Described> {
         about: call.about,
         query: if let Answers::Get(_, query) = call.answer { query } else { &[] },
         body: call.body.map(|shape| shape()),
-        reply: (call.reply)(),
+        reply: Some((call.reply)()),
     })
 }
 

@@ -6,7 +6,7 @@ use super::{
     bodies::{self, AdamParams},
     cell::Cell,
     data::{Bounds, Row, WireDatum, of_row},
-    fields::{checked, model_id},
+    fields::model_id,
 };
 use crate::{
     console::first_of,
@@ -39,9 +39,10 @@ type Params = Fields<Scalar>;
 #[schema(as = xorl::Pass)]
 pub struct PassBody {
     /// Name of the adapter; `default` where it is absent.
-    #[schema(example = "default")]
+    #[schema(example = "default", pattern = "^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
     model_id: Option<String>,
     /// Another name of `model_id`, read where that is absent.
+    #[schema(pattern = "^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
     session_id: Option<String>,
     /// A number that no other request since `create_model` has. The same body again gets the first one's future.
     seq_id: Option<i64>,
@@ -196,24 +197,15 @@ pub fn optim_step(call: &Call) -> Result<Value, Fault> {
     let AdamParams { learning_rate, lr, beta1, beta2, eps, weight_decay, grad_clip_norm } =
         body.adam_params.unwrap_or_default();
     let known = &call.app.settings.optim;
-    let positive =
-        |name, number| checked(name, number, "a number of at least 0", |number: f64| number >= 0.0);
-    let beta = |name, number| {
-        checked(name, number, "a number from 0 to below 1", |number| (0.0..1.0).contains(&number))
-    };
-    let own_lr = positive("learning_rate", body.learning_rate.or(body.lr))?;
-    let given_lr = positive("adam_params.learning_rate", learning_rate.or(lr))?;
     let step = OptimStep {
-        lr: own_lr.or(given_lr).unwrap_or(known.lr),
-        betas: (
-            beta("adam_params.beta1", beta1)?.unwrap_or(known.betas.0),
-            beta("adam_params.beta2", beta2)?.unwrap_or(known.betas.1),
-        ),
-        eps: positive("adam_params.eps", eps)?.unwrap_or(known.eps),
-        weight_decay: positive("adam_params.weight_decay", weight_decay)?.unwrap_or(known.weight_decay),
+        lr: body.learning_rate.or(body.lr).or(learning_rate).or(lr).unwrap_or(known.lr),
+        betas: (beta1.unwrap_or(known.betas.0), beta2.unwrap_or(known.betas.1)),
+        eps: eps.unwrap_or(known.eps),
+        weight_decay: weight_decay.unwrap_or(known.weight_decay),
         max_grad_norm: body.gradient_clip.or(grad_clip_norm).unwrap_or(known.max_grad_norm),
         divide: true,
     };
+    step.check().map_err(|error| Fault::user(error.to_string()))?;
     let lr = step.lr;
     let render = Box::new(move |reply: &Reply, _| match reply {
         Reply::Stepped(stepped) => step_body(stepped, lr),
