@@ -3,7 +3,7 @@
 //! g ← c·g,  p ← p·(1 − lr·wd),  m ← β₁m + (1−β₁)g,  v ← β₂v + (1−β₂)g²,  p ← p − m / (√v/√(1−β₂ᵗ) + eps) · lr/(1−β₁ᵗ)
 //!
 //! p is also rounded to the compute dtype, in which it will be gathered. In kernels of our own all that is
-//! one pass.
+//! one pass, and so is the question whether all of it stays finite.
 
 use super::{
     cpu::{Element, Rows, each_row},
@@ -11,6 +11,7 @@ use super::{
 };
 use crate::device::has_kernels;
 use half::bf16;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tch::{Kind, Tensor};
 
 /// Numbers of an update.
@@ -48,6 +49,15 @@ impl Update {
             (true, Kind::Float) => rows::apply::<f32>(self, gradient, state),
             _ if by_device() => {}
             _ => torch::apply(self, gradient, state),
+        }
+    }
+
+    /// Whether [`apply`](Self::apply) would leave every element of `state` finite. Changes nothing.
+    pub fn stays_finite(&self, gradient: &Tensor, state: &State) -> bool {
+        match (has_kernels(gradient), state.compute.kind()) {
+            (true, Kind::BFloat16) => rows::stays_finite::<bf16>(self, gradient, state),
+            (true, Kind::Float) => rows::stays_finite::<f32>(self, gradient, state),
+            _ => torch::stays_finite(self, gradient, state),
         }
     }
 
@@ -105,6 +115,29 @@ mod rows {
         );
     }
 
+    pub fn stays_finite<E: Element<Accum = f32>>(update: &Update, gradient: &Tensor, state: &State) -> bool {
+        let factors = update.factors();
+        let finite = AtomicBool::new(true);
+        each_row::<f32, _, _, _>(
+            [gradient, state.master, state.exp_avg, state.exp_avg_sq].map(Rows::pieces),
+            [],
+            [],
+            #[inline(always)]
+            |_, [g, p, m, v], [], []| {
+                // Without a branch, so that elements are done many at a time.
+                let bad = g.iter().zip(p).zip(m).zip(v).fold(0, |bad, (((&g, &p), &m), &v)| {
+                    let [p, m, v] = moved(&factors, g, [p, m, v]);
+                    let compute = E::narrow(p).to_accum();
+                    bad | [m, v, compute].iter().fold(0, |bad, x| bad | u32::from(!x.is_finite()))
+                });
+                if bad != 0 {
+                    finite.store(false, Ordering::Relaxed);
+                }
+            },
+        );
+        finite.into_inner()
+    }
+
     #[inline(always)]
     fn step<E: Element<Accum = f32>>(
         f: &Factors,
@@ -115,12 +148,18 @@ mod rows {
         compute: &mut [E],
     ) {
         for ((((&g, p), m), v), compute) in g.iter().zip(p).zip(m).zip(v).zip(compute) {
-            let g = g * f.coefficient;
-            *m = *m * f.keep[0] + g * f.take[0];
-            *v = *v * f.keep[1] + g * g * f.take[1];
-            *p = *p * f.decay - *m / (v.sqrt() / f.root + f.eps) * f.rate;
+            [*p, *m, *v] = moved(f, g, [*p, *m, *v]);
             *compute = E::narrow(*p);
         }
+    }
+
+    /// p, m and v after a step along `g`.
+    #[inline(always)]
+    fn moved(f: &Factors, g: f32, [p, m, v]: [f32; 3]) -> [f32; 3] {
+        let g = g * f.coefficient;
+        let m = m * f.keep[0] + g * f.take[0];
+        let v = v * f.keep[1] + g * g * f.take[1];
+        [p * f.decay - m / (v.sqrt() / f.root + f.eps) * f.rate, m, v]
     }
 }
 
@@ -140,12 +179,23 @@ mod torch {
         let _ = p.g_sub_(&(m / denominator * (update.lr / update.correction(beta1))));
         compute.copy_(&p);
     }
+
+    pub fn stays_finite(update: &Update, gradient: &Tensor, state: &State) -> bool {
+        let [master, exp_avg, exp_avg_sq, compute] =
+            [state.master, state.exp_avg, state.exp_avg_sq, state.compute].map(Tensor::copy);
+        let after = [&master, &exp_avg, &exp_avg_sq, &compute];
+        let state = State { master: &master, exp_avg: &exp_avg, exp_avg_sq: &exp_avg_sq, compute: &compute };
+        apply(update, gradient, &state);
+        let finite = after.map(|tensor| tensor.isfinite().all());
+        Tensor::stack(&finite, 0).all().int64_value(&[]) != 0
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::ops::testing::{distance, everywhere, leaf};
+    use tch::Device;
 
     #[test]
     fn the_kernel_takes_libtorchs_steps() {
@@ -197,6 +247,53 @@ mod tests {
                     assert_eq!(ours[3], ours[0].to_kind(kind), "{kind:?} {n}");
                 });
             }
+        }
+    }
+
+    /// One element of 10 000 and a number at a time that the step takes out of range.
+    #[test]
+    fn what_would_not_stay_finite_is_known_before() {
+        let (lr, eps) = (0.01, 1e-8);
+        let update = Update { lr, weight_decay: 0.1, betas: (0.9, 0.95), eps, count: 1, coefficient: 1.0 };
+        let n = 10_000;
+        for kind in [Kind::BFloat16, Kind::Float] {
+            let tensors = || [1.0, 1.0, 0.5, 0.5].map(|x| Tensor::full([n], x, (Kind::Float, Device::Cpu)));
+            let check = |update: &Update, tensors: &[Tensor; 4], expected: bool, what: &str| {
+                let [gradient, master, exp_avg, exp_avg_sq] = tensors;
+                let compute = master.to_kind(kind);
+                let state = State { master, exp_avg, exp_avg_sq, compute: &compute };
+                let before = [master, exp_avg, exp_avg_sq, &compute].map(Tensor::copy);
+                assert_eq!(torch::stays_finite(update, gradient, &state), expected, "{kind:?} {what}");
+                everywhere(|| {
+                    assert_eq!(update.stays_finite(gradient, &state), expected, "{kind:?} {what}");
+                });
+                let after = [master, exp_avg, exp_avg_sq, &compute].map(Tensor::copy);
+                let same = |(a, b): (&Tensor, &Tensor)| a.equal(b) || !expected;
+                assert!(before.iter().zip(&after).all(same), "{kind:?} {what}");
+            };
+            check(&update, &tensors(), true, "as it is");
+            let cases = [
+                (0, 1e20, "v overflows"),
+                (0, f64::NAN, "a gradient"),
+                (1, f64::INFINITY, "a master"),
+                (2, f64::NEG_INFINITY, "a first moment"),
+                (3, -1.0, "the root of a second moment"),
+            ];
+            for (at, value, what) in cases {
+                for element in [0, n / 2 + 3, n - 1] {
+                    let tensors = tensors();
+                    let _ = tensors[at].get(element).fill_(value);
+                    check(&update, &tensors, false, what);
+                }
+            }
+            // The nearest bf16 of the first is a number, of the second infinity.
+            let still = Update { lr: 0.0, ..update };
+            for (value, fits) in [(3.38e38, true), (3.4e38, kind == Kind::Float)] {
+                let tensors = tensors();
+                let _ = tensors[1].get(7).fill_(value);
+                check(&still, &tensors, fits, "the rounded master");
+            }
+            check(&Update { lr: 1e39, ..update }, &tensors(), false, "the rate");
         }
     }
 }

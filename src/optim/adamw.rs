@@ -33,17 +33,42 @@ impl UpdateRule for AdamW {
     }
 
     fn step(&self, pieces: &[OwnedPiece], state: &State, update: &Update) -> Result<(), ShardError> {
-        let &Self { weight_decay, betas, eps } = self;
-        let &Update { lr, coefficient, count } = update;
-        let update = adamw::Update { lr, weight_decay, betas, eps, count, coefficient };
+        let update = self.update(update);
         for piece in pieces {
-            let Some(compute) = &piece.compute else { continue };
-            let own = &state[piece.region];
-            let (master, exp_avg, exp_avg_sq) = (piece.master, &own[EXP_AVG], &own[EXP_AVG_SQ]);
-            update.apply(piece.gradient, &adamw::State { master, exp_avg, exp_avg_sq, compute });
+            if let Some(state) = tensors(piece, state) {
+                update.apply(piece.gradient, &state);
+            }
         }
         Ok(())
     }
+
+    fn stays_finite(
+        &self,
+        pieces: &[OwnedPiece],
+        state: &State,
+        update: &Update,
+    ) -> Result<bool, ShardError> {
+        let update = self.update(update);
+        let stays = |piece: &OwnedPiece| {
+            tensors(piece, state).is_none_or(|state| update.stays_finite(piece.gradient, &state))
+        };
+        Ok(pieces.iter().all(stays))
+    }
+}
+
+impl AdamW {
+    fn update(&self, update: &Update) -> adamw::Update {
+        let &Self { weight_decay, betas, eps } = self;
+        let &Update { lr, coefficient, count } = update;
+        adamw::Update { lr, weight_decay, betas, eps, count, coefficient }
+    }
+}
+
+/// The tensors of `piece` that an update changes; `None` where the region is empty.
+fn tensors<'a>(piece: &'a OwnedPiece, state: &'a State) -> Option<adamw::State<'a>> {
+    let own = &state[piece.region];
+    let (master, exp_avg, exp_avg_sq) = (piece.master, &own[EXP_AVG], &own[EXP_AVG_SQ]);
+    piece.compute.as_ref().map(|compute| adamw::State { master, exp_avg, exp_avg_sq, compute })
 }
 
 #[cfg(test)]

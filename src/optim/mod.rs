@@ -87,6 +87,14 @@ pub trait UpdateRule {
     /// # Errors
     /// Those of collectives, if it enters any.
     fn step(&self, pieces: &[OwnedPiece], state: &State, update: &Update) -> Result<(), ShardError>;
+
+    /// Whether every master, state tensor and compute copy of `pieces` would be finite after [`step`](Self::step) with
+    /// the same arguments. Changes nothing.
+    ///
+    /// # Errors
+    /// Those of collectives, if it enters any.
+    fn stays_finite(&self, pieces: &[OwnedPiece], state: &State, update: &Update)
+    -> Result<bool, ShardError>;
 }
 
 /// A number of an optimizer, as a resume compares it.
@@ -173,6 +181,23 @@ impl Optimizer {
         self.updates += 1;
         let pieces: Vec<OwnedPiece> = pieces.into_iter().collect();
         self.rule.step(&pieces, &self.state, &Update { lr, coefficient, count: self.updates })
+    }
+
+    /// Whether all that [`step`](Self::step) changes would be finite after it. Changes nothing.
+    ///
+    /// # Errors
+    /// See [`UpdateRule::stays_finite`].
+    pub fn stays_finite<'a>(
+        &self,
+        pieces: impl IntoIterator<Item = OwnedPiece<'a>>,
+        lr: f64,
+        coefficient: f64,
+    ) -> Result<bool, ShardError> {
+        let _span = crate::trace::operation("optimizer.stays_finite");
+        let _guard = tch::no_grad_guard();
+        let pieces: Vec<OwnedPiece> = pieces.into_iter().collect();
+        let update = Update { lr, coefficient, count: self.updates + 1 };
+        self.rule.stays_finite(&pieces, &self.state, &update)
     }
 }
 

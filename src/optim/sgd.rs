@@ -2,6 +2,7 @@
 
 use super::{Number, State, Update, UpdateRule};
 use crate::shard::{OwnedPiece, ShardError};
+use tch::Tensor;
 
 /// Gradient descent with weight decay in the gradient, as torch's SGD has it.
 pub(super) struct Sgd {
@@ -19,14 +20,29 @@ impl UpdateRule for Sgd {
 
     fn step(&self, pieces: &[OwnedPiece], _: &State, update: &Update) -> Result<(), ShardError> {
         for piece in pieces {
-            let Some(mut compute) = piece.compute.as_ref().map(tch::Tensor::shallow_clone) else { continue };
+            let Some(mut compute) = piece.compute.as_ref().map(Tensor::shallow_clone) else { continue };
             let mut master = piece.master.shallow_clone();
-            let gradient = piece.gradient * update.coefficient;
-            let change = (gradient + &master * self.weight_decay) * update.lr;
-            let _ = master.g_sub_(&change);
+            let _ = master.g_sub_(&self.change(piece, update));
             compute.copy_(&master);
         }
         Ok(())
+    }
+
+    fn stays_finite(&self, pieces: &[OwnedPiece], _: &State, update: &Update) -> Result<bool, ShardError> {
+        let stays = |piece: &OwnedPiece| {
+            let Some(compute) = &piece.compute else { return true };
+            let after = piece.master - self.change(piece, update);
+            after.to_kind(compute.kind()).isfinite().all().int64_value(&[]) != 0
+        };
+        Ok(pieces.iter().all(stays))
+    }
+}
+
+impl Sgd {
+    /// lr·(g + wd·p): fp32 `[piece elements]`.
+    fn change(&self, piece: &OwnedPiece, update: &Update) -> Tensor {
+        let gradient = piece.gradient * update.coefficient;
+        (gradient + piece.master * self.weight_decay) * update.lr
     }
 }
 

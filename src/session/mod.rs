@@ -1,12 +1,12 @@
 //! A named adapter with its optimizer and clipping: what a training run and a training server both hold, one or many.
 
 use crate::{
-    comm::Communicator,
+    comm::{Communicator, Reduce},
     lora::Adapter,
     optim::{ClippedNorm, Optimizer, global_norm},
     shard::{OwnedPiece, ShardError},
 };
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// An adapter that is being trained.
 pub struct Session {
@@ -36,35 +36,53 @@ impl Session {
     /// Clips the reduced gradient and steps the optimizer at learning rate `lr`. Collective over `world`, the ranks
     /// that train.
     pub fn update(&mut self, lr: f64, world: &dyn Communicator) -> Result<Update, ShardError> {
-        let norm = global_norm(self.adapter.pieces(), &**self.adapter.regions().block())?;
-        let clipped = ClippedNorm::new(norm, self.max_grad_norm);
-        let mut update = Update { grad_norm: clipped.norm, non_finite: Vec::new() };
-        if clipped.norm.is_finite() {
-            self.adapter.regions_mut().invalidate()?;
-            self.optimizer.step(self.adapter.pieces(), lr, clipped.coefficient)?;
-        } else {
-            let gradient = |piece: &OwnedPiece| vec![piece.gradient.shallow_clone()];
-            update.non_finite = union(&self.adapter.non_finite(gradient), world)?;
+        let clipped = self.clipped_norm()?;
+        if !clipped.norm.is_finite() {
+            return self.without_update(clipped, world);
         }
-        Ok(update)
+        self.step(lr, clipped)
     }
 
-    /// As [`update`](Self::update), but an update after which a value or a moment is not finite is undone, and
+    /// As [`update`](Self::update), but an update after which a value or a moment would not be finite is not made, and
     /// `non_finite` names the parameters. Collective over `world`.
     pub fn update_finite(&mut self, lr: f64, world: &dyn Communicator) -> Result<Update, ShardError> {
-        let (updates, before) = (self.optimizer.updates(), self.state());
-        let before: Vec<Tensor> = before.iter().map(Tensor::copy).collect();
-        let mut update = self.update(lr, world)?;
-        if !update.non_finite.is_empty() || !update.grad_norm.is_finite() {
-            return Ok(update);
+        let clipped = self.clipped_norm()?;
+        if !clipped.norm.is_finite() {
+            return self.without_update(clipped, world);
         }
-        update.non_finite = union(&self.non_finite_state(), world)?;
-        if !update.non_finite.is_empty() {
-            self.state().iter_mut().zip(&before).for_each(|(tensor, before)| tensor.copy_(before));
-            self.optimizer.set_updates(updates);
-            self.adapter.regions_mut().refresh()?;
+        let stays_finite = self.optimizer.stays_finite(self.adapter.pieces(), lr, clipped.coefficient)?;
+        let mut unfit = [if stays_finite { 0.0 } else { 1.0 }];
+        world.all_reduce_host(&mut unfit, Reduce::Sum)?;
+        if unfit[0] == 0.0 {
+            return self.step(lr, clipped);
         }
-        Ok(update)
+        // Only the update itself shows which parameters these are.
+        let (updates, mut state) = (self.optimizer.updates(), self.state());
+        let before: Vec<Tensor> = state.iter().map(Tensor::copy).collect();
+        let update = self.step(lr, clipped)?;
+        let non_finite = union(&self.adapter.non_finite(|piece| self.changed_by_update(piece)), world)?;
+        state.iter_mut().zip(&before).for_each(|(tensor, before)| tensor.copy_(before));
+        self.optimizer.set_updates(updates);
+        self.adapter.regions_mut().refresh()?;
+        Ok(Update { non_finite, ..update })
+    }
+
+    fn clipped_norm(&self) -> Result<ClippedNorm, ShardError> {
+        let norm = global_norm(self.adapter.pieces(), &**self.adapter.regions().block())?;
+        Ok(ClippedNorm::new(norm, self.max_grad_norm))
+    }
+
+    fn step(&mut self, lr: f64, clipped: ClippedNorm) -> Result<Update, ShardError> {
+        self.adapter.regions_mut().invalidate()?;
+        self.optimizer.step(self.adapter.pieces(), lr, clipped.coefficient)?;
+        Ok(Update { grad_norm: clipped.norm, non_finite: Vec::new() })
+    }
+
+    /// The outcome where the gradient is not finite, which changes nothing.
+    fn without_update(&self, clipped: ClippedNorm, world: &dyn Communicator) -> Result<Update, ShardError> {
+        let gradient = |piece: &OwnedPiece| vec![piece.gradient.shallow_clone()];
+        let non_finite = union(&self.adapter.non_finite(gradient), world)?;
+        Ok(Update { grad_norm: clipped.norm, non_finite })
     }
 
     /// This rank's masters and the optimizer's tensors, which an update changes: fp32 `[piece elements]` each, always
@@ -79,21 +97,10 @@ impl Session {
         [piece.master].into_iter().chain(moments).map(Tensor::shallow_clone).collect()
     }
 
-    /// Names of the parameters of which this rank owns a value, a moment or a compute copy that is not finite.
-    fn non_finite_state(&self) -> Vec<String> {
-        let all = |piece: &OwnedPiece| {
-            let compute = piece.compute.as_ref().map(Tensor::shallow_clone);
-            self.state_of(piece).into_iter().chain(compute).collect::<Vec<_>>()
-        };
-        // A double holds the sum of any finite floats.
-        let sums: Vec<Tensor> = self
-            .adapter
-            .pieces()
-            .flat_map(|piece| all(&piece))
-            .map(|tensor| tensor.sum(Kind::Double))
-            .collect();
-        let is_finite = sums.is_empty() || Tensor::stack(&sums, 0).isfinite().all().int64_value(&[]) != 0;
-        if is_finite { Vec::new() } else { self.adapter.non_finite(all) }
+    /// [`state_of`](Self::state_of) and the compute copy.
+    fn changed_by_update(&self, piece: &OwnedPiece) -> Vec<Tensor> {
+        let compute = piece.compute.as_ref().map(Tensor::shallow_clone);
+        self.state_of(piece).into_iter().chain(compute).collect()
     }
 }
 

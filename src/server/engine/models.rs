@@ -175,7 +175,7 @@ impl Models {
         let (rank, times) = (spec.rank.min(MOST_RANK), spec.rank.div_ceil(MOST_RANK) as u64);
         let plan = self.plan(&AdapterSpec { rank, ..spec.clone() })?;
         let memory = AdapterMemory::new(&plan, self.model.options(), store::OPTIMIZER);
-        // An update keeps what it changes until it is known to be finite. Copies of a save are on the host.
+        // An update that would not stay finite keeps what it changes. Copies of a save are on the host.
         let at_work = match self.groups.device.tensors() {
             Device::Cpu => memory.optimizer.max(memory.save),
             _ => memory.optimizer,
