@@ -335,6 +335,7 @@ impl From<proto::Datum> for SentDatum {
 #[derive(Deserialize, ToSchema)]
 #[schema(as = tinker::Pass)]
 pub(super) struct JsonRequest {
+    #[schema(example = "default", pattern = "^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
     model_id: String,
     #[serde(default)]
     seq_id: Option<i64>,
