@@ -1,7 +1,8 @@
-//! Downloads of external weights by programs that send no key: at addresses that are signed, and expire.
+//! Downloads of saved adapters by programs that send no key: at addresses that are signed, and expire.
 
 use super::{
     fault::Fault,
+    labels,
     paths::{Checkpoint, Kind, inside},
     registry::Tenant,
     request::ModelId,
@@ -78,7 +79,7 @@ impl Signer {
 
 /// The path of a file that is to be signed.
 pub fn path(tenant: &Tenant, checkpoint: &Checkpoint, file: &str) -> String {
-    format!("{}/{}/{}/{file}", tenant.name(), checkpoint.model, checkpoint.name)
+    format!("{}/{}/{}/{file}", tenant.name(), checkpoint.model, checkpoint.id())
 }
 
 /// The address of a signed path, at the host to which a client speaks.
@@ -100,14 +101,13 @@ pub fn url(headers: &HeaderMap, signed: &str) -> Result<String, Fault> {
 
 /// The file that a path of [`path`] names, if it is one of a save.
 pub fn file(output: &Path, has_keys: bool, path: &str) -> Option<PathBuf> {
-    let mut parts = path.splitn(4, '/');
-    let (tenant, model, name, file) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+    let mut parts = path.splitn(5, '/');
+    let (tenant, model) = (parts.next()?, ModelId::new(parts.next()?).ok()?);
+    let (kind, name, file) = (Kind::of(parts.next()?)?, parts.next()?, parts.next()?);
     let tenant = if has_keys { Tenant::named(tenant)? } else { Tenant::everyone() };
-    let (model, name) = (ModelId::new(model).ok()?, name.to_owned());
-    let folder = Checkpoint { model, kind: Kind::External, name }.folder();
-    let root = tenant.root(output);
-    let (_, manifest) = saves::published(&inside(&root, &folder).ok()?).ok()?;
-    if manifest.lists(file) { inside(&root, &folder.join(file)).ok() } else { None }
+    let (stored, _) = labels::find(&tenant.root(output), &format!("{kind}/{name}"), &model).ok()?;
+    let (_, manifest) = saves::published(&stored.folder).ok()?;
+    if manifest.lists(file) { inside(&stored.folder, Path::new(file)).ok() } else { None }
 }
 
 #[cfg(test)]
@@ -117,8 +117,8 @@ mod tests {
     #[test]
     fn an_address_opens_until_it_expires_and_only_as_it_was_signed() {
         let (signer, now) = (Signer::default(), SystemTime::now());
-        let (address, expires) = signer.sign("local/sess-1:train:0/x/adapter.bin", now).unwrap();
-        assert_eq!(signer.open(&address, now).unwrap(), "local/sess-1:train:0/x/adapter.bin");
+        let (address, expires) = signer.sign("local/sess-1:train:0/weights/x/adapter.bin", now).unwrap();
+        assert_eq!(signer.open(&address, now).unwrap(), "local/sess-1:train:0/weights/x/adapter.bin");
         assert!(signer.open(&address, expires - Duration::from_secs(1)).is_ok());
         assert!(signer.open(&address, expires).unwrap_err().detail.contains("expired"));
         let (time, rest) = address.split_once('/').unwrap();

@@ -165,12 +165,9 @@ pub fn unpublish(call: &Call) -> Answer {
     call.change("/publish", |about| about.is_public = false)
 }
 
-/// Addresses at which the files of external weights can be had without a key.
+/// Addresses at which the files of a checkpoint of any kind can be had without a key.
 pub fn external_urls(call: &Call) -> Answer {
     let (stored, _) = call.checkpoint("/external_weights_urls")?;
-    if stored.checkpoint.kind != Kind::External {
-        return Err(Fault::user(format!("{}: only external weights are downloaded", stored.checkpoint.id())));
-    }
     let (_, manifest) =
         saves::published(&stored.folder).map_err(|error| checkpoints::refused(&stored, &error))?;
     let (now, mut urls, mut expires) = (SystemTime::now(), BTreeMap::new(), None);
