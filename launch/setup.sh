@@ -56,9 +56,11 @@ has_libclang() {
 packages=()
 command -v c++ >/dev/null || packages+=(build-essential)
 command -v mpicc >/dev/null || packages+=(openmpi-bin libopenmpi-dev)
-# ci/test.sh lints the scripts; tests make a slurm cluster of this machine.
+# ci/test.sh lints the scripts; tests make a slurm cluster of this machine, and open the server's page in a browser.
+has_browser() { command -v chromium chromium-browser google-chrome >/dev/null; }
 [ $tests = 0 ] || command -v shellcheck >/dev/null || packages+=(shellcheck)
 [ $tests = 0 ] || command -v slurmctld >/dev/null || [ -x /usr/sbin/slurmctld ] || packages+=(slurm-wlm munge)
+[ $tests = 0 ] || [ -n "${XORL_BROWSER:-}" ] || has_browser || packages+=(chromium)
 has_libclang || packages+=(libclang-dev)   # for the bindings to whichever MPI is here
 [ ${#packages[@]} = 0 ] || apt_install "${packages[@]}"
 

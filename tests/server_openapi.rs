@@ -11,12 +11,13 @@ use std::collections::BTreeSet;
 use xorl_dist::server::request::ModelId;
 
 /// The calls of the clients that a trainer answers, from their sources, and those that every server has.
-const SERVED: [&str; 40] = [
+const SERVED: [&str; 41] = [
     "DELETE /api/v1/training_runs/{run}/checkpoints/{kind}/{name}",
     "DELETE /api/v1/training_runs/{run}/checkpoints/{kind}/{name}/publish",
     "GET /api/v1/checkpoints",
     "GET /api/v1/get_server_capabilities",
     "GET /api/v1/healthz",
+    "GET /api/v1/overview",
     "GET /api/v1/session_info",
     "GET /api/v1/sessions",
     "GET /api/v1/sessions/{session}",

@@ -5,6 +5,7 @@ use super::{
     downloads::Signer,
     fault::Fault,
     futures::{FutureLimits, Futures, Promise, Render},
+    history::History,
     http::{Bodies, HttpLimits, Metrics},
     keys::Keys,
     order::{BodyHash, OnArrival},
@@ -76,6 +77,7 @@ pub struct App {
     pub settings: Settings,
     pub keys: Keys,
     pub metrics: Metrics,
+    pub history: Arc<History>,
     pub signer: Signer,
     pub bodies: Bodies,
     registry: Mutex<Registry>,
@@ -99,6 +101,7 @@ impl App {
             futures: Arc::new(Futures::new(settings.futures.clone())),
             bodies: Bodies::new(&settings.http),
             settings,
+            history: Arc::new(History::new(keys.are_needed())),
             keys,
             metrics: Metrics::default(),
             signer: Signer::default(),
@@ -329,7 +332,9 @@ impl App {
         promise: Promise,
         after: impl FnOnce(&Answer) + Send + 'static,
     ) {
+        let (noted, history) = (History::note(&request), self.history.clone());
         let answered = Box::new(move |answer: Answer| {
+            history.answered(&noted, &answer);
             after(&answer);
             promise.answer(answer);
         });

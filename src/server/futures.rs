@@ -13,6 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::sync::Notify;
+use utoipa::ToSchema;
 
 /// Bounds on futures.
 #[derive(Clone, Debug)]
@@ -289,6 +290,17 @@ impl Table {
     }
 }
 
+/// A request that waits or is being carried out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+pub struct Queued {
+    /// `forward_backward of policy_v1`
+    pub work: String,
+    /// Seconds since it was submitted.
+    pub waited: u64,
+    /// The reason why it is not in the queue yet.
+    pub held: Option<String>,
+}
+
 /// Numbers of futures, for metrics and for the end of the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Counts {
@@ -376,6 +388,19 @@ impl Futures {
     /// Time for which a request waits for those before it that have not arrived.
     pub fn gap(&self) -> Duration {
         self.limits.gap
+    }
+
+    /// The first `most` requests of `owner` that are pending, in the order in which they came.
+    pub fn queue(&self, owner: &Tenant, most: usize) -> Vec<Queued> {
+        let (table, now) = (self.table(), Instant::now());
+        let own = table.pending.iter().filter_map(|number| table.entries.get(number));
+        let own = own.filter(|entry| entry.owner == *owner).take(most);
+        let queued = |entry: &Entry| Queued {
+            work: entry.work.clone(),
+            waited: now.duration_since(entry.submitted).as_secs(),
+            held: entry.held.clone(),
+        };
+        own.map(queued).collect()
     }
 
     pub fn counts(&self) -> Counts {

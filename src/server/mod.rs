@@ -10,6 +10,7 @@
 //! - [`paths`]: paths of clients as folders; [`checkpoints`]: the saved adapters in them; [`labels`]: what is known
 //!   about these; [`runs`]: what was trained; [`downloads`] of it
 //! - [`spill`], [`storage`], [`sweep`]: adapters on disk, bytes of output_dir, idle adapters
+//! - [`history`], [`overview`]: curves of training, and what the page at `/` shows
 //! - [`keys`], [`fault`]: who may ask, and refusals
 //! - [`start`], [`front`], [`run`]: the start of a server, what rank 0 does besides, and the whole of it
 //! - [`kept`], [`journal`]: adapters over a restart
@@ -21,6 +22,7 @@ pub mod engine;
 pub mod fault;
 pub mod front;
 pub mod futures;
+pub mod history;
 pub mod http;
 pub mod journal;
 pub mod kept;
@@ -28,6 +30,7 @@ pub mod keys;
 pub mod labels;
 pub mod order;
 pub mod ordered;
+pub mod overview;
 pub mod paths;
 pub mod registry;
 pub mod request;

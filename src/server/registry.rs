@@ -142,6 +142,12 @@ impl Registry {
         self.lost.get(&(tenant.clone(), model.clone())).map(String::as_str)
     }
 
+    /// The lost adapters of `tenant`, each with the text for its client.
+    pub fn lost_of<'a>(&'a self, tenant: &'a Tenant) -> impl Iterator<Item = (&'a ModelId, &'a str)> {
+        let own = self.lost.iter().filter(move |((owner, _), _)| owner == tenant);
+        own.map(|((_, id), text)| (id, text.as_str()))
+    }
+
     /// The largest number of a request that was taken, of each adapter that has one.
     pub fn last_numbers(&self) -> impl Iterator<Item = (&Tenant, &ModelId, i64)> {
         self.models.iter().filter_map(|((tenant, id), model)| Some((tenant, id, model.requests.last()?)))

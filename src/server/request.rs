@@ -267,8 +267,8 @@ pub struct EngineState {
     pub models: BTreeMap<String, ModelState>,
     /// Micro-batches that were computed. Data of several adapters share one.
     pub micro_batches: u64,
-    /// Largest resident memory of a rank, in bytes.
-    pub peak_rss_bytes: u64,
+    /// Largest resident memory of each rank so far, in bytes; empty before the first micro-batch.
+    pub peak_rss_bytes: Vec<u64>,
     pub usage: Usage,
 }
 

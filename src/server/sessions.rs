@@ -44,9 +44,10 @@ pub struct About {
 pub struct Session {
     owner: Tenant,
     pub about: About,
-    opened: SystemTime,
-    seen: SystemTime,
-    is_ended: bool,
+    pub opened: SystemTime,
+    /// The last sign of life of its client.
+    pub seen: SystemTime,
+    pub is_ended: bool,
     /// Futures of the requests that made its models.
     models: Repeats<String>,
 }
@@ -156,12 +157,17 @@ impl Sessions {
         Ok(())
     }
 
+    /// The sessions of `owner` with their ids, newest first.
+    pub fn all_of(&self, owner: &Tenant) -> Vec<(&str, &Session)> {
+        let own = self.sessions.iter().filter(|(_, session)| session.owner == *owner);
+        let mut own: Vec<_> = own.map(|(id, session)| (id.as_str(), session)).collect();
+        own.sort_by_key(|&(id, session)| std::cmp::Reverse((session.opened, id)));
+        own
+    }
+
     /// Ids of the sessions of `owner`, newest first.
     pub fn of(&self, owner: &Tenant) -> Vec<&str> {
-        let own = self.sessions.iter().filter(|(_, session)| session.owner == *owner);
-        let mut own: Vec<_> = own.map(|(id, session)| (session.opened, id.as_str())).collect();
-        own.sort_by(|a, b| b.cmp(a));
-        own.into_iter().map(|(_, id)| id).collect()
+        self.all_of(owner).into_iter().map(|(id, _)| id).collect()
     }
 }
 

@@ -330,7 +330,7 @@ impl Driver {
         }
         self.ranks.tell(&Command::MicroBatch(Cow::Borrowed(&rows)))?;
         let answers = self.models.compute(&rows)?;
-        self.handle.computed(answers.iter().map(|answer| answer.peak_rss_bytes).max().unwrap_or(0));
+        self.handle.computed(answers.iter().map(|answer| answer.peak_rss_bytes).collect());
         for (dealt, answer) in micro_batch.ranks.iter().zip(answers) {
             for (Dealt { request, datum, .. }, computed) in dealt.iter().zip(answer.data) {
                 let Some(progress) = self.passes.get_mut(request) else { continue };

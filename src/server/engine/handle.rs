@@ -64,7 +64,7 @@ struct Shown {
     healthy: bool,
     models: BTreeMap<String, ModelState>,
     micro_batches: u64,
-    peak_rss_bytes: u64,
+    peak_rss_bytes: Vec<u64>,
     usage: Usage,
 }
 
@@ -77,7 +77,7 @@ impl EngineHandle {
             healthy: true,
             models: BTreeMap::new(),
             micro_batches: 0,
-            peak_rss_bytes: 0,
+            peak_rss_bytes: Vec::new(),
             usage: Usage::default(),
         };
         let handle = Self {
@@ -96,11 +96,11 @@ impl EngineHandle {
         (shown.models, shown.usage) = (models, usage);
     }
 
-    /// Shows that a micro-batch was computed by ranks of at most `peak_rss_bytes`.
-    pub(super) fn computed(&self, peak_rss_bytes: u64) {
+    /// Shows that a micro-batch was computed. `peak_rss_bytes`: the largest resident memory of each rank so far.
+    pub(super) fn computed(&self, peak_rss_bytes: Vec<u64>) {
         let mut shown = self.lock();
         shown.micro_batches += 1;
-        shown.peak_rss_bytes = shown.peak_rss_bytes.max(peak_rss_bytes);
+        shown.peak_rss_bytes = peak_rss_bytes;
     }
 
     /// Shows that a rank has failed.
@@ -137,7 +137,7 @@ impl Engine for EngineHandle {
             answered: self.counts.answered.load(SeqCst),
             models: shown.models.clone(),
             micro_batches: shown.micro_batches,
-            peak_rss_bytes: shown.peak_rss_bytes,
+            peak_rss_bytes: shown.peak_rss_bytes.clone(),
             usage: shown.usage.clone(),
         }
     }

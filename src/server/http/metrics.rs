@@ -52,6 +52,7 @@ impl Metrics {
         let steps: u64 = engine.models.values().map(|model| model.step).sum();
         let (usage, in_memory) =
             (&engine.usage, engine.models.values().filter(|model| model.in_memory).count());
+        let peak_rss = engine.peak_rss_bytes.iter().copied().max().unwrap_or(0);
         let gauges = [
             ("xorl_futures_pending", "Requests that wait or are carried out", futures.pending as u64),
             ("xorl_futures_kept", "Results that are kept", futures.kept as u64),
@@ -70,7 +71,7 @@ impl Metrics {
             ("xorl_adapters_spilled", "Times that an adapter went to disk", usage.spilled),
             ("xorl_adapters_restored", "Times that an adapter came back from disk", usage.restored),
             ("xorl_output_bytes", "Bytes of output_dir", usage.storage),
-            ("xorl_peak_rss_bytes", "Largest resident memory of a rank", engine.peak_rss_bytes),
+            ("xorl_peak_rss_bytes", "Largest resident memory of a rank", peak_rss),
         ];
         let mut families = self.registry.gather();
         for (name, help, value) in gauges {

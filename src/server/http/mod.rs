@@ -5,6 +5,7 @@ mod body;
 mod connection;
 mod metrics;
 mod openapi;
+mod page;
 mod routes;
 
 pub use body::Bodies;

@@ -1,8 +1,9 @@
 //! The OpenAPI document, made of what the wires say about their calls and of the paths that all share.
 
-use super::routes::{PREFIX, RETRIEVE};
+use super::routes::{ADAPTER, OVERVIEW, PREFIX, RETRIEVE};
 use crate::server::{
     futures::Place,
+    overview::Overview,
     wire::{
         described::{Described, QueryField, Shape},
         tinker::{self, calls::RetrieveFuture},
@@ -130,7 +131,7 @@ fn document() -> OpenApi {
 }
 
 /// The calls that are of no wire.
-fn shared() -> [Described; 5] {
+fn shared() -> [Described; 6] {
     let get = |path: &str, about, reply| {
         let path = path.to_owned();
         Described { method: Method::GET, path, about, query: &[], body: None, reply: Some(reply) }
@@ -141,6 +142,14 @@ fn shared() -> [Described; 5] {
         get("/health", "Says whether all ranks run.", Shape::of::<Health>()),
         get(&format!("{PREFIX}healthz"), "Says that the server answers.", Shape::of::<Alive>()),
         get("/metrics", "Metrics of Prometheus.", text),
+        Described {
+            method: Method::GET,
+            path: format!("{PREFIX}{OVERVIEW}"),
+            about: "The state of the server, as its page shows it.",
+            query: &[ADAPTER],
+            body: None,
+            reply: Some(Shape::of::<Overview>()),
+        },
         get(PATH, "This document.", any),
         Described {
             method: Method::POST,

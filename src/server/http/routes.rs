@@ -5,14 +5,16 @@ use super::{
     body::{self, Unread},
     connection::Connection,
     openapi::{self, Alive, Health, TryAgain},
+    page,
 };
 use crate::server::{
     app::App,
     downloads,
     fault::Fault,
     futures::{self, Look},
+    overview::Overview,
     registry::Tenant,
-    wire::{Wire, tinker, xorl},
+    wire::{Wire, described::QueryField, tinker, xorl},
 };
 use axum::{
     Json, Router,
@@ -33,6 +35,11 @@ use tower_http::services::ServeFile;
 pub const PREFIX: &str = "/api/v1/";
 /// The call that asks for a result.
 pub const RETRIEVE: &str = "retrieve_future";
+/// The call of the page.
+pub const OVERVIEW: &str = "overview";
+/// Its query.
+pub const ADAPTER: QueryField =
+    QueryField { name: "adapter", about: "The adapter with all of its curves.", is_integer: false };
 
 /// All paths of the server.
 pub fn router(app: Arc<App>) -> Router {
@@ -59,11 +66,12 @@ async fn handle(
 
 /// The name of a path in metrics: one of few.
 fn label(path: &str) -> &'static str {
-    let open =
-        ["health", "metrics", "openapi.json"].into_iter().find(|name| path.strip_prefix('/') == Some(*name));
+    const OPEN: [(&str, &str); 4] =
+        [("/", "page"), ("/health", "health"), ("/metrics", "metrics"), (openapi::PATH, "openapi.json")];
+    let open = OPEN.into_iter().find(|(open, _)| *open == path).map(|(_, name)| name);
     let of_call = || {
         let name = path.strip_prefix(PREFIX)?;
-        let other = ["healthz", RETRIEVE].into_iter().find(|other| *other == name);
+        let other = ["healthz", OVERVIEW, RETRIEVE].into_iter().find(|other| *other == name);
         other.or_else(|| Some(tinker::rows(name).next()?.path)).or_else(|| Some(xorl::method(name)?.0))
     };
     open.or_else(of_call).unwrap_or("other")
@@ -80,6 +88,9 @@ async fn answer(app: &Arc<App>, parts: Parts, body: &mut Option<Body>) -> Result
     }
     if is_get && path == openapi::PATH {
         return Ok(openapi::response());
+    }
+    if is_get && let Some(file) = page::file(&path, &parts.headers) {
+        return Ok(file);
     }
     if is_get && let Some(address) = path.strip_prefix(downloads::PREFIX) {
         return download(app, address, parts).await;
@@ -117,9 +128,19 @@ async fn answer(app: &Arc<App>, parts: Parts, body: &mut Option<Body>) -> Result
     };
     match target {
         Target::Other(known) => other_method(&path, &known, &parts.method),
+        Target::Overview => {
+            let query = query(&parts);
+            let adapter = query.get(ADAPTER.name).map(String::as_str);
+            Ok(Json(Overview::of(app, &tenant, adapter)?).into_response())
+        }
         Target::Result => retrieve(app, &tenant, &parts.headers, &bytes).await,
         Target::Call(called) => submit(app, tenant, called, name.to_owned(), parts, bytes).await,
     }
+}
+
+/// The fields of a query; none of one that cannot be read.
+fn query(parts: &Parts) -> BTreeMap<String, String> {
+    Query::try_from_uri(&parts.uri).map(|Query(query)| query).unwrap_or_default()
 }
 
 fn unknown(path: &str) -> Fault {
@@ -142,6 +163,8 @@ fn other_method(path: &str, known: &[Method], got: &Method) -> Result<Response, 
 enum Target {
     /// A result is asked for, on any wire.
     Result,
+    /// The page asks for what it shows.
+    Overview,
     Call(Called),
     /// The methods that the path has instead.
     Other(Vec<Method>),
@@ -151,6 +174,9 @@ impl Target {
     fn find(name: &str, method: &Method) -> Self {
         if name == RETRIEVE {
             return if method == Method::POST { Self::Result } else { Self::Other(vec![Method::POST]) };
+        }
+        if name == OVERVIEW {
+            return if method == Method::GET { Self::Overview } else { Self::Other(vec![Method::GET]) };
         }
         let of_xorl = xorl::method(name).map(|(_, method)| method);
         let called = Called {
@@ -214,8 +240,7 @@ async fn submit(
     parts: Parts,
     bytes: Bytes,
 ) -> Result<Response, Fault> {
-    let query = Query::<BTreeMap<String, String>>::try_from_uri(&parts.uri);
-    let query = query.map(|Query(query)| query).unwrap_or_default();
+    let query = query(&parts);
     let (own, owner, headers) = (app.clone(), tenant.clone(), parts.headers);
     let is_post = parts.method == Method::POST;
     let answered = move || match called.of(&headers, &bytes) {
