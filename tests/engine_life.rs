@@ -24,7 +24,7 @@ use xorl_dist::{
     model::{base_plan::Options, transformer::Transformer},
     server::{
         engine::{self, AdapterDefaults, EngineOptions},
-        request::{AdapterSpec, Engine, ModelId, OptimStep, Refusal, Reply, Save, StepReply, Task},
+        request::{AdapterSpec, Answer, Engine, ModelId, OptimStep, Refusal, Reply, Save, StepReply, Task},
         store::Base,
     },
     shard::ProcessGroups,
@@ -54,6 +54,10 @@ enum Script {
     Four,
     /// Ranks that have no room, and a disk that is full.
     NoRoom,
+    /// Adapters whose files are gone when a pass needs them.
+    Damaged,
+    /// A disk that is full between the micro-batches of a pass.
+    HalfAPass,
     Measured,
     NotFinite,
     StorageLimit,
@@ -193,11 +197,11 @@ fn number(text: &str, after: &str) -> u64 {
     rest.trim_start().chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap()
 }
 
-/// Files that are always full, in place of those that the next spills of `rank` would make.
-fn fill_disk(rank: usize) {
+/// Files that are always full, in place of those that spill number `first` and the next ones of `rank` would make.
+fn fill_disk(rank: usize, first: usize) {
     let full = output().join(SPILLED);
     fs::create_dir_all(&full).unwrap();
-    for number in 1..100 {
+    for number in first..100 {
         let path = full.join(format!("{number}-{rank}"));
         if !path.exists() {
             std::os::unix::fs::symlink("/dev/full", path).unwrap();
@@ -246,11 +250,11 @@ fn no_room(client: &Client, ranks: usize, memory: u64) -> Value {
     }
     let before = client.0.state();
     assert!(in_memory(client, &a) && in_memory(client, &b));
-    fill_disk(ranks - 1);
+    fill_disk(ranks - 1, 1);
     let create = || client.ask(&c, Task::Create(half.clone()));
     for _ in 0..2 {
         let Err(Refusal::Server(said)) = create() else { panic!("not refused") };
-        assert!(said.contains("a cannot go to disk") && said.contains("No space left"), "{said}");
+        assert!(said.contains("cannot go to disk") && said.contains("No space left"), "{said}");
     }
     let Err(Refusal::Server(_)) = client.ask(&a, Task::Spill) else { panic!("not refused") };
     assert_eq!(client.0.state().models, before.models, "nothing is lost");
@@ -259,7 +263,7 @@ fn no_room(client: &Client, ranks: usize, memory: u64) -> Value {
     assert_eq!(create(), Ok(Reply::Created));
     assert!(!in_memory(client, &a) && in_memory(client, &b) && in_memory(client, &c));
     // Requests of an adapter that cannot come back are refused; those of the others are not.
-    fill_disk(ranks - 1);
+    fill_disk(ranks - 1, 1);
     for task in [pass(data_of(0, 1), true), Task::OptimStep(step_of(0))] {
         let Err(Refusal::Server(said)) = client.ask(&a, task) else { panic!("not refused") };
         assert!(said.contains("cannot go to disk"), "{said}");
@@ -286,6 +290,113 @@ fn no_room(client: &Client, ranks: usize, memory: u64) -> Value {
     json!(largest)
 }
 
+/// The text of a request that the server could not carry out.
+fn unable(answer: Answer) -> String {
+    match answer {
+        Err(Refusal::Server(text)) => text,
+        other => panic!("not refused as the server's failure: {other:?}"),
+    }
+}
+
+/// Three like adapters of which one cannot come back when a pass of all is formed; its file on one rank is damaged, then
+/// gone.
+fn damaged(client: &Client, ranks: usize) -> Value {
+    let models @ [broken, away, calm] = &["broken", "away", "calm"].map(id);
+    for model in models {
+        client.create(model, adapter(0));
+        client.ask(model, pass(data_of(1, 1), true)).unwrap();
+        client.step(model, step_of(0));
+    }
+    let damage = |path: &Path| {
+        let mut bytes = fs::read(path).unwrap();
+        bytes[1000] ^= 1;
+        fs::write(path, bytes).unwrap();
+    };
+    let remove = |path: &Path| fs::rename(path, path.with_extension("moved")).unwrap();
+    let put_back = |path: &Path| fs::rename(path.with_extension("moved"), path).unwrap();
+    let ways: [(&dyn Fn(&Path), &dyn Fn(&Path), &str); 2] =
+        [(&damage, &damage, "is not as this server has written it"), (&remove, &put_back, "No such file")];
+    for (round, (spoil, mend, words)) in ways.into_iter().enumerate() {
+        for model in [broken, away] {
+            client.ask(model, Task::Spill).unwrap();
+        }
+        let newest = |rank: usize| {
+            let own = files().into_iter().filter(|name| name.ends_with(&format!("-{rank}")));
+            let mut own: Vec<u64> = own.map(|name| name.split_once('-').unwrap().0.parse().unwrap()).collect();
+            own.sort_unstable();
+            output().join(SPILLED).join(format!("{}-{rank}", own[own.len() - 2]))
+        };
+        let file = newest(if round == 0 { ranks - 1 } else { 0 });
+        spoil(&file);
+        let task = || pass(data_of(2, 1), true);
+        let answers = models.each_ref().map(|model| client.submit(model, task()));
+        let [refused, ours, expected] = answers.map(|answer| received(&answer));
+        let said = unable(refused);
+        assert!(said.contains("broken cannot come back from disk") && said.contains(words), "{said}");
+        assert!(said.contains(file.file_name().unwrap().to_str().unwrap()), "{said}");
+        let [mut ours, mut theirs] = [ours, expected].map(|answer| {
+            let mut seen = Seen::default();
+            seen.pass(passed(answer));
+            seen
+        });
+        for task in [Task::OptimStep(OptimStep { divide: false, ..step_of(0) }), task()] {
+            assert_eq!(unable(client.ask(broken, task)), said);
+        }
+        assert_eq!((in_memory(client, broken), in_memory(client, away)), (false, true));
+        ours.step(&client.step(away, step_of(0)), round + 1);
+        theirs.step(&client.step(calm, step_of(0)), round + 1);
+        ours.is_near(&theirs, words);
+        // An adapter whose file is whole again is as it was.
+        mend(&file);
+        client.ask(broken, task()).unwrap();
+        let norm = client.step(broken, step_of(0)).grad_norm;
+        assert!((norm - theirs.norms[0]).abs() < 1e-5 * norm, "{norm} {theirs:?}");
+    }
+    client.ask(broken, Task::Spill).unwrap();
+    files().iter().for_each(|name| fs::remove_file(output().join(SPILLED).join(name)).unwrap());
+    unable(client.ask(broken, pass(data_of(2, 1), true)));
+    assert_eq!(client.ask(broken, Task::Unload), Ok(Reply::Unloaded));
+    client.create(broken, adapter(0));
+    client.ask(broken, pass(data_of(1, 1), true)).unwrap();
+    json!(client.step(broken, step_of(0)).step)
+}
+
+/// A pass whose adapter makes room between two micro-batches, and then finds a full disk: its part is dropped.
+fn half_a_pass(client: &Client, ranks: usize) -> Value {
+    let [first, second, calm] = ["first", "second", "calm"].map(id);
+    let step = OptimStep { divide: false, ..step_of(0) };
+    client.create(&first, adapter(0));
+    client.create(&second, adapter(0));
+    client.ask(&first, pass(data_of(0, 1), true)).unwrap();
+    let usage = client.0.state().usage;
+    assert!(in_memory(client, &first) && !in_memory(client, &second), "room for one");
+    assert_eq!((usage.spilled, usage.restored), (2, 1));
+    // The second step comes between the micro-batches, of which each leaves memory for the other.
+    fill_disk(ranks - 1, 5);
+    let long = pass((0..60).flat_map(|row| data_of(1, row)).collect(), true);
+    let before = client.0.state().micro_batches;
+    let long = client.submit(&second, long);
+    let steps = [0, 1].map(|_| client.submit(&first, Task::OptimStep(step)));
+    let said = unable(received(&long));
+    assert!(said.contains("a part of its passes was computed") && said.contains("No space left"), "{said}");
+    assert!(said.contains("an adapter that is not in use") && !said.contains("first"), "{said}");
+    for answer in steps {
+        stepped(received(&answer));
+    }
+    let state = client.0.state();
+    assert_eq!(state.micro_batches, before + 1);
+    assert_eq!((state.models["first"].step, state.models["second"].accumulated), (2, 0));
+    assert!(in_memory(client, &first) && !in_memory(client, &second));
+    free_disk();
+    client.create(&calm, adapter(0));
+    let [ours, expected] = [&second, &calm].map(|model| {
+        let loss = passed(client.ask(model, pass(data_of(0, 1), true))).loss;
+        (loss, client.step(model, step).grad_norm)
+    });
+    assert_eq!(ours, expected);
+    json!(ours.0)
+}
+
 /// Bytes that processes have for themselves.
 fn anonymous(processes: &[u32]) -> Vec<u64> {
     let of = |process: &u32| {
@@ -299,9 +410,11 @@ fn anonymous(processes: &[u32]) -> Vec<u64> {
 fn measured(client: &Client, processes: &[u32]) -> Value {
     let make = |name: &str| {
         let model = id(name);
-        client.create(&model, AdapterSpec { rank: 1024, ..adapter(0) });
+        client.create(&model, AdapterSpec { rank: 512, ..adapter(0) });
         client.ask(&model, pass(data_of(0, 1), true)).unwrap();
         client.step(&model, step_of(0));
+        // Its answer comes when every rank has left the step, and freed what the step has copied.
+        client.ask(&model, pass(data_of(0, 1), false)).unwrap();
         anonymous(processes)
     };
     // The first settles what all share.
@@ -311,7 +424,7 @@ fn measured(client: &Client, processes: &[u32]) -> Value {
     let found: Vec<f64> =
         first.iter().zip(&more[2]).map(|(&a, &b)| (b as f64 - a as f64) / 3.0 / said).collect();
     for found in &found {
-        assert!((0.85..1.07).contains(found), "{found} of {said} bytes");
+        assert!((0.97..1.04).contains(found), "{found} of {said} bytes");
     }
     // The memory of one that leaves is there for another.
     client.ask(&id("first"), Task::Spill).unwrap();
@@ -434,6 +547,8 @@ fn mpi_worker() {
         match case.script {
             Script::Leaving => leaving(&client, case.world),
             Script::Four => four(&client, case.memory),
+            Script::Damaged => damaged(&client, case.world),
+            Script::HalfAPass => half_a_pass(&client, case.world),
             Script::NoRoom => no_room(&client, case.world, case.memory.unwrap()),
             Script::Measured => measured(&client, &processes),
             Script::NotFinite => not_finite(&client),
@@ -487,8 +602,31 @@ fn mpi_what_has_no_room_is_refused_and_loses_nothing() {
 }
 
 #[test]
-fn mpi_memory_of_an_adapter_on_one_rank_is_what_is_said() {
-    println!("{}", run(&Case::new(1, Script::Measured)));
+fn mpi_an_adapter_that_cannot_come_back_leaves_the_others_of_its_pass_alone() {
+    run(&Case::new(1, Script::Damaged));
+    run(&Case::new(2, Script::Damaged));
+}
+
+#[test]
+fn mpi_a_pass_that_loses_its_adapter_half_way_leaves_no_gradient() {
+    // Bytes in which one adapter fits.
+    for (world, memory) in [(1, 450_000), (2, 320_000)] {
+        run(&Case { memory: Some(memory), ..Case::new(world, Script::HalfAPass) });
+    }
+}
+
+#[test]
+fn mpi_memory_of_an_adapter_is_what_is_said() {
+    let two = Case::new(2, Script::Measured);
+    for case in [
+        Case::new(1, Script::Measured),
+        Case { reduce: ReduceGradients::MicroBatch, ..two.clone() },
+        Case { replicas: 2, ..two.clone() },
+        Case { moe: true, ..two.clone() },
+        two,
+    ] {
+        println!("{}", run(&case));
+    }
 }
 
 #[test]

@@ -316,12 +316,11 @@ impl Driver {
 
     /// Computes `micro_batch` on all ranks, and answers the passes that end with it.
     fn compute(&mut self, micro_batch: MicroBatch) -> Result<()> {
-        let micro_batch = match self.make_room(&micro_batch.adapters, None) {
-            Ok(()) => Some(micro_batch),
-            Err(Unmet::Refused(refusal)) => self.without_absent(micro_batch, &refusal)?,
-            Err(Unmet::Failed(error)) => return Err(error),
+        let absent = self.bring(&micro_batch.adapters)?;
+        let Some(micro_batch) = self.without_absent(micro_batch, &absent)? else {
+            self.show();
+            return Ok(());
         };
-        let Some(micro_batch) = micro_batch else { return Ok(()) };
         let ended = self.ended(&micro_batch);
         let mut rows = rows(&micro_batch, &self.asked);
         if micro_batch.backward {

@@ -263,7 +263,7 @@ impl Models {
         let session = trained.session(model)?;
         let file = Spilled::write(&self.output_dir, &name, &tensors(session, with_gradients), &device);
         let updates = session.optimizer.updates();
-        let file = file.map_err(|error| Error::Failure(format!("{model} cannot go to disk: {error}")));
+        let file = file.map_err(|error| Error::Failure(error.to_string()));
         refused(store::same_outcome(&*world, file).map(|file| {
             trained.place = Place::Disk(OnDisk { file, updates, with_gradients });
         }))
@@ -276,7 +276,12 @@ impl Models {
         let Place::Disk(on_disk) = &trained.place else { return Ok(Ok(())) };
         let mut session = self.session(model, &trained.spec, &trained.numbers)?;
         let read = on_disk.file.read(&tensors(&session, on_disk.with_gradients), device);
-        let read = read.map_err(|error| Error::Failure(format!("{model} cannot be read from disk: {error}")));
+        let read = read.map_err(|error| {
+            Error::Failure(format!(
+                "{model} cannot come back from disk: {error}. Its requests are refused as long as that is so: unload it, \
+                 make it again and load its last saved state to go on"
+            ))
+        });
         let read = store::same_outcome(&*world, read);
         if read.is_ok() {
             session.optimizer.set_updates(on_disk.updates);

@@ -6,6 +6,7 @@ use crate::{
     server::{
         engine::{
             command::Command,
+            handle::Asked,
             plan::MicroBatch,
             residence::{Moves, Need},
         },
@@ -26,6 +27,17 @@ pub fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
+/// The refusal of a request because another adapter, perhaps of another tenant, could not make room for its own.
+fn without_room(unmet: Unmet) -> Unmet {
+    match unmet {
+        Unmet::Refused(refusal) => Refusal::Server(format!(
+            "there is no room in memory, for an adapter that is not in use cannot go to disk: {refusal}"
+        ))
+        .into(),
+        failed => failed,
+    }
+}
+
 impl Driver {
     /// Brings `wanted` into memory, with room for one more adapter of `new`. Those that were used longest ago make
     /// room.
@@ -37,17 +49,41 @@ impl Driver {
             let why = "the adapters of the request have no room in memory together";
             return Err(Refusal::Server(why.into()).into());
         };
-        spill.iter().try_for_each(|model| self.spill(model))?;
+        spill.iter().try_for_each(|model| self.spill(model)).map_err(without_room)?;
         restore.iter().try_for_each(|model| self.restore(model))?;
         self.residence.used(wanted, now());
         Ok(())
     }
 
+    /// Brings those of `wanted` into memory that can come, and returns the reason of each other. An adapter that is there
+    /// stays.
+    ///
+    /// # Errors
+    /// This rank has failed.
+    pub(super) fn bring(&mut self, wanted: &[ModelId]) -> Result<BTreeMap<ModelId, Refusal>> {
+        let (mut present, away): (Vec<ModelId>, Vec<ModelId>) =
+            wanted.iter().cloned().partition(|model| self.residence.is_in_memory(model));
+        self.residence.used(&present, now());
+        let mut absent = BTreeMap::new();
+        for model in away {
+            present.push(model.clone());
+            match self.make_room(&present, None) {
+                Ok(()) => {}
+                Err(Unmet::Refused(refusal)) => {
+                    present.pop();
+                    absent.insert(model, refusal);
+                }
+                Err(Unmet::Failed(error)) => return Err(error),
+            }
+        }
+        Ok(absent)
+    }
+
     /// Moves an adapter that is in memory to disk.
     pub(super) fn spill(&mut self, model: &ModelId) -> Result<(), Unmet> {
         let bytes = self.models.bytes_on_disk(model);
-        let what = format!("{model}, which leaves memory to make room,");
-        self.storage.check(bytes, &what).map_err(|full| Refusal::Server(full.to_string()))?;
+        let checked = self.storage.check(bytes, "an adapter that leaves memory");
+        checked.map_err(|full| Refusal::Server(full.to_string()))?;
         self.files += 1;
         let number = self.files;
         let _moving = self.ranks.watcher.clone().slow(SPILL);
@@ -102,41 +138,46 @@ impl Driver {
         )))
     }
 
-    /// `micro_batch` without the adapters that could not come into memory. Their passes are answered with `refusal`; a
-    /// pass of which a part was computed takes the accumulated gradients of its adapter with it.
+    /// `micro_batch` without the adapters that are `absent` from memory. Every pass of theirs that has begun is answered
+    /// with the reason; where a part of one was computed, the accumulated gradients of its adapter go too.
     pub(super) fn without_absent(
         &mut self,
         micro_batch: MicroBatch,
-        refusal: &Refusal,
+        absent: &BTreeMap<ModelId, Refusal>,
     ) -> Result<Option<MicroBatch>> {
-        let of = |adapter: usize| &micro_batch.adapters[adapter];
-        let absent: BTreeMap<u64, ModelId> = micro_batch
-            .ranks
-            .iter()
-            .flatten()
-            .filter(|dealt| !self.residence.is_in_memory(of(dealt.adapter)))
-            .map(|dealt| (dealt.request, of(dealt.adapter).clone()))
-            .collect();
-        for (request, model) in &absent {
-            self.plan.cancel(model, *request);
-            let (Some(asked), Some(progress)) = (self.asked.remove(request), self.passes.remove(request))
-            else {
-                continue;
-            };
-            let backward = matches!(&asked.request.task, Task::Pass(pass) if pass.backward);
-            let answer = if backward && progress.left < progress.data.len() {
+        let mut refused = Vec::new();
+        for (model, refusal) in absent {
+            let begun = self.passes.keys().copied();
+            let is_own = |request: &u64| self.asked.get(request).is_some_and(|asked| asked.request.model == *model);
+            let own: Vec<u64> = begun.filter(is_own).collect();
+            let is_partial = own.iter().any(|request| self.has_gradients_of(*request));
+            let answer = if is_partial {
                 self.ranks.tell(&Command::Abort { model: model.clone() })?;
                 self.models.abort(model)?;
                 Refusal::Server(format!(
-                    "{refusal}; a part of this pass was computed, so that all gradients since the last step of {model} \
+                    "{refusal}; a part of its passes was computed, so that all gradients since the last step of {model} \
                      are dropped: send its passes again"
                 ))
             } else {
                 refusal.clone()
             };
-            asked.answer(Err(answer));
+            for request in own {
+                self.plan.cancel(model, request);
+                self.passes.remove(&request);
+                if let Some(asked) = self.asked.remove(&request) {
+                    asked.answer(Err(answer.clone()));
+                }
+                refused.push(request);
+            }
         }
-        Ok(micro_batch.without(&absent.into_keys().collect::<Vec<_>>()))
+        Ok(micro_batch.without(&refused))
+    }
+
+    /// True if a part of the pass `request` has added to the gradients of its adapter.
+    fn has_gradients_of(&self, request: u64) -> bool {
+        let is_partial = self.passes.get(&request).is_some_and(|pass| pass.left < pass.data.len());
+        let backward = |asked: &Asked| matches!(&asked.request.task, Task::Pass(pass) if pass.backward);
+        is_partial && self.asked.get(&request).is_some_and(backward)
     }
 
     /// Memory and disk that adapters take now.
