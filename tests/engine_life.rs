@@ -322,7 +322,8 @@ fn damaged(client: &Client, ranks: usize) -> Value {
         }
         let newest = |rank: usize| {
             let own = files().into_iter().filter(|name| name.ends_with(&format!("-{rank}")));
-            let mut own: Vec<u64> = own.map(|name| name.split_once('-').unwrap().0.parse().unwrap()).collect();
+            let mut own: Vec<u64> =
+                own.map(|name| name.split_once('-').unwrap().0.parse().unwrap()).collect();
             own.sort_unstable();
             output().join(SPILLED).join(format!("{}-{rank}", own[own.len() - 2]))
         };

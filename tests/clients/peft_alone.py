@@ -1,11 +1,13 @@
 """A tiny random model, and what PEFT alone makes of the adapters that clients trained through the server.
 
-    peft_alone.py model DIR TOKENIZER           a llama of two layers in fp32, with the tokenizer's files
-    peft_alone.py compare MODEL REPORT...       prints the largest distances, as JSON
+    peft_alone.py model DIR TOKENIZER [EXPERTS]     a llama of two layers in fp32, with the tokenizer's files, and a like mixture of experts
+    peft_alone.py compare REPORT...                 prints the largest distances, as JSON
 
-`train` of a report holds, for each adapter and way: the adapter before, the adapter after, the losses of the steps.
+A report NAME_WORLD.json has `model`, the folder of the base, and `train`: for each adapter and way the adapter before, the adapter after,
+the losses of the steps. Adapters are held against those that the first report of NAME has trained alone.
 """
 
+import functools
 import json
 import shutil
 import sys
@@ -14,20 +16,28 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import plan
 
 torch.set_num_threads(1)
 
 
-def write_model(folder, tokenizer):
-    torch.manual_seed(21)
-    config = LlamaConfig(vocab_size=plan.VOCABULARY, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, head_dim=16, max_position_embeddings=512, initializer_range=0.15)
-    LlamaForCausalLM(config).float().save_pretrained(folder)
-    for file in Path(tokenizer).iterdir():
-        shutil.copy(file, folder)
+COMMON = dict(vocab_size=plan.VOCABULARY, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+              num_key_value_heads=2, head_dim=16, max_position_embeddings=512, initializer_range=0.15)
+EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True)
+
+
+def write_models(tokenizer, folder, experts=None):
+    for folder, model, config in [
+        (folder, LlamaForCausalLM, LlamaConfig(**COMMON)),
+        (experts, Qwen3MoeForCausalLM, Qwen3MoeConfig(**COMMON, **EXPERTS)),
+    ]:
+        if folder is not None:
+            torch.manual_seed(21)
+            model(config).float().save_pretrained(folder)
+            for file in Path(tokenizer).iterdir():
+                shutil.copy(file, folder)
 
 
 def train(base, told):
@@ -68,28 +78,35 @@ def of_file(folder):
     return load_file(Path(folder) / "adapter_model.safetensors")
 
 
-def compare(model_folder, reports):
-    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="eager")
-    table = {}
-    for path in reports:
-        told = json.loads(Path(path).read_text())["train"]
-        alone = {one["adapter"]: one for one in told if one["way"] == "alone"}
-        for one in told:
-            key = f"{Path(path).stem} {one['way']}"
+@functools.cache
+def base_of(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
+def compare(reports):
+    table, references = {}, {}
+    for path in map(Path, reports):
+        told = json.loads(path.read_text())
+        alone = {one["adapter"]: one for one in told["train"] if one["way"] == "alone"}
+        alone = references.setdefault(path.stem.rsplit("_", 1)[0], alone)
+        for one in told["train"]:
+            key = f"{path.stem} {one['way']}"
             ours, reference = (one["losses"], of_file(one["end"])), alone[one["adapter"]]
             row = table.setdefault(key, {"adapters": 0, "alone": 0.0, "peft": 0.0, "moved": 1e9})
             row["adapters"] += 1
             row["alone"] = max(row["alone"], apart(ours, (reference["losses"], of_file(reference["end"]))))
-            row["peft"] = max(row["peft"], apart(ours, train(base, one)))
+            row["peft"] = max(row["peft"], apart(ours, train(base_of(told["model"]), one)))
             # Zero would mean that nothing was trained.
             row["moved"] = min(row["moved"], apart((one["losses"], of_file(one["start"])), ours))
     print(json.dumps(table))
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "model":
-        write_model(*sys.argv[2:])
+    command, *arguments = sys.argv[1:]
+    if command == "model":
+        folder, tokenizer, *experts = arguments
+        write_models(tokenizer, folder, *experts)
         # Where torch is: a client without one borrows it.
         print(Path(torch.__file__).parent.parent)
     else:
-        compare(sys.argv[2], sys.argv[3:])
+        compare(arguments)

@@ -22,9 +22,14 @@ pub struct Serving {
 
 /// `xorl-dist serve` on `ranks` ranks, on a free port.
 pub fn command(ranks: usize, config: &Path, more: &[&str]) -> Command {
+    command_on("cpu", ranks, config, more)
+}
+
+/// The same on `device`.
+pub fn command_on(device: &str, ranks: usize, config: &Path, more: &[&str]) -> Command {
     let mut command = ranks_of(Path::new(env!("CARGO_BIN_EXE_xorl-dist")), ranks);
     command
-        .args(["serve", "--device", "cpu", "--config"])
+        .args(["serve", "--device", device, "--config"])
         .arg(config)
         .args(["--server.api_port", "0"])
         .args(more);

@@ -148,7 +148,8 @@ impl Driver {
         let mut refused = Vec::new();
         for (model, refusal) in absent {
             let begun = self.passes.keys().copied();
-            let is_own = |request: &u64| self.asked.get(request).is_some_and(|asked| asked.request.model == *model);
+            let is_own =
+                |request: &u64| self.asked.get(request).is_some_and(|asked| asked.request.model == *model);
             let own: Vec<u64> = begun.filter(is_own).collect();
             let is_partial = own.iter().any(|request| self.has_gradients_of(*request));
             let answer = if is_partial {
