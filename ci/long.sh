@@ -10,6 +10,7 @@
 #   ci/long.sh quickstart      the quickstart, which ends with its score
 #   ci/long.sh readme          clones what is committed and runs every command of the README in it (half an hour)
 #   ci/long.sh topologies      experts in every topology of up to 4 ranks, in every way to compute, against one rank
+#   ci/long.sh memory          what check says of SmolLM2's memory, six shapes, beside what its ranks take
 #   ci/long.sh watchdog        a rank of 4 killed, and a rank stopped, at 20 moments each
 #   ci/long.sh hosts           two hosts (network namespaces) against one; and their cable cut (root, Open MPI)
 #   ci/long.sh mpich           the tests of several ranks built and run with MPICH (Debian's, installed beside Open MPI)
@@ -47,6 +48,12 @@ case "${1:-}" in
     launch/setup.sh --no-tests
     export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
     exec cargo test --quiet --test experts -- --ignored --nocapture every_topology
+    ;;
+  memory)
+    launch/setup.sh
+    smollm2
+    export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+    exec cargo test --quiet --test check -- --ignored --nocapture every_shape
     ;;
   watchdog)
     launch/setup.sh --no-tests
