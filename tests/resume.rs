@@ -311,7 +311,7 @@ fn numbers_that_shape_no_state_may_change_on_a_resume() {
     assert_ne!(adapters[0], adapters[1]);
 }
 
-/// On two ranks, where the file of either may be the broken one.
+/// On two ranks, where the file of either may be the broken one, and on one, which reads both.
 #[test]
 fn mpi_broken_state_files_are_refused_in_one_line() {
     let run = TinyRun::new();
@@ -352,7 +352,7 @@ fn mpi_broken_state_files_are_refused_in_one_line() {
         tamper(&run.step(&out, 5), file, bytes, *consistent);
         let before = tree(&run.at(&out));
         let step = run.step(&out, 5).display().to_string();
-        let line = failed(&run.run(2, &out, &["--train.load_checkpoint_path", &step]), 2);
+        let line = failed(&run.run(1 + (index + 1) % 2, &out, &["--train.load_checkpoint_path", &step]), 2);
         assert!(line.contains(words), "{file} {index}: {line}");
         assert!(tree(&run.at(&out)) == before, "{file} {index}: something was written");
     }

@@ -8,13 +8,13 @@ use common::{is_mpich, mpirun, signal, started, succeeded, tiny::TinyRun, tiny::
 use serde_json::Value;
 use std::{fs, io::Read, path::Path, process::Command};
 
-const LONG: usize = 300;
+const LONG: usize = 100;
 /// Long enough to be met while it runs; nothing is saved but where it stops and at its end.
 const RUN: [&str; 8] = [
     "--train.num_train_epochs",
     "99",
     "--train.max_steps",
-    "300",
+    "100",
     "--train.save_steps",
     "0",
     "--train.load_checkpoint_path",
