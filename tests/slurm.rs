@@ -19,7 +19,7 @@ use std::{
 };
 
 /// Long enough to be met while it runs.
-const LONG: &str = "300";
+const LONG: &str = "150";
 const PATIENCE: Duration = Duration::from_secs(120);
 const SERVE: &str = "launch/slurm/serve.sbatch";
 
@@ -194,7 +194,7 @@ fn mpi_batch_scripts_run_and_requeued_jobs_go_on_by_themselves() {
     assert!(config("1").contains("\"r\": 4") && config("2").contains("\"r\": 2"));
 }
 
-/// Requeueing is that of all batch scripts, above; slurm waits long before it.
+/// Requeueing is that of all batch scripts, above; slurm waits for seconds before it.
 #[test]
 fn mpi_a_batch_server_saves_when_it_is_cancelled_and_the_next_job_goes_on() {
     let (cluster, run) = (Cluster::start(), TinyRun::new());

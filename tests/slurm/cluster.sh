@@ -55,6 +55,8 @@ KillWait=30
 # More CPUs than there may be: nothing here is timed.
 SlurmdParameters=config_overrides
 SchedulerType=sched/builtin
+# Else a requeued job waits for up to a minute.
+SchedulerParameters=sched_interval=1,batch_sched_delay=0
 NodeName=$host NodeAddr=127.0.0.1 CPUs=4 State=UNKNOWN
 PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP
 CONF
