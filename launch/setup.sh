@@ -157,7 +157,9 @@ if [ "$(readlink "$link" 2>/dev/null || true)" != "$target" ]; then
   if [ -e "$link" ] && [ ! -L "$link" ]; then
     say "left $link alone: it is not our link"
   else
-    mkdir -p "$BIN_DIR" && ln -sfn "$target" "$link" && say "linked $link -> $target"
+    before=$(readlink "$link" || true)
+    mkdir -p "$BIN_DIR" && ln -sfn "$target" "$link" &&
+      say "linked $link -> $target${before:+ (before: $before; xorl-dist on PATH is of this checkout now)}"
   fi
   case ":$PATH:" in
     *":$BIN_DIR:"*) ;;
