@@ -19,8 +19,11 @@ say 'Set up'
 launch/setup.sh --no-tests
 
 say 'Build'
-cargo build --release --quiet
-bin=${CARGO_TARGET_DIR:-target}/release/xorl-dist
+build=${CARGO_TARGET_DIR:-target}
+mkdir -p "$build"
+echo "the first build takes several minutes; its log: $build/build.log"
+cargo build --release >"$build/build.log" 2>&1 || { tail -n 30 "$build/build.log" >&2; exit 1; }
+bin=$build/release/xorl-dist
 
 if [ ! -d "$MODEL" ]; then
   say 'Convert the model'
