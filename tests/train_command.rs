@@ -4,10 +4,13 @@
 
 mod common;
 
-use common::{failed, floats, make_rows, metrics, python, relative, succeeded, xorl};
+use common::{failed, floats, make_rows, metrics, python, relative, succeeded, tiny::TinyRun, xorl};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
-use std::{path::Path, process::Command};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 use tch::{Device, Tensor};
 use xorl_dist::{
     checkpoint::peft::AdapterFolder,
@@ -21,21 +24,26 @@ use xorl_dist::{
     weights::SafetensorsSource,
 };
 
-/// A tiny random model made by ours is not independent; transformers makes this one, of an architecture with more of
+/// PEFT's, in the folder of a step.
+const LOGITS: &str = "logits.safetensors";
+
+/// A tiny random model made by ours is not independent; transformers makes these, each of an architecture with more of
 /// its config's fields.
-fn make_model(directory: &Path, architecture: &str, fields: &str) {
-    let script = format!(
-        "import sys, torch\nfrom transformers import {architecture}Config, {architecture}ForCausalLM\ntorch.manual_seed(3)\n\
-        c = {architecture}Config(vocab_size=503, hidden_size=48, intermediate_size=80, num_hidden_layers=2, \
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.15, {fields})\n\
-        {architecture}ForCausalLM(c).float().save_pretrained(sys.argv[1])"
-    );
-    let made = Command::new(python()).args(["-c", &script]).arg(directory).status();
+fn make_models(models: &[(PathBuf, &str, &str)]) {
+    let model = |(directory, architecture, fields): &(PathBuf, &str, &str)| {
+        format!(
+            "torch.manual_seed(3)\nc = transformers.{architecture}Config(vocab_size=503, hidden_size=48, intermediate_size=80, \
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.15, {fields})\n\
+            transformers.{architecture}ForCausalLM(c).float().save_pretrained({directory:?})\n"
+        )
+    };
+    let script = format!("import torch, transformers\n{}", models.iter().map(model).collect::<String>());
+    let made = Command::new(python()).args(["-c", &script]).status();
     assert!(made.expect("launch/setup.sh makes .venv").success());
 }
 
 fn make_qwen3(directory: &Path) {
-    make_model(directory, "Qwen3", "head_dim=16");
+    make_models(&[(directory.to_owned(), "Qwen3", "head_dim=16")]);
 }
 
 fn config(folder: &Path, packing: &str) -> String {
@@ -51,18 +59,29 @@ fn config(folder: &Path, packing: &str) -> String {
     path
 }
 
-/// The mean loss of `folder`'s rows with the adapter of `step` on `base`, by PEFT, which leaves its logits in `folder`.
-fn peft_loss(folder: &Path, base: &Path, step: &str) -> f64 {
+/// A folder with `model` and `rows.jsonl`, the base that PEFT takes, and a step.
+type Judged = (PathBuf, PathBuf, PathBuf);
+
+/// The mean loss of each folder's rows with the adapter of the step on the base, by PEFT, which leaves its logits in the
+/// step; and holds our logits to them.
+fn peft_losses(judged: &[Judged]) -> Vec<f64> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/oracle/peft_loss.py");
-    let files = ["rows.jsonl", "logits.safetensors"].map(|name| folder.join(name));
-    let peft = Command::new(python()).arg(script).arg(base).arg(step).args(files).output().unwrap();
-    succeeded(&peft);
-    String::from_utf8_lossy(&peft.stdout).trim().parse().unwrap()
+    let mut peft = Command::new(python());
+    peft.arg(script);
+    for (folder, base, step) in judged {
+        peft.args([base, step, &folder.join("rows.jsonl"), &step.join(LOGITS)]);
+    }
+    let output = peft.output().unwrap();
+    succeeded(&output);
+    judged.iter().for_each(|(folder, _, step)| our_logits_are_theirs(folder, step));
+    let losses = String::from_utf8_lossy(&output.stdout).lines().map(|line| line.parse().unwrap()).collect();
+    assert_eq!(Vec::len(&losses), judged.len());
+    losses
 }
 
-/// Holds our logits of every row with the adapter of `step` to those that [`peft_loss`] left.
-fn our_logits_are_theirs(folder: &Path, step: &str) {
-    let (directory, step) = (folder.join("model"), Path::new(step));
+/// Holds our logits of every row with the adapter of `step` to PEFT's.
+fn our_logits_are_theirs(folder: &Path, step: &Path) {
+    let directory = folder.join("model");
     let spec = HfModel::open(&directory).unwrap().spec;
     let stored = AdapterFolder::open(step).unwrap().adapter(&all_projections(&spec)).unwrap();
     let options = Options { slots: 1, vocab_chunk_rows: 100, ..Options::default() };
@@ -71,7 +90,7 @@ fn our_logits_are_theirs(folder: &Path, step: &str) {
     let mut adapter = model.new_adapter(&stored.sites, stored.shapes);
     model.load(&SafetensorsSource::open(&directory).unwrap()).unwrap();
     adapter.set(|parameter, range| stored.values[&parameter.name][range].to_vec()).unwrap();
-    let bytes = std::fs::read(folder.join("logits.safetensors")).unwrap();
+    let bytes = std::fs::read(step.join(LOGITS)).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     for (index, line) in std::fs::read_to_string(folder.join("rows.jsonl")).unwrap().lines().enumerate() {
         let row: Value = serde_json::from_str(line).unwrap();
@@ -82,7 +101,7 @@ fn our_logits_are_theirs(folder: &Path, step: &str) {
         let theirs = floats(&file, &index.to_string());
         let theirs = Tensor::from_slice(&theirs).view([ids.len() as i64, -1]);
         let furthest = (ours - theirs).abs().max().double_value(&[]);
-        assert!(furthest < 1e-4, "row {index}: {furthest}");
+        assert!(furthest < 1e-4, "{}, row {index}: {furthest}", step.display());
     }
 }
 
@@ -139,21 +158,26 @@ fn mpi_experts_are_trained_and_peft_computes_our_logits() {
         ("Mixtral", mixtral, "false", "[gate_proj]", 2 * 2, &[(apart, 2 * 2 * 4)]),
         ("Olmoe", olmoe, "false", "['*.experts.gate_up_proj', o_proj]", 2 * (2 + 2), &[]),
     ];
-    for (architecture, fields, hybrid, targets, trained, formats) in cases {
-        let folder = tempfile::tempdir().unwrap();
-        make_model(&folder.path().join("model"), architecture, fields);
-        make_rows(&folder.path().join("rows.jsonl"));
-        let config = config(folder.path(), "none");
+    let all = tempfile::tempdir().unwrap();
+    let folder = |i: usize| all.path().join(i.to_string());
+    let models = cases.iter().enumerate().map(|(i, case)| (folder(i).join("model"), case.0, case.1));
+    make_models(&models.collect::<Vec<_>>());
+    // What PEFT has to load, and what names it.
+    let (mut judged, mut names): (Vec<Judged>, Vec<(&str, &str)>) = (Vec::new(), Vec::new());
+    for (i, (architecture, _, hybrid, targets, trained, formats)) in cases.into_iter().enumerate() {
+        let folder = folder(i);
+        make_rows(&folder.join("rows.jsonl"));
+        let config = config(&folder, "none");
         let yaml = std::fs::read_to_string(&config).unwrap();
         std::fs::write(&config, yaml.replace("[qkv_proj, o_proj, gate_up_proj, down_proj]", targets))
             .unwrap();
-        let two = folder.path().join("two");
+        let two = folder.join("two");
         let arguments =
             ["--config", &config, "--train.max_steps", "4", "--lora.moe_hybrid_shared_lora", hybrid];
         succeeded(&xorl(1, &arguments));
         let over_two = ["--train.output_dir", two.to_str().unwrap(), "--train.expert_parallel_size", "2"];
         succeeded(&xorl(2, &[&arguments[..], &over_two].concat()));
-        for (one, two) in metrics(&folder.path().join("out")).iter().zip(metrics(&two)) {
+        for (one, two) in metrics(&folder.join("out")).iter().zip(metrics(&two)) {
             for field in ["loss", "grad_norm"] {
                 let (a, b) = (one[field].as_f64().unwrap(), two[field].as_f64().unwrap());
                 assert!((a - b).abs() < 1e-5 * a, "{architecture} {field}: one rank {a}, two {b}");
@@ -161,29 +185,26 @@ fn mpi_experts_are_trained_and_peft_computes_our_logits() {
             assert_eq!(one["router"]["entropy"], two["router"]["entropy"], "{architecture}");
             assert!(one["router"]["max_over_mean"].as_f64().unwrap() >= 1.0);
         }
-        let reads = |step: &Path, tensors: usize| {
+        let mut to_be_read = |step: &Path, tensors: usize, format| {
             let bytes = std::fs::read(step.join("adapter_model.safetensors")).unwrap();
             let file = SafeTensors::deserialize(&bytes).unwrap();
             assert_eq!(file.len(), tensors, "{architecture} {targets} {step:?}");
             // What keeps them apart calls them what the model's files do.
             let named = file.names().iter().any(|key| key.contains(".block_sparse_moe.experts.3.w1.lora_A."));
             assert_eq!(named, architecture == "Mixtral" && tensors > trained, "{step:?}");
-            let step = step.to_str().unwrap();
-            let loss = peft_loss(folder.path(), &folder.path().join("model"), step);
-            our_logits_are_theirs(folder.path(), step);
-            loss
+            judged.push((folder.clone(), folder.join("model"), step.to_owned()));
+            names.push((architecture, format));
         };
-        let loss = reads(&two.join("weights/run/step_4"), trained);
+        to_be_read(&two.join("weights/run/step_4"), trained, "peft");
         for (format, tensors) in formats {
-            let out = folder.path().join(format);
+            let out = folder.join(format);
             let more = ["--train.output_dir", out.to_str().unwrap(), "--lora.lora_export_format", format];
             succeeded(&xorl(2, &[&arguments[..], &more].concat()));
             let step = out.join("weights/run/step_4");
-            let again = reads(&step, *tensors);
-            assert!((again - loss).abs() < 1e-5 * loss, "{architecture} {format}: {again}, PEFT {loss}");
+            to_be_read(&step, *tensors, format);
             // A run that starts from it begins where that one ended.
             let from = ["--lora.adapter_path", step.to_str().unwrap(), "--train.output_dir"];
-            let next = folder.path().join("next");
+            let next = folder.join("next");
             succeeded(&xorl(
                 1,
                 &[&arguments[..], &from, &[next.to_str().unwrap(), "--train.overwrite", "true"]].concat(),
@@ -193,6 +214,14 @@ fn mpi_experts_are_trained_and_peft_computes_our_logits() {
         let over_five = ["check", "--config", &config, "--ranks", "5", "--train.expert_parallel_size", "5"];
         let line = failed(&xorl(1, &over_five), 2);
         assert!(line.contains("5 does not divide the model's"), "{architecture}: {line}");
+    }
+    let mut in_its_own = f64::NAN;
+    for ((architecture, format), loss) in names.into_iter().zip(peft_losses(&judged)) {
+        if format == "peft" {
+            in_its_own = loss;
+        }
+        let apart = (loss - in_its_own).abs();
+        assert!(apart < 1e-5 * loss, "{architecture} {format}: {loss}, in PEFT's format {in_its_own}");
     }
 }
 
@@ -240,17 +269,17 @@ fn mpi_trains_saves_and_peft_computes_our_loss() {
     ));
     let ours = metrics(&folder.path().join("again"))[0]["loss"].as_f64().unwrap();
     // The base that was saved beside the adapter is the one that transformers loads here.
-    let theirs = peft_loss(folder.path(), &Path::new(&step).join("model"), &step);
-    assert!((ours - theirs).abs() < 1e-5 * theirs, "ours {ours}, PEFT {theirs}");
-    our_logits_are_theirs(folder.path(), &step);
+    let step = PathBuf::from(step);
+    let with_its_base = (folder.path().to_owned(), step.join("model"), step);
 
     // And with independent leaves, not all of them.
     let leaves = ["--lora.lora_target_modules", "q_proj", "v_proj", "gate_proj", "down_proj"];
     let short = ["--train.max_steps", "2", "--train.output_dir", &at("leaves")];
     succeeded(&xorl(2, &[&["--config", &packed], &leaves[..], &short[..]].concat()));
-    let step = at("leaves/weights/run/step_2");
-    peft_loss(folder.path(), &folder.path().join("model"), &step);
-    our_logits_are_theirs(folder.path(), &step);
+    let step = folder.path().join("leaves/weights/run/step_2");
+    let of_leaves = (folder.path().to_owned(), folder.path().join("model"), step);
+    let theirs = peft_losses(&[with_its_base, of_leaves])[0];
+    assert!((ours - theirs).abs() < 1e-5 * theirs, "ours {ours}, PEFT {theirs}");
 
     // A run directory with steps is never trained over.
     let again = xorl(2, &["--config", &packed]);
@@ -259,11 +288,8 @@ fn mpi_trains_saves_and_peft_computes_our_loss() {
 
 #[test]
 fn mpi_wrong_input_ends_all_ranks_with_one_line() {
-    let folder = tempfile::tempdir().unwrap();
-    make_qwen3(&folder.path().join("model"));
-    make_rows(&folder.path().join("rows.jsonl"));
-    let good = config(folder.path(), "none");
-    let broken_rows = folder.path().join("broken.jsonl");
+    let run = TinyRun::new();
+    let broken_rows = run.at("broken.jsonl");
     std::fs::write(&broken_rows, "{\"input_ids\": [1, 2], \"labels\": [1, 2]}\n{\"input_ids\": [1, 9999]}\n")
         .unwrap();
     let datasets = json!([{"path": broken_rows, "type": "tokenized"}]).to_string();
@@ -279,17 +305,16 @@ fn mpi_wrong_input_ends_all_ranks_with_one_line() {
         (&["--train.load_checkpoint_path", "/nowhere"], "/nowhere is not a whole step"),
     ];
     for (arguments, word) in cases {
-        let output = xorl(2, &[&["--config", &good], *arguments].concat());
-        let line = failed(&output, 2);
+        let line = failed(&run.run(2, "out", arguments), 2);
         assert!(line.contains(word), "{arguments:?}: {line}");
-        assert!(!folder.path().join("out").exists(), "{arguments:?} wrote something");
+        assert!(!run.at("out").exists(), "{arguments:?} wrote something");
     }
 }
 
 /// With `log_format: progress_bar` (the default) a terminal shows a bar, and a pipe gets lines.
 #[test]
 fn a_terminal_shows_a_bar() {
-    let run = common::tiny::TinyRun::new();
+    let run = TinyRun::new();
     let on_terminal = |out: &str, more: &[&str]| {
         let words = run.arguments(out, more);
         let line = std::iter::once(env!("CARGO_BIN_EXE_xorl-dist").to_owned()).chain(words);

@@ -1,7 +1,7 @@
-"""Prints the mean token loss of a PEFT adapter over tokenized rows, as transformers and PEFT compute it in fp32, and writes the
-logits of each row, `[tokens, vocab]` named by its number.
+"""Prints the mean token loss of PEFT adapters over tokenized rows, as transformers and PEFT compute it in fp32, a line each, and writes
+the logits of each row, `[tokens, vocab]` named by its number.
 
-    python peft_loss.py MODEL_DIR ADAPTER_DIR ROWS.jsonl LOGITS.safetensors
+    python peft_loss.py [MODEL_DIR ADAPTER_DIR ROWS.jsonl LOGITS.safetensors]...
 
 Experts that the file keeps apart (`experts.{e}.gate_proj`, as vLLM reads them) or stacked (`experts.w1`, as SGLang does), by the names of
 the model's files, are none that PEFT knows: there every B·A is added to the weights.
@@ -14,9 +14,6 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-
-model_dir, adapter_dir, rows, out = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation='eager')
 
 
 def merge(model, tensors, scale):
@@ -42,21 +39,27 @@ def merge(model, tensors, scale):
         weight += scale * b @ a
 
 
-tensors, config = load_file(f'{adapter_dir}/adapter_model.safetensors'), json.load(open(f'{adapter_dir}/adapter_config.json'))
-if any('.experts.' in key for key in tensors) and not config['target_parameters']:
+def loss(model_dir, adapter_dir, rows, out):
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation='eager')
+    tensors, config = load_file(f'{adapter_dir}/adapter_model.safetensors'), json.load(open(f'{adapter_dir}/adapter_config.json'))
+    if any('.experts.' in key for key in tensors) and not config['target_parameters']:
+        with torch.no_grad():
+            merge(model, tensors, config['lora_alpha'] / config['r'])
+    else:
+        model = PeftModel.from_pretrained(model, adapter_dir)
+    model.eval()
+    total, valid, all_logits = 0.0, 0, {}
     with torch.no_grad():
-        merge(model, tensors, config['lora_alpha'] / config['r'])
-else:
-    model = PeftModel.from_pretrained(model, adapter_dir)
-model.eval()
-total, valid, all_logits = 0.0, 0, {}
-with torch.no_grad():
-    for index, line in enumerate(open(rows)):
-        row = json.loads(line)
-        ids, labels = torch.tensor(row['input_ids']), torch.tensor(row['labels'])
-        all_logits[str(index)] = model(input_ids=ids[None]).logits[0].contiguous()
-        logits = all_logits[str(index)][:-1]
-        total += torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=-100, reduction='sum').item()
-        valid += int((labels[1:] != -100).sum())
-print(repr(total / valid))
-save_file(all_logits, out)
+        for index, line in enumerate(open(rows)):
+            row = json.loads(line)
+            ids, labels = torch.tensor(row['input_ids']), torch.tensor(row['labels'])
+            all_logits[str(index)] = model(input_ids=ids[None]).logits[0].contiguous()
+            logits = all_logits[str(index)][:-1]
+            total += torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=-100, reduction='sum').item()
+            valid += int((labels[1:] != -100).sum())
+    save_file(all_logits, out)
+    return total / valid
+
+
+for first in range(1, len(sys.argv), 4):
+    print(repr(loss(*sys.argv[first:first + 4])))
