@@ -314,9 +314,10 @@ fn damaged(client: &Client, ranks: usize) -> Value {
     };
     let remove = |path: &Path| fs::rename(path, path.with_extension("moved")).unwrap();
     let put_back = |path: &Path| fs::rename(path.with_extension("moved"), path).unwrap();
-    let ways: [(&dyn Fn(&Path), &dyn Fn(&Path), &str); 2] =
-        [(&damage, &damage, "is not as this server has written it"), (&remove, &put_back, "No such file")];
-    for (round, (spoil, mend, words)) in ways.into_iter().enumerate() {
+    type Change<'a> = &'a dyn Fn(&Path);
+    let ways: [[Change; 2]; 2] = [[&damage, &damage], [&remove, &put_back]];
+    let told = ["is not as this server has written it", "No such file"];
+    for (round, ([spoil, mend], words)) in ways.into_iter().zip(told).enumerate() {
         for model in [broken, away] {
             client.ask(model, Task::Spill).unwrap();
         }

@@ -29,15 +29,15 @@ EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, n
 
 
 def write_models(tokenizer, folder, experts=None):
-    for folder, model, config in [
+    for at, model, config in [
         (folder, LlamaForCausalLM, LlamaConfig(**COMMON)),
         (experts, Qwen3MoeForCausalLM, Qwen3MoeConfig(**COMMON, **EXPERTS)),
     ]:
-        if folder is not None:
+        if at is not None:
             torch.manual_seed(21)
-            model(config).float().save_pretrained(folder)
+            model(config).float().save_pretrained(at)
             for file in Path(tokenizer).iterdir():
-                shutil.copy(file, folder)
+                shutil.copy(file, at)
 
 
 def train(base, told):
