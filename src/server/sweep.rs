@@ -1,11 +1,12 @@
-//! The sweep: moves idle adapters to disk, where they wait for their next request, and has saves deleted whose time is
-//! over. A thread of the front does it now and then.
+//! The sweep: moves idle adapters to disk, where they wait for their next request, has saves deleted whose time is over,
+//! and returns free memory to the system. A thread of the front does it now and then.
 
 use super::{
     app::App,
     registry::Tenant,
     request::{Answer, Request, Task},
 };
+use crate::buffers::return_free_pages;
 use std::{
     io,
     path::Path,
@@ -14,7 +15,7 @@ use std::{
         mpsc::{self, RecvTimeoutError},
     },
     thread::JoinHandle,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 /// Time between two sweeps, at most.
@@ -39,8 +40,13 @@ impl Sweep {
         let (stop, stopped) = mpsc::channel::<()>();
         let period = idle.map_or(PERIOD, |idle| (idle / 2).clamp(Duration::from_millis(10), PERIOD));
         let run = move || {
+            let mut returned = Instant::now();
             while stopped.recv_timeout(period) == Err(RecvTimeoutError::Timeout) {
                 once(&app, idle, &expire, SystemTime::now());
+                if returned.elapsed() >= PERIOD {
+                    return_free_pages();
+                    returned = Instant::now();
+                }
             }
         };
         let thread = std::thread::Builder::new().name("sweep".into()).spawn(run)?;
