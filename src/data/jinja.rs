@@ -4,7 +4,7 @@
 use super::{
     chat_template::Clock,
     integers::Digits,
-    jinja_methods,
+    jinja_methods::{self, UNCALLED},
     jinja_values::{python_str, tojson},
 };
 use minijinja::{
@@ -16,6 +16,10 @@ use std::{borrow::Cow, cell::Cell};
 
 /// Name that `{% generation %}` calls; the output of a call block is recorded under this expression.
 const GENERATION: &str = "__generation()";
+
+/// Names that are methods of Python's dict where they follow a dot, and never its keys.
+const METHODS_OF_DICT: [&str; 11] =
+    ["clear", "copy", "fromkeys", "get", "items", "keys", "pop", "popitem", "setdefault", "update", "values"];
 
 thread_local! {
     /// Generation blocks with text that were evaluated on this thread, to notice those whose text was captured.
@@ -44,7 +48,10 @@ pub(super) fn environment(clock: Clock) -> Result<Environment<'static>, Error> {
     });
     let is_integer = |value: &Value| value.is_integer() || value.downcast_object_ref::<Digits>().is_some();
     env.add_test("integer", is_integer);
-    env.add_test("number", move |value: &Value| value.is_number() || is_integer(value));
+    // Python's True and False are numbers.
+    env.add_test("number", move |value: &Value| {
+        value.is_number() || value.kind() == ValueKind::Bool || is_integer(value)
+    });
     env.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
     });
@@ -81,14 +88,24 @@ pub(super) fn render(env: &Environment<'_>, name: &str, context: Value) -> Resul
 
 /// Turns `{% generation %}` … `{% endgeneration %}`, which minijinja does not know, into call blocks, which is
 /// what transformers' extension makes of them. Has `{% set ns.name = … %}` read `ns`, without which minijinja does
-/// not hand the namespace to the block. Whitespace marks stay. Returns whether there were generation blocks.
+/// not hand the namespace to the block, and `x.items` without a call ask for the method. Whitespace marks stay.
+/// Returns whether there were generation blocks.
 pub(super) fn rewrite(source: &str) -> (Cow<'_, str>, bool) {
     let mut out = String::new();
     let (mut copied, mut at, mut marked) = (0, 0, false);
+    let namespaces = namespaces(source);
     while let Some((start, tag)) = next_tag(source, at) {
         at = match tag {
             Tag::Comment => end_of(source, start, "#}"),
-            Tag::Expression => end_of_code(source, start + 2, "}}"),
+            Tag::Expression => {
+                let end = end_of_code(source, start + 2, "}}");
+                if let Some(code) = uncalled(&source[start..end], &namespaces) {
+                    out.push_str(&source[copied..start]);
+                    out.push_str(&code);
+                    copied = end;
+                }
+                end
+            }
             Tag::Block => {
                 let end = end_of_code(source, start + 2, "%}");
                 let body = &source[start + 2..end];
@@ -108,6 +125,10 @@ pub(super) fn rewrite(source: &str) -> (Cow<'_, str>, bool) {
                     let (left, right) = (mark(inner.chars().next()), mark(inner.chars().next_back()));
                     out.push_str(&source[copied..start]);
                     out.push_str(&format!("{{%{left}{code}{right}%}}"));
+                    copied = end;
+                } else if let Some(code) = uncalled(&source[start..end], &namespaces) {
+                    out.push_str(&source[copied..start]);
+                    out.push_str(&code);
                     copied = end;
                 }
                 if inner.trim_matches(['-', '+']).trim() == "raw" { end_of_raw(source, end) } else { end }
@@ -131,6 +152,49 @@ fn set_of_namespace(code: &str) -> Option<String> {
     };
     (is_name(namespace) && is_name(name))
         .then(|| format!(" set{target}= [({value}), {}][0] ", namespace.trim()))
+}
+
+/// The variables of a template that are namespaces, whose names may be any.
+fn namespaces(source: &str) -> Vec<&str> {
+    let before = |(at, _): (usize, &str)| source[..at].trim_end().strip_suffix('=').map(last_name);
+    source.match_indices("namespace(").filter_map(before).collect()
+}
+
+/// The name at the end of `code`, or nothing.
+fn last_name(code: &str) -> &str {
+    let code = code.trim_end();
+    let start = code.rfind(|c: char| !c.is_alphanumeric() && c != '_');
+    start.map_or(code, |at| &code[at + code[at..].chars().next().map_or(0, char::len_utf8)..])
+}
+
+/// `code` with `x.items` that is not called as `x.__uncalled('items')`, which refuses a dict: in Python that is the
+/// method, whatever keys there are. `None` if there is none.
+fn uncalled(code: &str, namespaces: &[&str]) -> Option<String> {
+    let (mut out, mut copied, mut quote) = (String::new(), 0, None);
+    let mut characters = code.char_indices();
+    while let Some((at, c)) = characters.next() {
+        match quote {
+            Some(_) if c == '\\' => drop(characters.next()),
+            Some(open) if c == open => quote = None,
+            None if matches!(c, '"' | '\'') => quote = Some(c),
+            None if c == '.' => {
+                let rest = &code[at + 1..];
+                let end = rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(rest.len());
+                let (name, behind) = rest.split_at(end);
+                let is_called = behind.trim_start().starts_with('(');
+                if METHODS_OF_DICT.contains(&name)
+                    && !is_called
+                    && !namespaces.contains(&last_name(&code[..at]))
+                {
+                    out.push_str(&code[copied..=at]);
+                    out.push_str(&format!("{UNCALLED}('{name}')"));
+                    copied = at + 1 + end;
+                }
+            }
+            _ => {}
+        }
+    }
+    (copied > 0).then(|| out + &code[copied..])
 }
 
 enum Tag {
@@ -196,6 +260,44 @@ mod tests {
         let (text, found) = rewrite("a {%- generation -%} b {% endgeneration +%}\nc");
         assert!(found);
         assert_eq!(text, "a {%- call __generation() -%} b {% endcall +%}\nc");
+    }
+
+    #[test]
+    fn methods_that_are_not_called_are_asked_for() {
+        let source = "{% set ns = namespace(items=[]) %}{% for k, v in a.b.items %}{{ x['y'].keys | list }}{% endfor %}";
+        let (text, _) = rewrite(source);
+        assert_eq!(
+            text,
+            "{% set ns = namespace(items=[]) %}{% for k, v in a.b.__uncalled('items') %}{{ x['y'].__uncalled('keys') | \
+             list }}{% endfor %}"
+        );
+        for source in [
+            "{% set ns = namespace() %}{% set ns.items = 1 %}{{ ns.items }}",
+            "{{ a.items() }}{{ a.items () }}{{ a['items'] }}{{ 'b.items' }}{{ a.itemset }}{{ a|map(attribute='b.items') }}",
+            "a.items {# a.items #}{% raw %}{{ a.items }}{% endraw %}",
+        ] {
+            let kept = rewrite(source).0.replace("[( 1), ns][0] ", "1 ");
+            assert_eq!(kept, source);
+        }
+    }
+
+    #[test]
+    fn what_python_would_print_otherwise_is_refused_with_a_remedy() {
+        let told = |source: &str| {
+            let mut env = environment(Clock::Fixed(0)).unwrap();
+            env.add_template_owned("t", rewrite(source).0.into_owned()).unwrap();
+            let message = serde_json::json!({"items": [1], "text": "x"});
+            let message = Value::from(minijinja::value::Serde(&message));
+            let rendered = render(&env, "t", minijinja::context! { m => message });
+            rendered
+                .map(|rendered| rendered.text)
+                .map_err(|error| error.detail().unwrap_or_default().to_owned())
+        };
+        assert!(told("{{ m.items }}").unwrap_err().contains("write `.items()`, or `['items']`"));
+        assert!(told("{% for k in m.keys %}{{ k }}{% endfor %}").unwrap_err().contains("write `.keys()`"));
+        assert!(told("{{ m | pprint }}").unwrap_err().contains("write tojson"));
+        assert_eq!(told("{{ m['items'] }}{{ m.items() | length }}{{ m.text }}"), Ok("[1]2x".to_owned()));
+        assert_eq!(told("{% set ns = namespace(items=2) %}{{ ns.items }}"), Ok("2".to_owned()));
     }
 
     #[test]

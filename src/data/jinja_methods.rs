@@ -7,22 +7,15 @@ use minijinja::{
 };
 use minijinja_contrib::{filters, pycompat};
 
+/// The method that a template is given for one of a dict's which it names without calling it.
+pub(super) const UNCALLED: &str = "__uncalled";
+
 /// Adds them to an environment.
 pub(super) fn add_to(env: &mut Environment<'static>) {
     env.set_unknown_method_callback(method);
-    env.add_filter("center", |text: &str, width: Option<usize>| {
-        pad(text, width.unwrap_or(80), ' ', Side::Both)
-    });
+    add_text_filters(env);
     env.add_filter("truncate", truncate);
-    env.add_filter("urlencode", |text: &str| url_encoded(text));
-    env.add_filter("striptags", filters::striptags);
     env.add_filter("filesizeformat", filters::filesizeformat);
-    env.add_filter("trim", |value: &Value, chars: Option<&str>| {
-        strip(&python_str(value), chars, "strip").to_owned()
-    });
-    env.add_filter("wordcount", |text: &str| {
-        text.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|word| !word.is_empty()).count()
-    });
     env.add_function("cycler", |items: minijinja::value::Rest<Value>| {
         minijinja_contrib::globals::cycler(items.0)
     });
@@ -30,8 +23,55 @@ pub(super) fn add_to(env: &mut Environment<'static>) {
     env.add_test("callable", |_: &Value| false);
 }
 
+/// Filters of Jinja2 that take `str(value)`, so that `none`, as the content of a message that calls tools, is the text
+/// `None`.
+fn add_text_filters(env: &mut Environment<'static>) {
+    env.add_filter("upper", |value: &Value| python_str(value).to_uppercase());
+    env.add_filter("lower", |value: &Value| python_str(value).to_lowercase());
+    env.add_filter("title", |value: &Value| minijinja::filters::title(python_str(value).into()));
+    env.add_filter("capitalize", |value: &Value| capitalized(&python_str(value)));
+    env.add_filter("safe", |value: &Value| Value::from_safe_string(python_str(value)));
+    env.add_filter("replace", |value: &Value, from: &Value, to: &Value, count: Option<usize>| {
+        let [text, from, to] = [value, from, to].map(python_str);
+        count.map_or_else(|| text.replace(&from, &to), |count| text.replacen(&from, &to, count))
+    });
+    env.add_filter("center", |value: &Value, width: Option<usize>| {
+        pad(&python_str(value), width.unwrap_or(80), ' ', Side::Both)
+    });
+    env.add_filter("urlencode", |value: &Value| url_encoded(&python_str(value)));
+    env.add_filter("striptags", |value: &Value| filters::striptags(python_str(value)));
+    env.add_filter("trim", |value: &Value, chars: Option<&str>| {
+        strip(&python_str(value), chars, "strip").to_owned()
+    });
+    env.add_filter("wordcount", |value: &Value| {
+        let text = python_str(value);
+        text.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|word| !word.is_empty()).count()
+    });
+    env.add_filter("pprint", |_: &Value| -> Result<Value, Error> {
+        let why = "the filter pprint is not built: write tojson, or string, in its place";
+        Err(Error::new(ErrorKind::InvalidOperation, why))
+    });
+}
+
+/// `str.capitalize`.
+fn capitalized(text: &str) -> String {
+    let mut rest = text.chars();
+    let first: String = rest.next().into_iter().flat_map(char::to_uppercase).collect();
+    first + &rest.as_str().to_lowercase()
+}
+
 /// Methods of values, as Python has them.
 fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
+    if name == UNCALLED {
+        let (name,): (&str,) = from_args(args)?;
+        if value.kind() != ValueKind::Map {
+            return value.get_attr(name);
+        }
+        let why = format!(
+            "`.{name}` is a method of Python's dict, not its key: write `.{name}()`, or `['{name}']`"
+        );
+        return Err(Error::new(ErrorKind::InvalidOperation, why));
+    }
     let found = match value.kind() {
         ValueKind::String => string_method(value.as_str().unwrap_or_default(), name, args)?,
         ValueKind::Seq => sequence_method(value, name, args)?,
