@@ -38,10 +38,13 @@ pub enum MeshError {
     #[error("{axis} is {size}; expected a whole number of at least 1{}", if *.rest { ", or -1 for the ranks that are left" } else { "" })]
     Size { axis: &'static str, size: i64, rest: bool },
     /// The sequence axis does not divide the world.
-    #[error("{world} ranks cannot be divided into sequences of train.ulysses_parallel_size {sequence}")]
+    #[error(
+        "{world} ranks cannot be divided into sequences of train.ulysses_parallel_size {sequence}; {}",
+        fitting(*world)
+    )]
     Sequence { world: usize, sequence: usize },
     /// One data-parallel size does not divide the ranks left for both.
-    #[error("{ranks} data-parallel ranks cannot be divided by {axis} {size}")]
+    #[error("{ranks} data-parallel ranks cannot be divided by {axis} {size}; {}", fitting(*ranks))]
     Indivisible { ranks: usize, axis: &'static str, size: usize },
     /// Both data-parallel sizes are given and their product is not the world.
     #[error(
@@ -52,12 +55,32 @@ pub enum MeshError {
     Product { replicate: usize, shard: usize, sequence: usize, product: usize, world: usize },
     /// The expert axis does not divide a block.
     #[error(
-        "train.expert_parallel_size {expert} does not divide the {block} ranks that share one copy of the base"
+        "train.expert_parallel_size {expert} does not divide the {block} ranks that share one copy of the base; {}",
+        fitting(*block)
     )]
     ExpertBlock { expert: usize, block: usize },
     /// The expert axis does not divide the experts.
-    #[error("train.expert_parallel_size {expert} does not divide the model's {experts} experts")]
-    Experts { expert: usize, experts: usize },
+    #[error(
+        "train.expert_parallel_size {expert} does not divide the model's {experts} experts; {}",
+        fitting(common_divisor(*experts, *block))
+    )]
+    Experts { expert: usize, experts: usize, block: usize },
+}
+
+/// The sizes that divide `number`, for a message.
+fn fitting(number: usize) -> String {
+    const SHOWN: usize = 12;
+    let sizes: Vec<String> =
+        (1..=number).filter(|size| number.is_multiple_of(*size)).map(|size| size.to_string()).collect();
+    match sizes.as_slice() {
+        [] | [_] => "1 fits".into(),
+        [first @ .., last] if sizes.len() <= SHOWN => format!("{} and {last} fit", first.join(", ")),
+        [..] => format!("{}, … and {number} fit", sizes[..SHOWN - 1].join(", ")),
+    }
+}
+
+fn common_divisor(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { common_divisor(b, a % b) }
 }
 
 /// Indices of a rank on every axis.
@@ -221,7 +244,7 @@ impl Mesh {
     /// [`MeshError::Experts`] if the expert axis does not divide them.
     pub fn experts_of(&self, rank: usize, experts: usize) -> Result<Range<usize>, MeshError> {
         if !experts.is_multiple_of(self.expert) {
-            return Err(MeshError::Experts { expert: self.expert, experts });
+            return Err(MeshError::Experts { expert: self.expert, experts, block: self.block() });
         }
         let each = experts / self.expert;
         let first = rank % self.expert * each;
@@ -343,6 +366,14 @@ mod tests {
         ] {
             assert_eq!(Mesh::new(world, asked), Err(error), "{world} {asked:?}");
         }
+        let told = |error: MeshError| error.to_string();
+        let two = told(MeshError::ExpertBlock { expert: 3, block: 4 });
+        assert!(two.ends_with("share one copy of the base; 1, 2 and 4 fit"), "{two}");
+        let shared = told(MeshError::Experts { expert: 4, experts: 6, block: 4 });
+        assert!(shared.ends_with("the model's 6 experts; 1 and 2 fit"), "{shared}");
+        assert!(told(MeshError::Sequence { world: 1, sequence: 2 }).ends_with("; 1 fits"));
+        let many = told(MeshError::Indivisible { ranks: 5040, axis: SHARD, size: 11 });
+        assert!(many.ends_with("; 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, … and 5040 fit"), "{many}");
         let huge = MeshSizes { replicate: i64::MAX, shard: i64::MAX, sequence: 1, expert: 1 };
         assert!(Mesh::new(2, huge).is_err());
     }
@@ -367,7 +398,10 @@ mod tests {
         assert_eq!(mesh.replicate_group(5), [1, 5]);
         assert_eq!(mesh.experts_of(5, 6), Ok(3..6));
         assert_eq!(mesh.experts_of(4, 6), Ok(0..3));
-        assert_eq!(mesh.experts_of(0, 5), Err(MeshError::Experts { expert: 2, experts: 5 }));
+        assert_eq!(
+            mesh.experts_of(0, 5),
+            Err(MeshError::Experts { expert: 2, experts: 5, block: mesh.block() })
+        );
     }
 
     #[test]

@@ -131,6 +131,9 @@ const CASES: &[Case] = &[
     ("a run_id with a slash", &["run.yaml:10", "train.run_id"], |w| {
         w.edit("run.yaml", "max_steps: 1", "run_id: a/b")
     }),
+    ("an output_dir that is a file", &["run.yaml:9", "train.output_dir", "rows.jsonl: a file"], |w| {
+        w.edit("run.yaml", "output_dir: out", "output_dir: rows.jsonl/out")
+    }),
     ("full fine-tuning", &["run.yaml:12", "enable_lora"], |w| {
         w.edit("run.yaml", "lora_rank: 2", "enable_lora: false")
     }),
@@ -197,12 +200,33 @@ const CASES: &[Case] = &[
     ("a token that is a text", &["rows.jsonl:1", "input_ids"], |w| {
         w.write("rows.jsonl", "{\"input_ids\": [\"a\"]}\n")
     }),
-    ("a file without a line", &["rows.jsonl"], |w| w.write("rows.jsonl", "")),
+    (
+        "a fault of every line",
+        &["rows.jsonl:1", "`input_ids`, found `text`; 29 more lines are wrong too"],
+        |w| {
+            w.write("rows.jsonl", &"{\"text\": \"a\"}\n".repeat(30));
+        },
+    ),
+    ("a file without a line", &["rows.jsonl", "write a JSON object in each line"], |w| {
+        w.write("rows.jsonl", "")
+    }),
     ("a file that is not there", &["rows.jsonl"], |w| fs::remove_file(w.at("rows.jsonl")).unwrap()),
+    (
+        "a file whose name is misspelt",
+        &["run.yaml:5", "rosw.jsonl: no such file", "did you mean rows.jsonl?"],
+        |w| w.edit("run.yaml", "rows.jsonl", "rosw.jsonl"),
+    ),
+    ("a model folder whose name is misspelt", &["run.yaml:2", "did you mean model?"], |w| {
+        w.edit("run.yaml", "model_path: model", "model_path: modle")
+    }),
+    ("a table", &["rows.csv: a table (CSV)", "csv.DictReader"], |w| {
+        w.write("rows.csv", "question,answer\n1,2\n");
+        w.edit("run.yaml", "rows.jsonl", "rows.csv");
+    }),
     ("samples that are all too long", &["max_seq_len"], |w| {
         w.edit("run.yaml", "sample_packing_method: none", "sample_packing_method: none\n  max_seq_len: 2");
     }),
-    ("chats without a tokenizer", &["model", "token"], |w| {
+    ("chats without a tokenizer", &["model: no tokenizer.json", "set model.tokenizer_path"], |w| {
         w.edit("run.yaml", "rows.jsonl\n      type: tokenized", "chats.jsonl\n      type: chat")
     }),
     ("a broken tokenizer", &["model/tokenizer.json"], |w| {

@@ -142,7 +142,12 @@ fn what_is_no_command_is_refused_in_one_line() {
         ("train run.yaml --train.lr 1", "--config"),
         ("--config", "--config <FILE>"),
         ("--config run.yaml --lr 1", "--lr"),
-        ("--config run.yaml --device tpu", "tpu"),
+        ("--config run.yaml --device tpu", "possible values: auto, cpu, cuda"),
+        ("--config run.yaml --device gpu", "write --device cuda"),
+        (
+            "--config run.yaml --device cuda:1",
+            "write --device cuda: each rank of a host takes a GPU of CUDA_VISIBLE",
+        ),
         ("trian --config run.yaml", "trian"),
         ("--config run.yaml check --config run.yaml", "after the command"),
         ("generate --model m", "--chat"),

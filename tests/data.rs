@@ -91,12 +91,37 @@ fn bad_lines_name_file_and_line() {
 }
 
 #[test]
+fn the_first_three_different_faults_of_a_file_are_told_and_the_others_counted() {
+    let dir = TempDir::new().unwrap();
+    let (good, none, far) = (r#"{"input_ids": [1, 2]}"#, r#"{"input_ids": []}"#, r#"{"input_ids": [10]}"#);
+    let told = |lines: &[&str]| {
+        let error = Dataset::open(&tokenized(&dir, lines), None, 10, 0, 1).unwrap_err().to_string();
+        error.lines().map(|line| line.split_once("data.").unwrap().1.to_owned()).collect::<Vec<_>>()
+    };
+    let lines = told(&[good, none, far, none, good, "{", "[]", r#"{"labels": [1]}"#, none]);
+    let begin = [
+        "jsonl:2: expected at least one token",
+        "jsonl:3: input_ids[0]: token id 10",
+        "jsonl:6: not valid JSON",
+    ];
+    assert!(
+        lines.len() == 3 && lines.iter().zip(begin).all(|(line, begin)| line.starts_with(begin)),
+        "{lines:?}"
+    );
+    assert!(lines[2].ends_with("; 4 more lines are wrong too"), "{lines:?}");
+    let lines = told(&[none, good, none]);
+    assert_eq!(lines, ["jsonl:1: expected at least one token, found none; 1 more line is wrong too"]);
+    assert_eq!(told(&[good, none]), ["jsonl:2: expected at least one token, found none"]);
+}
+
+#[test]
 fn data_that_cannot_be_used_say_why() {
     let dir = TempDir::new().unwrap();
     let open = |args: &DataArgs| Dataset::open(args, None, 10, 0, 1).unwrap_err().to_string();
     assert!(open(&plain(vec![])).contains("data.datasets: expected at least one entry"));
     assert!(
-        open(&tokenized(&dir, &["", " "])).ends_with("data.jsonl: expected at least one sample, found none")
+        open(&tokenized(&dir, &["", " "]))
+            .contains("data.jsonl: expected at least one sample, found none; write a JSON")
     );
     let missing = plain(vec![entry(dir.path().join("none.jsonl"), DatasetType::Tokenized)]);
     assert!(open(&missing).contains("none.jsonl: No such file"), "{}", open(&missing));
@@ -139,7 +164,7 @@ fn data_that_cannot_be_used_say_why() {
         Err(DataError::PadId { pad_id: 10, vocab_size: 10 })
     ));
     let none = plain(vec![DatasetArgs { num_samples: Some(0), ..entry("dummy", DatasetType::Tokenized) }]);
-    assert!(open(&none).contains("expected at least one sample"));
+    assert!(open(&none).contains("expected at least one sample, found none; set its num_samples"));
 }
 
 #[test]

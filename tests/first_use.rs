@@ -159,6 +159,34 @@ fn a_path_that_leads_nowhere_is_named_as_what_it_is() {
 }
 
 #[test]
+fn steps_that_exist_are_told_before_the_data_are_read_and_by_check() {
+    let run = TinyRun::new();
+    let step = run.step("out", 5);
+    fs::create_dir_all(&step).unwrap();
+    let said = |output: &std::process::Output| String::from_utf8_lossy(&output.stderr).into_owned();
+    let config = run.at("run.yaml").display().to_string();
+    let out = run.at("out").display().to_string();
+    let mut check = vec!["check", "--config", &config, "--train.output_dir", &out];
+    let output = xorl(1, &check);
+    succeeded(&output);
+    let words = "the run would be refused: ";
+    assert!(
+        said(&output).contains(words) && said(&output).contains("load_checkpoint_path auto"),
+        "{}",
+        said(&output)
+    );
+    check.extend(["--train.overwrite", "true"]);
+    assert!(!said(&xorl(1, &check)).contains(words));
+    // A step without its files is none to go on from.
+    check.extend(["--train.load_checkpoint_path", step.to_str().unwrap()]);
+    assert!(failed(&xorl(1, &check), 2).contains("is not a whole step"));
+
+    fs::write(run.at("rows.jsonl"), "{").unwrap();
+    let line = failed(&run.run(1, "out", &[]), 2);
+    assert!(line.contains("holds steps of an earlier run"), "{line}");
+}
+
+#[test]
 fn all_mistakes_of_a_file_are_told_at_once() {
     let run = TinyRun::new();
     let lines = [

@@ -31,6 +31,7 @@ impl Runnable for Check {
                 let ranks = self.ranks.unwrap_or(world.size());
                 let mut run = Run::prepare(&self.config, &common.overrides, ranks)?;
                 run.start_afresh()?;
+                run.foresee()?;
                 Ok(run)
             },
             |run, world| {

@@ -285,6 +285,12 @@ fn text_of(arg: &OsString) -> Result<&str> {
     arg.to_str().ok_or_else(|| Error::Input(format!("{}: expected UTF-8 text", arg.to_string_lossy())))
 }
 
+/// True if `message` quotes another program's name for a GPU.
+fn names_gpu(message: &str) -> bool {
+    let message = message.to_ascii_lowercase();
+    ["'gpu", "'cuda:", "'nvidia", "'nccl"].iter().any(|name| message.contains(name))
+}
+
 /// clap's message in one line.
 fn usage_error(error: &clap::Error) -> Error {
     let text = error.to_string();
@@ -301,6 +307,9 @@ fn usage_error(error: &clap::Error) -> Error {
         message.split_whitespace().find(|word| is_file(word)).filter(|_| !message.contains("--config"));
     match hint {
         Some(file) => Error::Input(format!("{message}; write --config {}", file.trim_matches('\''))),
+        None if message.contains("'--device") && names_gpu(message) => Error::Input(format!(
+            "{message}; write --device cuda: each rank of a host takes a GPU of CUDA_VISIBLE_DEVICES"
+        )),
         None => Error::Input(format!("{message} (see --help)")),
     }
 }

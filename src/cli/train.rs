@@ -29,7 +29,7 @@ impl Runnable for Train {
             |world| {
                 let stop = StopSignals::listen(Program::Run, world)?;
                 let everyone = world.group("world", 0);
-                let run = Run::prepare(&self.config, &common.overrides, world.size());
+                let run = Run::prepare_to_train(&self.config, &common.overrides, world.size());
                 let mut run = agree(&*everyone, run)?;
                 run.set_debug(common.debug);
                 run.same_on_all_ranks(&*everyone)?;

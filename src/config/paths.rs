@@ -2,8 +2,10 @@
 //! field reads. An error says what the path is instead.
 
 use super::error::{ConfigError, FieldLocations, Problem};
+use super::nearest::misspelt;
 use super::{ModelArgs, RunConfig};
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 
 /// The kind of thing that a field reads.
 #[derive(Clone, Copy, PartialEq)]
@@ -77,10 +79,25 @@ fn fault(path: &Path, kind: Kind) -> Option<String> {
     let text = path.to_string_lossy();
     Some(match absent(&text, kind) {
         Some(words) => words,
-        None if kind == Kind::Data => "no such file or folder".into(),
-        None if kind == Kind::Keys => format!("no such file; expected {}", kind.expected()),
-        None => format!("no such folder; expected {}", kind.expected()),
+        None => {
+            let meant = neighbour(path).map(|name| format!("; did you mean {}?", name.display()));
+            let meant = meant.unwrap_or_default();
+            match kind {
+                Kind::Data => format!("no such file or folder{meant}"),
+                Kind::Keys => format!("no such file; expected {}{meant}", kind.expected()),
+                _ => format!("no such folder; expected {}{meant}", kind.expected()),
+            }
+        }
     })
+}
+
+/// The neighbour of `path` that is named nearly like it.
+fn neighbour(path: &Path) -> Option<PathBuf> {
+    let folder = path.parent()?;
+    let listed = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    let entries = std::fs::read_dir(listed).ok()?.flatten();
+    let names: BTreeSet<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    misspelt(path.file_name()?.to_str()?, names).map(|name| folder.join(name))
 }
 
 /// The fault of a file.

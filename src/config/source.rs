@@ -230,7 +230,11 @@ impl<'a> Reader<'a> {
             }
             Some(Err(error)) => Err(SyntaxError {
                 line: error.marker().line().max(1),
-                message: format!("not valid YAML: {}", error.info()),
+                message: format!(
+                    "not valid YAML: {}; expected `key: value` in each line, the fields of a section indented by as \
+                     many spaces",
+                    error.info()
+                ),
             }),
         }
     }

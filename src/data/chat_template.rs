@@ -6,7 +6,7 @@ use super::{
     integers::Python,
     jinja::{self, Rendered},
     special_tokens::SpecialTokens,
-    tokenizer::check_folder,
+    tokenizer::{check_folder, without_tokenizer},
 };
 use crate::json;
 use minijinja::{Environment, Error, ErrorKind, Value, value::Serde};
@@ -111,7 +111,8 @@ impl ChatTemplate {
             sources.insert(name, source);
         }
         if sources.is_empty() {
-            return Err(DataError::NoTemplate { dir: dir.into() });
+            // A folder without any tokenizer lacks more than a template.
+            return Err(without_tokenizer(dir).unwrap_or_else(|| DataError::NoTemplate { dir: dir.into() }));
         }
         Ok(Self { env, sources, special_tokens, marks_generation })
     }

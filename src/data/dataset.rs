@@ -2,6 +2,7 @@
 
 use super::{
     ChatTemplate, Clock, DataError, IGNORE_INDEX, LineProblem, ROWS_PER_GROUP, Row, RowInput, Tokenizer,
+    error::ONE_ROW_A_LINE,
     messages::{self, parse_chat},
     notes::Notes,
     order,
@@ -267,7 +268,9 @@ impl Recipe<'_> {
                 self.add_files(entry, limit, &mut samples, &mut notes)?
             };
             if samples.rows() == before && dropped_here == 0 {
-                return Err(DataError::Empty { path: entry.path.clone() });
+                let remedy =
+                    if is_dummy(entry) { "set its num_samples to at least 1" } else { ONE_ROW_A_LINE };
+                return Err(DataError::Empty { path: entry.path.clone(), remedy });
             }
             if samples.rows() > before && samples.valid_tokens_from(before) == 0 {
                 let hint = notes.foreign_roles().map(|roles| {

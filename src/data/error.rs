@@ -1,22 +1,22 @@
 //! Errors of data, tokenizers and templates: one line each, with the place and what would be right.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Why data could not be opened or read.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: std::io::Error },
-    #[error("{}:{line}: {problem}", path.display())]
-    Line { path: PathBuf, line: usize, problem: LineProblem },
+    #[error("{}", lines(path, first, *more))]
+    Lines { path: PathBuf, first: Vec<(usize, LineProblem)>, more: usize },
     #[error("data.datasets: expected at least one entry")]
     NoDatasets,
     #[error("{}: the folder holds no .jsonl file{found}", path.display())]
     NoFiles { path: PathBuf, found: String },
     #[error("{}: {problem}", path.display())]
     Foreign { path: PathBuf, problem: &'static str },
-    #[error("{}: expected at least one sample, found none", path.display())]
-    Empty { path: PathBuf },
+    #[error("{}: expected at least one sample, found none; {remedy}", path.display())]
+    Empty { path: PathBuf, remedy: &'static str },
     #[error("all {samples} samples are longer than {limit} tokens: raise {field} or shorten the data")]
     AllDropped { samples: usize, limit: usize, field: &'static str },
     #[error("{}: `dummy` needs a vocabulary of at least 1 and samples of at least 1 token", path.display())]
@@ -47,6 +47,22 @@ pub enum DataError {
     DataCursor { epoch: usize, position: usize, rows: usize },
     #[error("the loader thread ended before its plan did: {0}")]
     LoaderDied(String),
+}
+
+/// The remedy for a data file without a row.
+pub(super) const ONE_ROW_A_LINE: &str = "write a JSON object in each line, as configs/README.md shows";
+
+/// A line for each of the `first` faults of a file; the last of them counts the lines that are wrong as well.
+fn lines(path: &Path, first: &[(usize, LineProblem)], more: usize) -> String {
+    let mut told: Vec<String> =
+        first.iter().map(|(line, problem)| format!("{}:{line}: {problem}", path.display())).collect();
+    if let Some(last) = told.last_mut().filter(|_| more > 0) {
+        *last += &format!(
+            "; {} wrong too",
+            if more == 1 { "1 more line is".into() } else { format!("{more} more lines are") }
+        );
+    }
+    told.join("\n")
 }
 
 /// Fault of one line of a data file.

@@ -3,6 +3,7 @@
 
 use super::{
     Chat, ChatTemplate, DataError, IGNORE_INDEX, LineProblem, Tokenizer,
+    error::ONE_ROW_A_LINE,
     messages::{clear_switches, parse_chat},
     notes::Notes,
     source, turns,
@@ -62,7 +63,7 @@ impl Prompt {
             Ok(())
         })?;
         if prompts.is_empty() {
-            return Err(DataError::Empty { path: path.into() });
+            return Err(DataError::Empty { path: path.into(), remedy: ONE_ROW_A_LINE });
         }
         Ok(prompts)
     }

@@ -58,27 +58,39 @@ const FOREIGN: [(&[u8], &str); 7] = [
     (b"{\0", UTF_16),
 ];
 const UTF_16: &str = "text in UTF-16; write it in UTF-8, as `iconv -f UTF-16 -t UTF-8` does";
+const CSV: &str = "a table (CSV); one JSON row a line is wanted (jsonl): python3 -c 'import csv, json, sys; \
+    [print(json.dumps({\"messages\": [{\"role\": \"user\", \"content\": row[\"question\"]}, {\"role\": \"assistant\", \
+    \"content\": row[\"answer\"]}]})) for row in csv.DictReader(sys.stdin)]' < data.csv > data.jsonl, with the names of \
+    your columns";
 const ARRAY: &str = "a JSON list; one row a line is wanted (jsonl), as `jq -c '.[]'` writes it";
 
-/// Tells a file that begins with `start` and is no jsonl by what it is.
-fn foreign(start: &[u8]) -> Option<&'static str> {
+/// Tells a file that begins with `start` and is no jsonl by what it is, a table by its name.
+fn foreign(path: &Path, start: &[u8]) -> Option<&'static str> {
+    let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default().to_ascii_lowercase();
+    if matches!(ending.as_str(), "csv" | "tsv") && !start.trim_ascii_start().starts_with(b"{") {
+        return Some(CSV);
+    }
     let text = start.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(start);
     let known = FOREIGN.iter().find(|(magic, _)| start.starts_with(magic)).map(|(_, what)| *what);
     if lfs::is_pointer(start) { Some(lfs::REMEDY) } else { known }
         .or_else(|| text.trim_ascii_start().starts_with(b"[").then_some(ARRAY))
 }
 
-/// Calls `visit` with every line that is not blank; what it finds wrong becomes an error naming file and line.
+/// Different faults of a file that are told; the other lines that are wrong are counted.
+const FAULTS_TOLD: usize = 3;
+
+/// Calls `visit` with every line that is not blank, also behind one that is wrong. What it finds wrong becomes one
+/// error, which names the file and its first different faults with their lines.
 pub(crate) fn for_each_line(
     path: &Path,
     mut visit: impl FnMut(&[u8]) -> Result<(), LineProblem>,
 ) -> Result<(), DataError> {
     let io = |source| DataError::Io { path: path.into(), source };
     let mut reader = BufReader::with_capacity(1 << 20, File::open(path).map_err(io)?);
-    if let Some(problem) = foreign(reader.fill_buf().map_err(io)?) {
+    if let Some(problem) = foreign(path, reader.fill_buf().map_err(io)?) {
         return Err(DataError::Foreign { path: path.into(), problem });
     }
-    let mut buffer = Vec::new();
+    let (mut buffer, mut first, mut more) = (Vec::new(), Vec::<(usize, LineProblem)>::new(), 0);
     for line in 1.. {
         buffer.clear();
         if reader.read_until(b'\n', &mut buffer).map_err(io)? == 0 {
@@ -86,11 +98,19 @@ pub(crate) fn for_each_line(
         }
         let text = if line == 1 { buffer.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(&buffer) } else { &buffer };
         let text = text.trim_ascii();
-        if !text.is_empty() {
-            visit(text).map_err(|problem| DataError::Line { path: path.into(), line, problem })?;
+        if text.is_empty() {
+            continue;
+        }
+        if let Err(problem) = visit(text) {
+            let is_told = first.iter().any(|(_, told)| *told == problem);
+            if is_told || first.len() == FAULTS_TOLD {
+                more += 1;
+            } else {
+                first.push((line, problem));
+            }
         }
     }
-    Ok(())
+    if first.is_empty() { Ok(()) } else { Err(DataError::Lines { path: path.into(), first, more }) }
 }
 
 /// Checks ids against the vocabulary; an empty list is an error too.

@@ -163,7 +163,7 @@ pub(super) fn check_folder(dir: &Path) -> Result<(), DataError> {
 }
 
 /// Says of a folder without tokenizer.json why it has none.
-fn without_tokenizer(dir: &Path) -> Option<DataError> {
+pub(super) fn without_tokenizer(dir: &Path) -> Option<DataError> {
     if let Err(error) = check_folder(dir) {
         return Some(error);
     }
@@ -176,7 +176,9 @@ fn without_tokenizer(dir: &Path) -> Option<DataError> {
              T.from_pretrained('{shown}').save_pretrained('{shown}')\""
         )
     } else {
-        "no tokenizer.json; set model.tokenizer_path to the folder that has it".into()
+        "no tokenizer.json; set model.tokenizer_path to the folder that has it, or copy it here with \
+         tokenizer_config.json and chat_template.jinja"
+            .into()
     };
     Some(DataError::TokenizerFolder { dir: dir.into(), problem })
 }

@@ -2,6 +2,7 @@
 //! over `lr_decay_ratio` of the run. Pure.
 
 use crate::config::{LrDecayStyle, TrainArgs};
+use std::ops::Range;
 
 /// The learning rate as a function of the step.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -26,6 +27,24 @@ impl Schedule {
             style: args.lr_decay_style,
             warmup_steps: args.lr_warmup_steps.unwrap_or_else(|| part(args.lr_warmup_ratio)),
             decay_steps: part(args.lr_decay_ratio),
+        }
+    }
+
+    /// The first of `steps` (0-based) at which this schedule's rate is not that of `other`.
+    pub fn parts_from(&self, other: &Self, steps: Range<usize>) -> Option<usize> {
+        if self == other {
+            return None;
+        }
+        let settled = self.settled().max(other.settled());
+        let end = steps.end.min(settled.saturating_add(1).max(steps.start.saturating_add(1)));
+        (steps.start..end).find(|&step| self.rate(step) != other.rate(step))
+    }
+
+    /// The step from which on the rate stays as it is.
+    fn settled(&self) -> usize {
+        match self.style {
+            LrDecayStyle::Constant => self.warmup_steps,
+            LrDecayStyle::Linear | LrDecayStyle::Cosine => self.warmup_steps.max(self.decay_steps),
         }
     }
 
@@ -80,6 +99,25 @@ mod tests {
         assert!((linear.rate(50) - 0.55).abs() < 1e-12);
         let constant = schedule(LrDecayStyle::Constant, 0.0, 1.0);
         assert_eq!((constant.rate(0), constant.rate(99)), (1.0, 1.0));
+    }
+
+    #[test]
+    fn schedules_part_where_their_rates_do() {
+        let args = |style, max_steps| {
+            Schedule::new(
+                &TrainArgs { lr_decay_style: style, lr_warmup_steps: Some(2), ..TrainArgs::default() },
+                max_steps,
+            )
+        };
+        let constant = |steps| args(LrDecayStyle::Constant, steps);
+        assert_eq!(constant(10).parts_from(&constant(20), 5..20), None, "a longer run at a constant rate");
+        let (short, long) = (args(LrDecayStyle::Cosine, 10), args(LrDecayStyle::Cosine, 20));
+        assert_eq!(short.parts_from(&long, 0..20), Some(3), "the first of the decay has the peak in both");
+        assert_eq!(long.parts_from(&short, 10..20), Some(10));
+        assert_eq!(long.parts_from(&long, 0..20), None);
+        let lower = Schedule { lr: 0.5 * short.lr, ..constant(10) };
+        assert_eq!(lower.parts_from(&constant(10), 7..9), Some(7));
+        assert_eq!(lower.parts_from(&constant(10), 7..7), None);
     }
 
     #[test]

@@ -3,9 +3,27 @@
 use crate::{
     checkpoint::output::{OutputLock, SharedToken},
     comm::Communicator,
+    config::TrainArgs,
     error::{Error, Result, agree, broadcast_from_root},
 };
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+/// The steps of a run.
+pub(super) fn run_dir(train: &TrainArgs) -> PathBuf {
+    train.output_dir.join("weights").join(&train.run_id)
+}
+
+/// Refuses an `output` where a file is, or below one. `place` stands before the error.
+pub(super) fn may_become_folder(output: &Path, place: &str) -> Result<()> {
+    let found = output.ancestors().find_map(|at| Some((at, std::fs::metadata(at).ok()?)));
+    match found.filter(|(_, found)| !found.is_dir()) {
+        None => Ok(()),
+        Some((file, _)) => {
+            let file = file.display();
+            Err(Error::Input(format!("{place}: {file}: a file, where a folder belongs; name another one")))
+        }
+    }
+}
 
 /// Makes `output` and locks it on rank 0, unless that `held` the lock already, and checks that all ranks see the same
 /// directory. `place` stands before errors. Gives the lock to rank 0. Collective.

@@ -15,7 +15,7 @@ use crate::{
         steps,
     },
     comm::Communicator,
-    config::LoadCheckpoint,
+    config::{LoadCheckpoint, TrainArgs},
     data::schedule::DataCursor,
     error::{Error, Result, agree, broadcast_from_root},
     lora::{Adapter, LoraShape},
@@ -89,15 +89,34 @@ impl Run {
 
     /// Decides on the step to resume from, and verifies it. On rank 0.
     fn look(&mut self) -> Result<Option<PathBuf>> {
-        let train = &self.config.train;
-        if train.output_dir.is_dir() {
-            self.lock = Some(OutputLock::take(&train.output_dir)?);
+        let output = &self.config.train.output_dir;
+        if output.is_dir() {
+            self.lock = Some(OutputLock::take(output)?);
         }
-        match &train.load_checkpoint_path {
-            None if !train.overwrite && !steps::published(&self.run_dir).is_empty() => {
-                Err(CheckpointError::Occupied { path: self.run_dir.clone() }.into())
+        self.find()
+    }
+
+    /// Says what the run would do with steps that exist, without touching them.
+    ///
+    /// # Errors
+    /// The step that was named is not whole.
+    pub fn foresee(&self) -> Result<()> {
+        match self.find() {
+            Ok(None) => {}
+            Ok(Some(step)) => tracing::info!("the run would go on from {}", step.display()),
+            Err(Error::Checkpoint(error @ CheckpointError::Occupied { .. })) => {
+                tracing::warn!("the run would be refused: {error}");
             }
-            None => Ok(None),
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// The step to resume from, verified.
+    fn find(&self) -> Result<Option<PathBuf>> {
+        let train = &self.config.train;
+        match &train.load_checkpoint_path {
+            None => not_occupied(train, &self.run_dir).map(|()| None),
             Some(LoadCheckpoint::Auto) => {
                 let (found, skipped) = steps::newest_whole(&self.run_dir);
                 skipped.iter().for_each(|error| tracing::warn!("skipped: {error}"));
@@ -245,9 +264,20 @@ impl Run {
         }
         let total = state.step.saturating_add(self.batches.steps_from(state.position));
         self.total_steps = self.config.train.max_steps.map_or(total, |limit| limit.min(total));
-        if rank == 0 && Schedule::new(&self.config.train, self.total_steps) != state.schedule {
+        let schedule = Schedule::new(&self.config.train, self.total_steps);
+        if let Some(step) =
+            schedule.parts_from(&state.schedule, state.step..self.total_steps).filter(|_| rank == 0)
+        {
             tracing::warn!(
-                "the learning-rate schedule is not the step's: what the run's configuration says counts"
+                "the learning rate follows this configuration from here on: {:.3e} in step {}, {:.3e} by the schedule \
+                 before (warm-up of {} steps, {} before; decay until step {}, {} before)",
+                schedule.rate(step),
+                step + 1,
+                state.schedule.rate(step),
+                schedule.warmup_steps,
+                state.schedule.warmup_steps,
+                schedule.decay_steps,
+                state.schedule.decay_steps,
             );
         }
     }
@@ -257,6 +287,15 @@ impl Run {
         self.resumed()
             .map_or((0, DataCursor::default()), |resumed| (resumed.state.step, resumed.state.position))
     }
+}
+
+/// Refuses steps in `run_dir` of which the configuration says neither to go on from them nor to remove them.
+pub(super) fn not_occupied(train: &TrainArgs, run_dir: &Path) -> Result<()> {
+    let is_decided = train.overwrite || train.load_checkpoint_path.is_some();
+    if is_decided || steps::published(run_dir).is_empty() {
+        return Ok(());
+    }
+    Err(CheckpointError::Occupied { path: run_dir.to_owned() }.into())
 }
 
 /// The difference of a stored adapter's rank and scale from the run's, to stand behind the adapter's name.

@@ -8,15 +8,16 @@ use super::{
     MicroBatch, StopSignals, Trainer,
     loss::RowLoss,
     metrics::{Metrics, StepMetrics, peak_rss_bytes, received_since},
+    output::{may_become_folder, run_dir},
     profile::Profile,
-    resume::Start,
+    resume::{Start, not_occupied},
     save::{Progress, Saver},
     step::Skipped,
 };
 use crate::{
     checkpoint::{output::OutputLock, publish, steps},
     comm::{Reduce, World},
-    config::{FieldLocations, Override, PackingMethod, ReduceGradients, RunConfig},
+    config::{FieldLocations, Loaded, Override, PackingMethod, ReduceGradients, RunConfig},
     console::count,
     data::{
         Dataset, Loader, ROWS_PER_GROUP, StepPlan,
@@ -89,10 +90,18 @@ impl Run {
     /// Reads configuration, model headers and data for one of `world` ranks. Enters no collective and writes
     /// nothing. Warnings go to the log.
     pub fn prepare(path: &Path, overrides: &[Override], world: usize) -> Result<Self> {
-        let loaded = crate::config::load_with_paths(path, overrides)?;
-        for warning in &loaded.warnings {
-            tracing::warn!("{warning}");
-        }
+        Self::from_config(load(path, overrides)?, world)
+    }
+
+    /// As [`Run::prepare`], for a run that starts now: steps in its way are told before minutes go into reading data.
+    pub fn prepare_to_train(path: &Path, overrides: &[Override], world: usize) -> Result<Self> {
+        let loaded = load(path, overrides)?;
+        let train = &loaded.config.train;
+        not_occupied(train, &run_dir(train))?;
+        Self::from_config(loaded, world)
+    }
+
+    fn from_config(loaded: Loaded, world: usize) -> Result<Self> {
         let mut config = loaded.config;
         let refused = |field: &str, why: &str| Error::Input(format!("{}: {why}", loaded.places.of(field)));
         let mesh = Mesh::new(world, MeshSizes::from(&config.train.compute))?;
@@ -154,7 +163,7 @@ impl Run {
             None => batches,
         };
         warn_of_steps(&config, &batches, total_steps);
-        let run_dir = train.output_dir.join("weights").join(&train.run_id);
+        let run_dir = run_dir(train);
         let lora = &config.lora;
         let shape = LoraShape { rank: lora.lora_rank, alpha: lora.lora_alpha, use_rslora: lora.use_rslora };
         Ok(Self {
@@ -415,7 +424,22 @@ pub(super) fn makes_steps(batches: &BatchSchedule, places: &FieldLocations) -> R
         return Ok(());
     }
     let (rows, batch) = (count(batches.rows, "row"), count(batches.global_batch, "row"));
-    Err(Error::Input(format!("{}: {rows} make no step of {batch}", places.of("data"))))
+    Err(Error::Input(format!(
+        "{}: {rows} make no step of {batch}; set train.global_batch_size to at most {}, or \
+         data.dataloader_drop_last: false",
+        places.of("data"),
+        batches.rows
+    )))
+}
+
+/// The configuration of a run whose output directory can be made. Its warnings go to the log.
+fn load(path: &Path, overrides: &[Override]) -> Result<Loaded> {
+    let loaded = crate::config::load_with_paths(path, overrides)?;
+    for warning in &loaded.warnings {
+        tracing::warn!("{warning}");
+    }
+    may_become_folder(&loaded.config.train.output_dir, &loaded.places.of("train.output_dir").to_string())?;
+    Ok(loaded)
 }
 
 /// Warns of an epoch of very few steps, and of a warm-up as long as the run.
