@@ -28,6 +28,6 @@ def data(adapter, step):
 
 
 def settings(adapter):
-    """Those of AdamW by the clients' names. Every other adapter clips."""
+    """Those of AdamW by the clients' names. Every other adapter clips. Beside `eps`, a gradient of the size of rounding moves nothing."""
     clip = 0.3 if adapter % 2 else 0.0
-    return {"learning_rate": 2e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.01, "grad_clip_norm": clip}
+    return {"learning_rate": 2e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.01, "grad_clip_norm": clip}
