@@ -179,6 +179,8 @@ fn templates_are_found_where_transformers_finds_them() {
     let dir = TempDir::new().unwrap();
     let render =
         |chat: &Chat| ChatTemplate::load(dir.path()).unwrap().render(chat, false).map_err(|e| e.to_string());
+    assert!(matches!(ChatTemplate::load(dir.path()), Err(DataError::TokenizerFolder { .. })));
+    std::fs::write(dir.path().join("tokenizer.json"), "{}").unwrap();
     assert!(matches!(ChatTemplate::load(dir.path()), Err(DataError::NoTemplate { .. })));
     let chat = Chat::user("hi");
     let config = |template: Value| {

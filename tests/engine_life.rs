@@ -298,8 +298,8 @@ fn unable(answer: Answer) -> String {
     }
 }
 
-/// Three like adapters of which one cannot come back when a pass of all is formed; its file on one rank is damaged, then
-/// gone.
+/// Three like adapters of which one cannot come back when a pass of all is formed; its file on one rank is damaged,
+/// then gone.
 fn damaged(client: &Client, ranks: usize) -> Value {
     let models @ [broken, away, calm] = &["broken", "away", "calm"].map(id);
     for model in models {

@@ -62,8 +62,8 @@ fn config(folder: &Path, packing: &str) -> String {
 /// A folder with `model` and `rows.jsonl`, the base that PEFT takes, and a step.
 type Judged = (PathBuf, PathBuf, PathBuf);
 
-/// The mean loss of each folder's rows with the adapter of the step on the base, by PEFT, which leaves its logits in the
-/// step; and holds our logits to them.
+/// The mean loss of each folder's rows with the adapter of the step on the base, by PEFT, which leaves its logits in
+/// the step; and holds our logits to them.
 fn peft_losses(judged: &[Judged]) -> Vec<f64> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/oracle/peft_loss.py");
     let mut peft = Command::new(python());

@@ -55,8 +55,8 @@ impl Driver {
         Ok(())
     }
 
-    /// Brings those of `wanted` into memory that can come, and returns the reason of each other. An adapter that is there
-    /// stays.
+    /// Brings those of `wanted` into memory that can come, and returns the reason of each other. An adapter that is
+    /// there stays.
     ///
     /// # Errors
     /// This rank has failed.
@@ -138,8 +138,8 @@ impl Driver {
         )))
     }
 
-    /// `micro_batch` without the adapters that are `absent` from memory. Every pass of theirs that has begun is answered
-    /// with the reason; where a part of one was computed, the accumulated gradients of its adapter go too.
+    /// `micro_batch` without the adapters that are `absent` from memory. Every pass of theirs that has begun is
+    /// answered with the reason; where a part of one was computed, the accumulated gradients of its adapter go too.
     pub(super) fn without_absent(
         &mut self,
         micro_batch: MicroBatch,
