@@ -15,9 +15,11 @@ pub mod norm;
 pub mod rope;
 pub mod routing;
 mod row_layout;
+mod squares;
 pub mod swiglu;
 
 pub use crate::buffers::Buffer;
+pub use squares::sum_of_squares;
 
 use tch::Kind;
 

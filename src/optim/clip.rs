@@ -6,15 +6,17 @@
 
 use crate::{
     comm::{Communicator, Reduce},
+    ops::sum_of_squares,
     shard::{OwnedPiece, ShardError},
 };
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// The norm before clipping and the factor that clips gradients.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ClippedNorm {
     pub norm: f64,
-    /// min(1, c / (norm + 1e-6)), 1 without a limit. NaN norms stay NaN: the caller skips the step.
+    /// min(1, c / (norm + 1e-6)), 1 without a limit, times the factor of the gradient. NaN norms stay NaN: the caller
+    /// skips the step.
     pub coefficient: f64,
 }
 
@@ -23,6 +25,12 @@ impl ClippedNorm {
     pub fn new(norm: f64, limit: f64) -> Self {
         let coefficient = if limit > 0.0 { (limit / (norm + 1e-6)).min(1.0) } else { 1.0 };
         Self { norm, coefficient }
+    }
+
+    /// Of a gradient that counts `factor` times, whose norm as it lies is `norm`.
+    pub fn of_scaled(norm: f64, factor: f64, limit: f64) -> Self {
+        let clipped = Self::new(norm * factor, limit);
+        Self { coefficient: clipped.coefficient * factor, ..clipped }
     }
 }
 
@@ -42,18 +50,6 @@ pub fn global_norm<'a>(
     Ok(squares[0].sqrt())
 }
 
-/// Elements that a CPU squares at a time: libtorch writes out both the squares and their fp64 copies.
-const SQUARES: i64 = 1 << 15;
-
-/// Σ of squares of a flat tensor, accumulated in fp64: `[]` fp64.
-fn sum_of_squares(values: &Tensor) -> Tensor {
-    let sum = |values: &Tensor| values.square().sum(Kind::Double);
-    if values.device() != Device::Cpu {
-        return sum(values);
-    }
-    Tensor::stack(&values.split(SQUARES, 0).iter().map(sum).collect::<Vec<_>>(), 0).sum(Kind::Double)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -63,5 +59,8 @@ mod tests {
         assert_eq!(ClippedNorm::new(0.5, 1.0).coefficient, 1.0);
         assert_eq!(ClippedNorm::new(4.0, 1.0).coefficient, 1.0 / (4.0 + 1e-6));
         assert_eq!(ClippedNorm::new(4.0, 0.0), ClippedNorm { norm: 4.0, coefficient: 1.0 });
+        let quarter = ClippedNorm { norm: 1.0, coefficient: 0.25 };
+        assert_eq!(ClippedNorm::of_scaled(4.0, 0.25, 0.0), quarter);
+        assert_eq!(ClippedNorm::of_scaled(4.0, 0.25, 0.5).coefficient, 0.25 * (0.5 / (1.0 + 1e-6)));
     }
 }

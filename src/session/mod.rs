@@ -36,17 +36,22 @@ impl Session {
     /// Clips the reduced gradient and steps the optimizer at learning rate `lr`. Collective over `world`, the ranks
     /// that train.
     pub fn update(&mut self, lr: f64, world: &dyn Communicator) -> Result<Update, ShardError> {
-        let clipped = self.clipped_norm()?;
+        let clipped = self.clipped_norm(1.0)?;
         if !clipped.norm.is_finite() {
             return self.without_update(clipped, world);
         }
         self.step(lr, clipped)
     }
 
-    /// As [`update`](Self::update), but an update after which a value or a moment would not be finite is not made, and
-    /// `non_finite` names the parameters. Collective over `world`.
-    pub fn update_finite(&mut self, lr: f64, world: &dyn Communicator) -> Result<Update, ShardError> {
-        let clipped = self.clipped_norm()?;
+    /// As [`update`](Self::update) along the gradient times `factor`, but an update after which a value or a moment
+    /// would not be finite is not made, and `non_finite` names the parameters. Collective over `world`.
+    pub fn update_finite(
+        &mut self,
+        lr: f64,
+        factor: f64,
+        world: &dyn Communicator,
+    ) -> Result<Update, ShardError> {
+        let clipped = self.clipped_norm(factor)?;
         if !clipped.norm.is_finite() {
             return self.without_update(clipped, world);
         }
@@ -67,9 +72,10 @@ impl Session {
         Ok(Update { non_finite, ..update })
     }
 
-    fn clipped_norm(&self) -> Result<ClippedNorm, ShardError> {
+    /// Of the reduced gradient times `factor`.
+    fn clipped_norm(&self, factor: f64) -> Result<ClippedNorm, ShardError> {
         let norm = global_norm(self.adapter.pieces(), &**self.adapter.regions().block())?;
-        Ok(ClippedNorm::new(norm, self.max_grad_norm))
+        Ok(ClippedNorm::of_scaled(norm, factor, self.max_grad_norm))
     }
 
     fn step(&mut self, lr: f64, clipped: ClippedNorm) -> Result<Update, ShardError> {

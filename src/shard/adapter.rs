@@ -105,12 +105,6 @@ impl AdapterRegions {
         self.both().into_iter().for_each(AdapterShards::zero_gradients);
     }
 
-    /// Multiplies the reduced gradients by `factor`.
-    pub fn scale_gradients(&mut self, factor: f64) {
-        let units = self.both().into_iter().flat_map(|shards| &mut shards.units);
-        units.for_each(|unit| drop(unit.gradient.g_mul_scalar_(factor)));
-    }
-
     /// Reduces `unit`'s gradient after its backward of a micro-batch and adds it to this rank's pieces, with
     /// `reduce_gradients: micro_batch`.
     pub fn micro_batch_done(&mut self, unit: usize) -> Result<(), ShardError> {
@@ -254,8 +248,9 @@ impl AdapterShards {
     }
 
     fn zero_gradients(&mut self) {
-        let buffers = self.units.iter_mut().flat_map(|unit| [Some(&mut unit.gradient), unit.full.as_mut()]);
-        for buffer in buffers.chain([self.scratch.as_mut()]).flatten() {
+        // Where there is a full one, reducing it overwrites the piece.
+        let buffers = self.units.iter_mut().map(|unit| unit.full.as_mut().unwrap_or(&mut unit.gradient));
+        for buffer in buffers.chain(self.scratch.as_mut()) {
             let _ = buffer.zero_();
         }
     }

@@ -406,12 +406,9 @@ impl Models {
         let numbers = trained.numbers;
         let session = trained.session(model)?;
         session.reduce()?;
-        if factor != 1.0 {
-            session.adapter.regions_mut().scale_gradients(factor);
-        }
         session.optimizer.set_numbers(&numbers);
         session.max_grad_norm = max_grad_norm;
-        let Update { grad_norm, mut non_finite } = session.update_finite(lr, &*world)?;
+        let Update { grad_norm, mut non_finite } = session.update_finite(lr, factor, &*world)?;
         if !grad_norm.is_finite() && non_finite.is_empty() {
             non_finite.push(NORM.into());
         }
