@@ -95,51 +95,49 @@ pub(super) fn rewrite(source: &str) -> (Cow<'_, str>, bool) {
     let (mut copied, mut at, mut marked) = (0, 0, false);
     let namespaces = namespaces(source);
     while let Some((start, tag)) = next_tag(source, at) {
-        at = match tag {
+        let end = match tag {
             Tag::Comment => end_of(source, start, "#}"),
-            Tag::Expression => {
-                let end = end_of_code(source, start + 2, "}}");
-                if let Some(code) = uncalled(&source[start..end], &namespaces) {
-                    out.push_str(&source[copied..start]);
-                    out.push_str(&code);
-                    copied = end;
-                }
-                end
-            }
-            Tag::Block => {
-                let end = end_of_code(source, start + 2, "%}");
-                let body = &source[start + 2..end];
-                let inner = body.strip_suffix("%}").unwrap_or(body);
-                let replacement = match inner.trim_matches(['-', '+']).trim() {
-                    "generation" => {
-                        marked = true;
-                        Some(format!(" call {GENERATION} "))
-                    }
-                    "endgeneration" => Some(" endcall ".to_string()),
-                    code => set_of_namespace(code),
-                };
-                if let Some(code) = replacement {
-                    let mark = |c: Option<char>| {
-                        c.filter(|c| "+-".contains(*c)).map(String::from).unwrap_or_default()
-                    };
-                    let (left, right) = (mark(inner.chars().next()), mark(inner.chars().next_back()));
-                    out.push_str(&source[copied..start]);
-                    out.push_str(&format!("{{%{left}{code}{right}%}}"));
-                    copied = end;
-                } else if let Some(code) = uncalled(&source[start..end], &namespaces) {
-                    out.push_str(&source[copied..start]);
-                    out.push_str(&code);
-                    copied = end;
-                }
-                if inner.trim_matches(['-', '+']).trim() == "raw" { end_of_raw(source, end) } else { end }
-            }
+            Tag::Expression => end_of_code(source, start + 2, "}}"),
+            Tag::Block => end_of_code(source, start + 2, "%}"),
         };
+        let (code, mut replacement) = (&source[start..end], None);
+        at = end;
+        if tag == Tag::Block {
+            let words = code.trim_start_matches("{%").trim_end_matches("%}").trim_matches(['-', '+']).trim();
+            marked |= words == "generation";
+            replacement = block(code, words);
+            if words == "raw" {
+                at = end_of_raw(source, end);
+            }
+        }
+        if tag != Tag::Comment {
+            replacement = replacement.or_else(|| uncalled(code, &namespaces));
+        }
+        if let Some(replacement) = replacement {
+            out.push_str(&source[copied..start]);
+            out.push_str(&replacement);
+            copied = end;
+        }
     }
     if copied == 0 {
         return (Cow::Borrowed(source), false);
     }
     out.push_str(&source[copied..]);
     (Cow::Owned(out), marked)
+}
+
+/// The block tag `code` that says `words`, as minijinja takes it; `None`: as it is.
+fn block(code: &str, words: &str) -> Option<String> {
+    let words = match words {
+        "generation" => format!(" call {GENERATION} "),
+        "endgeneration" => " endcall ".to_owned(),
+        words => set_of_namespace(words)?,
+    };
+    let inner = code.strip_prefix("{%")?;
+    let inner = inner.strip_suffix("%}").unwrap_or(inner);
+    let mark = |c: Option<char>| c.filter(|c| "+-".contains(*c)).map(String::from).unwrap_or_default();
+    let (left, right) = (mark(inner.chars().next()), mark(inner.chars().next_back()));
+    Some(format!("{{%{left}{words}{right}%}}"))
 }
 
 /// `set ns.name = value` as `set ns.name = [(value), ns][0]`.
@@ -197,6 +195,7 @@ fn uncalled(code: &str, namespaces: &[&str]) -> Option<String> {
     (copied > 0).then(|| out + &code[copied..])
 }
 
+#[derive(PartialEq)]
 enum Tag {
     Comment,
     Expression,
