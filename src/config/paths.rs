@@ -80,12 +80,14 @@ fn fault(path: &Path, kind: Kind) -> Option<String> {
     Some(match absent(&text, kind) {
         Some(words) => words,
         None => {
-            let meant = neighbour(path).map(|name| format!("; did you mean {}?", name.display()));
-            let meant = meant.unwrap_or_default();
-            match kind {
-                Kind::Data => format!("no such file or folder{meant}"),
-                Kind::Keys => format!("no such file; expected {}{meant}", kind.expected()),
-                _ => format!("no such folder; expected {}{meant}", kind.expected()),
+            let absent = match kind {
+                Kind::Data => "no such file or folder".into(),
+                Kind::Keys => format!("no such file; expected {}", kind.expected()),
+                _ => format!("no such folder; expected {}", kind.expected()),
+            };
+            match neighbour(path) {
+                Some(name) => format!("{absent}; did you mean {}?", name.display()),
+                None => absent,
             }
         }
     })
