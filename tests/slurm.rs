@@ -227,10 +227,16 @@ fn mpi_a_batch_server_saves_when_it_is_cancelled_and_the_next_job_goes_on() {
     cluster.run("scancel", &[&job]);
     let saved = || log().contains("1 adapter saved; the same command").then_some(());
     wait_for_at_most(PATIENCE, "the save", saved);
+    let ends = |job: &str| {
+        let ended = || cluster.run("squeue", &["--noheader", "--jobs", job]).trim().is_empty().then_some(());
+        wait_for_at_most(PATIENCE, "the end of a job", ended);
+    };
     // The output directory is the first job's until its process has ended.
-    let ended = || cluster.run("squeue", &["--noheader", "--jobs", &job]).trim().is_empty().then_some(());
-    wait_for_at_most(PATIENCE, "the end of the first job", ended);
-    cluster.submit(&run, "served", &[SERVE], &[], &["--device", "cpu"]);
+    ends(&job);
+    let job = cluster.submit(&run, "served", &[SERVE], &[], &["--device", "cpu"]);
     let (_, info) = exchange(listens(2), "GET", "/api/v1/session_info?model_id=default", "").unwrap();
     assert_eq!(info["step"], 1, "{info}");
+    // Without a cluster it would run on.
+    cluster.run("scancel", &[&job]);
+    ends(&job);
 }
