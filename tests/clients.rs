@@ -20,7 +20,7 @@ use std::{
 
 /// The name in the README of xorl-client, which finds the tokenizer by it: below the folder where clients start.
 const BASE_MODEL: &str = "Qwen/Qwen3-4B-Instruct-2507";
-/// Of one computation in two ways, and of two programs.
+/// Bounds for one computation in two ways, and for two programs.
 const SAME: f64 = 1e-5;
 const PEFT: f64 = 1e-4;
 
@@ -90,7 +90,7 @@ fn end(server: Serving) {
     assert!(status.code() == Some(75) || is_mpich(), "{status} {said}");
 }
 
-/// What each client reports of a server in `world`.
+/// The reports of each client on a server in `world`.
 fn reports(world: usize, folder: &Path, packages: &str) -> BTreeMap<&'static str, PathBuf> {
     let own = folder.join(format!("world_{world}"));
     fs::create_dir(&own).unwrap();

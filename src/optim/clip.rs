@@ -27,7 +27,7 @@ impl ClippedNorm {
         Self { norm, coefficient }
     }
 
-    /// Of a gradient that counts `factor` times, whose norm as it lies is `norm`.
+    /// Clips a gradient that counts `factor` times; `norm` is the one before.
     pub fn of_scaled(norm: f64, factor: f64, limit: f64) -> Self {
         let clipped = Self::new(norm * factor, limit);
         Self { coefficient: clipped.coefficient * factor, ..clipped }

@@ -88,7 +88,7 @@ pub trait UpdateRule {
     /// Those of collectives, if it enters any.
     fn step(&self, pieces: &[OwnedPiece], state: &State, update: &Update) -> Result<(), ShardError>;
 
-    /// Whether every master, state tensor and compute copy of `pieces` would be finite after [`step`](Self::step) with
+    /// True if every master, state tensor and compute copy of `pieces` would be finite after [`step`](Self::step) with
     /// the same arguments. Changes nothing.
     ///
     /// # Errors
@@ -183,7 +183,7 @@ impl Optimizer {
         self.rule.step(&pieces, &self.state, &Update { lr, coefficient, count: self.updates })
     }
 
-    /// Whether all that [`step`](Self::step) changes would be finite after it. Changes nothing.
+    /// True if all that [`step`](Self::step) changes would be finite after it. Changes nothing.
     ///
     /// # Errors
     /// See [`UpdateRule::stays_finite`].

@@ -72,7 +72,7 @@ impl Session {
         Ok(Update { non_finite, ..update })
     }
 
-    /// Of the reduced gradient times `factor`.
+    /// The norm of the reduced gradient times `factor`, clipped.
     fn clipped_norm(&self, factor: f64) -> Result<ClippedNorm, ShardError> {
         let norm = global_norm(self.adapter.pieces(), &**self.adapter.regions().block())?;
         Ok(ClippedNorm::of_scaled(norm, factor, self.max_grad_norm))
