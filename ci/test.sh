@@ -8,7 +8,7 @@ say() { printf '\n== %s [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 say 'Set up'
 launch/setup.sh
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-# What cargo keeps for a next build takes time and 2 GB.
+# Incremental state, which no later build here reads, takes time and 2 GB.
 export CARGO_INCREMENTAL=0
 export XORL_ORACLE_PYTHON=${XORL_ORACLE_PYTHON:-$PWD/.venv/bin/python}
 # Open MPI refuses root and more ranks than cores unless told; MPICH does not read these.

@@ -124,7 +124,7 @@ mod rows {
             [],
             #[inline(always)]
             |_, [g, p, m, v], [], []| {
-                // Without a branch, so that elements are done many at a time.
+                // Without a branch, so that the loop vectorizes.
                 let bad = g.iter().zip(p).zip(m).zip(v).fold(0, |bad, (((&g, &p), &m), &v)| {
                     let [p, m, v] = moved(&factors, g, [p, m, v]);
                     let compute = E::narrow(p).to_accum();
@@ -250,7 +250,7 @@ mod tests {
         }
     }
 
-    /// One element of 10 000 and a number at a time that the step takes out of range.
+    /// One element of 10 000, or one number of the update, at a time makes the step overflow.
     #[test]
     fn what_would_not_stay_finite_is_known_before() {
         let (lr, eps) = (0.01, 1e-8);

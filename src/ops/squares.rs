@@ -6,7 +6,7 @@ use crate::device::has_kernels;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tch::{Kind, Tensor};
 
-/// Sums that are added to in turn, so that elements are done many at a time.
+/// Independent partial sums, so that the loop vectorizes.
 const LANES: usize = 16;
 
 /// Σ x² of a flat tensor: `[]` fp64, on its device.
@@ -17,7 +17,7 @@ pub fn sum_of_squares(values: &Tensor) -> Tensor {
     values.square().sum(Kind::Double)
 }
 
-/// The same in every number of threads: pieces are added in their order.
+/// Does not depend on the number of threads: sums of pieces are added in the order of the pieces.
 fn in_rows(values: &Tensor) -> f64 {
     let pieces = Rows::<f32>::pieces(values);
     let sums: Vec<AtomicU64> = (0..pieces.len()).map(|_| AtomicU64::new(0)).collect();
@@ -56,7 +56,7 @@ mod tests {
         }
     }
 
-    /// A square that fp32 does not hold, or a value that is no number, makes the norm infinite or no number.
+    /// An fp32 square that overflows makes the sum infinite, a NaN makes it NaN.
     #[test]
     fn what_is_not_finite_stays_so() {
         for (value, is_nan) in [(1e20, false), (f64::INFINITY, false), (f64::NAN, true)] {

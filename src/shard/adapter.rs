@@ -248,7 +248,7 @@ impl AdapterShards {
     }
 
     fn zero_gradients(&mut self) {
-        // Where there is a full one, reducing it overwrites the piece.
+        // Where a unit keeps the gradient of its whole region, reducing that overwrites the piece's.
         let buffers = self.units.iter_mut().map(|unit| unit.full.as_mut().unwrap_or(&mut unit.gradient));
         for buffer in buffers.chain(self.scratch.as_mut()) {
             let _ = buffer.zero_();
