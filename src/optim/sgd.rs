@@ -71,4 +71,18 @@ mod tests {
             adapter.equals(p, "sgd");
         }
     }
+
+    #[test]
+    fn what_would_not_stay_finite_is_known_before() {
+        let train =
+            TrainArgs { optimizer: config::Optimizer::Sgd, weight_decay: 0.1, ..TrainArgs::default() };
+        let mut adapter = Adapter::new();
+        let mut optimizer = Optimizer::new(&Settings::from(&train), adapter.pieces());
+        adapter.update(&mut optimizer, GRADIENTS[0], 0.0, 1.0);
+        for (lr, stays) in [(0.01, true), (1e38, true), (1e39, false), (f64::NAN, false)] {
+            assert_eq!(optimizer.stays_finite(adapter.pieces(), lr, 1.0).unwrap(), stays, "{lr}");
+        }
+        adapter.equals(START.map(f64::from), "asking");
+        assert_eq!(optimizer.updates(), 1);
+    }
 }
