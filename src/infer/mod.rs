@@ -3,6 +3,7 @@
 
 pub mod cache;
 pub mod decode;
+pub mod request;
 pub mod run;
 
 pub use decode::{Limits, greedy};

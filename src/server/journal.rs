@@ -2,7 +2,10 @@
 //! behind, so the next one knows what it has lost. An adapter has a line at its first change and at its save, not for
 //! each request.
 
-use super::request::{Answer, Engine, EngineState, ModelId, Pass, Refusal, Request, Task};
+use super::request::{
+    Answer, Engine, EngineState, Listener, ModelId, Pass, Refusal, Request, Source, Task, Ticket,
+};
+use crate::infer::request::SampleRequest;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
@@ -171,6 +174,14 @@ impl Engine for Recorded {
         self.engine.submit(request, Box::new(answered));
     }
 
+    fn sample(&self, source: Source, request: SampleRequest, listener: Box<dyn Listener>) -> Ticket {
+        self.engine.sample(source, request, listener)
+    }
+
+    fn cancel(&self, ticket: Ticket) {
+        self.engine.cancel(ticket);
+    }
+
     fn state(&self) -> EngineState {
         self.engine.state()
     }
@@ -193,6 +204,12 @@ mod tests {
         fn submit(&self, _: Request, answer: Box<dyn FnOnce(Answer) + Send>) {
             answer(Ok(Reply::Created));
         }
+
+        fn sample(&self, _: Source, _: SampleRequest, _: Box<dyn Listener>) -> Ticket {
+            Ticket(0)
+        }
+
+        fn cancel(&self, _: Ticket) {}
 
         fn state(&self) -> EngineState {
             EngineState::default()

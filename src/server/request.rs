@@ -1,6 +1,12 @@
 //! Requests to the engine and their answers, in one form for all wires.
 
-use crate::{checkpoint::saves::folder_name, config::is_model_id, loss::NamedLoss};
+mod sampling;
+
+pub use sampling::{Listener, SampleAnswer, Source, Ticket};
+
+use crate::{
+    checkpoint::saves::folder_name, config::is_model_id, infer::request::SampleRequest, loss::NamedLoss,
+};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, fmt, path::PathBuf};
 
@@ -60,7 +66,15 @@ pub enum Task {
     Load(Load),
     /// Move the adapter to disk, which frees its memory; its next task brings it back.
     Spill,
-    /// Forget the adapter.
+    /// Make a sampler of this name: a copy of the adapter as it is now, which samples and is never trained. No error
+    /// where there is one of this name.
+    Freeze(ModelId),
+    /// Make a sampler of the values of a save, of any shape; the request's name is the sampler's. No error where there
+    /// is one of this name.
+    OpenSampler {
+        folder: PathBuf,
+    },
+    /// Forget the adapter or the sampler. What is being sampled from it goes on to its end.
     Unload,
 }
 
@@ -228,6 +242,8 @@ pub enum Reply {
         step: u64,
     },
     Spilled,
+    /// A sampler is there.
+    Sampler,
     Unloaded,
 }
 
@@ -250,6 +266,13 @@ pub trait Engine: Send + Sync {
     /// Queues `request`. `answer` is called once, from a thread of the engine, and must not block.
     fn submit(&self, request: Request, answer: Box<dyn FnOnce(Answer) + Send>);
 
+    /// Queues a request to sample, behind the tasks of its adapter that were submitted before. `listener` hears of its
+    /// tokens and of its end.
+    fn sample(&self, source: Source, request: SampleRequest, listener: Box<dyn Listener>) -> Ticket;
+
+    /// Ends a request to sample within a step of the model; its answer is a refusal. One that has ended is no error.
+    fn cancel(&self, ticket: Ticket);
+
     /// The state that pages and metrics show.
     fn state(&self) -> EngineState;
 }
@@ -270,6 +293,34 @@ pub struct EngineState {
     /// Largest resident memory of each rank so far, in bytes; empty before the first micro-batch.
     pub peak_rss_bytes: Vec<u64>,
     pub usage: Usage,
+    /// Samplers by name: adapters that are never trained.
+    pub samplers: BTreeMap<String, SamplerState>,
+    pub sampling: SamplingState,
+}
+
+/// What is being sampled.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct SamplingState {
+    /// Requests that wait for a place.
+    pub waiting: usize,
+    /// Continuations that get tokens.
+    pub running: usize,
+    /// Tokens so far.
+    pub tokens: u64,
+    /// Steps of the model so far, each with a token of every running continuation or part of a prompt.
+    pub steps: u64,
+}
+
+/// A sampler as the engine has it.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct SamplerState {
+    pub rank: usize,
+    /// False: it waits on disk.
+    pub in_memory: bool,
+    /// Bytes of a rank that it holds while it is in memory.
+    pub bytes: u64,
+    /// The time of its last use, in Unix seconds.
+    pub last_used: u64,
 }
 
 /// Memory and disk that adapters take.

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     io::{Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
@@ -16,14 +16,17 @@ use std::{
     time::Duration,
 };
 use tempfile::TempDir;
-use xorl_dist::server::{
-    app::{App, Settings},
-    futures::FutureLimits,
-    http::{HttpLimits, Shutdown, serve},
-    keys::Keys,
-    request::{
-        AdapterSpec, Answer, Engine, EngineState, ModelId, ModelState, OptimStep, PassReply, Refusal, Reply,
-        Request, StepReply, Task,
+use xorl_dist::{
+    infer::request::{Continuation, End, NewToken, PromptScores, SampleReply, SampleRequest},
+    server::{
+        app::{App, Settings},
+        futures::FutureLimits,
+        http::{HttpLimits, Shutdown, serve},
+        keys::Keys,
+        request::{
+            AdapterSpec, Answer, Engine, EngineState, Listener, ModelId, ModelState, OptimStep, PassReply,
+            Refusal, Reply, Request, SampleAnswer, SamplerState, Source, StepReply, Task, Ticket,
+        },
     },
 };
 
@@ -36,6 +39,10 @@ pub struct Double {
     asked: Arc<Mutex<Vec<Request>>>,
     /// Held to stop the thread before its next answer.
     pub gate: Arc<Mutex<()>>,
+    /// What it was asked to sample, by ticket.
+    pub sampled: Mutex<Vec<(Source, SampleRequest)>>,
+    /// Tickets that were cancelled.
+    pub cancelled: Arc<Mutex<BTreeSet<Ticket>>>,
 }
 
 impl Double {
@@ -46,6 +53,8 @@ impl Double {
             state: Arc::new(Mutex::new(EngineState { healthy: true, ..EngineState::default() })),
             asked: Arc::default(),
             gate: Arc::default(),
+            sampled: Mutex::default(),
+            cancelled: Arc::default(),
         });
         let (state, asked, gate) = (double.state.clone(), double.asked.clone(), double.gate.clone());
         thread::spawn(move || answer_all(&receiver, &state, &asked, &gate));
@@ -76,12 +85,80 @@ pub fn model_state(spec: AdapterSpec, step: u64, accumulated: u64) -> ModelState
     ModelState { spec, step, accumulated, in_memory: true, bytes: 1000, last_used: 1 }
 }
 
+fn sampler_state() -> SamplerState {
+    SamplerState { rank: 16, in_memory: true, bytes: 500, last_used: 1 }
+}
+
+/// The log-probability of every token that the double samples or scores.
+pub const LOG_PROB: f32 = -0.5;
+
+/// Token `i` of continuation `n` of `prompt`, which ends at its length or at an end token.
+pub fn double_token(prompt: &[i64], n: usize, i: usize) -> i64 {
+    (prompt[0] + n as i64 + i as i64) % 100
+}
+
+/// Samples as [`double_token`] says, while the gate is open and the ticket is not cancelled.
+fn sample_all(
+    request: &SampleRequest,
+    listener: &mut dyn Listener,
+    goes_on: impl Fn() -> bool,
+) -> SampleAnswer {
+    let SampleRequest { prompt, count, max_new_tokens, stop, wanted, .. } = request;
+    let top = |wanted: usize| (0..wanted as i64).map(|id| (id, LOG_PROB)).collect::<Vec<_>>();
+    let mut continuations = Vec::new();
+    for sample in 0..if *max_new_tokens == 0 { 0 } else { *count } {
+        let (mut ids, mut end) = (Vec::new(), End::Length);
+        while ids.len() < *max_new_tokens && end == End::Length {
+            if !goes_on() {
+                return Err(Refusal::User("cancelled".into()));
+            }
+            let id = double_token(prompt, sample, ids.len());
+            listener.token(&NewToken { sample, id, log_prob: LOG_PROB, top: top(wanted.new_top) });
+            ids.push(id);
+            if stop.ids.contains(&id) {
+                end = End::Id;
+            }
+        }
+        let (log_probs, top) = (vec![LOG_PROB; ids.len()], vec![top(wanted.new_top); ids.len()]);
+        continuations.push(Continuation { ids, log_probs, top, end });
+    }
+    let each = |first, rest| {
+        let mut values = vec![rest; prompt.len()];
+        values[0] = first;
+        values
+    };
+    let prompt_scores = PromptScores {
+        log_probs: if wanted.prompt { each(f32::NAN, LOG_PROB) } else { Vec::new() },
+        top: if wanted.prompt_top > 0 {
+            let mut all = vec![top(wanted.prompt_top); prompt.len()];
+            all[0].clear();
+            all
+        } else {
+            Vec::new()
+        },
+        targets: wanted.prompt_targets.as_ref().map_or_else(Vec::new, |targets| {
+            targets.ids.iter().map(|&id| if id < 0 { f32::NAN } else { LOG_PROB }).collect()
+        }),
+    };
+    Ok(SampleReply { continuations, prompt: prompt_scores })
+}
+
 fn reply_to(request: &Request, state: &mut EngineState) -> Answer {
     state.answered += 1;
     let name = request.model.to_string();
     if let Task::Create(spec) = &request.task {
         state.models.entry(name).or_insert_with(|| model_state(spec.clone(), 0, 0));
         return Ok(Reply::Created);
+    }
+    if let Task::OpenSampler { folder } = &request.task {
+        if !folder.is_dir() {
+            return Err(Refusal::User(format!("{} is no checkpoint", folder.display())));
+        }
+        state.samplers.entry(name).or_insert_with(sampler_state);
+        return Ok(Reply::Sampler);
+    }
+    if request.task == Task::Unload && state.samplers.remove(&name).is_some() {
+        return Ok(Reply::Unloaded);
     }
     let Some(model) = state.models.get_mut(&name) else {
         return Err(Refusal::Server(format!("{name} was never created")));
@@ -144,7 +221,11 @@ fn reply_to(request: &Request, state: &mut EngineState) -> Answer {
             state.models.remove(&name);
             Ok(Reply::Unloaded)
         }
-        Task::Create(_) => unreachable!(),
+        Task::Freeze(sampler) => {
+            state.samplers.entry(sampler.to_string()).or_insert_with(sampler_state);
+            Ok(Reply::Sampler)
+        }
+        Task::Create(_) | Task::OpenSampler { .. } => unreachable!(),
     }
 }
 
@@ -152,6 +233,37 @@ impl Engine for Double {
     fn submit(&self, request: Request, answer: Box<dyn FnOnce(Answer) + Send>) {
         // A thread that has panicked has dropped its end: the answer is dropped, too.
         let _ = self.queue.lock().unwrap().send((request, answer));
+    }
+
+    fn sample(&self, source: Source, request: SampleRequest, mut listener: Box<dyn Listener>) -> Ticket {
+        let mut sampled = self.sampled.lock().unwrap();
+        let ticket = Ticket(sampled.len() as u64);
+        sampled.push((source.clone(), request.clone()));
+        let (gate, cancelled, state) = (self.gate.clone(), self.cancelled.clone(), self.state.clone());
+        thread::spawn(move || {
+            let goes_on = || {
+                drop(gate.lock().unwrap());
+                !cancelled.lock().unwrap().contains(&ticket)
+            };
+            let known = match &source {
+                Source::Base => true,
+                Source::Adapter(id) => {
+                    let state = state.lock().unwrap_or_else(PoisonError::into_inner);
+                    state.samplers.contains_key(id.as_str()) || state.models.contains_key(id.as_str())
+                }
+            };
+            let answer = if known {
+                sample_all(&request, &mut *listener, goes_on)
+            } else {
+                Err(Refusal::User(format!("{source:?} is unknown")))
+            };
+            listener.end(answer);
+        });
+        ticket
+    }
+
+    fn cancel(&self, ticket: Ticket) {
+        self.cancelled.lock().unwrap().insert(ticket);
     }
 
     fn state(&self) -> EngineState {

@@ -202,6 +202,7 @@ impl Driver {
             Task::Save(save) => self.save(model, save),
             Task::Load(load) => self.load(model, load),
             Task::Spill => self.leave(model),
+            Task::Freeze(_) | Task::OpenSampler { .. } => Err(Refusal::Server("not built".into()).into()),
         };
         self.show();
         match reply {

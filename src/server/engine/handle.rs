@@ -1,6 +1,12 @@
 //! The way of requests to the engine's thread and back, and the state that other threads see.
 
-use crate::server::request::{Answer, Engine, EngineState, ModelState, Refusal, Request, Usage};
+use crate::{
+    infer::request::SampleRequest,
+    server::request::{
+        Answer, Engine, EngineState, Listener, ModelState, Refusal, Request, SamplingState, Source, Ticket,
+        Usage,
+    },
+};
 use crossbeam::channel::{Receiver, Sender};
 use std::{
     collections::BTreeMap,
@@ -129,6 +135,13 @@ impl Engine for EngineHandle {
         }
     }
 
+    fn sample(&self, _source: Source, _request: SampleRequest, listener: Box<dyn Listener>) -> Ticket {
+        listener.end(Err(Refusal::Server("not built".into())));
+        Ticket(0)
+    }
+
+    fn cancel(&self, _ticket: Ticket) {}
+
     fn state(&self) -> EngineState {
         let shown = self.lock();
         EngineState {
@@ -139,6 +152,8 @@ impl Engine for EngineHandle {
             micro_batches: shown.micro_batches,
             peak_rss_bytes: shown.peak_rss_bytes.clone(),
             usage: shown.usage.clone(),
+            samplers: BTreeMap::new(),
+            sampling: SamplingState::default(),
         }
     }
 }
