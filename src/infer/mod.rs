@@ -5,6 +5,7 @@ pub mod cache;
 pub mod decode;
 pub mod request;
 pub mod run;
+pub mod step;
 
 pub use decode::{Limits, greedy};
 pub use run::{Generation, Prompts, Request};
