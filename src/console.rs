@@ -67,6 +67,12 @@ pub fn say(text: &str) {
     let _ = Lines::default().write_all(format!("{text}\n").as_bytes());
 }
 
+/// Writes `text` to stderr without a line break, to ask for a line.
+pub fn ask(text: &str) {
+    // As in `say`.
+    let _ = io::stderr().write_all(text.as_bytes());
+}
+
 /// Draws `bar` in place of the one before.
 pub fn draw(bar: String) {
     let mut shown = BAR.lock().unwrap_or_else(PoisonError::into_inner);

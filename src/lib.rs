@@ -5,7 +5,7 @@
 //! - [`cli`]: the commands and the command line
 //! - [`server`]: the training server: requests, wires, engine
 //! - [`train`]: the step (count, accumulate, reduce, update), the loop, metrics, progress, signals
-//! - [`infer`]: KV cache, greedy decoding, generation
+//! - [`infer`]: sampling: requests and their books (pure), steps over a paged KV cache, generation
 //! - [`plan`]: bytes, FLOPs and traffic of a configuration before it runs: pure
 //! - [`checkpoint`]: PEFT adapter files, training state by name, atomic publish, resume and reshard
 //! - [`session`]: a named adapter with its optimizer and clipping

@@ -6,14 +6,14 @@ use std::process::{Command as Process, Output};
 use xorl_dist::cli::{
     self, Command, Common, Invocation,
     check::Check,
-    generate::{DtypeChoice, Generate, Prompt},
+    generate::{DtypeChoice, Generate, Prompt, Sampling},
     serve::Serve,
     train::Train,
 };
 use xorl_dist::config::Override;
 use xorl_dist::device::DeviceChoice;
 use xorl_dist::dtype::DType;
-use xorl_dist::infer::{Prompts, Request};
+use xorl_dist::infer::{Prompts, Request, request::Choice};
 
 fn parse(line: &str) -> Result<Invocation, String> {
     cli::parse(line.split_whitespace()).map_err(|error| error.to_string())
@@ -89,8 +89,11 @@ fn generate_takes_a_chat_or_a_prompt() {
         model: Some("m".into()),
         adapter: None,
         prompt: Prompt { prompt: Some("hi".into()), ..Prompt::default() },
+        system: None,
         out: None,
         max_new_tokens: 128,
+        sampling: Sampling::default(),
+        stop: vec![],
         dtype: DtypeChoice::Auto,
     };
     let parsed = |words: &[&str]| match cli::parse(words).unwrap() {
@@ -105,7 +108,11 @@ fn generate_takes_a_chat_or_a_prompt() {
         model_dir: Some("m".into()),
         adapter_dir: None,
         prompts: Prompts::Text("hi".into()),
+        system: None,
         max_new_tokens: 128,
+        choice: Choice { temperature: 0.0, top_p: 1.0, top_k: None },
+        seed: 0,
+        stop: vec![],
         compute: None,
     };
     assert_eq!(plain.request(), request);
@@ -124,6 +131,16 @@ fn generate_takes_a_chat_or_a_prompt() {
     let (generate, _) = parsed(&words("generate --adapter a --prompt hi"));
     let expected = Request { model_dir: None, adapter_dir: Some("a".into()), ..request.clone() };
     assert_eq!(generate.request(), expected);
+    let line = "generate --model m --interactive --system s --temperature 0.7 --top-p 0.9 --top-k 5 --seed 3 --stop a --stop b";
+    let expected = Request {
+        prompts: Prompts::Interactive,
+        system: Some("s".into()),
+        choice: Choice { temperature: 0.7, top_p: 0.9, top_k: Some(5) },
+        seed: 3,
+        stop: vec!["a".into(), "b".into()],
+        ..request.clone()
+    };
+    assert_eq!(parsed(&words(line)).0.request(), expected);
     let chats = words("generate --model m --chat-file c.jsonl");
     for (more, out) in [("", None), ("--out o.jsonl", Some("o.jsonl".into()))] {
         let expected = Request { prompts: Prompts::File { chats: "c.jsonl".into(), out }, ..request.clone() };
@@ -155,6 +172,15 @@ fn what_is_no_command_is_refused_in_one_line() {
         ("generate --chat a", "--model"),
         ("generate --model m --chat a --chat-file f", "cannot be used with"),
         ("generate --model m --chat a --out o", "--chat-file"),
+        ("generate --model m --chat a --interactive", "cannot be used with"),
+        ("generate --model m --prompt a --system o", "--system goes with --chat or --interactive"),
+        ("generate --model m --chat a --seed 1", "--seed goes with a --temperature above 0"),
+        ("generate --model m --chat a --top-p 0.5", "--top-p goes with a --temperature above 0"),
+        ("generate --model m --chat a --temperature -1", "at least 0"),
+        ("generate --model m --chat a --temperature NaN", "at least 0"),
+        ("generate --model m --chat a --temperature 1 --top-p 0", "above 0 and at most 1"),
+        ("generate --model m --chat a --temperature 1 --top-k 0", "at least 1"),
+        ("generate --model m --chat a --stop=", "not empty"),
         ("--train.lr=1 generate --model m --chat a", "--train.lr: generate reads no configuration"),
         ("generate --model m --chat a --max-new-tokens 0", "at least 1"),
         ("check --config run.yaml --show-samples 0", "at least 1"),

@@ -29,7 +29,14 @@ pub struct Chat {
 impl Chat {
     /// A chat of one user message.
     pub fn user(text: &str) -> Self {
-        Self { messages: vec![serde_json::json!({ "role": "user", "content": text })], tools: None }
+        let mut chat = Self::default();
+        chat.add("user", text);
+        chat
+    }
+
+    /// Adds a message.
+    pub fn add(&mut self, role: &str, text: &str) {
+        self.messages.push(serde_json::json!({ "role": role, "content": text }));
     }
 }
 

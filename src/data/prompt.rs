@@ -34,14 +34,14 @@ impl Prompt {
         Ok(Self { ids, reference: None })
     }
 
-    /// One user message.
-    pub fn user(
-        text: &str,
+    /// A chat that ends with a message of the user.
+    pub fn chat(
+        chat: Chat,
         tokenizer: &Tokenizer,
         template: &ChatTemplate,
         vocab_size: usize,
     ) -> Result<Self, DataError> {
-        Self::chat(Chat::user(text), tokenizer, template, vocab_size).map_err(DataError::Render)
+        Self::of_chat(chat, tokenizer, template, vocab_size).map_err(DataError::Render)
     }
 
     /// Every chat of a jsonl file. One that ends with an assistant message is continued before that message, which
@@ -54,7 +54,7 @@ impl Prompt {
     ) -> Result<Vec<Self>, DataError> {
         let mut prompts = Vec::new();
         source::for_each_line(path, |line| {
-            prompts.push(Self::chat(
+            prompts.push(Self::of_chat(
                 parse_chat(line, &mut Notes::default())?,
                 tokenizer,
                 template,
@@ -68,7 +68,7 @@ impl Prompt {
         Ok(prompts)
     }
 
-    fn chat(
+    fn of_chat(
         mut chat: Chat,
         tokenizer: &Tokenizer,
         template: &ChatTemplate,

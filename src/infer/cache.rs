@@ -1,86 +1,114 @@
-//! Keys and values of the tokens so far, for several sequences of different lengths, and attention over them.
+//! Keys and values of the tokens so far, in pages that are allocated once, and attention over them.
 
+use super::step::{PAGE, RankStep};
 use crate::{
     model::{ModelSpec, attend::Attend},
     ops::{
         Buffer,
-        attention::{self, Documents, Heads},
+        attention::{self, Documents, Heads, Paged, Part},
     },
     shard::ShardError,
 };
 use tch::{Device, Kind, Tensor};
 
-/// Keys and values, rotated, of every layer. A place is a token of a sequence: sequence·capacity + position.
+/// Keys and values, rotated, of every layer, in pages of [`PAGE`] tokens.
 pub struct KvCache {
-    /// Per layer k|v: `[places, key_value·(dim + value_dim)]`
+    /// Per layer k|v: `[pages·PAGE, key_value·(dim + value_dim)]`
     layers: Vec<Tensor>,
-    sequences: i64,
-    capacity: i64,
+    pages: usize,
 }
 
-/// Attention of whole prompts, whose keys and values go into the cache.
-pub struct Prefill<'a> {
-    pub cache: &'a KvCache,
-    /// The place of each token: `[tokens]` i64.
-    pub places: Tensor,
-    pub documents: &'a Documents,
+/// Bytes of a page in all layers of `spec`, of elements of `element` bytes.
+pub fn page_bytes(spec: &ModelSpec, element: usize) -> usize {
+    let columns: i64 = spec.layers.iter().map(|layer| columns(layer.mixer.cached_heads())).sum();
+    columns as usize * PAGE * element
 }
 
-/// Attention of the next token of every sequence over all of its tokens.
-pub struct NextTokens<'a> {
-    pub cache: &'a KvCache,
-    /// The place of each sequence's new token: `[sequences]` i64.
-    pub places: Tensor,
-    /// Tokens of each sequence, the new one included: `[sequences]` i64.
-    pub lengths: Tensor,
-    /// The largest of `lengths`.
-    pub longest: usize,
+fn columns(heads: Heads) -> i64 {
+    heads.key_value * (heads.dim + heads.value_dim)
 }
 
 impl KvCache {
-    /// An empty cache of `sequences` sequences of at most `capacity` tokens.
-    pub fn new(spec: &ModelSpec, sequences: usize, capacity: usize, kind: Kind, device: Device) -> Self {
-        let (sequences, capacity) = (sequences as i64, capacity as i64);
-        let columns = |heads: Heads| heads.key_value * (heads.dim + heads.value_dim);
+    /// A cache of `pages` pages.
+    pub fn new(spec: &ModelSpec, pages: usize, kind: Kind, device: Device) -> Self {
         let layers = spec.layers.iter().map(|layer| {
-            let shape = [sequences * capacity, columns(layer.mixer.cached_heads())];
+            let shape = [(pages * PAGE) as i64, columns(layer.mixer.cached_heads())];
             Tensor::zeros(shape, (kind, device))
         });
-        Self { layers: layers.collect(), sequences, capacity }
+        Self { layers: layers.collect(), pages }
     }
 
-    /// The place of each (sequence, position): `[tokens]` i64.
-    pub fn places(&self, tokens: impl IntoIterator<Item = (usize, usize)>, device: Device) -> Tensor {
-        let place = |(sequence, position)| sequence as i64 * self.capacity + position as i64;
-        let places: Vec<i64> = tokens.into_iter().map(place).collect();
-        Tensor::from_slice(&places).to_device(device)
+    /// Its pages.
+    pub fn pages(&self) -> usize {
+        self.pages
     }
 
-    /// Copies keys and values of q|k|v `[tokens, Σ widths]` to `places` `[tokens]` i64.
-    fn store(&self, layer: usize, qkv: &Tensor, heads: Heads, places: &Tensor) {
+    fn index(&self, values: &[i64]) -> Tensor {
+        let device = self.layers.first().map_or(Device::Cpu, Tensor::device);
+        Tensor::from_slice(values).to_device(device)
+    }
+
+    /// Copies pages, `(from, to)`, in all layers. No page is copied to and from.
+    pub fn copy(&mut self, pages: &[(u32, u32)]) {
+        if pages.is_empty() {
+            return;
+        }
+        let [from, to] = [|pair: &(u32, u32)| pair.0, |pair: &(u32, u32)| pair.1]
+            .map(|side| self.index(&pages.iter().map(|pair| i64::from(side(pair))).collect::<Vec<_>>()));
+        for layer in &self.layers {
+            let mut by_page = layer.view([self.pages as i64, -1]);
+            let _ = by_page.index_copy_(0, &to, &by_page.index_select(0, &from));
+        }
+    }
+
+    /// Attention of the runs of `step` over the cache.
+    pub fn attend(&self, step: &RankStep) -> OverPages<'_> {
+        let (mut row, mut places) = (0, Vec::new());
+        let (mut whole, mut lengths, mut parts) = (Vec::new(), Vec::new(), Vec::new());
+        for run in &step.runs {
+            let part = Part { rows: row..row + run.ids.len(), first: run.first, pages: run.pages.clone() };
+            row = part.rows.end;
+            places.extend(part.places(PAGE).map(|place| place as i64));
+            if run.first == 0 {
+                lengths.push(part.rows.len());
+                whole.extend(part.rows.map(|row| row as i64));
+            } else {
+                parts.push(part);
+            }
+        }
+        let places = self.index(&places);
+        let documents = Documents::new(&lengths, places.device());
+        let others = || (self.index(&whole), Paged::new(parts, PAGE, &places));
+        let others = if whole.len() < row { Some(others()) } else { None };
+        OverPages { cache: self, places, documents, others }
+    }
+}
+
+/// Attention of a batch's tokens over their sequences, whose keys and values go into the cache.
+pub struct OverPages<'a> {
+    cache: &'a KvCache,
+    /// The place of each token: `[tokens]` i64.
+    places: Tensor,
+    /// Sequences that begin here: they see nothing but themselves.
+    documents: Documents,
+    /// Where other sequences go on: the rows of those that begin, and the parts that go on.
+    others: Option<(Tensor, Paged)>,
+}
+
+impl Attend for OverPages<'_> {
+    fn forward(&self, layer: usize, qkv: &Tensor, heads: Heads) -> Result<(Buffer, Tensor), ShardError> {
         let [q, k, v] = heads.widths();
-        let _ = self.layers[layer].shallow_clone().index_copy_(0, places, &qkv.narrow(1, q, k + v));
-    }
-}
-
-impl Attend for Prefill<'_> {
-    fn forward(&self, layer: usize, qkv: &Tensor, heads: Heads) -> Result<(Buffer, Tensor), ShardError> {
-        self.cache.store(layer, qkv, heads, &self.places);
-        Ok(attention::forward(qkv, heads, self.documents))
-    }
-}
-
-impl Attend for NextTokens<'_> {
-    fn forward(&self, layer: usize, qkv: &Tensor, heads: Heads) -> Result<(Buffer, Tensor), ShardError> {
-        let Self { cache, places, lengths, longest } = self;
-        cache.store(layer, qkv, heads, places);
-        let [_, k, v] = heads.widths();
-        let all = cache.layers[layer].view([cache.sequences, cache.capacity, k + v]);
-        let all = all.narrow(1, 0, *longest as i64);
-        let part = |first, columns, dim| all.narrow(2, first, columns).unflatten(2, [heads.key_value, dim]);
-        let (k, v) = (part(0, k, heads.dim), part(k, v, heads.value_dim));
-        let [q, _, _] = heads.split(qkv);
-        let out = attention::with_cache(&q, &k, &v, lengths, heads);
-        Ok((out.into(), Tensor::zeros([0], (Kind::Float, qkv.device()))))
+        let kv = &self.cache.layers[layer];
+        let _ = kv.shallow_clone().index_copy_(0, &self.places, &qkv.narrow(1, q, k + v));
+        let Some((whole, paged)) = &self.others else {
+            return Ok(attention::forward(qkv, heads, &self.documents));
+        };
+        let mut out = Buffer::empty(&[qkv.size()[0], heads.output()], qkv.kind(), qkv.device());
+        if whole.numel() > 0 {
+            let (o, _) = attention::forward(&qkv.index_select(0, whole), heads, &self.documents);
+            let _ = out.index_copy_(0, whole, &o);
+        }
+        attention::over_pages(qkv, kv, paged, heads, &out);
+        Ok((out, Tensor::zeros([0], (Kind::Float, qkv.device()))))
     }
 }

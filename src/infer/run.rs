@@ -1,6 +1,11 @@
 //! The command `generate`, whole: read a model, an adapter and prompts, continue them on all ranks.
 
-use super::{Limits, decode::NOT_FINITE, greedy};
+use super::{
+    local::Local,
+    request::{Choice, Continuation, End, SampleRequest, Stop, Wanted},
+    sampler::SampleError,
+    stops::{Text, WithoutSpecialTokens},
+};
 use crate::{
     checkpoint::{
         adapter_config,
@@ -9,8 +14,8 @@ use crate::{
     },
     comm::World,
     config::ReduceGradients,
-    console::first_of,
-    data::{ChatTemplate, Prompt, Reference, Tokenizer},
+    console::{self, count, first_of},
+    data::{Chat, ChatTemplate, Prompt, Reference, Tokenizer},
     dtype::DType,
     error::{Error, Result},
     lora::Adapter,
@@ -27,8 +32,10 @@ use crate::{
 };
 use serde_json::{Value, json};
 use std::{
-    io::Write,
+    io::{BufRead, IsTerminal, Write},
     path::{Path, PathBuf},
+    sync::Arc,
+    time::Instant,
 };
 
 /// A request to generate.
@@ -39,7 +46,14 @@ pub struct Request {
     /// PEFT adapter directory, or that of a run: its newest step.
     pub adapter_dir: Option<PathBuf>,
     pub prompts: Prompts,
+    /// Message of the system before a chat.
+    pub system: Option<String>,
     pub max_new_tokens: usize,
+    pub choice: Choice,
+    /// Key of the random numbers of the first prompt; the next has the next.
+    pub seed: u64,
+    /// Texts that end a continuation and are not shown.
+    pub stop: Vec<String>,
     /// Compute dtype; `None`: that of the checkpoint, fp32 for fp16.
     pub compute: Option<DType>,
 }
@@ -51,6 +65,8 @@ pub enum Prompts {
     Chat(String),
     /// Text as it is; what follows goes to stdout.
     Text(String),
+    /// Each line of stdin is a user message of one chat; the answers go to stdout.
+    Interactive,
     /// Every chat of a jsonl file; one JSON line each (`prompt_index`, `completion`, and the reference's `loss_sum` and
     /// `loss_tokens`, null without a reference) to `out`, or to stdout.
     File { chats: PathBuf, out: Option<PathBuf> },
@@ -62,9 +78,11 @@ pub struct Generation {
     spec: ModelSpec,
     source: SafetensorsSource,
     compute: DType,
-    tokenizer: Tokenizer,
+    tokenizer: Arc<Tokenizer>,
+    /// For an interactive chat.
+    template: Option<ChatTemplate>,
     prompts: Vec<Prompt>,
-    limits: Limits,
+    end_token_ids: Vec<i64>,
     adapter: Option<StoredAdapter>,
 }
 
@@ -78,13 +96,7 @@ impl Generation {
             None => base_of(adapter.as_deref())?,
         };
         let hf = HfModel::open(directory)?;
-        if !hf.generation_unread.is_empty() {
-            let settings = first_of(&hf.generation_unread);
-            tracing::warn!(
-                "{}: generation_config.json: not built, not used: {settings}",
-                directory.display()
-            );
-        }
+        warn_of_settings(&hf, directory, &request.choice);
         if hf.end_token_ids.is_empty() && !hf.eos_token_ids.is_empty() {
             tracing::warn!(
                 "{}: no token ends a generation, as in transformers: generation_config.json, or without one \
@@ -94,12 +106,17 @@ impl Generation {
         }
         let mut spec = hf.spec;
         let source = stored_base::open(directory, &mut spec)?;
-        let tokenizer = Tokenizer::load(directory)?;
+        let tokenizer = Arc::new(Tokenizer::load(directory)?);
         let template = || ChatTemplate::load(directory);
         let vocab = spec.vocab_size;
         let prompts = match &request.prompts {
             Prompts::Text(text) => vec![Prompt::text(text, &tokenizer, vocab)?],
-            Prompts::Chat(text) => vec![Prompt::user(text, &tokenizer, &template()?, vocab)?],
+            Prompts::Chat(text) => {
+                let mut chat = system_chat(request.system.as_deref());
+                chat.add("user", text);
+                vec![Prompt::chat(chat, &tokenizer, &template()?, vocab)?]
+            }
+            Prompts::Interactive => Vec::new(),
             Prompts::File { chats, out } => {
                 let folder =
                     out.as_ref().and_then(|out| out.parent()).filter(|at| !at.as_os_str().is_empty());
@@ -117,9 +134,12 @@ impl Generation {
             stored.map_err(|error| Error::Input(error.to_string()))
         };
         let adapter = adapter.as_ref().map(read).transpose()?;
-        let limits =
-            Limits { max_new_tokens: request.max_new_tokens, eos_token_ids: hf.end_token_ids.clone() };
-        Ok(Self { request, spec, source, compute, tokenizer, prompts, limits, adapter })
+        let template = match &request.prompts {
+            Prompts::Interactive => Some(template()?),
+            _ => None,
+        };
+        let end_token_ids = hf.end_token_ids;
+        Ok(Self { request, spec, source, compute, tokenizer, template, prompts, end_token_ids, adapter })
     }
 
     /// Continues the prompts on all ranks, the base sharded over them; rank 0 writes.
@@ -136,26 +156,43 @@ impl Generation {
             own.set(|parameter, range| values[&parameter.name][range].to_vec())?;
             adapter = Some(own);
         }
-        let adapters = &mut adapter.iter_mut().collect::<Vec<_>>()[..];
+        if let Some(template) = &self.template {
+            let mut local = self.local(&mut model, adapter.as_mut(), &groups);
+            return self.converse(&mut local, template);
+        }
+        let requests: Vec<SampleRequest> =
+            (0..).zip(&self.prompts).map(|(i, prompt)| self.request_of(prompt, i)).collect();
+        let started = Instant::now();
+        let mut local = self.local(&mut model, adapter.as_mut(), &groups);
+        let replies = match &self.request.prompts {
+            Prompts::File { .. } => local.sample(&requests, |_, _| ())?,
+            _ => {
+                for request in requests {
+                    self.stream(&mut local, request, rank == 0)?;
+                }
+                return Ok(());
+            }
+        };
+        let seconds = started.elapsed().as_secs_f64();
+        let continuations: Vec<Continuation> =
+            replies.into_iter().flat_map(|reply| reply.continuations).collect();
 
-        // Prompt i is rank (i mod ranks)'s.
-        let own: Vec<usize> = (rank..self.prompts.len()).step_by(ranks).collect();
-        let ids: Vec<&[i64]> = own.iter().map(|&i| &self.prompts[i].ids[..]).collect();
-        let continuations = greedy(&mut model, adapters, groups.shard.as_ref(), &ids, &self.limits)?;
+        // The reference of prompt i is computed by rank (i mod ranks).
+        let adapters = &mut adapter.iter_mut().collect::<Vec<_>>()[..];
+        let mut own = (rank..self.prompts.len()).step_by(ranks);
         let scored = self.prompts.iter().any(|prompt| prompt.reference.is_some());
         let mut lines = Vec::new();
-        let mut own = own.into_iter().zip(continuations);
         // Every rank computes as often as every other, perhaps nothing, so that the gathers match.
         for _ in 0..self.prompts.len().div_ceil(ranks) {
             let own = own.next();
-            let reference = own.as_ref().and_then(|(index, _)| self.prompts[*index].reference.as_ref());
+            let reference = own.and_then(|index| self.prompts[index].reference.as_ref());
             let loss = if scored { Some(reference_loss(&mut model, adapters, reference)?) } else { None };
             let loss = loss.filter(|_| reference.is_some());
             if loss.as_ref().is_some_and(|loss| !loss.sum.is_finite()) {
-                return Err(Error::Failure(NOT_FINITE.into()));
+                return Err(Error::Failure(SampleError::NotFinite.to_string()));
             }
-            if let Some((index, continuation)) = own {
-                let completion = self.tokenizer.decode(&continuation, true)?;
+            if let Some(index) = own {
+                let completion = self.completion(&continuations[index])?;
                 lines.push(json!({"prompt_index": index, "completion": completion,
                     "loss_sum": loss.as_ref().map(|loss| loss.sum), "loss_tokens": loss.as_ref().map(|loss| loss.tokens)}));
             }
@@ -167,23 +204,159 @@ impl Generation {
             all.extend(part);
         }
         all.sort_by_key(|line| line["prompt_index"].as_u64());
-        if rank == 0 { self.write(&all) } else { Ok(()) }
+        if rank > 0 {
+            return Ok(());
+        }
+        let tokens = continuations.iter().map(|continuation| continuation.ids.len()).sum();
+        tracing::info!("{}", summary(&all, tokens, seconds));
+        self.write(&all)
     }
 
-    fn write(&self, lines: &[Value]) -> Result<()> {
-        let text = match &self.request.prompts {
-            Prompts::File { .. } => lines.iter().map(|line| format!("{line}\n")).collect::<String>(),
-            _ => {
-                lines.iter().filter_map(|line| Some(format!("{}\n", line["completion"].as_str()?))).collect()
+    fn local<'a>(
+        &self,
+        model: &'a mut Transformer,
+        adapter: Option<&'a mut Adapter>,
+        groups: &'a ProcessGroups,
+    ) -> Local<'a> {
+        let decode = Arc::new(WithoutSpecialTokens(self.tokenizer.clone()));
+        Local { model, adapter, world: groups.shard.as_ref(), decode }
+    }
+
+    /// The request to continue the prompt of number `index`.
+    fn request_of(&self, prompt: &Prompt, index: u64) -> SampleRequest {
+        let Request { max_new_tokens, choice, seed, ref stop, .. } = self.request;
+        SampleRequest {
+            prompt: prompt.ids.clone(),
+            count: 1,
+            max_new_tokens,
+            choice,
+            seed: seed.wrapping_add(index),
+            stop: Stop { ids: self.end_token_ids.clone(), texts: stop.clone() },
+            wanted: Wanted::default(),
+        }
+    }
+
+    /// The text of a continuation, without what ended it.
+    fn completion(&self, continuation: &Continuation) -> Result<String> {
+        let Continuation { ids, end, .. } = continuation;
+        let shown = if *end == End::Id { &ids[..ids.len().saturating_sub(1)] } else { ids };
+        let mut text = self.tokenizer.decode(shown, true)?;
+        if let End::Text(number) = end
+            && let Some(at) = text.find(&self.request.stop[*number])
+        {
+            text.truncate(at);
+        }
+        Ok(text)
+    }
+
+    /// Continues one prompt. Where `shown`, its text goes to stdout while it comes, and a line break after it.
+    fn stream(&self, local: &mut Local, request: SampleRequest, shown: bool) -> Result<String> {
+        let mut text = Text::new(local.decode.clone(), &request.prompt, &request.stop.texts);
+        let (ends, mut whole) = (request.stop.ids.clone(), String::new());
+        let mut tell = |part: &str| {
+            whole.push_str(part);
+            if shown && !part.is_empty() {
+                say(part);
             }
         };
+        local.sample(&[request], |_, token| {
+            if !ends.contains(&token.id) {
+                tell(&text.push(token.id));
+            }
+        })?;
+        tell(&text.finish());
+        if shown {
+            say("\n");
+        }
+        Ok(whole)
+    }
+
+    /// A chat with whoever writes lines to stdin, until they end.
+    fn converse(&self, local: &mut Local, template: &ChatTemplate) -> Result<()> {
+        let mut chat = system_chat(self.request.system.as_deref());
+        let mut lines = std::io::stdin().lock().lines();
+        let asks = std::io::stdin().is_terminal();
+        for turn in 0.. {
+            if asks {
+                console::ask("> ");
+            }
+            let line = lines.next().transpose();
+            let Some(line) = line.map_err(|error| Error::Failure(format!("stdin: {error}")))? else { break };
+            if line.trim().is_empty() {
+                continue;
+            }
+            chat.add("user", &line);
+            let prompt = Prompt::chat(chat.clone(), &self.tokenizer, template, self.spec.vocab_size)?;
+            let answer = self.stream(local, self.request_of(&prompt, turn), true)?;
+            chat.add("assistant", &answer);
+        }
+        Ok(())
+    }
+
+    /// Writes the lines of a file of chats.
+    fn write(&self, lines: &[Value]) -> Result<()> {
+        let text = lines.iter().map(|line| format!("{line}\n")).collect::<String>();
         if let Prompts::File { out: Some(path), .. } = &self.request.prompts {
             return std::fs::write(path, text)
                 .map_err(|error| Error::Failure(format!("{}: {error}", path.display())));
         }
-        // A reader that has seen enough is no error.
-        let _ = std::io::stdout().write_all(text.as_bytes());
+        say(&text);
         Ok(())
+    }
+}
+
+/// Writes to stdout at once.
+fn say(text: &str) {
+    let mut out = std::io::stdout();
+    // A reader that has seen enough is no error.
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+/// A chat with the message of the system alone, if there is one.
+fn system_chat(system: Option<&str>) -> Chat {
+    let mut chat = Chat::default();
+    if let Some(system) = system {
+        chat.add("system", system);
+    }
+    chat
+}
+
+/// Means of the answers to a file of chats, and the speed of `seconds` of sampling `tokens` tokens.
+fn summary(lines: &[Value], tokens: usize, seconds: f64) -> String {
+    let mean = tokens as f64 / lines.len() as f64;
+    let prompts = count(lines.len(), "prompt");
+    let mut text = format!(
+        "{prompts} continued: {} in {seconds:.1} s, {:.1} tokens/s, mean {mean:.1} tokens",
+        count(tokens, "token"),
+        tokens as f64 / seconds,
+    );
+    let sum = |key: &str| lines.iter().filter_map(|line| line[key].as_f64()).sum::<f64>();
+    let (loss, of) = (sum("loss_sum"), sum("loss_tokens"));
+    if of > 0.0 {
+        text +=
+            &format!("; mean loss of the references {:.4} over {}", loss / of, count(of as usize, "token"));
+    }
+    text
+}
+
+/// Tells the settings of a generation_config.json that are not used.
+fn warn_of_settings(hf: &HfModel, directory: &Path, choice: &Choice) {
+    let file = format!("{}: generation_config.json", directory.display());
+    if !hf.generation_unread.is_empty() {
+        tracing::warn!("{file}: not built, not used: {}", first_of(&hf.generation_unread));
+    }
+    if choice.temperature == 0.0 && !hf.generation_sampling.is_empty() {
+        let of_file: Vec<String> =
+            hf.generation_sampling.iter().map(|(name, value)| format!("{name} {value}")).collect();
+        let temperature = hf.generation_sampling.iter().find(|(name, _)| name == "temperature");
+        let flags = hf.generation_sampling.iter().filter(|(name, _)| name.starts_with("top_"));
+        let temperature = temperature.map_or(json!(1.0), |(_, value)| value.clone());
+        let flags: String =
+            flags.map(|(name, value)| format!(" --{} {value}", name.replace('_', "-"))).collect();
+        tracing::warn!(
+            "{file}: {} are not used: the most likely tokens are chosen; to sample, --temperature {temperature}{flags}",
+            of_file.join(", ")
+        );
     }
 }
 

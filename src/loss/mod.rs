@@ -25,6 +25,7 @@ mod report;
 mod segments;
 mod sequence;
 mod targets;
+mod top;
 
 pub use cross_entropy::CrossEntropy;
 pub use error::LossError;
@@ -33,6 +34,7 @@ pub use inputs::{Absent, Input, Sequence};
 pub use named::NamedLoss;
 pub use segments::BySegment;
 pub use targets::Targets;
+pub use top::TopPass;
 
 pub use crate::config::Param;
 

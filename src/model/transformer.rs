@@ -2,6 +2,8 @@
 //! adapters that it is handed. It takes its tensors from slot pools and is independent of files and of the number of
 //! ranks.
 
+mod predict;
+
 use super::{
     ModelSpec,
     attend::{Attend, WithinDocuments},
@@ -24,7 +26,8 @@ use crate::{
     trace::{self, Category},
     weights::WeightSource,
 };
-use std::rc::Rc;
+pub use predict::{Predicted, Reading};
+use std::{ops::Range, rc::Rc};
 use tch::{Device, Kind, Tensor};
 
 /// One flat micro-batch: documents one after another, no padding between them.
@@ -79,16 +82,18 @@ impl Batch {
         }
     }
 
-    /// Batch of one token of each of several documents, at its position there: one step of generation.
-    pub fn of_single_tokens(ids: &[i64], positions: &[i64], device: Device) -> Self {
+    /// Batch of parts of documents, one after another: neighbouring tokens at the given positions, as generation has.
+    pub fn of_parts(ids: &[i64], parts: &[Range<usize>], device: Device) -> Self {
+        let positions: Vec<i64> = parts.iter().cloned().flatten().map(|position| position as i64).collect();
         debug_assert_eq!(ids.len(), positions.len());
         let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(device);
+        let lengths: Vec<usize> = parts.iter().map(Range::len).collect();
         Self {
             ids: tensor(ids),
             targets: Targets::none(ids.len(), device),
-            positions: tensor(positions),
-            extents: positions.iter().map(|&last| Extent { tokens: 1, length: last as usize + 1 }).collect(),
-            documents: Rc::new(Documents::new(&vec![1; ids.len()], device)),
+            positions: tensor(&positions),
+            extents: parts.iter().map(|part| Extent { tokens: part.len(), length: part.end }).collect(),
+            documents: Rc::new(Documents::new(&lengths, device)),
             adapters: Rc::new(RowAdapters::one(ids.len())),
             padding: 0,
         }
@@ -449,33 +454,5 @@ impl Transformer {
         let context = self.context(batch, &attend);
         let x = self.forward_layers(adapters, &batch.ids, &context, |_, _| ())?;
         Ok(self.head_loss(&x, batch, loss, false)?.0)
-    }
-
-    /// Logits `[tokens, vocab]` fp32 of every token of a batch.
-    pub fn logits(&mut self, batch: &Batch, adapters: &mut [&mut Adapter]) -> Result<Tensor, ShardError> {
-        self.logits_of(batch, adapters, None, &WithinDocuments(&batch.documents))
-    }
-
-    /// Logits `[rows, vocab]` fp32 of the tokens `rows` `[rows]` i64 of a batch, all when `None`. `attend` is the
-    /// attention of each layer.
-    pub fn logits_of(
-        &mut self,
-        batch: &Batch,
-        adapters: &mut [&mut Adapter],
-        rows: Option<&Tensor>,
-        attend: &dyn Attend,
-    ) -> Result<Tensor, ShardError> {
-        let _guard = tch::no_grad_guard();
-        let context = self.context(batch, attend);
-        let x = self.forward_layers(adapters, &batch.ids, &context, |_, _| ())?;
-        let x = rows.map_or_else(|| x.shallow_clone(), |rows| x.index_select(0, rows));
-        self.final_norm.gather(0)?;
-        let (normed, _) = norm::forward(&x, &self.final_norm.view(0, 0)?, self.spec.rms_norm_eps);
-        let mut columns = Vec::new();
-        for chunk in 0..self.vocab_chunks() {
-            let (weight, _) = self.vocab_chunk(chunk, true)?;
-            columns.push(normed.mm(&weight.tr()).to_kind(Kind::Float));
-        }
-        Ok(Tensor::cat(&columns, 1))
     }
 }

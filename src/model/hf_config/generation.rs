@@ -1,4 +1,5 @@
-//! Reads a generation_config.json: the tokens that end a generation, and the settings that would change a greedy one.
+//! Reads a generation_config.json: the tokens that end a generation, the settings that would change a greedy one, and
+//! those by which transformers would sample.
 
 use super::{ConfigError, is_same, read_object, token_ids};
 use crate::console::shortened;
@@ -72,11 +73,16 @@ const NEUTRAL: &[(&str, f64)] = &[
     ("repetition_penalty", 1.0),
 ];
 
-/// The part of a generation_config.json that greedy decoding needs.
+/// Settings of sampling.
+const SAMPLING: &[&str] = &["temperature", "top_p", "top_k"];
+
+/// The part of a generation_config.json that generation needs.
 pub struct Generation {
     pub eos_token_ids: Vec<i64>,
     /// Settings that are not built, with their values.
     pub unread: Vec<String>,
+    /// Where `do_sample` is true, it and the settings of sampling, with their values.
+    pub sampling: Vec<(String, Value)>,
 }
 
 impl Generation {
@@ -92,6 +98,14 @@ impl Generation {
             *key != "eos_token_id" && !HARMLESS.contains(&key.as_str()) && !value.is_null() && !is_neutral
         };
         let unread = map.iter().filter(has_effect).map(|(key, value)| format!("{key} {}", shortened(value)));
-        Ok(Some(Self { eos_token_ids: token_ids(path, &map)?, unread: unread.collect() }))
+        let samples = map.get("do_sample").is_some_and(|value| *value == true);
+        let sampling = SAMPLING.iter().filter(|_| samples).filter_map(|&key| {
+            let value = map.get(key).filter(|value| !value.is_null())?;
+            Some((key.to_owned(), value.clone()))
+        });
+        let of_do_sample = samples.then(|| ("do_sample".to_owned(), Value::Bool(true)));
+        let sampling = of_do_sample.into_iter().chain(sampling).collect();
+        let unread = unread.collect();
+        Ok(Some(Self { eos_token_ids: token_ids(path, &map)?, unread, sampling }))
     }
 }

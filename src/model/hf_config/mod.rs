@@ -112,6 +112,8 @@ pub struct HfModel {
     pub max_positions: Option<usize>,
     /// Settings of that generation_config.json that would change a greedy continuation and are not built.
     pub generation_unread: Vec<String>,
+    /// Settings by which that file has transformers sample, with their values; none where it does not.
+    pub generation_sampling: Vec<(String, Value)>,
 }
 
 impl HfModel {
@@ -122,6 +124,7 @@ impl HfModel {
         if let Some(generation) = Generation::read(&path.with_file_name("generation_config.json"))? {
             model.end_token_ids = generation.eos_token_ids;
             model.generation_unread = generation.unread;
+            model.generation_sampling = generation.sampling;
         }
         Ok(model)
     }
@@ -177,6 +180,7 @@ impl HfModel {
             pad_token_id,
             max_positions,
             generation_unread,
+            generation_sampling: Vec::new(),
         })
     }
 }

@@ -25,19 +25,19 @@ struct Task {
 
 /// Sizes that all tasks share.
 #[derive(Clone, Copy)]
-struct Shape {
+pub(super) struct Shape {
     query: usize,
-    key_value: usize,
+    pub key_value: usize,
     /// Width of a head of q and k.
-    dim: usize,
+    pub dim: usize,
     /// Width of a head of v and of the output.
-    value_dim: usize,
-    window: usize,
-    scale: f64,
+    pub value_dim: usize,
+    pub window: usize,
+    pub scale: f64,
 }
 
 impl Shape {
-    fn new(heads: Heads) -> Self {
+    pub fn new(heads: Heads) -> Self {
         Self {
             query: heads.query as usize,
             key_value: heads.key_value as usize,
@@ -58,23 +58,23 @@ impl Shape {
     }
 
     /// Query heads that attend to key-value head `head`.
-    fn group(&self, head: usize) -> Range<usize> {
+    pub fn group(&self, head: usize) -> Range<usize> {
         let size = self.query / self.key_value;
         head * size..(head + 1) * size
     }
 
     /// Columns of query head `head` in fused q|k|v.
-    fn columns(&self, head: usize) -> Range<usize> {
+    pub fn columns(&self, head: usize) -> Range<usize> {
         head * self.dim..(head + 1) * self.dim
     }
 
     /// Columns of query head `head` in the output.
-    fn output_columns(&self, head: usize) -> Range<usize> {
+    pub fn output_columns(&self, head: usize) -> Range<usize> {
         head * self.value_dim..(head + 1) * self.value_dim
     }
 
     /// Columns of the keys and values of key-value head `head` in fused q|k|v.
-    fn key_value_columns(&self, head: usize) -> [Range<usize>; 2] {
+    pub fn key_value_columns(&self, head: usize) -> [Range<usize>; 2] {
         let first_value = (self.query + self.key_value) * self.dim + head * self.value_dim;
         [self.columns(self.query + head), first_value..first_value + self.value_dim]
     }

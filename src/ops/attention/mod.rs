@@ -11,6 +11,9 @@
 mod cpu;
 mod flash;
 mod formula;
+mod paged;
+
+pub use paged::{Paged, Part, over_pages};
 
 use super::{
     Buffer, accum_kind,
@@ -189,46 +192,16 @@ fn on_cpu(kind: Kind, kernel: impl Kernel) {
     }
 }
 
-/// Attention of one new token of each sequence over that sequence's cache, for generation: q `[sequences, query, dim]`,
-/// k `[sequences, places, key_value, dim]`, v `[sequences, places, key_value, value_dim]`. The first `lengths`
-/// `[sequences]` i64 places count; the last of them is the new token. Returns o `[sequences, query·value_dim]`.
-pub fn with_cache(q: &Tensor, k: &Tensor, v: &Tensor, lengths: &Tensor, heads: Heads) -> Tensor {
-    let (sequences, places) = (k.size()[0], k.size()[1]);
-    let shape = [sequences, heads.output()];
-    if sequences == 0 {
-        return Tensor::empty(shape, (q.kind(), q.device()));
-    }
-    let age = lengths.unsqueeze(1) - 1 - Tensor::arange(places, (Kind::Int64, q.device()));
-    let mut hidden = age.lt(0);
-    if let Some(window) = heads.window {
-        hidden = hidden.logical_or(&age.ge(window));
-    }
-    let mask = Tensor::zeros([sequences, places], (q.kind(), q.device()));
-    let mask = mask.masked_fill(&hidden, f64::NEG_INFINITY).view([sequences, 1, 1, places]);
-    let (k, v) = (k.transpose(1, 2), v.transpose(1, 2));
-    // libtorch's kernel takes heads of one width.
-    let o = if has_kernels(q) && heads.dim == heads.value_dim {
-        let (q, mask, scale) = (q.unsqueeze(2), Some(&mask), Some(heads.scale));
-        Tensor::internal_scaled_dot_product_flash_attention_for_cpu(&q, &k, &v, 0.0, false, mask, scale).0
-    } else {
-        // The heads of a group side by side: [sequences, key_value, group, dim].
-        let q = q.reshape([sequences, heads.key_value, -1, heads.dim]);
-        let scores = q.matmul(&k.transpose(-1, -2)) * heads.scale + mask;
-        scores.softmax(-1, accum_kind(q.kind())).to_kind(v.kind()).matmul(&v)
-    };
-    o.reshape(shape)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::ops::{
         cpu::{amx::Emulated, tile::InTiles},
-        testing::{autograd, distance, leaf},
+        testing::{autograd, distance},
     };
 
     /// The textbook formula, one document and one head at a time.
-    fn reference(qkv: &Tensor, heads: Heads, lengths: &[usize]) -> Tensor {
+    pub fn reference(qkv: &Tensor, heads: Heads, lengths: &[usize]) -> Tensor {
         let mut rows = Vec::new();
         let mut start = 0;
         for &length in lengths {
@@ -360,33 +333,6 @@ mod tests {
             formula::backward(&d_out, &qkv, &out, &lse, *heads, &documents, &d_qkv);
             for (ours, exact) in [out, d_qkv].iter().zip(&exact) {
                 assert!(distance(ours, exact) < 1e-11, "{lengths:?}: {}", distance(ours, exact));
-            }
-        }
-    }
-
-    #[test]
-    fn a_cache_continues_documents_of_different_lengths() {
-        let lengths = [9usize, 4, 1];
-        for window in [None, Some(3)] {
-            for (value_dim, scale) in [(8, 0.3), (8, 8f64.sqrt().recip()), (5, 0.7)] {
-                let heads = Heads { query: 4, key_value: 2, dim: 8, value_dim, scale, window };
-                let qkv = leaf(&[14, heads.widths().iter().sum()]).detach();
-                let whole = reference(&qkv, heads, &lengths);
-                let [q, k, v] = heads.split(&qkv);
-                // Places behind a sequence's end must not count.
-                let caches = [&k, &v].map(|part| {
-                    let cache = Tensor::full([3, 12, 2, part.size()[2]], 7.0, (Kind::Double, Device::Cpu));
-                    let mut end = 0;
-                    for (i, length) in lengths.iter().map(|&length| length as i64).enumerate() {
-                        cache.get(i as i64).narrow(0, 0, length).copy_(&part.narrow(0, end, length));
-                        end += length;
-                    }
-                    cache
-                });
-                let last = Tensor::from_slice(&[8i64, 12, 13]);
-                let q = q.index_select(0, &last);
-                let o = with_cache(&q, &caches[0], &caches[1], &Tensor::from_slice(&[9i64, 4, 1]), heads);
-                assert!(distance(&o, &whole.index_select(0, &last)) < 1e-12, "{heads:?}");
             }
         }
     }

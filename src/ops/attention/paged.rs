@@ -1,0 +1,321 @@
+//! Attention of new tokens over the keys and values of their sequences, which lie in pages, for generation.
+//!
+//! Single tokens have a kernel of ours on the CPU, which reads the pages in place: the query heads of a group share one
+//! read of each key and value. Its sums depend on the token's own sequence alone, in an order of their own. Otherwise
+//! libtorch computes on copies of the pages.
+
+use super::{Heads, accum_kind, cpu::Shape};
+use crate::{
+    device::has_kernels,
+    ops::cpu::{
+        Element, Isa, Real, Rows, dispatch,
+        lanes::{self, maximum},
+        pool,
+        scratch::{Memory, words},
+    },
+};
+use bytemuck::Pod;
+use pulp::NullaryFnOnce;
+use std::ops::Range;
+use tch::{Device, Kind, Tensor};
+
+/// Keys that a single token weighs at a time.
+const BLOCK: usize = 64;
+
+/// Neighbouring tokens of one sequence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Their rows.
+    pub rows: Range<usize>,
+    /// Position of the first of them.
+    pub first: usize,
+    /// The pages of the sequence, up to the last of them.
+    pub pages: Vec<u32>,
+}
+
+impl Part {
+    /// Tokens of the sequence, up to the last of the part.
+    fn length(&self) -> usize {
+        self.first + self.rows.len()
+    }
+
+    /// The place of the token at `position`.
+    #[inline(always)]
+    fn place(&self, position: usize, page: usize) -> usize {
+        self.pages[position / page] as usize * page + position % page
+    }
+
+    /// The places of its own tokens.
+    pub fn places(&self, page: usize) -> impl Iterator<Item = usize> {
+        (self.first..self.length()).map(move |position| self.place(position, page))
+    }
+}
+
+/// Parts of sequences, each of one token or more, for tensors on a device.
+pub struct Paged {
+    /// Tokens of a page.
+    page: usize,
+    /// Parts of one token.
+    singles: Vec<Part>,
+    /// The parts as libtorch computes them; empty where it does not.
+    groups: Vec<Group>,
+}
+
+/// Parts with as many tokens each.
+struct Group {
+    /// `[parts·tokens]` i64
+    rows: Tensor,
+    /// `[parts·longest]` i64: the place of each position.
+    places: Tensor,
+    /// `[parts, tokens, longest]` i64: positions from a key to a query, negative for a key behind it.
+    age: Tensor,
+}
+
+impl Group {
+    fn new(parts: &[Part], page: usize, device: Device) -> Self {
+        let longest = parts.iter().map(Part::length).max().unwrap_or(0);
+        let rows: Vec<i64> = parts.iter().flat_map(|part| part.rows.clone()).map(|row| row as i64).collect();
+        // Behind the end of a sequence its first place stands, which no query sees there.
+        let place = |part: &Part, at: usize| if at < part.length() { part.place(at, page) as i64 } else { 0 };
+        let places: Vec<i64> =
+            parts.iter().flat_map(|part| (0..longest).map(move |at| place(part, at))).collect();
+        let positions: Vec<i64> =
+            parts.iter().flat_map(|part| part.first..part.length()).map(|at| at as i64).collect();
+        let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(device);
+        let positions = tensor(&positions).view([parts.len() as i64, -1, 1]);
+        let age = positions - Tensor::arange(longest as i64, (Kind::Int64, device));
+        Self { rows: tensor(&rows), places: tensor(&places), age }
+    }
+
+    /// Attention by libtorch's operations; see [`over_pages`].
+    fn attend(&self, qkv: &Tensor, kv: &Tensor, heads: Heads, out: &Tensor) {
+        let [parts, tokens, longest]: [i64; 3] = std::array::from_fn(|i| self.age.size()[i]);
+        let [q, k, v] = heads.widths();
+        let queries = qkv.narrow(1, 0, q).index_select(0, &self.rows);
+        let keys_values = kv.index_select(0, &self.places).view([parts, longest, k + v]);
+        let part = |first, columns, dim| {
+            keys_values.narrow(2, first, columns).unflatten(2, [heads.key_value, dim]).transpose(1, 2)
+        };
+        let (keys, values) = (part(0, k, heads.dim), part(k, v, heads.value_dim));
+        let mut hidden = self.age.lt(0);
+        if let Some(window) = heads.window {
+            hidden = hidden.logical_or(&self.age.ge(window));
+        }
+        let mask = Tensor::zeros([parts, tokens, longest], (qkv.kind(), qkv.device()));
+        let mask = mask.masked_fill(&hidden, f64::NEG_INFINITY).unsqueeze(1);
+        let queries = queries.view([parts, tokens, heads.query, heads.dim]).transpose(1, 2);
+        // libtorch's kernel takes heads of one width.
+        let o = if has_kernels(qkv) && heads.dim == heads.value_dim {
+            let (mask, scale) = (Some(&mask), Some(heads.scale));
+            Tensor::internal_scaled_dot_product_flash_attention_for_cpu(
+                &queries, &keys, &values, 0.0, false, mask, scale,
+            )
+            .0
+        } else {
+            // The query heads of a group side by side: [parts, key_value, group, tokens, dim].
+            let queries = queries.unflatten(1, [heads.key_value, heads.query / heads.key_value]);
+            let scores = queries.matmul(&keys.unsqueeze(2).transpose(-1, -2)) * heads.scale;
+            let weights = (scores + mask.unsqueeze(2)).softmax(-1, accum_kind(qkv.kind()));
+            weights.to_kind(values.kind()).matmul(&values.unsqueeze(2)).flatten(1, 2)
+        };
+        let o = o.transpose(1, 2).reshape([parts * tokens, heads.output()]);
+        let _ = out.shallow_clone().index_copy_(0, &self.rows, &o);
+    }
+}
+
+impl Paged {
+    /// `parts` in pages of `page` tokens, for tensors on the device of `like`.
+    pub fn new(parts: Vec<Part>, page: usize, like: &Tensor) -> Self {
+        let (singles, longer): (Vec<_>, Vec<_>) = parts.into_iter().partition(|part| part.rows.len() == 1);
+        let device = like.device();
+        let mut groups: Vec<Group> =
+            longer.iter().map(|part| Group::new(std::slice::from_ref(part), page, device)).collect();
+        if !has_kernels(like) && !singles.is_empty() {
+            groups.push(Group::new(&singles, page, device));
+        }
+        Self { page, singles, groups }
+    }
+}
+
+/// Writes o to the parts' rows of `out` `[tokens, query·value_dim]`, from their q in q|k|v `[tokens, Σ widths]` and the
+/// k|v of their sequences in `kv` `[places, key_value·(dim + value_dim)]`, their own included. A token sees those
+/// before it and itself.
+pub fn over_pages(qkv: &Tensor, kv: &Tensor, paged: &Paged, heads: Heads, out: &Tensor) {
+    let _span = crate::trace::operation("attention.over_pages");
+    for group in &paged.groups {
+        group.attend(qkv, kv, heads, out);
+    }
+    if has_kernels(qkv) && !paged.singles.is_empty() {
+        let (shape, page, singles) = (&Shape::new(heads), paged.page, &paged.singles[..]);
+        dispatch!(qkv.kind(), E => {
+            let [qkv, kv, out] = [qkv, kv, out].map(Rows::<E>::of);
+            let level = Isa::current();
+            pool::tasks(paged.singles.len() * shape.key_value, |task| {
+                let (part, head) = (&singles[task / shape.key_value], task % shape.key_value);
+                level.run(Single { shape, part, page, head, qkv, kv, out });
+            });
+        });
+    }
+}
+
+/// One token of a sequence and the query heads of one key-value head.
+struct Single<'a, E> {
+    shape: &'a Shape,
+    part: &'a Part,
+    page: usize,
+    head: usize,
+    qkv: Rows<'a, E>,
+    kv: Rows<'a, E>,
+    out: Rows<'a, E>,
+}
+
+impl<E: Element<Accum: Pod>> NullaryFnOnce for Single<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { shape, part, page, head, qkv, kv, out } = self;
+        let &Shape { dim, value_dim, .. } = shape;
+        let (group, length, row) = (shape.group(head), part.length(), part.rows.start);
+        let need = [dim, BLOCK, value_dim, 2].map(|each| words::<E::Accum>(group.len() * each));
+        let mut memory = Memory::take(need.iter().sum());
+        let mut scratch = memory.scratch();
+        let [queries, scores, sums, state]: [&mut [E::Accum]; 4] =
+            [dim, BLOCK, value_dim, 2].map(|each| scratch.cut(group.len() * each));
+        let scale = E::Accum::of(shape.scale);
+        for (query, head) in queries.chunks_exact_mut(dim).zip(group.clone()) {
+            // SAFETY: q|k|v is only read.
+            let stored = unsafe { qkv.part(row, shape.columns(head)) };
+            for (query, &stored) in query.iter_mut().zip(stored) {
+                *query = stored.to_accum() * scale;
+            }
+        }
+        sums.fill(E::Accum::ZERO);
+        let (maxima, totals) = state.split_at_mut(group.len());
+        maxima.fill(E::Accum::NEG_INFINITY);
+        totals.fill(E::Accum::ZERO);
+        let (keys, values) = (head * dim, shape.key_value * dim + head * value_dim);
+        for first in (length.saturating_sub(shape.window)..length).step_by(BLOCK) {
+            let block = first..length.min(first + BLOCK);
+            for (i, position) in block.clone().enumerate() {
+                // SAFETY: the cache is only read.
+                let key = unsafe { kv.part(part.place(position, page), keys..keys + dim) };
+                for (query, scores) in queries.chunks_exact(dim).zip(scores.chunks_exact_mut(BLOCK)) {
+                    scores[i] = lanes::sum(
+                        [key],
+                        query,
+                        #[inline(always)]
+                        |[key], query| key * query,
+                    );
+                }
+            }
+            for (g, scores) in scores.chunks_exact_mut(BLOCK).enumerate() {
+                let scores = &mut scores[..block.len()];
+                let most = maximum(scores).max(maxima[g]);
+                let shrink = (maxima[g] - most).exp();
+                maxima[g] = most;
+                totals[g] = totals[g] * shrink;
+                for score in scores {
+                    *score = (*score - most).exp();
+                    totals[g] += *score;
+                }
+                for sum in &mut sums[g * value_dim..(g + 1) * value_dim] {
+                    *sum = *sum * shrink;
+                }
+            }
+            for (i, position) in block.enumerate() {
+                // SAFETY: as above.
+                let value = unsafe { kv.part(part.place(position, page), values..values + value_dim) };
+                for (sums, scores) in sums.chunks_exact_mut(value_dim).zip(scores.chunks_exact(BLOCK)) {
+                    let weight = scores[i];
+                    for (sum, &value) in sums.iter_mut().zip(value) {
+                        *sum = value.to_accum().mul_add(weight, *sum);
+                    }
+                }
+            }
+        }
+        for ((sums, total), head) in sums.chunks_exact(value_dim).zip(totals).zip(group) {
+            // SAFETY: a token and query head have one task, which alone writes these columns.
+            let out = unsafe { out.part_mut(row, shape.output_columns(head)) };
+            for (out, &sum) in out.iter_mut().zip(sums) {
+                *out = E::narrow(sum / *total);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::tests::reference, *};
+    use crate::ops::testing::{KINDS, distance, everywhere};
+
+    const PAGE: usize = 4;
+
+    /// Sequences whose first tokens are in the cache: (tokens in it, tokens that come).
+    const SEQUENCES: [(usize, usize); 5] = [(9, 1), (3, 4), (70, 1), (1, 1), (6, 3)];
+
+    #[test]
+    fn pages_continue_documents_of_different_lengths() {
+        let lengths = SEQUENCES.map(|(before, new)| before + new);
+        let heads = |query, key_value, dim| Heads::new(query, key_value, dim);
+        for heads in [
+            heads(4, 2, 8),
+            Heads { window: Some(3), ..heads(3, 1, 64) },
+            Heads { value_dim: 5, scale: 0.7, ..heads(2, 2, 20) },
+            Heads { value_dim: 24, window: Some(66), ..heads(4, 1, 6) },
+        ] {
+            let widths = heads.widths();
+            let total = lengths.iter().sum::<usize>() as i64;
+            let all = Tensor::randn([total, widths.iter().sum()], (Kind::Double, Device::Cpu));
+            // Pages are dealt to the sequences in turn, so that those of one do not lie side by side.
+            let mut pages = vec![Vec::new(); lengths.len()];
+            let mut next = 0;
+            for at in 0..20 {
+                for (pages, length) in pages.iter_mut().zip(lengths).filter(|(_, length)| at * PAGE < *length)
+                {
+                    debug_assert!(pages.len() * PAGE < length);
+                    pages.push(next);
+                    next += 1;
+                }
+            }
+            let (mut parts, mut rows, mut start, mut own) = (Vec::new(), Vec::new(), 0, 0);
+            // What no sequence has there must not count.
+            let shape = [i64::from(next) * PAGE as i64, widths[1] + widths[2]];
+            let cache = Tensor::full(shape, 7.0, (Kind::Double, Device::Cpu));
+            for ((first, new), pages) in SEQUENCES.into_iter().zip(pages) {
+                let part = Part { rows: own..own + new, first, pages };
+                for position in 0..part.length() {
+                    let place = part.place(position, PAGE) as i64;
+                    let row = all.get((start + position) as i64).narrow(0, widths[0], widths[1] + widths[2]);
+                    cache.get(place).copy_(&row);
+                }
+                rows.extend((first..first + new).map(|at| (start + at) as i64));
+                (start, own) = (start + first + new, own + new);
+                parts.push(part);
+            }
+            let rows = Tensor::from_slice(&rows);
+            everywhere(|| {
+                for (kind, tolerance) in KINDS {
+                    let [all, cache] = [&all, &cache].map(|t| t.to_kind(kind));
+                    let exact = reference(&all.to_kind(Kind::Double), heads, &lengths).index_select(0, &rows);
+                    let qkv = all.index_select(0, &rows);
+                    let out = Tensor::zeros([qkv.size()[0], heads.output()], (kind, Device::Cpu));
+                    let check = |paged: &Paged, what: &str| {
+                        over_pages(&qkv, &cache, paged, heads, &out);
+                        let off = distance(&out, &exact);
+                        assert!(off <= 4.0 * tolerance, "{what} {kind:?} {heads:?}: {off}");
+                    };
+                    check(&Paged::new(parts.clone(), PAGE, &qkv), "kernel");
+                    // As on other devices.
+                    let groups =
+                        parts.iter().map(|part| Group::new(std::slice::from_ref(part), PAGE, Device::Cpu));
+                    check(&Paged { page: PAGE, singles: Vec::new(), groups: groups.collect() }, "libtorch");
+                    let singles: Vec<Part> =
+                        parts.iter().filter(|part| part.rows.len() == 1).cloned().collect();
+                    Group::new(&singles, PAGE, Device::Cpu).attend(&qkv, &cache, heads, &out);
+                    assert!(distance(&out, &exact) <= 4.0 * tolerance, "side by side {kind:?} {heads:?}");
+                }
+            });
+        }
+    }
+}

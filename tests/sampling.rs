@@ -1,0 +1,275 @@
+//! A step that samples computes what transformers and PEFT compute, whatever else is in it: several adapters and the
+//! base, prompts whole and in parts, continuations that share a prompt, 1 and 2 ranks, divided experts.
+//! tests/oracle/sampling.py writes the truth, from models and adapters that it makes.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
+
+mod common;
+
+use common::{python, run_workers, stand_in};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    process::Command,
+};
+use tch::{Device, Kind, Tensor};
+use xorl_dist::{
+    checkpoint::peft::{AdapterFolder, StoredAdapter},
+    comm::World,
+    device::DeviceChoice,
+    infer::{
+        cache::KvCache,
+        compute::compute,
+        request::{
+            Choice, Continuation, PromptTargets, SampleReply, SampleRequest, Stop, TokenLogProb, Wanted,
+        },
+        sampler::{Limits, Progress, Sampler},
+        step::RankResult,
+    },
+    lora::Adapter,
+    loss::CrossEntropy,
+    mesh::{Mesh, MeshSizes},
+    model::{
+        base_plan::{Options, all_projections},
+        hf_config::HfModel,
+        transformer::{Batch, Transformer},
+    },
+    shard::ProcessGroups,
+    weights::SafetensorsSource,
+};
+
+/// Distance of log-probabilities from those of transformers, both in fp32.
+const NEAR: f64 = 1e-4;
+/// Distance of log-probabilities that were sampled from those of a pass over the whole text.
+const SAME: f64 = 1e-5;
+const GREEDY: Choice = Choice { temperature: 0.0, top_p: 1.0, top_k: None };
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Case {
+    model: PathBuf,
+    world: usize,
+    experts_over: usize,
+    stand_in: bool,
+}
+
+/// What transformers makes of a prompt with an adapter.
+#[derive(Deserialize)]
+struct Expected {
+    adapter: Option<usize>,
+    prompt: Vec<i64>,
+    prompt_log_probs: Vec<f32>,
+    top_ids: Vec<Vec<i64>>,
+    top_log_probs: Vec<Vec<f32>>,
+    new: Vec<i64>,
+    new_log_probs: Vec<f32>,
+    gaps: Vec<f64>,
+}
+
+/// The model of a case with its two adapters, on this rank.
+struct Ranks {
+    model: Transformer,
+    groups: ProcessGroups,
+    adapters: Vec<Adapter>,
+}
+
+fn near(ours: &[f32], theirs: &[f32], most: f64, what: &str) {
+    assert_eq!(ours.len(), theirs.len(), "{what}");
+    for (at, (&a, &b)) in ours.iter().zip(theirs).enumerate() {
+        let off = f64::from((a - b).abs());
+        assert!(off <= most, "{what}, {at}: {a}, expected {b}");
+    }
+}
+
+impl Ranks {
+    fn load(case: &Case, world: &World) -> Self {
+        let sizes = MeshSizes { replicate: 1, shard: -1, sequence: 1, expert: case.experts_over };
+        let groups = ProcessGroups::new(world, Mesh::new(world.size(), sizes).unwrap());
+        let spec = HfModel::open(&case.model).unwrap().spec;
+        let options = Options { vocab_chunk_rows: 200, loss_chunk_tokens: 7, ..Options::default() };
+        let mut model = Transformer::new(spec.clone(), options, &groups).unwrap();
+        model.load(&SafetensorsSource::open(&case.model).unwrap()).unwrap();
+        let adapter = |i: usize| {
+            let folder = AdapterFolder::open(&case.model.join(format!("adapter{i}"))).unwrap();
+            let StoredAdapter { sites, shapes, values } = folder.adapter(&all_projections(&spec)).unwrap();
+            let mut adapter = model.new_adapter(&sites, shapes);
+            adapter.set(|parameter, range| values[&parameter.name][range].to_vec()).unwrap();
+            adapter
+        };
+        let adapters = (0..2).map(adapter).collect();
+        Self { model, groups, adapters }
+    }
+
+    /// Replies to requests that run side by side.
+    fn sample(&mut self, requests: &[(Option<usize>, SampleRequest)]) -> Vec<SampleReply> {
+        let world = self.groups.world.clone();
+        // Prompts are cut into parts of at most 21 tokens, and wait for pages.
+        let limits = Limits { ranks: world.size(), pages: 40, sequences: 8, tokens: 28 };
+        let device = self.model.device().tensors();
+        let mut cache = KvCache::new(self.model.spec(), 40, Kind::Float, device);
+        let mut sampler = Sampler::new(limits);
+        for (ticket, (adapter, request)) in (0..).zip(requests) {
+            sampler.submit(ticket, *adapter, request.clone(), None).unwrap();
+        }
+        let mut replies = BTreeMap::new();
+        let mut mixed = 0;
+        while let Some(step) = sampler.plan(&|_| true) {
+            mixed = mixed.max(step.adapters.len());
+            let adapters = self.adapters.iter_mut().enumerate();
+            let mut adapters: Vec<&mut Adapter> =
+                adapters.filter(|(i, _)| step.adapters.contains(i)).map(|(_, adapter)| adapter).collect();
+            let own = compute(&mut self.model, &mut adapters, &mut cache, &step, world.rank()).unwrap();
+            let all = world.all_gather_host(&postcard::to_stdvec(&own).unwrap()).unwrap();
+            let all: Vec<RankResult> = all.iter().map(|own| postcard::from_bytes(own).unwrap()).collect();
+            for event in sampler.apply(&all) {
+                if let Progress::End(reply) = event.what {
+                    replies.insert(event.ticket, reply.unwrap());
+                }
+            }
+        }
+        assert_eq!(mixed, 2, "a step has both adapters");
+        assert_eq!(replies.len(), requests.len());
+        replies.into_values().collect()
+    }
+
+    /// Log-probabilities of the tokens of `ids` from `first` on, by a pass over all of them with one adapter or none.
+    fn evaluated(&mut self, adapter: Option<usize>, ids: &[i64], first: usize) -> Vec<f32> {
+        let batch = Batch::new(ids, ids, &[ids.len()], self.model.device().tensors());
+        let mut own: Vec<&mut Adapter> = adapter.map(|i| &mut self.adapters[i]).into_iter().collect();
+        let found = self.model.evaluate(&batch, &mut own, &CrossEntropy { scale: 1.0 }).unwrap();
+        let log_probs: Tensor = found.log_probs.to_device(Device::Cpu).reshape([-1]);
+        Vec::<f32>::try_from(log_probs).unwrap()[first - 1..ids.len() - 1].to_vec()
+    }
+}
+
+fn request(prompt: &[i64], new: usize) -> SampleRequest {
+    SampleRequest {
+        prompt: prompt.to_vec(),
+        count: 1,
+        max_new_tokens: new,
+        choice: GREEDY,
+        seed: 0,
+        stop: Stop::default(),
+        wanted: Wanted::default(),
+    }
+}
+
+/// The request of an expected answer: a greedy one that wants all that can be told.
+fn greedy(expected: &Expected) -> SampleRequest {
+    // Two targets a token: the one that follows, and every third time none.
+    let targets = expected.prompt[1..].iter().enumerate();
+    let ids = targets.flat_map(|(at, &id)| [id, if at % 3 == 0 { -1 } else { (id + 1) % 503 }]).collect();
+    let prompt_targets = Some(PromptTargets { ids, k: 2 });
+    let wanted = Wanted { prompt: true, prompt_top: 5, new_top: 3, prompt_targets };
+    SampleRequest { wanted, ..request(&expected.prompt, expected.new.len()) }
+}
+
+fn log_probs(top: &[Vec<TokenLogProb>]) -> Vec<f32> {
+    top.iter().flatten().map(|(_, log_prob)| *log_prob).collect()
+}
+
+fn equals_transformers(ours: &SampleReply, expected: &Expected, what: &str) {
+    let SampleReply { continuations, prompt } = ours;
+    near(&prompt.log_probs[1..], &expected.prompt_log_probs, NEAR, &format!("{what}: prompt"));
+    assert!(prompt.log_probs[0].is_nan() && prompt.top[0].is_empty());
+    near(&log_probs(&prompt.top), &expected.top_log_probs.concat(), NEAR, &format!("{what}: prompt's top"));
+    for ((ours, ids), theirs) in prompt.top[1..].iter().zip(&expected.top_ids).zip(&expected.top_log_probs) {
+        // Neighbours that are nearly as likely may have changed places.
+        let clear = |at: usize| at == 0 || theirs[at - 1] - theirs[at] > 2e-4;
+        for at in (0..ours.len() - 1).filter(|&at| clear(at) && clear(at + 1)) {
+            assert_eq!(ours[at].0, ids[at], "{what}: {ours:?}, {ids:?}");
+        }
+    }
+    for (at, pair) in prompt.targets.chunks_exact(2).enumerate() {
+        near(&pair[..1], &expected.prompt_log_probs[at..at + 1], NEAR, &format!("{what}: target {at}"));
+        assert_eq!(pair[1].is_nan(), at % 3 == 0, "{what}: target {at}");
+    }
+    let [Continuation { ids, log_probs, top, .. }] = &continuations[..] else { panic!("one continuation") };
+    assert!(expected.gaps.iter().all(|&gap| gap > 4.0 * NEAR), "a near tie decides nothing");
+    assert_eq!(ids, &expected.new, "{what}");
+    near(log_probs, &expected.new_log_probs, NEAR, &format!("{what}: continuation"));
+    for ((top, id), log_prob) in top.iter().zip(ids).zip(log_probs) {
+        assert_eq!((top.len(), top[0].0), (3, *id), "{what}");
+        near(&[top[0].1], &[*log_prob], 1e-6, what);
+    }
+}
+
+/// One rank of a case.
+#[test]
+fn mpi_worker() {
+    let Ok(case) = std::env::var("XORL_TEST_CASE") else { return };
+    let case: Case = serde_json::from_str(&case).unwrap();
+    let mut world = World::start().unwrap();
+    if case.stand_in {
+        world.use_device(DeviceChoice::StandIn).unwrap();
+    }
+    let mut ranks = Ranks::load(&case, &world);
+    let expected = std::fs::read_to_string(case.model.join("expected.json")).unwrap();
+    let expected: Vec<Expected> = serde_json::from_str(&expected).unwrap();
+    assert_eq!(expected.len(), 15);
+
+    // Everything at once: greedy, three samples of one prompt, a prompt that is scored alone.
+    let mut requests: Vec<_> = expected.iter().map(|expected| (expected.adapter, greedy(expected))).collect();
+    for Expected { adapter, prompt, .. } in &expected {
+        let choice = Choice { temperature: 0.9, top_p: 0.95, top_k: Some(200) };
+        requests.push((*adapter, SampleRequest { count: 3, choice, seed: 7, ..request(prompt, 9) }));
+        let wanted = Wanted { prompt: true, ..Wanted::default() };
+        requests.push((*adapter, SampleRequest { wanted, ..request(prompt, 0) }));
+    }
+    let replies = ranks.sample(&requests);
+    let (of_greedy, others) = replies.split_at(expected.len());
+    for (ours, expected) in of_greedy.iter().zip(&expected) {
+        let what = format!("{case:?}, adapter {:?}, {} tokens", expected.adapter, expected.prompt.len());
+        equals_transformers(ours, expected, &what);
+    }
+    for ((pair, expected), alone) in others.chunks_exact(2).zip(&expected).zip(of_greedy) {
+        let what = format!("{case:?}, adapter {:?}, {} tokens", expected.adapter, expected.prompt.len());
+        let [sampled, scored] = pair else { panic!("pairs") };
+        assert!(scored.continuations.is_empty());
+        near(&scored.prompt.log_probs[1..], &alone.prompt.log_probs[1..], SAME, &format!("{what}: scored"));
+        let texts: Vec<&[i64]> = sampled.continuations.iter().map(|each| &each.ids[..]).collect();
+        assert!(texts.len() == 3 && texts[0] != texts[1] && texts[1] != texts[2], "{what}: {texts:?}");
+        for each in sampled.continuations.iter().chain(&alone.continuations) {
+            let whole = [&expected.prompt[..], &each.ids].concat();
+            let log_probs = ranks.evaluated(expected.adapter, &whole, expected.prompt.len());
+            near(&each.log_probs, &log_probs, SAME, &format!("{what}: evaluated"));
+        }
+    }
+    if ranks.groups.rank == 0 {
+        let texts = replies.iter().flat_map(|reply| reply.continuations.iter().map(|each| &each.ids));
+        let out = std::env::var("XORL_TEST_OUT").unwrap();
+        let texts = serde_json::to_string(&texts.collect::<Vec<_>>()).unwrap();
+        std::fs::write(Path::new(&out).join("texts.json"), texts).unwrap();
+    }
+}
+
+/// The texts of all continuations of a case.
+fn texts(case: &Case) -> Vec<Vec<i64>> {
+    let folder = tempfile::tempdir().unwrap();
+    run_workers(case.world, case, folder.path(), |command| {
+        if case.stand_in {
+            stand_in(command, folder.path());
+        }
+    });
+    serde_json::from_str(&std::fs::read_to_string(folder.path().join("texts.json")).unwrap()).unwrap()
+}
+
+#[test]
+fn mpi_what_is_sampled_equals_transformers_and_peft() {
+    let out = tempfile::tempdir().unwrap();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/oracle/sampling.py");
+    let status = Command::new(python()).arg(script).arg(out.path()).env("HF_HUB_OFFLINE", "1").status();
+    assert!(status.expect("launch/setup.sh makes .venv").success());
+    let of = |model: &str, world, experts_over, stand_in| Case {
+        model: out.path().join(model),
+        world,
+        experts_over,
+        stand_in,
+    };
+    let one = texts(&of("dense", 1, 1, false));
+    assert_eq!(one.len(), 15 + 45);
+    assert_eq!(texts(&of("dense", 2, 1, false)), one, "2 ranks choose what one chooses");
+    texts(&of("dense", 2, 1, true));
+    let one = texts(&of("experts", 1, 1, false));
+    assert_eq!(texts(&of("experts", 2, 2, false)), one, "2 ranks choose what one chooses");
+    texts(&of("experts", 2, 2, true));
+}
