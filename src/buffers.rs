@@ -82,37 +82,81 @@ impl Block {
     /// Gives the block to a tensor [bytes] u8, whose storage returns it to a pool when it is freed.
     fn into_tensor(self, bytes: usize) -> Tensor {
         assert!(bytes <= self.bytes, "{bytes} bytes of a block of {}", self.bytes);
-        let (size, stride, mut tensor) = (bytes as i64, 1, null_mut());
         let block = std::mem::ManuallyDrop::new(self);
         // SAFETY: the block is `bytes` bytes and more, which are the storage's alone until libtorch calls `put_back`
-        // with its address and size. libtorch copies size and stride, and sets `tensor` to a tensor of ours if it
-        // returns 0.
-        let code = unsafe {
-            let (u8s, cpu, strided) =
-                (aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), aoti_torch_layout_strided());
-            let (start, owned) = (block.start.as_ptr().cast(), std::ptr::without_provenance_mut(block.bytes));
-            torch_from_blob(
-                start,
-                1,
-                &raw const size,
-                &raw const stride,
-                0,
-                u8s,
-                cpu,
-                CPU_INDEX,
-                &raw mut tensor,
-                strided,
-                null(),
-                0,
-                put_back,
-                owned,
-            )
-        };
-        assert_eq!(code, 0, "torch_from_blob of {bytes} bytes");
-        // SAFETY: a handle of libtorch's C interface is an at::Tensor made by new, as tch's pointers are; this one is
-        // ours.
-        unsafe { Tensor::from_ptr(tensor.cast()) }
+        // with its address and size.
+        unsafe { tensor_at(block.start, bytes, put_back, block.bytes) }
     }
+}
+
+/// A tensor [bytes] u8 in the memory at `start`. When its storage is freed, `free` is called with `start` and `context`.
+///
+/// # Safety
+/// The memory is `bytes` bytes that are the storage's alone until then.
+unsafe fn tensor_at(
+    start: NonNull<u8>,
+    bytes: usize,
+    free: unsafe extern "C" fn(*mut c_void, *mut c_void),
+    context: usize,
+) -> Tensor {
+    let (size, stride, mut tensor) = (bytes as i64, 1, null_mut());
+    // SAFETY: the caller gives the memory. libtorch copies size and stride, and sets `tensor` to a tensor of ours if it
+    // returns 0.
+    let code = unsafe {
+        let (u8s, cpu, strided) =
+            (aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), aoti_torch_layout_strided());
+        let (start, owned) = (start.as_ptr().cast(), std::ptr::without_provenance_mut(context));
+        torch_from_blob(
+            start,
+            1,
+            &raw const size,
+            &raw const stride,
+            0,
+            u8s,
+            cpu,
+            CPU_INDEX,
+            &raw mut tensor,
+            strided,
+            null(),
+            0,
+            free,
+            owned,
+        )
+    };
+    assert_eq!(code, 0, "torch_from_blob of {bytes} bytes");
+    // SAFETY: a handle of libtorch's C interface is an at::Tensor made by new, as tch's pointers are; this one is ours.
+    unsafe { Tensor::from_ptr(tensor.cast()) }
+}
+
+/// Zeros on `device`. On the host a page of them takes memory when it is written first.
+pub fn zeros_on_demand(shape: &[i64], kind: Kind, device: Device) -> Tensor {
+    let bytes = shape.iter().product::<i64>() as usize * kind.elt_size_in_bytes();
+    if device != Device::Cpu || bytes == 0 {
+        return Tensor::zeros(shape, (kind, device));
+    }
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: a new mapping at an address of the system's choice, of no file.
+    let start = unsafe {
+        libc::mmap(
+            null_mut(),
+            bytes,
+            access,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
+    let mapped = NonNull::new(start.cast()).filter(|_| start != libc::MAP_FAILED);
+    let start = mapped.unwrap_or_else(|| panic!("can't map {bytes} bytes"));
+    // SAFETY: the mapping is `bytes` bytes, which nobody else knows, until `unmap` gets its address and size.
+    let tensor = unsafe { tensor_at(start, bytes, unmap, bytes) };
+    tensor.view_dtype(kind).view(shape)
+}
+
+/// Unmaps the memory of a freed storage.
+unsafe extern "C" fn unmap(start: *mut c_void, bytes: *mut c_void) {
+    // SAFETY: `zeros_on_demand` has mapped these bytes, and the last tensor in them has gone.
+    unsafe { libc::munmap(start, bytes.addr()) };
 }
 
 impl Drop for Block {
@@ -253,6 +297,21 @@ mod tests {
 
     fn unused() -> usize {
         POOL.with_borrow(Pool::unused)
+    }
+
+    #[test]
+    fn zeros_on_demand_take_memory_when_they_are_written() {
+        let resident = || {
+            let status = std::fs::read_to_string("/proc/self/statm").unwrap();
+            status.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+        };
+        let before = resident();
+        let zeros = zeros_on_demand(&[1 << 14, 1 << 14], Kind::Float, Device::Cpu);
+        let _ = zeros.get(5000).fill_(1.5);
+        assert_eq!(zeros.get(5001).abs().sum(Kind::Float).double_value(&[]), 0.0);
+        assert_eq!(zeros.get(5000).sum(Kind::Float).double_value(&[]), 1.5 * f64::from(1 << 14));
+        assert!(resident() < before + (200 << 20), "of 1 GiB");
+        assert_eq!(zeros_on_demand(&[0, 3], Kind::Half, Device::Cpu).size(), [0, 3]);
     }
 
     #[test]

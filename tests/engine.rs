@@ -454,9 +454,11 @@ fn mpi_worker() {
         gather: GATHER,
         output_dir: std::env::var("XORL_TEST_OUT").unwrap().into(),
         adapter_memory: None,
+        sampling_memory: None,
+        max_positions: None,
         storage_limit: None,
     };
-    let seen = engine::serve(&world, groups, model, engine, move |handle| {
+    let seen = engine::serve(&world, groups, model, engine, None, move |handle| {
         let client = Client(handle);
         match case.script {
             Script::Adapters(count) => adapters(&client, count, case.world),
@@ -548,6 +550,7 @@ fn a_server_reads_a_model_and_trains_its_default_targets() {
         max_rank: None,
         rank: 16,
         adapter_memory: None,
+        sampling_memory: None,
         storage_limit: None,
         max_tokens_per_pass: 100,
         max_waiting: 10,

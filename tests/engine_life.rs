@@ -539,9 +539,11 @@ fn mpi_worker() {
         gather: Duration::from_millis(20),
         output_dir: output(),
         adapter_memory: case.memory,
+        sampling_memory: None,
+        max_positions: None,
         storage_limit: case.storage,
     };
-    let seen = engine::serve(&world, groups, model, engine, move |handle| {
+    let seen = engine::serve(&world, groups, model, engine, None, move |handle| {
         let client = Client(handle);
         let usage = client.0.state().usage;
         let fits = usage.fits.unwrap();

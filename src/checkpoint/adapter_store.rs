@@ -131,6 +131,17 @@ pub fn restore(
     Ok(adapter.regions_mut().refresh()?)
 }
 
+/// Checks that the adapter in `folder`, of `state` if it has one, was trained on the base of digest `base`.
+pub fn check_base(folder: &Path, state: Option<&AdapterState>, base: &str) -> Result<(), CheckpointError> {
+    match state {
+        Some(state) if state.base != base => {
+            let reason = "it was trained on another base".into();
+            Err(CheckpointError::Mismatch { path: folder.to_owned(), reason })
+        }
+        _ => Ok(()),
+    }
+}
+
 /// A stored adapter that fits another one, as this rank needs it.
 pub enum Stored {
     /// Pieces of a folder with training state.
@@ -158,9 +169,7 @@ impl Reader<'_> {
     pub fn read(&self, folder: &Path) -> Result<Stored, CheckpointError> {
         let mismatch = |reason: String| CheckpointError::Mismatch { path: folder.to_owned(), reason };
         let state = AdapterState::read(folder)?;
-        if state.as_ref().is_some_and(|state| state.base != self.base) {
-            return Err(mismatch("it was trained on another base".into()));
-        }
+        check_base(folder, state.as_ref(), self.base)?;
         let (Some(kind), Some(state)) = (self.optimizer, state) else {
             return self.values(folder).map(Stored::Values);
         };

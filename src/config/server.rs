@@ -66,6 +66,10 @@ section! {
         /// Bytes of a rank's memory for adapters, such as 8GB; those that have no room wait on disk. null: what the
         /// base and a pass leave when the server starts.
         adapter_memory: Option<ByteSize> = None;
+        /// Bytes of a rank's memory for the keys and values of prompts that are continued, such as 2GB; requests that
+        /// have no room wait. null: a quarter of what the base and a pass leave, and no more than 256 sequences of 2048
+        /// tokens need.
+        sampling_memory: Option<ByteSize> = None;
         /// Seconds without a request or heartbeat after which an adapter waits on disk until its next request. null:
         /// never.
         idle_session_timeout: Option<f64> = Some(7200.0) => Positive;

@@ -2,6 +2,7 @@
 
 use super::step::{PAGE, RankStep};
 use crate::{
+    buffers::zeros_on_demand,
     model::{ModelSpec, attend::Attend},
     ops::{
         Buffer,
@@ -29,11 +30,11 @@ fn columns(heads: Heads) -> i64 {
 }
 
 impl KvCache {
-    /// A cache of `pages` pages.
+    /// A cache of `pages` pages, which on the host take memory as they are used.
     pub fn new(spec: &ModelSpec, pages: usize, kind: Kind, device: Device) -> Self {
         let layers = spec.layers.iter().map(|layer| {
             let shape = [(pages * PAGE) as i64, columns(layer.mixer.cached_heads())];
-            Tensor::zeros(shape, (kind, device))
+            zeros_on_demand(&shape, kind, device)
         });
         Self { layers: layers.collect(), pages }
     }

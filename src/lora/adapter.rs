@@ -8,12 +8,12 @@ use crate::{
     ops::linear::BoundAdapter,
     shard::{AdapterRegions, FlatRegion, OwnedPiece, ProcessGroups, Region, ShardError},
 };
-use std::{collections::BTreeMap, ops::Range};
+use std::{collections::BTreeMap, ops::Range, rc::Rc};
 use tch::Tensor;
 
 /// The plan of an adapter and this rank's part of it.
 pub struct Adapter {
-    plan: AdapterPlan,
+    plan: Rc<AdapterPlan>,
     regions: AdapterRegions,
     device: RankDevice,
 }
@@ -30,12 +30,19 @@ struct OwnedParameter {
 
 impl Adapter {
     /// An adapter of zeros; [`init`](Self::init) or [`set`](Self::set) fills it. `slots` layers are gathered at a time.
-    pub fn new(plan: AdapterPlan, slots: usize, reduce: ReduceGradients, groups: &ProcessGroups) -> Self {
+    pub fn new(plan: Rc<AdapterPlan>, slots: usize, reduce: ReduceGradients, groups: &ProcessGroups) -> Self {
         let regions = AdapterRegions::new(plan.dense.clone(), plan.experts.clone(), slots, groups, reduce);
         Self { plan, regions, device: groups.device.clone() }
     }
 
-    pub fn plan(&self) -> &AdapterPlan {
+    /// An adapter of zeros that is not trained, which takes the memory of its values in compute dtype alone;
+    /// [`set`](Self::set) or [`copy_values`](AdapterRegions::copy_values) fills it.
+    pub fn frozen(plan: Rc<AdapterPlan>, slots: usize, groups: &ProcessGroups) -> Self {
+        let regions = AdapterRegions::frozen(plan.dense.clone(), plan.experts.clone(), slots, groups);
+        Self { plan, regions, device: groups.device.clone() }
+    }
+
+    pub fn plan(&self) -> &Rc<AdapterPlan> {
         &self.plan
     }
 

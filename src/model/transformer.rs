@@ -200,8 +200,17 @@ impl Transformer {
 
     /// An adapter of zeros of `shapes` on `sites` of this model.
     pub fn new_adapter(&self, sites: &[Site], shapes: impl Into<LoraShapes>) -> Adapter {
-        let plan = self.adapter_plan(sites, shapes);
+        self.adapter_of(Rc::new(self.adapter_plan(sites, shapes)))
+    }
+
+    /// An adapter of zeros of `plan`.
+    pub fn adapter_of(&self, plan: Rc<AdapterPlan>) -> Adapter {
         Adapter::new(plan, self.options.slots, self.options.reduce, &self.groups)
+    }
+
+    /// An adapter of zeros of `plan` that is not trained: see [`Adapter::frozen`].
+    pub fn frozen_adapter(&self, plan: Rc<AdapterPlan>) -> Adapter {
+        Adapter::frozen(plan, self.options.slots, &self.groups)
     }
 
     /// The plan of an adapter of `shapes` on `sites`; takes no memory for its tensors.

@@ -47,6 +47,11 @@ impl AdapterMemory {
     pub fn held(&self) -> usize {
         self.copies + self.slots + self.optimizer + self.gradients
     }
+
+    /// The same of one that is not trained.
+    pub fn frozen(&self) -> usize {
+        self.copies + self.slots
+    }
 }
 
 /// Bytes of the files of a server's save of `adapter`, all ranks together, about: the whole adapter in fp32, and with

@@ -155,13 +155,15 @@ impl App {
         }
     }
 
-    /// Takes no more requests; those that were taken are carried out, and have their futures when this returns.
+    /// Takes no more requests; those that were taken are carried out, but for those to sample, and have their futures
+    /// when this returns.
     pub fn drain(&self) {
         let registry = self.registry();
         self.is_draining.store(true, Ordering::Release);
         // The lock of the orders is taken before that of the registry.
         drop(registry);
         self.refuse_held();
+        self.engine.end_sampling();
     }
 
     pub(super) fn check_open(&self) -> Result<(), Fault> {

@@ -182,6 +182,10 @@ impl Engine for Recorded {
         self.engine.cancel(ticket);
     }
 
+    fn end_sampling(&self) {
+        self.engine.end_sampling();
+    }
+
     fn state(&self) -> EngineState {
         self.engine.state()
     }

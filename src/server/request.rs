@@ -29,6 +29,16 @@ impl ModelId {
         if is_model_id(&text) { Ok(Self(text)) } else { Err(ModelIdError(text)) }
     }
 
+    /// A name that no client can give.
+    pub(super) fn hidden(number: u64) -> Self {
+        Self(format!("-{number}"))
+    }
+
+    /// True for a name of [`hidden`](Self::hidden).
+    pub(super) fn is_hidden(&self) -> bool {
+        self.0.starts_with('-')
+    }
+
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -272,6 +282,9 @@ pub trait Engine: Send + Sync {
 
     /// Ends a request to sample within a step of the model; its answer is a refusal. One that has ended is no error.
     fn cancel(&self, ticket: Ticket);
+
+    /// Ends all requests to sample and refuses later ones: the server is stopping.
+    fn end_sampling(&self) {}
 
     /// The state that pages and metrics show.
     fn state(&self) -> EngineState;

@@ -1,12 +1,13 @@
 //! A server, whole: read the model, build each rank's part of it, run the engine.
 
 use super::{
-    engine::{self, AdapterDefaults, EngineHandle, EngineOptions},
+    engine::{self, AdapterDefaults, EngineHandle, EngineOptions, SharedDecode},
     store::Base,
 };
 use crate::{
     comm::World,
     config::{ComputeArgs, ModelArgs},
+    data::Tokenizer,
     error::{Error, Result},
     lora::targets,
     mesh::{Mesh, MeshSizes},
@@ -19,7 +20,11 @@ use crate::{
     shard::ProcessGroups,
     weights::{self, RandomSource, WeightSource},
 };
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 /// Settings from which a server starts its engine.
 #[derive(Clone, Debug, PartialEq)]
@@ -45,6 +50,8 @@ pub struct ServerPlan {
     pub rank: usize,
     /// Bytes of a rank's memory for adapters; `None`: what the base and a pass leave.
     pub adapter_memory: Option<u64>,
+    /// Bytes of a rank's memory for keys and values; `None`: a share of what the base and a pass leave.
+    pub sampling_memory: Option<u64>,
     /// Bytes that `output_dir` may have after a save; `None`: any.
     pub storage_limit: Option<u64>,
     /// Tokens of a rank and micro-batch, at most; no datum may be longer.
@@ -100,6 +107,8 @@ impl Server {
             gather: plan.gather,
             output_dir: plan.output_dir.clone(),
             adapter_memory: plan.adapter_memory,
+            sampling_memory: plan.sampling_memory,
+            max_positions: model.max_positions,
             storage_limit: plan.storage_limit,
         };
         Ok(Self { plan, model, source, mesh, engine })
@@ -131,7 +140,19 @@ impl Server {
         let mut model = Transformer::new(spec, options, &groups)?;
         model.load(source.as_ref())?;
         groups.open(has_experts)?;
+        let decode = if world.rank() == 0 { decode(&plan.model.tokenizer()) } else { None };
         groups.world.barrier()?;
-        engine::serve(world, groups, model, engine, front)
+        engine::serve(world, groups, model, engine, decode, front)
+    }
+}
+
+/// The text of tokens by the tokenizer in `folder`, if there is one.
+fn decode(folder: &Path) -> Option<SharedDecode> {
+    match Tokenizer::load(folder) {
+        Ok(tokenizer) => Some(Arc::new(tokenizer)),
+        Err(error) => {
+            tracing::warn!("{error}; requests to sample cannot name stop texts");
+            None
+        }
     }
 }

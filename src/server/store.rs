@@ -7,6 +7,7 @@ use crate::{
     checkpoint::{
         FolderWriter,
         adapter_store::{self, Reader, Stored},
+        peft::{AdapterFolder, StoredAdapter},
         pieces::write_pieces,
         publish::{KnownHashes, publish_together},
         saves,
@@ -15,7 +16,7 @@ use crate::{
     comm::Communicator,
     config::{ExportFormat, Optimizer},
     error::{Error, Result, broadcast_from_root},
-    lora::{LoraShapes, Parameter, Site},
+    lora::{LoraShapes, Parameter, Site, targets::Projection},
     session::Session,
     shard::ProcessGroups,
 };
@@ -123,19 +124,57 @@ fn open(
 /// The same on every rank, and the session is as it was: the folder is not whole, or was saved with another shape, base
 /// or optimizer.
 pub fn load(session: &mut Session, groups: &ProcessGroups, base: &Base, load: &Load) -> Result<Loaded> {
-    let world = &*groups.world;
-    let found = if groups.rank == 0 { saves::whole(&load.folder) } else { Ok(PathBuf::new()) };
-    let found = same_outcome(world, found.map_err(Error::from))?;
-    let folder = broadcast_from_root(world, &found.to_string_lossy())?;
+    let folder = found(&load.folder, groups)?;
     let optimizer = load.optimizer.then_some(OPTIMIZER);
     let (mesh, rank, adapter) = (&groups.mesh, groups.rank, &session.adapter);
-    let read = Reader { adapter, mesh, rank, base: &base.digest, optimizer }.read(Path::new(&folder));
-    let stored: Stored = same_outcome(world, read.map_err(Error::from))?;
+    let read = Reader { adapter, mesh, rank, base: &base.digest, optimizer }.read(&folder);
+    let stored: Stored = same_outcome(&*groups.world, read.map_err(Error::from))?;
     let accumulated = stored.restore(session)?;
     Ok(Loaded { step: session.optimizer.updates(), accumulated })
 }
 
-/// The answer to a client for an error of [`save`] or [`load`].
+/// The directory of the save `folder`, whole, as rank 0 finds it. Collective.
+fn found(folder: &Path, groups: &ProcessGroups) -> Result<PathBuf> {
+    let world = &*groups.world;
+    let found = if groups.rank == 0 { saves::whole(folder) } else { Ok(PathBuf::new()) };
+    let found = same_outcome(world, found.map_err(Error::from))?;
+    Ok(broadcast_from_root(world, &found.to_string_lossy())?.into())
+}
+
+/// The adapter in `directory`, a save or a step of a local run.
+fn stored(directory: &Path, base: &Base) -> Result<AdapterFolder> {
+    let state = AdapterState::read(directory)?;
+    adapter_store::check_base(directory, state.as_ref(), &base.digest)?;
+    Ok(AdapterFolder::open(directory)?)
+}
+
+/// Sites and shapes of the adapter in the save `folder`, on a model of `projections`.
+///
+/// # Errors
+/// The folder is not whole, was saved on another base, or does not fit the model.
+pub fn shapes(folder: &Path, base: &Base, projections: &[Projection]) -> Result<(Vec<Site>, LoraShapes)> {
+    let stored = stored(&saves::whole(folder)?, base)?;
+    let sites = stored.sites(projections);
+    let shapes = stored.shapes(&sites)?;
+    Ok((sites, shapes))
+}
+
+/// The values of the adapter in the save `folder`, of any shape, on a model of `projections`. Collective.
+///
+/// # Errors
+/// The same on every rank: those of [`shapes`], and values that are missing.
+pub fn values(
+    folder: &Path,
+    groups: &ProcessGroups,
+    base: &Base,
+    projections: &[Projection],
+) -> Result<StoredAdapter> {
+    let folder = found(folder, groups)?;
+    let read = stored(&folder, base).and_then(|stored| Ok(stored.adapter(projections)?));
+    same_outcome(&*groups.world, read)
+}
+
+/// The answer to a client for an error of [`save`], [`load`] or [`values`].
 pub fn refusal(error: &Error) -> Refusal {
     match error.exit_code() {
         2 => Refusal::User(error.to_string()),

@@ -13,7 +13,8 @@ use tch::{Kind, Tensor};
 /// Elements between two tensors of an adapter region are a multiple of this, whatever the dtype.
 pub const ADAPTER_ALIGN: usize = 32;
 
-/// One unit's adapter on this rank. All tensors are flat fp32 `[piece elements]`.
+/// One unit's adapter on this rank. All tensors are flat fp32 `[piece elements]`; see
+/// [`frozen`](AdapterRegions::frozen) for an adapter that is not trained.
 struct UnitShards {
     master: Tensor,
     /// The reduced gradient of this rank's piece, summed over micro-batches.
@@ -38,8 +39,43 @@ impl AdapterRegions {
         groups: &ProcessGroups,
         reduce: ReduceGradients,
     ) -> Self {
+        Self::with(dense, experts, slots, groups, Some(reduce))
+    }
+
+    /// Zero adapters that are not trained: the compute copies alone, which are their masters too, in compute dtype.
+    /// Their gradients are zeros without memory of their own, and cannot be written.
+    pub fn frozen(
+        dense: Vec<RegionLayout>,
+        experts: Vec<RegionLayout>,
+        slots: usize,
+        groups: &ProcessGroups,
+    ) -> Self {
+        Self::with(dense, experts, slots, groups, None)
+    }
+
+    fn with(
+        dense: Vec<RegionLayout>,
+        experts: Vec<RegionLayout>,
+        slots: usize,
+        groups: &ProcessGroups,
+        reduce: Option<ReduceGradients>,
+    ) -> Self {
         let shards = |layouts, region| AdapterShards::new(layouts, slots, groups, region, reduce);
         Self { dense: shards(dense, Region::Dense), experts: shards(experts, Region::Experts) }
+    }
+
+    /// Takes over the compute copies of `other`, which has the same layouts.
+    pub fn copy_values(&mut self, other: &Self) -> Result<(), ShardError> {
+        self.invalidate()?;
+        for region in [Region::Dense, Region::Experts] {
+            let (own, other) = (self.of(region), other.of(region));
+            for unit in 0..own.len() {
+                if let (Some(mut own), Some(other)) = (own.compute(unit), other.compute(unit)) {
+                    own.copy_(&other);
+                }
+            }
+        }
+        Ok(())
     }
 
     pub fn of(&self, region: Region) -> &AdapterShards {
@@ -130,17 +166,18 @@ pub struct AdapterShards {
     expert_group: usize,
     /// `micro_batch`: the one buffer that every unit's backward fills in turn, as large as the largest unit.
     scratch: Option<Tensor>,
+    is_frozen: bool,
 }
 
 impl AdapterShards {
     /// Zero adapters over `layouts` (compute dtype, aligned to [`ADAPTER_ALIGN`] elements), with as many slots as
-    /// the base pool has.
+    /// the base pool has. `reduce`: `None` for those that are not trained.
     fn new(
         layouts: Vec<RegionLayout>,
         slots: usize,
         groups: &ProcessGroups,
         region: Region,
-        reduce: ReduceGradients,
+        reduce: Option<ReduceGradients>,
     ) -> Self {
         let (mesh, block, device) = (&groups.mesh, groups.shard.clone(), groups.device.tensors());
         let (shard, expert_groups, expert_group) = match region {
@@ -155,16 +192,22 @@ impl AdapterShards {
         let elements = |layout: &RegionLayout| {
             layout.entries.first().map_or(0, |e| e.spec.storage.element_at(layout.padded))
         };
-        let unit = |layout: &RegionLayout| {
+        let largest = layouts.iter().map(elements).max().unwrap_or(0);
+        let scratch = (!lone && reduce == Some(ReduceGradients::MicroBatch)).then(|| zeros(largest));
+        let pool = SlotPool::new("adapter", layouts, slots, shard.clone(), device);
+        let unit = |unit: usize| {
+            let layout = pool.layout(unit);
             let (all, own) = (elements(layout), elements(layout) / layout.shards);
+            let Some(reduce) = reduce else {
+                let master = copy_of(&pool, unit).unwrap_or_else(|| zeros(0));
+                return UnitShards { master, gradient: zeros(1).expand([all as i64], false), full: None };
+            };
             let keeps_full = !lone && reduce == ReduceGradients::Step;
             UnitShards { master: zeros(own), gradient: zeros(own), full: keeps_full.then(|| zeros(all)) }
         };
-        let units = layouts.iter().map(unit).collect();
-        let largest = layouts.iter().map(elements).max().unwrap_or(0);
-        let scratch = (!lone && reduce == ReduceGradients::MicroBatch).then(|| zeros(largest));
-        let pool = SlotPool::new("adapter", layouts, slots, shard.clone(), device);
-        Self { units, pool, shard, replicate, block, expert_groups, expert_group, scratch }
+        let units = (0..pool.len()).map(unit).collect();
+        let is_frozen = reduce.is_none();
+        Self { units, pool, shard, replicate, block, expert_groups, expert_group, scratch, is_frozen }
     }
 
     pub fn len(&self) -> usize {
@@ -219,8 +262,7 @@ impl AdapterShards {
     /// The compute copy of this rank's piece of `unit`, from which it is gathered: `[piece elements]`. None where the
     /// unit has no adapter.
     pub fn compute(&self, unit: usize) -> Option<Tensor> {
-        let Storage::Plain(dtype) = self.pool.layout(unit).entries.first()?.spec.storage else { return None };
-        Some(self.pool.shard(unit).view_dtype(dtype.kind()))
+        copy_of(&self.pool, unit)
     }
 
     /// Entry `entry` of `unit`, gathered, in compute dtype.
@@ -240,6 +282,9 @@ impl AdapterShards {
 
     /// Copies the masters into the compute copies.
     fn refresh(&mut self) {
+        if self.is_frozen {
+            return;
+        }
         for unit in 0..self.len() {
             if let Some(mut compute) = self.compute(unit) {
                 compute.copy_(self.master(unit));
@@ -341,6 +386,12 @@ impl AdapterShards {
         let groups = self.expert_groups as i64;
         Ok(output.view([ranks / groups, groups, n]).transpose(0, 1).reshape([-1]))
     }
+}
+
+/// This rank's piece of `unit` in `pool`, in compute dtype: `[piece elements]`. None where the unit has no adapter.
+fn copy_of(pool: &SlotPool, unit: usize) -> Option<Tensor> {
+    let Storage::Plain(dtype) = pool.layout(unit).entries.first()?.spec.storage else { return None };
+    Some(pool.shard(unit).view_dtype(dtype.kind()))
 }
 
 /// Bytes of alignment of an adapter region in `dtype`.

@@ -5,6 +5,7 @@
 
 use crate::{
     comm::{CommandError, CommandReceiver, CommandSender},
+    infer::step::Step,
     loss::{LossError, NamedLoss, Param},
     server::request::{AdapterSpec, Datum, Load, ModelId, OptimStep, Save},
 };
@@ -37,6 +38,7 @@ pub enum Command<'a> {
         spec: AdapterSpec,
     },
     MicroBatch(Cow<'a, Rows<'a>>),
+    Sample(Cow<'a, Step<ModelId>>),
     /// `factor`: of the accumulated gradient.
     OptimStep {
         model: ModelId,
@@ -65,6 +67,16 @@ pub enum Command<'a> {
     },
     Unload {
         model: ModelId,
+    },
+    /// Copy the values of an adapter into a sampler.
+    Freeze {
+        model: ModelId,
+        sampler: ModelId,
+    },
+    /// Make a sampler of a save.
+    OpenSampler {
+        model: ModelId,
+        folder: PathBuf,
     },
     /// No command follows.
     Stop,

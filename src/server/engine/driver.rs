@@ -1,17 +1,23 @@
 //! The loop of rank 0: takes requests, has them carried out on all ranks, answers.
 
 mod moves;
+mod sampling;
+
+pub use sampling::SharedDecode;
+
+use sampling::Sampling;
 
 use super::{
     EngineOptions, IDLE,
     check::{self, DataLimits},
     command::{self, Command, PlainLoss, PlainSave, Rows, Segment},
-    handle::{Asked, EngineHandle, Message},
+    handle::{Adapters, Asked, EngineHandle, Message},
     loss,
     models::{DatumAnswer, Models, Trained},
     plan::{Dealt, Kind, Limits, MicroBatch, Next, Plan},
     residence::Residence,
     room::Room,
+    shares::{SHARE_OF_SAMPLING, Shares, Work},
 };
 use crate::{
     Error, Result,
@@ -20,8 +26,8 @@ use crate::{
     plan::adapter::save_bytes,
     server::{
         request::{
-            AdapterSpec, Load, ModelId, ModelState, OptimStep, Pass, PassReply, Refusal, Reply, Save, Task,
-            Usage,
+            AdapterSpec, Load, ModelId, ModelState, OptimStep, Pass, PassReply, Refusal, Reply, SamplerState,
+            Save, Task, Usage,
         },
         storage::Storage,
     },
@@ -40,6 +46,8 @@ pub struct Driver {
     residence: Residence,
     storage: Storage,
     usage: Usage,
+    sampling: Sampling,
+    shares: Shares,
     /// Files of adapters on disk so far.
     files: u64,
     /// Requests without an answer, by number.
@@ -52,7 +60,7 @@ pub struct Driver {
 }
 
 /// The way to the other ranks.
-struct Ranks {
+pub struct Ranks {
     commands: CommandSender,
     watcher: Watcher,
     /// Commands so far.
@@ -62,6 +70,11 @@ struct Ranks {
 }
 
 impl Ranks {
+    /// The way to the others of `world` ranks.
+    pub fn new(commands: CommandSender, watcher: Watcher, world: usize) -> Self {
+        Self { commands, watcher, sent: 0, others: world > 1 }
+    }
+
     /// Sends `command`, which this rank carries out after it.
     fn tell(&mut self, command: &Command) -> Result<()> {
         self.sent += 1;
@@ -105,24 +118,26 @@ impl Driver {
         models: Models,
         options: EngineOptions,
         room: Room,
-        commands: CommandSender,
+        ranks: Ranks,
         requests: Receiver<Message>,
         handle: Arc<EngineHandle>,
-        watcher: Watcher,
+        decode: Option<SharedDecode>,
     ) -> Self {
-        let others = models.groups().world.size() > 1;
         let limits =
             Limits { ranks: models.groups().mesh.data_parallel(), tokens: options.max_tokens_per_pass };
         let storage = Storage::new(options.output_dir.clone(), options.storage_limit);
         let usage = Usage { memory_limit: room.bytes, fits: room.fits(), ..Usage::default() };
+        let sampling = Sampling::new(&models, &room, &options, decode);
         let driver = Self {
             models,
+            sampling,
+            shares: Shares::new(SHARE_OF_SAMPLING),
             residence: Residence::new(room.bytes.unwrap_or(u64::MAX)),
             storage,
             usage,
             files: 0,
             options,
-            ranks: Ranks { commands, watcher, sent: 0, others },
+            ranks,
             requests,
             handle,
             plan: Plan::new(limits),
@@ -142,39 +157,68 @@ impl Driver {
     pub fn run(&mut self) -> Result<()> {
         loop {
             while let Ok(message) = self.requests.try_recv() {
-                self.take(message);
+                self.take(message)?;
             }
-            let residence = &self.residence;
-            match self.plan.next(&|models| residence.fit_together(models)) {
-                Some(Next::Begin { model, request }) => self.begin(&model, request)?,
-                Some(Next::MicroBatch(micro_batch)) => self.compute(micro_batch)?,
-                None if self.stopping => break,
-                None => self.sleep(),
+            self.begin_samples();
+            let begun = Instant::now();
+            let Some(work) = self.shares.next(!self.plan.is_empty(), self.sampling.has_work()) else {
+                if self.stopping {
+                    break;
+                }
+                self.sleep()?;
+                continue;
+            };
+            match work {
+                Work::Training => self.train()?,
+                Work::Sampling => self.sample()?,
             }
+            self.shares.spent(work, begun.elapsed());
         }
         self.ranks.tell(&Command::Stop)
     }
 
+    /// Begins a request, or computes a micro-batch.
+    fn train(&mut self) -> Result<()> {
+        let residence = &self.residence;
+        match self.plan.next(&|models| residence.fit_together(models)) {
+            Some(Next::Begin { model, request }) => self.begin(&model, request),
+            Some(Next::MicroBatch(micro_batch)) => self.compute(micro_batch),
+            None => Ok(()),
+        }
+    }
+
     /// Sleeps until there is a request. A pass then waits for those of other adapters, if there are any.
-    fn sleep(&mut self) {
+    fn sleep(&mut self) -> Result<()> {
         let watcher = self.ranks.watcher.clone();
         let _idle = watcher.slow(IDLE);
         let message = self.requests.recv().unwrap_or(Message::Stop);
         let is_pass =
             matches!(&message, Message::Asked(asked) if matches!(asked.request.task, Task::Pass(_)));
-        self.take(message);
+        self.take(message)?;
         let until = Instant::now() + self.options.gather;
-        while is_pass && self.plan.adapters() < self.models.adapters().len() {
+        let trained = self.models.adapters().values().filter(|held| held.trained.is_some()).count();
+        while is_pass && self.plan.adapters() < trained {
             let Ok(message) = self.requests.recv_deadline(until) else { break };
-            self.take(message);
+            self.take(message)?;
         }
+        Ok(())
     }
 
-    fn take(&mut self, message: Message) {
-        let Message::Asked(asked) = message else {
-            self.stopping = true;
-            return;
-        };
+    fn take(&mut self, message: Message) -> Result<()> {
+        match message {
+            Message::Asked(asked) => self.take_task(asked),
+            Message::Sample(sample) => self.take_sample(sample),
+            Message::Cancel(ticket) => self.cancel(ticket)?,
+            Message::EndSampling => self.end_sampling()?,
+            Message::Stop => {
+                self.end_sampling()?;
+                self.stopping = true;
+            }
+        }
+        Ok(())
+    }
+
+    fn take_task(&mut self, asked: Asked) {
         self.count += 1;
         let kind = match &asked.request.task {
             Task::Pass(pass) => Kind::Pass { backward: pass.backward },
@@ -202,7 +246,8 @@ impl Driver {
             Task::Save(save) => self.save(model, save),
             Task::Load(load) => self.load(model, load),
             Task::Spill => self.leave(model),
-            Task::Freeze(_) | Task::OpenSampler { .. } => Err(Refusal::Server("not built".into()).into()),
+            Task::Freeze(sampler) => self.freeze_as(model, sampler),
+            Task::OpenSampler { folder } => self.open_sampler(model, folder),
         };
         self.show();
         match reply {
@@ -213,10 +258,13 @@ impl Driver {
         Ok(())
     }
 
-    /// The adapter `model`.
+    /// The adapter `model`, which is trained.
     fn known(&self, model: &ModelId) -> Result<&Trained, Refusal> {
-        self.models.adapters().get(model).ok_or_else(|| {
-            Refusal::User(format!("model_id {model} is unknown; make the adapter with create_model first"))
+        self.models.trained(model).ok_or_else(|| {
+            Refusal::User(match self.models.adapters().contains_key(model) {
+                true => format!("model_id {model} is a sampler, which is never trained; name its adapter"),
+                false => format!("model_id {model} is unknown; make the adapter with create_model first"),
+            })
         })
     }
 
@@ -232,6 +280,11 @@ impl Driver {
             ))
             .into());
         }
+        if self.models.adapters().contains_key(model) {
+            let taken =
+                format!("model_id {model} is a sampler; give the adapter another name, or unload it first");
+            return Err(Refusal::User(taken).into());
+        }
         let sites = self.models.sites(spec).map_err(|error| Refusal::User(format!("targets: {error}")))?;
         check::spec(spec, self.options.defaults.max_rank, sites.len())?;
         let need = self.models.need(spec).map_err(|error| Refusal::User(error.to_string()))?;
@@ -245,6 +298,7 @@ impl Driver {
 
     fn optim_step(&mut self, model: &ModelId, step: &OptimStep) -> Result<Reply, Unmet> {
         let factor = check::factor(step, self.known(model)?.valid)?;
+        self.keep(model)?;
         self.make_room(std::slice::from_ref(model), None)?;
         self.ranks.tell(&Command::OptimStep { model: model.clone(), step: *step, factor })?;
         Ok(Reply::Stepped(self.models.optim_step(model, step, factor)?))
@@ -260,8 +314,8 @@ impl Driver {
     fn save(&mut self, model: &ModelId, save: &Save) -> Result<Reply, Unmet> {
         let accumulated = self.known(model)?.accumulated > 0;
         self.make_room(std::slice::from_ref(model), None)?;
-        let plan = self.models.plan_of(model);
-        let needed = plan.map_or(0, |plan| save_bytes(plan, save.training_state, accumulated) as u64);
+        let held = self.models.adapters().get(model);
+        let needed = held.map_or(0, |held| save_bytes(held.plan(), save.training_state, accumulated) as u64);
         if !self.storage.is_own(&save.folder) {
             self.storage.check(needed, "the save").map_err(|full| Refusal::User(full.to_string()))?;
         }
@@ -277,6 +331,7 @@ impl Driver {
 
     fn load(&mut self, model: &ModelId, load: &Load) -> Result<Reply, Unmet> {
         self.known(model)?;
+        self.keep(model)?;
         self.make_room(std::slice::from_ref(model), None)?;
         let _loading = self.ranks.watcher.clone().slow("load");
         self.ranks.tell(&Command::Load { model: model.clone(), load: load.clone() })?;
@@ -284,19 +339,26 @@ impl Driver {
     }
 
     fn unload(&mut self, model: &ModelId) -> Result<Reply, Unmet> {
-        self.known(model)?;
+        self.present(model)?;
+        self.keep(model)?;
+        self.forget(model)?;
+        Ok(Reply::Unloaded)
+    }
+
+    /// Forgets an adapter or a sampler on all ranks.
+    fn forget(&mut self, model: &ModelId) -> Result<()> {
         if !self.residence.is_in_memory(model) {
             self.storage.changed(self.models.bytes_on_disk(model), 0);
         }
         self.ranks.tell(&Command::Unload { model: model.clone() })?;
         self.models.unload(model);
         self.residence.remove(model);
-        Ok(Reply::Unloaded)
+        Ok(())
     }
 
-    /// Moves an adapter to disk, unless it is there.
+    /// Moves an adapter or a sampler to disk, unless it is there.
     fn leave(&mut self, model: &ModelId) -> Result<Reply, Unmet> {
-        self.known(model)?;
+        self.present(model)?;
         if self.residence.is_in_memory(model) {
             self.spill(model)?;
         }
@@ -369,18 +431,21 @@ impl Driver {
 
     /// Shows the adapters to other threads.
     fn show(&self) {
-        let of = |(model, trained): (&ModelId, &Trained)| {
-            let state = ModelState {
-                spec: trained.spec.clone(),
-                step: trained.step,
-                accumulated: trained.accumulated,
-                in_memory: self.residence.is_in_memory(model),
-                bytes: self.residence.need(model).held,
-                last_used: self.residence.last_used(model),
-            };
-            (model.to_string(), state)
-        };
-        self.handle.show(self.models.adapters().iter().map(of).collect(), self.usage());
+        let mut adapters = Adapters { usage: self.usage(), ..Adapters::default() };
+        for (model, held) in self.models.adapters() {
+            let (name, in_memory) = (model.to_string(), self.residence.is_in_memory(model));
+            let (bytes, last_used) = (self.residence.need(model).held, self.residence.last_used(model));
+            if let Some(Trained { spec, step, accumulated, .. }) = &held.trained {
+                let (spec, step, accumulated) = (spec.clone(), *step, *accumulated);
+                adapters
+                    .models
+                    .insert(name, ModelState { spec, step, accumulated, in_memory, bytes, last_used });
+            } else if !model.is_hidden() {
+                let rank = held.rank();
+                adapters.samplers.insert(name, SamplerState { rank, in_memory, bytes, last_used });
+            }
+        }
+        self.handle.show(adapters);
     }
 }
 

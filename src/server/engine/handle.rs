@@ -1,10 +1,10 @@
 //! The way of requests to the engine's thread and back, and the state that other threads see.
 
 use crate::{
-    infer::request::SampleRequest,
+    infer::request::{NewToken, SampleRequest},
     server::request::{
-        Answer, Engine, EngineState, Listener, ModelState, Refusal, Request, SamplingState, Source, Ticket,
-        Usage,
+        Answer, Engine, EngineState, Listener, ModelState, Refusal, Request, SampleAnswer, SamplerState,
+        SamplingState, Source, Ticket, Usage,
     },
 };
 use crossbeam::channel::{Receiver, Sender};
@@ -19,6 +19,11 @@ use std::{
 /// Input of the engine's thread.
 pub(super) enum Message {
     Asked(Asked),
+    Sample(Sample),
+    /// End a request to sample, if it has not ended.
+    Cancel(Ticket),
+    /// End all requests to sample.
+    EndSampling,
     /// No request follows.
     Stop,
 }
@@ -30,10 +35,61 @@ pub(super) struct Asked {
     counts: Arc<Counts>,
 }
 
+/// A request to sample.
+pub(super) struct Sample {
+    pub source: Source,
+    pub request: SampleRequest,
+    pub client: SampleClient,
+}
+
+/// The end of a request to sample that hears of it. One that is dropped hears a refusal.
+pub(super) struct SampleClient {
+    pub ticket: Ticket,
+    listener: Option<Box<dyn Listener>>,
+    counts: Arc<Counts>,
+}
+
+impl SampleClient {
+    pub fn token(&mut self, token: &NewToken) {
+        if let Some(listener) = &mut self.listener {
+            listener.token(token);
+        }
+    }
+
+    pub fn end(mut self, answer: SampleAnswer) {
+        self.give(answer);
+    }
+
+    fn give(&mut self, answer: SampleAnswer) {
+        if let Some(listener) = self.listener.take() {
+            self.counts.answered();
+            listener.end(answer);
+        }
+    }
+}
+
+impl Drop for SampleClient {
+    fn drop(&mut self) {
+        self.give(Err(stopping()));
+    }
+}
+
+/// The refusal of a request to sample that a stop has ended.
+pub(super) fn stopping() -> Refusal {
+    Refusal::Server("the server is stopping; send the request again after its restart".into())
+}
+
 #[derive(Default)]
 struct Counts {
     waiting: AtomicUsize,
     answered: AtomicU64,
+}
+
+impl Counts {
+    fn answered(&self) {
+        self.waiting.fetch_sub(1, SeqCst);
+        self.answered.fetch_add(1, SeqCst);
+    }
 }
 
 impl Asked {
@@ -43,8 +99,7 @@ impl Asked {
 
     fn give(&mut self, answer: Answer) {
         if let Some(give) = self.answer.take() {
-            self.counts.waiting.fetch_sub(1, SeqCst);
-            self.counts.answered.fetch_add(1, SeqCst);
+            self.counts.answered();
             give(answer);
         }
     }
@@ -62,16 +117,27 @@ pub struct EngineHandle {
     counts: Arc<Counts>,
     max_waiting: usize,
     stopping: AtomicBool,
+    /// Requests to sample end before the others.
+    samples: AtomicBool,
+    tickets: AtomicU64,
     state: Mutex<Shown>,
 }
 
 /// The part of the state that the engine's thread writes.
 struct Shown {
     healthy: bool,
-    models: BTreeMap<String, ModelState>,
+    adapters: Adapters,
     micro_batches: u64,
     peak_rss_bytes: Vec<u64>,
-    usage: Usage,
+    sampling: SamplingState,
+}
+
+/// The adapters and samplers of an engine, and what they take.
+#[derive(Default)]
+pub(super) struct Adapters {
+    pub models: BTreeMap<String, ModelState>,
+    pub samplers: BTreeMap<String, SamplerState>,
+    pub usage: Usage,
 }
 
 impl EngineHandle {
@@ -81,25 +147,31 @@ impl EngineHandle {
         let (messages, received) = crossbeam::channel::unbounded();
         let shown = Shown {
             healthy: true,
-            models: BTreeMap::new(),
+            adapters: Adapters::default(),
             micro_batches: 0,
             peak_rss_bytes: Vec::new(),
-            usage: Usage::default(),
+            sampling: SamplingState::default(),
         };
         let handle = Self {
             messages,
             counts: Arc::default(),
             max_waiting,
             stopping: AtomicBool::new(false),
+            samples: AtomicBool::new(true),
+            tickets: AtomicU64::new(0),
             state: Mutex::new(shown),
         };
         (Arc::new(handle), received)
     }
 
     /// Shows the adapters as they are now.
-    pub(super) fn show(&self, models: BTreeMap<String, ModelState>, usage: Usage) {
-        let mut shown = self.lock();
-        (shown.models, shown.usage) = (models, usage);
+    pub(super) fn show(&self, adapters: Adapters) {
+        self.lock().adapters = adapters;
+    }
+
+    /// Shows what is being sampled.
+    pub(super) fn sampled(&self, sampling: SamplingState) {
+        self.lock().sampling = sampling;
     }
 
     /// Shows that a micro-batch was computed. `peak_rss_bytes`: the largest resident memory of each rank so far.
@@ -115,6 +187,17 @@ impl EngineHandle {
         self.lock().healthy = false;
     }
 
+    /// Counts one more request.
+    ///
+    /// # Errors
+    /// As many wait as may.
+    fn takes_one(&self) -> Result<(), Refusal> {
+        let most = self.max_waiting;
+        let is_full = self.counts.waiting.fetch_add(1, SeqCst) >= most;
+        let full = || format!("{most} requests wait already, which is the limit; send this one again later");
+        if is_full { Err(Refusal::Server(full())) } else { Ok(()) }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Shown> {
         // Every change is valid on its own, also after a panic.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -123,24 +206,36 @@ impl EngineHandle {
 
 impl Engine for EngineHandle {
     fn submit(&self, request: Request, answer: Box<dyn FnOnce(Answer) + Send>) {
-        let before = self.counts.waiting.fetch_add(1, SeqCst);
+        let full = self.takes_one();
         let asked = Asked { request, answer: Some(answer), counts: self.counts.clone() };
-        if before >= self.max_waiting {
-            let most = self.max_waiting;
-            let full = format!("{most} requests wait already, which is the limit; send this one again later");
-            asked.answer(Err(Refusal::Server(full)));
+        if let Err(full) = full {
+            asked.answer(Err(full));
         } else if !self.stopping.load(SeqCst) {
             // A message that nobody takes is dropped, and its request refused.
             let _ = self.messages.send(Message::Asked(asked));
         }
     }
 
-    fn sample(&self, _source: Source, _request: SampleRequest, listener: Box<dyn Listener>) -> Ticket {
-        listener.end(Err(Refusal::Server("not built".into())));
-        Ticket(0)
+    fn sample(&self, source: Source, request: SampleRequest, listener: Box<dyn Listener>) -> Ticket {
+        let full = self.takes_one();
+        let ticket = Ticket(self.tickets.fetch_add(1, SeqCst));
+        let client = SampleClient { ticket, listener: Some(listener), counts: self.counts.clone() };
+        if let Err(full) = full {
+            client.end(Err(full));
+        } else if self.samples.load(SeqCst) && !self.stopping.load(SeqCst) {
+            let _ = self.messages.send(Message::Sample(Sample { source, request, client }));
+        }
+        ticket
     }
 
-    fn cancel(&self, _ticket: Ticket) {}
+    fn cancel(&self, ticket: Ticket) {
+        let _ = self.messages.send(Message::Cancel(ticket));
+    }
+
+    fn end_sampling(&self) {
+        self.samples.store(false, SeqCst);
+        let _ = self.messages.send(Message::EndSampling);
+    }
 
     fn state(&self) -> EngineState {
         let shown = self.lock();
@@ -148,12 +243,12 @@ impl Engine for EngineHandle {
             healthy: shown.healthy,
             waiting: self.counts.waiting.load(SeqCst),
             answered: self.counts.answered.load(SeqCst),
-            models: shown.models.clone(),
+            models: shown.adapters.models.clone(),
             micro_batches: shown.micro_batches,
             peak_rss_bytes: shown.peak_rss_bytes.clone(),
-            usage: shown.usage.clone(),
-            samplers: BTreeMap::new(),
-            sampling: SamplingState::default(),
+            usage: shown.adapters.usage.clone(),
+            samplers: shown.adapters.samplers.clone(),
+            sampling: shown.sampling.clone(),
         }
     }
 }
@@ -172,7 +267,10 @@ impl Drop for StopOnDrop {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::server::request::{ModelId, Reply, Task};
+    use crate::{
+        infer::request::{Choice, PromptScores, SampleReply, Stop, Wanted},
+        server::request::{ModelId, Reply, Task},
+    };
     use std::sync::mpsc;
 
     fn ask(handle: &EngineHandle) -> mpsc::Receiver<Answer> {
@@ -184,6 +282,41 @@ mod tests {
 
     fn refusal(answer: &mpsc::Receiver<Answer>) -> String {
         answer.try_recv().unwrap().unwrap_err().to_string()
+    }
+
+    fn sample(handle: &EngineHandle) -> (Ticket, mpsc::Receiver<SampleAnswer>) {
+        let (send, answer) = mpsc::channel();
+        let request = SampleRequest {
+            prompt: vec![1],
+            count: 1,
+            max_new_tokens: 1,
+            choice: Choice { temperature: 1.0, top_p: 1.0, top_k: None },
+            seed: 0,
+            stop: Stop::default(),
+            wanted: Wanted::default(),
+        };
+        let listener = move |answer: SampleAnswer| send.send(answer).unwrap();
+        (handle.sample(Source::Base, request, Box::new(listener)), answer)
+    }
+
+    #[test]
+    fn every_request_to_sample_has_one_end() {
+        let (handle, messages) = EngineHandle::new(3);
+        let said =
+            |answer: &mpsc::Receiver<SampleAnswer>| answer.try_recv().unwrap().unwrap_err().to_string();
+        let [first, second, third, fourth] = [0; 4].map(|_| sample(&handle));
+        assert!(said(&fourth.1).starts_with("3 requests wait already"));
+        let Message::Sample(Sample { client, .. }) = messages.recv().unwrap() else { panic!("a request") };
+        assert_eq!(client.ticket, first.0);
+        client.end(Ok(SampleReply { continuations: Vec::new(), prompt: PromptScores::default() }));
+        assert!(first.1.try_recv().unwrap().is_ok());
+        handle.end_sampling();
+        assert!(said(&sample(&handle).1).contains("the server is stopping"));
+        drop((handle.clone(), messages));
+        for (_, answer) in [second, third] {
+            assert!(said(&answer).contains("the server is stopping"));
+        }
+        assert_eq!((handle.state().waiting, handle.state().answered), (0, 5));
     }
 
     #[test]

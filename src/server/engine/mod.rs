@@ -3,6 +3,10 @@
 //! One thread of rank 0, which alone touches MPI and tensors there, takes requests from an [`EngineHandle`], decides
 //! what comes next (`plan`, pure) and whether it can be done (`check`, pure), sends a command to all ranks (`command`)
 //! and carries it out like every other rank (`models`). Without requests all ranks sleep.
+//!
+//! Requests to sample wait in `plan` for the tasks of their adapter before them, then run in an
+//! [`infer::sampler`](crate::infer::sampler), which plans one step of the model at a time. Steps and training take turns
+//! (`shares`, pure). An adapter that is updated while it is sampled from is copied first (`versions`, pure).
 
 mod check;
 mod command;
@@ -13,8 +17,11 @@ mod models;
 mod plan;
 mod residence;
 mod room;
+mod shares;
+mod versions;
 
 pub use command::EngineError;
+pub use driver::SharedDecode;
 pub use handle::EngineHandle;
 
 use crate::{
@@ -25,7 +32,7 @@ use crate::{
     shard::ProcessGroups,
 };
 use command::Command;
-use driver::Driver;
+use driver::{Driver, Ranks};
 use models::Models;
 use room::Room;
 use std::{path::PathBuf, sync::Arc, time::Duration};
@@ -73,11 +80,15 @@ pub struct EngineOptions {
     pub output_dir: PathBuf,
     /// Bytes of a rank's memory for adapters; `None`: what the base and a pass leave.
     pub adapter_memory: Option<u64>,
+    /// Bytes of a rank's memory for keys and values; `None`: a share of what the base and a pass leave.
+    pub sampling_memory: Option<u64>,
+    /// Tokens of the longest sequence that the model was made for; `None`: any.
+    pub max_positions: Option<usize>,
     /// Bytes that `output_dir` may have after a save; `None`: any.
     pub storage_limit: Option<u64>,
 }
 
-/// Runs the engine over the ranks of `groups`. `front` runs on a thread of rank 0 and submits requests. When it has
+/// Runs the engine over the ranks of `groups`. `decode`: the text of tokens, which rank 0 needs for stop texts. `front` runs on a thread of rank 0 and submits requests. When it has
 /// returned and every request is answered, the engine ends, and rank 0 gets what `front` returned. Collective.
 ///
 /// # Errors
@@ -87,11 +98,13 @@ pub fn serve<T: Send + 'static>(
     groups: ProcessGroups,
     model: Transformer,
     options: EngineOptions,
+    decode: Option<SharedDecode>,
     front: impl FnOnce(Arc<EngineHandle>) -> T + Send + 'static,
 ) -> Result<Option<T>> {
     let watcher = world.watcher();
-    let models = Models::new(model, groups, &options);
+    let mut models = Models::new(model, groups, &options);
     let room = Room::new(&models, &options)?;
+    models.open_cache(room.pages as usize);
     // Commands have deadlines; the wait for one has none.
     watcher.step(0);
     match world.commands().map_err(EngineError::from)? {
@@ -101,10 +114,12 @@ pub fn serve<T: Send + 'static>(
         Commands::Sender(commands) => {
             spill::clear(&options.output_dir).map_err(|error| Error::Failure(error.to_string()))?;
             tracing::info!("{}", room.told(options.defaults.rank, options.max_tokens_per_pass));
+            tracing::info!("{}", room.told_of_sampling());
             let (handle, requests) = EngineHandle::new(options.max_waiting);
             let failing = handle.clone();
             watcher.on_end(move || failing.fail());
-            let mut driver = Driver::new(models, options, room, commands, requests, handle.clone(), watcher);
+            let ranks = Ranks::new(commands, watcher, models.groups().world.size());
+            let mut driver = Driver::new(models, options, room, ranks, requests, handle.clone(), decode);
             let front = with_front(handle.clone(), front)?;
             driver.run().inspect_err(|_| handle.fail())?;
             front.join().map(Some).map_err(|_| Error::Failure("the front of the server has panicked".into()))

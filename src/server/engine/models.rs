@@ -1,5 +1,10 @@
 //! The base and the adapters of a rank, and how it carries out commands.
 
+mod held;
+mod sampling;
+
+pub use held::{Held, Trained};
+
 use super::{
     AdapterDefaults, EngineOptions,
     command::{Command, EngineError, Rows},
@@ -10,6 +15,7 @@ use crate::{
     Error, Result,
     checkpoint::state::Accumulated,
     config,
+    infer::cache::KvCache,
     lora::{Adapter, AdapterPlan, LoraShape, Site, TargetError, targets},
     loss::{BySegment, NamedLoss, TokenLoss},
     model::{
@@ -17,19 +23,18 @@ use crate::{
         transformer::{Batch, Transformer},
     },
     ops::cpu::values,
-    optim::{Optimizer, Settings},
+    optim::Settings,
     plan::AdapterMemory,
     server::{
         request::{AdapterSpec, Load, ModelId, OptimStep, Refusal, Reply, Save, StepReply},
-        spill::{Spilled, bytes_of},
         store::{self, Base},
     },
-    session::{Session, Update},
+    session::Update,
     shard::ProcessGroups,
     train::metrics::peak_rss_bytes,
 };
-use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, ops::Range, path::PathBuf};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::{collections::BTreeMap, ops::Range, path::PathBuf, rc::Rc};
 use tch::{Device, Tensor};
 
 /// Module of a layer's attention.
@@ -39,61 +44,6 @@ const MOST_RANK: usize = 1 << 20;
 /// The name of a gradient norm that overflows although every element is finite.
 const NORM: &str = "grad_norm";
 
-/// An adapter that is being trained.
-pub struct Trained {
-    pub spec: AdapterSpec,
-    place: Place,
-    /// A pass, whole or in part, has added to its gradients.
-    has_gradients: bool,
-    /// The numbers of its last update.
-    numbers: Settings,
-    /// Updates so far.
-    pub step: u64,
-    /// Passes with backward since the last update.
-    pub accumulated: u64,
-    /// Valid targets of these passes.
-    pub valid: u64,
-}
-
-/// The place of an adapter's tensors.
-enum Place {
-    Memory(Box<Session>),
-    Disk(OnDisk),
-}
-
-/// An adapter on disk.
-struct OnDisk {
-    file: Spilled,
-    /// Updates that the optimizer has seen.
-    updates: u64,
-    /// The file has gradients too.
-    with_gradients: bool,
-}
-
-impl Trained {
-    fn session(&mut self, model: &ModelId) -> Result<&mut Session, EngineError> {
-        match &mut self.place {
-            Place::Memory(session) => Ok(session),
-            Place::Disk(_) => Err(EngineError::OnDisk(model.clone())),
-        }
-    }
-
-    /// Drops the gradients that were accumulated.
-    fn drop_gradients(&mut self) {
-        if let Place::Memory(session) = &mut self.place {
-            session.adapter.regions_mut().zero_gradients();
-        }
-        (self.accumulated, self.valid, self.has_gradients) = (0, 0, false);
-    }
-}
-
-/// The tensors of `session` that go to disk and back, on this rank: its state, and with `gradients` what is
-/// accumulated. The rest is made from them.
-fn tensors(session: &Session, gradients: bool) -> Vec<Tensor> {
-    let sums = session.adapter.regions().accumulators().filter(|_| gradients).map(Tensor::shallow_clone);
-    session.state().into_iter().chain(sums).collect()
-}
-
 /// The part that one rank has of everything.
 pub struct Models {
     model: Transformer,
@@ -101,7 +51,8 @@ pub struct Models {
     defaults: AdapterDefaults,
     base: Base,
     output_dir: PathBuf,
-    adapters: BTreeMap<ModelId, Trained>,
+    adapters: BTreeMap<ModelId, Held>,
+    cache: KvCache,
 }
 
 /// The reply to a client, or the refusal that every rank has. Ranks that can no longer talk to each other have failed.
@@ -130,10 +81,11 @@ pub struct DatumAnswer {
 }
 
 impl Models {
-    /// No adapters on `model`, the base `base`.
+    /// No adapters on `model`, and no room for keys and values.
     pub fn new(model: Transformer, groups: ProcessGroups, options: &EngineOptions) -> Self {
         let EngineOptions { defaults, base, output_dir, .. } = options.clone();
-        Self { model, groups, defaults, base, output_dir, adapters: BTreeMap::new() }
+        let cache = KvCache::new(model.spec(), 0, model.options().compute.kind(), groups.device.tensors());
+        Self { model, groups, defaults, base, output_dir, adapters: BTreeMap::new(), cache }
     }
 
     pub fn model(&self) -> &Transformer {
@@ -148,9 +100,14 @@ impl Models {
         self.model.spec().vocab_size
     }
 
-    /// The adapters by name.
-    pub fn adapters(&self) -> &BTreeMap<ModelId, Trained> {
+    /// The adapters and samplers by name.
+    pub fn adapters(&self) -> &BTreeMap<ModelId, Held> {
         &self.adapters
+    }
+
+    /// The state of the adapter `model`, if there is one that is trained.
+    pub fn trained(&self, model: &ModelId) -> Option<&Trained> {
+        self.adapters.get(model)?.trained.as_ref()
     }
 
     /// The places of an adapter of `spec`; perhaps none.
@@ -184,25 +141,13 @@ impl Models {
         Ok(Need { held: times(memory.held()), at_work: times(at_work) })
     }
 
-    /// The plan of an adapter in memory.
-    pub fn plan_of(&self, model: &ModelId) -> Option<&AdapterPlan> {
-        match &self.adapters.get(model)?.place {
-            Place::Memory(session) => Some(session.adapter.plan()),
-            Place::Disk(_) => None,
-        }
-    }
-
     fn shape(&self, spec: &AdapterSpec) -> LoraShape {
         LoraShape { rank: spec.rank, alpha: spec.alpha, use_rslora: self.defaults.use_rslora }
     }
 
     /// Bytes of the files of all ranks of an adapter: those that it has on disk, or would have there.
     pub fn bytes_on_disk(&self, model: &ModelId) -> u64 {
-        let bytes = self.adapters.get(model).map_or(0, |trained| match &trained.place {
-            Place::Memory(session) => bytes_of(&tensors(session, trained.has_gradients)),
-            Place::Disk(on_disk) => on_disk.file.bytes(),
-        });
-        bytes * self.groups.world.size() as u64
+        self.adapters.get(model).map_or(0, Held::bytes_on_disk) * self.groups.world.size() as u64
     }
 
     /// Carries out `command`. Collective: every rank has the same adapters and the same command.
@@ -221,91 +166,46 @@ impl Models {
                 self.unload(model);
                 Ok(())
             }
+            Command::Sample(step) => self.sample(step).map(drop),
+            Command::Freeze { model, sampler } => self.freeze(model, sampler.clone()),
+            Command::OpenSampler { model, folder } => self.open_sampler(model.clone(), folder).map(drop),
             Command::Stop => Ok(()),
         }
     }
 
-    fn trained(&mut self, model: &ModelId) -> Result<&mut Trained, EngineError> {
+    fn held(&mut self, model: &ModelId) -> Result<&mut Held, EngineError> {
         self.adapters.get_mut(model).ok_or_else(|| EngineError::NoAdapter(model.clone()))
-    }
-
-    /// An adapter of zeros.
-    fn session(&self, model: &ModelId, spec: &AdapterSpec, numbers: &Settings) -> Result<Session> {
-        let adapter = self.model.new_adapter(&self.sites(spec)?, self.shape(spec));
-        let optimizer = Optimizer::new(numbers, adapter.pieces());
-        Ok(Session { name: model.to_string(), adapter, optimizer, max_grad_norm: 0.0 })
     }
 
     /// Makes a fresh adapter.
     pub fn create(&mut self, model: &ModelId, spec: &AdapterSpec) -> Result<()> {
-        let numbers = Settings::from(&config::TrainArgs::default());
-        let mut session = self.session(model, spec, &numbers)?;
-        session.adapter.init(spec.seed, self.defaults.b_init_std)?;
         let trained = Trained {
             spec: spec.clone(),
-            place: Place::Memory(Box::new(session)),
             has_gradients: false,
-            numbers,
+            numbers: Settings::from(&config::TrainArgs::default()),
             step: 0,
             accumulated: 0,
             valid: 0,
         };
-        self.adapters.insert(model.clone(), trained);
+        let values = self.zeros(model, Rc::new(self.plan(spec)?), Some(&trained));
+        let mut held = Held::new(values, Some(trained));
+        held.adapter(model)?.init(spec.seed, self.defaults.b_init_std)?;
+        self.adapters.insert(model.clone(), held);
         Ok(())
-    }
-
-    /// Moves an adapter to disk. A refusal, which every rank has, leaves it in memory. Collective.
-    pub fn spill(&mut self, model: &ModelId, number: u64) -> Result<Result<(), Refusal>> {
-        let name = format!("{number}-{}", self.groups.rank);
-        let (world, device) = (self.groups.world.clone(), self.groups.device.clone());
-        let trained = self.adapters.get_mut(model).ok_or_else(|| EngineError::NoAdapter(model.clone()))?;
-        let with_gradients = trained.has_gradients;
-        let session = trained.session(model)?;
-        let file = Spilled::write(&self.output_dir, &name, &tensors(session, with_gradients), &device);
-        let updates = session.optimizer.updates();
-        let file = file.map_err(|error| Error::Failure(error.to_string()));
-        refused(store::same_outcome(&*world, file).map(|file| {
-            trained.place = Place::Disk(OnDisk { file, updates, with_gradients });
-        }))
-    }
-
-    /// Brings an adapter back from disk. A refusal, which every rank has, leaves it there. Collective.
-    pub fn restore(&mut self, model: &ModelId) -> Result<Result<(), Refusal>> {
-        let (world, device) = (self.groups.world.clone(), &self.groups.device);
-        let trained = self.adapters.get(model).ok_or_else(|| EngineError::NoAdapter(model.clone()))?;
-        let Place::Disk(on_disk) = &trained.place else { return Ok(Ok(())) };
-        let mut session = self.session(model, &trained.spec, &trained.numbers)?;
-        let read = on_disk.file.read(&tensors(&session, on_disk.with_gradients), device);
-        let read = read.map_err(|error| {
-            Error::Failure(format!(
-                "{model} cannot come back from disk: {error}. Its requests are refused as long as that is so: unload it, \
-                 make it again and load its last saved state to go on"
-            ))
-        });
-        let read = store::same_outcome(&*world, read);
-        if read.is_ok() {
-            session.optimizer.set_updates(on_disk.updates);
-            session.adapter.regions_mut().refresh()?;
-            let trained = self.trained(model)?;
-            trained.place = Place::Memory(Box::new(session));
-            if !trained.has_gradients {
-                trained.drop_gradients();
-            }
-        }
-        refused(read)
     }
 
     /// Drops the gradients that were accumulated since the last step.
     pub fn abort(&mut self, model: &ModelId) -> Result<()> {
-        self.trained(model)?.drop_gradients();
+        self.held(model)?.drop_gradients();
         Ok(())
     }
 
     /// Saves an adapter: its folder and bytes, or the refusal that every rank has. Collective.
     pub fn save(&mut self, model: &ModelId, save: &Save) -> Result<Result<Reply, Refusal>> {
-        let trained = self.adapters.get_mut(model).ok_or_else(|| EngineError::NoAdapter(model.clone()))?;
+        let held = self.adapters.get_mut(model).ok_or_else(|| EngineError::NoAdapter(model.clone()))?;
+        let (session, trained) = held.session(model)?;
         let accumulated = Accumulated { passes: trained.accumulated, valid: trained.valid };
-        let saved = store::save(trained.session(model)?, &self.groups, &self.base, accumulated, save);
+        let saved = store::save(session, &self.groups, &self.base, accumulated, save);
         refused(saved.map(|saved| {
             let (folder, bytes) = saved.unwrap_or_else(|| (save.folder.clone(), 0));
             Reply::Saved { folder, bytes }
@@ -315,8 +215,9 @@ impl Models {
     /// Loads a save into an adapter, which is as it was if that is refused. Collective.
     pub fn load(&mut self, model: &ModelId, load: &Load) -> Result<Result<Reply, Refusal>> {
         let (groups, base) = (&self.groups, &self.base);
-        let trained = self.adapters.get_mut(model).ok_or_else(|| EngineError::NoAdapter(model.clone()))?;
-        let loaded = store::load(trained.session(model)?, groups, base, load);
+        let held = self.adapters.get_mut(model).ok_or_else(|| EngineError::NoAdapter(model.clone()))?;
+        let (session, trained) = held.session(model)?;
+        let loaded = store::load(session, groups, base, load);
         refused(loaded.map(|loaded| {
             let Accumulated { passes, valid } = loaded.accumulated;
             (trained.step, trained.accumulated, trained.valid) = (loaded.step, passes, valid);
@@ -325,7 +226,7 @@ impl Models {
         }))
     }
 
-    /// Forgets an adapter, also on disk.
+    /// Forgets an adapter or a sampler, also on disk.
     pub fn unload(&mut self, model: &ModelId) {
         self.adapters.remove(model);
     }
@@ -359,9 +260,10 @@ impl Models {
         let adapters =
             self.adapters.iter_mut().filter(|(model, _)| rows.adapters.binary_search(model).is_ok());
         let mut adapters: Vec<&mut Adapter> = adapters
-            .map(|(model, trained)| {
+            .map(|(model, held)| {
+                let (session, trained) = held.session(model)?;
                 trained.has_gradients |= rows.backward;
-                trained.session(model).map(|session| &mut session.adapter)
+                Ok(&mut session.adapter)
             })
             .collect::<Result<_, EngineError>>()?;
         let found = if rows.backward {
@@ -372,7 +274,8 @@ impl Models {
         // Its sums have no reader.
         self.model.take_router_load();
         for (adapter, valid) in &rows.ended {
-            let trained = self.trained(&rows.adapters[*adapter])?;
+            let model = &rows.adapters[*adapter];
+            let (_, trained) = self.held(model)?.session(model)?;
             trained.accumulated += 1;
             trained.valid += valid;
         }
@@ -388,9 +291,15 @@ impl Models {
             }
         });
         let answer = RankAnswer { data: data.collect(), peak_rss_bytes: peak_rss_bytes() };
-        let bytes = postcard::to_stdvec(&answer).map_err(EngineError::from)?;
+        self.gathered(&answer)
+    }
+
+    /// The answers of all ranks with data of their own. Collective.
+    fn gathered<T: Serialize + DeserializeOwned + Default>(&self, own: &T) -> Result<Vec<T>> {
+        let mesh = self.groups.mesh;
+        let bytes = postcard::to_stdvec(own).map_err(EngineError::from)?;
         let mut answers = Vec::new();
-        answers.resize_with(mesh.data_parallel(), RankAnswer::default);
+        answers.resize_with(mesh.data_parallel(), T::default);
         for (rank, bytes) in self.groups.world.all_gather_host(&bytes)?.iter().enumerate() {
             answers[mesh.data_rank(rank)] = postcard::from_bytes(bytes).map_err(EngineError::from)?;
         }
@@ -400,21 +309,21 @@ impl Models {
     /// Updates an adapter by its accumulated gradient times `factor`, which is zero afterwards in any case. Collective.
     pub fn optim_step(&mut self, model: &ModelId, step: &OptimStep, factor: f64) -> Result<StepReply> {
         let world = self.groups.world.clone();
-        let trained = self.trained(model)?;
+        let held = self.held(model)?;
+        let (session, trained) = held.session(model)?;
         let &OptimStep { lr, betas, eps, weight_decay, max_grad_norm, .. } = step;
         trained.numbers = Settings { kind: config::Optimizer::Adamw, weight_decay, betas, eps };
-        let numbers = trained.numbers;
-        let session = trained.session(model)?;
         session.reduce()?;
-        session.optimizer.set_numbers(&numbers);
+        session.optimizer.set_numbers(&trained.numbers);
         session.max_grad_norm = max_grad_norm;
         let Update { grad_norm, mut non_finite } = session.update_finite(lr, factor, &*world)?;
         if !grad_norm.is_finite() && non_finite.is_empty() {
             non_finite.push(NORM.into());
         }
         trained.step += u64::from(non_finite.is_empty());
-        trained.drop_gradients();
-        Ok(StepReply { step: trained.step, grad_norm, non_finite })
+        let step = trained.step;
+        held.drop_gradients();
+        Ok(StepReply { step, grad_norm, non_finite })
     }
 }
 

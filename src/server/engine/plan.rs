@@ -26,6 +26,8 @@ pub enum Kind {
     Single,
     /// Has data that share micro-batches with those of other adapters.
     Pass { backward: bool },
+    /// Needs the values of the adapter alone, which passes do not change: see [`Plan::samples`].
+    Sample,
 }
 
 /// Tokens of a datum, and targets a token. Data of other `k` share no micro-batch.
@@ -106,6 +108,10 @@ struct Candidate<'a> {
 }
 
 impl Queue {
+    fn is_empty(&self) -> bool {
+        self.waiting.is_empty() && self.open.is_empty()
+    }
+
     fn first(&self) -> u64 {
         let open = self.open.front().map(|open| open.request);
         open.or(self.waiting.front().map(|&(request, _)| request)).unwrap_or(u64::MAX)
@@ -121,6 +127,7 @@ impl Queue {
             (Kind::Single, Some(_)) => false,
             (Kind::Pass { .. }, None) => true,
             (Kind::Pass { backward }, Some(open)) => backward == open.backward && open_tokens() < tokens,
+            (Kind::Sample, _) => false,
         };
         if !may {
             return None;
@@ -172,6 +179,25 @@ impl Plan {
         self.queues.entry(model).or_insert_with(fresh).waiting.push_back((request, kind));
     }
 
+    /// The requests to sample that stand first in their queues, out of these: all before them have changed what they
+    /// change.
+    pub fn samples(&mut self) -> Vec<(ModelId, u64)> {
+        let mut samples = Vec::new();
+        for (model, queue) in &mut self.queues {
+            while let Some((request, _)) = queue.waiting.pop_front_if(|(_, kind)| *kind == Kind::Sample) {
+                samples.push((model.clone(), request));
+            }
+        }
+        self.queues.retain(|_, queue| !queue.is_empty());
+        samples.sort_by_key(|&(_, request)| request);
+        samples
+    }
+
+    /// True if no request waits and no pass has data left.
+    pub fn is_empty(&self) -> bool {
+        self.queues.values().all(Queue::is_empty)
+    }
+
     /// Adapters with requests.
     pub fn adapters(&self) -> usize {
         self.queues.len()
@@ -191,9 +217,9 @@ impl Plan {
         }
     }
 
-    /// The next thing to do; `None` when nothing waits. The adapters of a micro-batch `fit` together, or it has one.
+    /// The next thing to do beside [`samples`](Self::samples), which were taken before; `None` when nothing waits. The adapters of a micro-batch `fit` together, or it has one.
     pub fn next(&mut self, fit: &dyn Fn(&[&ModelId]) -> bool) -> Option<Next> {
-        self.queues.retain(|_, queue| !queue.waiting.is_empty() || !queue.open.is_empty());
+        self.queues.retain(|_, queue| !queue.is_empty());
         let budget = self.limits.ranks * self.limits.tokens;
         let order = self.order();
         // Whatever changes no micro-batch goes first: passes behind it then join the others.

@@ -1,8 +1,9 @@
-//! The memory that a rank has left for adapters, beside the base and a pass.
+//! The memory that a rank has left for adapters and for keys and values, beside the base and a pass.
 
 use super::{EngineError, EngineOptions, models::Models, residence::Need};
 use crate::{
     Result,
+    infer::{cache::page_bytes, step::PAGE},
     lora::AdapterPlan,
     model::base_plan::BasePlan,
     plan::{Memory, MicroBatch},
@@ -14,13 +15,22 @@ use tch::Device;
 /// The share of what is left that adapters may take; the rest is for allocators, which keep and split blocks.
 const SHARE: f64 = 0.9;
 
-/// The memory of a rank for adapters.
+/// The share of what is left that keys and values take.
+const SHARE_OF_SAMPLING: f64 = 0.25;
+
+/// Tokens whose keys and values take memory at most, where no number is given: 256 sequences of 2048.
+const MOST_TOKENS: u64 = 256 * 2048;
+
+/// The memory of a rank for adapters, and for keys and values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Room {
-    /// Bytes; `None`: not known.
+    /// Bytes for adapters; `None`: not known.
     pub bytes: Option<u64>,
     /// The need of the server's default adapter.
     pub default: Need,
+    /// Pages of keys and values, and the bytes of each.
+    pub pages: u32,
+    page: u64,
 }
 
 impl Room {
@@ -28,9 +38,35 @@ impl Room {
     /// tightest rank. Collective, after all have loaded the base.
     pub fn new(models: &Models, options: &EngineOptions) -> Result<Self> {
         let spec = options.defaults.spec();
-        let measure = || measure(models, &models.plan(&spec)?, options.max_tokens_per_pass);
-        let bytes = options.adapter_memory.map_or_else(measure, |bytes| Ok(Some(bytes)))?;
-        Ok(Self { bytes, default: models.need(&spec)? })
+        let left = measure(models, &models.plan(&spec)?, options.max_tokens_per_pass)?;
+        let model = models.model();
+        let page = (page_bytes(model.spec(), model.options().compute.size()) as u64).max(1);
+        let of_longest = options.max_positions.map(|tokens| tokens.div_ceil(PAGE) as u64 * page);
+        let beside = left.map(|left| left.saturating_sub(options.adapter_memory.unwrap_or(0)));
+        let most = MOST_TOKENS.div_ceil(PAGE as u64) * page;
+        let sampling = options.sampling_memory.unwrap_or_else(|| for_sampling(beside, of_longest, most));
+        // Keys and values have their room before adapters have theirs.
+        let bytes = options.adapter_memory.or_else(|| left.map(|left| left.saturating_sub(sampling)));
+        Ok(Self {
+            bytes,
+            default: models.need(&spec)?,
+            pages: u32::try_from(sampling / page).unwrap_or(u32::MAX),
+            page,
+        })
+    }
+
+    /// Tokens whose keys and values a rank holds.
+    pub fn tokens(&self) -> usize {
+        (self.pages as usize).saturating_mul(PAGE)
+    }
+
+    /// The room for keys and values, for people.
+    pub fn told_of_sampling(&self) -> String {
+        format!(
+            "sampling: {:.2} GB of a rank's memory, for keys and values of {} tokens of prompts and continuations",
+            (u64::from(self.pages) * self.page) as f64 / 1e9,
+            self.tokens()
+        )
     }
 
     /// Adapters of the default shape that fit together.
@@ -56,7 +92,15 @@ impl Room {
     }
 }
 
-/// Bytes of a rank for adapters beside a pass of `tokens` tokens with an adapter of `plan`. `None`: a rank cannot tell.
+/// Bytes of a rank for keys and values, of the `left` bytes: a share of them, or what one sequence of the longest needs
+/// if they have it, at most `most`.
+fn for_sampling(left: Option<u64>, of_longest: Option<u64>, most: u64) -> u64 {
+    let Some(left) = left else { return most };
+    let share = (SHARE_OF_SAMPLING * left as f64) as u64;
+    share.max(of_longest.unwrap_or(0).min(left)).min(most.max(of_longest.unwrap_or(0)))
+}
+
+/// Bytes that a rank has left beside a pass of `tokens` tokens with an adapter of `plan`. `None`: a rank cannot tell.
 /// Collective.
 fn measure(models: &Models, plan: &AdapterPlan, tokens: usize) -> Result<Option<u64>> {
     let (groups, spec, options) = (models.groups(), models.model().spec(), models.model().options());
@@ -158,6 +202,22 @@ mod tests {
         assert_eq!(of(&[("a", Some(90)), ("a", Some(100)), ("b", Some(48))]), Some(45));
         assert_eq!(of(&[("a", Some(90)), ("a", Some(100)), ("b", Some(40))]), Some(40));
         assert_eq!(of(&[("a", Some(90)), ("b", None)]), None);
+    }
+
+    #[test]
+    fn keys_and_values_take_a_share_or_one_sequence_and_no_more_than_is_of_use() {
+        for (left, of_longest, most, expected) in [
+            (Some(400), None, 1000, 100),
+            (Some(400), Some(90), 1000, 100),
+            (Some(400), Some(300), 1000, 300),
+            (Some(400), Some(500), 1000, 400),
+            (Some(9000), Some(300), 1000, 1000),
+            (Some(9000), Some(2000), 1000, 2000),
+            (Some(0), Some(300), 1000, 0),
+            (None, Some(300), 1000, 1000),
+        ] {
+            assert_eq!(for_sampling(left, of_longest, most), expected, "{left:?} {of_longest:?} {most}");
+        }
     }
 
     #[test]

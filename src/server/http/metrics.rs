@@ -52,6 +52,8 @@ impl Metrics {
         let steps: u64 = engine.models.values().map(|model| model.step).sum();
         let (usage, in_memory) =
             (&engine.usage, engine.models.values().filter(|model| model.in_memory).count());
+        let samplers_in_memory = engine.samplers.values().filter(|sampler| sampler.in_memory).count();
+        let sampling = &engine.sampling;
         let peak_rss = engine.peak_rss_bytes.iter().copied().max().unwrap_or(0);
         let gauges = [
             ("xorl_futures_pending", "Requests that wait or are carried out", futures.pending as u64),
@@ -70,6 +72,16 @@ impl Metrics {
             ("xorl_adapter_limit_bytes", "Memory of a rank for adapters", usage.memory_limit.unwrap_or(0)),
             ("xorl_adapters_spilled", "Times that an adapter went to disk", usage.spilled),
             ("xorl_adapters_restored", "Times that an adapter came back from disk", usage.restored),
+            ("xorl_samplers", "Samplers", engine.samplers.len() as u64),
+            (
+                "xorl_samplers_in_memory",
+                "Samplers in memory; the others wait on disk",
+                samplers_in_memory as u64,
+            ),
+            ("xorl_sampling_waiting", "Requests to sample that wait for a place", sampling.waiting as u64),
+            ("xorl_sampling_running", "Continuations that get tokens", sampling.running as u64),
+            ("xorl_sampling_tokens", "Tokens that were sampled", sampling.tokens),
+            ("xorl_sampling_steps", "Steps of the model that sampled", sampling.steps),
             ("xorl_output_bytes", "Bytes of output_dir", usage.storage),
             ("xorl_peak_rss_bytes", "Largest resident memory of a rank", peak_rss),
         ];

@@ -19,8 +19,7 @@ pub struct Ticket(pub u64);
 /// The answer to a request to sample.
 pub type SampleAnswer = Result<SampleReply, Refusal>;
 
-/// Hears of a request to sample, from a thread of the engine; it must not block. Dropped without an end only where the
-/// engine has failed.
+/// Hears of a request to sample, from a thread of the engine; it must not block.
 pub trait Listener: Send {
     /// A token was chosen.
     fn token(&mut self, token: &NewToken);

@@ -143,6 +143,29 @@ fn a_micro_batch_without_some_requests_names_the_adapters_that_are_left() {
 }
 
 #[test]
+fn a_request_to_sample_waits_for_updates_and_not_for_passes() {
+    let mut plan = Plan::new(ONE);
+    let push = |plan: &mut Plan, of, request, kind| plan.push(model(of), request, kind);
+    push(&mut plan, 0, 0, Kind::Pass { backward: true });
+    push(&mut plan, 0, 1, Kind::Sample);
+    push(&mut plan, 0, 2, Kind::Single);
+    push(&mut plan, 0, 3, Kind::Sample);
+    push(&mut plan, 0, 4, Kind::Sample);
+    push(&mut plan, 1, 5, Kind::Sample);
+    assert_eq!(plan.samples(), [(model(1), 5)]);
+    assert_eq!(plan.next(&|_| true), Some(Next::Begin { model: model(0), request: 0 }));
+    plan.open(&model(0), 0, true, &sizes(&[10, 10]));
+    assert_eq!(plan.samples(), [(model(0), 1)]);
+    for _ in 0..2 {
+        assert!(matches!(plan.next(&|_| true), Some(Next::MicroBatch(_))));
+        assert!(plan.samples().is_empty() && !plan.is_empty());
+    }
+    assert_eq!(plan.next(&|_| true), Some(Next::Begin { model: model(0), request: 2 }));
+    assert_eq!(plan.samples(), [(model(0), 3), (model(0), 4)]);
+    assert!(plan.is_empty() && plan.adapters() == 0);
+}
+
+#[test]
 fn a_cancelled_pass_gives_no_more_data() {
     let mut plan = Plan::new(ONE);
     push(&mut plan, &vec![pass(0, &[10, 10]), (0, None)]);
