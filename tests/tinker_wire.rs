@@ -280,7 +280,7 @@ fn python_answers_pass_the_checks_of_the_clients() {
         model_name: "org/base".to_owned(),
         max_context_length: 4096,
         trainable: true,
-        sampleable: false,
+        sampleable: true,
     };
     let answers = [
         ("client_config", value(ClientConfig::new(&LIMITS))),

@@ -107,6 +107,31 @@ pub struct SampleReply {
     pub prompt: PromptScores,
 }
 
+impl SampleRequest {
+    /// Bytes of its data in memory.
+    pub fn bytes(&self) -> usize {
+        let targets = self.wanted.prompt_targets.as_ref().map_or(&[][..], |targets| &targets.ids);
+        size_of_val(&self.prompt[..]) + size_of_val(targets) + size_of_val(&self.stop.ids[..])
+    }
+}
+
+impl SampleReply {
+    /// Bytes in memory.
+    pub fn bytes(&self) -> usize {
+        let top = |rows: &[Vec<TokenLogProb>]| {
+            rows.iter().map(|row| size_of::<Vec<TokenLogProb>>() + size_of_val(&row[..])).sum::<usize>()
+        };
+        let one = |all: &Continuation| {
+            size_of_val(&all.ids[..])
+                + size_of_val(&all.log_probs[..])
+                + top(&all.top)
+                + size_of::<Continuation>()
+        };
+        let prompt = size_of_val(&self.prompt.log_probs[..]) + size_of_val(&self.prompt.targets[..]);
+        self.continuations.iter().map(one).sum::<usize>() + prompt + top(&self.prompt.top)
+    }
+}
+
 /// Log-probabilities of a prompt, empty where they are not wanted.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct PromptScores {

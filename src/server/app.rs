@@ -12,7 +12,9 @@ use super::{
     ordered::Orders,
     registry::{Registry, Tenant},
     request::{AdapterSpec, Answer, Engine, ModelId, OptimStep, Reply, Request, Task},
+    samplers::Samplers,
     sessions::Sessions,
+    texts::Texts,
 };
 use axum::http::StatusCode;
 use std::{
@@ -42,6 +44,10 @@ pub struct Settings {
     /// The folder that all saves are in. It must exist.
     pub output_dir: PathBuf,
     pub vocab_size: usize,
+    /// Tokens that end what is sampled, unless a request has others.
+    pub end_token_ids: Vec<i64>,
+    /// Tokens of a prompt and what is sampled behind it, at most.
+    pub max_context: usize,
     /// The shape of an adapter where `create_model` does not say.
     pub adapter: AdapterSpec,
     /// The largest rank; `None`: the engine decides.
@@ -80,8 +86,10 @@ pub struct App {
     pub history: Arc<History>,
     pub signer: Signer,
     pub bodies: Bodies,
+    pub texts: Texts,
     registry: Mutex<Registry>,
     sessions: Mutex<Sessions>,
+    samplers: Mutex<Samplers>,
     pub(super) orders: Orders,
     is_draining: AtomicBool,
 }
@@ -100,6 +108,7 @@ impl App {
             engine,
             futures: Arc::new(Futures::new(settings.futures.clone())),
             bodies: Bodies::new(&settings.http),
+            texts: Texts::new(settings.tokenizer.clone(), settings.vocab_size),
             settings,
             history: Arc::new(History::new(keys.are_needed())),
             keys,
@@ -107,6 +116,7 @@ impl App {
             signer: Signer::default(),
             registry: Mutex::new(registry),
             sessions: Mutex::new(sessions),
+            samplers: Mutex::default(),
             orders: Orders::default(),
             is_draining: AtomicBool::new(false),
         })
@@ -141,6 +151,11 @@ impl App {
     /// Its lock is taken before that of the registry.
     pub fn sessions(&self) -> MutexGuard<'_, Sessions> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its lock is taken before that of the registry, and after that of the sessions.
+    pub fn samplers(&self) -> MutexGuard<'_, Samplers> {
+        self.samplers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The folder that the paths of `tenant` are in; made if it is not there.

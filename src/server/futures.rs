@@ -3,7 +3,7 @@
 
 use super::{
     registry::Tenant,
-    request::{Answer, Refusal, Reply},
+    request::{Answer, Refusal, Reply, Ticket},
 };
 use serde::Serialize;
 use std::{
@@ -97,6 +97,7 @@ impl Outcome {
             Ok(Reply::Passed(pass)) => {
                 FIXED + pass.log_probs.iter().map(|datum| 48 + 8 * datum.len()).sum::<usize>()
             }
+            Ok(Reply::Sampled(sampled)) => FIXED + sampled.bytes(),
             Ok(_) => FIXED,
             Err(Refusal::User(text) | Refusal::Server(text)) => FIXED + text.len(),
         }
@@ -172,6 +173,8 @@ struct Entry {
     submitted: Instant,
     /// The reason why it is held back.
     held: Option<String>,
+    /// Names it in the engine, while one that samples is pending.
+    ticket: Option<Ticket>,
     changed: Arc<Notify>,
     /// With its time.
     outcome: Option<(Arc<Outcome>, Instant)>,
@@ -216,8 +219,17 @@ impl Table {
         let number = self.next;
         self.next += 1;
         let changed = Arc::default();
-        let entry =
-            Entry { owner, work, bytes, submitted: now, held: None, changed, outcome: None, is_read: false };
+        let entry = Entry {
+            owner,
+            work,
+            bytes,
+            submitted: now,
+            held: None,
+            ticket: None,
+            changed,
+            outcome: None,
+            is_read: false,
+        };
         self.entries.insert(number, entry);
         self.pending.insert(number);
         Ok(number)
@@ -242,6 +254,7 @@ impl Table {
             return;
         };
         self.bytes += outcome.bytes();
+        entry.ticket = None;
         entry.outcome = Some((Arc::new(outcome), now));
         entry.changed.notify_waiters();
         let bytes = std::mem::take(&mut entry.bytes);
@@ -383,6 +396,26 @@ impl Futures {
                 other => return other,
             }
         }
+    }
+
+    /// Notes by what name the engine can end the request of a future.
+    pub fn note_ticket(&self, id: &str, ticket: Ticket) {
+        let mut table = self.table();
+        let entry = self.number(id).and_then(|number| table.entries.get_mut(&number));
+        if let Some(entry) = entry.filter(|entry| entry.outcome.is_none()) {
+            entry.ticket = Some(ticket);
+        }
+    }
+
+    /// The name by which the engine can end the request of a future of `owner`; `None`: it does not sample.
+    pub fn ticket(&self, id: &str, owner: &Tenant) -> Option<Ticket> {
+        let table = self.table();
+        table.entries.get(&self.number(id)?).filter(|entry| entry.owner == *owner)?.ticket
+    }
+
+    /// Time for which a poll waits for a result.
+    pub fn poll(&self) -> Duration {
+        self.limits.poll
     }
 
     /// Time for which a request waits for those before it that have not arrived.

@@ -11,6 +11,7 @@
 //!   about these; [`runs`]: what was trained; [`downloads`] of it
 //! - [`spill`], [`storage`], [`sweep`]: adapters on disk, bytes of output_dir, idle adapters
 //! - [`history`], [`overview`]: curves of training, and what the page at `/` shows
+//! - [`samplers`]: the weights that clients sample from; [`sampling`]: requests to sample; [`texts`]: the tokenizer
 //! - [`keys`], [`fault`]: who may ask, and refusals
 //! - [`start`], [`front`], [`run`]: the start of a server, what rank 0 does besides, and the whole of it
 //! - [`kept`], [`journal`]: adapters over a restart
@@ -36,12 +37,15 @@ pub mod registry;
 pub mod request;
 pub mod run;
 pub mod runs;
+pub mod samplers;
+pub mod sampling;
 pub mod sessions;
 pub mod spill;
 pub mod start;
 pub mod storage;
 pub mod store;
 pub mod sweep;
+pub mod texts;
 pub mod wire;
 
 pub use run::{Server, ServerPlan};

@@ -8,7 +8,7 @@
 
 use sha2::{Digest, Sha256};
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     time::{Duration, Instant},
 };
 
@@ -232,7 +232,43 @@ impl<R: Clone, T> InOrder<R, T> {
     }
 }
 
-/// Requests that an epoch of [`OnArrival`] remembers.
+/// Requests whose numbers have no order, each carried out once: those of a sampling session, where each of its clients
+/// has a block of numbers for itself.
+#[derive(Clone, Debug)]
+pub struct Unordered<R> {
+    repeats: Repeats<R>,
+    /// Numbers as they came.
+    arrived: VecDeque<u64>,
+}
+
+impl<R> Default for Unordered<R> {
+    fn default() -> Self {
+        Self { repeats: Repeats::default(), arrived: VecDeque::new() }
+    }
+}
+
+impl<R: Clone> Unordered<R> {
+    /// The request that has this number and body, if it was taken before.
+    ///
+    /// # Errors
+    /// The number was sent with another body.
+    pub fn repeat(&self, number: u64, body: BodyHash) -> Result<Option<R>, OtherBody> {
+        self.repeats.repeat(number, body)
+    }
+
+    /// Remembers `request`, which [`Self::repeat`] did not find. The one that came first is forgotten first.
+    pub fn take(&mut self, number: u64, body: BodyHash, request: R) {
+        self.repeats.sent.insert(number, (body, request));
+        self.arrived.push_back(number);
+        if self.arrived.len() > REMEMBERED_OF_EPOCH
+            && let Some(oldest) = self.arrived.pop_front()
+        {
+            self.repeats.sent.remove(&oldest);
+        }
+    }
+}
+
+/// Requests that an epoch of [`OnArrival`], or an [`Unordered`], remembers.
 const REMEMBERED_OF_EPOCH: usize = 10_000;
 
 /// Why a number of [`OnArrival`] gives no request. Permanent: to be answered by 400 with this text.

@@ -5,7 +5,10 @@ mod sampling;
 pub use sampling::{Listener, SampleAnswer, Source, Ticket};
 
 use crate::{
-    checkpoint::saves::folder_name, config::is_model_id, infer::request::SampleRequest, loss::NamedLoss,
+    checkpoint::saves::folder_name,
+    config::is_model_id,
+    infer::request::{SampleReply, SampleRequest},
+    loss::NamedLoss,
 };
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, fmt, path::PathBuf};
@@ -255,6 +258,8 @@ pub enum Reply {
     /// A sampler is there.
     Sampler,
     Unloaded,
+    /// The answer to [`Engine::sample`], as futures keep it.
+    Sampled(SampleReply),
 }
 
 /// Why a request was not carried out. The adapter is as it was before.

@@ -74,6 +74,8 @@ pub fn settings(config: &ServerConfig, model: &HfModel) -> Result<Settings> {
         tokenizer: absolute(config.model.tokenizer())?,
         output_dir: config.output_dir.clone(),
         vocab_size: model.spec.vocab_size,
+        end_token_ids: model.end_token_ids.clone(),
+        max_context: model.max_positions.unwrap_or(config.max_tokens_per_pass),
         adapter: AdapterSpec {
             rank: config.lora_rank,
             alpha: config.lora_alpha,
@@ -202,7 +204,8 @@ mod tests {
         let json = json!({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 503,
             "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
             "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-            "initializer_range": 0.15, "tie_word_embeddings": false});
+            "initializer_range": 0.15, "tie_word_embeddings": false, "eos_token_id": 502,
+            "max_position_embeddings": 32768});
         let serde_json::Value::Object(map) = json else { unreachable!() };
         HfModel::parse(Path::new("config.json"), map).unwrap()
     }
@@ -239,6 +242,7 @@ mod tests {
         let here = std::env::current_dir().unwrap();
         assert_eq!(found.other_names, ["m".to_owned(), here.join("m").display().to_string()]);
         assert_eq!((found.tokenizer, found.vocab_size), (here.join("t"), 503));
+        assert_eq!((found.end_token_ids, found.max_context), (vec![502], 32768));
         let targets = Some(vec!["q_proj".to_owned()]);
         let spec = AdapterSpec { rank: 8, alpha: 4.0, targets, train_attn: true, train_mlp: true, seed: 7 };
         assert_eq!((found.adapter, found.max_rank, found.model_ids.len()), (spec, Some(64), 2));

@@ -1,4 +1,4 @@
-//! The sweep: moves idle adapters to disk, where they wait for their next request, has saves deleted whose time is
+//! The sweep: moves idle adapters to disk, where they wait for their next request, unloads idle samplers, has saves deleted whose time is
 //! over, and returns free memory to the system. A thread of the front does it now and then.
 
 use super::{
@@ -62,10 +62,13 @@ impl Drop for Sweep {
     }
 }
 
-/// Sweeps once, at `now`: adapters without a request or heartbeat for the time `idle` go to disk (`None`: none do), and
-/// `expire` deletes the saves below each tenant's folder whose time is over.
-pub fn once(app: &App, idle: Option<Duration>, expire: &dyn Fn(&Path, SystemTime), now: SystemTime) {
-    let idle = idle.map(|idle| app.registry().idle(now, idle)).unwrap_or_default();
+/// Sweeps once, at `now`: adapters without a request or heartbeat for the time `idle_time` go to disk and such samplers
+/// are unloaded (`None`: none are), and `expire` deletes the saves below each tenant's folder whose time is over.
+pub fn once(app: &App, idle_time: Option<Duration>, expire: &dyn Fn(&Path, SystemTime), now: SystemTime) {
+    let idle = idle_time.map(|time| app.registry().idle(now, time)).unwrap_or_default();
+    if let Some(time) = idle_time {
+        app.unload_idle_samplers(now, time);
+    }
     let models = app.engine.state().models;
     for (tenant, model) in idle {
         let Ok(id) = tenant.engine_id(&model) else { continue };

@@ -7,6 +7,7 @@ losses need. The client goes through a proxy that can lose answers.
 """
 
 import os
+import pickle
 import sys
 import threading
 import time
@@ -131,7 +132,6 @@ def lost_answers(client):
 def refusals(client):
     """A refused request uses up its number: the next one does not wait."""
     refused(lambda: client.forward_backward([datum(ids=(1, 2, 5000))], "cross_entropy"), "5000", "vocabulary")
-    refused(lambda: client.save_weights_and_get_sampling_client(), "sampling is not served here")
     refused(lambda: client.save_state("a/b"), "a/b", "expected a name without")
     refused(lambda: client.forward_backward([datum()], "stable_reinforce"), "importance_sampling")
     began = time.time()
@@ -163,6 +163,49 @@ def saves(service, client):
     refused(lambda: service.create_training_client_from_state(f"tinker://{run}/weights/other"), "no such checkpoint")
     refused(lambda: service.create_training_client_from_state(f"tinker://{run}/weights/../../x"), "path")
     return run, saved
+
+
+def sampling(service, client, run):
+    """The engine gives continuation n of a prompt that begins with p the tokens p + n, p + n + 1, …"""
+    prompt, params = types.ModelInput.from_ints([5, 6, 7]), types.SamplingParams(max_tokens=3, seed=1)
+    sampler = result(client.save_weights_and_get_sampling_client())
+    Proxy.lost.append("asample")
+    many = result(sampler.sample(prompt, num_samples=3, sampling_params=params))
+    assert not Proxy.lost
+    assert [list(one.tokens) for one in many.sequences] == [[5, 6, 7], [6, 7, 8], [7, 8, 9]], many
+    assert all(list(one.logprobs) == [-0.5] * 3 and one.stop_reason == "length" for one in many.sequences), many
+    stopped = result(sampler.sample(prompt, 1, types.SamplingParams(max_tokens=3, stop=[6])))
+    assert list(stopped.sequences[0].tokens) == [5, 6] and stopped.sequences[0].stop_reason == "stop", stopped
+    assert result(sampler.compute_logprobs(prompt)) == [None, -0.5, -0.5]
+    options = {"include_prompt_logprobs": True, "topk_prompt_logprobs": 2}
+    top = [(0, -0.5), (1, -0.5)]
+    scored = result(sampler.sample(prompt, 1, params, **options))
+    assert scored.topk_prompt_logprobs == [None, top, top], scored
+    path = f"tinker://{run}/sampler_weights/one"
+    for other in (
+        service.create_sampling_client(base_model="org/base"),
+        service.create_sampling_client(model_path=path),
+        client.create_sampling_client(path),
+    ):
+        told = [result(result(other).sample(prompt, 1, params)) for _ in range(2)]
+        assert all(list(one.sequences[0].tokens) == [5, 6, 7] for one in told), told
+    refused(lambda: result(service.create_sampling_client(model_path=f"{path}_not")), "no such checkpoint")
+    refused(lambda: sampler.sample(types.ModelInput.from_ints([1, 5000]), 1, params), "5000", "vocabulary")
+    if IS_OLD:
+        return
+    assert ("retrieve_futures", 200) in Proxy.seen
+    assert len({one.sequence_id for one in many.sequences}) == 3, many
+    scored = result(sampler.sample(prompt, 1, params, topk_sample_logprobs=2))
+    assert scored.sequences[0].topk_logprobs == [top] * 3, scored
+    assert result(sampler.compute_logprobs(prompt, prompt_logprobs_last_n=1)) == [None, None, -0.5]
+    targets = types.TensorData(data=[8, -1, 9, 10], dtype="int64", shape=[2, 2])
+    scored = result(sampler.sample(prompt, 1, params, target_prompt_logprobs=targets))
+    assert list(scored.target_prompt_logprobs.data) == [-0.5, 0.0, -0.5, -0.5], scored
+    assert list(scored.target_prompt_logprobs.shape) == [2, 2], scored
+    refused(lambda: sampler.sample(prompt, 1, params, prompt_alt_tokens_k=2), "prompt_alt_tokens_k")
+    clone = pickle.loads(pickle.dumps(sampler))
+    assert list(result(clone.sample(prompt, 1, params)).sequences[0].tokens) == [5, 6, 7]
+    assert ("join_sampling_session", 200) in Proxy.seen, Proxy.seen[-9:]
 
 
 def rest(service, client, run, saved):
@@ -206,8 +249,11 @@ def rest(service, client, run, saved):
     sessions = result(api.list_sessions()).sessions
     assert run.split(":")[0] in sessions, sessions
     session = result(api.get_session(run.split(":")[0]))
-    assert len(session.training_run_ids) == 3 and session.sampler_ids == [], session
-    refused(lambda: api.get_sampler("s"), "sampling is not served")
+    assert len(session.training_run_ids) == 3 and len(session.sampler_ids) == 4, session
+    samplers = [result(api.get_sampler(sampler)) for sampler in session.sampler_ids]
+    assert {one.base_model for one in samplers} == {"org/base"}, samplers
+    assert [one.model_path for one in samplers].count(f"tinker://{run}/sampler_weights/one") == 2, samplers
+    refused(lambda: api.get_sampler("s"), "is not known")
     if IS_OLD:
         return
     assert [one.model_name for one in result(api.get_server_capabilities()).supported_models] == ["org/base"]
@@ -260,6 +306,7 @@ def main():
     lost_answers(client)
     refusals(client)
     run, saved = saves(service, client)
+    sampling(service, client, run)
     rest(service, client, run, saved)
     external(service, client)
     session = run.split(":")[0]

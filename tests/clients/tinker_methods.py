@@ -11,6 +11,7 @@ import torch
 from methods import Table, settled
 from safetensors import safe_open
 from tinker import types
+from tinker.lib.api_future_impl import QueueState
 from tinker.lib.public_interfaces import rest_client
 
 import plan
@@ -22,7 +23,7 @@ except ImportError:
 
 # Half of the methods are deprecated names of the other half.
 warnings.simplefilter("ignore")
-CLASSES = [tinker.ServiceClient, tinker.TrainingClient, rest_client.RestClient, AdminClient]
+CLASSES = [tinker.ServiceClient, tinker.TrainingClient, tinker.SamplingClient, rest_client.RestClient, AdminClient]
 TABLE = Table(
     f"tinker {tinker.__version__}",
     [cls for cls in CLASSES if cls],
@@ -227,12 +228,6 @@ def traces_a_loss(driver):
     assert any("weighted" in name for name in passed.metrics), passed.metrics
 
 
-for how in ("create_sampling_client", "create_sampling_client_async"):
-    TABLE.refused(
-        f"ServiceClient.{how}", "is not served", lambda driver, how=how: getattr(driver.service, how)(base_model=driver.base_model)
-    )
-
-
 @TABLE.works("ServiceClient.copy_weights", *pair("RestClient.copy_weights"))
 def copies(driver):
     client = driver.another()
@@ -347,17 +342,81 @@ def gives_files_away(driver):
             assert any("lora_A" in name for name in tensors.keys())
 
 
-for how, arguments in {
-    "create_sampling_client": ("tinker://a/sampler_weights/b",),
-    "create_sampling_client_async": ("tinker://a/sampler_weights/b",),
-    "save_weights_and_get_sampling_client": (),
-    "save_weights_and_get_sampling_client_async": (),
-}.items():
-    TABLE.refused(
-        f"TrainingClient.{how}",
-        "is not served",
-        lambda driver, how=how, arguments=arguments: getattr(driver.another(), how)(*arguments),
-    )
+# --- SamplingClient
+
+PROMPT = DATA[0].model_input
+PARAMS = types.SamplingParams(max_tokens=4, seed=3)
+
+
+def forward_on(client, ids):
+    """The log-probability of each token but the first, by the model that trains."""
+    inputs = {"target_tokens": ids[1:], "weights": [1.0] * (len(ids) - 1)}
+    return values(settled(client.forward([types.Datum(types.ModelInput.from_ints(ids[:-1]), inputs)], "cross_entropy")))
+
+
+def tokens_of(sampled):
+    return [list(one.tokens) for one in sampled.sequences]
+
+
+@TABLE.works(
+    *pair("TrainingClient.save_weights_and_get_sampling_client", "SamplingClient.sample", "SamplingClient.compute_logprobs"),
+)
+def samples_as_it_was_trained(driver):
+    client = driver.another()
+    train(client)
+    ids = PROMPT.to_ints()
+    then = forward_on(client, ids)
+    for sampler in both(client, "save_weights_and_get_sampling_client"):
+        one, other = both(sampler, "sample", PROMPT, 3, PARAMS)
+        assert tokens_of(one) == tokens_of(other) and len(one.sequences) == 3, (one, other)
+        for sequence in one.sequences:
+            tokens = list(sequence.tokens)
+            assert 1 <= len(tokens) <= 4 and (len(tokens) == 4 or sequence.stop_reason == "stop"), sequence
+            # The ratio of the first step of reinforcement learning is 1.
+            is_near(list(sequence.logprobs), forward_on(client, ids + tokens)[-len(tokens) :])
+        for scored in both(sampler, "compute_logprobs", PROMPT):
+            assert scored[0] is None and len(scored) == len(ids)
+            is_near(scored[1:], then)
+    # It keeps the values that it was made with.
+    train(client)
+    is_near(settled(sampler.compute_logprobs(PROMPT))[1:], then)
+
+
+@TABLE.works(
+    *pair("ServiceClient.create_sampling_client", "TrainingClient.create_sampling_client", "SamplingClient.get_base_model"),
+    *pair("RestClient.get_sampler"),
+    "SamplingClient.create",
+    "SamplingClient.get_telemetry",
+    "SamplingClient.get_tokenizer",
+    "SamplingClient.on_queue_state_change",
+)
+def samples_from_saves_and_the_base(driver):
+    client = driver.another()
+    train(client)
+    path = settled(client.save_weights_for_sampler("a")).path
+    base = both(driver.service, "create_sampling_client", base_model=driver.base_model)
+    saved = [*both(driver.service, "create_sampling_client", model_path=path), *both(client, "create_sampling_client", path)]
+    for sampler in [*base, *saved]:
+        assert both(sampler, "get_base_model") == (driver.base_model, driver.base_model)
+        tokenizer = sampler.get_tokenizer()
+        assert tokenizer.decode(tokenizer.encode("hello world")) == "hello world"
+        sampler.get_telemetry()
+        sampler.on_queue_state_change(QueueState.ACTIVE, None)
+    for sampler in saved:
+        is_near(settled(sampler.compute_logprobs(PROMPT))[1:], forward_on(client, PROMPT.to_ints()))
+    assert tokens_of(settled(base[0].sample(PROMPT, 2, PARAMS))) == tokens_of(settled(base[1].sample(PROMPT, 2, PARAMS)))
+    session = settled(driver.rest.get_session(session_of(driver.service)))
+    told = [one for sampler in session.sampler_ids for one in both(driver.rest, "get_sampler", sampler)]
+    assert {one.base_model for one in told} == {driver.base_model}, told
+    assert [one.model_path for one in told].count(path) == 8, told
+
+
+@TABLE.works("SamplingClient.get_sampler_handle", "SamplingClient.from_sampler_handle")
+def is_given_to_other_processes(driver):
+    sampler = settled(driver.service.create_sampling_client(base_model=driver.base_model))
+    clone = settled(tinker.SamplingClient.from_sampler_handle(sampler.get_sampler_handle(), api_key=KEY))
+    assert tokens_of(settled(clone.sample(PROMPT, 2, PARAMS))) == tokens_of(settled(sampler.sample(PROMPT, 2, PARAMS)))
+
 
 # --- RestClient
 
@@ -390,7 +449,8 @@ def lists_sessions(driver):
     for listed in both(driver.rest, "list_sessions", limit=1000):
         assert session in listed.sessions
     for told in both(driver.rest, "get_session", session):
-        assert run_id(client) in told.training_run_ids and told.sampler_ids == [], told
+        assert run_id(client) in told.training_run_ids, told
+        assert all(sampler.startswith(f"{session}:sample:") for sampler in told.sampler_ids), told
 
 
 @TABLE.works(
@@ -423,7 +483,6 @@ OTHERS = {
     "get_audit_log": (),
     "get_billing_usage": ("2026-01-01", "2026-02-01"),
     "get_current_checkpoint_storage_usage": (),
-    "get_sampler": ("sampler",),
     "get_checkpoint_archive_url": ("run", "weights/a"),
     "get_checkpoint_archive_url_from_tinker_path": ("tinker://run/weights/a",),
 }

@@ -13,7 +13,7 @@ import plan
 
 TABLE = Table(
     f"xorl-client {xorl_client.__version__}",
-    [xorl_client.ServiceClient, xorl_client.TrainingClient, xorl_client.RestClient],
+    [xorl_client.ServiceClient, xorl_client.TrainingClient, xorl_client.SamplingClient, xorl_client.RestClient],
     hide=[r"http://localhost:\d+|http://127\.0\.0\.1:\d+", r"step-\d+"],
 )
 STEP = types.AdamParams(learning_rate=1e-2, grad_clip_norm=1.0)
@@ -162,11 +162,6 @@ async def goes_on_from_state_later(driver):
 
 
 TABLE.refused(
-    "ServiceClient.create_sampling_client",
-    "create_sampling_session is not served",
-    lambda driver: driver.service.create_sampling_client(driver.url, "xorl://default/sampler_weights/a"),
-)
-TABLE.refused(
     "ServiceClient.get_server_capabilities", "not yet implemented", lambda driver: driver.service.get_server_capabilities()
 )
 
@@ -307,16 +302,6 @@ TABLE.refused(
     "save_full_weights_safetensors is not served",
     lambda driver: driver.another("a").save_full_weights_safetensors_async("a"),
 )
-TABLE.refused(
-    "TrainingClient.save_weights_and_get_sampling_client",
-    "create_sampling_session is not served",
-    lambda driver: driver.another("b").save_weights_and_get_sampling_client(),
-)
-TABLE.refused(
-    "TrainingClient.save_weights_and_get_sampling_client_async",
-    "create_sampling_session is not served",
-    lambda driver: driver.another("c").save_weights_and_get_sampling_client_async(),
-)
 for method, arguments in {
     "add_inference_endpoint": ("host", 1),
     "connect_inference_endpoint": (),
@@ -333,6 +318,65 @@ for method, arguments in {
         "is not served",
         lambda driver, method=method, arguments=arguments: getattr(driver.another("a"), method)(*arguments),
     )
+
+
+# --- SamplingClient
+
+PROMPT = DATA[0].model_input
+PARAMS = types.SamplingParams(max_tokens=4, seed=3)
+
+
+def forward_on(client, ids):
+    """The log-probability of each token but the first, by the model that trains."""
+    datum = datums([(ids[:-1], ids[1:], [1.0] * (len(ids) - 1))])
+    (output,) = client.forward(datum).result(timeout=60).loss_fn_outputs
+    return output["logprobs"].data
+
+
+def samples_as_trained(sampler, client):
+    """Samples of a saved adapter are scored as the one that trains scores them; the same seed gives the same."""
+    ids = PROMPT.to_ints()
+    one, other = sampler.sample(PROMPT, PARAMS, num_samples=3).result(), settled(sampler.sample_async(PROMPT, PARAMS, num_samples=3))
+    assert [sequence.tokens for sequence in one.sequences] == [sequence.tokens for sequence in other.sequences], (one, other)
+    assert len(one.sequences) == 3
+    for sequence in one.sequences:
+        tokens = sequence.tokens
+        assert 1 <= len(tokens) <= 4 and (len(tokens) == 4 or sequence.stop_reason == "stop"), sequence
+        is_near(sequence.logprobs, forward_on(client, ids + tokens)[-len(tokens) :])
+
+
+@TABLE.works(
+    "TrainingClient.save_weights_and_get_sampling_client",
+    "TrainingClient.save_weights_and_get_sampling_client_async",
+    "SamplingClient.sample",
+    "SamplingClient.sample_async",
+)
+def samples_as_it_was_trained(driver):
+    client = driver.another("samples")
+    train(client)
+    samples_as_trained(client.save_weights_and_get_sampling_client("own", driver.url), client)
+    samples_as_trained(settled(client.save_weights_and_get_sampling_client_async("own-async", driver.url)), client)
+
+
+@TABLE.works("ServiceClient.create_sampling_client", "SamplingClient.sample_batch", "SamplingClient.sample_batch_async")
+def samples_from_a_save(driver):
+    client = driver.another("samples-saved")
+    train(client)
+    path = client.save_weights_for_sampler("saved").result(timeout=60).path
+    sampler = driver.service.create_sampling_client(driver.url, path)
+    samples_as_trained(sampler, client)
+    prompts = [PROMPT, "hello"]
+    for told in (sampler.sample_batch(prompts, PARAMS), sampler.sample_batch_async(prompts, PARAMS)):
+        told = settled(told)
+        assert not told.failed and sorted(index for index, _ in told.completed) == [0, 1], told
+        texts = [one.text for _, response in told.completed for one in response.sequences]
+        assert all(isinstance(text, str) for text in texts), texts
+
+
+@TABLE.works("SamplingClient.close", "SamplingClient.close_async")
+def closes_a_sampling_client(driver):
+    settled(xorl_client.SamplingClient(base_url=driver.url).close_async())
+    xorl_client.SamplingClient(base_url=driver.url).close()
 
 
 # --- RestClient

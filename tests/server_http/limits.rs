@@ -172,9 +172,7 @@ fn calls_that_are_not_served_say_so_by_name() {
     let server = Server::start();
     for path in [
         "/sync_inference_weights",
-        "/generate",
         "/add_inference_endpoint",
-        "/api/v1/create_sampling_session",
         "/api/v1/save_full_weights_safetensors",
         "/api/v1/update_serverless_weights",
     ] {

@@ -3,6 +3,7 @@
 //! - `server`: the engine and a client
 //! - `wire`: the calls of `xorl-client`, futures and paths
 //! - `tinker`: the calls of `tinker` by hand; `clients`: the same by real clients
+//! - `sampling`: the calls of both that sample
 //! - `idle`: adapters without requests
 //! - `hostile`: clients that mean harm or are broken; `memory`: bytes that bodies take while they are read
 //! - `limits`: keys, limits, slow and broken clients, the end of the server
@@ -15,6 +16,7 @@ mod hostile;
 mod idle;
 mod limits;
 mod memory;
+mod sampling;
 mod server;
 mod tinker;
 mod wire;

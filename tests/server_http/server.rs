@@ -10,10 +10,11 @@ use std::{
     path::Path,
     sync::{
         Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering::SeqCst},
         mpsc::{Receiver, Sender, channel},
     },
     thread::{self, JoinHandle},
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tempfile::TempDir;
 use xorl_dist::{
@@ -37,6 +38,8 @@ pub struct Double {
     queue: Mutex<Sender<Queued>>,
     pub state: Arc<Mutex<EngineState>>,
     asked: Arc<Mutex<Vec<Request>>>,
+    /// Requests that were submitted.
+    submitted: AtomicU64,
     /// Held to stop the thread before its next answer.
     pub gate: Arc<Mutex<()>>,
     /// What it was asked to sample, by ticket.
@@ -52,6 +55,7 @@ impl Double {
             queue: Mutex::new(sender),
             state: Arc::new(Mutex::new(EngineState { healthy: true, ..EngineState::default() })),
             asked: Arc::default(),
+            submitted: AtomicU64::new(0),
             gate: Arc::default(),
             sampled: Mutex::default(),
             cancelled: Arc::default(),
@@ -231,6 +235,7 @@ fn reply_to(request: &Request, state: &mut EngineState) -> Answer {
 
 impl Engine for Double {
     fn submit(&self, request: Request, answer: Box<dyn FnOnce(Answer) + Send>) {
+        self.submitted.fetch_add(1, SeqCst);
         // A thread that has panicked has dropped its end: the answer is dropped, too.
         let _ = self.queue.lock().unwrap().send((request, answer));
     }
@@ -240,7 +245,14 @@ impl Engine for Double {
         let ticket = Ticket(sampled.len() as u64);
         sampled.push((source.clone(), request.clone()));
         let (gate, cancelled, state) = (self.gate.clone(), self.cancelled.clone(), self.state.clone());
+        let before = self.submitted.load(SeqCst);
         thread::spawn(move || {
+            // It comes behind the tasks that were submitted before it.
+            let until = Instant::now() + Duration::from_secs(20);
+            let answered = || state.lock().unwrap_or_else(PoisonError::into_inner).answered;
+            while answered() < before && Instant::now() < until {
+                thread::sleep(Duration::from_millis(1));
+            }
             let goes_on = || {
                 drop(gate.lock().unwrap());
                 !cancelled.lock().unwrap().contains(&ticket)
@@ -288,6 +300,8 @@ pub fn settings(output: &Path) -> Settings {
         tokenizer: "/models/base".into(),
         output_dir: output.to_owned(),
         vocab_size: 100,
+        end_token_ids: vec![99],
+        max_context: 1000,
         adapter: AdapterSpec {
             rank: 16,
             alpha: 32.0,

@@ -14,7 +14,7 @@ use crate::server::{
     futures::{self, Look},
     overview::Overview,
     registry::Tenant,
-    wire::{Wire, described::QueryField, tinker, xorl},
+    wire::{Answered, Wire, described::QueryField, tinker, xorl},
 };
 use axum::{
     Json, Router,
@@ -70,7 +70,7 @@ fn label(path: &str) -> &'static str {
         [("/", "page"), ("/health", "health"), ("/metrics", "metrics"), (openapi::PATH, "openapi.json")];
     let open = OPEN.into_iter().find(|(open, _)| *open == path).map(|(_, name)| name);
     let of_call = || {
-        let name = path.strip_prefix(PREFIX)?;
+        let name = path.strip_prefix(PREFIX).or_else(|| xorl::at_root(path))?;
         let other = ["healthz", OVERVIEW, RETRIEVE].into_iter().find(|other| *other == name);
         other.or_else(|| Some(tinker::rows(name).next()?.path)).or_else(|| Some(xorl::method(name)?.0))
     };
@@ -103,7 +103,7 @@ async fn answer(app: &Arc<App>, parts: Parts, body: &mut Option<Body>) -> Result
         let kind = HeaderValue::from_static("text/plain; version=0.0.4");
         return Ok(([(header::CONTENT_TYPE, kind)], app.metrics.text(app)).into_response());
     }
-    let name = path.strip_prefix(PREFIX);
+    let name = path.strip_prefix(PREFIX).or_else(|| xorl::at_root(&path));
     let refused = name.unwrap_or(path.trim_start_matches('/'));
     if let Some(detail) = xorl::refusal(refused).or_else(|| tinker::refusal(refused)) {
         return Err(Fault::user(detail));
@@ -253,24 +253,16 @@ async fn submit(
                 headers: &headers,
                 body: &bytes,
             };
-            tinker::answer(row, &call).map(Answered::Tinker)
+            tinker::answer(row, &call)
         }
-        None if is_post => xorl::post(&own, &owner, &name, &bytes).map(Answered::Xorl),
-        None => xorl::get(&own, &owner, &name, &query).map(|value| Answered::Xorl(xorl::Called::Now(value))),
+        None if is_post => xorl::post(&own, &owner, &name, &bytes),
+        None => xorl::get(&own, &owner, &name, &query),
     };
-    let value = match tokio::task::spawn_blocking(answered).await.map_err(body::failed)?? {
-        Answered::Tinker(None) => return Ok(StatusCode::NO_CONTENT.into_response()),
-        Answered::Tinker(Some(body)) => return Ok(response(body)),
-        Answered::Xorl(xorl::Called::Now(value)) => value,
-        Answered::Xorl(xorl::Called::Kill(kill)) => xorl::kill(app, &tenant, kill).await?,
-    };
-    Ok(Json(value).into_response())
-}
-
-/// The answer of a wire.
-enum Answered {
-    Tinker(Option<futures::Body>),
-    Xorl(xorl::Called),
+    match tokio::task::spawn_blocking(answered).await.map_err(body::failed)?? {
+        Answered::Done => Ok(StatusCode::NO_CONTENT.into_response()),
+        Answered::Now(body) => Ok(response(body)),
+        Answered::Later(later) => Ok(response(later.await?)),
+    }
 }
 
 fn response(body: futures::Body) -> Response {

@@ -202,3 +202,21 @@ proptest! {
         prop_assert_eq!(ran.into_iter().map(|ran| ran.id).collect::<Vec<_>>(), (1..20).collect::<Vec<_>>());
     }
 }
+
+#[test]
+fn numbers_without_an_order_are_each_taken_once_and_forgotten_as_they_came() {
+    let (hash, other) = (BodyHash::of(b"a"), BodyHash::of(b"b"));
+    let mut requests = Unordered::default();
+    // The blocks of two clients, the later one with the smaller numbers.
+    for number in [1_000_000_000_000_000_000, 7, 0] {
+        assert_eq!(requests.repeat(number, hash), Ok(None));
+        requests.take(number, hash, number);
+        assert_eq!(requests.repeat(number, hash), Ok(Some(number)));
+        assert_eq!(requests.repeat(number, other), Err(OtherBody(number)));
+    }
+    for number in 0..REMEMBERED_OF_EPOCH as u64 - 2 {
+        requests.take(1000 + number, hash, number);
+    }
+    assert_eq!(requests.repeat(1_000_000_000_000_000_000, hash), Ok(None));
+    assert_eq!(requests.repeat(7, hash), Ok(Some(7)));
+}

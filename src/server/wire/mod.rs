@@ -3,16 +3,31 @@
 
 mod bounded;
 pub mod described;
+pub mod sampling;
 mod scalar;
 pub mod tinker;
 pub mod xorl;
 
-use super::fault::Fault;
+use super::{fault::Fault, futures::Body};
 use axum::http::{HeaderMap, StatusCode, header};
 use jiff::Timestamp;
 use scalar::Scalar;
 use serde::Deserialize;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    pin::Pin,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+/// The body of an answer that is waited for.
+pub type Later = Pin<Box<dyn Future<Output = Result<Body, Fault>> + Send>>;
+
+/// The answer of a wire.
+pub enum Answered {
+    /// It has no body.
+    Done,
+    Now(Body),
+    Later(Later),
+}
 
 /// A family of clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -22,6 +22,10 @@ pub struct ClientConfig {
     pub fwdbwd_max_chunk_len: usize,
     /// True: bodies of passes come compressed by zstd.
     pub proto_compress_fwdbwd: bool,
+    /// True: clients wait for the ends of all samples of a session by one call, `retrieve_futures`.
+    pub sample_use_retrieve_futures: bool,
+    /// True: clients of a session that other processes have join it by `join_sampling_session`.
+    pub sample_join_sampling_session: bool,
     /// True: clients of 0.24, too, create models from saved weights by `load_weights` alone.
     pub create_model_via_load_weights: bool,
 }
@@ -33,6 +37,8 @@ impl ClientConfig {
             pjwt_auth_enabled: false,
             fwdbwd_max_chunk_len,
             proto_compress_fwdbwd: false,
+            sample_use_retrieve_futures: true,
+            sample_join_sampling_session: true,
             create_model_via_load_weights: true,
         }
     }
@@ -43,6 +49,8 @@ impl ClientConfig {
 pub struct DynamicConfig {
     /// Seconds until the client asks again, at least 10.
     pub refresh_interval_sec: u64,
+    /// True: samples that nobody waits for are cancelled.
+    pub sample_cancel_enabled: bool,
 }
 
 /// `create_session`; the client logs the messages.
@@ -181,6 +189,56 @@ pub struct SavedSamplerWeights {
     pub path: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sampling_session_id: Option<String>,
+}
+
+/// `create_sampling_session`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(tag = "type", rename = "create_sampling_session")]
+#[schema(as = tinker::CreatedSamplingSession)]
+pub struct CreatedSamplingSession {
+    pub sampling_session_id: String,
+}
+
+/// `samplers/{sampler}`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+pub struct Sampler {
+    pub sampler_id: String,
+    pub base_model: String,
+    /// Of a saved adapter.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model_path: Option<String>,
+}
+
+/// A request to sample that was taken: its result is asked for by `request_id`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+pub struct SubmittedSample {
+    pub request_id: String,
+    /// One a continuation; none has the same.
+    pub sample_sequence_ids: Vec<String>,
+}
+
+/// `join_sampling_session`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(tag = "type", rename = "join_sampling_session")]
+pub struct JoinedSamplingSession {
+    /// The client's number: it has the request numbers from a milliard times it on.
+    pub client_counter: u64,
+}
+
+/// `retrieve_futures`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+pub struct Completions {
+    /// For the next call.
+    pub cursor: u64,
+    pub completions: Vec<Completion>,
+}
+
+/// A request that has ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+pub struct Completion {
+    /// `finished` or `failed`
+    pub state: &'static str,
+    pub request_id: String,
 }
 
 /// The result of `load_weights`.

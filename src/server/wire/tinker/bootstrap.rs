@@ -25,7 +25,7 @@ pub fn client_config(call: &Call) -> Answer {
 }
 
 pub fn dynamic_config(_: &Call) -> Answer {
-    json(&DynamicConfig { refresh_interval_sec: REFRESH })
+    json(&DynamicConfig { refresh_interval_sec: REFRESH, sample_cancel_enabled: true })
 }
 
 /// Opens a session. Its messages say what differs from what clients may expect.
@@ -52,11 +52,12 @@ pub fn telemetry(_: &Call) -> Answer {
     json(&Status::ACCEPTED)
 }
 
-/// Ends a session. One that is not known is no error, for that would end the client's program with one. Its models
-/// stay, on disk once they are idle: clients end a session after an error too, with what they have not saved.
+/// Ends a session, and unloads its samplers. One that is not known is no error, for that would end the client's program
+/// with one. Its models stay, on disk once they are idle: clients end a session after an error too, with what they have not saved.
 pub fn finish(call: &Call) -> Answer {
     let [session] = call.parts("sessions/{session}/finish")?;
     call.app.sessions().finish(call.tenant, &session);
+    call.app.end_samplers(call.tenant, &session);
     json(&Done {})
 }
 
@@ -64,9 +65,9 @@ pub fn capabilities(call: &Call) -> Answer {
     let settings = &call.app.settings;
     let base = SupportedModel {
         model_name: settings.base_model.clone(),
-        max_context_length: settings.max_datum,
+        max_context_length: settings.max_datum.min(settings.max_context),
         trainable: true,
-        sampleable: false,
+        sampleable: true,
     };
     json(&Capabilities { supported_models: vec![base] })
 }

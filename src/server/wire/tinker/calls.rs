@@ -35,6 +35,8 @@ pub enum CallError {
         "save_weights_for_sampler: expected either path, the name of the checkpoint, or sampling_session_seq_id"
     )]
     SamplerSave,
+    #[error("create_sampling_session: expected model_path with a tinker:// path, or base_model")]
+    SamplingWeights,
     #[error("ttl_seconds {0}: expected 1 to {LONGEST_TTL}, or null to keep the checkpoint")]
     Ttl(i64),
     #[error(transparent)]
@@ -324,6 +326,71 @@ impl SaveWeightsForSampler {
             _ => Err(CallError::SamplerSave),
         }
     }
+}
+
+/// `create_sampling_session`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, ToSchema)]
+#[schema(as = tinker::CreateSamplingSession)]
+pub struct CreateSamplingSession {
+    pub session_id: String,
+    /// 0, 1, … in a session, samplers of models as they are among them.
+    pub sampling_session_seq_id: u64,
+    /// The base, by the name that clients are told.
+    #[serde(default)]
+    pub base_model: Option<String>,
+    /// A saved adapter.
+    #[serde(default)]
+    #[schema(example = "tinker://default/sampler_weights/step_1")]
+    pub model_path: Option<String>,
+}
+
+/// The weights of a sampler.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SamplingWeights<'a> {
+    Base,
+    /// Those of a save.
+    Path(&'a str),
+}
+
+impl<'a> SamplingWeights<'a> {
+    /// A path goes before the base, which it then stands on.
+    ///
+    /// # Errors
+    /// Neither is there.
+    pub fn of(base_model: Option<&'a str>, model_path: Option<&'a str>) -> Result<Self, CallError> {
+        match (base_model, model_path) {
+            (_, Some(path)) => Ok(Self::Path(path)),
+            (Some(_), None) => Ok(Self::Base),
+            (None, None) => Err(CallError::SamplingWeights),
+        }
+    }
+}
+
+/// `join_sampling_session`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, ToSchema)]
+pub struct SamplingSessionCall {
+    pub sampling_session_id: String,
+}
+
+/// `retrieve_futures`
+#[derive(Clone, Debug, PartialEq, Deserialize, ToSchema)]
+pub struct RetrieveFutures {
+    pub target: FuturesTarget,
+    /// The cursor of the answer before: ends up to it are known. 0: none are.
+    #[serde(default)]
+    pub prev_cursor: u64,
+    /// Seconds to wait for an end, at most 30; 0: answer now.
+    #[serde(default)]
+    pub timeout: Option<f64>,
+}
+
+/// The requests of a client of a sampling session.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, ToSchema)]
+pub struct FuturesTarget {
+    pub sampling_session_id: String,
+    /// 0: the first client. Else as `join_sampling_session` says.
+    #[serde(default)]
+    pub cloned_sampler_id: u64,
 }
 
 /// `load_weights`

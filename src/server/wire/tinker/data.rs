@@ -14,6 +14,7 @@ use crate::{
 };
 use prost::{Message, bytes::Bytes};
 use serde::Deserialize;
+use serde_json::json;
 use std::collections::BTreeMap;
 use utoipa::ToSchema;
 
@@ -366,8 +367,8 @@ struct JsonDatum {
 }
 
 #[derive(Deserialize, ToSchema)]
-#[schema(as = tinker::ModelInput)]
-struct JsonModelInput {
+#[schema(as = tinker::ModelInput, example = json!({"chunks": [{"tokens": [1, 2, 3], "type": "encoded_text"}]}))]
+pub(super) struct JsonModelInput {
     #[schema(value_type = Vec<JsonChunk>)]
     chunks: List<JsonChunk>,
 }
@@ -382,11 +383,32 @@ struct JsonChunk {
     tokens: Option<Vec<i64>>,
 }
 
+impl JsonChunk {
+    /// Its tokens; of another kind than text, its name.
+    fn tokens(self) -> Result<Vec<i64>, String> {
+        match (self.kind.as_deref(), self.tokens) {
+            (None | Some("encoded_text"), Some(tokens)) => Ok(tokens),
+            (kind, _) => Err(kind.unwrap_or("of a kind that is not known").to_owned()),
+        }
+    }
+}
+
+impl JsonModelInput {
+    /// The tokens of all chunks, one after another; or the place of the first that is no text, and its kind.
+    pub(super) fn into_tokens(self) -> Result<Vec<i64>, (usize, String)> {
+        let mut all = Vec::new();
+        for (chunk, sent) in self.chunks.0.into_iter().enumerate() {
+            all.extend(sent.tokens().map_err(|kind| (chunk, kind))?);
+        }
+        Ok(all)
+    }
+}
+
 impl From<JsonDatum> for SentDatum {
     fn from(datum: JsonDatum) -> Self {
-        let chunk = |chunk: JsonChunk| match (chunk.kind.as_deref(), chunk.tokens) {
-            (None | Some("encoded_text"), Some(tokens)) => SentChunk::Tokens(Ok(tokens)),
-            (kind, _) => SentChunk::Other(kind.unwrap_or("of a kind that is not known").to_owned()),
+        let chunk = |chunk: JsonChunk| match chunk.tokens() {
+            Ok(tokens) => SentChunk::Tokens(Ok(tokens)),
+            Err(kind) => SentChunk::Other(kind),
         };
         let input = |(name, tensor)| (name, SentInput::Json(tensor));
         Self {

@@ -6,7 +6,8 @@
 //!
 //! - `proto`, `data`, `tensor`, `calls`: bodies to requests of the engine; `reply`, `answers`: its replies back. Pure
 //! - `rows`: the table of the calls, of which the OpenAPI document is made
-//! - `bootstrap`, `training`, `weights`, `rest`: the calls
+//! - `sample`, `sampled`: the same for samples
+//! - `bootstrap`, `training`, `weights`, `sampling`, `rest`: the calls
 
 pub mod answers;
 mod bootstrap;
@@ -16,13 +17,16 @@ pub mod proto;
 pub mod reply;
 mod rest;
 mod rows;
+mod sample;
+mod sampled;
+mod sampling;
 mod tensor;
 mod training;
 mod weights;
 
 pub use rows::{Row, described, refusal, results, rows};
 
-use super::check_size;
+use super::{Answered, check_size};
 use crate::server::{
     app::{App, Submission},
     fault::Fault,
@@ -34,7 +38,7 @@ use crate::server::{
 use axum::{body::Bytes, http::HeaderMap};
 use calls::{Address, ModelDefaults};
 use data::Limits;
-use rows::matched;
+use rows::{Answers, matched};
 use serde::{Serialize, de::DeserializeOwned};
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
@@ -60,8 +64,11 @@ pub struct Call<'a> {
 ///
 /// # Errors
 /// The request is refused.
-pub fn answer(row: &Row, call: &Call) -> Answer {
-    (row.answer)(call)
+pub fn answer(row: &Row, call: &Call) -> Result<Answered, Fault> {
+    match row.answer {
+        Answers::Now(answer) => answer(call).map(|body| body.map_or(Answered::Done, Answered::Now)),
+        Answers::Later(answer) => answer(call).map(Answered::Later),
+    }
 }
 
 /// Hears of a request whose body was not read to its end: its number is used up where its first bytes tell it. JSON has
@@ -86,6 +93,11 @@ impl Call<'_> {
     /// Reads a body without data.
     fn read<T: DeserializeOwned>(&self) -> Result<T, Fault> {
         check_size(self.body).map_err(|fault| self.used_up(fault))?;
+        self.read_data()
+    }
+
+    /// Reads a JSON body.
+    fn read_data<T: DeserializeOwned>(&self) -> Result<T, Fault> {
         serde_json::from_slice(self.body).map_err(|error| self.refuse(format!("body: {error}")))
     }
 

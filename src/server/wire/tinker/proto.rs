@@ -196,3 +196,57 @@ pub struct BatchedTensor {
     #[prost(int64, repeated, tag = "4")]
     pub trailing_shape: Vec<i64>,
 }
+
+/// The result of `asample`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct SampleResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub sequences: Vec<SampledSequence>,
+    /// float32 `[tokens]`; NaN where a token is not scored.
+    #[prost(bytes = "bytes", optional, tag = "2")]
+    pub prompt_logprobs: Option<Bytes>,
+    #[prost(message, optional, tag = "3")]
+    pub topk_prompt_logprobs: Option<TopkLogprobs>,
+    /// float32, of the shape of the targets in the request.
+    #[prost(message, optional, tag = "5")]
+    pub target_prompt_logprobs: Option<Tensor>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct SampledSequence {
+    #[prost(enumeration = "StopReason", tag = "1")]
+    pub stop_reason: i32,
+    /// int32 `[tokens]`
+    #[prost(bytes = "bytes", tag = "2")]
+    pub tokens: Bytes,
+    /// float32 `[tokens]`
+    #[prost(bytes = "bytes", optional, tag = "3")]
+    pub logprobs: Option<Bytes>,
+    #[prost(message, optional, tag = "4")]
+    pub topk_sampled_logprobs: Option<TopkLogprobs>,
+}
+
+/// The most likely tokens at each position; what a row lacks is token 0 with [`ABSENT`].
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct TopkLogprobs {
+    /// int32 `[length × k]`
+    #[prost(bytes = "bytes", tag = "1")]
+    pub token_ids: Bytes,
+    /// float32 `[length × k]`
+    #[prost(bytes = "bytes", tag = "2")]
+    pub logprobs: Bytes,
+    #[prost(uint32, tag = "3")]
+    pub k: u32,
+    #[prost(uint32, tag = "4")]
+    pub length: u32,
+}
+
+/// The log-probability of a token that is absent.
+pub const ABSENT: f32 = -99999.0;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum StopReason {
+    Stop = 0,
+    Length = 1,
+}

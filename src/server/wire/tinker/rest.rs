@@ -195,10 +195,11 @@ pub fn session(call: &Call) -> Answer {
         )));
     };
     let runs = runs::list(call.app, call.tenant)?;
+    let sampler_ids = call.app.samplers().of_session(call.tenant, &id).map(str::to_owned).collect();
     let own = runs.iter().filter(|run| of_model(&run.id).is_some_and(|(session, _)| session == id));
     json(&Session {
         training_run_ids: own.map(|run| run.id.to_string()).collect(),
-        sampler_ids: Vec::new(),
+        sampler_ids,
         user_metadata: about.user_metadata,
         display_name: about.display_name,
     })

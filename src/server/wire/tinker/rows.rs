@@ -3,21 +3,32 @@
 use super::{
     Answer, Call,
     answers::{
-        Capabilities, Checkpoints, ClientConfig, CopiedWeights, CreatedModel, CreatedSession, Done,
-        DynamicConfig, ExternalWeightsUrls, Heartbeat, LoadedWeights, ModelInfo, SavedExternalWeights,
-        SavedSamplerWeights, SavedWeights, Session, Sessions, Status, Stepped, Submitted, TrainingRun,
+        Capabilities, Checkpoints, ClientConfig, Completions, CopiedWeights, CreatedModel,
+        CreatedSamplingSession, CreatedSession, Done, DynamicConfig, ExternalWeightsUrls, Heartbeat,
+        JoinedSamplingSession, LoadedWeights, ModelInfo, Sampler, SavedExternalWeights, SavedSamplerWeights,
+        SavedWeights, Session, Sessions, Status, Stepped, Submitted, SubmittedSample, TrainingRun,
         TrainingRuns, UnloadedModel, WeightsInfo,
     },
     bootstrap,
     calls::{
-        CopyWeights, CreateModel, CreateSession, LoadWeights, ModelCall, OptimStepCall, SaveWeights,
+        CopyWeights, CreateModel, CreateSamplingSession, CreateSession, LoadWeights, ModelCall,
+        OptimStepCall, RetrieveFuture, RetrieveFutures, SamplingSessionCall, SaveWeights,
         SaveWeightsForSampler, SessionHeartbeat, SetTtl, WeightsInfoCall,
     },
     data::JsonRequest,
     reply::JsonOutput,
-    rest, training, weights,
+    rest,
+    sample::SampleCall,
+    sampled::Sampled,
+    sampling, training, weights,
 };
-use crate::server::wire::described::{Described, QueryField, Shape};
+use crate::server::{
+    fault::Fault,
+    wire::{
+        Later,
+        described::{Described, QueryField, Shape},
+    },
+};
 use axum::http::Method;
 use percent_encoding::percent_decode_str;
 
@@ -33,7 +44,14 @@ pub struct Row {
     body: Option<fn() -> Shape>,
     /// `None`: the answer has no body.
     reply: Option<fn() -> Shape>,
-    pub(super) answer: fn(&Call) -> Answer,
+    pub(super) answer: Answers,
+}
+
+/// The function that answers a call.
+#[derive(Clone, Copy)]
+pub(super) enum Answers {
+    Now(fn(&Call) -> Answer),
+    Later(fn(&Call) -> Result<Later, Fault>),
 }
 
 impl Row {
@@ -44,7 +62,7 @@ impl Row {
         about: &'static str,
         answer: fn(&Call) -> Answer,
     ) -> Self {
-        Self { method, path, about, query: &[], body: None, reply: None, answer }
+        Self { method, path, about, query: &[], body: None, reply: None, answer: Answers::Now(answer) }
     }
 
     const fn get(
@@ -53,7 +71,15 @@ impl Row {
         reply: fn() -> Shape,
         answer: fn(&Call) -> Answer,
     ) -> Self {
-        Self { method: Method::GET, path, about, query: &[], body: None, reply: Some(reply), answer }
+        Self {
+            method: Method::GET,
+            path,
+            about,
+            query: &[],
+            body: None,
+            reply: Some(reply),
+            answer: Answers::Now(answer),
+        }
     }
 
     /// A POST that is answered at once.
@@ -63,7 +89,27 @@ impl Row {
         reply: fn() -> Shape,
         answer: fn(&Call) -> Answer,
     ) -> Self {
-        Self { method: Method::POST, path, about, query: &[], body: None, reply: Some(reply), answer }
+        Self {
+            method: Method::POST,
+            path,
+            about,
+            query: &[],
+            body: None,
+            reply: Some(reply),
+            answer: Answers::Now(answer),
+        }
+    }
+
+    /// A POST whose answer is waited for.
+    const fn later(
+        path: &'static str,
+        about: &'static str,
+        reply: fn() -> Shape,
+        body: fn() -> Shape,
+        answer: fn(&Call) -> Result<Later, Fault>,
+    ) -> Self {
+        let (method, answer) = (Method::POST, Answers::Later(answer));
+        Self { method, path, about, query: &[], body: Some(body), reply: Some(reply), answer }
     }
 
     /// A POST whose result a future has.
@@ -101,7 +147,7 @@ fn pass() -> Shape {
 }
 
 /// The calls of the wire.
-static ROWS: [Row; 30] = [
+static ROWS: [Row; 36] = [
     Row::now(
         "client/config",
         "Tells a client how to send.",
@@ -122,7 +168,7 @@ static ROWS: [Row; 30] = [
     Row::now("sessions/{session}/finish", "Ends a session.", Shape::of::<Done>, bootstrap::finish),
     Row::get(
         "get_server_capabilities",
-        "Names the base that is trained.",
+        "Names the base that is trained and sampled from.",
         Shape::of::<Capabilities>,
         bootstrap::capabilities,
     ),
@@ -151,10 +197,36 @@ static ROWS: [Row; 30] = [
     ),
     Row::task(
         "save_weights_for_sampler",
-        "Saves a model alone.",
+        "Saves a model alone, or makes a sampler of it as it is.",
         Shape::of::<SaveWeightsForSampler>,
         weights::save_for_sampler,
     ),
+    Row::later(
+        "create_sampling_session",
+        "Makes a sampler of the base or of a saved adapter.",
+        Shape::of::<CreatedSamplingSession>,
+        Shape::of::<CreateSamplingSession>,
+        sampling::create_session,
+    ),
+    Row::get("samplers/{sampler}", "Describes a sampler.", Shape::of::<Sampler>, sampling::sampler),
+    Row::now("asample", "Samples.", Shape::of::<SubmittedSample>, sampling::sample)
+        .reads(Shape::of::<SampleCall>),
+    Row::now(
+        "join_sampling_session",
+        "Gives one more client of a sampling session its numbers.",
+        Shape::of::<JoinedSamplingSession>,
+        sampling::join,
+    )
+    .reads(Shape::of::<SamplingSessionCall>),
+    Row::later(
+        "retrieve_futures",
+        "Waits for the ends of samples.",
+        Shape::of::<Completions>,
+        Shape::of::<RetrieveFutures>,
+        sampling::retrieve,
+    ),
+    Row::now("cancel_future", "Ends a sample.", Shape::of::<Done>, sampling::cancel)
+        .reads(Shape::of::<RetrieveFuture>),
     Row::task(
         "save_weights_external",
         "Saves a model to be downloaded.",
@@ -226,16 +298,10 @@ static ROWS: [Row; 30] = [
     Row::get("sessions/{session}", "Describes a session.", Shape::of::<Session>, rest::session),
 ];
 
-const SAMPLING: &str =
-    "sampling is not served here; load the saved adapter into an inference server, for it is PEFT's";
 const ACCOUNTS: &str = "this server has keys and no accounts";
 
 /// Calls of the clients that are refused, each with the reason.
-const REFUSED: [(&str, &str); 14] = [
-    ("samplers/{sampler}", SAMPLING),
-    ("join_sampling_session", SAMPLING),
-    ("retrieve_futures", SAMPLING),
-    ("cancel_future", "requests that were taken are carried out"),
+const REFUSED: [(&str, &str); 10] = [
     ("create_custom_loss", "losses are not traced here; pass the function itself to forward_backward_custom"),
     (
         "training_runs/{run}/checkpoints/{kind}/{name}/archive",
@@ -291,7 +357,7 @@ pub fn described(prefix: &str) -> impl Iterator<Item = Described> {
 
 /// The results that futures of this wire have. That of a pass may be protobuf.
 pub fn results() -> Shape {
-    let shapes: [fn() -> Shape; 8] = [
+    let shapes: [fn() -> Shape; 9] = [
         || Shape::of::<JsonOutput>().or_protobuf(),
         Shape::of::<Stepped>,
         Shape::of::<CreatedModel>,
@@ -300,6 +366,7 @@ pub fn results() -> Shape {
         Shape::of::<SavedExternalWeights>,
         Shape::of::<SavedSamplerWeights>,
         Shape::of::<LoadedWeights>,
+        || Shape::of::<Sampled>().or_protobuf(),
     ];
     Shape::any_of(shapes.map(|shape| shape()))
 }
@@ -318,7 +385,7 @@ mod tests {
         let found = matched("training_runs/{run}", "training_runs/sess-1%3Atrain%3A0");
         assert_eq!(found.unwrap(), ["sess-1:train:0"]);
         assert_eq!(matched("sessions/{session}", "sessions/%ff"), None);
-        assert!(refusal("samplers/s").unwrap().contains("sampling is not served"));
+        assert!(refusal("auth/token").unwrap().contains("no accounts"));
         assert_eq!(refusal("sessions/s"), None);
     }
 

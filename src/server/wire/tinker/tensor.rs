@@ -29,11 +29,12 @@ pub enum TensorError {
 }
 
 /// Positions of the listed values of a CSR tensor.
-struct Csr {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Csr {
     /// `[rows + 1]`
-    crow_indices: Vec<i64>,
+    pub crow_indices: Vec<i64>,
     /// `[listed]`
-    col_indices: Vec<i64>,
+    pub col_indices: Vec<i64>,
 }
 
 /// A tensor as it was sent.
@@ -55,8 +56,18 @@ pub(super) struct Dense<T> {
 }
 
 impl<T: Copy + Default> SentTensor<T> {
+    /// Positions of the values, of a tensor as CSR.
+    pub(super) fn csr(&self) -> Option<&Csr> {
+        self.csr.as_ref()
+    }
+
     /// All values, those that CSR does not list being 0. `most`: values at most, checked before memory is taken.
     pub(super) fn into_dense(self, tokens: usize, most: usize) -> Result<Dense<T>, TensorError> {
+        self.into_filled(tokens, most, T::default())
+    }
+
+    /// The same, with `absent` for values that CSR does not list.
+    pub(super) fn into_filled(self, tokens: usize, most: usize, absent: T) -> Result<Dense<T>, TensorError> {
         let shape = if self.shape.is_empty() { vec![tokens as i64] } else { self.shape };
         let columns = match shape[..] {
             [rows] if rows == tokens as i64 => None,
@@ -67,7 +78,7 @@ impl<T: Copy + Default> SentTensor<T> {
             return Err(TensorError::TooLarge { shape, most });
         };
         let values = match (self.csr, columns) {
-            (Some(csr), Some(k)) => csr.fill(&self.values, tokens, k)?,
+            (Some(csr), Some(k)) => csr.fill(&self.values, tokens, k, absent)?,
             (Some(_), None) => return Err(TensorError::Csr("expected a shape of two sizes")),
             (None, _) if self.values.len() != expected => {
                 return Err(TensorError::Count { values: self.values.len(), expected, shape });
@@ -79,7 +90,7 @@ impl<T: Copy + Default> SentTensor<T> {
 }
 
 impl Csr {
-    fn fill<T: Copy + Default>(self, listed: &[T], rows: usize, k: usize) -> Result<Vec<T>, TensorError> {
+    fn fill<T: Copy>(self, listed: &[T], rows: usize, k: usize, absent: T) -> Result<Vec<T>, TensorError> {
         let crow = &self.crow_indices;
         let is_rising = crow.windows(2).all(|pair| pair[0] <= pair[1]);
         if crow.len() != rows + 1 || crow[0] != 0 || crow[rows] != listed.len() as i64 || !is_rising {
@@ -90,7 +101,7 @@ impl Csr {
         if self.col_indices.len() != listed.len() {
             return Err(TensorError::Csr("expected as many col_indices as values"));
         }
-        let mut dense = vec![T::default(); rows * k];
+        let mut dense = vec![absent; rows * k];
         for (row, bounds) in dense.chunks_exact_mut(k).zip(crow.windows(2)) {
             let of_row = bounds[0] as usize..bounds[1] as usize;
             let columns = &self.col_indices[of_row.clone()];

@@ -114,16 +114,13 @@ fn wanted<'a>(body: &'a SaveWeights, name: &'a str, kind: Kind) -> Wanted<'a> {
     }
 }
 
-/// Saves a model for a sampler, under a name.
+/// Saves a model for a sampler under a name, or makes the sampler without one.
 pub fn save_for_sampler(call: &Call) -> Answer {
     let body: SaveWeightsForSampler = call.read()?;
     let name = match body.target().map_err(|error| call.refuse(error))? {
         SamplerSave::Named(name) => name,
-        SamplerSave::Ephemeral { .. } => {
-            return Err(call.refuse(
-                "save_weights_for_sampler without path makes a sampler, and sampling is not served here; give a \
-                 name, and load the saved adapter into an inference server",
-            ));
+        SamplerSave::Ephemeral { sampling_session_seq_id } => {
+            return call.freeze(&body.model_id, body.seq_id, sampling_session_seq_id);
         }
     };
     let wanted = Wanted {

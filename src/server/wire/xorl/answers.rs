@@ -254,3 +254,56 @@ pub struct LoadResult<'a> {
     /// Updates that the optimizer has seen.
     pub step: u64,
 }
+
+/// `create_sampling_session`
+#[derive(Serialize, ToSchema)]
+#[schema(as = xorl::SamplingSession)]
+pub struct SamplingSession {
+    pub success: bool,
+    /// The `lora_path` for `/generate`.
+    pub lora_name: String,
+    pub model_path: String,
+    pub message: String,
+}
+
+/// `/generate`: a list where several continuations were asked for.
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
+#[schema(as = xorl::Generated)]
+pub enum Generated {
+    One(Generation),
+    Many(Vec<Generation>),
+}
+
+/// A continuation.
+#[derive(Serialize, ToSchema)]
+#[schema(as = xorl::Generation)]
+pub struct Generation {
+    /// Without the token or text that ended it. Absent where the server has no tokenizer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+    pub output_ids: Vec<i64>,
+    pub meta_info: Meta,
+}
+
+/// A scored token: its log-probability, its id, and null in the place of its text.
+pub type Scored = (f32, i64, ());
+
+/// Facts about a continuation.
+#[derive(Serialize, ToSchema)]
+#[schema(as = xorl::Meta)]
+pub struct Meta {
+    pub id: String,
+    /// `stop` or `length`
+    pub finish_reason: &'static str,
+    pub prompt_tokens: usize,
+    pub completion_tokens: usize,
+    /// Log-probability, id and null of each token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<Vec<Value>>>)]
+    pub output_token_logprobs: Option<Vec<Scored>>,
+    /// The same of the most likely tokens at each position.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<Vec<Vec<Value>>>>)]
+    pub output_top_logprobs: Option<Vec<Vec<Scored>>>,
+}

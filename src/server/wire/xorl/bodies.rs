@@ -154,3 +154,79 @@ pub struct KillSession {
     /// False: without a save before the end. True where it is absent.
     pub save_checkpoint: Option<bool>,
 }
+
+/// `create_sampling_session`
+#[derive(Deserialize, ToSchema)]
+#[schema(as = xorl::CreateSamplingSession)]
+pub struct CreateSamplingSession {
+    /// A saved adapter: `xorl://model/sampler_weights/name`, or a name as `list_checkpoints` gives it.
+    #[schema(example = "xorl://default/sampler_weights/sampler_1")]
+    pub model_path: String,
+}
+
+/// `/generate`, as SGLang has it. Fields of SGLang's that are not built are refused by name.
+#[derive(Deserialize, ToSchema)]
+#[schema(as = xorl::Generate)]
+pub struct Generate {
+    /// A prompt as text; special tokens in it are recognised, and none are added.
+    pub text: Option<String>,
+    /// A prompt as token ids.
+    #[schema(example = json!([1, 2, 3]))]
+    pub input_ids: Option<Vec<i64>>,
+    pub sampling_params: Option<SamplingParams>,
+    /// True: with the log-probability of each new token.
+    pub return_logprob: Option<bool>,
+    /// Most likely tokens that are told at each new position, if `return_logprob` is true.
+    #[schema(minimum = 0, maximum = 128, example = 0)]
+    pub top_logprobs_num: Option<usize>,
+    /// The `lora_name` of a sampling session, or the path of a saved adapter; the base where it is absent.
+    pub lora_path: Option<String>,
+}
+
+/// The way in which tokens are chosen.
+#[derive(Default, Deserialize, ToSchema)]
+#[schema(as = xorl::SamplingParams)]
+pub struct SamplingParams {
+    /// New tokens at most; 128 where it is absent.
+    #[schema(minimum = 1, example = 4)]
+    pub max_new_tokens: Option<i64>,
+    #[schema(minimum = 0, example = 1)]
+    pub temperature: Option<f64>,
+    #[schema(exclusive_minimum = 0, maximum = 1, example = 1)]
+    pub top_p: Option<f64>,
+    /// -1: all tokens.
+    #[schema(minimum = -1, example = -1)]
+    pub top_k: Option<i64>,
+    /// Continuations.
+    #[schema(minimum = 1, maximum = 1024, example = 1)]
+    pub n: Option<i64>,
+    pub stop: Option<StopTexts>,
+    /// Beside the model's end tokens.
+    pub stop_token_ids: Option<Vec<i64>>,
+    /// True: the model's end tokens end nothing.
+    pub ignore_eos: Option<bool>,
+    /// Another one at each request where it is absent.
+    pub seed: Option<i64>,
+    /// Another name of `seed`, which goes before it.
+    pub sampling_seed: Option<i64>,
+    /// False: special tokens are in the text.
+    pub skip_special_tokens: Option<bool>,
+}
+
+/// A text that ends a continuation, or several.
+#[derive(Clone, Deserialize, ToSchema)]
+#[serde(untagged, expecting = "expected a text or a list of texts")]
+#[schema(as = xorl::Stop)]
+pub enum StopTexts {
+    One(String),
+    Many(Vec<String>),
+}
+
+impl StopTexts {
+    pub fn into_list(self) -> Vec<String> {
+        match self {
+            Self::One(text) => vec![text],
+            Self::Many(texts) => texts,
+        }
+    }
+}

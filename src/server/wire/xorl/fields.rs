@@ -20,6 +20,14 @@ pub fn object(body: &[u8]) -> Result<Map<String, Value>, Fault> {
 /// It is no JSON object, too large, or a field is wrong or missing.
 pub fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
     check_size(body)?;
+    read_data(body)
+}
+
+/// A body of type `T` that may be as large as the server takes them.
+///
+/// # Errors
+/// It is no JSON object, or a field is wrong or missing.
+pub fn read_data<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
     // A struct would be read from a list, too.
     if body.trim_ascii_start().first().is_some_and(|&first| first != b'{') {
         return Err(Fault::user("body: expected a JSON object"));

@@ -10,21 +10,22 @@ mod cell;
 mod data;
 mod fields;
 mod passes;
+mod sampling;
 mod sessions;
 mod weights;
 
 pub use fields::object;
-pub use sessions::{Kill, kill};
 
 use super::{
     super::{
         app::{App, Submission},
         fault::Fault,
-        futures::Render,
+        futures::{Body, Render},
         order::BodyHash,
         registry::Tenant,
         request::{ModelId, Task},
     },
+    Answered, Later,
     described::{Described, QueryField, Shape},
 };
 use axum::http::{Method, StatusCode};
@@ -48,7 +49,7 @@ struct Served {
 /// The function that answers a call.
 enum Answers {
     Post(fn(&Call) -> Result<Value, Fault>),
-    Kill,
+    Later(fn(&Call) -> Result<Later, Fault>),
     Get(fn(&App, &Tenant, &Query) -> Result<Value, Fault>, &'static [QueryField]),
 }
 
@@ -110,7 +111,20 @@ fn pass_shape() -> Shape {
     Shape::of::<passes::PassBody>().with_any(&data)
 }
 
-static CALLS: [Served; 16] = [
+/// The body of `/generate`, whose prompt has one of two forms.
+fn generate_shape() -> Shape {
+    Shape::of::<bodies::Generate>().with_any(&[("text", Type::String), ("input_ids", Type::Array)])
+}
+
+/// Calls that lie at the root in place of below the prefix.
+const AT_ROOT: [&str; 1] = ["generate"];
+
+/// The call at a path of the root.
+pub fn at_root(path: &str) -> Option<&str> {
+    path.strip_prefix('/').filter(|name| AT_ROOT.contains(name))
+}
+
+static CALLS: [Served; 18] = [
     Served::task(
         "abort_gradient_epoch",
         "Drops the gradients since the last update.",
@@ -123,6 +137,13 @@ static CALLS: [Served; 16] = [
         with_address::<bodies::CreateModel>,
         sessions::create,
     ),
+    Served {
+        name: "create_sampling_session",
+        about: "Opens a saved adapter to sample from it.",
+        answer: Answers::Later(sampling::create_session),
+        body: Some(Shape::of::<bodies::CreateSamplingSession>),
+        reply: Shape::of::<answers::SamplingSession>,
+    },
     Served::now(
         "delete_checkpoint",
         "Deletes a saved adapter.",
@@ -132,6 +153,13 @@ static CALLS: [Served; 16] = [
     ),
     Served::task("forward", "Computes a loss without gradients.", pass_shape, passes::pass),
     Served::task("forward_backward", "Computes a loss and adds its gradients.", pass_shape, passes::pass),
+    Served {
+        name: "generate",
+        about: "Samples, as SGLang does.",
+        answer: Answers::Later(sampling::generate),
+        body: Some(generate_shape),
+        reply: Shape::of::<answers::Generated>,
+    },
     Served::now(
         "get_info",
         "Describes an adapter and its base.",
@@ -142,7 +170,7 @@ static CALLS: [Served; 16] = [
     Served {
         name: "kill_session",
         about: "Saves an adapter and unloads it.",
-        answer: Answers::Kill,
+        answer: Answers::Later(sessions::kill),
         body: Some(with_address::<bodies::KillSession>),
         reply: Shape::of::<answers::Killed>,
     },
@@ -205,7 +233,11 @@ static CALLS: [Served; 16] = [
 pub fn described(prefix: &str) -> impl Iterator<Item = Described> {
     CALLS.iter().map(move |call| Described {
         method: call.method(),
-        path: format!("{prefix}{}", call.name),
+        path: if AT_ROOT.contains(&call.name) {
+            format!("/{}", call.name)
+        } else {
+            format!("{prefix}{}", call.name)
+        },
         about: call.about,
         query: if let Answers::Get(_, query) = call.answer { query } else { &[] },
         body: call.body.map(|shape| shape()),
@@ -232,13 +264,10 @@ const SYNC: &str = "inference servers are not kept in step; save the weights and
 const HUB: &str = "nothing is uploaded from here; save the weights and upload the folder";
 
 /// Calls of the client that are refused, each with the reason.
-const REFUSED: [(&str, &str); 17] = [
+const REFUSED: [(&str, &str); 14] = [
     ("add_inference_endpoint", SYNC),
-    ("asample", SAMPLING),
     ("connect_inference_endpoint", SYNC),
-    ("create_sampling_session", SAMPLING),
     ("disconnect_inference_endpoint", SYNC),
-    ("generate", SAMPLING),
     ("list_inference_endpoints", SYNC),
     ("remove_inference_endpoint", SYNC),
     (
@@ -268,14 +297,6 @@ fn find(name: &str) -> Option<&'static Served> {
 pub fn refusal(name: &str) -> Option<String> {
     let (name, reason) = REFUSED.iter().find(|(refused, _)| *refused == name)?;
     Some(format!("{name} is not served: {reason}"))
-}
-
-/// The answer to a call.
-pub enum Called {
-    /// The body.
-    Now(Value),
-    /// A session that is to end: [`kill`] says how that went.
-    Kill(Kill),
 }
 
 /// A POST of a client.
@@ -328,11 +349,11 @@ fn no_call(name: &str) -> Fault {
 ///
 /// # Errors
 /// The request is refused.
-pub fn post(app: &Arc<App>, tenant: &Tenant, name: &str, body: &[u8]) -> Result<Called, Fault> {
+pub fn post(app: &Arc<App>, tenant: &Tenant, name: &str, body: &[u8]) -> Result<Answered, Fault> {
     let call = Call { app, tenant, name, body };
     match find(name).map(|served| &served.answer) {
-        Some(Answers::Post(answer)) => answer(&call).map(Called::Now),
-        Some(Answers::Kill) => sessions::begin_kill(&call).map(Called::Kill),
+        Some(Answers::Post(answer)) => answer(&call).map(|value| Answered::Now(Body::json(&value))),
+        Some(Answers::Later(answer)) => answer(&call).map(Answered::Later),
         Some(Answers::Get(..)) | None => Err(no_call(name)),
     }
 }
@@ -341,9 +362,11 @@ pub fn post(app: &Arc<App>, tenant: &Tenant, name: &str, body: &[u8]) -> Result<
 ///
 /// # Errors
 /// The request is refused.
-pub fn get(app: &Arc<App>, tenant: &Tenant, name: &str, query: &Query) -> Result<Value, Fault> {
+pub fn get(app: &Arc<App>, tenant: &Tenant, name: &str, query: &Query) -> Result<Answered, Fault> {
     match find(name).map(|served| &served.answer) {
-        Some(Answers::Get(answer, _)) => answer(app, tenant, query),
+        Some(Answers::Get(answer, _)) => {
+            answer(app, tenant, query).map(|value| Answered::Now(Body::json(&value)))
+        }
         _ => Err(no_call(name)),
     }
 }

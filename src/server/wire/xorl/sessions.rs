@@ -18,7 +18,7 @@ use crate::server::{
     paths::Kind,
     registry::Tenant,
     request::{AdapterSpec, ModelId, Refusal, Reply, Save, Task},
-    wire::{described::QueryField, iso_time},
+    wire::{Later, described::QueryField, iso_time},
 };
 use serde_json::{Value, json};
 use std::{sync::Arc, time::Duration};
@@ -180,14 +180,20 @@ pub fn training_runs(app: &App, tenant: &Tenant, query: &Query) -> Result<Value,
 }
 
 /// A session that is to end, after a save if there is one.
-pub struct Kill {
+struct Kill {
     model: ModelId,
     /// The future and the path of the save.
     save: Option<(String, String)>,
 }
 
+/// Ends a session.
+pub fn kill(call: &Call) -> Result<Later, Fault> {
+    let (app, tenant, kill) = (call.app.clone(), call.tenant.clone(), begin_kill(call)?);
+    Ok(Box::pin(async move { end(&app, &tenant, kill).await.map(|value| Body::json(&value)) }))
+}
+
 /// Submits the save of a session that is to end.
-pub fn begin_kill(call: &Call) -> Result<Kill, Fault> {
+fn begin_kill(call: &Call) -> Result<Kill, Fault> {
     let (model, _, KillSession { save_checkpoint }) = call.read()?;
     call.app.spec(call.tenant, &model)?;
     if !save_checkpoint.unwrap_or(true) {
@@ -211,7 +217,7 @@ fn submit(app: &App, tenant: &Tenant, model: &ModelId, task: Task) -> Result<Str
 ///
 /// # Errors
 /// The server takes no request now.
-pub async fn kill(app: &Arc<App>, tenant: &Tenant, kill: Kill) -> Result<Value, Fault> {
+async fn end(app: &Arc<App>, tenant: &Tenant, kill: Kill) -> Result<Value, Fault> {
     let Kill { model, save } = kill;
     let fails = |message: String| value(&Killed { success: false, message, checkpoint_path: None });
     let (save, path) = save.unzip();
