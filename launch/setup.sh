@@ -148,6 +148,7 @@ client_venv() { # NAME: tests/clients/requirements-NAME.txt into .venv-NAME
 if [ $tests = 1 ]; then
   client_venv tinker
   client_venv tinker-json
+  client_venv openai
 fi
 
 # --- the binary on PATH: a link to where the release build will be

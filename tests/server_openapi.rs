@@ -7,11 +7,11 @@ mod server;
 
 use serde_json::{Map, Value, json};
 use server::Server;
-use std::{collections::BTreeSet, path::Path};
+use std::collections::BTreeSet;
 use xorl_dist::server::{keys::Keys, request::ModelId};
 
 /// The calls of the clients that a trainer answers, from their sources, and those that every server has.
-const SERVED: [&str; 48] = [
+const SERVED: [&str; 52] = [
     "DELETE /api/v1/training_runs/{run}/checkpoints/{kind}/{name}",
     "DELETE /api/v1/training_runs/{run}/checkpoints/{kind}/{name}/publish",
     "GET /api/v1/checkpoints",
@@ -29,6 +29,8 @@ const SERVED: [&str; 48] = [
     "GET /health",
     "GET /metrics",
     "GET /openapi.json",
+    "GET /v1/models",
+    "GET /v1/models/{model}",
     "POST /api/v1/abort_gradient_epoch",
     "POST /api/v1/asample",
     "POST /api/v1/cancel_future",
@@ -59,16 +61,10 @@ const SERVED: [&str; 48] = [
     "POST /api/v1/unload_model",
     "POST /api/v1/weights_info",
     "POST /generate",
+    "POST /v1/chat/completions",
+    "POST /v1/completions",
     "PUT /api/v1/training_runs/{run}/checkpoints/{kind}/{name}/ttl",
 ];
-
-/// A server that reads texts.
-fn start() -> Server {
-    Server::with(Keys::default(), |settings| {
-        settings.tokenizer = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/chat/byte_level");
-        settings.vocab_size = 437;
-    })
-}
 
 struct Document(Value);
 
@@ -110,13 +106,12 @@ impl Document {
         }
     }
 
-    /// True for a schema that null has.
-    fn is_nullable(&self, schema: &Value) -> bool {
+    /// A schema as text, with the alternatives that it names.
+    fn alternatives(&self, schema: &Value) -> String {
         let schema = self.resolved(schema);
-        let is_null = |kind: &Value| *kind == "null";
-        let kinds = schema["type"].as_array().is_some_and(|kinds| kinds.iter().any(is_null));
-        let any = ["oneOf", "anyOf"].iter().filter_map(|name| schema[*name].as_array()).flatten();
-        kinds || is_null(&schema["type"]) || any.into_iter().any(|one| self.is_nullable(one))
+        let named = schema["oneOf"].as_array().into_iter().flatten().map(|one| self.resolved(one));
+        let named = named.filter(|one| one["oneOf"].is_array()).map(Value::to_string);
+        std::iter::once(schema.to_string()).chain(named).collect()
     }
 
     /// Properties of an object, of all its parts; of alternatives the first.
@@ -213,13 +208,23 @@ fn send_with(server: &Server, name: &str, headers: &[(&str, &str)], body: &Value
     server.send(method, &filled(path), headers, body.as_bytes())
 }
 
+/// A server that knows texts, as calls that generate need.
+fn server() -> Server {
+    Server::with_texts(Keys::default(), |_| {})
+}
+
+/// The reason of a refusal, in either form.
+fn reason(reply: &Value) -> &str {
+    reply["detail"].as_str().or_else(|| reply["error"]["message"].as_str()).unwrap_or_default()
+}
+
 fn send(server: &Server, name: &str, body: &Value) -> (u16, Value) {
     send_with(server, name, &[], body)
 }
 
 #[test]
 fn the_document_has_the_paths_that_the_server_answers() {
-    let server = start();
+    let server = server();
     let document = Document::of(&server);
     assert_eq!(document.0["openapi"], "3.1.0");
     let names: Vec<String> = document.operations().into_iter().map(|(name, _)| name).collect();
@@ -230,7 +235,7 @@ fn the_document_has_the_paths_that_the_server_answers() {
         let (method, path) = name.split_once(' ').unwrap();
         let (status, reply) = send(&server, name, &json!({}));
         // A body without fields may be refused, but its path is there.
-        let is_no_path = reply["detail"].as_str().is_some_and(|detail| detail.contains("is no path"));
+        let is_no_path = reason(&reply).contains("is no path");
         assert!(!is_no_path && ![405, 501].contains(&status) && status < 500, "{name}: {status} {reply}");
         let other = if method == "GET" { "PUT" } else { "GET" };
         assert!([404, 405].contains(&server.send(other, &filled(path), &[], b"").0), "{other} {path}");
@@ -248,7 +253,7 @@ fn the_document_has_the_paths_that_the_server_answers() {
 
 #[test]
 fn every_name_in_the_document_leads_to_a_schema() {
-    let server = start();
+    let server = server();
     let document = Document::of(&server);
     let mut values = vec![&document.0];
     let mut references = 0;
@@ -274,7 +279,7 @@ fn every_name_in_the_document_leads_to_a_schema() {
 
 #[test]
 fn a_body_of_required_fields_is_taken_and_each_of_them_is_required() {
-    let server = start();
+    let server = server();
     let document = Document::of(&server);
     let mut dropped = 0;
     for (name, operation) in document.operations() {
@@ -305,7 +310,7 @@ fn a_body_of_required_fields_is_taken_and_each_of_them_is_required() {
                 without.pointer_mut(parent).unwrap().as_object_mut().unwrap().remove(field);
                 let (status, reply) = send(&server, &name, &without);
                 assert_eq!(status, 400, "{name} without {place}: {reply}");
-                assert!(reply["detail"].as_str().unwrap().contains(field), "{name} without {place}: {reply}");
+                assert!(reason(&reply).contains(field), "{name} without {place}: {reply}");
                 dropped += 1;
             }
         }
@@ -315,7 +320,7 @@ fn a_body_of_required_fields_is_taken_and_each_of_them_is_required() {
 
 #[test]
 fn every_documented_field_is_read_with_its_type() {
-    let server = start();
+    let server = server();
     let document = Document::of(&server);
     let mut fields = 0;
     for (name, operation) in document.operations() {
@@ -324,8 +329,13 @@ fn every_documented_field_is_read_with_its_type() {
         let (properties, _) = document.properties(schema);
         for (field, property) in &properties {
             // A wrong value of each type that the schema does not allow.
-            let text = document.resolved(property).to_string();
-            let wrong = if text.contains("\"string\"") { json!([1]) } else { json!("text") };
+            let text = document.alternatives(property);
+            let wrong = match ["\"string\"", "\"integer\""].map(|kind| text.contains(kind)) {
+                // Texts, ids, or lists of them.
+                [true, true] => json!({"a": 1}),
+                [true, false] => json!([1]),
+                _ => json!("text"),
+            };
             let mut body = base.clone();
             body[field] = wrong.clone();
             let (status, reply) = send(&server, &name, &body);
@@ -336,7 +346,7 @@ fn every_documented_field_is_read_with_its_type() {
                 continue;
             }
             body[field] = Value::Null;
-            let is_null_fine = document.is_nullable(property);
+            let is_null_fine = text.contains("\"null\"");
             let (status, reply) = send(&server, &name, &body);
             assert_eq!(status == 400, !is_null_fine, "{name} with {field} null: {status} {reply}");
         }
@@ -346,7 +356,7 @@ fn every_documented_field_is_read_with_its_type() {
 
 #[test]
 fn the_other_body_of_a_shared_path_is_read_as_it_is_documented() {
-    let server = start();
+    let server = server();
     let document = Document::of(&server);
     let tinker = [("x-stainless-lang", "python")];
     let (mut wrongs, mut dropped, mut packed) = (0, 0, 0);
@@ -367,7 +377,7 @@ fn the_other_body_of_a_shared_path_is_read_as_it_is_documented() {
                 let (status, detail) = with(&wrong);
                 let is_refused = status == 400 && detail.starts_with("body: invalid type");
                 assert!(is_refused, "{name} with {field} {wrong}: {status} {detail}");
-                let is_null_fine = document.is_nullable(property);
+                let is_null_fine = text.contains("\"null\"");
                 let (_, detail) = with(&Value::Null);
                 let is_null_refused = detail.starts_with("body: invalid type: null");
                 assert_ne!(is_null_refused, is_null_fine, "{name} with {field} null: {detail}");
@@ -389,7 +399,7 @@ fn the_other_body_of_a_shared_path_is_read_as_it_is_documented() {
 
 #[test]
 fn every_name_of_an_adapter_has_the_pattern_of_those_that_are_taken() {
-    let server = start();
+    let server = server();
     let document = Document::of(&server);
     let mut patterns = BTreeSet::new();
     for (name, operation) in document.operations() {
@@ -414,7 +424,7 @@ fn every_name_of_an_adapter_has_the_pattern_of_those_that_are_taken() {
 #[test]
 #[ignore = "serves until it is killed"]
 fn serves_until_killed() {
-    let server = start();
+    let server = server();
     println!("http://{}", server.address);
     loop {
         std::thread::park();

@@ -1,6 +1,10 @@
 //! Futures: a submitted request gets an id, and its result stays for some time under that id, so that a client whose
 //! connection broke can ask again. A poll waits until the result is there or its time is over.
 
+mod reserved;
+
+pub use reserved::Reserved;
+
 use super::{
     registry::Tenant,
     request::{Answer, Refusal, Reply, Ticket},
@@ -257,15 +261,21 @@ impl Table {
         entry.ticket = None;
         entry.outcome = Some((Arc::new(outcome), now));
         entry.changed.notify_waiters();
+        self.leave(number);
+        self.kept.push_back(number);
+        self.expire(now, limits);
+    }
+
+    /// Takes a request out of those that are pending.
+    fn leave(&mut self, number: u64) {
+        self.pending.remove(&number);
+        let Some(entry) = self.entries.get_mut(&number) else { return };
         let bytes = std::mem::take(&mut entry.bytes);
         self.pending_bytes -= bytes;
         if let Some(share) = self.shares.get_mut(&entry.owner) {
             *share = Load { requests: share.requests - 1, bytes: share.bytes - bytes };
         }
         self.shares.retain(|_, share| share.requests > 0);
-        self.pending.remove(&number);
-        self.kept.push_back(number);
-        self.expire(now, limits);
     }
 
     /// Drops results that are too old or too many.

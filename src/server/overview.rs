@@ -7,7 +7,7 @@ use super::{
     futures::Queued,
     history::{Course, Curve, INTERVAL, LOSS},
     registry::Tenant,
-    request::{EngineState, ModelId, Usage},
+    request::{EngineState, ModelId, SamplingState, Usage},
     sessions::{Session, of_model},
 };
 use serde::Serialize;
@@ -30,6 +30,7 @@ pub struct Overview {
     pub time: u64,
     pub server: About,
     pub queue: Queue,
+    pub sampling: Sampling,
     pub memory: Memory,
     pub throughput: Throughput,
     /// The one with the last request first.
@@ -68,6 +69,20 @@ pub struct Queue {
     pub answered: u64,
     /// The first requests of this key.
     pub own: Vec<Queued>,
+}
+
+/// Requests to sample, of all keys.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = overview::Sampling)]
+pub struct Sampling {
+    /// Requests that wait for a place.
+    pub waiting: usize,
+    /// Continuations that get tokens.
+    pub running: usize,
+    /// Tokens since the start.
+    pub tokens: u64,
+    /// Steps of the model since the start, each with a token of every running continuation or part of a prompt.
+    pub steps: u64,
 }
 
 /// Memory and disk, in bytes.
@@ -204,10 +219,16 @@ impl Overview {
                 answered: engine.answered,
                 own: app.futures.queue(tenant, MOST_REQUESTS),
             },
+            sampling: sampling(&engine),
             throughput: Throughput { interval: INTERVAL, tokens_per_second: app.history.rates(tenant) },
             memory: memory(engine),
         })
     }
+}
+
+fn sampling(engine: &EngineState) -> Sampling {
+    let &SamplingState { waiting, running, tokens, steps } = &engine.sampling;
+    Sampling { waiting, running, tokens, steps }
 }
 
 fn memory(engine: EngineState) -> Memory {

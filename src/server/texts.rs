@@ -1,7 +1,7 @@
 //! Texts of the model: token ids of what clients write, and the text of what was sampled.
 
 use super::fault::Fault;
-use crate::data::Tokenizer;
+use crate::data::{ChatTemplate, Tokenizer};
 use axum::http::StatusCode;
 use std::{
     path::PathBuf,
@@ -15,12 +15,13 @@ pub struct Texts {
     /// Ids of the model's vocabulary; a tokenizer may have more.
     vocab_size: usize,
     loaded: OnceLock<Result<Arc<Tokenizer>, String>>,
+    template: OnceLock<Result<ChatTemplate, String>>,
 }
 
 impl Texts {
     /// Of the tokenizer in `folder`, for a model of `vocab_size` ids.
     pub fn new(folder: PathBuf, vocab_size: usize) -> Self {
-        Self { folder, vocab_size, loaded: OnceLock::new() }
+        Self { folder, vocab_size, loaded: OnceLock::new(), template: OnceLock::new() }
     }
 
     /// # Errors
@@ -30,6 +31,19 @@ impl Texts {
         self.loaded.get_or_init(load).as_ref().map_err(|error| {
             Fault::user(format!(
                 "texts need the tokenizer, which cannot be read: {error}; send token ids instead"
+            ))
+        })
+    }
+
+    /// The chat template beside the tokenizer.
+    ///
+    /// # Errors
+    /// There is none, or it cannot be read. Permanent, as for the tokenizer.
+    pub fn template(&self) -> Result<&ChatTemplate, Fault> {
+        let load = || ChatTemplate::load(&self.folder).map_err(|error| error.to_string());
+        self.template.get_or_init(load).as_ref().map_err(|error| {
+            Fault::user(format!(
+                "chats need the model's chat template: {error}; send text to /v1/completions"
             ))
         })
     }

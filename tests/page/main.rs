@@ -9,14 +9,19 @@ mod common;
 mod server;
 
 use browser::Browser;
+use common::wait_for_at_most;
 use serde_json::{Value, json};
 use server::{Server, forward_backward};
 use sha2::{Digest, Sha256};
 use std::{
     io::{Read, Write},
     net::TcpStream,
+    time::Duration,
 };
-use xorl_dist::server::keys::Keys;
+use xorl_dist::server::{
+    keys::Keys,
+    request::{ModelId, Source},
+};
 
 fn post(server: &Server, key: &str, name: &str, body: &Value) -> (u16, Value) {
     server.send("POST", &format!("/api/v1/{name}"), &[("X-API-Key", key)], body.to_string().as_bytes())
@@ -131,6 +136,7 @@ fn the_files_of_the_page_need_no_key_and_load_nothing_from_elsewhere() {
         ("/page/page.js", "text/javascript; charset=utf-8"),
         ("/page/curves.js", "text/javascript; charset=utf-8"),
         ("/page/nodes.js", "text/javascript; charset=utf-8"),
+        ("/page/try.js", "text/javascript; charset=utf-8"),
         ("/page/icon.svg", "image/svg+xml"),
     ] {
         let (head, body) = fetch(&server, path, "");
@@ -187,12 +193,6 @@ fn browser_the_page_shows_what_a_client_trains() {
     assert!(browser.text("document.getElementById('memory').innerText").contains("7 MB"));
     browser.wait("document.querySelectorAll('#curves figure').length === 3");
     assert_eq!(browser.text("document.querySelector('#session-rows td').innerText"), "live");
-    // Sampling is not served: the box is not there.
-    assert_eq!(
-        browser.text("document.getElementById('try-absent').innerText"),
-        "This server does not sample."
-    );
-    assert_eq!(browser.value("document.getElementById('try').checkVisibility()"), false);
     // Another update shows without a reload, and is there after one.
     call(&server, "", "forward_backward", &forward_backward_of("policy_v1", 9));
     call(&server, "", "optim_step", &json!({"model_id": "policy_v1", "learning_rate": 0.25}));
@@ -289,8 +289,9 @@ fn browser_the_page_is_used_by_keyboard_and_screen_reader() {
     browser.wait("document.querySelectorAll('#checkpoint-rows button').length === 1");
     browser.wait("document.querySelectorAll('#adapter-rows button').length === 3");
     browser.wait("document.querySelectorAll('#curves figure').length === 3");
+    browser.wait("document.getElementById('try').checkVisibility()");
     let mut order = Vec::new();
-    while order.last().is_none_or(|last| last != "metrics-link") && order.len() < 20 {
+    while order.last().is_none_or(|last| last != "metrics-link") && order.len() < 30 {
         browser.press("Tab");
         order.push(browser.text(FOCUS));
         let outline = browser.text(
@@ -312,6 +313,12 @@ fn browser_the_page_is_used_by_keyboard_and_screen_reader() {
         "Gradient norm of a",
         "Learning rate of a",
         "The last values as a table",
+        "try-adapter",
+        "try-form",
+        "try-tokens",
+        "try-temperature",
+        "try-prompt",
+        "try-button",
         "Table of checkpoints",
         "Files of n of a",
         "Table of sessions",
@@ -362,6 +369,67 @@ fn named_nodes(browser: &mut Browser) {
         }
     }
     assert!(named > 20, "{named}");
+}
+
+#[test]
+fn browser_the_page_tries_an_adapter_beside_the_base() {
+    let server = Server::with_texts(keys(), |_| {});
+    call(&server, "tml-one", "create_model", &json!({"model_id": "mine"}));
+    let mut state = server.engine.state.lock().unwrap();
+    state.sampling.running = 3;
+    state.sampling.tokens = 70;
+    drop(state);
+    let mut browser = Browser::start();
+    browser.open(&format!("http://{}/", server.address));
+    browser.wait("document.getElementById('key-dialog').open");
+    browser.write("tml-one");
+    browser.press("Enter");
+    browser.wait("document.getElementById('try').checkVisibility()");
+    let told = browser.text("document.getElementById('sampling').innerText");
+    assert!(told.contains("3 continuations") && told.contains("70 tokens"), "{told}");
+    let adapters = "[...document.getElementById('try-adapter').options].map((option) => option.value).join()";
+    assert_eq!(browser.text(adapters), "mine,policy_v1");
+    let text = |name: &str| format!("document.getElementById('try-{name}-text').innerText");
+    let set = |browser: &mut Browser, id: &str, value: &str| {
+        browser.value(&format!("document.getElementById('try-{id}').value = '{value}'"));
+    };
+    let news = "document.getElementById('news').innerText";
+    // By keyboard: the button asks, and stops.
+    for (form, prompt, expected) in [("text", "A", "ABCDE"), ("chat", "hi", "89:;<")] {
+        set(&mut browser, "form", form);
+        set(&mut browser, "tokens", "5");
+        set(&mut browser, "prompt", prompt);
+        browser.value("document.getElementById('try-button').focus()");
+        browser.press("Enter");
+        for name in ["base", "adapter"] {
+            browser.wait(&format!("{} === '{expected}'", text(name)));
+        }
+        browser.wait(&format!("{news} === 'Both texts are complete'"));
+    }
+    let sampled: Vec<_> =
+        server.engine.sampled.lock().unwrap().iter().map(|(source, _)| source.clone()).collect();
+    let mine = Source::Adapter(ModelId::new("one:mine").unwrap());
+    assert_eq!(sampled.iter().filter(|source| **source == Source::Base).count(), 2, "{sampled:?}");
+    assert_eq!(sampled.iter().filter(|source| **source == mine).count(), 2, "{sampled:?}");
+    // A refusal is told where the text would be.
+    set(&mut browser, "tokens", "4096");
+    browser.press("Enter");
+    browser.wait(&format!("{}.includes('context')", text("base")));
+    // Stopped, both requests are cancelled.
+    set(&mut browser, "tokens", "500");
+    let gate = server.engine.gate.lock().unwrap();
+    browser.wait("document.getElementById('try-button').innerText === 'Ask both'");
+    browser.press("Enter");
+    browser.wait("document.getElementById('try-button').innerText === 'Stop'");
+    wait_for_at_most(Duration::from_secs(20), "both are asked", || {
+        (server.engine.sampled.lock().unwrap().len() == 6).then_some(())
+    });
+    browser.press("Enter");
+    browser.wait("document.getElementById('try-button').innerText === 'Ask both'");
+    wait_for_at_most(Duration::from_secs(20), "both are cancelled", || {
+        (server.engine.cancelled.lock().unwrap().len() == 2).then_some(())
+    });
+    drop(gate);
 }
 
 #[test]

@@ -6,6 +6,7 @@
 //! - `sampling`: the calls of both that sample
 //! - `idle`: adapters without requests
 //! - `hostile`: clients that mean harm or are broken; `memory`: bytes that bodies take while they are read
+//! - `openai`: the calls of the `openai` client, by hand and by it
 //! - `limits`: keys, limits, slow and broken clients, the end of the server
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
@@ -16,6 +17,7 @@ mod hostile;
 mod idle;
 mod limits;
 mod memory;
+mod openai;
 mod sampling;
 mod server;
 mod tinker;

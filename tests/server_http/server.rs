@@ -283,12 +283,28 @@ impl Engine for Double {
     }
 }
 
+/// A folder with a small tokenizer and a chat template.
+fn tokenizer() -> TempDir {
+    let (from, folder) =
+        (Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/chat"), tempfile::tempdir().unwrap());
+    for (file, name) in [
+        ("byte_level/tokenizer.json", "tokenizer.json"),
+        ("byte_level/tokenizer_config.json", "tokenizer_config.json"),
+        ("templates/chatml.jinja", "chat_template.jinja"),
+    ] {
+        fs::copy(from.join(file), folder.path().join(name)).unwrap();
+    }
+    folder
+}
+
 /// A server on a port of its own.
 pub struct Server {
     pub address: SocketAddr,
     pub engine: Arc<Double>,
     pub output: TempDir,
     pub shutdown: Shutdown,
+    /// The tokenizer, where there is one.
+    pub tokenizer: Option<TempDir>,
     thread: Option<JoinHandle<std::io::Result<()>>>,
 }
 
@@ -343,7 +359,19 @@ impl Server {
         let (address, shutdown) = (listener.local_addr().unwrap(), Shutdown::default());
         let stop = shutdown.clone();
         let thread = Some(thread::spawn(move || serve(listener, app, &stop)));
-        Self { address, engine, output, shutdown, thread }
+        Self { address, engine, output, shutdown, tokenizer: None, thread }
+    }
+
+    /// A server that knows texts: `!` is 0, `A` 32, `a` 64, and other tokens of one character lie between.
+    pub fn with_texts(keys: Keys, change: impl FnOnce(&mut Settings)) -> Self {
+        let folder = tokenizer();
+        let mut server = Self::with(keys, |settings| {
+            settings.tokenizer = folder.path().to_owned();
+            settings.vocab_size = 437;
+            change(settings);
+        });
+        server.tokenizer = Some(folder);
+        server
     }
 
     /// Sends a request on a connection of its own; returns status and JSON body (text where it is no JSON).

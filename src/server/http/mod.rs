@@ -8,7 +8,7 @@ mod openapi;
 mod page;
 mod routes;
 
-pub use body::Bodies;
+pub use body::{Bodies, failed};
 pub use metrics::Metrics;
 
 use super::app::App;

@@ -6,6 +6,7 @@ use crate::server::{
     overview::Overview,
     wire::{
         described::{Described, QueryField, Shape},
+        openai,
         tinker::{self, calls::RetrieveFuture},
         xorl,
     },
@@ -97,7 +98,8 @@ struct Failed {
 fn document() -> OpenApi {
     let mut all = Parts::default();
     let mut calls: BTreeMap<(String, String), Vec<Described>> = BTreeMap::new();
-    for call in shared().into_iter().chain(xorl::described(PREFIX)).chain(tinker::described(PREFIX)) {
+    let of_wires = xorl::described(PREFIX).chain(tinker::described(PREFIX)).chain(openai::described());
+    for call in shared().into_iter().chain(of_wires) {
         let (path, method) = (call.path.clone(), call.method.to_string());
         calls.entry((path, method)).or_default().push(call);
     }
@@ -238,8 +240,15 @@ impl Parts {
         if path == "/health" {
             responses.insert("503".into(), self.response::<Health>("A rank has failed.").into());
         }
-        responses.insert("4XX".into(), self.response::<Refused>("Refused: the request is wrong.").into());
-        responses.insert("5XX".into(), self.response::<Refused>("Refused: try again later.").into());
+        for (status, about) in
+            [("4XX", "Refused: the request is wrong."), ("5XX", "Refused: try again later.")]
+        {
+            let response = match path.starts_with(openai::PREFIX) {
+                true => self.response::<openai::ErrorBody>(about),
+                false => self.response::<Refused>(about),
+            };
+            responses.insert(status.into(), response.into());
+        }
         operation
     }
 }

@@ -45,13 +45,14 @@ impl File {
     }
 }
 
-static FILES: LazyLock<[File; 6]> = LazyLock::new(|| {
+static FILES: LazyLock<[File; 7]> = LazyLock::new(|| {
     [
         File::new("/", "text/html; charset=utf-8", include_str!("../page/index.html")),
         File::new("/page/style.css", "text/css; charset=utf-8", include_str!("../page/style.css")),
         File::new("/page/page.js", SCRIPT, include_str!("../page/page.js")),
         File::new("/page/curves.js", SCRIPT, include_str!("../page/curves.js")),
         File::new("/page/nodes.js", SCRIPT, include_str!("../page/nodes.js")),
+        File::new("/page/try.js", SCRIPT, include_str!("../page/try.js")),
         File::new("/page/icon.svg", "image/svg+xml", include_str!("../page/icon.svg")),
     ]
 });

@@ -14,7 +14,7 @@ use crate::server::{
     futures::{self, Look},
     overview::Overview,
     registry::Tenant,
-    wire::{Answered, Wire, described::QueryField, tinker, xorl},
+    wire::{Answered, Wire, described::QueryField, openai, tinker, xorl},
 };
 use axum::{
     Json, Router,
@@ -74,7 +74,8 @@ fn label(path: &str) -> &'static str {
         let other = ["healthz", OVERVIEW, RETRIEVE].into_iter().find(|other| *other == name);
         other.or_else(|| Some(tinker::rows(name).next()?.path)).or_else(|| Some(xorl::method(name)?.0))
     };
-    open.or_else(of_call).unwrap_or("other")
+    let of_openai = || Some(openai::Call::find(path.strip_prefix(openai::PREFIX)?)?.label());
+    open.or_else(of_call).or_else(of_openai).unwrap_or("other")
 }
 
 async fn answer(app: &Arc<App>, parts: Parts, body: &mut Option<Body>) -> Result<Response, Fault> {
@@ -95,10 +96,10 @@ async fn answer(app: &Arc<App>, parts: Parts, body: &mut Option<Body>) -> Result
     if is_get && let Some(address) = path.strip_prefix(downloads::PREFIX) {
         return download(app, address, parts).await;
     }
-    let Some(tenant) = app.keys.tenant(&parts.headers) else {
-        let detail = "no known key; send it as `X-API-Key: KEY` or `Authorization: Bearer KEY`";
-        return Err(Fault::new(StatusCode::UNAUTHORIZED, detail));
-    };
+    if path.starts_with(openai::PREFIX) {
+        return Ok(of_openai(app, &path, &parts, body).await.unwrap_or_else(IntoResponse::into_response));
+    }
+    let tenant = tenant(app, &parts.headers)?;
     if is_get && path == "/metrics" {
         let kind = HeaderValue::from_static("text/plain; version=0.0.4");
         return Ok(([(header::CONTENT_TYPE, kind)], app.metrics.text(app)).into_response());
@@ -138,6 +139,37 @@ async fn answer(app: &Arc<App>, parts: Parts, body: &mut Option<Body>) -> Result
     }
 }
 
+/// The owner of the request's key.
+fn tenant(app: &App, headers: &HeaderMap) -> Result<Tenant, Fault> {
+    app.keys.tenant(headers).ok_or_else(|| {
+        let detail = "no known key; send it as `X-API-Key: KEY` or `Authorization: Bearer KEY`";
+        Fault::new(StatusCode::UNAUTHORIZED, detail)
+    })
+}
+
+/// Answers a call of OpenAI's clients, which read refusals in a form of their own.
+async fn of_openai(
+    app: &Arc<App>,
+    path: &str,
+    parts: &Parts,
+    body: &mut Option<Body>,
+) -> Result<Response, openai::Refused> {
+    let tenant = tenant(app, &parts.headers)?;
+    let call = path.strip_prefix(openai::PREFIX).and_then(openai::Call::find).ok_or_else(|| unknown(path))?;
+    let method = call.method();
+    if parts.method != method && !(method == Method::GET && parts.method == Method::HEAD) {
+        return Ok(other_method(path, &[method], &parts.method)?);
+    }
+    let bytes = match method == Method::POST {
+        true => {
+            let read = app.bodies.read(&parts.headers, body.take().unwrap_or_default()).await;
+            read.map_err(|unread| unread.fault)?
+        }
+        false => Bytes::new(),
+    };
+    openai::answer(app, &tenant, call, bytes).await
+}
+
 /// The fields of a query; none of one that cannot be read.
 fn query(parts: &Parts) -> BTreeMap<String, String> {
     Query::try_from_uri(&parts.uri).map(|Query(query)| query).unwrap_or_default()
@@ -152,10 +184,13 @@ fn other_method(path: &str, known: &[Method], got: &Method) -> Result<Response, 
     if known.is_empty() {
         return Err(unknown(path));
     }
-    let known = known.iter().map(Method::as_str).collect::<Vec<_>>().join(", ");
-    let detail = format!("{path} takes {known}, got {got}");
-    let mut response = Fault::new(StatusCode::METHOD_NOT_ALLOWED, detail).into_response();
-    response.headers_mut().extend(HeaderValue::from_str(&known).map(|value| (header::ALLOW, value)));
+    let names = known.iter().map(Method::as_str).collect::<Vec<_>>().join(", ");
+    let fault = Fault::new(StatusCode::METHOD_NOT_ALLOWED, format!("{path} takes {names}, got {got}"));
+    let mut response = match path.starts_with(openai::PREFIX) {
+        true => openai::Refused::from(fault).into_response(),
+        false => fault.into_response(),
+    };
+    response.headers_mut().extend(HeaderValue::from_str(&names).map(|value| (header::ALLOW, value)));
     Ok(response)
 }
 

@@ -3,6 +3,7 @@
 
 import { Plot, spark } from './curves.js';
 import { ago, bytes, compact, count, draw, duration, keyed, make, number, plain, put } from './nodes.js';
+import { Trial } from './try.js';
 
 const POLL = 2000;          // milliseconds between two overviews
 const POLL_SLOW = 10000;    // the same while the server does not answer, and between lists of checkpoints
@@ -32,7 +33,8 @@ function announce(text) {
 
 class Refused extends Error {}
 
-async function call(path, body) {
+// The response to a call that is in order.
+async function ask(path, body, signal) {
   const headers = state.key ? { 'X-API-Key': state.key } : {};
   if (body) headers['Content-Type'] = 'application/json';
   const response = await fetch(path, {
@@ -40,15 +42,20 @@ async function call(path, body) {
     headers,
     body: body && JSON.stringify(body),
     cache: 'no-store',
-    signal: AbortSignal.timeout(body ? 600000 : POLL_SLOW),
+    signal: signal ?? AbortSignal.timeout(POLL_SLOW),
   });
+  if (response.ok) return response;
   const answer = await response.json().catch(() => ({}));
+  const reason = answer.detail ?? answer.error?.message ?? `status ${response.status}`;
   if (response.status === 401) {
     askForKey();
-    throw new Refused(answer.detail);
+    throw new Refused(reason);
   }
-  if (!response.ok) throw new Error(answer.detail ?? answer.error?.message ?? `status ${response.status}`);
-  return answer;
+  throw new Error(reason);
+}
+
+async function call(path) {
+  return (await ask(path)).json();
 }
 
 function askForKey() {
@@ -188,6 +195,16 @@ function queue({ pending, answered, own }) {
   });
 }
 
+function sampling({ waiting, running, tokens }) {
+  const now = performance.now();
+  const before = state.sampled ?? { tokens, now };
+  state.sampled = { tokens, now };
+  const rate = now > before.now ? (1000 * (tokens - before.tokens)) / (now - before.now) : 0;
+  const speed = rate > 0 ? `, ${number(rate)} tokens/s` : '';
+  put($('sampling'), `Sampling: ${count(running, 'continuation')} at work, ${count(waiting, 'request')} before them, ` +
+    `${compact.format(tokens)} tokens so far${speed}.`);
+}
+
 function memory({ peak_rss: ranks, adapters: held, adapters_limit: limit, fits, storage, storage_limit: most }) {
   const of = (value, limit) => (limit ? `${bytes(value)} of ${bytes(limit)}` : bytes(value));
   const largest = Math.max(...ranks, 1);
@@ -269,32 +286,6 @@ async function files(button, list, path) {
   }
 }
 
-// --- An adapter beside the base
-
-async function models() {
-  const { data } = await call('v1/models');
-  const base = state.overview?.server.base_model;
-  const names = data.map((model) => model.id);
-  state.base = names.includes(base) ? base : names[0];
-  const create = (name) => make('option', { value: name }, name);
-  keyed($('try-adapter'), names.filter((name) => name !== state.base), (name) => name, create, () => {});
-  $('try').hidden = false;
-  $('try-absent').hidden = true;
-}
-
-async function complete(model, node) {
-  const [max_tokens, temperature] = ['try-tokens', 'try-temperature'].map((id) => Number($(id).value));
-  node.classList.remove('failed');
-  put(node, '…');
-  try {
-    const answer = await call('v1/completions', { model, prompt: $('try-prompt').value, max_tokens, temperature });
-    put(node, answer.choices[0].text || '(nothing)');
-  } catch (error) {
-    node.classList.add('failed');
-    put(node, error.message);
-  }
-}
-
 // --- The course of the page
 
 function show(overview) {
@@ -309,11 +300,13 @@ function show(overview) {
   $('metrics-link').hidden = server.has_keys;
   throughput(overview.throughput);
   queue(overview.queue);
+  sampling(overview.sampling);
   memory(overview.memory);
   adapters(overview);
   sessions(overview);
 }
 
+const trial = new Trial(ask, announce);
 let timer;
 
 async function poll() {
@@ -326,7 +319,7 @@ async function poll() {
     if (Date.now() - state.lists > POLL_SLOW) {
       state.lists = Date.now();
       await checkpoints();
-      if ($('try').hidden) await models().catch(() => {});
+      trial.show((await call('v1/models')).data, state.overview.server.base_model);
     }
   } catch (error) {
     if (error instanceof Refused) return;
@@ -371,15 +364,6 @@ function begin() {
     put($('key-error'), '');
     state.lists = 0;
     poll();
-  });
-  $('try').addEventListener('submit', async (event) => {
-    event.preventDefault();
-    const adapter = $('try-adapter').value;
-    put($('try-base-title'), state.base);
-    put($('try-adapter-title'), adapter);
-    $('try-button').disabled = true;
-    await Promise.all([complete(state.base, $('try-base-text')), complete(adapter, $('try-adapter-text'))]);
-    $('try-button').disabled = false;
   });
   document.addEventListener('visibilitychange', () => { if (!document.hidden) poll(); });
   addEventListener('resize', () => plots.forEach((plot) => plot.draw()));

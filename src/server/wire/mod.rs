@@ -1,8 +1,10 @@
 //! Wires: each turns the requests of one family of clients into requests to the engine, and the engine's replies into
-//! bodies. They share paths, so the sender is known by the request itself ([`Wire::of`]).
+//! bodies. Two of them share paths, so the sender is known by the request itself ([`Wire::of`]); those of [`openai`] are
+//! its own.
 
 mod bounded;
 pub mod described;
+pub mod openai;
 pub mod sampling;
 mod scalar;
 pub mod tinker;

@@ -18,7 +18,7 @@ const MOST_IDS: usize = 1024;
 
 /// Tokens that a request may get, with the most likely ones that are told beside each: its result then takes some
 /// hundred MB.
-const MOST_RESULTS: usize = 1 << 24;
+pub const MOST_RESULTS: usize = 1 << 24;
 
 /// Parameters as a client sent them; what is absent has the value of the wire's clients.
 #[derive(Clone, Debug, PartialEq)]
@@ -77,8 +77,8 @@ pub fn check_ids(name: &'static str, ids: &[i64], vocabulary: usize) -> Result<(
     }
 }
 
-/// A seed that no other request has.
-fn fresh_seed() -> u64 {
+/// A number that no other request has.
+pub fn fresh_number() -> u64 {
     RandomState::new().hash_one(0)
 }
 
@@ -141,7 +141,7 @@ pub fn checked(sent: Sent, names: &Names, settings: &Settings) -> Result<SampleR
         count: continuations,
         max_new_tokens,
         choice: Choice { temperature, top_p, top_k },
-        seed: seed.map_or_else(fresh_seed, i64::cast_unsigned),
+        seed: seed.map_or_else(fresh_number, i64::cast_unsigned),
         stop,
         wanted,
     })

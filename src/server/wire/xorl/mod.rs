@@ -8,7 +8,7 @@ mod answers;
 mod bodies;
 mod cell;
 mod data;
-mod fields;
+pub(super) mod fields;
 mod passes;
 mod sampling;
 mod sessions;
@@ -258,13 +258,11 @@ pub fn results() -> Shape {
     Shape::any_of(shapes.map(|shape| shape()))
 }
 
-const SAMPLING: &str =
-    "sampling is not served here; load the saved adapter into an inference server, for it is PEFT's";
 const SYNC: &str = "inference servers are not kept in step; save the weights and load them there";
 const HUB: &str = "nothing is uploaded from here; save the weights and upload the folder";
 
 /// Calls of the client that are refused, each with the reason.
-const REFUSED: [(&str, &str); 14] = [
+const REFUSED: [(&str, &str); 13] = [
     ("add_inference_endpoint", SYNC),
     ("connect_inference_endpoint", SYNC),
     ("disconnect_inference_endpoint", SYNC),
@@ -280,7 +278,6 @@ const REFUSED: [(&str, &str); 14] = [
     ("sync_weights", SYNC),
     ("update_dedicated_endpoint", HUB),
     ("update_serverless_weights", HUB),
-    ("v1/chat/completions", SAMPLING),
     ("wake_up", SYNC),
 ];
 
