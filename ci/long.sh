@@ -22,6 +22,8 @@
 #   ci/long.sh real_moe        the same with two layers of the shapes of Qwen3-30B-A3B, 64 experts on each rank
 #   ci/long.sh load            [MINUTES]: 64 clients ill-treat a server that is stopped twice and killed once (10, and
 #                              as many to replay what they did)
+#   ci/long.sh examples        [NAME...]: configs/server/examples, each against one server of SmolLM2 on 2 ranks
+#   ci/long.sh cookbook        [NAME...]: tinker-cookbook's sl_loop, killed and resumed, and rl_loop, against a server
 #   ci/long.sh serve           throughput of the server beside PEFT, itself one adapter after another, and a local run
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -31,6 +33,19 @@ smollm2() {
   [ -d models/smollm2 ] && return
   launch/setup.sh --no-tests
   .venv/bin/python launch/quickstart/convert_smollm2.py models/smollm2
+}
+
+# A venv target/NAME that sees the packages of .venv, torch among them, and has those of its own that pip is told here.
+client_venv() { # NAME PIP_ARGUMENTS...
+  local venv=target/$1 want
+  shift
+  want="$* $(cat configs/server/examples/requirements.txt)"
+  [ "$(cat "$venv/.installed" 2>/dev/null || true)" = "$want" ] && return
+  .venv/bin/python -m venv --clear "$venv"
+  purelib() { "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
+  purelib "$PWD/.venv" >"$(purelib "$venv")/shared.pth"
+  "$venv/bin/pip" install --quiet --disable-pip-version-check "$@"
+  echo "$want" >"$venv/.installed"
 }
 
 case "${1:-}" in
@@ -117,6 +132,25 @@ case "${1:-}" in
     cargo build --release --quiet
     export OMPI_MCA_rmaps_base_oversubscribe=1 HF_HUB_OFFLINE=1
     exec .venv/bin/python ci/load.py --binary "${CARGO_TARGET_DIR:-target}/release/xorl-dist" --minutes "${1:-10}"
+    ;;
+  examples)
+    shift
+    launch/setup.sh
+    smollm2
+    client_venv clients -r configs/server/examples/requirements.txt
+    cargo build --release --quiet
+    exec target/clients/bin/python ci/examples.py --binary "${CARGO_TARGET_DIR:-target}/release/xorl-dist" "$@"
+    ;;
+  cookbook)
+    shift
+    launch/setup.sh
+    smollm2
+    # The cookbook wants a version of tml-renderers that PyPI has not; only renderers of other models import it.
+    client_venv cookbook tinker==0.38.0 chz datasets rich termcolor tqdm blobfile cloudpickle pillow pyrage aiohttp \
+      tiktoken sympy pylatexenc math-verify
+    target/cookbook/bin/pip install --quiet --disable-pip-version-check --no-deps tinker-cookbook==0.6.1
+    cargo build --release --quiet
+    exec target/cookbook/bin/python ci/cookbook.py --binary "${CARGO_TARGET_DIR:-target}/release/xorl-dist" "$@"
     ;;
   serve)
     shift

@@ -148,6 +148,7 @@ fn its_links_lead_to_files_of_the_repository() {
         "launch/README.md",
         "configs/README.md",
         "configs/server/README.md",
+        "configs/server/examples/README.md",
     ];
     let mut links = 0;
     for page in pages.map(|page| root().join(page)) {
