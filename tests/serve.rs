@@ -248,7 +248,8 @@ fn mpi_a_stopped_server_goes_on_bit_for_bit_and_a_killed_one_says_what_is_lost()
     server.ended();
 
     let server = place.start(1, "parts");
-    assert!(server.said().contains("1 adapter brought back"), "{}", server.said());
+    let said = server.said();
+    assert!(said.contains("adapters default, and 1 adapter brought back; lost new, policy_v1"), "{said}");
     assert_eq!(standing(&server, "small"), (3, 0));
     let body = json!({"batches": place.rows(0, 1), "model_id": "policy_v1"});
     for _ in 0..2 {
@@ -283,22 +284,38 @@ fn mpi_wrong_input_ends_all_ranks_with_one_line_before_the_model_is_loaded() {
         place.at(name).display().to_string()
     });
     // Ranks, arguments, words of the line.
-    let cases: [(usize, &[&str], &str); 4] = [
+    let cases: [(usize, &[&str], &str); 8] = [
         (2, &["--server.api_port", &port], "another program listens there"),
         (2, &["--server.api_keys_file", &keys], "keys:1: expected the SHA-256 of a key"),
         (2, &["--server.model_path", "/nowhere/model"], "/nowhere/model"),
         (
             1,
             &["--server.api_host", "192.0.2.1", "--server.api_keys_file", &good],
-            "an address of this machine",
+            "it is no address of this machine",
         ),
+        (1, &["--server.model_ids", "a", "default"], "model_ids: default is there without being named"),
+        (
+            1,
+            &["--server.tokenizer_path", "src"],
+            "a folder without one; expected a directory with tokenizer.json",
+        ),
+        (2, &["--server.expert_parallel_size", "3"], "expert_parallel_size 3"),
+        (1, &["--api_port", "1"], "fields of server.yaml are written --server.api_port"),
     ];
     for (ranks, more, words) in cases {
         let command = [&["serve", "--device", "cpu", "--config", &yaml], more].concat();
         let line = failed(&xorl(ranks, &command), 2);
         assert!(line.contains(words), "{more:?}: {line}");
         assert!(!place.at("out").exists(), "{more:?} wrote something");
+        assert!(!line.contains("train."), "{line}");
     }
+    let small = ["serve", "--device", "cpu", "--config", &yaml, "--server.adapter_memory", "1KB"];
+    let ended = xorl(1, &small);
+    let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+    assert_eq!(ended.status.code(), Some(2), "{said}");
+    assert!(said.contains("no adapter fits: lora_rank 4 needs more than the 0.000 GB"), "{said}");
+    let line = failed(&xorl(1, &["check", "--config", &yaml]), 2);
+    assert!(line.contains("is of a server, not of a run: xorl-dist serve --config"), "{line}");
     let server = place.start(1, "out");
     let out = ["--server.output_dir", place.at("out").to_str().unwrap()].map(str::to_owned);
     let line = failed(&command(2, &place.at("server.yaml"), &[&out[0], &out[1]]).output().unwrap(), 2);

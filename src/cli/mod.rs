@@ -167,16 +167,17 @@ fn at_least_one(text: &str) -> Result<usize, String> {
 pub fn parse(args: impl IntoIterator<Item = impl Into<OsString>>) -> Result<Invocation> {
     let mut parser = parser();
     let (args, overrides) = split_overrides(args.into_iter().map(Into::into), &parser)?;
+    let serves = args.iter().any(|arg| arg == "serve");
     let program = OsString::from("xorl-dist");
     let matches = match parser.try_get_matches_from_mut(std::iter::once(program).chain(args)) {
         Ok(matches) => matches,
         Err(error) if error.kind() == ErrorKind::DisplayHelp => {
             return Ok(Invocation::Help(error.to_string()));
         }
-        Err(error) => return Err(usage_error(&error)),
+        Err(error) => return Err(usage_error(&error, serves)),
     };
     let Cli { command, config, device, debug, version } =
-        Cli::from_arg_matches(&matches).map_err(|error| usage_error(&error))?;
+        Cli::from_arg_matches(&matches).map_err(|error| usage_error(&error, serves))?;
     let command = match (command, config) {
         _ if version => return Ok(Invocation::Version),
         (None, None) => {
@@ -291,8 +292,8 @@ fn names_gpu(message: &str) -> bool {
     ["'gpu", "'cuda:", "'nvidia", "'nccl"].iter().any(|name| message.contains(name))
 }
 
-/// clap's message in one line.
-fn usage_error(error: &clap::Error) -> Error {
+/// clap's message in one line. `serves`: the command is `serve`.
+fn usage_error(error: &clap::Error, serves: bool) -> Error {
     let text = error.to_string();
     let message: Vec<_> = text
         .lines()
@@ -303,6 +304,12 @@ fn usage_error(error: &clap::Error) -> Error {
     let message = message.join(" ");
     let message = message.strip_prefix("error: ").unwrap_or(&message);
     let is_file = |word: &str| [".yaml'", ".yml'", ".json'"].iter().any(|end| word.ends_with(end));
+    let argument = message.split_once("argument '--").and_then(|(_, rest)| rest.split_once('\''));
+    if let Some((name, _)) = argument.filter(|_| serves)
+        && config::server_help().contains(&format!("--server.{name} <"))
+    {
+        return Error::Input(format!("{message}; fields of server.yaml are written --server.{name}"));
+    }
     let hint =
         message.split_whitespace().find(|word| is_file(word)).filter(|_| !message.contains("--config"));
     match hint {

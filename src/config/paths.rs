@@ -71,7 +71,14 @@ pub(super) fn of_run(config: &RunConfig) -> Vec<NamedPath<'_>> {
 /// The fault of `path` as a `kind`, and the remedy.
 fn fault(path: &Path, kind: Kind) -> Option<String> {
     if path.is_dir() {
-        return (kind == Kind::Keys).then(|| format!("a folder, where {} belongs", kind.expected()));
+        let lacks = |name: &str| !path.join(name).exists();
+        return match kind {
+            Kind::Keys => Some(format!("a folder, where {} belongs", kind.expected())),
+            Kind::Tokenizer if lacks("tokenizer.json") => {
+                Some(format!("a folder without one; expected {}", kind.expected()))
+            }
+            _ => None,
+        };
     }
     if path.exists() {
         return of_file(path, kind);

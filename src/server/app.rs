@@ -11,7 +11,7 @@ use super::{
     order::{BodyHash, OnArrival},
     ordered::Orders,
     registry::{Registry, Tenant},
-    request::{AdapterSpec, Answer, Engine, ModelId, OptimStep, Reply, Request, Task},
+    request::{AdapterSpec, Answer, Engine, ModelId, OptimStep, Refusal, Reply, Request, Task},
     samplers::Samplers,
     sessions::Sessions,
     texts::Texts,
@@ -19,7 +19,7 @@ use super::{
 use axum::http::StatusCode;
 use std::{
     collections::BTreeMap,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -39,6 +39,8 @@ pub struct Settings {
     pub other_names: Vec<String>,
     /// The architecture in the model's configuration: `LlamaForCausalLM`.
     pub architecture: String,
+    /// The host that the server was told to listen at.
+    pub api_host: String,
     /// The folder of the tokenizer, absolute.
     pub tokenizer: PathBuf,
     /// The folder that all saves are in. It must exist.
@@ -181,9 +183,14 @@ impl App {
         self.engine.end_sampling();
     }
 
+    /// True once the server takes no more requests, as it stops.
+    pub fn is_draining(&self) -> bool {
+        self.is_draining.load(Ordering::Acquire)
+    }
+
     pub(super) fn check_open(&self) -> Result<(), Fault> {
         let busy = |text: &str| Err(Fault::new(StatusCode::SERVICE_UNAVAILABLE, text));
-        if self.is_draining.load(Ordering::Acquire) {
+        if self.is_draining() {
             return busy(
                 "the server is stopping; it saves all adapters, so send the request again after its restart",
             );
@@ -255,7 +262,11 @@ impl App {
         let request = self.request(tenant, model, task)?;
         let mut registry = self.registry();
         self.check_open()?;
-        self.ensure(&mut registry, tenant, model)?;
+        match is_unload && registry.is_lost(tenant, model) {
+            // Made anew, it ends as any other does, and the journal forgets it.
+            true => self.make(&mut registry, tenant, model)?,
+            false => self.ensure(&mut registry, tenant, model)?,
+        }
         let Some(known) = registry.get(tenant, model) else { return Err(unknown(&registry, tenant, model)) };
         if let Some((number, body)) = number {
             let repeat =
@@ -285,7 +296,7 @@ impl App {
     /// No such adapter.
     pub fn spec(&self, tenant: &Tenant, model: &ModelId) -> Result<AdapterSpec, Fault> {
         let mut registry = self.registry();
-        let is_declared = self.is_declared(model) && registry.lost(tenant, model).is_none();
+        let is_declared = self.is_declared(model) && !registry.is_lost(tenant, model);
         match registry.get(tenant, model) {
             Some(known) => Ok(known.spec.clone()),
             None if is_declared => Ok(self.settings.adapter.clone()),
@@ -319,10 +330,12 @@ impl App {
         tenant: &Tenant,
         model: &ModelId,
     ) -> Result<(), Fault> {
-        let is_known = registry.get(tenant, model).is_some() || registry.lost(tenant, model).is_some();
-        if is_known || !self.is_declared(model) {
-            return Ok(());
-        }
+        let is_known = registry.get(tenant, model).is_some() || registry.is_lost(tenant, model);
+        if is_known || !self.is_declared(model) { Ok(()) } else { self.make(registry, tenant, model) }
+    }
+
+    /// Makes an adapter of the server's own shape.
+    fn make(&self, registry: &mut Registry, tenant: &Tenant, model: &ModelId) -> Result<(), Fault> {
         let spec = self.settings.adapter.clone();
         let request = self.request(tenant, model, Task::Create(spec.clone()))?;
         let exists = registry.add(tenant.clone(), model.clone(), spec);
@@ -350,12 +363,26 @@ impl App {
         after: impl FnOnce(&Answer) + Send + 'static,
     ) {
         let (noted, history) = (History::note(&request), self.history.clone());
+        let output = self.settings.output_dir.clone();
         let answered = Box::new(move |answer: Answer| {
+            let answer = answer.map_err(|refusal| relative(refusal, &output));
             history.answered(&noted, &answer);
             after(&answer);
             promise.answer(answer);
         });
         self.engine.submit(request, answered);
+    }
+}
+
+/// A refusal with the paths that a client knows, which are relative to `output`.
+fn relative(refusal: Refusal, output: &Path) -> Refusal {
+    let shown = |text: String| match output.canonicalize() {
+        Ok(output) => text.replace(&format!("{}/", output.display()), ""),
+        Err(_) => text,
+    };
+    match refusal {
+        Refusal::User(text) => Refusal::User(shown(text)),
+        Refusal::Server(text) => Refusal::Server(shown(text)),
     }
 }
 

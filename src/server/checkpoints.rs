@@ -6,7 +6,7 @@ use super::{
     request::ModelId,
 };
 use crate::{
-    checkpoint::{CheckpointError, saves},
+    checkpoint::{CheckpointError, publish::MANIFEST, saves},
     lora::LoraShape,
 };
 use std::{
@@ -18,6 +18,9 @@ use std::{
 /// The folder, in a model's, of notes about saves elsewhere: a file by the name of the checkpoint holds the path.
 const NOTES: &str = ".elsewhere";
 
+/// The field of a save's metadata with the name of its adapter.
+pub const OWNER: &str = "model_id";
+
 /// The reason why a saved adapter cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -27,6 +30,14 @@ pub enum StoreError {
     Absent(String),
     #[error("{name} is listed already, for the save in {other}: give another name, or delete that one")]
     Taken { name: String, other: String },
+    #[error("path {path:?} is the save {owner}: give another path; only {model} may replace or delete it")]
+    Foreign { path: String, owner: String, model: ModelId },
+    #[error("path {path:?}: {other} is a save, and no other goes into its folder: give a path outside it")]
+    Within { path: String, other: String },
+    #[error(
+        "path {path:?}: the folder has other things in it, and a save has its folder for itself: give another path"
+    )]
+    Around { path: String },
     #[error("{path}: {error}")]
     Io { path: PathBuf, error: io::Error },
     #[error("{0}")]
@@ -54,11 +65,42 @@ fn note(checkpoint: &Checkpoint) -> PathBuf {
     [checkpoint.kind.folder(), &checkpoint.model.folder(), NOTES, &checkpoint.name].iter().collect()
 }
 
-/// The folder that a note names, relative to the tenant's.
+/// The folder that a note names, relative to the tenant's, unless another adapter has saved to it.
 fn elsewhere(root: &Path, checkpoint: &Checkpoint) -> Option<PathBuf> {
     let text = fs::read_to_string(inside(root, &note(checkpoint)).ok()?).ok()?;
     let is_fine = !text.is_empty() && text.split('/').all(paths::is_name);
-    is_fine.then(|| text.into())
+    let folder: PathBuf = is_fine.then(|| text.into())?;
+    // A save that was refused leaves a note, too: the folder may be another adapter's.
+    let is_own = owner(&inside(root, &folder).ok()?).is_none_or(|owner| owner == checkpoint.model);
+    is_own.then_some(folder)
+}
+
+/// The adapter whose save `folder` is; `None`: it does not say, or is no save.
+fn owner(folder: &Path) -> Option<ModelId> {
+    let metadata = saves::describe(folder).ok()?.metadata;
+    ModelId::new(metadata[OWNER].as_str()?).ok()
+}
+
+/// Checks that `model` may save to `target`, which is `relative` below `root`.
+fn check_free(root: &Path, target: &Path, relative: &Path, model: &ModelId) -> Result<(), StoreError> {
+    let path = relative.display().to_string();
+    if published(target).is_some() {
+        let name = || relative.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        return match owner(target).filter(|owner| owner != model) {
+            None => Ok(()),
+            Some(model) => {
+                let own = Checkpoint { model: model.clone(), kind: Kind::Weights, name: name() };
+                Err(StoreError::Foreign { path, owner: own.uri("xorl"), model })
+            }
+        };
+    }
+    for above in relative.ancestors().skip(1).filter(|above| !above.as_os_str().is_empty()) {
+        if published(&inside(root, above)?).is_some() {
+            return Err(StoreError::Within { path, other: above.display().to_string() });
+        }
+    }
+    let has_things = fs::read_dir(target).is_ok_and(|mut entries| entries.next().is_some());
+    if has_things && !target.join(MANIFEST).exists() { Err(StoreError::Around { path }) } else { Ok(()) }
 }
 
 /// The folder of `checkpoint`, with time and bytes, if it exists.
@@ -96,7 +138,7 @@ pub fn to_load(root: &Path, path: &str, model: &ModelId) -> Result<PathBuf, Stor
 /// The folder for a save of `model` to `path`, and the name under which it is listed.
 ///
 /// # Errors
-/// The path is refused, or the name is listed for another folder.
+/// The path is refused, is another adapter's, or in or around another save, or the name is listed for another folder.
 pub fn to_save(
     root: &Path,
     path: &str,
@@ -117,6 +159,7 @@ pub fn to_save(
         return Err(StoreError::Taken { name: checkpoint.uri("xorl"), other });
     }
     if relative != checkpoint.folder() {
+        check_free(root, &target, &relative, model)?;
         let path = inside(root, &note(&checkpoint))?;
         let io = |error| StoreError::Io { path: relative.clone(), error };
         fs::create_dir_all(path.parent().unwrap_or(root)).map_err(io)?;
@@ -183,7 +226,6 @@ pub fn refused(found: &Stored, error: &CheckpointError) -> StoreError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::publish::MANIFEST;
 
     fn model() -> ModelId {
         ModelId::new("policy_v1").unwrap()
@@ -242,6 +284,46 @@ mod tests {
         delete(root.path(), &find(root.path(), "x", &model()).unwrap()).unwrap();
         save("x").unwrap();
         assert!(save("a/x").is_err());
+    }
+
+    #[test]
+    fn a_save_of_another_adapter_is_neither_replaced_nor_listed() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path();
+        let bob = ModelId::new("bob").unwrap();
+        let place = |path: &str, model: &ModelId| to_save(root, path, model, Kind::Weights);
+        // Both ask before either is saved, so bob leaves a note.
+        place("runs/final", &bob).unwrap();
+        let own = place("runs/final", &model()).unwrap().0;
+        publish(&own);
+        let config = r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}"#;
+        fs::write(own.join("adapter_config.json"), config).unwrap();
+        fs::write(own.join(saves::METADATA), r#"{"model_id": "policy_v1"}"#).unwrap();
+        let manifest = r#"{"metadata.json": {"size": 25, "sha256": ""}}"#;
+        fs::write(own.join(MANIFEST), manifest).unwrap();
+        let error = place("runs/final", &bob).unwrap_err().to_string();
+        assert!(error.contains("xorl://policy_v1/weights/final: give another path"), "{error}");
+        assert!(list(root, &bob).is_empty() && find(root, "final", &bob).is_err());
+        assert!(!to_load(root, "final", &bob).unwrap().exists());
+        assert_eq!(ids(root), ["weights/final"]);
+        assert_eq!(place("runs/final", &model()).unwrap().0, own);
+        place("other/final", &bob).unwrap();
+    }
+
+    #[test]
+    fn no_save_goes_into_the_folder_of_another_or_around_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path();
+        let save = |path: &str| to_save(root, path, &model(), Kind::Weights);
+        publish(&save("adapters/policy_v1").unwrap().0);
+        for inner in ["sub", "training_state", "adapter", "a/b"] {
+            let error = save(&format!("adapters/policy_v1/{inner}")).unwrap_err().to_string();
+            assert!(error.contains("adapters/policy_v1 is a save"), "{error}");
+        }
+        publish(&save("more/adapters/x").unwrap().0);
+        let error = save("more/adapters").unwrap_err().to_string();
+        assert!(error.contains("the folder has other things in it"), "{error}");
+        assert_eq!(ids(root), ["weights/policy_v1", "weights/x"]);
     }
 
     #[test]

@@ -41,8 +41,8 @@ pub enum JournalError {
     #[error("{path}: {error}")]
     Io { path: PathBuf, error: io::Error },
     #[error(
-        "{path}:{line}: this is no line of the server's journal; without the file all adapters come back as they were \
-         saved last"
+        "{path}:{line}: this is no line of the server's journal: move the file away and start again; adapters then come \
+         back as the server saved them last, and what was trained since is lost"
     )]
     Line { path: PathBuf, line: usize },
 }
@@ -267,6 +267,8 @@ mod tests {
         assert_eq!(journal.in_memory(), ["kept", "new"].map(id));
         journal.note(&id("new"), State::Saved).unwrap();
         assert_eq!(read(&path).unwrap()[&id("new")], State::Saved);
+        assert!(ask("lost", create()) && ask("lost", Task::Unload));
+        assert_eq!(read(&path).unwrap()[&id("lost")], State::Gone, "a lost adapter can be given up");
     }
 
     #[test]

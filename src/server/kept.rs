@@ -5,10 +5,10 @@
 //! are refused with the name of that checkpoint until someone makes it again.
 
 use super::{
-    checkpoints,
     journal::{self, Journal, JournalError, State},
+    labels,
     paths::Kind,
-    registry::Tenant,
+    registry::{Loss, Tenant},
     request::{AdapterSpec, Answer, Engine, Load, ModelId, Refusal, Request, Save, Task},
     storage,
 };
@@ -39,12 +39,11 @@ pub enum KeptError {
     Journal(#[from] JournalError),
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    #[error("{0}: it does not say whose adapter it is; move it out of the server's folder")]
-    Unowned(PathBuf),
     #[error(
-        "adapter {model} cannot be brought back: {reason}; start the server as it was, or with another output_dir"
+        "adapter {model} cannot be brought back: {reason}; start the server as it was, or move {folder} away to start \
+         without this adapter, of which only its clients' saves are then left"
     )]
-    NotBack { model: ModelId, reason: String },
+    NotBack { model: ModelId, folder: PathBuf, reason: String },
     #[error("{} could not be saved: {}", count(.0.len(), "adapter"), first_of(.0))]
     NotSaved(Vec<String>),
 }
@@ -54,7 +53,7 @@ impl KeptError {
     pub fn exit_code(&self) -> i32 {
         match self {
             Self::Checkpoint(error) => error.exit_code(),
-            Self::Journal(JournalError::Line { .. }) | Self::Unowned(_) | Self::NotBack { .. } => 2,
+            Self::Journal(JournalError::Line { .. }) | Self::NotBack { .. } => 2,
             Self::Io { .. } | Self::Journal(JournalError::Io { .. }) | Self::NotSaved(_) => 1,
         }
     }
@@ -72,19 +71,33 @@ struct Owned {
 }
 
 impl Owned {
-    fn read(folder: &Path) -> Result<Self, KeptError> {
-        let metadata = saves::describe(folder)?.metadata;
-        serde_json::from_value(metadata[OWNED].clone()).map_err(|_| KeptError::Unowned(folder.to_owned()))
+    /// Reads those of `model` in its `folder`.
+    fn read(model: &ModelId, folder: &Path) -> Result<Self, KeptError> {
+        let not_back =
+            |reason| KeptError::NotBack { model: model.clone(), folder: folder.to_owned(), reason };
+        let metadata = saves::describe(folder).map_err(|error| not_back(error.to_string()))?.metadata;
+        let unowned = |_| not_back("its metadata.json does not say whose it is".into());
+        serde_json::from_value(metadata[OWNED].clone()).map_err(unowned)
     }
 }
 
 /// An adapter that a killed server has lost.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Lost {
     pub tenant: Tenant,
     pub model: ModelId,
-    /// For its client: what was saved of it last, and what to do.
-    pub text: String,
+    /// For its client: the last save of it, and the way to go on.
+    pub loss: Loss,
+}
+
+impl Lost {
+    /// The adapter's name, behind that of its tenant where there are several.
+    pub fn name(&self) -> String {
+        match self.tenant.is_only() {
+            true => self.model.to_string(),
+            false => format!("{}:{}", self.tenant.name(), self.model),
+        }
+    }
 }
 
 /// The adapters that a server keeps over restarts.
@@ -144,7 +157,7 @@ impl Kept {
         gone.iter().try_for_each(|model| saves::delete(&place(model)))?;
         let (mut found, mut last_numbers) = (Vec::new(), BTreeMap::new());
         for model in back {
-            let Owned { tenant, spec, last_number, .. } = Owned::read(&place(&model))?;
+            let Owned { tenant, spec, last_number, .. } = Owned::read(&model, &place(&model))?;
             match tenant.is_some() == has_keys {
                 true => {
                     last_numbers.extend(last_number.map(|last| (model.clone(), last)));
@@ -166,7 +179,7 @@ impl Kept {
                     .map_err(|error| KeptError::Io { path: root.clone(), error })?;
                 hand_over(&place(model), &root, &name)?;
             }
-            losses.push(Lost { text: last_saved(&root, &name), tenant, model: name });
+            losses.push(Lost { tenant, model: name, loss: Loss { root, tell: last_saved } });
         }
         // One that stays where it is has no line: it is found by its save.
         let states = lost.into_iter().map(|model| (model, State::Lost));
@@ -205,7 +218,8 @@ impl Kept {
         let tasks = self.back.iter().flat_map(|kept| [create(kept), load(kept)]);
         for (model, answer) in ask(engine, tasks) {
             if let Err(refusal) = answer {
-                return Err(KeptError::NotBack { model, reason: refusal.to_string() });
+                let folder = self.place(&model);
+                return Err(KeptError::NotBack { model, folder, reason: refusal.to_string() });
             }
         }
         Ok(self.back.len())
@@ -284,18 +298,19 @@ fn ask(
 
 /// Makes the server's save `place` of a lost adapter a checkpoint that its owner can name.
 fn hand_over(place: &Path, root: &Path, model: &ModelId) -> Result<(), KeptError> {
-    let (time, _) = saves::published(place)?;
+    let failed = |reason| KeptError::NotBack { model: model.clone(), folder: place.to_owned(), reason };
+    let (time, _) = saves::published(place).map_err(|error| failed(error.to_string()))?;
     let seconds = time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let name = format!("stop-{seconds}");
     let target: PathBuf = [Kind::Weights.folder(), &model.folder(), &name].iter().collect();
-    let failed = |reason: String| KeptError::NotBack { model: model.clone(), reason };
     let target = super::paths::inside(root, &target).map_err(|error| failed(error.to_string()))?;
     Ok(saves::rename(place, &target)?)
 }
 
 /// The text for a client whose adapter is lost.
 fn last_saved(root: &Path, model: &ModelId) -> String {
-    let newest = checkpoints::list(root, model).into_iter().rfind(|s| s.checkpoint.kind == Kind::Weights);
+    let mut saved = labels::list(root, model).into_iter().map(|(stored, _)| stored);
+    let newest = saved.rfind(|stored| stored.checkpoint.kind == Kind::Weights);
     let (scheme, load) = match model.as_str().contains(':') {
         true => ("tinker", "create a training client from that state, with its optimizer, to go on from it"),
         false => ("xorl", "send create_model, then load_weights of that path to go on from it"),
@@ -312,6 +327,7 @@ fn last_saved(root: &Path, model: &ModelId) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::publish::MANIFEST;
 
     fn id(name: &str) -> ModelId {
         ModelId::new(name).unwrap()
@@ -335,5 +351,55 @@ mod tests {
         assert_eq!(found.lost, ["changed", "deleted", "never", "still"].map(id));
         assert_eq!(found.gone, ["unloaded"].map(id));
         assert_eq!(part(&BTreeMap::new(), &[]), Parted::default());
+    }
+
+    /// A save with these metadata at `folder`.
+    fn publish(folder: &Path, metadata: &str) {
+        std::fs::create_dir_all(folder).unwrap();
+        let config = r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}"#;
+        let entry = |text: &str| serde_json::json!({"size": text.len(), "sha256": ""});
+        let manifest =
+            serde_json::json!({"adapter_config.json": entry(config), (saves::METADATA): entry(metadata)});
+        std::fs::write(folder.join("adapter_config.json"), config).unwrap();
+        std::fs::write(folder.join(saves::METADATA), metadata).unwrap();
+        std::fs::write(folder.join(MANIFEST), manifest.to_string()).unwrap();
+    }
+
+    #[test]
+    fn a_lost_adapter_is_not_sent_to_a_save_whose_time_is_over() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = |name: &str| root.path().join("weights/a").join(name);
+        publish(&folder("kept"), "{}");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        publish(&folder("over"), r#"{"ttl_seconds": 0}"#);
+        assert!(last_saved(root.path(), &id("a")).contains("xorl://a/weights/kept;"));
+        saves::delete(&folder("kept")).unwrap();
+        assert!(last_saved(root.path(), &id("a")).contains("nothing of it was saved"));
+    }
+
+    #[test]
+    fn a_damaged_adapter_is_named_with_its_folder() {
+        let output = tempfile::tempdir().unwrap();
+        let folder = output.path().join(storage::OWN).join(ADAPTERS).join("a");
+        let owned = r#"{"server": {"tenant": null, "model": "a", "last_number": null, "spec": {"rank": 4, "alpha": 8.0,
+            "targets": null, "train_attn": true, "train_mlp": true, "seed": 1}}}"#;
+        publish(&folder, owned);
+        assert_eq!(Kept::open(output.path(), false).unwrap().back.len(), 1);
+        let says = |words: &str| {
+            let error = Kept::open(output.path(), false).err().unwrap();
+            let text = error.to_string();
+            assert!(
+                text.contains(&format!("move {} away", folder.display())) && text.contains(words),
+                "{text}"
+            );
+            assert_eq!(error.exit_code(), 2);
+        };
+        publish(&folder, "{}");
+        says("does not say whose it is");
+        std::fs::write(folder.join("adapter_config.json"), "{").unwrap();
+        says("adapter_config.json");
+        std::fs::remove_dir_all(&folder).unwrap();
+        let kept = Kept::open(output.path(), false).unwrap();
+        assert!(kept.back.is_empty() && kept.lost[0].name() == "a", "the journal has it still");
     }
 }

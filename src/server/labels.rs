@@ -2,7 +2,7 @@
 //! may change later, which are in a label beside it. A saved adapter whose time is over counts as absent.
 
 use super::{
-    checkpoints::{self, StoreError, Stored},
+    checkpoints::{self, OWNER, StoreError, Stored},
     paths::{Checkpoint, inside},
     request::{AdapterSpec, ModelId},
     runs,
@@ -52,11 +52,12 @@ pub struct About {
 
 /// The metadata for a save; see [`crate::server::request::Save`].
 pub fn metadata(
+    model: &ModelId,
     spec: Option<&AdapterSpec>,
     user_metadata: Option<&BTreeMap<String, String>>,
     ttl_seconds: Option<u64>,
 ) -> Value {
-    json!({"user_metadata": user_metadata, "spec": spec, "ttl_seconds": ttl_seconds})
+    json!({OWNER: model, "user_metadata": user_metadata, "spec": spec, "ttl_seconds": ttl_seconds})
 }
 
 fn label(checkpoint: &Checkpoint) -> PathBuf {
@@ -188,7 +189,7 @@ mod tests {
         let user = BTreeMap::from([("renderer".to_owned(), "x".to_owned())]);
         let config =
             json!({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}).to_string();
-        let metadata = metadata(Some(&spec()), Some(&user), ttl_seconds).to_string();
+        let metadata = metadata(&model(), Some(&spec()), Some(&user), ttl_seconds).to_string();
         let mut manifest = json!({});
         for (file, text) in [("adapter_config.json", config), (saves::METADATA, metadata)] {
             manifest[file] = json!({"size": text.len(), "sha256": ""});

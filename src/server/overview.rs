@@ -190,7 +190,7 @@ impl Overview {
             let registry = app.registry();
             let known = registry.of(tenant).map(|(id, model)| (id.clone(), model.last_request));
             let lost = registry.lost_of(tenant);
-            let lost = lost.map(|(id, text)| Lost { model_id: id.to_string(), reason: text.to_owned() });
+            let lost = lost.map(|(id, text)| Lost { model_id: id.to_string(), reason: text });
             (known.collect::<Vec<_>>(), lost.collect())
         };
         let adapter_count = known.len();

@@ -32,6 +32,8 @@ pub enum PathError {
          '_', with '/' between them and relative to the server's output_dir, got {part:?}"
     )]
     Name { path: String, part: String },
+    #[error("path {path:?}: must be relative to output_dir, like \"runs/final\"")]
+    Absolute { path: String },
     #[error("path {path:?}: expected {SCHEMES:?} with model/weights/name or model/sampler_weights/name")]
     Uri { path: String },
     #[error(
@@ -127,6 +129,9 @@ pub fn is_name(text: &str) -> bool {
 fn parts(path: &str) -> Result<Vec<&str>, PathError> {
     if path.is_empty() || path.len() > LONGEST {
         return Err(PathError::Length(path.len()));
+    }
+    if path.starts_with('/') {
+        return Err(PathError::Absolute { path: path.into() });
     }
     let parts: Vec<&str> = path.strip_suffix('/').unwrap_or(path).split('/').collect();
     match parts.iter().find(|part| !is_name(&part.replace(':', "_"))) {
@@ -363,6 +368,8 @@ mod tests {
         assert!(to_load(&"a/".repeat(300), &model()).is_err());
         let error = to_load("../n", &model()).unwrap_err().to_string();
         assert!(error.contains("relative to the server's output_dir, got \"..\""), "{error}");
+        let error = to_load("/etc/n", &model()).unwrap_err().to_string();
+        assert!(error.contains("must be relative to output_dir"), "{error}");
     }
 
     #[test]

@@ -101,8 +101,16 @@ pub struct Model {
 #[derive(Debug, Default)]
 pub struct Registry {
     models: BTreeMap<(Tenant, ModelId), Model>,
-    /// Adapters that a killed server has lost, each with the text for its client.
-    lost: BTreeMap<(Tenant, ModelId), String>,
+    /// Adapters that a killed server has lost.
+    lost: BTreeMap<(Tenant, ModelId), Loss>,
+}
+
+/// The source of the text for the client of a lost adapter. Its saves may go while it is lost.
+#[derive(Clone, Debug)]
+pub struct Loss {
+    /// The tenant's folder.
+    pub root: PathBuf,
+    pub tell: fn(&Path, &ModelId) -> String,
 }
 
 impl Registry {
@@ -132,20 +140,25 @@ impl Registry {
         exists
     }
 
-    /// Notes that an adapter is lost until it is added again. `text` tells its client.
-    pub fn lose(&mut self, tenant: Tenant, model: ModelId, text: String) {
-        self.lost.insert((tenant, model), text);
+    /// Notes that an adapter is lost until it is added again.
+    pub fn lose(&mut self, tenant: Tenant, model: ModelId, loss: Loss) {
+        self.lost.insert((tenant, model), loss);
+    }
+
+    pub fn is_lost(&self, tenant: &Tenant, model: &ModelId) -> bool {
+        self.lost.contains_key(&(tenant.clone(), model.clone()))
     }
 
     /// The text for the client of a lost adapter.
-    pub fn lost(&self, tenant: &Tenant, model: &ModelId) -> Option<&str> {
-        self.lost.get(&(tenant.clone(), model.clone())).map(String::as_str)
+    pub fn lost(&self, tenant: &Tenant, model: &ModelId) -> Option<String> {
+        let Loss { root, tell } = self.lost.get(&(tenant.clone(), model.clone()))?;
+        Some(tell(root, model))
     }
 
     /// The lost adapters of `tenant`, each with the text for its client.
-    pub fn lost_of<'a>(&'a self, tenant: &'a Tenant) -> impl Iterator<Item = (&'a ModelId, &'a str)> {
+    pub fn lost_of<'a>(&'a self, tenant: &'a Tenant) -> impl Iterator<Item = (&'a ModelId, String)> {
         let own = self.lost.iter().filter(move |((owner, _), _)| owner == tenant);
-        own.map(|((_, id), text)| (id, text.as_str()))
+        own.map(|((_, id), Loss { root, tell })| (id, tell(root, id)))
     }
 
     /// The largest number of a request that was taken, of each adapter that has one.
@@ -247,8 +260,9 @@ mod tests {
     fn an_adapter_is_lost_until_it_is_added_again() {
         let (tenant, model) = (Tenant::everyone(), ModelId::new("a").unwrap());
         let mut registry = Registry::default();
-        registry.lose(tenant.clone(), model.clone(), "step 6".into());
-        assert_eq!(registry.lost(&tenant, &model), Some("step 6"));
+        let loss = Loss { root: "o".into(), tell: |root, model| format!("{}: {model}", root.display()) };
+        registry.lose(tenant.clone(), model.clone(), loss);
+        assert_eq!(registry.lost(&tenant, &model).as_deref(), Some("o: a"));
         assert_eq!(registry.lost(&Tenant::named("other").unwrap(), &model), None);
         registry.add(tenant.clone(), model.clone(), spec());
         assert_eq!(registry.lost(&tenant, &model), None);

@@ -10,7 +10,7 @@ use crate::{
     data::Tokenizer,
     error::{Error, Result},
     lora::targets,
-    mesh::{Mesh, MeshSizes},
+    mesh::{Mesh, MeshError, MeshSizes},
     model::{
         base_plan::{Options, all_projections},
         hf_config::HfModel,
@@ -78,14 +78,16 @@ pub struct Server {
 impl Server {
     /// Reads everything but the weights, for one of `world` ranks. Enters no collective and writes nothing.
     pub fn prepare(plan: ServerPlan, world: usize) -> Result<Self> {
-        let mesh = Mesh::new(world, MeshSizes::from(&plan.compute))?;
+        // In server.yaml the fields of the mesh stand at the top.
+        let of_server = |error: MeshError| Error::Input(error.to_string().replace("train.", ""));
+        let mesh = Mesh::new(world, MeshSizes::from(&plan.compute)).map_err(of_server)?;
         let mut model = HfModel::open(&plan.model.hf_config())?;
         let experts = model.spec.moe().map(|moe| moe.experts);
         if experts.is_none() && mesh.expert() > 1 {
             let why = "expert_parallel_size: this model has no experts to divide; leave it at 1";
             return Err(Error::Input(why.into()));
         }
-        mesh.experts_of(0, experts.unwrap_or_default())?;
+        mesh.experts_of(0, experts.unwrap_or_default()).map_err(of_server)?;
         let spec = &mut model.spec;
         let source: Box<dyn WeightSource> = match &plan.model.model_path {
             Some(directory) => Box::new(stored_base::open(directory, spec)?),

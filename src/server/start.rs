@@ -3,7 +3,7 @@
 
 use super::{
     Server, ServerPlan,
-    app::Settings,
+    app::{DEFAULT_MODEL, Settings},
     front::Front,
     futures::FutureLimits,
     http::HttpLimits,
@@ -66,10 +66,11 @@ pub fn settings(config: &ServerConfig, model: &HfModel) -> Result<Settings> {
         std::path::absolute(&path).map_err(|error| Error::Input(format!("{}: {error}", path.display())))
     };
     let path = config.model.hf_config();
-    let names = config.model_ids.iter().map(ModelId::new).collect::<Result<_, _>>();
+    let names = config.model_ids.iter().map(ModelId::new).collect::<Result<Vec<_>, _>>();
     Ok(Settings {
         base_model: config.base_model(),
         other_names: vec![path.display().to_string(), absolute(path)?.display().to_string()],
+        api_host: config.api_host.clone(),
         architecture: model.architecture.clone(),
         tokenizer: absolute(config.model.tokenizer())?,
         output_dir: config.output_dir.clone(),
@@ -104,6 +105,15 @@ pub fn settings(config: &ServerConfig, model: &HfModel) -> Result<Settings> {
     })
 }
 
+/// Checks that `model_ids` names each adapter once.
+fn check_names(names: &[String]) -> std::result::Result<(), String> {
+    if names.iter().any(|name| name == DEFAULT_MODEL) {
+        return Err(format!("{DEFAULT_MODEL} is there without being named; leave it out"));
+    }
+    let twice = names.iter().enumerate().find(|(at, name)| names[..*at].contains(name));
+    twice.map_or(Ok(()), |(_, name)| Err(format!("{name} is named twice; leave one out")))
+}
+
 /// A server that is read and validated.
 pub struct Start {
     config: ServerConfig,
@@ -120,6 +130,8 @@ impl Start {
         let loaded = config::load_server(path, overrides)?;
         loaded.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         let (config, places) = (loaded.config, loaded.places);
+        check_names(&config.model_ids)
+            .map_err(|text| Error::Input(format!("{}: {text}", places.of("server.model_ids"))))?;
         let server = Server::prepare(ServerPlan { debug, ..plan(&config) }, world)?;
         Ok(Self { config, places, server, front: None })
     }
@@ -165,7 +177,10 @@ impl Start {
                     "another program listens there; give another port, or 0 for a free one".into(),
                 ),
                 ErrorKind::PermissionDenied => ("api_port", format!("{error}; give a port above 1023")),
-                _ => ("api_host", format!("{error}; give an address of this machine")),
+                _ => (
+                    "api_host",
+                    "it is no address of this machine; give one that is, such as 127.0.0.1".into(),
+                ),
             };
             Error::Input(format!("{}: {host}:{port}: {why}", self.places.of(&format!("server.{field}"))))
         })
@@ -229,6 +244,14 @@ mod tests {
         assert_eq!((plan.max_tokens_per_pass, plan.comm_timeout), (99, Duration::from_secs(5)));
         assert_eq!((plan.compute.expert_parallel_size, plan.compute.ring_slots), (2, 3));
         assert!(super::plan(&config("model_path: m\n")).merge);
+    }
+
+    #[test]
+    fn an_adapter_is_named_once_and_default_never() {
+        let check = |names: &[&str]| check_names(&names.iter().map(|&name| name.into()).collect::<Vec<_>>());
+        assert_eq!(check(&["a", "b"]), Ok(()));
+        assert!(check(&["a", "default"]).unwrap_err().contains("default is there without being named"));
+        assert!(check(&["a", "b", "a"]).unwrap_err().contains("a is named twice"));
     }
 
     #[test]

@@ -20,6 +20,8 @@ use std::{
 
 /// Time between two sweeps, at most.
 const PERIOD: Duration = Duration::from_secs(60);
+/// Time between two looks for saves whose time is over; the first is at the start.
+const EXPIRY: Duration = Duration::from_secs(10);
 
 /// A sweep that goes on until this is dropped.
 pub struct Sweep {
@@ -38,9 +40,11 @@ impl Sweep {
         expire: impl Fn(&Path, SystemTime) + Send + 'static,
     ) -> io::Result<Self> {
         let (stop, stopped) = mpsc::channel::<()>();
-        let period = idle.map_or(PERIOD, |idle| (idle / 2).clamp(Duration::from_millis(10), PERIOD));
+        let period = idle.map_or(EXPIRY, |idle| (idle / 2).clamp(Duration::from_millis(10), EXPIRY));
         let run = move || {
             let mut returned = Instant::now();
+            // A server that never lived for a period would keep them for ever.
+            once(&app, idle, &expire, SystemTime::now());
             while stopped.recv_timeout(period) == Err(RecvTimeoutError::Timeout) {
                 once(&app, idle, &expire, SystemTime::now());
                 if returned.elapsed() >= PERIOD {

@@ -124,9 +124,13 @@ impl Place {
             0 => "nothing of this run is saved".to_owned(),
             step => format!("nothing after step {step} is saved"),
         };
+        let launcher = match self.program {
+            Program::Run => "launch/mpirun.sh",
+            Program::Server => "launch/serve.sh",
+        };
         format!(
-            "SIGTERM from mpirun, which ends all ranks now: {saved}; launch/mpirun.sh saves on Ctrl-C, and \
-             kill -USR1 to mpirun saves too"
+            "SIGTERM from mpirun, which ends all ranks now: {saved}; {launcher} saves on Ctrl-C, and kill -USR1 to \
+             mpirun saves too"
         )
     }
 }

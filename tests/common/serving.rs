@@ -136,7 +136,7 @@ pub fn exchange(address: SocketAddr, method: &str, path: &str, body: &str) -> st
     stream.set_read_timeout(Some(Duration::from_secs(60)))?;
     let length = body.len();
     let head = format!(
-        "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n"
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n"
     );
     stream.write_all((head + body).as_bytes())?;
     let mut text = String::new();

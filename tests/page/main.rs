@@ -120,7 +120,7 @@ fn a_tenant_sees_its_own_alone() {
 /// The head and the body of an answer.
 fn fetch(server: &Server, path: &str, header: &str) -> (String, String) {
     let mut stream = TcpStream::connect(server.address).unwrap();
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{header}\r\n").unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{header}\r\n").unwrap();
     let mut text = String::new();
     stream.read_to_string(&mut text).unwrap();
     let (head, body) = text.split_once("\r\n\r\n").unwrap();

@@ -97,7 +97,7 @@ fn no_url_leads_out_of_the_calls() {
     ] {
         for method in ["GET", "POST"] {
             let request = format!(
-                "{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{{}}"
+                "{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{{}}"
             );
             let answer = raw(&server, request.as_bytes());
             let status = statuses(&answer);
@@ -345,8 +345,9 @@ fn a_wrong_key_is_refused_alike_whatever_it_is() {
         &format!("X-API-Key: {long}"),
         "Host: x",
     ] {
-        let request =
-            format!("GET /metrics?key=tml-one HTTP/1.1\r\nHost: x\r\n{header}\r\nConnection: close\r\n\r\n");
+        let request = format!(
+            "GET /metrics?key=tml-one HTTP/1.1\r\nHost: localhost\r\n{header}\r\nConnection: close\r\n\r\n"
+        );
         let answer = raw(&server, request.as_bytes());
         assert_eq!(statuses(&answer), [401], "{header}: {answer}");
         answers.push(answer.split_once("\r\n\r\n").unwrap().1.to_owned());
@@ -362,10 +363,11 @@ fn a_flood_of_headers_ends_its_connection_alone() {
     let many: String = (0..5000).map(|i| format!("h{i}: x\r\n")).collect();
     let large = format!("h: {}\r\n", "x".repeat(MIB));
     for headers in [many, large] {
-        let answer = raw(&server, format!("GET /health HTTP/1.1\r\nHost: x\r\n{headers}\r\n").as_bytes());
+        let answer =
+            raw(&server, format!("GET /health HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n").as_bytes());
         assert!(matches!(statuses(&answer)[..], [] | [431]), "{answer}");
     }
-    let long = format!("GET /health?{} HTTP/1.1\r\nHost: x\r\n\r\n", "x".repeat(MIB));
+    let long = format!("GET /health?{} HTTP/1.1\r\nHost: localhost\r\n\r\n", "x".repeat(MIB));
     assert!(matches!(statuses(&raw(&server, long.as_bytes()))[..], [] | [414 | 431]));
     // Heads that never end, on many connections at once: each holds little.
     let part = vec![b'x'; MIB];
@@ -373,7 +375,7 @@ fn a_flood_of_headers_ends_its_connection_alone() {
         .map(|_| {
             let mut stream = connect(&server);
             stream.set_write_timeout(Some(Duration::from_millis(20))).unwrap();
-            stream.write_all(b"GET /health HTTP/1.1\r\nHost: x\r\nh: ").unwrap();
+            stream.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\nh: ").unwrap();
             let _ = stream.write_all(&part);
             stream
         })
@@ -388,21 +390,21 @@ fn malformed_http_is_a_refusal_or_a_close() {
     let server = Server::start();
     let body = r#"{"model_id": "default"}"#;
     let post = |headers: &str, body: &str| {
-        format!("POST /api/v1/optim_step HTTP/1.1\r\nHost: x\r\n{headers}\r\n\r\n{body}").into_bytes()
+        format!("POST /api/v1/optim_step HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n\r\n{body}").into_bytes()
     };
     let cases: Vec<Vec<u8>> = vec![
         b"\0\0\0\0\r\n\r\n".to_vec(),
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n".to_vec(),
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(),
         b"GET /health\r\n\r\n".to_vec(),
-        b"GET /health HTTP/9.9\r\nHost: x\r\n\r\n".to_vec(),
-        b"GET\t/health\tHTTP/1.1\r\nHost: x\r\n\r\n".to_vec(),
+        b"GET /health HTTP/9.9\r\nHost: localhost\r\n\r\n".to_vec(),
+        b"GET\t/health\tHTTP/1.1\r\nHost: localhost\r\n\r\n".to_vec(),
         b"GET /health HTTP/1.1\r\nHost x\r\n\r\n".to_vec(),
         b"GET /health HTTP/1.1\r\nHo st: x\r\n\r\n".to_vec(),
-        b"GET /health HTTP/1.1\r\nHost: x\r\n folded: y\r\n\r\n".to_vec(),
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n folded: y\r\n\r\n".to_vec(),
         b"GET /health HTTP/1.1\r\nHost: \0\r\n\r\n".to_vec(),
-        b"GET /he\xffalth HTTP/1.1\r\nHost: x\r\n\r\n".to_vec(),
-        b"G\xc3\xa9T /health HTTP/1.1\r\nHost: x\r\n\r\n".to_vec(),
+        b"GET /he\xffalth HTTP/1.1\r\nHost: localhost\r\n\r\n".to_vec(),
+        b"G\xc3\xa9T /health HTTP/1.1\r\nHost: localhost\r\n\r\n".to_vec(),
         post("Content-Length: -1", body),
         post("Content-Length: +5", body),
         post("Content-Length: 0x17", body),
@@ -436,13 +438,13 @@ fn pipelined_requests_are_answered_in_their_order() {
         let body = json!({"request_id": format!("number-{i}")}).to_string();
         requests.extend(
             format!(
-                "POST /api/v1/retrieve_future HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{body}",
+                "POST /api/v1/retrieve_future HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n{body}",
                 body.len()
             )
             .bytes(),
         );
     }
-    requests.extend(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    requests.extend(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
     let mut stream = connect(&server);
     stream.write_all(&requests).unwrap();
     let mut answer = String::new();
@@ -461,7 +463,7 @@ fn connections_that_end_in_the_middle_leave_nothing_behind() {
     let body = forward_backward(1).to_string();
     let packed = zstd::encode_all(body.as_bytes(), 1).unwrap();
     let head = |length: usize, more: &str| {
-        format!("POST /api/v1/forward_backward HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n{more}\r\n")
+        format!("POST /api/v1/forward_backward HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n{more}\r\n")
             .into_bytes()
     };
     let whole = [head(body.len(), ""), body.into_bytes()].concat();
@@ -521,7 +523,8 @@ fn bodies_share_a_bound_and_who_finds_no_room_is_told_to_come_back() {
     });
     let before = resident();
     let part = vec![b' '; MIB - 1];
-    let head = format!("POST /api/v1/optim_step HTTP/1.1\r\nHost: x\r\nContent-Length: {MIB}\r\n\r\n");
+    let head =
+        format!("POST /api/v1/optim_step HTTP/1.1\r\nHost: localhost\r\nContent-Length: {MIB}\r\n\r\n");
     let connected = || {
         let mut stream = connect(&server);
         stream.set_write_timeout(Some(Duration::from_millis(50))).unwrap();
@@ -542,7 +545,7 @@ fn bodies_share_a_bound_and_who_finds_no_room_is_told_to_come_back() {
     assert!(grown < 40 * MIB, "{} MiB for {} bodies", grown / MIB, slow.len());
     let body = "x".repeat(300_000);
     let request = format!(
-        "POST /api/v1/optim_step HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+        "POST /api/v1/optim_step HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
         body.len()
     );
     let mut stream = connect(&server);
@@ -614,7 +617,8 @@ fn slow_bodies_hold_up_nobody_else() {
         .map(|i| {
             let mut stream = connect(&server);
             let framing = ["Content-Length: 1000", "Transfer-Encoding: chunked"][i % 2];
-            let head = format!("POST /api/v1/forward_backward HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n");
+            let head =
+                format!("POST /api/v1/forward_backward HTTP/1.1\r\nHost: localhost\r\n{framing}\r\n\r\n");
             stream.write_all(head.as_bytes()).unwrap();
             stream
         })
@@ -654,7 +658,7 @@ fn a_result_that_is_read_slowly_comes_whole() {
     let body = json!({"request_id": id}).to_string();
     let mut stream = connect(&server);
     let head = format!(
-        "POST /api/v1/retrieve_future HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
+        "POST /api/v1/retrieve_future HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
         body.len()
     );
     stream.write_all((head + &body).as_bytes()).unwrap();

@@ -101,8 +101,15 @@ fn a_sweep_goes_on_until_it_is_dropped() {
     let expire = move |_: &Path, _| {
         own.fetch_add(1, SeqCst);
     };
+    let (looked, started) = (sweeps.clone(), Instant::now());
+    let first = Sweep::start(app.clone(), None, move |_: &Path, _| {
+        looked.fetch_add(1, SeqCst);
+    });
+    eventually("the first sweep comes at the start", || count() == 1);
+    assert!(started.elapsed() < Duration::from_secs(5));
+    drop(first);
     let sweep = Sweep::start(app.clone(), Some(Duration::from_millis(20)), expire).unwrap();
-    eventually("it sweeps", || count() > 2);
+    eventually("it sweeps", || count() > 3);
     drop(sweep);
     let seen = count();
     thread::sleep(Duration::from_millis(60));

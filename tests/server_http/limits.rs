@@ -8,14 +8,16 @@ use std::{
     fs,
     io::{Read, Write},
     net::TcpStream,
+    path::Path,
     thread,
     time::{Duration, Instant},
 };
 use xorl_dist::server::{
-    app::App,
+    app::{App, Submission},
+    futures::Body,
     keys::Keys,
-    registry::Tenant,
-    request::{AdapterSpec, Engine, ModelId},
+    registry::{Loss, Tenant},
+    request::{AdapterSpec, Engine, ModelId, Reply, Task},
 };
 
 #[test]
@@ -125,7 +127,8 @@ fn slow_clients_lose_their_connections_and_others_do_not_wait() {
     // A head that comes byte by byte.
     let mut slow = connect();
     let started = Instant::now();
-    let text = "GET /health HTTP/1.1\r\nHost: a-name-that-is-long-enough-to-take-its-time\r\n";
+    let text =
+        "GET /health HTTP/1.1\r\nHost: localhost\r\nName: a-name-that-is-long-enough-to-take-its-time\r\n";
     let sent = text.bytes().take_while(|&byte| {
         thread::sleep(Duration::from_millis(50));
         slow.write_all(&[byte]).is_ok()
@@ -134,7 +137,8 @@ fn slow_clients_lose_their_connections_and_others_do_not_wait() {
     assert!(started.elapsed() < Duration::from_secs(3));
     // A body that does not come.
     let mut slow = connect();
-    slow.write_all(b"POST /api/v1/optim_step HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{").unwrap();
+    slow.write_all(b"POST /api/v1/optim_step HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{")
+        .unwrap();
     let mut answer = [0; 400];
     let read = slow.read(&mut answer).unwrap();
     let answer = String::from_utf8_lossy(&answer[..read]).into_owned();
@@ -158,7 +162,7 @@ fn one_connection_serves_many_requests() {
     stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     let started = Instant::now();
     for _ in 0..50 {
-        stream.write_all(b"GET /api/v1/healthz HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+        stream.write_all(b"GET /api/v1/healthz HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
         let mut bytes = [0; 300];
         let read = stream.read(&mut bytes).unwrap();
         assert!(bytes[..read].ends_with(b"{\"status\":\"ok\"}"));
@@ -223,6 +227,74 @@ fn what_was_taken_is_carried_out_before_the_server_ends() {
     assert_eq!(server.retrieve(&id).1["metrics"]["step"], 1.0);
     server.stop();
     assert!(TcpStream::connect(server.address).is_err(), "the port is closed");
+}
+
+#[test]
+fn a_server_that_stops_says_so() {
+    let mut server = Server::start();
+    let gate = server.engine.gate.clone();
+    let held = gate.lock().unwrap();
+    server.submit("create_model", &json!({"model_id": "a"}));
+    server.shutdown.begin();
+    let stopping = (0..200).find_map(|_| {
+        thread::sleep(Duration::from_millis(10));
+        Some(server.get("/health")).filter(|(status, _)| *status != 200)
+    });
+    let (status, health) = stopping.unwrap();
+    assert_eq!(
+        (status, &health["status"], &health["engine_running"]),
+        (503, &json!("stopping"), &json!(true))
+    );
+    drop(held);
+    server.stop();
+}
+
+#[test]
+fn pages_of_other_sites_and_names_that_lead_here_are_refused() {
+    let server = Server::start();
+    let own = format!("http://{}", server.address);
+    let send = |host: &str, origin: &str, method: &str, path: &str| {
+        let mut stream = TcpStream::connect(server.address).unwrap();
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nHost: {host}\r\n{origin}Connection: close\r\nContent-Length: 2\r\n\r\n{{}}"
+        );
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut answer = String::new();
+        let _ = stream.read_to_string(&mut answer);
+        answer
+    };
+    let here = server.address.to_string();
+    for origin in [String::new(), format!("Origin: {own}\r\n")] {
+        assert!(send(&here, &origin, "GET", "/").starts_with("HTTP/1.1 200"), "{origin}");
+        assert!(send(&here, &origin, "POST", "/api/v1/list_checkpoints").starts_with("HTTP/1.1 200"));
+    }
+    for path in ["/api/v1/list_checkpoints", "/v1/completions", "/create_model"] {
+        let answer = send(&here, "Origin: https://evil.example\r\n", "POST", path);
+        assert!(answer.starts_with("HTTP/1.1 403") && answer.contains("pages of other sites"), "{answer}");
+        let answer = send("evil.example:80", "Origin: http://evil.example:80\r\n", "POST", path);
+        assert!(answer.starts_with("HTTP/1.1 403") && answer.contains("api_host"), "{answer}");
+    }
+    assert!(server.engine.asked().iter().all(|request| request.model.as_str() == "policy_v1"));
+    for path in ["/health", "/api/v1/healthz", "/metrics", "/openapi.json", "/"] {
+        assert!(send(&here, "", "POST", path).starts_with("HTTP/1.1 405"), "{path}");
+    }
+}
+
+#[test]
+fn a_lost_adapter_that_is_unloaded_is_forgotten() {
+    let output = tempfile::tempdir().unwrap();
+    let app = App::new(Double::start(), settings(output.path()), Keys::default());
+    let (tenant, model) = (Tenant::everyone(), ModelId::new("old").unwrap());
+    let tell = |_: &Path, _: &ModelId| "it is lost".to_owned();
+    app.registry().lose(tenant.clone(), model.clone(), Loss { root: output.path().into(), tell });
+    let submit = |task| {
+        let render = Box::new(|_: &Reply, _| Body::json(&json!({})));
+        app.submit(Submission { tenant: &tenant, model: &model, call: "x", number: None, task, render })
+    };
+    assert_eq!(submit(Task::AbortGradients).unwrap_err().detail, "it is lost");
+    submit(Task::Unload).unwrap();
+    assert!(submit(Task::AbortGradients).unwrap_err().detail.contains("does not exist"));
+    assert!(!app.registry().is_lost(&tenant, &model));
 }
 
 #[test]

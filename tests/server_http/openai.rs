@@ -468,8 +468,10 @@ fn a_client_that_goes_cancels_its_request() {
     let send = |body: &Value| {
         let mut stream = TcpStream::connect(server.0.address).unwrap();
         let body = body.to_string();
-        let head =
-            format!("POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n", body.len());
+        let head = format!(
+            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        );
         stream.write_all((head + &body).as_bytes()).unwrap();
         stream
     };
@@ -519,7 +521,7 @@ fn a_server_that_stops_answers_what_it_has_taken() {
     let (address, body) = (server.0.address, json!({"model": "org/base", "prompt": "A"}).to_string());
     let asked = thread::spawn(move || {
         let mut stream = TcpStream::connect(address).unwrap();
-        let head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n";
+        let head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n";
         write!(stream, "{head}Content-Length: {}\r\n\r\n{body}", body.len()).unwrap();
         let mut text = String::new();
         stream.read_to_string(&mut text).unwrap();

@@ -312,6 +312,7 @@ pub fn settings(output: &Path) -> Settings {
     Settings {
         base_model: "org/base".into(),
         other_names: vec!["/models/base".into()],
+        api_host: "127.0.0.1".into(),
         architecture: "LlamaForCausalLM".into(),
         tokenizer: "/models/base".into(),
         output_dir: output.to_owned(),
@@ -379,7 +380,7 @@ impl Server {
         let mut stream = TcpStream::connect(self.address).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         let mut head = format!(
-            "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n",
+            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {}\r\n",
             body.len()
         );
         headers.iter().for_each(|(name, value)| head += &format!("{name}: {value}\r\n"));

@@ -10,6 +10,15 @@ use std::{
 use xorl_dist::server::request::{OptimStep, Task};
 
 #[test]
+fn a_refusal_names_no_folder_of_the_server() {
+    let server = Server::start();
+    let body = json!({"model_id": "policy_v1", "path": "runs/final"});
+    server.call("save_weights", &body);
+    let refused = server.call("save_weights", &body);
+    assert_eq!(refused["error"], "runs/final exists; give overwrite or another name");
+}
+
+#[test]
 fn the_loop_of_the_client_runs() {
     let server = Server::start();
     let config = json!({"rank": 32, "dropout": 0.0, "target_modules": null});

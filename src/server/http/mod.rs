@@ -6,13 +6,16 @@ mod connection;
 mod metrics;
 mod openapi;
 mod page;
+mod pages;
 mod routes;
 
 pub use body::{Bodies, failed};
 pub use metrics::Metrics;
 
 use super::app::App;
+use crate::console::count;
 use connection::{Connection, Connections};
+use pages::Hosts;
 use std::{io, net::TcpListener, sync::Arc, time::Duration};
 use tokio::sync::watch;
 
@@ -90,7 +93,8 @@ pub fn serve(listener: TcpListener, app: Arc<App>, shutdown: &Shutdown) -> io::R
     let served = runtime.block_on(async {
         let listener = tokio::net::TcpListener::from_std(listener)?;
         let limits = app.settings.http.clone();
-        let service = routes::router(app.clone()).into_make_service_with_connect_info::<Connection>();
+        let hosts = Hosts::new(listener.local_addr()?, &app.settings.api_host);
+        let service = routes::router(app.clone(), hosts).into_make_service_with_connect_info::<Connection>();
         let closing = watch::channel(false).0;
         let mut closed = closing.subscribe();
         let server =
@@ -117,7 +121,17 @@ pub fn serve(listener: TcpListener, app: Arc<App>, shutdown: &Shutdown) -> io::R
 /// Waits until nothing is pending, and then, for `linger` at most, until every result was fetched.
 async fn drained(app: &App, linger: Duration) {
     const TICK: Duration = Duration::from_millis(20);
-    while app.futures.counts().pending > 0 {
+    const SAYS: Duration = Duration::from_secs(10);
+    let mut next = tokio::time::Instant::now();
+    loop {
+        let pending = app.futures.counts().pending;
+        if pending == 0 {
+            break;
+        }
+        if tokio::time::Instant::now() >= next {
+            tracing::warn!("stopping: {} left", count(pending, "request"));
+            next += SAYS;
+        }
         tokio::time::sleep(TICK).await;
     }
     let ends = tokio::time::Instant::now() + linger;

@@ -54,7 +54,7 @@ struct Refused {
 /// The state of the server.
 #[derive(Serialize, ToSchema)]
 pub struct Health {
-    /// `ok` or `failed`
+    /// `ok`, `stopping` or `failed`
     pub status: &'static str,
     pub engine_running: bool,
     pub active_requests: usize,

@@ -6,6 +6,7 @@ use super::{
     connection::Connection,
     openapi::{self, Alive, Health, TryAgain},
     page,
+    pages::Hosts,
 };
 use crate::server::{
     app::App,
@@ -42,12 +43,12 @@ pub const ADAPTER: QueryField =
     QueryField { name: "adapter", about: "The adapter with all of its curves.", is_integer: false };
 
 /// All paths of the server.
-pub fn router(app: Arc<App>) -> Router {
-    Router::new().fallback(handle).with_state(app)
+pub fn router(app: Arc<App>, hosts: Hosts) -> Router {
+    Router::new().fallback(handle).with_state((app, Arc::new(hosts)))
 }
 
 async fn handle(
-    State(app): State<Arc<App>>,
+    State((app, hosts)): State<(Arc<App>, Arc<Hosts>)>,
     ConnectInfo(connection): ConnectInfo<Connection>,
     request: Request,
 ) -> Response {
@@ -56,7 +57,11 @@ async fn handle(
     let (parts, body) = request.into_parts();
     let label = label(parts.uri.path());
     let mut body = Some(body);
-    let response = answer(&app, parts, &mut body).await.unwrap_or_else(IntoResponse::into_response);
+    let allowed = if app.keys.are_needed() { Ok(()) } else { hosts.check(&parts) };
+    let response = match allowed {
+        Ok(()) => answer(&app, parts, &mut body).await.unwrap_or_else(IntoResponse::into_response),
+        Err(fault) => fault.into_response(),
+    };
     if let Some(body) = body {
         app.bodies.discard(body).await;
     }
@@ -89,6 +94,9 @@ async fn answer(app: &Arc<App>, parts: Parts, body: &mut Option<Body>) -> Result
     }
     if is_get && path == openapi::PATH {
         return Ok(openapi::response());
+    }
+    if !is_get && ["/", "/health", "/metrics", "/api/v1/healthz", openapi::PATH].contains(&path.as_str()) {
+        return other_method(&path, &[Method::GET], &parts.method);
     }
     if is_get && let Some(file) = page::file(&path, &parts.headers) {
         return Ok(file);
@@ -243,9 +251,13 @@ impl Called {
 
 fn health(app: &App) -> Response {
     let engine = app.engine.state();
-    let status = if engine.healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let (status, said) = match (engine.healthy, app.is_draining()) {
+        (false, _) => (StatusCode::SERVICE_UNAVAILABLE, "failed"),
+        (true, true) => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
+        (true, false) => (StatusCode::OK, "ok"),
+    };
     let body = Health {
-        status: if engine.healthy { "ok" } else { "failed" },
+        status: said,
         engine_running: engine.healthy,
         active_requests: app.futures.counts().pending,
         total_requests: engine.answered + engine.waiting as u64,

@@ -27,7 +27,7 @@ pub fn list(app: &App, tenant: &Tenant) -> Models {
     let base = &app.settings.base_model;
     let mut ids: BTreeSet<String> = {
         let registry = app.registry();
-        let declared = app.settings.model_ids.iter().filter(|id| registry.lost(tenant, id).is_none());
+        let declared = app.settings.model_ids.iter().filter(|id| !registry.is_lost(tenant, id));
         registry.of(tenant).map(|(id, _)| id).chain(declared).map(ModelId::to_string).collect()
     };
     ids.remove(base);

@@ -64,7 +64,7 @@ impl Wanted<'_> {
         let place = checkpoints::to_save(&root, name, &model, kind);
         let (folder, checkpoint) = place.map_err(|error| call.used_up(error))?;
         let spec = call.app.spec(call.tenant, &model)?;
-        let metadata = labels::metadata(Some(&spec), user_metadata, ttl_seconds);
+        let metadata = labels::metadata(&model, Some(&spec), user_metadata, ttl_seconds);
         let save = Save { folder, training_state: kind == Kind::Weights, overwrite, metadata };
         let path = checkpoint.uri(SCHEME);
         let render = Box::new(move |reply: &Reply, _| match reply {
@@ -243,7 +243,8 @@ pub fn copy(call: &Call) -> Answer {
     let tinker_path = copy.uri(SCHEME);
     if labels::find(&root, &tinker_path, &copy.model).is_err() {
         let folder = paths::inside(&root, &copy.folder())?;
-        let metadata = labels::metadata(about.spec.as_ref(), about.user_metadata.as_ref(), ttl_seconds);
+        let metadata =
+            labels::metadata(&copy.model, about.spec.as_ref(), about.user_metadata.as_ref(), ttl_seconds);
         saves::link(&stored.folder, &folder, &metadata)
             .map_err(|error| checkpoints::refused(&stored, &error))?;
     }

@@ -133,7 +133,8 @@ static CALLS: [Served; 18] = [
     ),
     Served::task(
         "create_model",
-        "Creates an adapter, or begins anew with one of this shape.",
+        "Creates an adapter. One of that name and shape goes on as it is: values, optimizer and gradients stay, and numbers \
+         of requests begin anew.",
         with_address::<bodies::CreateModel>,
         sessions::create,
     ),

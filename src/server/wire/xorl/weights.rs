@@ -52,7 +52,7 @@ fn save_to(
     let root = call.app.root(call.tenant)?;
     let (folder, checkpoint) = checkpoints::to_save(&root, path, model, kind)?;
     let overwrite = overwrite.unwrap_or(false);
-    let metadata = labels::metadata(Some(&spec), None, None);
+    let metadata = labels::metadata(model, Some(&spec), None, None);
     let save = Save { folder, training_state: kind == Kind::Weights, overwrite, metadata };
     let uri = checkpoint.uri("xorl");
     let render = Box::new(move |reply: &Reply, _| match reply {
