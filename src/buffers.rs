@@ -89,7 +89,8 @@ impl Block {
     }
 }
 
-/// A tensor [bytes] u8 in the memory at `start`. When its storage is freed, `free` is called with `start` and `context`.
+/// A tensor [bytes] u8 in the memory at `start`. When its storage is freed, `free` is called with `start` and
+/// `context`.
 ///
 /// # Safety
 /// The memory is `bytes` bytes that are the storage's alone until then.

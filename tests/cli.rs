@@ -25,13 +25,13 @@ fn given(field: &str, values: &[&str]) -> Override {
 
 fn train(overrides: Vec<Override>, device: DeviceChoice) -> Invocation {
     let common = Common { overrides, device, debug: false };
-    Invocation::Command(Command::Train(Train { config: "run.yaml".into() }), common)
+    Invocation::Command(Command::Train(Box::new(Train { config: "run.yaml".into() })), common)
 }
 
 fn check(ranks: Option<usize>, overrides: Vec<Override>, device: DeviceChoice) -> Invocation {
     let common = Common { overrides, device, debug: false };
     Invocation::Command(
-        Command::Check(Check { config: "run.yaml".into(), ranks, show_samples: None }),
+        Command::Check(Box::new(Check { config: "run.yaml".into(), ranks, show_samples: None })),
         common,
     )
 }
@@ -73,7 +73,8 @@ fn overrides_are_taken_wherever_they_stand() {
 fn serve_takes_fields_of_a_server() {
     let overrides = vec![given("server.api_port", &["0"]), given("server.model_ids", &["a", "b"])];
     let common = Common { overrides, device: DeviceChoice::Cpu, debug: false };
-    let expected = Invocation::Command(Command::Serve(Serve { config: "server.yaml".into() }), common);
+    let expected =
+        Invocation::Command(Command::Serve(Box::new(Serve { config: "server.yaml".into() })), common);
     let line = "serve --config server.yaml --server.api_port 0 --device cpu --server.model_ids a b";
     assert_eq!(parse(line), Ok(expected));
     let Ok(Invocation::Help(help)) = parse("serve --help") else { panic!("no help") };
@@ -98,7 +99,7 @@ fn generate_takes_a_chat_or_a_prompt() {
     };
     let parsed = |words: &[&str]| match cli::parse(words).unwrap() {
         Invocation::Command(Command::Generate(generate), common) if common.overrides.is_empty() => {
-            (generate, common.device)
+            (*generate, common.device)
         }
         other => panic!("{other:?}"),
     };

@@ -114,6 +114,15 @@ impl Document {
         std::iter::once(schema.to_string()).chain(named).collect()
     }
 
+    /// True for a schema that null has.
+    fn is_nullable(&self, schema: &Value) -> bool {
+        let schema = self.resolved(schema);
+        let is_null = |kind: &Value| *kind == "null";
+        let kinds = schema["type"].as_array().is_some_and(|kinds| kinds.iter().any(is_null));
+        let any = ["oneOf", "anyOf"].iter().filter_map(|name| schema[*name].as_array()).flatten();
+        kinds || is_null(&schema["type"]) || any.into_iter().any(|one| self.is_nullable(one))
+    }
+
     /// Properties of an object, of all its parts; of alternatives the first.
     fn properties(&self, schema: &Value) -> (Map<String, Value>, BTreeSet<String>) {
         let schema = self.resolved(schema);
@@ -346,7 +355,7 @@ fn every_documented_field_is_read_with_its_type() {
                 continue;
             }
             body[field] = Value::Null;
-            let is_null_fine = text.contains("\"null\"");
+            let is_null_fine = document.is_nullable(property);
             let (status, reply) = send(&server, &name, &body);
             assert_eq!(status == 400, !is_null_fine, "{name} with {field} null: {status} {reply}");
         }
@@ -377,7 +386,7 @@ fn the_other_body_of_a_shared_path_is_read_as_it_is_documented() {
                 let (status, detail) = with(&wrong);
                 let is_refused = status == 400 && detail.starts_with("body: invalid type");
                 assert!(is_refused, "{name} with {field} {wrong}: {status} {detail}");
-                let is_null_fine = text.contains("\"null\"");
+                let is_null_fine = document.is_nullable(property);
                 let (_, detail) = with(&Value::Null);
                 let is_null_refused = detail.starts_with("body: invalid type: null");
                 assert_ne!(is_null_refused, is_null_fine, "{name} with {field} null: {detail}");

@@ -86,7 +86,7 @@ macro_rules! commands {
         /// A command with its arguments.
         #[derive(Clone, Debug, PartialEq, Subcommand)]
         pub enum Command {
-            $($name($module::$name),)+
+            $($name(Box<$module::$name>),)+
         }
 
         const COMMANDS: &[Known] = &[$(Known::new::<$module::$name>(stringify!($module)),)+];
@@ -186,7 +186,7 @@ pub fn parse(args: impl IntoIterator<Item = impl Into<OsString>>) -> Result<Invo
         (Some(_), Some(_)) => {
             return Err(Error::Input("--config belongs after the command (see --help)".into()));
         }
-        (None, Some(config)) => Command::Train(train::Train { config }),
+        (None, Some(config)) => Command::Train(Box::new(train::Train { config })),
         (Some(command), None) => command,
     };
     command.check()?;

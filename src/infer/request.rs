@@ -21,8 +21,8 @@ pub struct SampleRequest {
     pub wanted: Wanted,
 }
 
-/// The way a token is chosen: of the `top_k` most likely ones, the fewest whose probabilities at `temperature` add up to
-/// `top_p`; among these by probability.
+/// The way a token is chosen: of the `top_k` most likely ones, the fewest whose probabilities at `temperature` add up
+/// to `top_p`; among these by probability.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Choice {
     /// 0: the most likely token, whatever the others say.

@@ -218,7 +218,8 @@ impl Generation {
         adapter: Option<&'a mut Adapter>,
         groups: &'a ProcessGroups,
     ) -> Local<'a> {
-        let decode = Arc::new(WithoutSpecialTokens(self.tokenizer.clone()));
+        // A text that ends a continuation may name a special token, which is not shown.
+        let decode = self.tokenizer.clone();
         Local { model, adapter, world: groups.shard.as_ref(), decode }
     }
 
@@ -251,7 +252,11 @@ impl Generation {
 
     /// Continues one prompt. Where `shown`, its text goes to stdout while it comes, and a line break after it.
     fn stream(&self, local: &mut Local, request: SampleRequest, shown: bool) -> Result<String> {
-        let mut text = Text::new(local.decode.clone(), &request.prompt, &request.stop.texts);
+        let mut text = Text::new(
+            Arc::new(WithoutSpecialTokens(self.tokenizer.clone())),
+            &request.prompt,
+            &request.stop.texts,
+        );
         let (ends, mut whole) = (request.stop.ids.clone(), String::new());
         let mut tell = |part: &str| {
             whole.push_str(part);

@@ -203,8 +203,9 @@ impl<K: Ord + Clone> Sampler<K> {
     }
 
     /// The next step; `None` where nothing can be done. `fit` says of adapters in their order if they can be in memory
-    /// together. Those that do not fit this time go first in the steps that follow; one for which `fit` is false even
-    /// alone waits until it is true. A step that is planned before [`Sampler::apply`] takes the place of the last one.
+    /// together. Those that do not fit this time go first in the steps that follow; one alone is taken in any case, so
+    /// that a caller who has work gets a step. A step that is planned before [`Sampler::apply`] takes the place of the
+    /// last one.
     pub fn plan(&mut self, fit: &dyn Fn(&[&K]) -> bool) -> Option<Step<K>> {
         self.begin_groups();
         let adapters = self.adapters_of_step(fit);
@@ -292,7 +293,7 @@ impl<K: Ord + Clone> Sampler<K> {
         for &(_, key) in &turns {
             let at = chosen.partition_point(|&other| other < key);
             chosen.insert(at, key);
-            if !fit(&chosen) {
+            if chosen.len() > 1 && !fit(&chosen) {
                 chosen.remove(at);
             }
         }

@@ -1,5 +1,5 @@
-//! The sweep: moves idle adapters to disk, where they wait for their next request, unloads idle samplers, has saves deleted whose time is
-//! over, and returns free memory to the system. A thread of the front does it now and then.
+//! The sweep: moves idle adapters to disk, where they wait for their next request, unloads idle samplers, has saves
+//! deleted whose time is over, and returns free memory to the system. A thread of the front does it now and then.
 
 use super::{
     app::App,

@@ -163,7 +163,7 @@ fn the_files_of_the_page_need_no_key_and_load_nothing_from_elsewhere() {
         }
     }
     assert_eq!(server.get("/page/other.js").0, 401);
-    assert_eq!(server.send("POST", "/", &[("X-API-Key", "tml-one")], b"").0, 404);
+    assert_eq!(server.send("POST", "/", &[("X-API-Key", "tml-one")], b"").0, 405);
 }
 
 /// Opens the page, and waits for its first overview.

@@ -356,12 +356,11 @@ fn errors_have_a_status_and_the_clients_form() {
     assert_eq!(server.refused("nothing", &json!({})).0, 404);
     assert_eq!(server.refused("models", &json!({})).0, 405);
     assert_eq!(server.0.send("GET", "/v1/completions", &[], b"").0, 405);
-    assert_eq!(
+    assert!(
         server.refused("completions", &json!({"prompt": "A"})).1["message"]
             .as_str()
             .unwrap()
-            .contains("model"),
-        true
+            .contains("model")
     );
     assert_eq!(server.refused("completions", &json!([1])).0, 400);
     let large = json!({"model": "org/base", "prompt": "a".repeat(2 << 20)});

@@ -28,7 +28,7 @@ fn post_for_bytes(server: &Server, path: &str, headers: &str, body: &Value) -> V
     stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let body = body.to_string();
     let head = format!(
-        "POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n{headers}\r\n",
+        "POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {}\r\n{headers}\r\n",
         body.len()
     );
     stream.write_all((head + &body).as_bytes()).unwrap();
@@ -341,7 +341,8 @@ fn a_sample_names_weights_without_a_session_as_older_clients_do() {
     let body = |field: &str, value: &Value| {
         let mut body = sample("", 0);
         let fields = body.as_object_mut().unwrap();
-        (fields.remove("sampling_session_id"), fields.remove("seq_id"));
+        fields.remove("sampling_session_id");
+        fields.remove("seq_id");
         body[field] = value.clone();
         body
     };
@@ -633,7 +634,8 @@ fn a_client_that_leaves_ends_its_generate() {
     let gate = stop(&server);
     let mut stream = TcpStream::connect(server.address).unwrap();
     let body = json!({"input_ids": [1], "sampling_params": {"max_new_tokens": 5}}).to_string();
-    let head = format!("POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+    let head =
+        format!("POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n{body}", body.len());
     stream.write_all(head.as_bytes()).unwrap();
     let until = Instant::now() + Duration::from_secs(20);
     let wait = |what: &str, is_so: &dyn Fn() -> bool| {

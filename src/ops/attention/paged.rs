@@ -76,7 +76,7 @@ impl Group {
         let longest = parts.iter().map(Part::length).max().unwrap_or(0);
         let rows: Vec<i64> = parts.iter().flat_map(|part| part.rows.clone()).map(|row| row as i64).collect();
         // Behind the end of a sequence its first place stands, which no query sees there.
-        let place = |part: &Part, at: usize| if at < part.length() { part.place(at, page) as i64 } else { 0 };
+        let place = |part: &Part, at: usize| part.place(if at < part.length() { at } else { 0 }, page) as i64;
         let places: Vec<i64> =
             parts.iter().flat_map(|part| (0..longest).map(move |at| place(part, at))).collect();
         let positions: Vec<i64> =
@@ -112,11 +112,14 @@ impl Group {
             )
             .0
         } else {
-            // The query heads of a group side by side: [parts, key_value, group, tokens, dim].
+            // Rounded scores would be wrong by their own size. The query heads of a group side by side:
+            // [parts, key_value, group, tokens, dim].
+            let wide = accum_kind(qkv.kind());
+            let [queries, keys, values] = [queries, keys, values].map(|tensor| tensor.to_kind(wide));
             let queries = queries.unflatten(1, [heads.key_value, heads.query / heads.key_value]);
             let scores = queries.matmul(&keys.unsqueeze(2).transpose(-1, -2)) * heads.scale;
-            let weights = (scores + mask.unsqueeze(2)).softmax(-1, accum_kind(qkv.kind()));
-            weights.to_kind(values.kind()).matmul(&values.unsqueeze(2)).flatten(1, 2)
+            let weights = (scores + mask.unsqueeze(2)).softmax(-1, wide);
+            weights.matmul(&values.unsqueeze(2)).flatten(1, 2).to_kind(qkv.kind())
         };
         let o = o.transpose(1, 2).reshape([parts * tokens, heads.output()]);
         let _ = out.shallow_clone().index_copy_(0, &self.rows, &o);

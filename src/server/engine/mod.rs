@@ -5,8 +5,8 @@
 //! and carries it out like every other rank (`models`). Without requests all ranks sleep.
 //!
 //! Requests to sample wait in `plan` for the tasks of their adapter before them, then run in an
-//! [`infer::sampler`](crate::infer::sampler), which plans one step of the model at a time. Steps and training take turns
-//! (`shares`, pure). An adapter that is updated while it is sampled from is copied first (`versions`, pure).
+//! [`infer::sampler`](crate::infer::sampler), which plans one step of the model at a time. Steps and training take
+//! turns (`shares`, pure). An adapter that is updated while it is sampled from is copied first (`versions`, pure).
 
 mod check;
 mod command;
@@ -88,8 +88,9 @@ pub struct EngineOptions {
     pub storage_limit: Option<u64>,
 }
 
-/// Runs the engine over the ranks of `groups`. `decode`: the text of tokens, which rank 0 needs for stop texts. `front` runs on a thread of rank 0 and submits requests. When it has
-/// returned and every request is answered, the engine ends, and rank 0 gets what `front` returned. Collective.
+/// Runs the engine over the ranks of `groups`. `decode`: the text of tokens, which rank 0 needs for stop texts. `front`
+/// runs on a thread of rank 0 and submits requests. When it has returned and every request is answered, the engine
+/// ends, and rank 0 gets what `front` returned. Collective.
 ///
 /// # Errors
 /// A rank has failed. The caller ends all ranks: `front` may still run.

@@ -217,7 +217,8 @@ impl Plan {
         }
     }
 
-    /// The next thing to do beside [`samples`](Self::samples), which were taken before; `None` when nothing waits. The adapters of a micro-batch `fit` together, or it has one.
+    /// The next thing to do beside [`samples`](Self::samples), which were taken before; `None` when nothing waits. The
+    /// adapters of a micro-batch `fit` together, or it has one.
     pub fn next(&mut self, fit: &dyn Fn(&[&ModelId]) -> bool) -> Option<Next> {
         self.queues.retain(|_, queue| !queue.is_empty());
         let budget = self.limits.ranks * self.limits.tokens;

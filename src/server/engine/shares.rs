@@ -1,9 +1,9 @@
 //! The shares of training and sampling in the time of the ranks: pure.
 //!
 //! While both have work, the one that is behind its share goes next. So over any time in which both have work, each
-//! gets its share, but for the length of one turn. A lead is not counted beyond [`MOST_LEAD`]: after one long turn, such
-//! as a save, the other goes on for that time at most. So either waits for [`MOST_LEAD`] and one turn of the other at
-//! most, and turns of more than that get more than their share.
+//! gets its share, but for the length of one turn. A lead is not counted beyond [`MOST_LEAD`]: after one long turn,
+//! such as a save, the other goes on for that time at most. So either waits for [`MOST_LEAD`] and one turn of the other
+//! at most, and turns of more than that get more than their share.
 //!
 //! With one kind of work there is nothing to share: it gets everything, and owes nothing for it. A lead that it had
 //! before stays, for a client that sends its next pass when it has the answer to the last one leaves gaps.

@@ -1,6 +1,6 @@
 //! Wires: each turns the requests of one family of clients into requests to the engine, and the engine's replies into
-//! bodies. Two of them share paths, so the sender is known by the request itself ([`Wire::of`]); those of [`openai`] are
-//! its own.
+//! bodies. Two of them share paths, so the sender is known by the request itself ([`Wire::of`]); those of [`openai`]
+//! are its own.
 
 mod bounded;
 pub mod described;

@@ -118,7 +118,7 @@ pub struct Chat {
 
 /// A message of a chat. Other fields reach the chat template as they are.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
-#[schema(as = openai::Message)]
+#[schema(as = openai::Message, example = json!({"role": "user", "content": "A"}))]
 pub struct Message {
     /// `system`, `developer`, `user`, `assistant` or `tool`
     #[schema(example = "user")]
@@ -188,8 +188,8 @@ const TEMPLATE: &str = "chats are rendered by the model's own template; to rende
 const EFFORT: &str = "the models here have no such setting; ask for it in a message";
 
 /// Fields that would change the answer and are not built, each with the value that changes nothing. Others that clients
-/// know are harmless: `user`, `metadata`, `store`, `service_tier` and keys of caches label a request or say how it is to
-/// be carried out; `parallel_tool_calls` and `prediction` are hints.
+/// know are harmless: `user`, `metadata`, `store`, `service_tier` and keys of caches label a request or say how it is
+/// to be carried out; `parallel_tool_calls` and `prediction` are hints.
 const REFUSED: [(&str, Neutral, &str); 36] = [
     ("presence_penalty", Neutral::Number(0.0), PENALTY),
     ("frequency_penalty", Neutral::Number(0.0), PENALTY),

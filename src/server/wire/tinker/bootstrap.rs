@@ -53,7 +53,8 @@ pub fn telemetry(_: &Call) -> Answer {
 }
 
 /// Ends a session, and unloads its samplers. One that is not known is no error, for that would end the client's program
-/// with one. Its models stay, on disk once they are idle: clients end a session after an error too, with what they have not saved.
+/// with one. Its models stay, on disk once they are idle: clients end a session after an error too, with what they have
+/// not saved.
 pub fn finish(call: &Call) -> Answer {
     let [session] = call.parts("sessions/{session}/finish")?;
     call.app.sessions().finish(call.tenant, &session);

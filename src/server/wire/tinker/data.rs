@@ -14,7 +14,6 @@ use crate::{
 };
 use prost::{Message, bytes::Bytes};
 use serde::Deserialize;
-use serde_json::json;
 use std::collections::BTreeMap;
 use utoipa::ToSchema;
 
