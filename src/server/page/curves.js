@@ -8,7 +8,8 @@ function ticks(low, high, most) {
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
   const found = [];
-  for (let tick = Math.ceil(low / step) * step; tick <= high + step * 1e-6; tick += step) found.push(tick);
+  // Multiples of the step: a sum of steps would miss 0 by its rounding.
+  for (let count = Math.ceil(low / step); count * step <= high + step * 1e-6; count += 1) found.push(count * step);
   return found.map((tick) => Number(tick.toPrecision(12)));
 }
 
@@ -58,7 +59,7 @@ export class Plot {
   draw() {
     const { svg, data, height } = this;
     const width = Math.max(svg.clientWidth || this.parent.clientWidth, 120);
-    const [left, right, top, bottom] = [48, 8, 8, 20];
+    const [left, right, top, bottom] = [56, 8, 8, 20];
     const { xs, ys, read, told, tick = number } = data;
     const last = xs.length - 1;
     let low = data.low ?? Math.min(...ys);
