@@ -6,10 +6,11 @@ mod common;
 
 use common::{
     engine::{
-        Client, Seen, adapter, data_of, id, model_folder, pass, passed, passes, received, step_of, stepped,
+        B_STD, Client, MAX_TOKENS, Seen, adapter, data_of, id, model_folder, pass, passed, passes, received,
+        step_of, stepped,
     },
     relative, run_workers, stand_in,
-    topology::{Data, batch, load, names, spec, split},
+    topology::{Data, batch, load, names, spec},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -28,13 +29,11 @@ use xorl_dist::{
     },
     optim::{Optimizer, Schedule, Settings},
     server::{
-        Server, ServerPlan,
-        engine::{self, AdapterDefaults, EngineOptions},
+        Server, ServerPlan, engine,
         request::{
             AdapterSpec, Answer, Datum, Engine, Load, ModelId, OptimStep, Reply, Request, Save, StepReply,
             Task,
         },
-        store::Base,
     },
     session::Session,
     shard::ProcessGroups,
@@ -42,8 +41,6 @@ use xorl_dist::{
 };
 
 const STEPS: usize = 3;
-const B_STD: f64 = 0.05;
-const MAX_TOKENS: usize = 200;
 /// Time for which the engine waits for more passes: a test that needs them together gives them all within it.
 const GATHER: Duration = Duration::from_millis(100);
 
@@ -437,27 +434,9 @@ fn mpi_worker() {
         processes.iter().map(|bytes| u32::from_le_bytes(bytes[..].try_into().unwrap())).collect();
     let mut model = Transformer::new(spec(case.moe), options, &groups).unwrap();
     load(&mut model, Data::Random);
-    let defaults = AdapterDefaults {
-        targets: split(),
-        use_rslora: false,
-        hybrid: false,
-        b_init_std: B_STD,
-        max_rank: Some(64),
-        rank: 16,
-    };
-    let base = Base { name: "base".into(), digest: "digest".into() };
-    let engine = EngineOptions {
-        defaults,
-        base,
-        max_tokens_per_pass: MAX_TOKENS,
-        max_waiting: 100,
-        gather: GATHER,
-        output_dir: std::env::var("XORL_TEST_OUT").unwrap().into(),
-        adapter_memory: None,
-        sampling_memory: None,
-        max_positions: None,
-        storage_limit: None,
-    };
+    let output_dir = std::env::var("XORL_TEST_OUT").unwrap().into();
+    let mut engine = common::engine::options(output_dir, GATHER);
+    engine.defaults.max_rank = Some(64);
     let seen = engine::serve(&world, groups, model, engine, None, move |handle| {
         let client = Client(handle);
         match case.script {

@@ -7,7 +7,7 @@ mod common;
 use common::{
     engine::{Client, Seen, adapter, data_of, id, pass, passed, passes, received, step_of, stepped},
     run_workers,
-    topology::{Data, load, spec, split},
+    topology::{Data, load, spec},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -23,9 +23,8 @@ use xorl_dist::{
     mesh::{Mesh, MeshSizes},
     model::{base_plan::Options, transformer::Transformer},
     server::{
-        engine::{self, AdapterDefaults, EngineOptions},
+        engine::{self, EngineOptions},
         request::{AdapterSpec, Answer, Engine, ModelId, OptimStep, Refusal, Reply, Save, StepReply, Task},
-        store::Base,
     },
     shard::ProcessGroups,
 };
@@ -525,23 +524,9 @@ fn mpi_worker() {
     let mut model = Transformer::new(spec(case.moe), options, &groups).unwrap();
     load(&mut model, Data::Random);
     let engine = EngineOptions {
-        defaults: AdapterDefaults {
-            targets: split(),
-            use_rslora: false,
-            hybrid: false,
-            b_init_std: 0.05,
-            max_rank: None,
-            rank: 16,
-        },
-        base: Base { name: "base".into(), digest: "digest".into() },
-        max_tokens_per_pass: 200,
-        max_waiting: 100,
-        gather: Duration::from_millis(20),
-        output_dir: output(),
         adapter_memory: case.memory,
-        sampling_memory: None,
-        max_positions: None,
         storage_limit: case.storage,
+        ..common::engine::options(output(), Duration::from_millis(20))
     };
     let seen = engine::serve(&world, groups, model, engine, None, move |handle| {
         let client = Client(handle);

@@ -7,7 +7,7 @@ mod common;
 use common::{
     engine::{Client, Seen, adapter, data_of, id, pass, passed, passes, received, step_of, stepped},
     run_workers,
-    topology::{Data, VOCAB, load, spec, split},
+    topology::{Data, VOCAB, load, spec},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -31,12 +31,11 @@ use xorl_dist::{
         transformer::{Batch, Transformer},
     },
     server::{
-        engine::{self, AdapterDefaults, EngineOptions},
+        engine::{self, EngineOptions},
         request::{
             AdapterSpec, Datum, Engine, Listener, ModelId, OptimStep, Refusal, Reply, SampleAnswer, Save,
             Source, Task,
         },
-        store::Base,
     },
     shard::ProcessGroups,
 };
@@ -555,23 +554,9 @@ fn mpi_worker() {
     load(&mut model, Data::Random);
     let of_base = text_of_base(&mut model);
     let engine = EngineOptions {
-        defaults: AdapterDefaults {
-            targets: split(),
-            use_rslora: false,
-            hybrid: false,
-            b_init_std: 0.05,
-            max_rank: None,
-            rank: 16,
-        },
-        base: Base { name: "base".into(), digest: "digest".into() },
-        max_tokens_per_pass: 200,
-        max_waiting: 100,
-        gather: Duration::from_millis(2),
-        output_dir: output(),
         adapter_memory: case.memory,
-        sampling_memory: None,
         max_positions: Some(POSITIONS),
-        storage_limit: None,
+        ..common::engine::options(output(), Duration::from_millis(2))
     };
     let served = engine::serve(&world, groups, model, engine, None, move |handle| {
         let client = Client(handle);

@@ -2,13 +2,14 @@
 
 use super::{
     relative,
-    topology::{Data, names, row},
+    topology::{Data, names, row, split},
 };
 use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::{
     collections::BTreeMap,
+    path::PathBuf,
     sync::{Arc, mpsc},
     time::Duration,
 };
@@ -18,14 +19,20 @@ use xorl_dist::{
     loss::NamedLoss,
     model::hf_config::HfModel,
     server::{
-        engine::EngineHandle,
+        engine::{AdapterDefaults, EngineHandle, EngineOptions},
         request::{
             AdapterSpec, Answer, Datum, Engine, ModelId, OptimStep, Pass, PassReply, Refusal, Reply, Request,
             StepReply, Task,
         },
+        store::Base,
     },
     weights::{RandomSource, WeightSource},
 };
+
+/// Tokens of a rank and micro-batch at most.
+pub const MAX_TOKENS: usize = 200;
+/// Standard deviation of the initial B.
+pub const B_STD: f64 = 0.05;
 
 pub fn id(name: impl ToString) -> ModelId {
     ModelId::new(name.to_string()).unwrap()
@@ -33,6 +40,29 @@ pub fn id(name: impl ToString) -> ModelId {
 
 pub fn cross_entropy() -> NamedLoss {
     NamedLoss { name: "cross_entropy".into(), params: BTreeMap::new() }
+}
+
+/// Settings of an engine over a tiny model: micro-batches of [`MAX_TOKENS`], adapters whose B is not 0, no limits.
+pub fn options(output_dir: PathBuf, gather: Duration) -> EngineOptions {
+    EngineOptions {
+        defaults: AdapterDefaults {
+            targets: split(),
+            use_rslora: false,
+            hybrid: false,
+            b_init_std: B_STD,
+            max_rank: None,
+            rank: 16,
+        },
+        base: Base { name: "base".into(), digest: "digest".into() },
+        max_tokens_per_pass: MAX_TOKENS,
+        max_waiting: 100,
+        gather,
+        output_dir,
+        adapter_memory: None,
+        sampling_memory: None,
+        max_positions: None,
+        storage_limit: None,
+    }
 }
 
 /// The documents of a row as data: targets are the labels of the next tokens.
