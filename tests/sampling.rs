@@ -52,7 +52,7 @@ struct Case {
     stand_in: bool,
 }
 
-/// What transformers makes of a prompt with an adapter.
+/// The results of transformers for a prompt with an adapter.
 #[derive(Deserialize)]
 struct Expected {
     adapter: Option<usize>,

@@ -92,7 +92,7 @@ pub struct OverPages<'a> {
     places: Tensor,
     /// Sequences that begin here: they see nothing but themselves.
     documents: Documents,
-    /// Where other sequences go on: the rows of those that begin, and the parts that go on.
+    /// If some sequences go on: the rows of those that begin, and the parts of those that go on.
     others: Option<(Tensor, Paged)>,
 }
 

@@ -148,7 +148,7 @@ impl Outputs {
         draws.iter().map(drawn).collect()
     }
 
-    /// What `score` asks for behind the rows from `row` on of those that are scored.
+    /// The scores of a run of `tokens` tokens, whose first is row `row` of those that are scored.
     fn score(&self, row: usize, tokens: usize, score: &Score) -> RunResult {
         let mut result = RunResult::default();
         for at in 0..tokens {

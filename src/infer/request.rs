@@ -33,7 +33,7 @@ pub struct Choice {
     pub top_k: Option<usize>,
 }
 
-/// What ends a continuation. The tokens that do so are part of it.
+/// Tokens and texts that end a continuation, and are part of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stop {
     pub ids: Vec<i64>,
@@ -77,7 +77,7 @@ pub struct NewToken {
     pub top: Vec<TokenLogProb>,
 }
 
-/// What ended a continuation.
+/// Reason for the end of a continuation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum End {
     /// A token of [`Stop::ids`], the last of the continuation.

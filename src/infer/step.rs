@@ -64,20 +64,20 @@ pub struct Score {
     pub top: usize,
 }
 
-/// What came of a [`RankStep`], run by run.
+/// Results of a [`RankStep`], run by run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RankResult {
     pub runs: Vec<RunResult>,
 }
 
-/// What came of a [`Run`].
+/// Results of a [`Run`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RunResult {
     /// As [`Run::draws`].
     pub drawn: Vec<Drawn>,
     /// As [`Score::targets`]; NaN where there is none.
     pub log_probs: Vec<f32>,
-    /// Of each token, where [`Score::top`] is not 0.
+    /// The most likely tokens behind each token, if [`Score::top`] is not 0.
     pub top: Vec<Vec<TokenLogProb>>,
     /// An output of its last token, or of a scored one, is not finite: nothing else counts.
     pub is_broken: bool,

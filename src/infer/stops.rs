@@ -49,7 +49,7 @@ pub struct Text {
 }
 
 impl Text {
-    /// What follows `prompt`, up to the first of the texts `stops`, none of which is empty.
+    /// The text behind `prompt`, up to the first of the texts `stops`, none of which is empty.
     pub fn new(decode: Arc<dyn Decode + Send + Sync>, prompt: &[i64], stops: &[String]) -> Self {
         Self { tokens: Detokenizer::new(decode, prompt), stops: Stops::new(stops) }
     }
@@ -144,7 +144,7 @@ impl Detokenizer {
         self.lengths.iter_mut().for_each(|at| *at = moved(*at));
     }
 
-    /// What was held back.
+    /// The text that was held back.
     fn rest(&self) -> String {
         self.decode.decode(&self.ids).chars().skip(self.told).collect()
     }

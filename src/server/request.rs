@@ -316,7 +316,7 @@ pub struct EngineState {
     pub sampling: SamplingState,
 }
 
-/// What is being sampled.
+/// Counts of requests to sample and of their tokens.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct SamplingState {
     /// Requests that wait for a place.

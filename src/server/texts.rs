@@ -19,7 +19,7 @@ pub struct Texts {
 }
 
 impl Texts {
-    /// Of the tokenizer in `folder`, for a model of `vocab_size` ids.
+    /// The texts of the tokenizer in `folder`, for a model of `vocab_size` ids.
     pub fn new(folder: PathBuf, vocab_size: usize) -> Self {
         Self { folder, vocab_size, loaded: OnceLock::new(), template: OnceLock::new() }
     }

@@ -42,7 +42,7 @@ pub struct Double {
     submitted: AtomicU64,
     /// Held to stop the thread before its next answer.
     pub gate: Arc<Mutex<()>>,
-    /// What it was asked to sample, by ticket.
+    /// The requests to sample that it got, by ticket.
     pub sampled: Mutex<Vec<(Source, SampleRequest)>>,
     /// Tickets that were cancelled.
     pub cancelled: Arc<Mutex<BTreeSet<Ticket>>>,

@@ -87,7 +87,7 @@ pub(super) enum Part {
     Next(usize),
 }
 
-/// Where the results of a group go.
+/// Destination of the results of a group.
 pub(super) struct Output<'a> {
     pub(super) scores: &'a mut PromptScores,
     /// By sample.

@@ -81,7 +81,7 @@ pub struct Generation {
     pub eos_token_ids: Vec<i64>,
     /// Settings that are not built, with their values.
     pub unread: Vec<String>,
-    /// Where `do_sample` is true, it and the settings of sampling, with their values.
+    /// `do_sample` and the settings of sampling, with their values, if `do_sample` is true.
     pub sampling: Vec<(String, Value)>,
 }
 

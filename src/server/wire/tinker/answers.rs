@@ -204,7 +204,7 @@ pub struct CreatedSamplingSession {
 pub struct Sampler {
     pub sampler_id: String,
     pub base_model: String,
-    /// Of a saved adapter.
+    /// The path of the saved adapter, if it is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model_path: Option<String>,
 }
