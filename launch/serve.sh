@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts a server that trains adapters for clients over HTTP, and passes signals on so that it saves all of them.
+# Starts a server that trains and samples adapters for clients over HTTP, and passes signals on so that it saves all of them.
 #
 #   launch/serve.sh -n 2 server.yaml [--server.field VALUE]...
 #   launch/serve.sh -n 16 --hosts hosts.txt server.yaml

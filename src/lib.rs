@@ -3,7 +3,7 @@
 //! The map of the house, one line a room. A room imports only rooms below it (`tests/architecture.rs`):
 //!
 //! - [`cli`]: the commands and the command line
-//! - [`server`]: the training server: requests, wires, engine
+//! - [`server`]: the server: requests, wires, engine
 //! - [`train`]: the step (count, accumulate, reduce, update), the loop, metrics, progress, signals
 //! - [`infer`]: sampling: requests and their books (pure), steps over a paged KV cache, generation
 //! - [`plan`]: bytes, FLOPs and traffic of a configuration before it runs: pure

@@ -9,7 +9,7 @@ use crate::{
 };
 use std::{path::PathBuf, process::ExitCode};
 
-/// Serve a base model over HTTP to clients that train adapters of it; also sharded over the ranks of mpirun
+/// Serve a base model over HTTP to clients that train and sample adapters; also sharded over the ranks of mpirun
 #[derive(Clone, Debug, PartialEq, clap::Args)]
 pub struct Serve {
     /// The server: a .yaml, .yml or .json file

@@ -1,4 +1,4 @@
-//! The training server: many named adapters over one sharded base, trained over HTTP.
+//! The server: many named adapters over one sharded base, trained and sampled over HTTP.
 //!
 //! A wire (`wire`) turns what a client sends into a [`request::Request`]. The engine (`engine`), which alone talks to
 //! the ranks, carries requests out and answers with a [`request::Reply`]. Neither knows the other. HTTP (`http`) takes
