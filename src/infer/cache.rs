@@ -39,11 +39,6 @@ impl KvCache {
         Self { layers: layers.collect(), pages }
     }
 
-    /// Its pages.
-    pub fn pages(&self) -> usize {
-        self.pages
-    }
-
     fn index(&self, values: &[i64]) -> Tensor {
         let device = self.layers.first().map_or(Device::Cpu, Tensor::device);
         Tensor::from_slice(values).to_device(device)

@@ -88,6 +88,13 @@ pub enum End {
     Length,
 }
 
+impl End {
+    /// `length`, or `stop` for whatever ended it before, as clients have it.
+    pub fn reason(&self) -> &'static str {
+        if *self == Self::Length { "length" } else { "stop" }
+    }
+}
+
 /// A continuation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Continuation {

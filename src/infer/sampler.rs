@@ -16,8 +16,9 @@ use super::{
     pages::Pages,
     request::{Continuation, NewToken, PromptScores, SampleReply, SampleRequest},
     step::{RankResult, RankStep, Run, RunResult, Step},
+    stops::SharedDecode,
 };
-use group::{Group, Output, Part, SharedDecode, Size};
+use group::{Group, Output, Part, Size};
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, VecDeque},
@@ -66,8 +67,6 @@ pub struct Counts {
     pub pages: usize,
     /// Steps so far.
     pub steps: u64,
-    /// Tokens of prompts computed so far.
-    pub prompt_tokens: u64,
     /// Tokens chosen so far.
     pub new_tokens: u64,
 }
@@ -316,9 +315,6 @@ impl<K: Ord + Clone> Sampler<K> {
         let Book { scores, continuations, .. } = book;
         let mut tokens = Vec::new();
         group.apply(origin.part, result, pages, &mut Output { scores, continuations, tokens: &mut tokens });
-        if let Part::Prompt(tokens) = origin.part {
-            self.counts.prompt_tokens += tokens as u64;
-        }
         self.counts.new_tokens += tokens.len() as u64;
         events.extend(tokens.into_iter().map(|token| Event { ticket, what: Progress::Token(token) }));
         if !group.has_ended() {

@@ -20,6 +20,9 @@ pub trait Decode {
     fn decode(&self, ids: &[i64]) -> String;
 }
 
+/// A decoder that requests share.
+pub type SharedDecode = Arc<dyn Decode + Send + Sync>;
+
 impl Decode for Tokenizer {
     /// Special tokens are written out, since a text that ends a continuation may name them.
     fn decode(&self, ids: &[i64]) -> String {
@@ -50,7 +53,7 @@ pub struct Text {
 
 impl Text {
     /// The text behind `prompt`, up to the first of the texts `stops`, none of which is empty.
-    pub fn new(decode: Arc<dyn Decode + Send + Sync>, prompt: &[i64], stops: &[String]) -> Self {
+    pub fn new(decode: SharedDecode, prompt: &[i64], stops: &[String]) -> Self {
         Self { tokens: Detokenizer::new(decode, prompt), stops: Stops::new(stops) }
     }
 

@@ -68,29 +68,24 @@ impl Batch {
         document_lengths: &[usize],
         device: Device,
     ) -> Self {
-        debug_assert_eq!(ids.len(), document_lengths.iter().sum::<usize>());
-        let positions: Vec<i64> = document_lengths.iter().flat_map(|&length| 0..length as i64).collect();
-        let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(device);
-        Self {
-            ids: tensor(ids),
-            targets: Targets::new(targets, k, document_lengths, device),
-            positions: tensor(&positions),
-            extents: document_lengths.iter().map(|&length| Extent { tokens: length, length }).collect(),
-            documents: Rc::new(Documents::new(document_lengths, device)),
-            adapters: Rc::new(RowAdapters::one(ids.len())),
-            padding: 0,
-        }
+        let whole: Vec<Range<usize>> = document_lengths.iter().map(|&length| 0..length).collect();
+        let targets = Targets::new(targets, k, document_lengths, device);
+        Self::with(ids, &whole, targets, device)
     }
 
     /// Batch of parts of documents, one after another: neighbouring tokens at the given positions, as generation has.
     pub fn of_parts(ids: &[i64], parts: &[Range<usize>], device: Device) -> Self {
+        Self::with(ids, parts, Targets::none(ids.len(), device), device)
+    }
+
+    fn with(ids: &[i64], parts: &[Range<usize>], targets: Targets, device: Device) -> Self {
         let positions: Vec<i64> = parts.iter().cloned().flatten().map(|position| position as i64).collect();
         debug_assert_eq!(ids.len(), positions.len());
         let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(device);
         let lengths: Vec<usize> = parts.iter().map(Range::len).collect();
         Self {
             ids: tensor(ids),
-            targets: Targets::none(ids.len(), device),
+            targets,
             positions: tensor(&positions),
             extents: parts.iter().map(|part| Extent { tokens: part.len(), length: part.end }).collect(),
             documents: Rc::new(Documents::new(&lengths, device)),
@@ -122,11 +117,6 @@ impl Batch {
     /// All tokens.
     pub fn tokens(&self) -> usize {
         self.ids.numel()
-    }
-
-    /// Its documents.
-    pub fn documents(&self) -> &Documents {
-        &self.documents
     }
 
     /// Targets of its tokens.

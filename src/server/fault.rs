@@ -1,6 +1,6 @@
 //! An answer that refuses a request at once: a status and `{detail}`.
 
-use super::{checkpoints::StoreError, futures::Full, paths::PathError};
+use super::{checkpoints::StoreError, futures::Full, paths::PathError, request::Refusal};
 use axum::{
     Json,
     http::{HeaderValue, StatusCode, header},
@@ -43,6 +43,15 @@ impl Fault {
 impl From<Full> for Fault {
     fn from(full: Full) -> Self {
         Self::new(StatusCode::TOO_MANY_REQUESTS, full.to_string())
+    }
+}
+
+impl From<Refusal> for Fault {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::User(detail) => Self::user(detail),
+            Refusal::Server(detail) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, detail),
+        }
     }
 }
 

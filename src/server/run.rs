@@ -1,7 +1,7 @@
 //! A server, whole: read the model, build each rank's part of it, run the engine.
 
 use super::{
-    engine::{self, AdapterDefaults, EngineHandle, EngineOptions, SharedDecode},
+    engine::{self, AdapterDefaults, EngineHandle, EngineOptions},
     store::Base,
 };
 use crate::{
@@ -9,6 +9,7 @@ use crate::{
     config::{ComputeArgs, ModelArgs},
     data::Tokenizer,
     error::{Error, Result},
+    infer::stops::SharedDecode,
     lora::targets,
     mesh::{Mesh, MeshError, MeshSizes},
     model::{

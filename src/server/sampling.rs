@@ -1,14 +1,14 @@
 //! Requests to sample, and samplers from their making to their end, as the wires ask for them.
 
 use super::{
-    app::App,
+    app::{App, DEFAULT_MODEL},
     checkpoints::Stored,
     fault::Fault,
     futures::Render,
     labels,
     order::{BodyHash, OtherBody},
     registry::Tenant,
-    request::{Answer, ModelId, Refusal, Reply, Request, SampleAnswer, Source, Task},
+    request::{Answer, ModelId, Reply, Request, SampleAnswer, Source, Task},
     samplers::{Closed, Sampler, Weights},
 };
 use crate::infer::request::SampleRequest;
@@ -270,18 +270,14 @@ impl App {
         self.unload_samplers(closed);
     }
 
-    /// The saved adapter that `path` names, with its path as clients of `scheme` have it.
+    /// The saved adapter that `path` names, with its path as clients of `scheme` have it. A short form is of the default
+    /// adapter.
     ///
     /// # Errors
     /// There is none.
-    pub fn saved(
-        &self,
-        tenant: &Tenant,
-        path: &str,
-        model: &ModelId,
-        scheme: &str,
-    ) -> Result<(Stored, String), Fault> {
-        let (stored, _) = labels::find(&self.root(tenant)?, path, model)?;
+    pub fn saved(&self, tenant: &Tenant, path: &str, scheme: &str) -> Result<(Stored, String), Fault> {
+        let model = ModelId::new(DEFAULT_MODEL).map_err(|error| Fault::user(error.to_string()))?;
+        let (stored, _) = labels::find(&self.root(tenant)?, path, &model)?;
         let uri = stored.checkpoint.uri(scheme);
         Ok((stored, uri))
     }
@@ -293,11 +289,7 @@ impl App {
 /// The engine could not open the sampler.
 pub async fn opened(opening: Opening) -> Result<(), Fault> {
     match opening.await {
-        Ok(Ok(_)) => Ok(()),
-        Ok(Err(Refusal::User(text))) => Err(Fault::user(text)),
-        Ok(Err(Refusal::Server(text))) => {
-            Err(Fault::new(axum::http::StatusCode::INTERNAL_SERVER_ERROR, text))
-        }
+        Ok(answer) => Ok(answer.map(drop)?),
         Err(_) => {
             let detail =
                 "the engine ended before it opened the sampler; look at the server's log, and restart it";

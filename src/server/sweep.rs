@@ -18,10 +18,10 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-/// Time between two sweeps, at most.
-const PERIOD: Duration = Duration::from_secs(60);
-/// Time between two looks for saves whose time is over; the first is at the start.
-const EXPIRY: Duration = Duration::from_secs(10);
+/// Time between two sweeps, at most; the first is at the start.
+const PERIOD: Duration = Duration::from_secs(10);
+/// Time after which free memory goes back to the system.
+const RETURN: Duration = Duration::from_secs(60);
 
 /// A sweep that goes on until this is dropped.
 pub struct Sweep {
@@ -40,14 +40,14 @@ impl Sweep {
         expire: impl Fn(&Path, SystemTime) + Send + 'static,
     ) -> io::Result<Self> {
         let (stop, stopped) = mpsc::channel::<()>();
-        let period = idle.map_or(EXPIRY, |idle| (idle / 2).clamp(Duration::from_millis(10), EXPIRY));
+        let period = idle.map_or(PERIOD, |idle| (idle / 2).clamp(Duration::from_millis(10), PERIOD));
         let run = move || {
             let mut returned = Instant::now();
             // A server that never lived for a period would keep them for ever.
             once(&app, idle, &expire, SystemTime::now());
             while stopped.recv_timeout(period) == Err(RecvTimeoutError::Timeout) {
                 once(&app, idle, &expire, SystemTime::now());
-                if returned.elapsed() >= PERIOD {
+                if returned.elapsed() >= RETURN {
                     return_free_pages();
                     returned = Instant::now();
                 }

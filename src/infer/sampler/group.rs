@@ -6,14 +6,11 @@ use super::{
         pages::Pages,
         request::{Continuation, End, NewToken, PromptScores, SampleRequest, Wanted},
         step::{Draw, Drawn, PAGE, Run, RunResult, Score},
-        stops::{Decode, Text},
+        stops::{SharedDecode, Text},
     },
     check::SampleError,
 };
 use std::{ops::Range, sync::Arc};
-
-/// Decodes tokens for texts that end a continuation.
-pub(super) type SharedDecode = Arc<dyn Decode + Send + Sync>;
 
 /// Pages that a group needs: all of them are taken when it begins, so that it always comes to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -72,7 +72,7 @@ impl Transformer {
         let none = Tensor::zeros([0], (Kind::Int64, device));
         let targets = Targets::none(0, device);
         let reading = Reading { logits: &all, scored: &none, targets: &targets, top: 0 };
-        let attend = WithinDocuments(batch.documents());
+        let attend = WithinDocuments(&batch.documents);
         Ok(self.predict(batch, adapters, &attend, &reading)?.logits)
     }
 }

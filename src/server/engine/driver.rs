@@ -3,8 +3,6 @@
 mod moves;
 mod sampling;
 
-pub use sampling::SharedDecode;
-
 use sampling::Sampling;
 
 use super::{
@@ -23,6 +21,7 @@ use crate::{
     Error, Result,
     checkpoint::saves::bytes_below,
     comm::{CommandSender, Watcher},
+    infer::stops::SharedDecode,
     plan::adapter::save_bytes,
     server::{
         request::{

@@ -21,12 +21,12 @@ mod shares;
 mod versions;
 
 pub use command::EngineError;
-pub use driver::SharedDecode;
 pub use handle::EngineHandle;
 
 use crate::{
     Error, Result,
     comm::{Commands, Watcher, World},
+    infer::stops::SharedDecode,
     model::transformer::Transformer,
     server::{request::AdapterSpec, spill, store::Base},
     shard::ProcessGroups,

@@ -84,7 +84,7 @@ impl Models {
     /// No adapters on `model`, and no room for keys and values.
     pub fn new(model: Transformer, groups: ProcessGroups, options: &EngineOptions) -> Self {
         let EngineOptions { defaults, base, output_dir, .. } = options.clone();
-        let cache = KvCache::new(model.spec(), 0, model.options().compute.kind(), groups.device.tensors());
+        let cache = cache(&model, &groups, 0);
         Self { model, groups, defaults, base, output_dir, adapters: BTreeMap::new(), cache }
     }
 
@@ -327,14 +327,13 @@ impl Models {
     }
 }
 
+/// Room for the keys and values of `pages` pages.
+fn cache(model: &Transformer, groups: &ProcessGroups, pages: usize) -> KvCache {
+    KvCache::new(model.spec(), pages, model.options().compute.kind(), groups.device.tensors())
+}
+
 /// Neighbouring segments of one adapter as one.
 fn merged(segments: &[(usize, Option<usize>)]) -> Vec<(usize, Option<usize>)> {
-    let mut merged: Vec<(usize, Option<usize>)> = Vec::new();
-    for &(rows, adapter) in segments {
-        match merged.last_mut() {
-            Some((before, same)) if *same == adapter => *before += rows,
-            _ => merged.push((rows, adapter)),
-        }
-    }
-    merged
+    let same = segments.chunk_by(|a, b| a.1 == b.1);
+    same.map(|same| (same.iter().map(|(rows, _)| rows).sum(), same[0].1)).collect()
 }

@@ -16,7 +16,7 @@ use tch::Device;
 const SHARE: f64 = 0.9;
 
 /// The share of what is left that keys and values take.
-const SHARE_OF_SAMPLING: f64 = 0.25;
+const SHARE_OF_CACHE: f64 = 0.25;
 
 /// Tokens whose keys and values take memory at most, where no number is given: 256 sequences of 2048.
 const MOST_TOKENS: u64 = 256 * 2048;
@@ -96,7 +96,7 @@ impl Room {
 /// if they have it, at most `most`.
 fn for_sampling(left: Option<u64>, of_longest: Option<u64>, most: u64) -> u64 {
     let Some(left) = left else { return most };
-    let share = (SHARE_OF_SAMPLING * left as f64) as u64;
+    let share = (SHARE_OF_CACHE * left as f64) as u64;
     share.max(of_longest.unwrap_or(0).min(left)).min(most.max(of_longest.unwrap_or(0)))
 }
 

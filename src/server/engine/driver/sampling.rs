@@ -6,7 +6,7 @@ use crate::{
     infer::{
         sampler::{Counts, Event, Limits, Progress, Sampler, check},
         step::Step,
-        stops::Decode,
+        stops::SharedDecode,
     },
     server::{
         engine::{
@@ -22,16 +22,13 @@ use crate::{
         store,
     },
 };
-use std::{borrow::Cow, collections::BTreeMap, path::Path, sync::Arc};
+use std::{borrow::Cow, collections::BTreeMap, path::Path};
 
 /// Continuations of a rank that get tokens at a time, at most.
 const SEQUENCES: usize = 256;
 
 /// Tokens of a rank and step, at most: a long prompt is computed in parts, between which others get tokens.
 const TOKENS: usize = 2048;
-
-/// The text of tokens, for stop texts.
-pub type SharedDecode = Arc<dyn Decode + Send + Sync>;
 
 /// Requests to sample that have not ended.
 pub struct Sampling {
@@ -158,6 +155,7 @@ impl Driver {
         self.show_sampling();
         Ok(())
     }
+
     /// Tells the client of `event`.
     fn hear(&mut self, Event { ticket, what }: Event) -> Result<()> {
         match what {
@@ -265,6 +263,7 @@ impl Driver {
         if self.is_sampler(sampler)? {
             return Ok(Reply::Sampler);
         }
+        let _loading = self.ranks.watcher.clone().slow("load");
         let plan = self.models.plan_of_save(folder).map_err(|error| store::refusal(&error))?;
         let need = self.models.need_of_sampler(&plan);
         if !self.residence.fits_alone(need) {
@@ -274,7 +273,6 @@ impl Driver {
             return Err(Refusal::User(text).into());
         }
         self.make_room(&[], Some(need))?;
-        let _loading = self.ranks.watcher.clone().slow("load");
         self.ranks.tell(&Command::OpenSampler { model: sampler.clone(), folder: folder.to_owned() })?;
         self.models.open_sampler(sampler.clone(), folder)??;
         self.residence.add(sampler.clone(), need, now());

@@ -4,7 +4,6 @@ use super::{Held, Models, held::Values, refused};
 use crate::{
     Error, Result,
     infer::{
-        cache::KvCache,
         compute::compute,
         step::{RankResult, Step},
     },
@@ -12,7 +11,7 @@ use crate::{
     model::base_plan::all_projections,
     plan::AdapterMemory,
     server::{
-        engine::{command::EngineError, residence::Need},
+        engine::residence::Need,
         request::{ModelId, Refusal},
         store,
     },
@@ -34,11 +33,9 @@ impl Models {
 
     /// Makes the sampler `sampler` of `model`, which is in memory.
     pub fn freeze(&mut self, model: &ModelId, sampler: ModelId) -> Result<()> {
-        let of = self.held(model)?;
-        let plan = of.plan().clone();
+        let plan = self.held(model)?.plan().clone();
         let mut copy = self.model.frozen_adapter(plan);
-        let of = self.adapters.get_mut(model).ok_or_else(|| EngineError::NoAdapter(model.clone()))?;
-        copy.regions_mut().copy_values(of.adapter(model)?.regions())?;
+        copy.regions_mut().copy_values(self.held(model)?.adapter(model)?.regions())?;
         self.adapters.insert(sampler, Held::new(Values::Frozen(Box::new(copy)), None));
         Ok(())
     }
@@ -61,9 +58,7 @@ impl Models {
 
     /// Makes room for the keys and values of `pages` pages.
     pub fn open_cache(&mut self, pages: usize) {
-        let options = self.model.options();
-        let device = self.groups.device.tensors();
-        self.cache = KvCache::new(self.model.spec(), pages, options.compute.kind(), device);
+        self.cache = super::cache(&self.model, &self.groups, pages);
     }
 
     /// Computes this rank's part of `step`, and gathers the results of all ranks with data of their own. Collective.

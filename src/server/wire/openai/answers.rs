@@ -93,7 +93,7 @@ pub struct Choice {
 
 /// The reason for which a continuation ended. `is_cut`: a text that ends it is in it.
 pub fn finish_reason(end: &End, is_cut: bool) -> &'static str {
-    if is_cut || *end != End::Length { "stop" } else { "length" }
+    if is_cut { "stop" } else { end.reason() }
 }
 
 /// The `object` of a text, also in a stream.

@@ -86,10 +86,7 @@ impl From<Full> for Refused {
 
 impl From<Refusal> for Refused {
     fn from(refusal: Refusal) -> Self {
-        match refusal {
-            Refusal::User(detail) => Fault::user(detail).into(),
-            Refusal::Server(detail) => Fault::new(StatusCode::INTERNAL_SERVER_ERROR, detail).into(),
-        }
+        Fault::from(refusal).into()
     }
 }
 

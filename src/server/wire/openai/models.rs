@@ -6,7 +6,7 @@ use super::{
     fault::Refused,
 };
 use crate::server::{
-    app::{App, DEFAULT_MODEL},
+    app::App,
     fault::Fault,
     registry::Tenant,
     request::{ModelId, Source},
@@ -72,9 +72,7 @@ pub fn source(app: &App, tenant: &Tenant, name: &str) -> Result<Source, Refused>
         return Ok(Source::Base);
     }
     if let Some((scheme, _)) = name.split_once("://") {
-        // A path with a scheme names its adapter, too.
-        let none = ModelId::new(DEFAULT_MODEL).map_err(|error| Fault::user(error.to_string()))?;
-        let saved = app.saved(tenant, name, &none, scheme);
+        let saved = app.saved(tenant, name, scheme);
         let (stored, path) = saved.map_err(|fault| Refused::no_model(fault.detail))?;
         // Tasks of a sampler are carried out in order, so what is sampled from it waits until it is opened.
         let (source, _) = app.open_path(tenant, &stored, &path)?;

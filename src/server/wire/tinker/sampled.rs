@@ -133,7 +133,7 @@ struct Targets {
 /// The same for clients that ask for JSON.
 pub fn to_json<'a>(reply: &'a SampleReply, layout: &Layout) -> Sampled<'a> {
     let sequence = |one: &'a Continuation| Sequence {
-        stop_reason: if one.end == End::Length { "length" } else { "stop" },
+        stop_reason: one.end.reason(),
         tokens: &one.ids,
         logprobs: &one.log_probs,
         topk_logprobs: (layout.new_top > 0).then_some(&one.top[..]),

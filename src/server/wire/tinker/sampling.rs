@@ -13,10 +13,10 @@ use super::{
     weights::SCHEME,
 };
 use crate::server::{
-    app::{DEFAULT_MODEL, mismatched},
+    app::mismatched,
     fault::Fault,
     futures::{Body, Look, Render},
-    request::{ModelId, Reply, Source, Task},
+    request::{Reply, Source, Task},
     samplers::{Sampler as Known, Weights},
     sampling::{Sample, Wanted, no_sampler, opened},
     sessions::of_model,
@@ -45,8 +45,7 @@ impl Call<'_> {
 
     /// The weights of a path, which need no model to be told.
     fn saved(&self, path: &str) -> Result<(crate::server::checkpoints::Stored, String), Fault> {
-        let model = ModelId::new(DEFAULT_MODEL).map_err(|error| Fault::user(error.to_string()))?;
-        self.app.saved(self.tenant, path, &model, SCHEME)
+        self.app.saved(self.tenant, path, SCHEME)
     }
 
     /// # Errors

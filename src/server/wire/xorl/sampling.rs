@@ -4,18 +4,19 @@ use super::{
     Call,
     answers::{Generated, Generation, Meta, SamplingSession},
     bodies::{CreateSamplingSession, Generate, SamplingParams},
-    fields::{model_id, read_data},
+    fields::read_data,
 };
 use crate::{
     infer::request::{Continuation, End, SampleReply, Stop, TokenLogProb, Wanted},
     server::{
         app::App,
-        checkpoints::{StoreError, Stored},
+        checkpoints::StoreError,
         fault::Fault,
         futures::{Body, Look},
+        http::failed,
         labels,
         registry::Tenant,
-        request::{Refusal, Reply, Source},
+        request::{Reply, Source},
         sampling::{Sample, opened},
         wire::{
             Later,
@@ -68,16 +69,11 @@ const UNBUILT_PARAMS: [&str; 11] = [
     "stop_regex",
 ];
 
-/// The saved adapter at a path: its save, and the path as clients have it.
-fn saved(app: &App, tenant: &Tenant, path: &str) -> Result<(Stored, String), Fault> {
-    app.saved(tenant, path, &model_id(None)?, SCHEME)
-}
-
 /// Opens a saved adapter under its name. The name stays its own as long as the save is there.
 pub fn create_session(call: &Call) -> Result<Later, Fault> {
     let CreateSamplingSession { model_path } = super::fields::read(call.body)?;
     let (app, tenant) = (call.app.clone(), call.tenant.clone());
-    let (stored, uri) = saved(&app, &tenant, &model_path)?;
+    let (stored, uri) = app.saved(&tenant, &model_path, SCHEME)?;
     let name = stored.checkpoint.name.clone();
     if let Some(other) = app.samplers().named(&tenant, &name).filter(|other| *other != uri) {
         let found = labels::find(&app.root(&tenant)?, &other, &stored.checkpoint.model);
@@ -113,7 +109,7 @@ fn source(app: &Arc<App>, tenant: &Tenant, lora_path: Option<&str>) -> Result<(S
             )));
         }
     };
-    let (stored, uri) = saved(app, tenant, &path)?;
+    let (stored, uri) = app.saved(tenant, &path, SCHEME)?;
     let (source, _) = app.open_path(tenant, &stored, &uri)?;
     Ok((source, uri))
 }
@@ -172,11 +168,7 @@ pub fn generate(call: &Call) -> Result<Later, Fault> {
                 told.body(&app, &id, reply)
             }
             Ok(other) => Ok(crate::server::app::mismatched(other)),
-            Err(Refusal::User(text)) => Err(Fault::user(text)),
-            Err(Refusal::Server(text)) => Err(Fault::new(StatusCode::INTERNAL_SERVER_ERROR, text)),
-        };
-        let failed = |error: tokio::task::JoinError| {
-            Fault::new(StatusCode::INTERNAL_SERVER_ERROR, format!("the answer: {error}"))
+            Err(refusal) => Err(refusal.clone().into()),
         };
         tokio::task::spawn_blocking(written).await.map_err(failed)?
     }))
@@ -259,7 +251,7 @@ impl Told {
         let top = || one.top.iter().map(|row| row.iter().map(pair).collect()).collect();
         let meta_info = Meta {
             id,
-            finish_reason: if one.end == End::Length { "length" } else { "stop" },
+            finish_reason: one.end.reason(),
             prompt_tokens: self.prompt_tokens,
             completion_tokens: one.ids.len(),
             output_token_logprobs: self.has_log_probs.then(scored),
