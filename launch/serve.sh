@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts a server that trains and samples adapters for clients over HTTP, and passes signals on so that it saves all of them.
+# Starts a server for clients that train and sample adapters. Passes signals on, so that it saves all adapters.
 #
 #   launch/serve.sh -n 2 server.yaml [--server.field VALUE]...
 #   launch/serve.sh -n 16 --hosts hosts.txt server.yaml

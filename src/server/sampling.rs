@@ -270,8 +270,8 @@ impl App {
         self.unload_samplers(closed);
     }
 
-    /// The saved adapter that `path` names, with its path as clients of `scheme` have it. A short form is of the default
-    /// adapter.
+    /// The saved adapter that `path` names, with its path as clients of `scheme` have it. A short form belongs to the
+    /// default adapter.
     ///
     /// # Errors
     /// There is none.
