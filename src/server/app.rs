@@ -19,7 +19,7 @@ use super::{
 use axum::http::StatusCode;
 use std::{
     collections::BTreeMap,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -363,26 +363,29 @@ impl App {
         after: impl FnOnce(&Answer) + Send + 'static,
     ) {
         let (noted, history) = (History::note(&request), self.history.clone());
-        let output = self.settings.output_dir.clone();
+        let relative = self.relative();
         let answered = Box::new(move |answer: Answer| {
-            let answer = answer.map_err(|refusal| relative(refusal, &output));
+            let answer = answer.map_err(relative);
             history.answered(&noted, &answer);
             after(&answer);
             promise.answer(answer);
         });
         self.engine.submit(request, answered);
     }
-}
 
-/// A refusal with the paths that a client knows, which are relative to `output`.
-fn relative(refusal: Refusal, output: &Path) -> Refusal {
-    let shown = |text: String| match output.canonicalize() {
-        Ok(output) => text.replace(&format!("{}/", output.display()), ""),
-        Err(_) => text,
-    };
-    match refusal {
-        Refusal::User(text) => Refusal::User(shown(text)),
-        Refusal::Server(text) => Refusal::Server(shown(text)),
+    /// Makes a refusal's paths those that clients know, which are relative to the output folder.
+    pub fn relative(&self) -> impl Fn(Refusal) -> Refusal + Send + 'static {
+        let output = self.settings.output_dir.clone();
+        move |refusal| {
+            let shown = |text: String| match output.canonicalize() {
+                Ok(output) => text.replace(&format!("{}/", output.display()), ""),
+                Err(_) => text,
+            };
+            match refusal {
+                Refusal::User(text) => Refusal::User(shown(text)),
+                Refusal::Server(text) => Refusal::Server(shown(text)),
+            }
+        }
     }
 }
 

@@ -83,9 +83,10 @@ impl App {
             let promise = self.futures.open(tenant.clone(), work, request.bytes(), render)?;
             let id = promise.id();
             let future = id.clone();
+            let relative = self.relative();
             let ended = move |answer: SampleAnswer| {
                 let is_failed = answer.is_err();
-                promise.answer(answer.map(Reply::Sampled));
+                promise.answer(answer.map(Reply::Sampled).map_err(relative));
                 after(&future, is_failed);
             };
             let ticket = self.engine.sample(source, request, Box::new(ended));
@@ -220,12 +221,13 @@ impl App {
     /// Has the engine open a sampler. One that it cannot open does not exist, so that it can be made again.
     fn open_in_engine(&self, exists: Arc<AtomicBool>, name: ModelId, folder: PathBuf) -> Opening {
         let (told, opening) = oneshot::channel();
+        let relative = self.relative();
         let opened = move |answer: Answer| {
             if answer.is_err() {
                 exists.store(false, Ordering::Release);
             }
             // Nobody may be waiting.
-            let _ = told.send(answer);
+            let _ = told.send(answer.map_err(relative));
         };
         let request = Request { model: name, task: Task::OpenSampler { folder } };
         self.engine.submit(request, Box::new(opened));

@@ -359,6 +359,20 @@ fn a_sample_names_weights_without_a_session_as_older_clients_do() {
     refused(&server, "asample", &other, 400, "this server samples from \"org/base\" only");
 }
 
+#[test]
+fn a_sampler_that_cannot_be_made_is_refused_with_the_path_that_its_client_knows() {
+    let server = Server::start();
+    let (session, model) = start(&server);
+    let named = json!({"model_id": model, "seq_id": 1, "path": "damaged"});
+    let path = server.call("save_weights_for_sampler", &named)["path"].clone();
+    let body = json!({"session_id": session, "sampling_session_seq_id": 0, "model_path": path,
+        "type": "create_sampling_session"});
+    let (status, reply) = server.post("create_sampling_session", &body);
+    assert_eq!(status, 400, "{reply}");
+    let text = detail(&reply);
+    assert!(text.starts_with("sampler_weights/") && text.ends_with("/damaged is damaged"), "{text}");
+}
+
 /// Stops the engine before its next token.
 fn stop(server: &Server) -> MutexGuard<'_, ()> {
     server.engine.gate.lock().unwrap()

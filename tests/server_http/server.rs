@@ -158,6 +158,9 @@ fn reply_to(request: &Request, state: &mut EngineState) -> Answer {
         if !folder.is_dir() {
             return Err(Refusal::User(format!("{} is no checkpoint", folder.display())));
         }
+        if folder.ends_with("damaged") {
+            return Err(Refusal::User(format!("{} is damaged", folder.display())));
+        }
         state.samplers.entry(name).or_insert_with(sampler_state);
         return Ok(Reply::Sampler);
     }
