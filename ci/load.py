@@ -1,7 +1,7 @@
 """Load on a server: 64 clients for some minutes, who cancel, repeat, reconnect and send nonsense, while the server is asked to stop twice and
 killed once, and started again each time.
 
-    load.py --binary target/release/xorl-dist [--minutes 10] [--clients 64] [--ranks 2] [--seed 1]
+    load.py --binary target/release/xorl-dist [--minutes 10] [--clients 64] [--samplers 24] [--ranks 2] [--seed 1]
 
 Each client trains one adapter after another, a life each: some steps of passes and updates, now and then a save, at the end a last one. It
 keeps a ledger of what was acknowledged. Checked are:
@@ -10,6 +10,8 @@ keeps a ledger of what was acknowledged. Checked are:
 - after a kill, that an adapter which had changed is refused with a text that names its last saved state, from which its client goes on;
 - at the end of a life, that the counts are the ledger's: nothing is lost, nothing is done twice;
 - nonsense gets a 4xx and a reason;
+- what clients say that sample (load_sampling.py): the same greedy text from a save before and after restarts, ratios of 1 while others
+  train, nothing for another tenant, no 5xx but at an end of the server;
 - adapters at the end of their lives, those that went through a stop or kill first, are within 1e-4 of a calm replay of their ledger;
 - resident memory of the ranks is flat after the last start.
 
@@ -20,6 +22,8 @@ import argparse
 import asyncio
 import collections
 import concurrent.futures
+import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -35,11 +39,13 @@ from pathlib import Path
 
 from load_actors import ROOT, Raw, Tinker, XorlClient, raw
 from load_life import Life
+from load_sampling import OTHER_KEY, Found, Keeper, Policy
 
 sys.path[:0] = [str(ROOT / "benches")]
 from processes import Process, command_line, descendants, read  # noqa: E402
 
 BASE_MODEL = "tiny/llama"
+KEY, TENANT = "tml-test", "lab"
 STEPS_OF_A_LIFE = 12
 # Of a minute's worth of samples, what memory may differ by: allocators keep what they like.
 FLAT_BYTES = 12 << 20
@@ -51,7 +57,7 @@ class Server:
     """The server, started again after each end."""
 
     def __init__(self, args, folder):
-        self.args, self.folder, self.output_dir = args, folder, folder / "out"
+        self.args, self.folder, self.output_dir = args, folder, folder / "out/tenants" / TENANT
         self.base_model = BASE_MODEL
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -64,7 +70,8 @@ class Server:
         config = {
             "model_path": str(folder / "model"),
             "base_model_name": BASE_MODEL,
-            "output_dir": str(self.output_dir),
+            "output_dir": str(folder / "out"),
+            "api_keys_file": str(folder / "keys"),
             "api_port": self.port,
             "enable_mixed_precision": False,
             "lora_rank": 8,
@@ -72,6 +79,9 @@ class Server:
             "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         }
         (folder / "server.yaml").write_text(json.dumps(config))
+        keys = {KEY: TENANT, OTHER_KEY: "other"}
+        lines = [f"{hashlib.sha256(key.encode()).hexdigest()} {tenant}\n" for key, tenant in keys.items()]
+        (folder / "keys").write_text("".join(lines))
 
     async def start(self):
         command = [ROOT / "launch/mpirun.sh", "-n", self.args.ranks, "serve", "--device", "cpu", "--config", self.folder / "server.yaml"]
@@ -159,6 +169,24 @@ NONSENSE = [
     ("POST", "/api/v1/save_weights", {"model_id": "default", "path": "../out"}),
     ("POST", "/api/v1/retrieve_future", {"request_id": "none"}),
     ("POST", "/api/v1/no_such_call", {}),
+    ("POST", "/generate", b"{"),
+    ("POST", "/generate", {"input_ids": []}),
+    ("POST", "/generate", {"input_ids": [1 << 40], "sampling_params": {"max_new_tokens": 4}}),
+    ("POST", "/generate", {"input_ids": [5], "sampling_params": {"max_new_tokens": 1 << 40}}),
+    ("POST", "/generate", {"input_ids": [5], "sampling_params": {"n": 1 << 20}}),
+    ("POST", "/generate", {"input_ids": [5] * 600, "sampling_params": {"max_new_tokens": 4}}),
+    ("POST", "/generate", {"input_ids": [5], "sampling_params": {"temperature": -1}}),
+    ("POST", "/generate", {"input_ids": [5], "lora_path": "../../out"}),
+    ("POST", "/v1/completions", {"model": "nobody", "prompt": "a"}),
+    ("POST", "/v1/completions", {"model": BASE_MODEL, "prompt": [1 << 40]}),
+    ("POST", "/v1/completions", {"model": BASE_MODEL, "prompt": "a", "stream": True, "top_p": 7}),
+    ("POST", "/v1/chat/completions", {"model": BASE_MODEL, "messages": [{"role": 7}]}),
+    ("GET", "/v1/models/../../etc/passwd", None),
+    ("POST", "/api/v1/asample", {"type": "asample", "sampling_session_id": "nobody", "seq_id": 0}),
+    ("POST", "/api/v1/create_sampling_session", {"session_id": "nobody", "sampling_session_seq_id": 0, "base_model": BASE_MODEL}),
+    ("POST", "/api/v1/create_sampling_session", {"model_path": "tinker://a/sampler_weights/../../b"}),
+    ("POST", "/api/v1/retrieve_futures", {"target": {"sampling_session_id": "nobody"}}),
+    ("GET", "/api/v1/samplers/..%2f..", None),
     ("GET", "/api/v1/forward_backward", None),
     ("DELETE", "/", None),
 ]
@@ -233,17 +261,28 @@ def say(text):
     print(f"load: {text}", file=sys.stderr, flush=True)
 
 
+def samplers(server, args, found):
+    """Clients that sample: a third of them train too, and one samples from the base."""
+    made = []
+    for index in range(args.samplers):
+        own = random.Random(f"{args.seed} sampler {index}")
+        policy = index % 3 == 2
+        made.append(Policy(server, f"p{index}", own, found) if policy else Keeper(server, f"k{index}", own, found, of_base=index == 0))
+    return made
+
+
 async def measure(args, folder):
     asyncio.get_running_loop().set_default_executor(concurrent.futures.ThreadPoolExecutor(64))
     server = Server(args, folder)
     await server.start()
-    failures, lives = [], []
+    failures, lives, found = [], [], Found()
     watcher = asyncio.create_task(server.watch())
     began, seconds = time.monotonic(), 60 * args.minutes
     deadline = began + seconds
     try:
         clients = [client(server, args, index, deadline, lives, failures) for index in range(args.clients)]
-        await asyncio.gather(*clients, send_nonsense(server, args, deadline, failures), disturb(server, began, seconds))
+        sampling = [one.turns(deadline, failures) for one in samplers(server, args, found)]
+        await asyncio.gather(*clients, *sampling, send_nonsense(server, args, deadline, failures), disturb(server, began, seconds))
         grown, samples = growth(server.rss) if len(server.rss) >= 8 else 0, len(server.rss)
         watcher.cancel()
         operations = sum(len(life.applied) for life in lives)
@@ -255,6 +294,8 @@ async def measure(args, folder):
         server.process.stop()
     if grown > FLAT_BYTES and samples > 100:
         failures.append(f"memory of the ranks grew by {grown >> 20} MiB after the last start")
+    if found.seeded_that_differ > found.seeded // 100:
+        failures.append(f"{found.seeded_that_differ} of {found.seeded} continuations of a seed differ")
     restarted = sum(1 for life in lives if life.restarts)
     return failures, {
         "adapters": len(lives),
@@ -264,6 +305,7 @@ async def measure(args, folder):
         "largest_distance": worst,
         "memory_growth_bytes": grown,
         "counts": dict(server.counts),
+        "sampling": dataclasses.asdict(found),
     }
 
 
@@ -272,6 +314,7 @@ def main():
     parser.add_argument("--binary", type=Path, default=ROOT / "target/release/xorl-dist")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--samplers", type=int, default=24, help="clients that sample, beside the others")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--pause", type=float, default=0.3, help="mean seconds between two operations of a client")
     parser.add_argument("--replays", type=int, default=200, help="adapters that are replayed, at most")
@@ -281,6 +324,7 @@ def main():
     args = parser.parse_args()
     # Real clients tell of each error that they meet.
     logging.disable(logging.CRITICAL)
+    raw.Connection.key = os.environ["XORL_API_KEY"] = KEY
     # Those of the tinker client, behind this Python's own.
     sys.path += [str(path) for path in (ROOT / ".venv-tinker/lib").glob("python3.*/site-packages")]
     with tempfile.TemporaryDirectory() as folder:

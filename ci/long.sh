@@ -20,10 +20,13 @@
 #                              5xx; schemathesis' options may follow, as --max-examples 200
 #   ci/long.sh real_size       one bf16 step of a random model with the shapes of Qwen2.5-1.5B, on 2 ranks
 #   ci/long.sh real_moe        the same with two layers of the shapes of Qwen3-30B-A3B, 64 experts on each rank
-#   ci/long.sh load            [MINUTES]: 64 clients ill-treat a server that is stopped twice and killed once (10, and
-#                              as many to replay what they did)
+#   ci/long.sh load            [MINUTES]: 64 clients that train and 24 that sample ill-treat a server that is stopped
+#                              twice and killed once (10, and as many to replay what they did)
 #   ci/long.sh examples        [NAME...]: configs/server/examples, each against one server of SmolLM2 on 2 ranks
 #   ci/long.sh cookbook        [NAME...]: tinker-cookbook's sl_loop, killed and resumed, and rl_loop, against a server
+#   ci/long.sh greedy          50 prompts in fp32, base and adapter: text and log-probabilities beside transformers and
+#                              PEFT; options may follow, as --tokens 64
+#   ci/long.sh sample          speed of sampling beside transformers, PEFT and its floors, and what it costs training
 #   ci/long.sh serve           throughput of the server beside PEFT, itself one adapter after another, and a local run
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -133,6 +136,13 @@ case "${1:-}" in
     export OMPI_MCA_rmaps_base_oversubscribe=1 HF_HUB_OFFLINE=1
     exec .venv/bin/python ci/load.py --binary "${CARGO_TARGET_DIR:-target}/release/xorl-dist" --minutes "${1:-10}"
     ;;
+  greedy)
+    shift
+    launch/setup.sh
+    smollm2
+    cargo build --release --quiet
+    HF_HUB_OFFLINE=1 exec .venv/bin/python ci/greedy.py --binary "${CARGO_TARGET_DIR:-target}/release/xorl-dist" "$@"
+    ;;
   examples)
     shift
     launch/setup.sh
@@ -159,6 +169,14 @@ case "${1:-}" in
     cargo build --release --quiet
     binary=${CARGO_TARGET_DIR:-target}/release/xorl-dist
     HF_HUB_OFFLINE=1 exec .venv/bin/python benches/serve_throughput.py --model models/smollm2 --binary "$binary" "$@"
+    ;;
+  sample)
+    shift
+    launch/setup.sh
+    smollm2
+    cargo build --release --quiet
+    binary=${CARGO_TARGET_DIR:-target}/release/xorl-dist
+    HF_HUB_OFFLINE=1 exec .venv/bin/python benches/sample_throughput.py --model models/smollm2 --binary "$binary" "$@"
     ;;
   real_size | real_moe)
     launch/setup.sh --no-tests

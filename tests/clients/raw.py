@@ -17,6 +17,9 @@ class Refused(Exception):
 class Connection:
     """A connection that opens when it is needed and again after it broke. Calls go one after another."""
 
+    # For a server that asks for one.
+    key = None
+
     def __init__(self, port):
         self.port = port
         self.reader = self.writer = None
@@ -45,7 +48,8 @@ class Connection:
     async def call(self, method, path, body=None):
         """Status and the reply's JSON. A connection that breaks raises OSError or EOFError."""
         text = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n"
+        key = f"X-API-Key: {self.key}\r\n" if self.key else ""
+        head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{key}Content-Length: {len(text)}\r\n\r\n"
         try:
             await self.send(head, text)
             status, reply = await self.reply()
