@@ -6,7 +6,7 @@ bf16, adapters of r = 16 on the seven projections, prompts of 32 random ids, gre
 
     a   16 requests over 4 adapters, 128 new tokens each, sent at once to /generate; PEFT: one batch, `adapter_names`
     b   one request of 200 new tokens to the base; transformers: `generate`
-    d   updates of one adapter, 4 data of 128 tokens each, alone and beside 16 requests that are sent again and again
+    d   updates of one adapter, 4 data of 128 tokens each, alone and beside 16 requests of 16 tokens, sent again and again
 
 Ours runs on as many ranks as `--ranks` says, each time on all cores; theirs is one process with a thread a core. They take
 turns, after one turn each that does not count; a figure is the median of its turns. Time of this client counts.
@@ -18,6 +18,7 @@ measured before. Prints a line a figure and last all of it as JSON.
 
 import argparse
 import asyncio
+import functools
 import json
 import os
 import random
@@ -32,7 +33,7 @@ import machine
 from serve_throughput import ALPHA, RANK, ROOT, TARGETS, Connection, Server, bytes_per_second, datum
 
 PROMPT, REQUESTS, ADAPTERS = 32, 16, 4
-MANY, LONG = 128, 200
+MANY, LONG, SHORT = 128, 200, 16
 DATA, DATUM = 4, 128
 WARMUP = 16
 
@@ -76,11 +77,15 @@ def peer(args):
     ids = torch.randint(3, base.config.vocab_size, (REQUESTS, PROMPT))
 
     def generate(way, tokens):
-        config = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=None)
+        config = GenerationConfig(
+            max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=None
+        )
         prompts = ids if way == "mixed" else ids[:1]
         more = {"adapter_names": [str(i % ADAPTERS) for i in range(REQUESTS)]} if way == "mixed" else {}
         model = mixed if way == "mixed" else base
-        out = model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), generation_config=config, **more)
+        out = model.generate(
+            input_ids=prompts, attention_mask=torch.ones_like(prompts), generation_config=config, **more
+        )
         assert out.shape == (len(prompts), PROMPT + tokens), out.shape
 
     print("ready", flush=True)
@@ -158,15 +163,16 @@ class Sampled:
 
 
 async def in_turns(way, tokens, servers, other, turns):
-    """Seconds of each, turn by turn."""
-    found = {f"{server.ranks}": [] for server in servers} | {"theirs": []}
+    """Seconds of each, turn by turn; the first does not count."""
+    ways = {str(server.ranks): functools.partial(server.seconds, way) for server in servers}
+    ways["theirs"] = functools.partial(asyncio.to_thread, other.seconds, way)
+    found = {name: [] for name in ways}
     for turn in range(-1, turns):
-        wanted = tokens if turn >= 0 else WARMUP
-        for server in servers:
-            found[f"{server.ranks}"].append(await server.seconds(way, wanted))
-            found["theirs"].append(await asyncio.to_thread(other.seconds, way, wanted))
-    warm = {str(server.ranks): 1 for server in servers} | {"theirs": len(servers)}
-    return {name: seconds[warm[name] :] for name, seconds in found.items()}
+        for name, run in ways.items():
+            seconds = await run(tokens if turn >= 0 else WARMUP)
+            if turn >= 0:
+                found[name].append(seconds)
+    return found
 
 
 def floors(args):
@@ -189,7 +195,14 @@ def floors(args):
     return {
         "peak_flops": peak,
         "bytes_per_second": bandwidth,
-        **{case: {"bytes": 2 * values[case], "memory": 2 * values[case] / bandwidth, "arithmetic": operations[case] / peak} for case in "ab"},
+        **{
+            case: {
+                "bytes": 2 * values[case],
+                "memory": 2 * values[case] / bandwidth,
+                "arithmetic": operations[case] / peak,
+            }
+            for case in "ab"
+        },
     }
 
 
@@ -209,7 +222,7 @@ async def measure(args, folder):
             if "d" in args.cases:
                 await server.updates(2, args.random)
                 alone = [await server.updates(args.seconds / 2, args.random)]
-                beside = await server.beside(args.seconds, args.random, MANY)
+                beside = await server.beside(args.seconds, args.random, SHORT)
                 alone.append(await server.updates(args.seconds / 2, args.random))
                 found.setdefault("d", {})[str(server.ranks)] = {"alone": alone, "beside": beside}
     finally:
@@ -229,11 +242,18 @@ def figures(found, args):
         together = REQUESTS if case == "a" else 1
         theirs = statistics.median(found[case]["theirs"])
         lines[f"{case} theirs"] = (together * tokens / theirs, "tokens/s")
+        lines[f"{case} theirs, share of floor"] = (
+            least * tokens / theirs,
+            f"of the bytes' {floor['memory'] * tokens / theirs:.3f}",
+        )
         for ranks in args.ranks:
             seconds = statistics.median(found[case][str(ranks)])
             lines[f"{case} {ranks} ranks"] = (together * tokens / seconds, "tokens/s")
             lines[f"{case} {ranks} ranks over theirs"] = (theirs / seconds, f"wanted: {goal}")
-            lines[f"{case} {ranks} ranks, share of floor"] = (least * tokens / seconds, f"of the bytes' {floor['memory'] * tokens / seconds:.3f}")
+            lines[f"{case} {ranks} ranks, share of floor"] = (
+                least * tokens / seconds,
+                f"of the bytes' {floor['memory'] * tokens / seconds:.3f}",
+            )
     for ranks, one in found.get("d", {}).items():
         alone = statistics.mean(part["updates_per_second"] for part in one["alone"])
         lines[f"d {ranks} ranks alone"] = (alone, "updates/s")

@@ -31,6 +31,7 @@ from raw import Connection, Refused, pass_body  # noqa: E402
 
 MODEL = ROOT / "models/smollm2"
 NEAR, TIE = 1e-4, 1e-4
+BATCH = 10
 TOPICS = (
     "the sea|a small bakery|glass|the number seven|bees|old maps|a train at night|salt|winter in the mountains|the first telephone|"
     "paper|a lost key|volcanoes|tea|clocks|the city of Lisbon|whales|a broken radio|gravity|chess|rivers that run dry|bread|"
@@ -76,7 +77,12 @@ async def ours(port, path, texts, tokens):
 
     async def one(text):
         params = {"max_new_tokens": tokens, "temperature": 0}
-        body = {"text": text, "sampling_params": params, "return_logprob": True, **({"lora_path": path} if path else {})}
+        body = {
+            "text": text,
+            "sampling_params": params,
+            "return_logprob": True,
+            **({"lora_path": path} if path else {}),
+        }
         told = await call(port, "/generate", body)
         echo = {"model": path or str(MODEL), "prompt": text, "max_tokens": 0, "echo": True, "logprobs": 1}
         scored = (await call(port, "/v1/completions", echo))["choices"][0]["logprobs"]
@@ -95,29 +101,39 @@ async def ask(port, texts, tokens, tokenizer):
     return adapter, {"base": await ours(port, None, texts, tokens), "adapter": await ours(port, adapter, texts, tokens)}
 
 
-def theirs(model, tokenizer, text, tokens):
+def theirs(model, tokenizer, texts, tokens):
     """The same by transformers, with the gap between the best two logits at each token."""
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    together = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left")
+    ids, mask = together.input_ids, together.attention_mask
+    end = model.config.eos_token_id
     config = GenerationConfig(
         max_new_tokens=tokens,
         do_sample=False,
-        eos_token_id=model.config.eos_token_id,
+        eos_token_id=end,
         pad_token_id=model.config.pad_token_id,
         output_logits=True,
         return_dict_in_generate=True,
     )
     with torch.no_grad():
-        told = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
-        prompt = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    new, logits = told.sequences[0, ids.shape[1] :], torch.stack(told.logits)[:, 0]
-    best = logits.topk(2).values
-    return {
-        "ids": new.tolist(),
-        "text": tokenizer.decode(new, skip_special_tokens=True),
-        "log_probs": logits.log_softmax(-1).gather(1, new[:, None])[:, 0].tolist(),
-        "prompt_log_probs": prompt.tolist(),
-        "margins": (best[:, 0] - best[:, 1]).tolist(),
-    }
+        told = model.generate(**together, generation_config=config)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        scored = model(ids, attention_mask=mask, position_ids=positions).logits[:, :-1].log_softmax(-1)
+    prompts, all_logits = scored.gather(2, ids[:, 1:, None])[..., 0], torch.stack(told.logits, 1)
+    found = []
+    for row, new in enumerate(told.sequences[:, ids.shape[1] :].tolist()):
+        new = new[: new.index(end) + 1] if end in new else new
+        logits = all_logits[row, : len(new)]
+        best = logits.topk(2).values
+        found.append(
+            {
+                "ids": new,
+                "text": tokenizer.decode(new, skip_special_tokens=True),
+                "log_probs": logits.log_softmax(-1).gather(1, torch.tensor(new)[:, None])[:, 0].tolist(),
+                "prompt_log_probs": prompts[row, ids.shape[1] - int(mask[row].sum()) :].tolist(),
+                "margins": (best[:, 0] - best[:, 1]).tolist(),
+            }
+        )
+    return found
 
 
 def apart(left, right):
@@ -138,14 +154,20 @@ def compare(told, truth):
             found["ties"] += 1
         else:
             margin = right["margins"][same] if same < len(right["ids"]) else None
-            lines.append(f"prompt {number}, token {same}, margin {margin}: {mine['text']!r} instead of {right['text']!r}")
+            lines.append(
+                f"prompt {number}, token {same}, margin {margin}: {mine['text']!r} instead of {right['text']!r}"
+            )
         distances.append(apart(mine["log_probs"][:same], right["log_probs"]))
         prompt_distances.append(apart(mine["prompt_log_probs"], right["prompt_log_probs"]))
         if len(mine["prompt_log_probs"]) != len(right["prompt_log_probs"]):
-            lines.append(f"prompt {number}: {len(mine['prompt_log_probs'])} tokens are scored, not {len(right['prompt_log_probs'])}")
+            lines.append(
+                f"prompt {number}: {len(mine['prompt_log_probs'])} tokens are scored, not {len(right['prompt_log_probs'])}"
+            )
     found["smallest_margin"] = min(min(right["margins"]) for right in truth)
     found["log_probs_apart"], found["prompt_log_probs_apart"] = max(distances), max(prompt_distances)
-    lines += [f"{name}: {found[name]:.1e}" for name in ("log_probs_apart", "prompt_log_probs_apart") if not found[name] < NEAR]
+    lines += [
+        f"{name}: {found[name]:.1e}" for name in ("log_probs_apart", "prompt_log_probs_apart") if not found[name] < NEAR
+    ]
     return found, lines
 
 
@@ -169,7 +191,8 @@ def main():
             if name == "adapter":
                 owner, kind, save = adapter.split("://")[1].split("/")
                 model = PeftModel.from_pretrained(model, Path(folder) / kind / owner / save).eval()
-            truth = [theirs(model, tokenizer, text, args.tokens) for text in texts]
+            parts = [texts[at : at + BATCH] for at in range(0, len(texts), BATCH)]
+            truth = [one for part in parts for one in theirs(model, tokenizer, part, args.tokens)]
             found[name], more = compare(told[name], truth)
             lines += [f"{name}: {line}" for line in more]
             print(f"{name}: {found[name]}; the last is {truth[-1]['text']!r}", flush=True)
