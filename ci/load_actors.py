@@ -243,20 +243,23 @@ class Tinker(Library):
 
         return isinstance(error, (tinker.BadRequestError, tinker.NotFoundError, tinker.RequestFailedError))
 
-    def _renew(self):
+    @classmethod
+    def current(cls, server):
+        """The driver of this server's session; sessions end with their server."""
         import tinker_methods as module
 
-        Tinker.driver = module.Driver(self.server.url, self.server.output_dir, self.server.base_model)
-        Tinker.driver.module = module
-        Tinker.generation = self.server.generation
+        with cls.lock:
+            if cls.driver is None or cls.generation != server.generation:
+                cls.driver = module.Driver(server.url, server.output_dir, server.base_model)
+                cls.driver.module = module
+                cls.generation = server.generation
+            return cls.driver
 
     def _made(self, make):
-        """A client that `make` makes; sessions end with their server."""
+        """A client that `make` makes."""
         import tinker
 
-        with Tinker.lock:
-            if Tinker.driver is None or Tinker.generation != self.server.generation:
-                self._renew()
+        Tinker.current(self.server)
         try:
             self.client = make()
         except tinker.BadRequestError as error:

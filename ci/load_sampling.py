@@ -16,12 +16,12 @@ import re
 import time
 from dataclasses import dataclass, field
 
-from load_actors import raw
+from load_actors import Tinker, raw
 
 import plan
 
 OTHER_KEY = "tml-other"
-PROMPTS, TOKENS = 3, 24
+PROMPTS, TOKENS, SECONDS = 3, 24, 120
 # fp32 on as many ranks, but sums of a step are in another order beside other requests.
 NEAR = 1e-4
 # Between the two most likely tokens at each step, so that this order decides nothing.
@@ -39,6 +39,7 @@ class Found:
 
     compared: int = 0
     of_them_over_a_restart: int = 0
+    by_library: int = 0
     tokens: int = 0
     largest_distance: float = 0.0
     ratios: int = 0
@@ -139,6 +140,7 @@ class Keeper(Client):
         truth = self.random.choice(self.truths)
         ways = [self.generates, self.completes, self.streams, self.samples, self.drops, self.leaves, self.cancels, self.seeds]
         ways += [] if self.of_base else [self.others]
+        ways += [self.library] if Tinker.kind in self.server.args.kinds else []
         await self.random.choice(ways)(truth)
 
     async def save(self):
@@ -161,6 +163,9 @@ class Keeper(Client):
             raise Ended(repr(error)) from error
         finally:
             connection.close()
+
+    def tinker_path(self):
+        return self.path.replace("xorl://", "tinker://")
 
     def body(self, prompt, **params):
         params = {"max_new_tokens": TOKENS, "temperature": 0, **params}
@@ -233,7 +238,7 @@ class Keeper(Client):
 
     async def session(self):
         session = (await self.post("create_session", {"tags": []}))["session_id"]
-        source = {"model_path": self.path.replace("xorl://", "tinker://")} if self.path else {"base_model": self.server.base_model}
+        source = {"model_path": self.tinker_path()} if self.path else {"base_model": self.server.base_model}
         made = await self.post("create_sampling_session", {"session_id": session, "sampling_session_seq_id": 0, **source})
         return session, made["sampling_session_id"]
 
@@ -254,6 +259,26 @@ class Keeper(Client):
         await self.post(f"sessions/{session}/finish", {})
         for name, more in [("asample", self.sample(sampler, truth.prompt, 1)), ("join_sampling_session", {"sampling_session_id": sampler})]:
             await self.post(name, more, wanted=(404,))
+
+    async def library(self, truth):
+        """By tinker's own client."""
+
+        def sample():
+            from tinker import types
+
+            driver = Tinker.current(self.server)
+            source = {"model_path": self.tinker_path()} if self.path else {"base_model": self.server.base_model}
+            sampler = driver.module.settled(driver.service.create_sampling_client(**source))
+            params = types.SamplingParams(max_tokens=TOKENS, temperature=0.0)
+            return sampler.sample(types.ModelInput.from_ints(truth.prompt), 2, params).result(timeout=SECONDS)
+
+        try:
+            told = await asyncio.to_thread(sample)
+        except Exception as error:
+            raise (Ended(str(error)) if ENDING.search(str(error)) else error) from error
+        for one in told.sequences:
+            self.check(truth, "tinker", list(one.tokens), truth.ids, list(one.logprobs))
+        self.found.by_library += 1
 
     async def drops(self, truth):
         try:
@@ -305,7 +330,7 @@ class Keeper(Client):
         """Another tenant gets nothing of this one's."""
         session, sampler = await self.session()
         taken = (await self.post("asample", self.sample(sampler, truth.prompt, 0)))["request_id"]
-        tinker_path = self.path.replace("xorl://", "tinker://")
+        tinker_path = self.tinker_path()
         asked = [
             ("/generate", self.body(truth.prompt)),
             ("/v1/completions", self.completion(truth.prompt)),
