@@ -1,8 +1,9 @@
 """Speed of sampling beside transformers and PEFT, beside its floors, and what it costs training.
 
     sample_throughput.py --model models/smollm2 [--binary target/release/xorl-dist] [--ranks 1 2] [--turns 3] [--cases a,b,d]
+        [--temperature 0] [--top-p 1]
 
-bf16, adapters of r = 16 on the seven projections, prompts of 32 random ids, greedy, no end token:
+bf16, adapters of r = 16 on the seven projections, prompts of 32 random ids, no end token, greedy unless said:
 
     a   16 requests over 4 adapters, 128 new tokens each, sent at once to /generate; PEFT: one batch, `adapter_names`
     b   one request of 200 new tokens to the base; transformers: `generate`
@@ -43,6 +44,7 @@ class Peer:
 
     def __init__(self, args):
         command = [sys.executable, __file__, "--peer", "--model", args.model]
+        command += ["--temperature", args.temperature, "--top-p", args.top_p]
         environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
         self.process = subprocess.Popen(
             [str(word) for word in command], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -76,9 +78,13 @@ def peer(args):
     mixed.eval()
     ids = torch.randint(3, base.config.vocab_size, (REQUESTS, PROMPT))
 
+    choice = {"do_sample": False}
+    if args.temperature > 0:
+        choice = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+
     def generate(way, tokens):
         config = GenerationConfig(
-            max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=None
+            max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0, eos_token_id=None, **choice
         )
         prompts = ids if way == "mixed" else ids[:1]
         more = {"adapter_names": [str(i % ADAPTERS) for i in range(REQUESTS)]} if way == "mixed" else {}
@@ -103,6 +109,7 @@ class Sampled:
         folder.mkdir()
         self.server = Server(argparse.Namespace(**{**vars(args), "ranks": ranks}), folder)
         self.ranks, self.vocabulary = ranks, args.vocabulary
+        self.choice = {"temperature": args.temperature, "top_p": args.top_p, "ignore_eos": True}
         self.prompts = [datum(args.random, PROMPT, args.vocabulary)[0] for _ in range(REQUESTS)]
 
     async def open(self):
@@ -114,7 +121,7 @@ class Sampled:
     async def generate(self, number, tokens, adapter=True):
         body = {
             "input_ids": self.prompts[number],
-            "sampling_params": {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True},
+            "sampling_params": {"max_new_tokens": tokens, **self.choice},
             **({"lora_path": self.paths[number % ADAPTERS]} if adapter else {}),
         }
         # The server closes those that are idle while theirs has its turn.
@@ -268,6 +275,8 @@ def main():
     parser.add_argument("--binary", type=Path, default=ROOT / "target/release/xorl-dist")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seconds", type=float, default=20, help="of updates in case d, alone and beside")
     parser.add_argument("--cases", default="abd", type=lambda text: text.replace(",", ""))
     parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
