@@ -51,6 +51,7 @@ class Found:
     seeded: int = 0
     seeded_that_differ: int = 0
     errors_500_at_an_end: int = 0
+    one_of_these: str = ""
     statuses: dict = field(default_factory=dict)
 
 
@@ -73,7 +74,9 @@ class Client:
         self.found.statuses[status] = self.found.statuses.get(status, 0) + 1
         text = json.dumps(told)
         if status not in wanted and ENDING.search(text):
-            self.found.errors_500_at_an_end += status == 500
+            if status == 500:
+                self.found.errors_500_at_an_end += 1
+                self.found.one_of_these = f"{method} {path}: {text[:300]}"
             raise Ended(text)
         if status not in wanted:
             raise AssertionError(f"{method} {path} {json.dumps(body)[:200]}: {status} {text[:300]}")
@@ -130,7 +133,7 @@ class Truth:
 class Keeper(Client):
     def __init__(self, server, name, random, found, of_base):
         super().__init__(server, name, random, found)
-        self.of_base, self.path, self.truths, self.attempt, self.numbers = of_base, None, [], 0, 0
+        self.of_base, self.path, self.truths, self.attempt, self.sampler = of_base, None, [], 0, None
 
     async def turn(self):
         if self.path is None and not self.of_base:
@@ -242,6 +245,9 @@ class Keeper(Client):
         made = await self.post("create_sampling_session", {"session_id": session, "sampling_session_seq_id": 0, **source})
         return session, made["sampling_session_id"]
 
+    async def finish(self, session):
+        await self.post(f"sessions/{session}/finish", {})
+
     def sample(self, sampler, prompt, number, count=1, **params):
         params = {"max_tokens": TOKENS, "temperature": 0.0, "top_k": -1, "top_p": 1.0, **params}
         chunks = {"chunks": [{"tokens": prompt, "type": "encoded_text"}]}
@@ -256,7 +262,7 @@ class Keeper(Client):
         told = await self.result(taken)
         for one in told["sequences"]:
             self.check(truth, "asample", one["tokens"], truth.ids, one["logprobs"])
-        await self.post(f"sessions/{session}/finish", {})
+        await self.finish(session)
         for name, more in [("asample", self.sample(sampler, truth.prompt, 1)), ("join_sampling_session", {"sampling_session_id": sampler})]:
             await self.post(name, more, wanted=(404,))
 
@@ -267,10 +273,11 @@ class Keeper(Client):
             from tinker import types
 
             driver = Tinker.current(self.server)
-            source = {"model_path": self.tinker_path()} if self.path else {"base_model": self.server.base_model}
-            sampler = driver.module.settled(driver.service.create_sampling_client(**source))
+            if self.sampler is None or self.sampler[0] is not driver:
+                source = {"model_path": self.tinker_path()} if self.path else {"base_model": self.server.base_model}
+                self.sampler = driver, driver.module.settled(driver.service.create_sampling_client(**source))
             params = types.SamplingParams(max_tokens=TOKENS, temperature=0.0)
-            return sampler.sample(types.ModelInput.from_ints(truth.prompt), 2, params).result(timeout=SECONDS)
+            return self.sampler[1].sample(types.ModelInput.from_ints(truth.prompt), 2, params).result(timeout=SECONDS)
 
         try:
             told = await asyncio.to_thread(sample)
@@ -302,7 +309,7 @@ class Keeper(Client):
 
     async def cancels(self, truth):
         """A long sample that is cancelled: it says so soon, unless it was done before."""
-        _, sampler = await self.session()
+        session, sampler = await self.session()
         body = self.sample(sampler, truth.prompt, 0, 4, temperature=1.0, max_tokens=400)
         taken = (await self.post("asample", body))["request_id"]
         await asyncio.sleep(self.random.random() * 0.5)
@@ -315,16 +322,18 @@ class Keeper(Client):
             self.found.longest_cancel = max(self.found.longest_cancel, time.monotonic() - began)
         else:
             assert len(told["sequences"]) == 4, told
+        await self.finish(session)
 
     async def seeds(self, truth):
         """The same seed, the same tokens, but where rounding decides; and its continuations are several texts."""
-        _, sampler = await self.session()
+        session, sampler = await self.session()
         seed = self.random.randrange(1 << 40)
         first, second = [await self.ask("asample", self.sample(sampler, truth.prompt, n, 3, temperature=1.0, seed=seed)) for n in (0, 1)]
         texts = [[one["tokens"] for one in told["sequences"]] for told in (first, second)]
         self.found.seeded += 3
         self.found.seeded_that_differ += sum(a != b for a, b in zip(*texts))
         assert len({str(one) for one in texts[0]}) > 1, texts[0]
+        await self.finish(session)
 
     async def others(self, truth):
         """Another tenant gets nothing of this one's."""
@@ -352,6 +361,7 @@ class Keeper(Client):
         await self.call("POST", "/api/v1/cancel_future", {"request_id": taken}, key=OTHER_KEY)
         (one,) = (await self.result(taken))["sequences"]
         self.check(truth, "asample beside others", one["tokens"], truth.ids, one["logprobs"])
+        await self.finish(session)
 
 
 class Policy(Client):
@@ -379,6 +389,8 @@ class Policy(Client):
             sampler = (await self.ask("save_weights_for_sampler", frozen))["sampling_session_id"]
             old = await self.is_on_policy(sampler)
         await self.post(f"sessions/{session}/finish", {})
+        # Models of a session that has ended stay.
+        await self.ask("unload_model", {"model_id": self.model})
 
     async def is_on_policy(self, sampler):
         prompt = [self.random.randrange(3, plan.VOCABULARY) for _ in range(self.random.randrange(2, 20))]
