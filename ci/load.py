@@ -47,8 +47,9 @@ from processes import Process, command_line, descendants, read  # noqa: E402
 BASE_MODEL = "tiny/llama"
 KEY, TENANT = "tml-test", "lab"
 STEPS_OF_A_LIFE = 12
-# Of a minute's worth of samples, what memory may differ by: allocators keep what they like.
-FLAT_BYTES = 12 << 20
+# Of a minute's worth of samples, what memory may differ by: allocators keep what they like, and the server 10 000
+# results and as many sessions, some KB each, which a run of minutes does not fill.
+FLAT_BYTES = 32 << 20
 # Between 0 and 1 of the time.
 EVENTS = {0.2: "stop", 0.35: "kill", 0.5: "stop"}
 
