@@ -1,29 +1,22 @@
 //! `model/` of a step: the base in HF layout, for `save_lora_only: false`. Existing files are hard-linked, which takes
 //! no time and no space, or copied where links are not possible. Random weights are written out.
 
-use super::{CheckpointError, io};
-use crate::{
-    dtype::DType,
-    weights::{SourceError, WeightSource, weight_files},
+use super::{
+    CheckpointError, io,
+    model_files::{INDEX, ModelFiles, fault},
 };
-use serde_json::{Map, Value, json};
+use crate::weights::{WeightSource, weight_files};
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
-    io::{BufWriter, Write},
+    fs,
     path::{Path, PathBuf},
 };
 
 /// The folder in a step.
 pub const FOLDER: &str = "model";
-const CONFIG: &str = "config.json";
-const WEIGHTS: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(super) const CONFIG: &str = "config.json";
 /// Small files that belong to an HF model: configs, tokenizer, chat template.
 const SIDE_FILES: &[&str] = &["json", "txt", "model", "jinja"];
-/// Elements read at a time.
-const CHUNK: usize = 1 << 20;
-
 /// Sources of the base's files.
 #[derive(Clone, Debug)]
 pub struct BaseFiles {
@@ -36,8 +29,8 @@ pub struct BaseFiles {
 }
 
 impl BaseFiles {
-    /// Name in `model/` and present path of every file that exists.
-    fn list(&self) -> Result<BTreeMap<String, PathBuf>, CheckpointError> {
+    /// Name and present path of every file but the weights that exists.
+    pub fn side_files(&self) -> BTreeMap<String, PathBuf> {
         let config = if self.config.is_dir() { self.config.join(CONFIG) } else { self.config.clone() };
         let mut files = BTreeMap::new();
         // A config that is named as a file may lie beside files of other models.
@@ -54,6 +47,12 @@ impl BaseFiles {
             }
         }
         files.insert(CONFIG.into(), config);
+        files
+    }
+
+    /// Name in `model/` and present path of every file that exists.
+    fn list(&self) -> Result<BTreeMap<String, PathBuf>, CheckpointError> {
+        let mut files = self.side_files();
         if let Some(directory) = &self.weights {
             let weights = weight_files(directory).map_err(fault)?;
             files.extend(weights.index.map(|index| (INDEX.into(), index)));
@@ -86,7 +85,7 @@ impl BaseFiles {
             link_or_copy(&path, &folder.join(name))?;
         }
         if self.weights.is_none() {
-            write_weights(&folder.join(WEIGHTS), source)?;
+            write_weights(&folder, source)?;
         }
         Ok(())
     }
@@ -106,56 +105,22 @@ fn link_or_copy(from: &Path, to: &Path) -> Result<(), CheckpointError> {
     fs::copy(&real, to).map(|_| ()).map_err(io(to))
 }
 
-/// Writes all tensors of `source` in their own dtype, a chunk at a time.
-fn write_weights(path: &Path, source: &dyn WeightSource) -> Result<(), CheckpointError> {
-    let tensors: Vec<_> =
-        source.names().into_iter().filter_map(|name| Some((source.meta(&name)?, name))).collect();
-    let mut header = Map::new();
-    header.insert("__metadata__".into(), json!({"format": "pt"}));
-    let mut end = 0;
-    for (meta, name) in &tensors {
-        let start = end;
-        end += meta.shape.iter().product::<usize>() * meta.dtype.size();
-        let dtype = match meta.dtype {
-            DType::F32 => "F32",
-            DType::Bf16 => "BF16",
-            DType::F16 => "F16",
-        };
-        let entry = json!({"dtype": dtype, "shape": meta.shape, "data_offsets": [start, end]});
-        header.insert(name.clone(), entry);
-    }
-    let mut header = Value::Object(header).to_string();
-    // Spaces behind the header align the data.
-    header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
-
-    let mut file = BufWriter::new(File::create(path).map_err(io(path))?);
-    let mut write = |bytes: &[u8]| file.write_all(bytes).map_err(io(path));
-    write(&(header.len() as u64).to_le_bytes())?;
-    write(header.as_bytes())?;
-    let mut buffer = vec![0; CHUNK * 4];
-    for (meta, name) in &tensors {
-        let elements = meta.shape.iter().product();
-        for start in (0..elements).step_by(CHUNK) {
-            let range = start..elements.min(start + CHUNK);
-            let bytes = &mut buffer[..range.len() * meta.dtype.size()];
-            source.read(name, range, meta.dtype, bytes).map_err(fault)?;
-            write(bytes)?;
-        }
-    }
-    file.flush().map_err(io(path))
-}
-
-fn fault(error: SourceError) -> CheckpointError {
-    match error {
-        SourceError::Io { path, error } => CheckpointError::Io { path, error },
-        other => CheckpointError::Format { path: FOLDER.into(), reason: other.to_string() },
-    }
+/// Writes all tensors of `source` in their own dtype into one file in `folder`.
+fn write_weights(folder: &Path, source: &dyn WeightSource) -> Result<(), CheckpointError> {
+    let tensors = source.names().into_iter().filter_map(|name| Some((source.meta(&name)?, name)));
+    let files = ModelFiles::new(tensors.map(|(meta, name)| (name, meta)), u64::MAX);
+    files.create(folder)?;
+    let writer = files.open(folder)?;
+    files.tensors().try_for_each(|(name, meta)| writer.copy(source, name, 0..meta.shape.iter().product()))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::weights::{RandomSource, SafetensorsSource, digest};
+    use super::{super::model_files::CHUNK, *};
+    use crate::{
+        dtype::DType,
+        weights::{RandomSource, SafetensorsSource, digest},
+    };
     use std::os::unix::fs::{MetadataExt, symlink};
 
     fn random() -> RandomSource {

@@ -5,7 +5,7 @@
 //! - [`peft`]: adapter files; [`adapter_config`] reads what they say of themselves, `adapter_file` their
 //!   tensors, which `stored` and `experts` lay out
 //! - [`state`]: training state by name; [`pieces`]: its tensors; [`reshard`]: those for another world
-//! - [`base`]: the base in HF layout
+//! - [`base`]: the base in HF layout; [`model_files`]: its weights; [`merged`]: those with an adapter added
 //! - [`publish`]: a folder becomes visible whole or not at all; [`steps`]: those of a run; [`saves`]: those of a server
 //! - [`output`]: the lock on the output directory
 
@@ -14,6 +14,8 @@ mod adapter_file;
 pub mod adapter_store;
 pub mod base;
 mod experts;
+pub mod merged;
+pub mod model_files;
 pub mod output;
 pub mod peft;
 pub mod pieces;
@@ -47,6 +49,10 @@ pub enum CheckpointError {
     Published { path: PathBuf },
     #[error("{path} is saved already: choose another name, or ask to overwrite it")]
     Taken { path: PathBuf },
+    #[error("{path} exists already, and nothing is replaced: give another --out, or remove it")]
+    Exists { path: PathBuf },
+    #[error("{tensor}: a merged value is not finite{hint}")]
+    NotFinite { tensor: String, hint: &'static str },
     #[error("{path} is no save: {reason}")]
     NoSave { path: PathBuf, reason: String },
     #[error(

@@ -110,6 +110,8 @@ pub struct FolderWriter {
     step: Option<(PathBuf, usize)>,
     hidden: PathBuf,
     expected: Vec<String>,
+    /// Publishing replaces a folder of this name.
+    replaces: bool,
 }
 
 impl FolderWriter {
@@ -137,7 +139,28 @@ impl FolderWriter {
         recover(parent)?;
         let hidden = parent.join(format!("{HIDDEN}{name}-{}", std::process::id()));
         fs::create_dir(&hidden).map_err(io(&hidden))?;
-        Ok(Self { folder: folder.to_owned(), step: None, hidden, expected: Vec::new() })
+        Ok(Self { folder: folder.to_owned(), step: None, hidden, expected: Vec::new(), replaces: true })
+    }
+
+    /// Opens a hidden directory for a new `folder` anywhere, beside which others may write, too: nothing there is
+    /// tidied up or replaced.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Exists`]: `folder` is there already, or what a killed process has left of it.
+    pub fn new_folder(folder: &Path) -> Result<Self, CheckpointError> {
+        if folder.symlink_metadata().is_ok() {
+            return Err(CheckpointError::Exists { path: folder.to_owned() });
+        }
+        let (parent, name) = split(folder)?;
+        create_folder(parent)?;
+        let hidden = parent.join(format!("{HIDDEN}{name}-{}", std::process::id()));
+        match fs::create_dir(&hidden) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+                return Err(CheckpointError::Exists { path: hidden });
+            }
+            made => made.map_err(io(&hidden))?,
+        }
+        Ok(Self { folder: folder.to_owned(), step: None, hidden, expected: Vec::new(), replaces: false })
     }
 
     /// The hidden directory with the folder's files.
@@ -165,6 +188,9 @@ impl FolderWriter {
         let (parent, name) = split(&self.folder)?;
         let replaced = parent.join(format!("{REPLACED}{name}"));
         let replaces = self.folder.exists();
+        if replaces && !self.replaces {
+            return Err(CheckpointError::Exists { path: self.folder.clone() });
+        }
         if replaces {
             fs::rename(&self.folder, &replaced).map_err(io(&self.folder))?;
         }
@@ -274,7 +300,10 @@ pub fn recover(parent: &Path) -> Result<(), CheckpointError> {
 /// The directory that `folder` is in, and its name.
 fn split(folder: &Path) -> Result<(&Path, &str), CheckpointError> {
     let name = folder.file_name().and_then(OsStr::to_str);
-    folder.parent().zip(name).ok_or_else(|| CheckpointError::Format {
+    // The parent of a lone name is empty, which is the current directory.
+    let parent =
+        folder.parent().map(|parent| if parent.as_os_str().is_empty() { Path::new(".") } else { parent });
+    parent.zip(name).ok_or_else(|| CheckpointError::Format {
         path: folder.to_owned(),
         reason: "expected the path of a folder that ends in a name of UTF-8".into(),
     })

@@ -3,8 +3,8 @@
 
 use super::{
     CheckpointError,
-    adapter_config::CONFIG_FILE,
-    io,
+    adapter_config::{CONFIG_FILE, read_config},
+    base, io,
     publish::{sync, verify, withdraw},
 };
 use std::{
@@ -124,6 +124,26 @@ pub fn adapter_at(path: &Path) -> Result<PathBuf, String> {
             fault(format!("several runs are in it; name one of {}", names.join(", ")))
         }
     }
+}
+
+/// The base of the adapter in `adapter`: the `model/` of a step that has one, else the folder that its configuration
+/// names.
+///
+/// # Errors
+/// A line that names the field, and says what would be right.
+pub fn base_of(adapter: &Path) -> Result<PathBuf, String> {
+    let own = adapter.join(base::FOLDER);
+    if own.join(base::CONFIG).is_file() {
+        return Ok(own);
+    }
+    let place = format!("{}: base_model_name_or_path", adapter.join(CONFIG_FILE).display());
+    let config = read_config(adapter).map_err(|error| error.to_string())?;
+    let base = config.base_model_name_or_path.map(PathBuf::from);
+    let base = base.ok_or_else(|| format!("{place} names no model; give --model DIR"))?;
+    if base.is_dir() {
+        return Ok(base);
+    }
+    Err(format!("{place} is {}, which is no folder here; give --model DIR", base.display()))
 }
 
 /// The step that `latest` of `run` names, else its newest.

@@ -1,4 +1,4 @@
-//! The command line: `train` (default), `check`, `generate`, `serve`, and `--section.field value` overrides.
+//! The command line: `train` (default), `check`, `generate`, `merge`, `serve`, and `--section.field value` overrides.
 //!
 //! [`parse`] is a pure function from arguments to an [`Invocation`]; [`run`] carries one out. A command is a file with
 //! one type: clap parses its fields, and its `Runnable` runs it. A new one also gets its `mod` line and its line in
@@ -6,6 +6,7 @@
 
 pub mod check;
 pub mod generate;
+pub mod merge;
 mod ranks;
 pub mod serve;
 pub mod train;
@@ -117,6 +118,7 @@ commands! {
     train::Train,
     check::Check,
     generate::Generate,
+    merge::Merge,
     serve::Serve,
 }
 

@@ -275,7 +275,7 @@ const FOREIGN: &[(&str, Means)] = &[
     ("enable_async_checkpointing", Not(SAVED)),
     ("checkpointer", Is("model.model_path", " and train.output_dir")),
     ("save_adapter_weights_only", Is("lora.save_lora_only", "")),
-    ("merge_lora", Not("an adapter is saved beside the base; PEFT's merge_and_unload merges them")),
+    ("merge_lora", Not("an adapter is saved beside the base; xorl-dist merge makes one model of them")),
     ("logging_steps", Needless(LOGGED)),
     ("logging_strategy", Needless(LOGGED)),
     ("logging_first_step", Needless(LOGGED)),

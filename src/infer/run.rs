@@ -8,7 +8,6 @@ use super::{
 };
 use crate::{
     checkpoint::{
-        adapter_config,
         peft::{AdapterFolder, StoredAdapter},
         steps,
     },
@@ -369,15 +368,7 @@ fn warn_of_settings(hf: &HfModel, directory: &Path, choice: &Choice) {
 fn base_of(adapter: Option<&Path>) -> Result<PathBuf> {
     let adapter =
         adapter.ok_or_else(|| Error::Input("--model is missing, and no --adapter names one".into()))?;
-    let config = adapter.join(adapter_config::CONFIG_FILE);
-    let read = adapter_config::read_config(adapter).map_err(|error| Error::Input(error.to_string()))?;
-    let place = format!("{}: base_model_name_or_path", config.display());
-    let base = read.base_model_name_or_path.map(PathBuf::from);
-    let base = base.ok_or_else(|| Error::Input(format!("{place} names no model; give --model DIR")))?;
-    if base.is_dir() {
-        return Ok(base);
-    }
-    Err(Error::Input(format!("{place} is {}, which is no folder here; give --model DIR", base.display())))
+    steps::base_of(adapter).map_err(Error::Input)
 }
 
 /// The loss of a reference answer; of nothing when there is none. Collective.

@@ -1,18 +1,20 @@
 //! LoRA: which linear layers are adapted ([`targets`], pure), how an adapter is cut over ranks ([`plan`], pure), its
-//! entries in the regions of a unit ([`module`]), the values it starts from ([`init`]), and the adapter with its shards
-//! ([`adapter`]).
+//! entries in the regions of a unit ([`module`]), the values it starts from ([`init`]), the adapter with its shards
+//! ([`adapter`]), and its sum with the base ([`merge`]).
 //!
 //! y = W₀·x + s·B·(A·x), A `[r, in]`, B `[out, r]` and s = alpha/r (Hu et al., 2021) or alpha/√r (rank-stabilized,
 //! Kalajdzievski, 2023). [`shape`] has r and s of each site.
 
 pub mod adapter;
 pub mod init;
+pub mod merge;
 pub mod module;
 pub mod plan;
 pub mod shape;
 pub mod targets;
 
 pub use adapter::Adapter;
+pub use merge::{MergePlan, Survival};
 pub use module::{FirstEntries, LORA_MAPPING, LoraLinear, LoraModule, MoeExpertsLora, Parameter, Stack};
 pub use plan::{AdapterPlan, LayerAdapterPlan};
 pub use shape::{LoraShape, LoraShapes};

@@ -1,0 +1,255 @@
+//! The command `merge`.
+
+use super::{Common, Fields, Runnable, ranks::on_all_ranks};
+use crate::{
+    checkpoint::{
+        CheckpointError,
+        base::{self, BaseFiles},
+        merged::Merged,
+        model_files::SHARD_BYTES,
+        peft::{AdapterFolder, StoredAdapter},
+        publish::{KnownHashes, MANIFEST, publish_together},
+        state::AdapterState,
+        steps,
+    },
+    comm::World,
+    console::count,
+    device::DeviceChoice,
+    dtype::DType,
+    error::{Error, Result, agree},
+    lora::Survival,
+    model::{base_plan::all_projections, hf_config::HfModel, stored_base},
+    weights::{self, SafetensorsSource},
+};
+use serde_json::json;
+use std::{
+    fmt::Write as _,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+/// Tensors that the report names.
+const WORST: usize = 5;
+/// Lost part of a delta from which on a warning says so.
+const MUCH: f64 = 0.5;
+
+/// Write a model with an adapter merged into it, as an HF checkpoint that needs no adapter; the ranks of mpirun share
+/// the work
+#[derive(Clone, Debug, PartialEq, clap::Args)]
+pub struct Merge {
+    /// HF model directory; when absent the base that the adapter names
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    /// PEFT adapter directory, such as a published step; the directory of a run (weights/run, or its output_dir) is its
+    /// newest step
+    #[arg(long, value_name = "DIR")]
+    pub adapter: PathBuf,
+    /// Folder to make; when absent the adapter's with -merged behind its name
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Type of the merged weights
+    #[arg(long, value_enum, default_value_t)]
+    pub dtype: MergedDtype,
+    /// Weights that the adapter is added to
+    #[arg(long, value_enum, default_value_t)]
+    pub onto: Onto,
+}
+
+/// The dtype of `merge`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum MergedDtype {
+    /// That of the base, tensor by tensor
+    #[default]
+    Base,
+    Float32,
+    Bfloat16,
+}
+
+/// The weights that an adapter is added to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Onto {
+    /// Those that it was trained on: the model/ of a step that has one, else --model
+    #[default]
+    Trained,
+    /// Those of --model, even if the adapter was trained on others
+    Original,
+}
+
+impl Runnable for Merge {
+    const USAGE: &'static str = "merge --adapter <DIR> [--model <DIR>] [--out <DIR>]";
+    const FIELDS: Option<Fields> = None;
+
+    fn check(&self) -> Result<()> {
+        if self.onto == Onto::Original && self.model.is_none() {
+            return Err(Error::Input("--onto original goes with --model".into()));
+        }
+        Ok(())
+    }
+
+    /// Merges on the CPU, whatever devices there are: most of the time goes into reading and writing.
+    fn run(&self, common: &Common) -> Result<ExitCode> {
+        if common.device == DeviceChoice::Cuda {
+            return Err(Error::Input("--device: merge computes on the CPU; leave it out".into()));
+        }
+        on_all_ranks(
+            DeviceChoice::Cpu,
+            common.debug,
+            |_| self.prepare(),
+            |merge, world| merge.execute(world).map(|()| ExitCode::SUCCESS),
+        )
+    }
+}
+
+/// A merge, read and validated.
+struct Prepared {
+    /// The base, with words that say which it is.
+    base: PathBuf,
+    which: &'static str,
+    source: SafetensorsSource,
+    adapter: StoredAdapter,
+    dtype: Option<DType>,
+    out: PathBuf,
+}
+
+impl Merge {
+    /// Reads everything but the weights. Enters no collective and writes nothing.
+    fn prepare(&self) -> Result<Prepared> {
+        let adapter = steps::adapter_at(&self.adapter).map_err(Error::Input)?;
+        let out = self.out.clone().unwrap_or_else(|| beside(&adapter));
+        if out.symlink_metadata().is_ok() {
+            return Err(CheckpointError::Exists { path: out }.into());
+        }
+        let (base, which) = self.base(&adapter)?;
+        let mut spec = HfModel::open(&base)?.spec;
+        let source = stored_base::open(&base, &mut spec)?;
+        self.check_base(&adapter, &base, &source)?;
+        // Faults of an adapter that the user named are the user's to mend.
+        let stored = AdapterFolder::open(&adapter).and_then(|folder| folder.adapter(&all_projections(&spec)));
+        let adapter = stored.map_err(|error| Error::Input(error.to_string()))?;
+        let dtype = match self.dtype {
+            MergedDtype::Base => None,
+            MergedDtype::Float32 => Some(DType::F32),
+            MergedDtype::Bfloat16 => Some(DType::Bf16),
+        };
+        Ok(Prepared { base, which, source, adapter, dtype, out })
+    }
+
+    /// The weights that `adapter` is added to, and what they are to it.
+    fn base(&self, adapter: &Path) -> Result<(PathBuf, &'static str)> {
+        const TRAINED: &str = "the base that it was trained on";
+        let own = adapter.join(base::FOLDER);
+        match (&self.model, self.onto) {
+            (Some(model), Onto::Original) => Ok((model.clone(), "the original base")),
+            _ if own.is_dir() => Ok((own, TRAINED)),
+            (Some(model), Onto::Trained) => Ok((model.clone(), TRAINED)),
+            (None, _) => Ok((steps::base_of(adapter).map_err(Error::Input)?, TRAINED)),
+        }
+    }
+
+    /// Compares the base with what the training state of `adapter` says of it, if there is one.
+    fn check_base(&self, adapter: &Path, base: &Path, source: &SafetensorsSource) -> Result<()> {
+        // PEFT's own folders have no manifest, and say nothing of their base's weights.
+        let is_ours = adapter.join(MANIFEST).is_file();
+        let state = if is_ours { AdapterState::read(adapter)? } else { None };
+        let Some(state) = state else { return Ok(()) };
+        if state.base == weights::digest(source)? {
+            return Ok(());
+        }
+        let (adapter, base) = (adapter.display(), base.display());
+        match self.onto {
+            Onto::Trained => Err(Error::Input(format!(
+                "{adapter} was trained on another base than {base}: name that one, or say --onto original to add it to \
+                 this one"
+            ))),
+            Onto::Original => {
+                tracing::warn!(
+                    "{adapter} was trained on another base than {base}; the sum was never trained"
+                );
+                Ok(())
+            }
+        }
+    }
+}
+
+/// The folder beside `adapter` with `-merged` behind its name.
+fn beside(adapter: &Path) -> PathBuf {
+    let mut name = adapter.canonicalize().unwrap_or_else(|_| adapter.to_owned()).into_os_string();
+    name.push("-merged");
+    name.into()
+}
+
+impl Prepared {
+    /// Writes the merged model, divided over the ranks, and prints the report. Collective.
+    fn execute(self, world: &World) -> Result<()> {
+        let everyone = world.group("world", 0);
+        let _writing = world.watcher().slow("merge");
+        let StoredAdapter { sites, shapes, values } = &self.adapter;
+        let merged = Merged::new(&self.source, sites, shapes, values, self.dtype, SHARD_BYTES)?;
+        let files = BaseFiles {
+            weights: Some(self.base.clone()),
+            config: self.base.clone(),
+            tokenizer: self.base.clone(),
+        };
+        let (rank, ranks) = (world.rank(), world.size());
+        let opened = if rank == 0 { merged.begin(&self.out, &files).map(Some) } else { Ok(None) };
+        let mut own = Vec::new();
+        publish_together(
+            &*everyone,
+            |outcome| agree(&*everyone, outcome),
+            opened.map_err(Error::from),
+            |hidden| {
+                own = merged.write(hidden, rank, ranks)?;
+                Ok(())
+            },
+            |writer| Ok(writer.publish(&mut KnownHashes::default())?),
+        )?;
+        let own: Vec<_> = own.iter().map(|(name, kept)| json!([name, kept.delta, kept.lost])).collect();
+        let all = everyone.all_gather_host(json!(own).to_string().as_bytes())?;
+        if rank == 0 {
+            let parts =
+                all.iter().filter_map(|part| serde_json::from_slice::<Vec<(String, f64, f64)>>(part).ok());
+            let survivals = parts.flatten().map(|(name, delta, lost)| (name, Survival { delta, lost }));
+            super::print(&self.report(survivals.collect(), merged.tensors()));
+        }
+        Ok(())
+    }
+
+    /// What was merged, and how much of the adapter rounding has left: `survivals` of the tensors that it changes, of
+    /// `tensors`. Warnings go to the log.
+    fn report(&self, mut survivals: Vec<(String, Survival)>, tensors: usize) -> String {
+        survivals.sort_by(|(a, x), (b, y)| y.lost_share().total_cmp(&x.lost_share()).then(a.cmp(b)));
+        let mut all = Survival::default();
+        survivals.iter().for_each(|(_, survival)| all += *survival);
+        let dtype = self.dtype.map_or("in its own dtypes", DType::name);
+        let mut text = format!(
+            "{}: {} with {} of {tensors} changed, onto {}, {}\n",
+            self.out.display(),
+            dtype,
+            count(survivals.len(), "tensor"),
+            self.base.display(),
+            self.which,
+        );
+        if all.delta == 0.0 {
+            text += "the adapter is zero: the model is the base\n";
+            return text;
+        }
+        let _ = writeln!(
+            text,
+            "lost by rounding, |W' - (W + delta)| / |delta|: {:.3} of all deltas together; the most in",
+            all.lost_share()
+        );
+        for (name, survival) in survivals.iter().take(WORST) {
+            let _ = writeln!(text, "  {:.3}  {name}", survival.lost_share());
+        }
+        let over = |limit| survivals.iter().filter(|(_, survival)| survival.lost_share() > limit).count();
+        if over(MUCH) > 0 {
+            tracing::warn!(
+                "rounding loses more than half of the delta in {}, more than all of it in {}: the merged model answers \
+                 otherwise than base and adapter do; --dtype float32 keeps all",
+                count(over(MUCH), "tensor"),
+                over(1.0)
+            );
+        }
+        text
+    }
+}
