@@ -7,6 +7,7 @@ use xorl_dist::cli::{
     self, Command, Common, Invocation,
     check::Check,
     generate::{DtypeChoice, Generate, Prompt, Sampling},
+    merge::{Merge, MergedDtype, Onto},
     serve::Serve,
     train::Train,
 };
@@ -151,6 +152,25 @@ fn generate_takes_a_chat_or_a_prompt() {
 }
 
 #[test]
+fn merge_takes_an_adapter_and_what_it_is_added_to() {
+    let plain =
+        Merge { model: None, adapter: "a".into(), out: None, dtype: MergedDtype::Base, onto: Onto::Trained };
+    let parsed = |line| match parse(line).unwrap() {
+        Invocation::Command(Command::Merge(merge), _) => *merge,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(parsed("merge --adapter a"), plain);
+    let all = Merge {
+        model: Some("m".into()),
+        out: Some("o".into()),
+        dtype: MergedDtype::Bfloat16,
+        onto: Onto::Original,
+        ..plain
+    };
+    assert_eq!(parsed("merge --adapter a --model m --out o --dtype bfloat16 --onto original"), all);
+}
+
+#[test]
 fn what_is_no_command_is_refused_in_one_line() {
     for (line, words) in [
         ("", "no run was named"),
@@ -182,6 +202,11 @@ fn what_is_no_command_is_refused_in_one_line() {
         ("generate --model m --chat a --temperature 1 --top-p 0", "above 0 and at most 1"),
         ("generate --model m --chat a --temperature 1 --top-k 0", "at least 1"),
         ("generate --model m --chat a --stop=", "not empty"),
+        ("merge --model m", "--adapter <DIR>"),
+        ("merge --adapter a --onto original", "--onto original goes with --model"),
+        ("merge --adapter a --dtype float16", "possible values: base, float32, bfloat16"),
+        ("merge --adapter a --train.lr 1", "--train.lr"),
+        ("marge --adapter a", "merge"),
         ("--train.lr=1 generate --model m --chat a", "--train.lr: generate reads no configuration"),
         ("generate --model m --chat a --max-new-tokens 0", "at least 1"),
         ("check --config run.yaml --show-samples 0", "at least 1"),

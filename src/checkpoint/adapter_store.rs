@@ -225,12 +225,7 @@ impl Stored {
             }
             Self::Values(values) => {
                 adapter.set(|parameter, range| values[&parameter.name][range].to_vec())?;
-                for piece in adapter.pieces() {
-                    for tensor in optimizer.state()[piece.region].values() {
-                        let _ = tensor.shallow_clone().zero_();
-                    }
-                }
-                optimizer.set_updates(0);
+                optimizer.reset();
                 Ok(Accumulated::default())
             }
         }

@@ -1,5 +1,6 @@
-//! `model/` of a step: the base in HF layout, for `save_lora_only: false`. Existing files are hard-linked, which takes
-//! no time and no space, or copied where links are not possible. Random weights are written out.
+//! `model/` of a step: the base in HF layout, for `save_lora_only: false` and after merges. Existing files are
+//! hard-linked, which takes no time and no space, or copied where links are not possible. Random weights are written
+//! out, and so are merged ones.
 
 use super::{
     CheckpointError, io,
@@ -88,6 +89,19 @@ impl BaseFiles {
             write_weights(&folder, source)?;
         }
         Ok(())
+    }
+}
+
+impl BaseFiles {
+    /// Puts the base into the step directory `step` with weight files as `files` plans them, in which ranks then write
+    /// the values.
+    pub fn write_around(&self, step: &Path, files: &ModelFiles) -> Result<(), CheckpointError> {
+        let folder = step.join(FOLDER);
+        fs::create_dir(&folder).map_err(io(&folder))?;
+        for (name, path) in self.side_files() {
+            link_or_copy(&path, &folder.join(name))?;
+        }
+        files.create(&folder)
     }
 }
 

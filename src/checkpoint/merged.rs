@@ -18,8 +18,6 @@ use serde_json::{Map, Value};
 use std::{collections::HashMap, fs, ops::Range, path::Path};
 use tch::{Device, Tensor};
 
-/// Elements merged at a time, rounded up to whole rows.
-const CHUNK: usize = 1 << 20;
 /// Fields of config.json with the dtype of the weights: the present name, and that of transformers before 5.
 const DTYPE_FIELDS: [&str; 2] = ["dtype", "torch_dtype"];
 
@@ -105,7 +103,7 @@ impl<'a> Merged<'a> {
                 continue;
             };
             let mut survival = Survival::default();
-            let part = CHUNK.next_multiple_of(columns.max(1));
+            let part = merge::PART.next_multiple_of(columns.max(1));
             for first in (0..elements).step_by(part) {
                 survival += self.merge_part(&writer, name, first..elements.min(first + part), meta.dtype)?;
             }

@@ -32,7 +32,7 @@ struct Planned {
     name: String,
     /// Header with its length before it.
     header: Vec<u8>,
-    /// Of the whole file.
+    /// Size of the whole file.
     bytes: u64,
 }
 

@@ -5,7 +5,7 @@
 use super::{
     CheckpointError, io,
     pieces::optimizer_file,
-    publish::Manifest,
+    publish::{MANIFEST, Manifest},
     reshard::{self, Cut},
     steps,
 };
@@ -62,10 +62,31 @@ pub struct TrainerState {
     pub position: DataCursor,
     pub global_batch_size: usize,
     pub seed: u64,
+    /// Merges of adapters into the base so far. Where there is one, the base is the step's `model/`.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub merges: u64,
     #[serde(flatten)]
     pub adapter: AdapterState,
     pub schedule: Schedule,
     pub data: DataIdentity,
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
+/// Digest of the base that the adapter in `folder` belongs to, if merges have changed it during training: without that
+/// base the adapter is worth little.
+///
+/// # Errors
+/// Training state that cannot be read.
+pub fn merged_base(folder: &Path) -> Result<Option<String>, CheckpointError> {
+    if !folder.join(MANIFEST).is_file() {
+        return Ok(None);
+    }
+    let state = read_json(folder, &Manifest::read(folder)?)?;
+    let merged = state.filter(|state| state["merges"].as_u64().is_some_and(|merges| merges > 0));
+    Ok(merged.and_then(|state| state["base"].as_str().map(str::to_owned)))
 }
 
 /// The optimizer besides its state tensors.
@@ -277,6 +298,7 @@ mod tests {
             position: DataCursor { epoch: 1, row: 20 },
             global_batch_size: 5,
             seed: 42,
+            merges: 0,
             adapter: AdapterState {
                 world,
                 shards: world,

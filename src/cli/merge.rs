@@ -17,7 +17,7 @@ use crate::{
     device::DeviceChoice,
     dtype::DType,
     error::{Error, Result, agree},
-    lora::Survival,
+    lora::{Survival, merge::MUCH_LOST},
     model::{base_plan::all_projections, hf_config::HfModel, stored_base},
     weights::{self, SafetensorsSource},
 };
@@ -30,8 +30,6 @@ use std::{
 
 /// Tensors that the report names.
 const WORST: usize = 5;
-/// Lost part of a delta from which on a warning says so.
-const MUCH: f64 = 0.5;
 
 /// Write a model with an adapter merged into it, as an HF checkpoint that needs no adapter; the ranks of mpirun share
 /// the work
@@ -214,7 +212,7 @@ impl Prepared {
         Ok(())
     }
 
-    /// What was merged, and how much of the adapter rounding has left: `survivals` of the tensors that it changes, of
+    /// The tensors that were merged, and how much of the adapter rounding has left: `survivals` of the tensors that it changes, of
     /// `tensors`. Warnings go to the log.
     fn report(&self, mut survivals: Vec<(String, Survival)>, tensors: usize) -> String {
         survivals.sort_by(|(a, x), (b, y)| y.lost_share().total_cmp(&x.lost_share()).then(a.cmp(b)));
@@ -242,11 +240,11 @@ impl Prepared {
             let _ = writeln!(text, "  {:.3}  {name}", survival.lost_share());
         }
         let over = |limit| survivals.iter().filter(|(_, survival)| survival.lost_share() > limit).count();
-        if over(MUCH) > 0 {
+        if over(MUCH_LOST) > 0 {
             tracing::warn!(
                 "rounding loses more than half of the delta in {}, more than all of it in {}: the merged model answers \
                  otherwise than base and adapter do; --dtype float32 keeps all",
-                count(over(MUCH), "tensor"),
+                count(over(MUCH_LOST), "tensor"),
                 over(1.0)
             );
         }

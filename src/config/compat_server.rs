@@ -81,6 +81,7 @@ const ACCEPTED: &[Accepted] = &[
     hint("server.keep_r3_payloads", NO_REPLAY),
     hint("server.sync_inference_method", NO_SYNC),
     hint("server.receiver_kv_cache_dtype", NO_SYNC),
+    hint("server.reset_optimizer_on_merge", "only merging during training reads it, which is of a run"),
 ];
 
 const REFUSED: &[Refused] = &[
@@ -92,6 +93,11 @@ const REFUSED: &[Refused] = &[
     refused("server.sample_packing_on_oversized", &["error"], "a datum that is too long is refused"),
     refused("server.lora_export_format", &["peft"], "adapters are saved as PEFT has them"),
     refused("server.lora_b_init_seed", &["0"], "B is drawn from the adapter's seed"),
+    refused(
+        "server.merge_lora_interval",
+        &["0"],
+        "clients share the base; xorl-dist merge makes a model of what one has saved",
+    ),
     refused("server.qlora_exclude_modules", &["[]", "null"], NO_QUANTIZED),
     refused("server.block_fp8_qlora_training", &["false"], NO_QUANTIZED),
     refused("server.enable_fp8_training", &["false"], NO_FP8),
@@ -144,8 +150,6 @@ const AS_IN_RUN: &[&str] = &[
     "lora.enable_qlora",
     "lora.quant_format",
     "lora.quant_group_size",
-    "lora.merge_lora_interval",
-    "lora.reset_optimizer_on_merge",
     "lora.lora_target_manifest",
 ];
 

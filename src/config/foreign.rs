@@ -366,7 +366,7 @@ const FOREIGN: &[(&str, Means)] = &[
         "create_new_adapter",
         Needless("lora.adapter_path goes on with an adapter; without it a new one is made"),
     ),
-    ("relora_steps", Not("nothing is merged into the base during training")),
+    ("relora_steps", Is("lora.merge_lora_interval", "")),
     ("unfrozen_parameters", Not(FROZEN)),
 ];
 

@@ -45,6 +45,16 @@ section! {
         /// A and B for each expert, `sglang_shared_outer` stacked, which needs moe_hybrid_shared_lora. All else is the
         /// same.
         lora_export_format: ExportFormat = ExportFormat::Peft;
+        /// Steps between merges (ReLoRA): after every so many the adapter is added to the base, and a fresh one is trained
+        /// on it. Checkpoints from then on hold the changed base in `model/`. 0: never.
+        merge_lora_interval: usize = 0;
+        /// The optimizer starts anew at each merge, and the learning rate rises again over merge_warmup_steps.
+        reset_optimizer_on_merge: bool = false;
+        /// Steps after a merge over which the learning rate rises in a line from near 0 to its schedule. Needs
+        /// reset_optimizer_on_merge.
+        merge_warmup_steps: usize = 0;
+        /// Merge after the last step, too, so that its `model/` is the result.
+        merge_at_end: bool = false;
         /// An adapter directory to start from, in any of these formats, with a fresh optimizer. A resume does not read
         /// it.
         adapter_path: Option<PathBuf> = None;

@@ -81,5 +81,18 @@ pub(super) fn broken_of_run(config: &RunConfig) -> Vec<Broken> {
         &["lora.lora_export_format", "lora.moe_hybrid_shared_lora"],
         Problem::Conflict(words.into()),
     );
+    let words = "rises the learning rate after merges that start the optimizer anew: set lora.merge_lora_interval and \
+                 lora.reset_optimizer_on_merge, or remove it";
+    rule(
+        lora.merge_warmup_steps > 0 && !(lora.merge_lora_interval > 0 && lora.reset_optimizer_on_merge),
+        &["lora.merge_warmup_steps", "lora.merge_lora_interval", "lora.reset_optimizer_on_merge"],
+        Problem::Conflict(words.into()),
+    );
+    let words = "is not below lora.merge_lora_interval, so that the learning rate would never be that of the schedule";
+    rule(
+        lora.merge_warmup_steps > 0 && lora.merge_warmup_steps >= lora.merge_lora_interval,
+        &["lora.merge_warmup_steps", "lora.merge_lora_interval"],
+        Problem::Conflict(words.into()),
+    );
     broken
 }

@@ -8,7 +8,9 @@ use super::{
 };
 use crate::{
     checkpoint::{
+        base,
         peft::{AdapterFolder, StoredAdapter},
+        state::merged_base,
         steps,
     },
     comm::World,
@@ -27,7 +29,7 @@ use crate::{
         transformer::{Batch, MicroBatchLoss, Transformer},
     },
     shard::ProcessGroups,
-    weights::{SafetensorsSource, WeightSource},
+    weights::{self, SafetensorsSource, WeightSource},
 };
 use serde_json::{Value, json};
 use std::{
@@ -105,6 +107,16 @@ impl Generation {
         }
         let mut spec = hf.spec;
         let source = stored_base::open(directory, &mut spec)?;
+        if let Some(adapter) = &adapter
+            && let Some(base) = merged_base(adapter)?
+            && base != weights::digest(&source)?
+        {
+            return Err(Error::Input(format!(
+                "{} was trained on a base that merges have changed: leave --model out, or give {}",
+                adapter.display(),
+                adapter.join(base::FOLDER).display()
+            )));
+        }
         let tokenizer = Arc::new(Tokenizer::load(directory)?);
         let template = || ChatTemplate::load(directory);
         let vocab = spec.vocab_size;

@@ -99,6 +99,11 @@ impl Adapter {
         self.set(|parameter, range| init::values(parameter, range, seed, b_std))
     }
 
+    /// Fresh A and B = 0 after merge `merge` (1 is the first), the same bits in every topology.
+    pub fn init_after_merge(&mut self, seed: u64, merge: u64) -> Result<(), ShardError> {
+        self.set(|parameter, range| init::values_after_merge(parameter, range, seed, merge))
+    }
+
     /// Names of the parameters of which this rank owns an element that is not finite in one of `tensors(piece)`
     /// `[piece elements]`.
     pub fn non_finite(&self, tensors: impl Fn(&OwnedPiece) -> Vec<Tensor>) -> Vec<String> {
@@ -137,21 +142,28 @@ impl Adapter {
 
     /// Every logical parameter with its whole fp32 values, row-major, on every rank of the block. Collective.
     pub fn whole(&self) -> Result<Vec<(Parameter, Vec<f32>)>, ShardError> {
-        let (mut whole, mut staging) = (Vec::new(), Staging::new(&self.device)?);
-        for (unit, parameters) in self.plan.parameters().into_iter().enumerate() {
-            let mut flat = BTreeMap::new();
-            for region in [Region::Dense, Region::Experts] {
-                if parameters.iter().any(|parameter| parameter.region == region) {
-                    flat.insert(region, self.regions.of(region).whole_master(unit)?);
-                }
-            }
-            for parameter in parameters {
-                let at = self.elements(unit, &parameter);
-                let values = flat[&parameter.region].narrow(0, at.start as i64, at.len() as i64);
-                whole.push((parameter, staging.fetch(&values)?));
-            }
+        let mut whole = Vec::new();
+        for unit in 0..self.plan.layers.len() {
+            whole.extend(self.whole_of(unit)?);
         }
         Ok(whole)
+    }
+
+    /// The same of the parameters of layer `unit` alone. Collective.
+    pub fn whole_of(&self, unit: usize) -> Result<Vec<(Parameter, Vec<f32>)>, ShardError> {
+        let parameters: Vec<Parameter> = self.plan.layers[unit].parameters().collect();
+        let (mut flat, mut staging) = (BTreeMap::new(), Staging::new(&self.device)?);
+        for region in [Region::Dense, Region::Experts] {
+            if parameters.iter().any(|parameter| parameter.region == region) {
+                flat.insert(region, self.regions.of(region).whole_master(unit)?);
+            }
+        }
+        let values = |parameter: Parameter| {
+            let at = self.elements(unit, &parameter);
+            let values = flat[&parameter.region].narrow(0, at.start as i64, at.len() as i64);
+            Ok((parameter, staging.fetch(&values)?))
+        };
+        parameters.into_iter().map(values).collect()
     }
 
     /// The gathered adapter of projection `place` of layer `unit`, if it has one, with the sums of its gradients.

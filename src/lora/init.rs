@@ -20,6 +20,12 @@ pub fn values(parameter: &Parameter, range: Range<usize>, seed: u64, b_std: f64)
     }
 }
 
+/// Elements `range` of `parameter` after merge `merge` (1 is the first): A is drawn anew, B is zero.
+pub fn values_after_merge(parameter: &Parameter, range: Range<usize>, seed: u64, merge: u64) -> Vec<f32> {
+    let name = format!("{} after merge {merge}", parameter.name);
+    values(&Parameter { name, ..parameter.clone() }, range, seed, 0.0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -52,5 +58,8 @@ mod tests {
         assert_eq!(values(&parameter(Factor::A), 1000..1100, 1, 0.0), whole[1000..1100]);
         assert_eq!(values(&parameter(Factor::B), 0..3, 1, 0.0), [0.0; 3]);
         assert!(values(&parameter(Factor::B), 0..3, 1, 0.02).iter().all(|&v| v != 0.0));
+        let merged = |merge| values_after_merge(&parameter(Factor::A), 0..100, 1, merge);
+        assert!(merged(1) != merged(2) && merged(1) != whole[..100], "each merge draws anew");
+        assert_eq!(values_after_merge(&parameter(Factor::B), 0..3, 1, 1), [0.0; 3]);
     }
 }

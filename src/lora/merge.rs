@@ -5,12 +5,17 @@ use super::{
     shape::LoraShapes,
     targets::{Factor, Site},
 };
-use crate::shard::{ShardError, Storage};
+use crate::shard::{Piece, ShardError, Storage};
 use std::{
     collections::{BTreeMap, HashMap},
     ops::{AddAssign, Range},
 };
 use tch::{Kind, TchError, Tensor};
+
+/// Lost part of a delta from which on a warning says so.
+pub const MUCH_LOST: f64 = 0.5;
+/// Elements merged at a time.
+pub const PART: usize = 1 << 20;
 
 /// The tensors of a model's files that an adapter changes, by name.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -80,6 +85,36 @@ impl MergePlan {
         let delta = b.f_matmul(&a)?.f_mul_scalar(*scaling)?.f_view([-1])?;
         let before = range.start as i64 - rows.start as i64 * input;
         Ok(Some(delta.f_narrow(0, before, range.len() as i64)?))
+    }
+}
+
+impl MergePlan {
+    /// Adds ΔW to the elements of `piece`, of which `stored` `[elements]` is a view of their storage. `values`: A and B
+    /// by logical parameter name. A tensor that no adapter changes stays as it is.
+    ///
+    /// # Errors
+    /// See [`merged`].
+    pub fn merge_into(
+        &self,
+        piece: &Piece,
+        stored: &Tensor,
+        values: &HashMap<String, Vec<f32>>,
+    ) -> Result<Survival, ShardError> {
+        let mut survival = Survival::default();
+        if self.columns(&piece.tensor).is_none() {
+            return Ok(survival);
+        }
+        let Range { start, end } = piece.range;
+        for first in (start..end).step_by(PART) {
+            let range = first..end.min(first + PART);
+            let mut part = stored.f_narrow(0, (first - start) as i64, range.len() as i64)?;
+            let Some(delta) = self.delta(&piece.tensor, range, values)? else { continue };
+            let delta = delta.f_to_device(part.device())?;
+            let (new, kept) = merged(&piece.tensor, &part, &delta, piece.storage)?;
+            part.f_copy_(&new)?;
+            survival += kept;
+        }
+        Ok(survival)
     }
 }
 

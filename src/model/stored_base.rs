@@ -25,6 +25,7 @@ pub fn open(directory: &Path, spec: &mut ModelSpec) -> Result<SafetensorsSource,
         return Err(SourceError::AdapterInside { path: adapter });
     }
     source.rename(names_in_model(&spec.tensors()))?;
+    source.split(|name, shape| experts_in(spec, name, shape))?;
     if spec.tie_word_embeddings && source.meta(HEAD).is_some() {
         if source.meta(EMBEDDING).is_none() {
             let tied = |name: &str| if name == HEAD { EMBEDDING.to_owned() } else { name.to_owned() };
@@ -40,6 +41,34 @@ pub fn open(directory: &Path, spec: &mut ModelSpec) -> Result<SafetensorsSource,
     }
     validate(&source, &spec.tensors())?;
     Ok(source)
+}
+
+/// The tensors of the model in `name`, which transformers has in its modules and writes with
+/// `save_original_format=False`: `mlp.experts.gate_up_proj` `[experts, 2 · width, hidden]`, gate above up, and
+/// `mlp.experts.down_proj` `[experts, hidden, width]`; the router, where the files of the family name its block
+/// otherwise.
+fn experts_in(spec: &ModelSpec, name: &str, shape: &[usize]) -> Option<Vec<(String, Vec<usize>)>> {
+    let (layer, tensor) = name.strip_prefix("model.layers.")?.split_once(".mlp.")?;
+    let number = layer.parse().ok().filter(|&layer| layer < spec.layers.len())?;
+    let moe = spec.moe_of(number)?;
+    let block = format!("model.layers.{layer}.{}", moe.names.block);
+    let leaves: &[&str] = match tensor {
+        "experts.gate_up_proj" => &["gate_proj", "up_proj"],
+        "experts.down_proj" => &["down_proj"],
+        "gate.weight" if moe.names.block != "mlp" => {
+            return Some(vec![(format!("{block}.gate.weight"), shape.to_vec())]);
+        }
+        _ => return None,
+    };
+    let &[experts, rows, columns] = shape else { return None };
+    if experts != moe.experts || !rows.is_multiple_of(leaves.len()) {
+        return None;
+    }
+    let part = |expert: usize, leaf: &str| {
+        let name = format!("{block}.experts.{expert}.{}.weight", moe.names.leaf(leaf));
+        (name, vec![rows / leaves.len(), columns])
+    };
+    Some((0..experts).flat_map(|expert| leaves.iter().map(move |leaf| part(expert, leaf))).collect())
 }
 
 /// True if tensors `a` and `b` have the same shape and values.

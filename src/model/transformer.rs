@@ -249,6 +249,31 @@ impl Transformer {
         Ok(())
     }
 
+    /// The same for the tensors of layer `unit` alone. Collective.
+    pub fn update_layer(
+        &mut self,
+        unit: usize,
+        mut change: impl FnMut(&Piece, &Tensor) -> Result<(), ShardError>,
+    ) -> Result<(), ShardError> {
+        self.layers.update(unit, &mut change)?;
+        self.experts.update(unit, &mut change)
+    }
+
+    /// Calls `each` with each range of the layers' tensors that this rank owns, and its values `[elements]`, a view in
+    /// the stored dtype.
+    ///
+    /// # Errors
+    /// Those of `each`.
+    pub fn visit_layers<E: From<ShardError>>(
+        &self,
+        mut each: impl FnMut(&Piece, &Tensor) -> Result<(), E>,
+    ) -> Result<(), E> {
+        for pool in [&self.layers, &self.experts] {
+            (0..pool.len()).try_for_each(|unit| pool.visit(unit, &mut each))?;
+        }
+        Ok(())
+    }
+
     /// True if the ranks of a host share the memory of their pieces.
     pub fn shares_memory(&self) -> bool {
         [&self.layers, &self.experts, &self.vocab, &self.final_norm].iter().all(|pool| pool.is_shared())

@@ -148,6 +148,13 @@ impl Optimizer {
         self.updates = updates;
     }
 
+    /// Forgets all updates: the state is that of a fresh optimizer.
+    pub fn reset(&mut self) {
+        let tensors = self.state.0.values().flat_map(BTreeMap::values);
+        tensors.for_each(|tensor| drop(tensor.shallow_clone().zero_()));
+        self.updates = 0;
+    }
+
     /// The state tensors by name, fp32 `[piece elements]` each. A resume copies into them.
     pub fn state(&self) -> &State {
         &self.state

@@ -1,7 +1,7 @@
 //! The learning rate of a step: linear warm-up from `lr_start`, then constant, linear or cosine decay to `lr_min`
 //! over `lr_decay_ratio` of the run. Pure.
 
-use crate::config::{LrDecayStyle, TrainArgs};
+use crate::config::{LrDecayStyle, RunConfig, TrainArgs};
 use std::ops::Range;
 
 /// The learning rate as a function of the step.
@@ -14,10 +14,42 @@ pub struct Schedule {
     pub warmup_steps: usize,
     /// Steps, warm-up included, after which the rate stays at `lr_min`.
     pub decay_steps: usize,
+    /// Warm-up after merges, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after_merge: Option<AfterMerge>,
+}
+
+/// The rise of the rate after each merge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct AfterMerge {
+    /// Steps between merges.
+    pub interval: usize,
+    /// Steps of the rise.
+    pub steps: usize,
+}
+
+impl AfterMerge {
+    /// The part of the schedule's rate that `step` (0-based) uses.
+    fn part(self, step: usize) -> f64 {
+        match step.checked_rem(self.interval) {
+            Some(since) if step >= self.interval && since < self.steps => {
+                (since + 1) as f64 / self.steps as f64
+            }
+            _ => 1.0,
+        }
+    }
 }
 
 impl Schedule {
-    /// The schedule of a run of `total_steps`.
+    /// The schedule of a run of `total_steps` as `config` has it.
+    pub fn of_run(config: &RunConfig, total_steps: usize) -> Self {
+        let lora = &config.lora;
+        let (interval, steps) = (lora.merge_lora_interval, lora.merge_warmup_steps);
+        let after_merge = (interval > 0 && steps > 0).then_some(AfterMerge { interval, steps });
+        Self { after_merge, ..Self::new(&config.train, total_steps) }
+    }
+
+    /// The schedule of `total_steps` without merges.
     pub fn new(args: &TrainArgs, total_steps: usize) -> Self {
         let part = |ratio: f64| (ratio * total_steps as f64) as usize;
         Self {
@@ -27,6 +59,7 @@ impl Schedule {
             style: args.lr_decay_style,
             warmup_steps: args.lr_warmup_steps.unwrap_or_else(|| part(args.lr_warmup_ratio)),
             decay_steps: part(args.lr_decay_ratio),
+            after_merge: None,
         }
     }
 
@@ -42,6 +75,9 @@ impl Schedule {
 
     /// The step from which on the rate stays as it is.
     fn settled(&self) -> usize {
+        if self.after_merge.is_some() {
+            return usize::MAX;
+        }
         match self.style {
             LrDecayStyle::Constant => self.warmup_steps,
             LrDecayStyle::Linear | LrDecayStyle::Cosine => self.warmup_steps.max(self.decay_steps),
@@ -50,6 +86,10 @@ impl Schedule {
 
     /// The rate that the update of `step` (0-based) uses.
     pub fn rate(&self, step: usize) -> f64 {
+        self.after_merge.map_or(1.0, |after| after.part(step)) * self.rate_without_merges(step)
+    }
+
+    fn rate_without_merges(&self, step: usize) -> f64 {
         if step < self.warmup_steps {
             let done = (step + 1) as f64 / self.warmup_steps as f64;
             return self.lr_start + (self.lr - self.lr_start) * done;
@@ -99,6 +139,17 @@ mod tests {
         assert!((linear.rate(50) - 0.55).abs() < 1e-12);
         let constant = schedule(LrDecayStyle::Constant, 0.0, 1.0);
         assert_eq!((constant.rate(0), constant.rate(99)), (1.0, 1.0));
+    }
+
+    #[test]
+    fn the_rate_rises_again_after_each_merge() {
+        let constant = schedule(LrDecayStyle::Constant, 0.0, 1.0);
+        let merging = Schedule { after_merge: Some(AfterMerge { interval: 10, steps: 4 }), ..constant };
+        let rates: Vec<f64> = (8..16).map(|step| merging.rate(step)).collect();
+        assert_eq!(rates, [1.0, 1.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]);
+        assert_eq!((merging.rate(0), merging.rate(20)), (1.0, 0.25));
+        assert_eq!(merging.parts_from(&constant, 0..100), Some(10));
+        assert_eq!(merging.parts_from(&constant, 14..20), None);
     }
 
     #[test]

@@ -168,16 +168,29 @@ impl SlotPool {
         self.invalidate()?;
         // Shared pieces are read where they lie: no rank may still compute from them, nor read them half changed.
         self.comm.barrier()?;
-        let changed = self.layouts[unit].reads(self.comm.rank()).iter().try_for_each(|piece| {
-            let bytes = piece.storage.bytes(piece.range.len()) as i64;
-            let values = self.shards[unit].f_narrow(0, piece.at as i64, bytes)?;
-            change(piece, &typed(&values, piece.storage)?)
-        });
+        let changed = self.visit(unit, &mut change);
         // A rank that failed says so in place of the barrier: no other waits for it.
         let mut failed = [f64::from(u8::from(changed.is_err()))];
         self.comm.all_reduce_host(&mut failed, Reduce::Max)?;
         changed?;
         if failed[0] > 0.0 { Err(ShardError::UpdateElsewhere { unit }) } else { Ok(()) }
+    }
+
+    /// Calls `each` with each range of a tensor that this rank's piece of `unit` holds, and its values as
+    /// [`update`](Self::update) has them.
+    ///
+    /// # Errors
+    /// Those of `each`.
+    pub fn visit<E: From<ShardError>>(
+        &self,
+        unit: usize,
+        mut each: impl FnMut(&Piece, &Tensor) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.layouts[unit].reads(self.comm.rank()).iter().try_for_each(|piece| {
+            let bytes = piece.storage.bytes(piece.range.len()) as i64;
+            let values = self.shards[unit].f_narrow(0, piece.at as i64, bytes).map_err(ShardError::from)?;
+            each(piece, &typed(&values, piece.storage)?)
+        })
     }
 
     /// Gathers `unit` and waits for it. A unit that is still in its slot is not gathered again.

@@ -4,6 +4,7 @@
 //! - [`run`]: the run around it
 //! - `loss`: the loss of a run's rows; `identity`: all ranks run the same
 //! - `output`: the output directory, for one process at a time
+//! - `merge`: periodic merges of the adapter into the base
 //! - `resume`: the start of a run, fresh or from a step; `save`: publishing of steps
 //! - `signals`: requests to stop
 //! - `report`: cost of a run, before it starts; `samples`: its rows as the model sees them
@@ -11,6 +12,7 @@
 
 mod identity;
 mod loss;
+mod merge;
 pub mod metrics;
 mod output;
 mod profile;

@@ -6,12 +6,13 @@
 use super::{Run, run::makes_steps, take_output};
 use crate::{
     checkpoint::{
-        CheckpointError, TrainerState, adapter_store,
+        CheckpointError, TrainerState, adapter_store, base,
         output::OutputLock,
         peft::AdapterFolder,
         pieces::{Pieces, read_pieces},
         publish::verify,
         reshard::Cut,
+        state::merged_base,
         steps,
     },
     comm::Communicator,
@@ -19,6 +20,7 @@ use crate::{
     data::schedule::DataCursor,
     error::{Error, Result, agree, broadcast_from_root},
     lora::{Adapter, LoraShape},
+    model::stored_base,
     optim::{Number, Optimizer, Schedule, Settings},
     shard::FlatRegion,
     weights,
@@ -155,6 +157,15 @@ impl Run {
     fn starting_adapter(&mut self, path: &Path) -> Result<HashMap<String, Vec<f32>>> {
         let path = &steps::adapter_at(path).map_err(Error::Input)?;
         let folder = AdapterFolder::open(path)?;
+        if let Some(base) = merged_base(path)?
+            && base != weights::digest(self.source.as_ref())?
+        {
+            let path = path.display();
+            return Err(Error::Input(format!(
+                "{path} was trained on a base that merges have changed: give {path}/{} as model.model_path",
+                base::FOLDER
+            )));
+        }
         if let Some(difference) = different(folder.config().shape(), self.shapes.common) {
             return Err(Error::Input(format!("{} {difference}", path.display())));
         }
@@ -173,6 +184,9 @@ impl Run {
         let own = Cut { regions: &regions, shards: self.mesh.block() };
         let names = Settings::from(&self.config.train).rule().state_names();
         let pieces = read_pieces(path, &state.adapter, own, rank % self.mesh.block(), names)?;
+        if state.merges > 0 {
+            self.source = Box::new(stored_base::open(&path.join(base::FOLDER), &mut self.spec)?);
+        }
         if rank == 0 && weights::digest(self.source.as_ref())? != state.adapter.base {
             return Err(unfit("the base is another one than it was trained on".into()).into());
         }
@@ -264,7 +278,7 @@ impl Run {
         }
         let total = state.step.saturating_add(self.batches.steps_from(state.position));
         self.total_steps = self.config.train.max_steps.map_or(total, |limit| limit.min(total));
-        let schedule = Schedule::new(&self.config.train, self.total_steps);
+        let schedule = Schedule::of_run(&self.config, self.total_steps);
         if let Some(step) =
             schedule.parts_from(&state.schedule, state.step..self.total_steps).filter(|_| rank == 0)
         {

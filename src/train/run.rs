@@ -7,6 +7,7 @@
 use super::{
     MicroBatch, StopSignals, Trainer,
     loss::RowLoss,
+    merge::Merger,
     metrics::{Metrics, StepMetrics, peak_rss_bytes, received_since},
     output::{may_become_folder, run_dir},
     profile::Profile,
@@ -15,7 +16,7 @@ use super::{
     step::Skipped,
 };
 use crate::{
-    checkpoint::{output::OutputLock, publish, steps},
+    checkpoint::{base, output::OutputLock, publish, steps},
     comm::{Reduce, World},
     config::{FieldLocations, Loaded, Override, PackingMethod, ReduceGradients, RunConfig},
     console::count,
@@ -264,7 +265,7 @@ impl Run {
             }
             Start::Resumed(resumed) => resumed.restore(&mut adapter, &mut optimizer)?,
         }
-        let schedule = Schedule::new(train, self.total_steps);
+        let schedule = Schedule::of_run(&self.config, self.total_steps);
         let name = train.run_id.clone();
         let session = Session { name, adapter, optimizer, max_grad_norm: train.max_grad_norm };
         let mut trainer = Trainer { model, session, schedule, world: groups.world };
@@ -274,6 +275,7 @@ impl Run {
         let rank = world.rank();
         let mut metrics = if rank == 0 { self.begin_output()? } else { Metrics::silent() };
         let mut saver = Saver::new(&self, rank)?;
+        let mut merger = Merger::new(&self);
         let traces = train.output_dir.join("trace").join(&train.run_id);
         let mut profile = Profile::new(train.profile_steps, &traces, &trainer)?;
         let loader = Loader::start(self.dataset.clone(), self.step_plans(rank), LOADER_AHEAD)?;
@@ -327,11 +329,22 @@ impl Run {
                 // Every rank has the same report; one says so.
                 return Err(if rank == 0 { Error::Failure(why) } else { Error::Elsewhere { code: 1 } });
             }
+            if merger.is_due(done, last) && skipped.learned() {
+                let _merging = (trace::span(Category::Phase, "merge"), watcher.slow("merge"));
+                merger.merge(&mut trainer, done)?;
+                // As that of a save, the time belongs to no step.
+                clock.take();
+                begin = Instant::now();
+            }
             let due = every(train.save_steps, done) || ends_epoch || last;
             if (due && skipped.learned()) || stopping {
                 let _saving = (trace::span(Category::Phase, "save"), watcher.slow("save"));
                 metrics.sync()?;
-                saver.save(&trainer, Progress { step: done, epoch: rows.epoch, position: step_rows.next })?;
+                saver.save(
+                    &trainer,
+                    &merger,
+                    Progress { step: done, epoch: rows.epoch, position: step_rows.next },
+                )?;
                 stop.saved(done);
                 // A resumed process gathers everything anew. So does this one, and both report the same bytes.
                 trainer.model.forget_gathered()?;
@@ -364,7 +377,8 @@ impl Run {
     fn farewell(&self) -> String {
         let (run, step) = (self.run_dir.display(), steps::published(&self.run_dir).last().copied());
         let adapter = step.map_or_else(|| run.to_string(), |step| format!("{run}/step_{step}"));
-        if self.config.model.model_path.is_none() && self.config.lora.save_lora_only {
+        let has_base = Path::new(&adapter).join(base::FOLDER).is_dir();
+        if self.config.model.model_path.is_none() && !has_base {
             return format!(
                 "done: the adapter is {adapter}; its base has random weights, which are not saved"
             );

@@ -2,11 +2,12 @@
 //! pieces, rank 0 publishes and prunes. After each part all ranks agree to go on: a save that fails on one rank ends
 //! all with that rank's error, and earlier steps are untouched.
 
-use super::{Run, Trainer};
+use super::{Run, Trainer, merge::Merger};
 use crate::{
     checkpoint::{
         self, CheckpointError, FolderWriter, TrainerState, adapter_store,
         base::BaseFiles,
+        model_files::{ModelFiles, SHARD_BYTES},
         pieces::write_pieces,
         publish::{KnownHashes, publish_together, withdraw},
         state::DataIdentity,
@@ -14,9 +15,12 @@ use crate::{
     },
     console::first_of,
     data::schedule::DataCursor,
+    device::Staging,
     error::{Error, Result, agree},
-    lora::Parameter,
-    weights,
+    lora::{MergePlan, Parameter},
+    model::stored_base,
+    shard::ShardError,
+    weights::{self, TensorMeta},
 };
 use std::path::{Path, PathBuf};
 
@@ -37,8 +41,10 @@ pub(super) struct Saver<'a> {
     known: KnownHashes,
     /// Digest of the base, on rank 0.
     base: String,
-    /// `model/` of the last step of this base that has one.
+    /// `model/` of the last step that has one.
     model: Option<PathBuf>,
+    /// Merges in the base of the last step.
+    merges: u64,
 }
 
 /// Note for `model/`: a base beside an adapter is easily taken for a merged model.
@@ -46,13 +52,19 @@ const NOTE: &str = "This folder is the base model, unmerged: it is as it was bef
                     The adapter is in the folder above; PEFT's PeftModel.from_pretrained(model, \"..\") puts it on, and \
                     merge_and_unload() then merges it.\n";
 
+/// The same for a base that merges have changed.
+const NOTE_OF_MERGED: &str = "This folder is the base model with every adapter that was merged into it during training. \
+                              The adapter in the folder above is the one that was trained since the last merge; right \
+                              after a merge it is zero, and this folder alone is the trained model.\n";
+
 /// Writes the note into `model/` of a step, unless a link of an earlier step's is there.
-fn write_note(model: &Path) -> Result<()> {
+fn write_note(model: &Path, is_merged: bool) -> Result<()> {
     let path = model.join("README.md");
     if path.exists() {
         return Ok(());
     }
-    std::fs::write(&path, NOTE).map_err(|error| CheckpointError::Io { path, error }.into())
+    std::fs::write(&path, if is_merged { NOTE_OF_MERGED } else { NOTE })
+        .map_err(|error| CheckpointError::Io { path, error }.into())
 }
 
 /// Refuses an adapter with NaN or infinities, which would load and answer nonsense.
@@ -75,25 +87,35 @@ impl<'a> Saver<'a> {
         let model = run.resumed().map(|resumed| resumed.path.join(checkpoint::base::FOLDER));
         let base = if rank == 0 { weights::digest(run.source.as_ref())? } else { String::new() };
         let (known, model) = (KnownHashes::default(), model.filter(|path| path.is_dir()));
-        Ok(Self { run, rank, known, base, model })
+        let merges = run.resumed().map_or(0, |resumed| resumed.state.merges);
+        Ok(Self { run, rank, known, base, model, merges })
     }
 
     /// Publishes the run as it stands. Collective.
-    pub(super) fn save(&mut self, trainer: &Trainer, at: Progress) -> Result<()> {
+    pub(super) fn save(&mut self, trainer: &Trainer, merger: &Merger, at: Progress) -> Result<()> {
         let world = &*trainer.world;
         let whole = trainer.session.adapter.whole()?;
-        let (run, rank) = (self.run, self.rank);
+        let (run, rank, merges) = (self.run, self.rank, merger.done());
+        // All ranks know which base is in the last step, and write a new one together.
+        let new_base = (merges != self.merges).then(|| merged_files(run, merger.plan()));
+        let saved = Saved { at, merges, new_base: new_base.as_ref() };
         let opened = match rank {
-            0 => check_finite(&whole, at.step).and_then(|()| self.begin(trainer, whole, at)).map(Some),
+            0 => check_finite(&whole, at.step).and_then(|()| self.begin(trainer, whole, saved)).map(Some),
             _ => Ok(None),
         };
         publish_together(
             world,
             |own| agree(world, own),
             opened,
-            |hidden| write_own_pieces(run, trainer, rank, hidden),
-            |writer| self.publish(writer, at.step),
+            |hidden| {
+                write_own_pieces(run, trainer, rank, hidden)?;
+                new_base
+                    .as_ref()
+                    .map_or(Ok(()), |files| write_own_base(run, trainer, merger.plan(), files, rank, hidden))
+            },
+            |writer| self.publish(writer, trainer, saved),
         )?;
+        self.merges = merges;
         Ok(())
     }
 
@@ -102,14 +124,15 @@ impl<'a> Saver<'a> {
         &self,
         trainer: &Trainer,
         whole: Vec<(Parameter, Vec<f32>)>,
-        at: Progress,
+        Saved { at, merges, new_base }: Saved,
     ) -> Result<FolderWriter> {
         let run = self.run;
         let mut writer = FolderWriter::of_step(&run.run_dir, at.step)?;
-        let state = self.state(trainer, at);
-        adapter_store::open_state(&mut writer, &state.adapter, |folder| state.write(folder))?;
+        // The state is written last: it has the digest of the base.
+        let state = self.state(trainer, at, merges);
+        adapter_store::open_state(&mut writer, &state.adapter, |_| Ok(()))?;
 
-        let saves_base = !run.config.lora.save_lora_only;
+        let saves_base = merges > 0 || !run.config.lora.save_lora_only;
         if saves_base {
             let model = &run.config.model;
             let files = BaseFiles {
@@ -117,15 +140,22 @@ impl<'a> Saver<'a> {
                 tokenizer: model.tokenizer(),
                 config: model.hf_config(),
             };
-            files.write(writer.directory(), self.model.as_deref(), run.source.as_ref())?;
-            write_note(&writer.directory().join(checkpoint::base::FOLDER))?;
+            match (new_base, &self.model) {
+                (Some(new), _) => files.write_around(writer.directory(), new)?,
+                (None, Some(model)) if merges > 0 && !model.is_dir() => {
+                    let reason = "it is gone, and with it the base that the adapter belongs to".into();
+                    return Err(CheckpointError::Format { path: model.clone(), reason }.into());
+                }
+                (None, model) => files.write(writer.directory(), model.as_deref(), run.source.as_ref())?,
+            }
+            write_note(&writer.directory().join(checkpoint::base::FOLDER), merges > 0)?;
         }
         let model_path = run.config.model.model_path.clone();
+        let own = || steps::directory(&run.run_dir, at.step).join(checkpoint::base::FOLDER);
         let base = match model_path {
-            // The step is the only place of a random base.
-            None if saves_base => {
-                Some(steps::directory(&run.run_dir, at.step).join(checkpoint::base::FOLDER))
-            }
+            // The step is the only place of a merged base, and of a random one.
+            _ if merges > 0 => Some(own()),
+            None if saves_base => Some(own()),
             other => other,
         };
         let base = base.map(|path| path.display().to_string());
@@ -134,7 +164,7 @@ impl<'a> Saver<'a> {
         Ok(writer)
     }
 
-    fn state(&self, trainer: &Trainer, at: Progress) -> TrainerState {
+    fn state(&self, trainer: &Trainer, at: Progress, merges: u64) -> TrainerState {
         let Run { config, mesh, dataset, batches, shapes, .. } = self.run;
         let train = &config.train;
         TrainerState {
@@ -146,6 +176,7 @@ impl<'a> Saver<'a> {
             position: at.position,
             global_batch_size: batches.global_batch,
             seed: train.seed,
+            merges,
             adapter: adapter_store::state_of(&trainer.session, train.optimizer, shapes, mesh, &self.base),
             schedule: trainer.schedule,
             data: DataIdentity { rows: dataset.rows(), fingerprint: dataset.fingerprint().to_owned() },
@@ -153,7 +184,14 @@ impl<'a> Saver<'a> {
     }
 
     /// Makes the step visible and removes older ones. On rank 0.
-    fn publish(&mut self, writer: FolderWriter, step: usize) -> Result<()> {
+    fn publish(&mut self, writer: FolderWriter, trainer: &Trainer, saved: Saved) -> Result<()> {
+        let (folder, step) = (writer.directory(), saved.at.step);
+        if saved.new_base.is_some() {
+            let written =
+                stored_base::open(&folder.join(checkpoint::base::FOLDER), &mut self.run.spec.clone())?;
+            self.base = weights::digest(&written)?;
+        }
+        self.state(trainer, saved.at, saved.merges).write(folder)?;
         let published = writer.publish(&mut self.known)?;
         tracing::info!("saved {}", published.display());
         let model = published.join(checkpoint::base::FOLDER);
@@ -173,6 +211,56 @@ impl<'a> Saver<'a> {
         }
         Ok(())
     }
+}
+
+/// A step as it is saved.
+#[derive(Clone, Copy)]
+struct Saved<'a> {
+    at: Progress,
+    merges: u64,
+    /// Files of a base that no step has yet.
+    new_base: Option<&'a ModelFiles>,
+}
+
+/// The weight files of the base as merges with `plan` have changed it: what they change is as the shards hold it, the
+/// rest as the run has read it.
+fn merged_files(run: &Run, plan: &MergePlan) -> ModelFiles {
+    let (source, compute) = (run.source.as_ref(), run.options().compute);
+    let tensors = source.names().into_iter().filter_map(|name| {
+        let meta = source.meta(&name)?;
+        let dtype = if plan.columns(&name).is_some() { compute } else { meta.dtype };
+        Some((name, TensorMeta { dtype, ..meta }))
+    });
+    ModelFiles::new(tensors, SHARD_BYTES)
+}
+
+/// Writes the part of the base that a rank of the first copy owns, and its share of what merges do not change.
+fn write_own_base(
+    run: &Run,
+    trainer: &Trainer,
+    plan: &MergePlan,
+    files: &ModelFiles,
+    rank: usize,
+    hidden: &Path,
+) -> Result<()> {
+    if run.mesh.coordinates(rank).replicate > 0 {
+        return Ok(());
+    }
+    let writer = files.open(&hidden.join(checkpoint::base::FOLDER))?;
+    let mut staging = Staging::new(trainer.model.device())?;
+    trainer.model.visit_layers(|piece, values| {
+        if plan.columns(&piece.tensor).is_some() {
+            let bytes: Vec<u8> = staging.fetch(values).map_err(ShardError::from)?;
+            writer.write(&piece.tensor, piece.range.start, &bytes)?;
+        }
+        Ok::<_, Error>(())
+    })?;
+    for ((name, meta), owner) in files.tensors().zip(files.owners(run.mesh.block())) {
+        if owner == rank && plan.columns(name).is_none() {
+            writer.copy(run.source.as_ref(), name, 0..meta.shape.iter().product())?;
+        }
+    }
+    Ok(writer.sync()?)
 }
 
 /// Writes the pieces of a rank of the first copy into the hidden directory of the step.

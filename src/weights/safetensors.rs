@@ -63,6 +63,35 @@ impl SafetensorsSource {
         Ok(())
     }
 
+    /// Replaces each tensor for which `parts(name, shape)` has some by these, names with shapes: they lie in it one
+    /// after another and fill it.
+    ///
+    /// # Errors
+    /// Two tensors get one name.
+    pub fn split(
+        &mut self,
+        parts: impl Fn(&str, &[usize]) -> Option<Vec<(String, Vec<usize>)>>,
+    ) -> Result<(), SourceError> {
+        let all = self.tensors.iter();
+        let whole: Vec<_> =
+            all.filter_map(|(name, tensor)| Some((name.clone(), parts(name, &tensor.meta.shape)?))).collect();
+        for (stored, parts) in whole {
+            let Some(Located { file, mut start, meta }) = self.tensors.remove(&stored) else { continue };
+            for (name, shape) in parts {
+                let meta = TensorMeta { shape, ..meta };
+                let bytes = meta.shape.iter().product::<usize>() * meta.dtype.size();
+                match self.tensors.entry(name) {
+                    Entry::Vacant(entry) => entry.insert(Located { file, start, meta }),
+                    Entry::Occupied(entry) => {
+                        return Err(SourceError::Twice { stored, name: entry.key().clone() });
+                    }
+                };
+                start += bytes;
+            }
+        }
+        Ok(())
+    }
+
     fn add(&mut self, path: &Path) -> Result<(), SourceError> {
         let io = |error| SourceError::Io { path: path.to_owned(), error };
         let format = |reason: String| SourceError::Format { path: path.to_owned(), reason };

@@ -7,9 +7,12 @@
     peft_reference.py grads  MODEL_DIR OUT --rows ROWS.jsonl --adapter DIR
     peft_reference.py train  MODEL_DIR OUT --rows ROWS.jsonl --adapter DIR --rows-per-step N [--steps N] [--lr LR[,LR…]]
                              [--weight-decay 0] [--max-grad-norm 1]
+                             [--merge-every N --fresh PREFIX --merged DIR [--reset]]
 
 A row is {"input_ids", "labels", "document_lengths"}: labels are aligned with the ids (-100: no loss) and default to them;
-documents of a packed row run apart, as if they were rows. All rows of `grads` are one step; `train` takes N rows a step,
+documents of a packed row run apart, as if they were rows.
+After every N-th step `--merge-every` adds the adapter to its base in fp32 and goes on with the one in PREFIX{step}, with a fresh
+optimizer if `--reset`; the base of the end goes to DIR. All rows of `grads` are one step; `train` takes N rows a step,
 in the order of the file. The loss of a step is the mean over its valid tokens, counted after the shift.
 
 OUT.safetensors holds fp32 tensors, OUT.json numbers:
@@ -23,8 +26,9 @@ import json
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 SPLIT = 'q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj'
@@ -112,6 +116,15 @@ def grads(args, rows: list[dict]) -> None:
     write(args.out, found, {'loss': loss, 'valid_tokens': valid_tokens(rows), 'grad_norm': norm(found.values())})
 
 
+@torch.no_grad()
+def merge(model) -> None:
+    """Adds every delta to its base weight, by PEFT's own formula; the adapter stays as it is."""
+    for module in list(model.modules()):
+        if isinstance(module, LoraLayer) and module.lora_A:
+            weight = module.get_param() if hasattr(module, 'get_param') else module.get_base_layer().weight
+            weight += module.get_delta_weight('default')
+
+
 def train(args, rows: list[dict]) -> None:
     model = load(args, trainable=True)
     parameters = adapter_parameters(model)
@@ -131,6 +144,16 @@ def train(args, rows: list[dict]) -> None:
         for group in optimizer.param_groups:
             group['lr'] = rates[min(step, len(rates) - 1)]
         optimizer.step()
+        if args.merge_every and (step + 1) % args.merge_every == 0:
+            merge(model)
+            set_peft_model_state_dict(model, load_file(f'{args.fresh}{step + 1}/adapter_model.safetensors'))
+            if args.reset:
+                optimizer.state.clear()
+    if args.merged:
+        finals = {name: p.detach().clone() for name, p in parameters.items()}
+        assert all(not p.any() for name, p in finals.items() if 'lora_B' in name), 'the base is whole right after a merge'
+        write(args.out, {}, numbers)
+        return model.merge_and_unload().save_pretrained(args.merged)
     write(args.out, {f'final.{name}': p.detach().clone() for name, p in parameters.items()}, numbers)
 
 
@@ -153,7 +176,8 @@ def main() -> None:
     command('grads', adapter=dict(required=True), **rows)
     command('train', adapter=dict(required=True), rows_per_step=dict(type=int, required=True), steps=dict(type=int),
             lr=dict(default='1e-4', help='one, or one a step; the last holds on'), weight_decay=dict(type=float, default=0.0),
-            max_grad_norm=dict(type=float, default=1.0, help='0: no clipping'), **rows)
+            max_grad_norm=dict(type=float, default=1.0, help='0: no clipping'), merge_every=dict(type=int), fresh={}, merged={},
+            reset=dict(action='store_true'), **rows)
     args = parser.parse_args()
 
     torch.use_deterministic_algorithms(True)
