@@ -460,6 +460,26 @@ mod tests {
     }
 
     #[test]
+    fn a_new_folder_leaves_all_else_alone() {
+        let parent = tempfile::tempdir().unwrap();
+        let (out, others) = (parent.path().join("out"), parent.path().join(".tmp-other-1"));
+        fs::create_dir(&others).unwrap();
+        let is_refused = |begun| matches!(begun, Err(CheckpointError::Exists { .. }));
+        let writer = FolderWriter::new_folder(&out).unwrap();
+        assert!(is_refused(FolderWriter::new_folder(&out).map(drop)), "it is being written");
+        fs::write(writer.directory().join("file"), "1").unwrap();
+        fs::create_dir(&out).unwrap();
+        assert!(is_refused(writer.publish(&mut KnownHashes::default()).map(drop)), "it has come meanwhile");
+        fs::remove_dir(&out).unwrap();
+        let writer = FolderWriter::new_folder(&out).unwrap();
+        fs::write(writer.directory().join("file"), "2").unwrap();
+        verify(&writer.publish(&mut KnownHashes::default()).unwrap()).unwrap();
+        assert!(is_refused(FolderWriter::new_folder(&out).map(drop)), "it is there");
+        assert!(others.is_dir());
+        assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 2);
+    }
+
+    #[test]
     fn a_step_without_the_files_of_all_ranks_is_not_published() {
         let run = tempfile::tempdir().unwrap();
         let mut writer = write(run.path(), 1);

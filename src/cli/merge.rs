@@ -212,17 +212,16 @@ impl Prepared {
         Ok(())
     }
 
-    /// The tensors that were merged, and how much of the adapter rounding has left: `survivals` of the tensors that it changes, of
-    /// `tensors`. Warnings go to the log.
+    /// The tensors that were merged, and how much of the adapter rounding has left: `survivals` of those that it
+    /// changes, of all `tensors`. Warnings go to the log.
     fn report(&self, mut survivals: Vec<(String, Survival)>, tensors: usize) -> String {
         survivals.sort_by(|(a, x), (b, y)| y.lost_share().total_cmp(&x.lost_share()).then(a.cmp(b)));
         let mut all = Survival::default();
         survivals.iter().for_each(|(_, survival)| all += *survival);
-        let dtype = self.dtype.map_or("in its own dtypes", DType::name);
+        let dtype = self.dtype.map_or("the base's types", DType::name);
         let mut text = format!(
-            "{}: {} with {} of {tensors} changed, onto {}, {}\n",
+            "{}: {} of {tensors} merged onto {}, {}, in {dtype}\n",
             self.out.display(),
-            dtype,
             count(survivals.len(), "tensor"),
             self.base.display(),
             self.which,

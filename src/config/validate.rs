@@ -90,7 +90,7 @@ pub(super) fn broken_of_run(config: &RunConfig) -> Vec<Broken> {
     );
     let words = "is not below lora.merge_lora_interval, so that the learning rate would never be that of the schedule";
     rule(
-        lora.merge_warmup_steps > 0 && lora.merge_warmup_steps >= lora.merge_lora_interval,
+        (1..=lora.merge_warmup_steps).contains(&lora.merge_lora_interval),
         &["lora.merge_warmup_steps", "lora.merge_lora_interval"],
         Problem::Conflict(words.into()),
     );
