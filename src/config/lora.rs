@@ -45,8 +45,8 @@ section! {
         /// A and B for each expert, `sglang_shared_outer` stacked, which needs moe_hybrid_shared_lora. All else is the
         /// same.
         lora_export_format: ExportFormat = ExportFormat::Peft;
-        /// Steps between merges (ReLoRA): after every so many the adapter is added to the base, and a fresh one is trained
-        /// on it. Checkpoints from then on hold the changed base in `model/`. 0: never.
+        /// Steps between merges (ReLoRA): after every so many the adapter is added to the base, and a fresh one is
+        /// trained on it. Checkpoints from then on hold the changed base in `model/`. 0: never.
         merge_lora_interval: usize = 0;
         /// The optimizer starts anew at each merge, and the learning rate rises again over merge_warmup_steps.
         reset_optimizer_on_merge: bool = false;

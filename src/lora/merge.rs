@@ -169,8 +169,8 @@ pub fn merged(
     Ok((stored, Survival { delta: sum_of_squares(&delta)?, lost: sum_of_squares(&lost)? }))
 }
 
-/// Elements of `tensor`, `block` `[elements]` fp32, as `storage` has them: plain numbers `[elements]` rounded to nearest
-/// even. Every merge rounds here alone.
+/// Elements of `tensor`, `block` `[elements]` fp32, as `storage` has them: plain numbers `[elements]` rounded to
+/// nearest even. Every merge rounds here alone.
 ///
 /// # Errors
 /// Packed storage, which nothing packs yet.
