@@ -528,6 +528,7 @@ fn a_server_reads_a_model_and_trains_its_default_targets() {
         b_init_std: 0.0,
         max_rank: None,
         rank: 16,
+        optimizer: Settings::from(&TrainArgs::default()),
         adapter_memory: None,
         sampling_memory: None,
         storage_limit: None,

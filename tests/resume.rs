@@ -54,6 +54,16 @@ fn resumed_sgd_is_bit_identical() {
     );
 }
 
+/// Of muon the border between the ranks cuts matrices, and experts have theirs each.
+#[test]
+fn mpi_resumed_with_other_optimizers_is_bit_identical() {
+    let of = |name: &'static str| ["--train.optimizer", name, "--train.loraplus_lr_ratio", "2"];
+    second_half_is_bit_identical(1, &of("anyprecision_adamw"));
+    second_half_is_bit_identical(1, &of("signsgd"));
+    let over = ["--train.expert_parallel_size", "2", "--train.data_parallel_replicate_size", "1"];
+    second_half_of(&TinyRun::of_experts(), 2, &[&of("muon")[..], &over].concat());
+}
+
 #[test]
 fn mpi_resumed_on_two_ranks_is_bit_identical() {
     second_half_is_bit_identical(2, &[]);

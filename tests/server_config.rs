@@ -134,7 +134,12 @@ fn broken_files_are_refused_at_the_right_place() {
         ("merge_lora_interval: 10", "server.yaml:2: merge_lora_interval:", "10 is refused"),
         ("train_router: true", "server.yaml:2: train_router:", "the router is part of the frozen base"),
         ("freeze_router: false", "server.yaml:2: freeze_router:", "the router is part of the frozen base"),
-        ("optimizer: muon", "server.yaml:2: optimizer:", "trained with AdamW"),
+        (
+            "optimizer: distsignsgd",
+            "server.yaml:2: optimizer:",
+            "distsignsgd is refused: signs that each rank",
+        ),
+        ("muon_ns_steps: 100", "server.yaml:2: muon_ns_steps:", "100 is above 99"),
         (
             "sample_packing_on_oversized: truncate",
             "server.yaml:2: sample_packing_on_oversized:",

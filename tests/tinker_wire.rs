@@ -217,7 +217,7 @@ fn python_calls_that_clients_send_ask_for_what_they_meant() {
             let error = parse::<OptimStepCall>(call("optim_step_dimuon")).step().unwrap_err();
             assert_eq!(
                 error.to_string(),
-                "optimizer_params of type \"dimuon\": this server updates by AdamW; send adam_params"
+                "optimizer_params of type \"dimuon\": server.yaml names the optimizer of all adapters; send adam_params"
             );
         }
 

@@ -18,22 +18,16 @@ use crate::{
     shard::{FlatRegion, ShardError},
 };
 use std::{collections::HashMap, path::Path};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
-/// The state of `session`, whose optimizer is of `kind`. `base`: digest of the base.
-pub fn state_of(
-    session: &Session,
-    kind: config::Optimizer,
-    shapes: &LoraShapes,
-    mesh: &Mesh,
-    base: &str,
-) -> AdapterState {
+/// The state of `session`. `base`: digest of the base.
+pub fn state_of(session: &Session, shapes: &LoraShapes, mesh: &Mesh, base: &str) -> AdapterState {
     let numbers = session.optimizer.numbers();
     AdapterState {
         world: mesh.world(),
         shards: mesh.block(),
         optimizer: OptimizerState {
-            kind,
+            kind: session.optimizer.kind(),
             updates: session.optimizer.updates(),
             numbers: numbers.iter().map(|number| (number.field.to_owned(), number.value)).collect(),
         },
@@ -93,7 +87,7 @@ pub fn pieces_of(
         let region = &piece.region.name;
         pieces.insert(region, MASTER, staging.fetch(piece.master)?);
         for (name, tensor) in &session.optimizer.state()[piece.region] {
-            pieces.insert(region, name, staging.fetch(tensor)?);
+            pieces.insert(region, name, staging.fetch(&tensor.to_kind(Kind::Float))?);
         }
         if let Some(gradients) = gradients {
             pieces.insert(region, GRADIENT, staging.fetch(&gradients[place])?);

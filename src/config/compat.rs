@@ -56,7 +56,6 @@ const ALWAYS_SHARDED: &str =
 const SAVING: &str = "a save is synchronous, published atomically and in lora.lora_export_format";
 const METRICS: &str = "metrics go to metrics.jsonl in output_dir";
 const PROFILING: &str = "profile_steps traces steps, and every step's phase times are in metrics.jsonl";
-const NO_MUON: &str = "only muon reads it, which is not built";
 const NO_QLORA: &str = "only a quantised base reads it, which is not built";
 pub(super) const NO_PIPELINE: &str = "there are no pipeline stages";
 const NO_DISTILLATION: &str = "only distillation reads it, which is not built";
@@ -93,12 +92,6 @@ const ACCEPTED_WITH_WARNING: &[Accepted] = &[
     hint("data.num_dataset_shards_to_save", "the prepared data is one file"),
     hint("data.is_preprocess", "data is prepared at the start of the run"),
     hint("data.eval_sample_packing", NO_EVALUATION),
-    hint("train.optimizer_dtype", "moments are always fp32"),
-    hint("train.muon_lr", NO_MUON),
-    hint("train.muon_momentum", NO_MUON),
-    hint("train.muon_nesterov", NO_MUON),
-    hint("train.muon_ns_steps", NO_MUON),
-    hint("train.muon_adjust_lr_fn", NO_MUON),
     hint("train.enable_reentrant", MEMORY),
     hint("train.recompute_modules", MEMORY),
     hint("train.moe_checkpoint_method", MEMORY),
@@ -193,16 +186,14 @@ const REFUSED: &[Refused] = &[
 ];
 
 pub(super) const NO_RECOMPUTE_BEFORE: &str = "not built; use recompute_full_layer, selective or no_recompute";
-const NO_OPTIMIZER: &str = "not built; use adamw or sgd";
+pub(super) const NO_SIGNED_REDUCTION: &str =
+    "signs that each rank gives would make the result depend on the number of ranks; use signsgd";
 const AS_MESSAGES: &str = "not built; write each row as messages with role and content, of type chat";
 const AS_TOKENS: &str = "not built; tokenize it into rows with input_ids, of type tokenized";
 
 /// Values of xorl's for fields of this program that are not built.
 const UNBUILT_VALUES: &[Unbuilt] = &[
-    Unbuilt { field: "train.optimizer", value: "anyprecision_adamw", reason: NO_OPTIMIZER },
-    Unbuilt { field: "train.optimizer", value: "muon", reason: NO_OPTIMIZER },
-    Unbuilt { field: "train.optimizer", value: "signsgd", reason: NO_OPTIMIZER },
-    Unbuilt { field: "train.optimizer", value: "distsignsgd", reason: NO_OPTIMIZER },
+    Unbuilt { field: "train.optimizer", value: "distsignsgd", reason: NO_SIGNED_REDUCTION },
     Unbuilt {
         field: "lora.lora_export_format",
         value: "dsv4_expert_banks",

@@ -1,8 +1,8 @@
 //! Fields that only xorl's server has; see [`compat`](super::compat).
 
 use super::compat::{
-    Accepted, Compat, KERNELS, MEMORY, NO_PIPELINE, NO_RECOMPUTE_BEFORE, Refused, TOPOLOGY, Unbuilt, hint,
-    refused,
+    Accepted, Compat, KERNELS, MEMORY, NO_PIPELINE, NO_RECOMPUTE_BEFORE, NO_SIGNED_REDUCTION, Refused,
+    TOPOLOGY, Unbuilt, hint, refused,
 };
 
 /// xorl's other fields of `server.yaml`.
@@ -87,7 +87,6 @@ const ACCEPTED: &[Accepted] = &[
 const REFUSED: &[Refused] = &[
     refused("server.freeze_router", &["true"], "the router is part of the frozen base"),
     refused("server.lm_head_tensor_parallel_size", &["1"], TOPOLOGY),
-    refused("server.optimizer", &["adamw"], "adapters are trained with AdamW"),
     refused("server.cautious_weight_decay", &["false"], "weight decay is not masked"),
     refused("server.load_checkpoint_path", &["null", ""], "clients load what was saved; leave it out"),
     refused("server.sample_packing_on_oversized", &["error"], "a datum that is too long is refused"),
@@ -105,11 +104,14 @@ const REFUSED: &[Refused] = &[
     refused("server.enable_qarl", &["false"], NO_FP8),
 ];
 
-const UNBUILT: &[Unbuilt] = &[Unbuilt {
-    field: "server.gradient_checkpointing_method",
-    value: "recompute_before_dispatch",
-    reason: NO_RECOMPUTE_BEFORE,
-}];
+const UNBUILT: &[Unbuilt] = &[
+    Unbuilt {
+        field: "server.gradient_checkpointing_method",
+        value: "recompute_before_dispatch",
+        reason: NO_RECOMPUTE_BEFORE,
+    },
+    Unbuilt { field: "server.optimizer", value: "distsignsgd", reason: NO_SIGNED_REDUCTION },
+];
 
 const AS_IN_RUN: &[&str] = &[
     "model.attn_implementation",
@@ -141,12 +143,6 @@ const AS_IN_RUN: &[&str] = &[
     "train.enable_compile",
     "train.load_weights_mode",
     "train.init_device",
-    "train.optimizer_dtype",
-    "train.muon_lr",
-    "train.muon_momentum",
-    "train.muon_nesterov",
-    "train.muon_ns_steps",
-    "train.muon_adjust_lr_fn",
     "lora.enable_qlora",
     "lora.quant_format",
     "lora.quant_group_size",

@@ -27,7 +27,8 @@ const TRACKERS: &str = "metrics are in metrics.jsonl of train.output_dir; tracke
 const NO_DROPOUT: &str =
     "the adapter has no dropout; leave it out, or set it to 0 where the adapter was made";
 const PLAIN_LORA: &str = "only plain LoRA is trained";
-const ONE_RATE: &str = "all of the adapter has one learning rate, train.lr";
+const ONE_RATE: &str =
+    "all layers have one learning rate, train.lr; that of B is train.loraplus_lr_ratio times it";
 const FROZEN: &str = "all but the adapter is frozen";
 const TOKENIZER: &str =
     "tokenizer, special tokens and chat template are those of model.tokenizer_path, as they are";
@@ -210,16 +211,15 @@ const FOREIGN: &[(&str, Means)] = &[
     ("max_epochs", Is("train.num_train_epochs", "")),
     ("max_steps_per_epoch", Is("train.max_steps", " (of the whole run)")),
     ("learning_rate", Is("train.lr", "")),
-    ("optim", Is("train.optimizer", ": adamw or sgd")),
+    ("optim", Is("train.optimizer", ": adamw, anyprecision_adamw, sgd, signsgd or muon")),
     ("optim_args", Is("train.adam_beta1", ", adam_beta2, adam_epsilon and weight_decay")),
     ("optim_target_modules", Not("only the adapter is trained; lora.lora_target_modules names its places")),
-    ("adamw_8bit", Not("train.optimizer is adamw or sgd")),
+    ("adamw_8bit", Is("train.optimizer", ": anyprecision_adamw keeps moments in bf16")),
     ("betas", Is("train.adam_beta1", " and train.adam_beta2")),
     ("eps", Is("train.adam_epsilon", "")),
     ("fused", Needless("AdamW is fused")),
     ("optimizer_in_bwd", Needless("gradients are of the adapter alone, which is small")),
-    ("momentum", Not("train.optimizer: sgd has no momentum")),
-    ("loraplus_lr_ratio", Not(ONE_RATE)),
+    ("momentum", Is("train.muon_momentum", "; sgd has no momentum")),
     ("loraplus_lr_embedding", Not(ONE_RATE)),
     ("embedding_lr", Not(ONE_RATE)),
     ("lr_groups", Not(ONE_RATE)),

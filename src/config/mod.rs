@@ -1,7 +1,7 @@
 //! Typed `run.yaml`, in sections `model`, `data`, `train`, `lora`, and typed `server.yaml`, flat, with xorl's names,
 //! defaults and validation.
 //!
-//! A field is declared once (`model.rs`, `data.rs`, `train.rs`, `lora.rs`, `server.rs`, `compute.rs` for both files);
+//! A field is declared once (`model.rs`, `data.rs`, `train.rs`, `lora.rs`, `server.rs`, `compute.rs` and `optimizer.rs` for both files);
 //! struct, default, help, schema, reading and writing follow from that line. `compat.rs` and `compat_server.rs` list
 //! xorl's other fields, `foreign.rs` names of other trainers.
 
@@ -19,6 +19,7 @@ mod lora;
 mod loss;
 mod model;
 mod nearest;
+mod optimizer;
 mod paths;
 mod section;
 mod server;
@@ -37,9 +38,10 @@ pub use lora::{ExportFormat, LoraArgs};
 pub use loss::Param;
 pub use model::ModelArgs;
 pub use nearest::misspelt;
+pub use optimizer::{MuonAdjustLr, Optimizer, OptimizerArgs, OptimizerDtype};
 pub use section::FieldInfo;
 pub use server::{ServerConfig, is_model_id};
-pub use train::{LoadCheckpoint, LogFormat, LrDecayStyle, Optimizer, TrainArgs};
+pub use train::{LoadCheckpoint, LogFormat, LrDecayStyle, TrainArgs};
 
 use compat::Compat;
 use file::{Broken, ConfigFile};

@@ -8,6 +8,7 @@ use super::error::{FieldLocations, Problem};
 use super::file::{Broken, ConfigFile};
 use super::model::ModelArgs;
 use super::nearest::{self, Hint};
+use super::optimizer::{Optimizer, OptimizerArgs};
 use super::paths::{self, NamedPath};
 use super::section::{Section, section};
 use super::{compat_server, lora, train};
@@ -51,7 +52,12 @@ section! {
         unfuse_for_lora: bool = false;
         /// Seed of the initial values of an adapter whose client gives none.
         seed: u64 = 42;
-        /// Learning rate of an update that gives none.
+        /// Optimizer of all adapters: `adamw` (decoupled decay, fp32 moments), `anyprecision_adamw` (moments in
+        /// `optimizer_dtype`), `sgd`, `signsgd` (steps along the sign of the gradient) or `muon` (orthogonal steps of
+        /// every A and B). A number of an update that it does not read is ignored.
+        optimizer: Optimizer = Optimizer::Adamw;
+        ..rule: OptimizerArgs;
+        /// Learning rate of an update that gives none; with muon, `muon_lr` is.
         lr: f64 = 1e-5 => Positive;
         /// Decoupled weight decay of an update that gives none.
         weight_decay: f64 = 0.01 => NonNegative;
@@ -91,6 +97,11 @@ impl ServerConfig {
     pub fn base_model(&self) -> String {
         let path = || self.model.hf_config().display().to_string();
         self.base_model_name.clone().unwrap_or_else(path)
+    }
+
+    /// The learning rate of an update that gives none.
+    pub fn default_lr(&self) -> f64 {
+        if self.optimizer == Optimizer::Muon { self.rule.muon_lr } else { self.lr }
     }
 
     /// Every field with its value, as YAML that loads to the same configuration.
@@ -147,6 +158,7 @@ impl ConfigFile for ServerConfig {
             above.map(|most| Problem::Conflict(format!("{} is above max_lora_rank {most}", self.lora_rank))),
         );
         rule(&["server.adam_epsilon"], train::epsilon_problem(self.adam_epsilon));
+        rule(&["server.muon_ns_steps"], self.rule.ns_steps_problem());
         rule(&["server.ulysses_parallel_size"], self.compute.sequence_problem());
         rule(&["server.lora_target_modules"], lora::targets_problem(self.lora_target_modules.as_deref()));
         rule(&["server.enable_lora"], lora::enabled_problem(self.enable_lora));

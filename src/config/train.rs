@@ -3,6 +3,7 @@
 use super::compute::ComputeArgs;
 use super::error::{Issue, Issues, Problem};
 use super::loss::Param;
+use super::optimizer::{Optimizer, OptimizerArgs};
 use super::section::section;
 use super::source::Node;
 use super::value::{Description, Rule, Value, choices, quote};
@@ -14,13 +15,6 @@ choices! {
         Constant = "constant",
         Linear = "linear",
         Cosine = "cosine",
-    }
-
-    /// Rule that updates the adapter from its gradient.
-    pub enum Optimizer {
-        /// Decoupled weight decay, fp32 moments.
-        Adamw = "adamw",
-        Sgd = "sgd",
     }
 
     /// Display of steps.
@@ -103,15 +97,17 @@ section! {
         loss_fn: String = "cross_entropy".into();
         /// Parameters of the loss by name. null: none.
         loss_fn_params: BTreeMap<String, Param> = BTreeMap::new();
-        /// `adamw` (decoupled decay, fp32 moments) or `sgd`.
+        /// `adamw` (decoupled decay, fp32 moments), `anyprecision_adamw` (moments in `optimizer_dtype`), `sgd`, `signsgd`
+        /// (steps along the sign of the gradient) or `muon` (orthogonal steps of every A and B).
         optimizer: Optimizer = Optimizer::Adamw;
-        /// adamw: decay of the first moment. A resume with another one is refused.
+        /// adamw and anyprecision_adamw: decay of the first moment. A resume with another one is refused.
         adam_beta1: f64 = 0.9 => BelowOne;
-        /// adamw: decay of the second moment. A resume with another one is refused.
+        /// adamw and anyprecision_adamw: decay of the second moment. A resume with another one is refused.
         adam_beta2: f64 = 0.95 => BelowOne;
-        /// adamw: added to the root of the second moment.
+        /// adamw and anyprecision_adamw: added to the root of the second moment.
         adam_epsilon: f64 = 1e-8 => Positive;
-        /// Peak learning rate.
+        ..rule: OptimizerArgs;
+        /// Peak learning rate; of muon `muon_lr` is, and `lr_min` and `lr_start` keep their ratio to it.
         lr: f64 = 5e-5 => Positive;
         /// Learning rate at the end of the decay.
         lr_min: f64 = 1e-7 => NonNegative;

@@ -93,7 +93,7 @@ impl AdapterPlan {
     }
 
     /// The flat spaces of one region, by layer.
-    pub(super) fn flat_of(&self, region: Region) -> &[FlatRegion] {
+    pub fn flat_of(&self, region: Region) -> &[FlatRegion] {
         match region {
             Region::Dense => &self.flat_dense,
             Region::Experts => &self.flat_experts,

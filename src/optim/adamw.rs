@@ -1,13 +1,10 @@
 //! AdamW, with first and second moment in fp32. Formula and kernels: [`ops::adamw`](crate::ops::adamw).
 
-use super::{Number, State, Update, UpdateRule};
-use crate::{
-    ops::adamw,
-    shard::{OwnedPiece, ShardError},
-};
+use super::{ElementRule, Elements, Number, Update};
+use crate::ops::adamw;
 
-const EXP_AVG: &str = "exp_avg";
-const EXP_AVG_SQ: &str = "exp_avg_sq";
+pub(super) const EXP_AVG: &str = "exp_avg";
+pub(super) const EXP_AVG_SQ: &str = "exp_avg_sq";
 
 /// AdamW with decoupled weight decay.
 pub(super) struct AdamW {
@@ -16,59 +13,47 @@ pub(super) struct AdamW {
     pub eps: f64,
 }
 
-impl UpdateRule for AdamW {
+impl ElementRule for AdamW {
     fn state_names(&self) -> &'static [&'static str] {
         &[EXP_AVG, EXP_AVG_SQ]
     }
 
     fn numbers(&self) -> Vec<Number> {
-        let number = |field, value, shapes_state| Number { field, value, shapes_state };
-        // Bias correction takes it that all updates so far had the same betas.
-        vec![
-            number("adam_beta1", self.betas.0, true),
-            number("adam_beta2", self.betas.1, true),
-            number("adam_epsilon", self.eps, false),
-            number("weight_decay", self.weight_decay, false),
-        ]
+        numbers(self.betas, self.eps, self.weight_decay).into()
     }
 
-    fn step(&self, pieces: &[OwnedPiece], state: &State, update: &Update) -> Result<(), ShardError> {
-        let update = self.update(update);
-        for piece in pieces {
-            if let Some(state) = tensors(piece, state) {
-                update.apply(piece.gradient, &state);
-            }
-        }
-        Ok(())
+    fn apply(&self, elements: &Elements, update: &Update) {
+        self.update(update).apply(&elements.gradient, &tensors(elements));
     }
 
-    fn stays_finite(
-        &self,
-        pieces: &[OwnedPiece],
-        state: &State,
-        update: &Update,
-    ) -> Result<bool, ShardError> {
-        let update = self.update(update);
-        let stays = |piece: &OwnedPiece| {
-            tensors(piece, state).is_none_or(|state| update.stays_finite(piece.gradient, &state))
-        };
-        Ok(pieces.iter().all(stays))
+    fn stays_finite(&self, elements: &Elements, update: &Update) -> bool {
+        self.update(update).stays_finite(&elements.gradient, &tensors(elements))
     }
 }
 
 impl AdamW {
     fn update(&self, update: &Update) -> adamw::Update {
         let &Self { weight_decay, betas, eps } = self;
-        let &Update { lr, coefficient, count } = update;
+        let &Update { lr, coefficient, count, .. } = update;
         adamw::Update { lr, weight_decay, betas, eps, count, coefficient }
     }
 }
 
-/// The tensors of `piece` that an update changes; `None` where the region is empty.
-fn tensors<'a>(piece: &'a OwnedPiece, state: &'a State) -> Option<adamw::State<'a>> {
-    let own = &state[piece.region];
-    let (master, exp_avg, exp_avg_sq) = (piece.master, &own[EXP_AVG], &own[EXP_AVG_SQ]);
-    piece.compute.as_ref().map(|compute| adamw::State { master, exp_avg, exp_avg_sq, compute })
+/// The numbers of a rule with the moments of AdamW.
+pub(super) fn numbers(betas: (f64, f64), eps: f64, weight_decay: f64) -> [Number; 4] {
+    // Bias correction takes it that all updates so far had the same betas.
+    let shaping = |field, value| Number { field, value, shapes_state: true };
+    [
+        shaping("adam_beta1", betas.0),
+        shaping("adam_beta2", betas.1),
+        Number::new("adam_epsilon", eps),
+        Number::new("weight_decay", weight_decay),
+    ]
+}
+
+fn tensors(elements: &Elements) -> adamw::State<'_> {
+    let Elements { master, compute, state, .. } = elements;
+    adamw::State { master, exp_avg: &state[0], exp_avg_sq: &state[1], compute }
 }
 
 #[cfg(test)]

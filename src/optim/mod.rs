@@ -1,20 +1,32 @@
 //! Optimizers over the pieces of an adapter that a rank owns, the learning-rate schedule, and the one global gradient
 //! norm.
 //!
-//! An optimizer is an [`UpdateRule`] in a file of its own, and an arm of [`Settings::rule`]. [`Optimizer`] holds the
-//! rule together with its state, which is named: by region, then by state (`exp_avg`).
+//! An optimizer is an [`UpdateRule`] in a file of its own, and an arm of [`Settings::rule`]; one that updates every
+//! element by itself is an [`ElementRule`]. [`Optimizer`] holds the rule together with its state, which is named: by
+//! region, then by state (`exp_avg`).
 
 mod adamw;
+mod anyprecision;
 pub mod clip;
+mod elements;
+pub mod muon;
 pub mod schedule;
 mod sgd;
+mod signsgd;
+#[cfg(test)]
+mod testing;
 
 use crate::{
-    config::{self, TrainArgs},
-    shard::{FlatRegion, OwnedPiece, ShardError},
+    config::{self, MuonAdjustLr, OptimizerArgs, OptimizerDtype, TrainArgs},
+    dtype::DType,
+    shard::{FlatRegion, OwnedPiece, PlacedParameter, ShardError},
 };
 use adamw::AdamW;
+use anyprecision::AnyPrecisionAdamW;
+use elements::{ElementRule, Elements};
+use muon::Muon;
 use sgd::Sgd;
+use signsgd::SignSgd;
 use std::{collections::BTreeMap, ops::Index};
 use tch::Tensor;
 
@@ -30,27 +42,81 @@ pub struct Settings {
     pub betas: (f64, f64),
     /// AdamW's addend to the root of the second moment, above 0.
     pub eps: f64,
+    /// Dtype of the state, for those that leave it open.
+    pub dtype: OptimizerDtype,
+    /// Muon's μ, from 0 to below 1.
+    pub momentum: f64,
+    /// Muon looks ahead.
+    pub nesterov: bool,
+    /// Muon's Newton-Schulz iterations.
+    pub ns_steps: usize,
+    /// Muon's factor of the learning rate by shape.
+    pub adjust_lr: MuonAdjustLr,
+    /// LoRA+: the learning rate of B as a multiple of that of A.
+    pub lr_ratio_of_b: f64,
 }
 
 impl From<&TrainArgs> for Settings {
     fn from(train: &TrainArgs) -> Self {
+        let own = Self::new(train.optimizer, &train.rule);
         Self {
-            kind: train.optimizer,
             weight_decay: train.weight_decay,
             betas: (train.adam_beta1, train.adam_beta2),
             eps: train.adam_epsilon,
+            ..own
         }
     }
 }
 
 impl Settings {
+    /// Settings of `kind` from `args`, with the default weight decay, betas and ε of a run.
+    pub fn new(kind: config::Optimizer, args: &OptimizerArgs) -> Self {
+        let train = TrainArgs::default();
+        Self {
+            kind,
+            weight_decay: train.weight_decay,
+            betas: (train.adam_beta1, train.adam_beta2),
+            eps: train.adam_epsilon,
+            dtype: args.optimizer_dtype,
+            momentum: args.muon_momentum,
+            nesterov: args.muon_nesterov,
+            ns_steps: args.muon_ns_steps,
+            adjust_lr: args.muon_adjust_lr_fn.unwrap_or(MuonAdjustLr::Original),
+            lr_ratio_of_b: args.loraplus_lr_ratio,
+        }
+    }
+
     /// The rule that these settings choose.
     pub fn rule(&self) -> Box<dyn UpdateRule> {
-        let &Self { kind, weight_decay, betas, eps } = self;
+        let &Self { kind, weight_decay, betas, eps, momentum, nesterov, ns_steps, adjust_lr, .. } = self;
+        let dtype = match self.dtype {
+            OptimizerDtype::Fp32 => DType::F32,
+            OptimizerDtype::Bf16 => DType::Bf16,
+        };
         match kind {
             config::Optimizer::Adamw => Box::new(AdamW { weight_decay, betas, eps }),
+            config::Optimizer::AnyprecisionAdamw => {
+                Box::new(AnyPrecisionAdamW { weight_decay, betas, eps, dtype })
+            }
             config::Optimizer::Sgd => Box::new(Sgd { weight_decay }),
+            config::Optimizer::Signsgd => Box::new(SignSgd { weight_decay }),
+            config::Optimizer::Muon => {
+                Box::new(Muon { weight_decay, momentum, nesterov, ns_steps, adjust_lr, dtype })
+            }
         }
+    }
+
+    /// Bytes of the state of an element.
+    pub fn state_bytes(&self) -> usize {
+        let rule = self.rule();
+        rule.state_names().len() * rule.state_dtype().size()
+    }
+
+    /// The numbers of the rule and the ratio of learning rates, as a resume compares them.
+    pub fn numbers(&self) -> Vec<Number> {
+        let mut numbers = self.rule().numbers();
+        numbers.push(Number::new("loraplus_lr_ratio", self.lr_ratio_of_b));
+        numbers
     }
 }
 
@@ -64,16 +130,28 @@ pub fn state_names(kind: config::Optimizer) -> &'static [&'static str] {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Update {
     pub lr: f64,
+    /// The learning rate of B as a multiple of `lr`.
+    pub lr_ratio_of_b: f64,
     /// Factor of every gradient, from clipping.
     pub coefficient: f64,
     /// Updates so far, this one included: t of a bias correction.
     pub count: u64,
 }
 
+impl Update {
+    /// The learning rate of `parameter`.
+    fn lr_of(&self, parameter: &PlacedParameter) -> f64 {
+        if parameter.name.ends_with(".lora_B") { self.lr * self.lr_ratio_of_b } else { self.lr }
+    }
+}
+
 /// The arithmetic of an optimizer.
 pub trait UpdateRule {
-    /// Names of its state tensors. A region's piece has one of each: fp32 `[piece elements]`, zero at first.
+    /// Names of its state tensors. A region's piece has one of each: `[piece elements]`, zero at first.
     fn state_names(&self) -> &'static [&'static str];
+
+    /// Dtype of its state tensors. Files hold them in fp32, which bf16 fits into.
+    fn state_dtype(&self) -> DType;
 
     /// Its numbers, by their field in the configuration.
     fn numbers(&self) -> Vec<Number>;
@@ -107,6 +185,29 @@ pub struct Number {
     pub shapes_state: bool,
 }
 
+impl Number {
+    /// A number that may change on a resume.
+    fn new(field: &'static str, value: f64) -> Self {
+        Self { field, value, shapes_state: false }
+    }
+
+    /// The bits of a state's element, as number of field `optimizer_dtype`.
+    fn of_dtype(dtype: DType) -> Self {
+        Self::new("optimizer_dtype", 8.0 * dtype.size() as f64)
+    }
+
+    /// A `value` of this field as the configuration writes it.
+    pub fn shown(&self, value: f64) -> String {
+        match self.field {
+            "optimizer_dtype" => if value == 32.0 { "fp32" } else { "bf16" }.to_owned(),
+            "muon_adjust_lr_fn" => if value == 0.0 { "original" } else { "match_rms_adamw" }.to_owned(),
+            "muon_nesterov" => (value != 0.0).to_string(),
+            "muon_ns_steps" => format!("{value}"),
+            _ => format!("{value:?}"),
+        }
+    }
+}
+
 /// State tensors by region and name.
 #[derive(Default)]
 pub struct State(BTreeMap<String, BTreeMap<&'static str, Tensor>>);
@@ -121,6 +222,7 @@ impl Index<&FlatRegion> for State {
 
 /// The optimizer of a whole adapter, on this rank.
 pub struct Optimizer {
+    settings: Settings,
     rule: Box<dyn UpdateRule>,
     state: State,
     updates: u64,
@@ -130,12 +232,19 @@ impl Optimizer {
     /// A fresh optimizer for the adapter that has `pieces`.
     pub fn new<'a>(settings: &Settings, pieces: impl IntoIterator<Item = OwnedPiece<'a>>) -> Self {
         let rule = settings.rule();
+        let options = |piece: &OwnedPiece| (rule.state_dtype().kind(), piece.master.device());
         let fresh = |piece: OwnedPiece| {
-            let tensors = rule.state_names().iter().map(|&name| (name, piece.master.zeros_like()));
+            let zeros = || Tensor::zeros(piece.master.size(), options(&piece));
+            let tensors = rule.state_names().iter().map(|&name| (name, zeros()));
             (piece.region.name.clone(), tensors.collect())
         };
         let state = State(pieces.into_iter().map(fresh).collect());
-        Self { rule, state, updates: 0 }
+        Self { settings: *settings, rule, state, updates: 0 }
+    }
+
+    /// Its name in the configuration.
+    pub fn kind(&self) -> config::Optimizer {
+        self.settings.kind
     }
 
     /// Updates made so far.
@@ -155,7 +264,7 @@ impl Optimizer {
         self.updates = 0;
     }
 
-    /// The state tensors by name, fp32 `[piece elements]` each. A resume copies into them.
+    /// The state tensors by name, `[piece elements]` each in the dtype of the rule. A resume copies into them.
     pub fn state(&self) -> &State {
         &self.state
     }
@@ -164,12 +273,13 @@ impl Optimizer {
     pub fn set_numbers(&mut self, settings: &Settings) {
         let rule = settings.rule();
         debug_assert_eq!(rule.state_names(), self.rule.state_names());
-        self.rule = rule;
+        debug_assert_eq!(rule.state_dtype(), self.rule.state_dtype());
+        (self.settings, self.rule) = (*settings, rule);
     }
 
-    /// The numbers of its rule; see [`UpdateRule::numbers`].
+    /// See [`Settings::numbers`].
     pub fn numbers(&self) -> Vec<Number> {
-        self.rule.numbers()
+        self.settings.numbers()
     }
 
     /// Updates the masters and compute copies of `pieces` at learning rate `lr`, with gradients times `coefficient`.
@@ -187,7 +297,7 @@ impl Optimizer {
         let _guard = tch::no_grad_guard();
         self.updates += 1;
         let pieces: Vec<OwnedPiece> = pieces.into_iter().collect();
-        self.rule.step(&pieces, &self.state, &Update { lr, coefficient, count: self.updates })
+        self.rule.step(&pieces, &self.state, &self.numbered(lr, coefficient, self.updates))
     }
 
     /// True if all that [`step`](Self::step) changes would be finite after it. Changes nothing.
@@ -203,78 +313,10 @@ impl Optimizer {
         let _span = crate::trace::operation("optimizer.stays_finite");
         let _guard = tch::no_grad_guard();
         let pieces: Vec<OwnedPiece> = pieces.into_iter().collect();
-        let update = Update { lr, coefficient, count: self.updates + 1 };
-        self.rule.stays_finite(&pieces, &self.state, &update)
-    }
-}
-
-/// An adapter of three elements on one rank, for the tests of optimizers.
-#[cfg(test)]
-mod testing {
-    use super::*;
-    use crate::{
-        comm::World,
-        config::ReduceGradients,
-        dtype::DType,
-        shard::{
-            AdapterRegions, EntrySpec, PlacedParameter, ProcessGroups, Region, RegionLayout, Storage,
-            adapter::align_bytes,
-        },
-    };
-
-    pub const START: [f32; 3] = [1.0, -2.0, 0.5];
-
-    /// The gradients of five steps.
-    pub const GRADIENTS: [[f32; 3]; 5] =
-        [[0.3, -0.1, 2.0], [0.6, -0.1, -2.0], [0.9, -0.1, 2.0], [1.2, 0.0, 2.0], [1.5, -0.1, 0.25]];
-
-    pub struct Adapter(AdapterRegions, FlatRegion);
-
-    impl Adapter {
-        pub fn new() -> Self {
-            let spec = EntrySpec {
-                name: "a".into(),
-                shape: vec![3],
-                storage: Storage::Plain(DType::F32),
-                spans: Vec::new(),
-            };
-            let layout = RegionLayout::new("unit", vec![spec], 1, align_bytes(DType::F32));
-            let piece = layout.piece_bytes() / DType::F32.size();
-            let parameters = vec![PlacedParameter { name: "a".into(), shape: [1, 3], first: 0 }];
-            let region = FlatRegion { name: "layers.0".into(), piece, expert_groups: 1, parameters };
-            let groups = ProcessGroups::one_block(&World::start().unwrap());
-            let mut adapter = AdapterRegions::new(vec![layout], vec![], 1, &groups, ReduceGradients::Step);
-            adapter.of_mut(Region::Dense).set_master(0, 0..3, &START);
-            Self(adapter, region)
-        }
-
-        pub fn pieces(&self) -> [OwnedPiece<'_>; 1] {
-            [self.0.of(Region::Dense).piece(0, &self.1)]
-        }
-
-        /// Makes one step of `optimizer`.
-        pub fn update(&mut self, optimizer: &mut Optimizer, gradient: [f32; 3], lr: f64, coefficient: f64) {
-            let own = self.0.of(Region::Dense).gradient(0);
-            own.narrow(0, 0, 3).copy_(&Tensor::from_slice(&gradient));
-            optimizer.step(self.pieces(), lr, coefficient).unwrap();
-        }
-
-        /// The masters are `expected`, and the compute copies are the masters.
-        pub fn equals(&self, expected: [f64; 3], what: &str) {
-            let dense = self.0.of(Region::Dense);
-            assert_eq!(&dense.compute(0).unwrap(), dense.master(0));
-            near(dense.master(0), expected, what);
-        }
-
-        pub fn state_equals(&self, optimizer: &Optimizer, name: &str, expected: [f64; 3]) {
-            near(&optimizer.state()[&self.1][name], expected, name);
-        }
+        self.rule.stays_finite(&pieces, &self.state, &self.numbered(lr, coefficient, self.updates + 1))
     }
 
-    fn near(tensor: &Tensor, expected: [f64; 3], what: &str) {
-        let ours: Vec<f32> = tensor.narrow(0, 0, 3).try_into().unwrap();
-        for (ours, expected) in ours.iter().zip(expected) {
-            assert!((f64::from(*ours) - expected).abs() < 1e-6, "{what}: {ours} {expected}");
-        }
+    fn numbered(&self, lr: f64, coefficient: f64, count: u64) -> Update {
+        Update { lr, lr_ratio_of_b: self.settings.lr_ratio_of_b, coefficient, count }
     }
 }

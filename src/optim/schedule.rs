@@ -1,7 +1,7 @@
 //! The learning rate of a step: linear warm-up from `lr_start`, then constant, linear or cosine decay to `lr_min`
 //! over `lr_decay_ratio` of the run. Pure.
 
-use crate::config::{LrDecayStyle, RunConfig, TrainArgs};
+use crate::config::{LrDecayStyle, Optimizer, RunConfig, TrainArgs};
 use std::ops::Range;
 
 /// The learning rate as a function of the step.
@@ -52,10 +52,18 @@ impl Schedule {
     /// The schedule of `total_steps` without merges.
     pub fn new(args: &TrainArgs, total_steps: usize) -> Self {
         let part = |ratio: f64| (ratio * total_steps as f64) as usize;
+        let (lr, lr_min, lr_start) = match args.optimizer {
+            // As xorl has it: each learning rate is its peak times one function of the step.
+            Optimizer::Muon => {
+                let peak = args.rule.muon_lr;
+                (peak, args.lr_min / args.lr * peak, args.lr_start / args.lr * peak)
+            }
+            _ => (args.lr, args.lr_min, args.lr_start),
+        };
         Self {
-            lr: args.lr,
-            lr_min: args.lr_min,
-            lr_start: args.lr_start,
+            lr,
+            lr_min,
+            lr_start,
             style: args.lr_decay_style,
             warmup_steps: args.lr_warmup_steps.unwrap_or_else(|| part(args.lr_warmup_ratio)),
             decay_steps: part(args.lr_decay_ratio),

@@ -1,7 +1,6 @@
 //! Stochastic gradient descent without momentum: p ← p − lr·(g + wd·p).
 
-use super::{Number, State, Update, UpdateRule};
-use crate::shard::{OwnedPiece, ShardError};
+use super::{ElementRule, Elements, Number, Update};
 use tch::Tensor;
 
 /// Gradient descent with weight decay in the gradient, as torch's SGD has it.
@@ -9,40 +8,20 @@ pub(super) struct Sgd {
     pub weight_decay: f64,
 }
 
-impl UpdateRule for Sgd {
+impl ElementRule for Sgd {
     fn state_names(&self) -> &'static [&'static str] {
         &[]
     }
 
     fn numbers(&self) -> Vec<Number> {
-        vec![Number { field: "weight_decay", value: self.weight_decay, shapes_state: false }]
+        vec![Number::new("weight_decay", self.weight_decay)]
     }
 
-    fn step(&self, pieces: &[OwnedPiece], _: &State, update: &Update) -> Result<(), ShardError> {
-        for piece in pieces {
-            let Some(mut compute) = piece.compute.as_ref().map(Tensor::shallow_clone) else { continue };
-            let mut master = piece.master.shallow_clone();
-            let _ = master.g_sub_(&self.change(piece, update));
-            compute.copy_(&master);
-        }
-        Ok(())
-    }
-
-    fn stays_finite(&self, pieces: &[OwnedPiece], _: &State, update: &Update) -> Result<bool, ShardError> {
-        let stays = |piece: &OwnedPiece| {
-            let Some(compute) = &piece.compute else { return true };
-            let after = piece.master - self.change(piece, update);
-            after.to_kind(compute.kind()).isfinite().all().int64_value(&[]) != 0
-        };
-        Ok(pieces.iter().all(stays))
-    }
-}
-
-impl Sgd {
-    /// lr·(g + wd·p): fp32 `[piece elements]`.
-    fn change(&self, piece: &OwnedPiece, update: &Update) -> Tensor {
-        let gradient = piece.gradient * update.coefficient;
-        (gradient + piece.master * self.weight_decay) * update.lr
+    fn apply(&self, elements: &Elements, update: &Update) {
+        let [mut master, mut compute] = [&elements.master, &elements.compute].map(Tensor::shallow_clone);
+        let gradient = &elements.gradient * update.coefficient;
+        let _ = master.g_sub_(&((gradient + &master * self.weight_decay) * update.lr));
+        compute.copy_(&master);
     }
 }
 

@@ -1,6 +1,8 @@
 //! Memory of one adapter on a rank, as a run holds one and a server many.
 
-use crate::{config, dtype::DType, lora::AdapterPlan, model::base_plan::Options, optim, shard::RegionLayout};
+use crate::{
+    config, dtype::DType, lora::AdapterPlan, model::base_plan::Options, optim::Settings, shard::RegionLayout,
+};
 
 /// Bytes of a rank that an adapter takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -9,7 +11,7 @@ pub struct AdapterMemory {
     pub copies: usize,
     /// The slots into which layers are gathered.
     pub slots: usize,
-    /// fp32 masters and moments.
+    /// fp32 masters, and the optimizer's state.
     pub optimizer: usize,
     /// fp32 gradients: this rank's pieces, and the full sums before they are reduced.
     pub gradients: usize,
@@ -19,7 +21,7 @@ pub struct AdapterMemory {
 
 impl AdapterMemory {
     /// Memory of `adapter`, gathered in the compute dtype of `options` and updated by `optimizer`.
-    pub fn new(adapter: &AdapterPlan, options: &Options, optimizer: config::Optimizer) -> Self {
+    pub fn new(adapter: &AdapterPlan, options: &Options, optimizer: &Settings) -> Self {
         let regions = [&adapter.dense, &adapter.experts].map(|layouts| Held::new(layouts));
         let slots = options.slots.clamp(1, adapter.dense.len().max(1));
         let fp32 = |bytes: usize| bytes / options.compute.size() * DType::F32.size();
@@ -29,7 +31,9 @@ impl AdapterMemory {
             config::ReduceGradients::Step => held.pieces * held.shards,
             config::ReduceGradients::MicroBatch => held.largest,
         };
-        let optimizer = (1 + optim::state_names(optimizer).len()) * fp32(copies);
+        let elements = copies / options.compute.size();
+        // Files hold all of it in fp32.
+        let stored = (1 + optimizer.rule().state_names().len()) * fp32(copies);
         // A rank's pieces are copied, then serialised. Before that rank 0 does the same with the whole adapter, where
         // experts are put together once more.
         let of_experts = fp32(regions[1].pieces);
@@ -37,9 +41,9 @@ impl AdapterMemory {
         Self {
             copies,
             slots: regions.iter().map(|region| region.in_slots(slots)).sum(),
-            optimizer,
+            optimizer: fp32(copies) + elements * optimizer.state_bytes(),
             gradients: fp32(copies + regions.iter().map(unreduced).sum::<usize>()),
-            save: 2 * optimizer.max(whole),
+            save: 2 * stored.max(whole),
         }
     }
 
@@ -55,13 +59,18 @@ impl AdapterMemory {
 }
 
 /// Bytes of the files of a server's save of `adapter`, all ranks together, about: the whole adapter in fp32, and with
-/// training state masters, moments and, if passes have `accumulated`, gradients.
-pub fn save_bytes(adapter: &AdapterPlan, training_state: bool, accumulated: bool) -> usize {
+/// training state masters, the state of `optimizer` and, if passes have `accumulated`, gradients.
+pub fn save_bytes(
+    adapter: &AdapterPlan,
+    optimizer: &Settings,
+    training_state: bool,
+    accumulated: bool,
+) -> usize {
     /// Headers, configuration and manifest.
     const TEXT: usize = 64 << 10;
     let parameters = adapter.layers.iter().flat_map(|layer| layer.parameters());
     let values: usize = parameters.map(|parameter| parameter.shape.iter().product::<usize>()).sum();
-    let moments = optim::state_names(config::Optimizer::Adamw).len();
+    let moments = optimizer.rule().state_names().len();
     let state = if training_state { 1 + moments + usize::from(accumulated) } else { 0 };
     TEXT + values * DType::F32.size() * (1 + state)
 }

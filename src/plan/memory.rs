@@ -6,7 +6,6 @@
 
 use super::adapter::{AdapterMemory, Held};
 use crate::{
-    config,
     lora::AdapterPlan,
     loss::HOST_ROWS,
     model::{
@@ -15,6 +14,7 @@ use crate::{
         declare::ProjectionId,
         sublayer::CostSizes,
     },
+    optim::Settings,
     shard::RegionLayout,
 };
 
@@ -32,7 +32,7 @@ pub struct Memory {
     pub slots: usize,
     /// This rank's compute copy of the adapter, and the slots of adapters.
     pub adapter: usize,
-    /// fp32 masters and moments.
+    /// fp32 masters, and the optimizer's state.
     pub optimizer: usize,
     /// fp32 gradients: this rank's piece, and the full sums before they are reduced.
     pub gradients: usize,
@@ -54,7 +54,7 @@ impl Memory {
         base: &BasePlan,
         adapter: &AdapterPlan,
         options: &Options,
-        optimizer: config::Optimizer,
+        optimizer: &Settings,
         batch: MicroBatch,
     ) -> Self {
         let regions = &base.regions;

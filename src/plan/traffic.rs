@@ -7,13 +7,15 @@
 
 use crate::{
     comm::{Operation, Received},
-    config::ReduceGradients,
+    config::{self, ReduceGradients},
+    dtype::DType,
     lora::AdapterPlan,
     model::{
         ModelSpec,
         base_plan::{Options, Regions},
     },
-    shard::RegionLayout,
+    optim::muon,
+    shard::{FlatRegion, Region, RegionLayout},
 };
 
 /// Rows sent between a rank and the others of its expert group.
@@ -33,6 +35,7 @@ pub struct Traffic<'a> {
     pub adapter: &'a AdapterPlan,
     /// Copies of the base.
     pub replicas: usize,
+    pub optimizer: config::Optimizer,
 }
 
 impl Traffic<'_> {
@@ -47,8 +50,9 @@ impl Traffic<'_> {
             let slots = self.options.slots;
             both_passes(base, slots, warm_base) + both_passes(adapter, slots, warm_adapter)
         };
-        let dense = passes().map(|warm| both(layers, adapter, warm) + self.vocab_and_norm(warm.0)).sum();
-        let of_experts = passes().map(|warm| both(experts, expert_adapter, warm)).sum();
+        let dense: usize =
+            passes().map(|warm| both(layers, adapter, warm) + self.vocab_and_norm(warm.0)).sum();
+        let of_experts: usize = passes().map(|warm| both(experts, expert_adapter, warm)).sum();
         let reductions = match self.options.reduce {
             ReduceGradients::Step => 1,
             ReduceGradients::MicroBatch => micro_batches,
@@ -61,8 +65,8 @@ impl Traffic<'_> {
             Operation::AllReduce.received(self.fp32_bytes(region) / region.shards, self.replicas)
         };
         let all = [
-            (Operation::AllGather, "shard", dense),
-            (Operation::AllGather, "expert_shard", of_experts),
+            (Operation::AllGather, "shard", dense + self.of_update(Region::Dense)),
+            (Operation::AllGather, "expert_shard", of_experts + self.of_update(Region::Experts)),
             (Operation::ReduceScatter, "shard", scattered(adapter)),
             (Operation::ReduceScatter, "expert_shard", scattered(expert_adapter)),
             (Operation::AllReduce, "replicate", adapter.iter().chain(expert_adapter).map(replicated).sum()),
@@ -97,6 +101,19 @@ impl Traffic<'_> {
             tied * vocab.iter().map(received).sum::<usize>()
         };
         vocab + if warm { 0 } else { received(final_norm) }
+    }
+
+    /// Bytes received by the update of all units' adapters in `region`.
+    fn of_update(&self, region: Region) -> usize {
+        if self.optimizer != config::Optimizer::Muon {
+            return 0;
+        }
+        let units = self.adapter.flat_of(region).iter().zip(self.adapter.of(region));
+        let received = |(flat, layout): (&FlatRegion, &RegionLayout)| {
+            let bytes = muon::gathered_elements(flat, layout.shards) * DType::Bf16.size();
+            Operation::AllGather.received(bytes, layout.shards)
+        };
+        units.map(received).sum()
     }
 
     fn fp32_bytes(&self, adapter: &RegionLayout) -> usize {

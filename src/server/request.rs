@@ -157,7 +157,7 @@ pub struct PassReply {
     pub metrics: BTreeMap<String, f64>,
 }
 
-/// One update of an adapter by AdamW.
+/// One update of an adapter, with the numbers of AdamW; another optimizer reads those that it has.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OptimStep {
     pub lr: f64,

@@ -18,6 +18,7 @@ use crate::{
         stored_base,
         transformer::Transformer,
     },
+    optim::Settings,
     shard::ProcessGroups,
     weights::{self, RandomSource, WeightSource},
 };
@@ -49,6 +50,8 @@ pub struct ServerPlan {
     pub max_rank: Option<usize>,
     /// Rank of an adapter that is created without.
     pub rank: usize,
+    /// The optimizer of every adapter; its weight decay, betas and ε are those of an update.
+    pub optimizer: Settings,
     /// Bytes of a rank's memory for adapters; `None`: what the base and a pass leave.
     pub adapter_memory: Option<u64>,
     /// Bytes of a rank's memory for keys and values; `None`: a share of what the base and a pass leave.
@@ -98,12 +101,12 @@ impl Server {
         let targets = plan.targets.clone().unwrap_or_else(of_family);
         targets::resolve(&all_projections(&model.spec), Some(&targets), &[])
             .map_err(|error| Error::Input(format!("lora_target_modules: {error}")))?;
-        let ServerPlan { hybrid, b_init_std, max_rank, rank, .. } = plan;
+        let ServerPlan { hybrid, b_init_std, max_rank, rank, optimizer, .. } = plan;
         // Clients of both wires are told rank and alpha alone, and scale by their ratio.
         let use_rslora = false;
         let name = plan.model.hf_config().display().to_string();
         let engine = EngineOptions {
-            defaults: AdapterDefaults { targets, use_rslora, hybrid, b_init_std, max_rank, rank },
+            defaults: AdapterDefaults { targets, use_rslora, hybrid, b_init_std, max_rank, rank, optimizer },
             base: Base { name, digest: weights::digest(source.as_ref())? },
             max_tokens_per_pass: plan.max_tokens_per_pass,
             max_waiting: plan.max_waiting,

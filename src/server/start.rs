@@ -17,6 +17,7 @@ use crate::{
     console::count,
     error::{Error, Result, agree},
     model::hf_config::HfModel,
+    optim,
     train::{Identity, StopSignals, take_output},
 };
 use std::{
@@ -45,6 +46,7 @@ pub fn plan(config: &ServerConfig) -> ServerPlan {
         b_init_std: config.lora_b_init_std,
         max_rank: config.max_lora_rank,
         rank: config.lora_rank,
+        optimizer: optim::Settings::new(config.optimizer, &config.rule),
         adapter_memory: config.adapter_memory.map(|size| size.0),
         sampling_memory: config.sampling_memory.map(|size| size.0),
         storage_limit: config.storage_limit.map(|size| size.0),
@@ -88,7 +90,7 @@ pub fn settings(config: &ServerConfig, model: &HfModel) -> Result<Settings> {
         max_rank: config.max_lora_rank,
         model_ids: names.map_err(|error| Error::Input(format!("model_ids: {error}")))?,
         optim: OptimStep {
-            lr: config.lr,
+            lr: config.default_lr(),
             betas: (config.adam_beta1, config.adam_beta2),
             eps: config.adam_epsilon,
             weight_decay: config.weight_decay,

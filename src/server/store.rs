@@ -14,7 +14,7 @@ use crate::{
         state::{Accumulated, AdapterState},
     },
     comm::Communicator,
-    config::{ExportFormat, Optimizer},
+    config::ExportFormat,
     error::{Error, Result, broadcast_from_root},
     lora::{LoraShapes, Parameter, Site, targets::Projection},
     session::Session,
@@ -22,9 +22,6 @@ use crate::{
 };
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
-
-/// The optimizer of every adapter of the server.
-pub(super) const OPTIMIZER: Optimizer = Optimizer::Adamw;
 
 /// The base that the server's adapters are on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,7 +71,7 @@ pub fn save(
         .ok_or_else(|| Error::Input(format!("adapter {} has no module that could be saved", session.name)))?;
     let state = save.training_state.then(|| AdapterState {
         accumulated: with_gradient.then_some(accumulated),
-        ..adapter_store::state_of(session, OPTIMIZER, &shapes, &groups.mesh, &base.digest)
+        ..adapter_store::state_of(session, &shapes, &groups.mesh, &base.digest)
     });
     let opened = if groups.rank == 0 {
         let sites: Vec<Site> = sites.into_iter().map(|(site, _)| site.clone()).collect();
@@ -125,7 +122,7 @@ fn open(
 /// or optimizer.
 pub fn load(session: &mut Session, groups: &ProcessGroups, base: &Base, load: &Load) -> Result<Loaded> {
     let folder = found(&load.folder, groups)?;
-    let optimizer = load.optimizer.then_some(OPTIMIZER);
+    let optimizer = load.optimizer.then(|| session.optimizer.kind());
     let (mesh, rank, adapter) = (&groups.mesh, groups.rank, &session.adapter);
     let read = Reader { adapter, mesh, rank, base: &base.digest, optimizer }.read(&folder);
     let stored: Stored = same_outcome(&*groups.world, read.map_err(Error::from))?;

@@ -6,6 +6,7 @@ use crate::{
     console::count,
     device,
     lora::targets,
+    optim::Settings,
     plan::{Memory, MicroBatch, Plan, RoutedRows, Traffic, compute::flops_per_token},
 };
 
@@ -24,6 +25,7 @@ impl Run {
             base: &base.regions,
             adapter: &adapter,
             replicas: self.mesh.replicate(),
+            optimizer: train.optimizer,
         };
         let experts_over = self.mesh.expert();
         let travels = |layer| {
@@ -36,7 +38,7 @@ impl Run {
             trainable: targets::parameters_by_name(&self.sites, &self.shapes),
             batch,
             micro_batches,
-            memory: Memory::new(&self.spec, &base, &adapter, &options, train.optimizer, batch),
+            memory: Memory::new(&self.spec, &base, &adapter, &options, &Settings::from(train), batch),
             first_step: traffic.step(micro_batches, false),
             step: traffic.step(micro_batches, true),
             all_to_all: micro_batches * (0..self.spec.layers.len()).map(travels).sum::<usize>(),

@@ -234,10 +234,8 @@ impl Run {
             let (theirs, ours) = (name(state.adapter.optimizer.kind), name(train.optimizer));
             return Err(format!("its train.optimizer is {theirs}, the run's {ours}"));
         }
-        if let Some((Number { field, value, .. }, before)) =
-            self.changed_numbers(state).find(|n| n.0.shapes_state)
-        {
-            return Err(format!("its train.{field} is {before:?}, the run's {value:?}"));
+        if let Some((number, before)) = self.changed_numbers(state).find(|n| n.0.shapes_state) {
+            return Err(format!("its train.{} is {before:?}, the run's {:?}", number.field, number.value));
         }
         if state.data.fingerprint != self.dataset.fingerprint() {
             return Err(format!(
@@ -253,7 +251,7 @@ impl Run {
     /// The optimizer's numbers that differ from those of the step, and the step's. A step that does not know a number
     /// has the run's.
     fn changed_numbers(&self, state: &TrainerState) -> impl Iterator<Item = (Number, f64)> {
-        let numbers = Settings::from(&self.config.train).rule().numbers().into_iter();
+        let numbers = Settings::from(&self.config.train).numbers().into_iter();
         let before = |number: &Number| state.adapter.optimizer.numbers.get(number.field).copied();
         let paired = numbers.filter_map(move |number| Some((number, before(&number)?)));
         paired.filter(|(number, before)| number.value != *before)
@@ -273,8 +271,9 @@ impl Run {
             }
             Some(_) => {}
         }
-        for (Number { field, value, .. }, before) in self.changed_numbers(state).filter(|_| rank == 0) {
-            tracing::warn!("train.{field}: {value:?} from here on, {before:?} before");
+        for (number, before) in self.changed_numbers(state).filter(|_| rank == 0) {
+            let (field, shown) = (number.field, |value| number.shown(value));
+            tracing::warn!("train.{field}: {} from here on, {} before", shown(number.value), shown(before));
         }
         let total = state.step.saturating_add(self.batches.steps_from(state.position));
         self.total_steps = self.config.train.max_steps.map_or(total, |limit| limit.min(total));

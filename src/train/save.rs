@@ -177,7 +177,7 @@ impl<'a> Saver<'a> {
             global_batch_size: batches.global_batch,
             seed: train.seed,
             merges,
-            adapter: adapter_store::state_of(&trainer.session, train.optimizer, shapes, mesh, &self.base),
+            adapter: adapter_store::state_of(&trainer.session, shapes, mesh, &self.base),
             schedule: trainer.schedule,
             data: DataIdentity { rows: dataset.rows(), fingerprint: dataset.fingerprint().to_owned() },
         }

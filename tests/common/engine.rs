@@ -15,9 +15,11 @@ use std::{
 };
 use tempfile::TempDir;
 use xorl_dist::{
+    config::TrainArgs,
     dtype::DType,
     loss::NamedLoss,
     model::hf_config::HfModel,
+    optim::Settings,
     server::{
         engine::{AdapterDefaults, EngineHandle, EngineOptions},
         request::{
@@ -52,6 +54,7 @@ pub fn options(output_dir: PathBuf, gather: Duration) -> EngineOptions {
             b_init_std: B_STD,
             max_rank: None,
             rank: 16,
+            optimizer: Settings::from(&TrainArgs::default()),
         },
         base: Base { name: "base".into(), digest: "digest".into() },
         max_tokens_per_pass: MAX_TOKENS,

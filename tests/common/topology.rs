@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, path::Path, rc::Rc};
 use tch::{Device, Tensor};
 use xorl_dist::{
     comm::{CommError, Communicator, Operation, Parts, Pending, Received, Reduce, World},
-    config::{CheckpointingMethod, ReduceGradients, TrainArgs},
+    config::{self, CheckpointingMethod, ReduceGradients, TrainArgs},
     device::DeviceChoice,
     dtype::DType,
     lora::{Adapter, LoraShape, MoeNames, Site, targets::resolve},
@@ -56,6 +56,7 @@ pub struct Case {
     pub moe: bool,
     pub hybrid: bool,
     pub data: Data,
+    pub optimizer: config::Optimizer,
     pub fault: Option<Fault>,
     /// Whether tensors move over NCCL, for which a library of ours stands in.
     pub stand_in: bool,
@@ -118,6 +119,7 @@ impl Case {
             moe: false,
             hybrid: false,
             data: Data::Random,
+            optimizer: config::Optimizer::Adamw,
             fault: None,
             stand_in: false,
             ranks_per_host: None,
@@ -126,8 +128,8 @@ impl Case {
 
     /// The same training on one rank.
     pub fn on_one_rank(&self) -> Self {
-        let Self { targets, moe, hybrid, data, stand_in, .. } = self.clone();
-        Self { targets, moe, hybrid, data, stand_in, ..Self::one() }
+        let Self { targets, moe, hybrid, data, optimizer, stand_in, .. } = self.clone();
+        Self { targets, moe, hybrid, data, optimizer, stand_in, ..Self::one() }
     }
 
     fn mesh(&self) -> Mesh {
@@ -412,7 +414,7 @@ pub fn worker() {
     let (model, adapter) = new(&groups);
     let mut lone = (case.experts_over > 1).then(|| new(&ProcessGroups::alone()));
     let initial = digest(&adapter);
-    let args = TrainArgs { lr: 2e-3, weight_decay: 0.01, ..TrainArgs::default() };
+    let args = TrainArgs { lr: 2e-3, weight_decay: 0.01, optimizer: case.optimizer, ..TrainArgs::default() };
     let optimizer = Optimizer::new(&Settings::from(&args), adapter.pieces());
     let schedule = Schedule::new(&args, STEPS);
     let session = Session { name: "test".into(), adapter, optimizer, max_grad_norm: LIMIT };
@@ -428,6 +430,7 @@ pub fn worker() {
         base: &base.regions,
         adapter: &adapter,
         replicas: case.replicas,
+        optimizer: case.optimizer,
     };
     let mut received = Received::new();
     let mut reports = Vec::new();

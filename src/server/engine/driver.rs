@@ -314,7 +314,9 @@ impl Driver {
         let accumulated = self.known(model)?.accumulated > 0;
         self.make_room(std::slice::from_ref(model), None)?;
         let held = self.models.adapters().get(model);
-        let needed = held.map_or(0, |held| save_bytes(held.plan(), save.training_state, accumulated) as u64);
+        let (optimizer, with_state) = (&self.models.defaults().optimizer, save.training_state);
+        let needed =
+            held.map_or(0, |held| save_bytes(held.plan(), optimizer, with_state, accumulated) as u64);
         if !self.storage.is_own(&save.folder) {
             self.storage.check(needed, "the save").map_err(|full| Refusal::User(full.to_string()))?;
         }

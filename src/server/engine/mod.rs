@@ -28,6 +28,7 @@ use crate::{
     comm::{Commands, Watcher, World},
     infer::stops::SharedDecode,
     model::transformer::Transformer,
+    optim::Settings,
     server::{request::AdapterSpec, spill, store::Base},
     shard::ProcessGroups,
 };
@@ -55,6 +56,8 @@ pub struct AdapterDefaults {
     pub max_rank: Option<usize>,
     /// Rank of an adapter that is created without.
     pub rank: usize,
+    /// The optimizer of every adapter; its weight decay, betas and ε are those of an update.
+    pub optimizer: Settings,
 }
 
 impl AdapterDefaults {

@@ -14,7 +14,6 @@ use super::{
 use crate::{
     Error, Result,
     checkpoint::state::Accumulated,
-    config,
     infer::cache::KvCache,
     lora::{Adapter, AdapterPlan, LoraShape, Site, TargetError, targets},
     loss::{BySegment, NamedLoss, TokenLoss},
@@ -92,6 +91,11 @@ impl Models {
         &self.model
     }
 
+    /// Settings that all adapters have in common.
+    pub fn defaults(&self) -> &AdapterDefaults {
+        &self.defaults
+    }
+
     pub fn groups(&self) -> &ProcessGroups {
         &self.groups
     }
@@ -131,7 +135,7 @@ impl Models {
         // Sizes of more would not be numbers.
         let (rank, times) = (spec.rank.min(MOST_RANK), spec.rank.div_ceil(MOST_RANK) as u64);
         let plan = self.plan(&AdapterSpec { rank, ..spec.clone() })?;
-        let memory = AdapterMemory::new(&plan, self.model.options(), store::OPTIMIZER);
+        let memory = AdapterMemory::new(&plan, self.model.options(), &self.defaults.optimizer);
         // An update that would not stay finite keeps what it changes. Copies of a save are on the host.
         let at_work = match self.groups.device.tensors() {
             Device::Cpu => memory.optimizer.max(memory.save),
@@ -182,7 +186,7 @@ impl Models {
         let trained = Trained {
             spec: spec.clone(),
             has_gradients: false,
-            numbers: Settings::from(&config::TrainArgs::default()),
+            numbers: self.defaults.optimizer,
             step: 0,
             accumulated: 0,
             valid: 0,
@@ -312,7 +316,7 @@ impl Models {
         let held = self.held(model)?;
         let (session, trained) = held.session(model)?;
         let &OptimStep { lr, betas, eps, weight_decay, max_grad_norm, .. } = step;
-        trained.numbers = Settings { kind: config::Optimizer::Adamw, weight_decay, betas, eps };
+        trained.numbers = Settings { weight_decay, betas, eps, ..trained.numbers };
         session.reduce()?;
         session.optimizer.set_numbers(&trained.numbers);
         session.max_grad_norm = max_grad_norm;

@@ -7,7 +7,6 @@ use crate::{
     lora::AdapterPlan,
     model::base_plan::BasePlan,
     plan::{Memory, MicroBatch},
-    server::store::OPTIMIZER,
 };
 use std::{collections::BTreeMap, fs, path::Path};
 use tch::Device;
@@ -106,7 +105,7 @@ fn measure(models: &Models, plan: &AdapterPlan, tokens: usize) -> Result<Option<
     let (groups, spec, options) = (models.groups(), models.model().spec(), models.model().options());
     let base = BasePlan::new(spec, options, &groups.mesh, groups.rank)?;
     let batch = MicroBatch { tokens, longest: tokens };
-    let memory = Memory::new(spec, &base, plan, options, OPTIMIZER, batch);
+    let memory = Memory::new(spec, &base, plan, options, &models.defaults().optimizer, batch);
     // A stand-in for a device has its tensors in host memory.
     let device = if groups.device.tensors() == Device::Cpu { None } else { groups.device.memory()? };
     let (place, free, pass) = match device {

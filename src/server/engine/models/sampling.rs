@@ -21,7 +21,7 @@ use std::{path::Path, rc::Rc};
 impl Models {
     /// Memory of a rank that a sampler of `plan` needs, the same on every rank.
     pub fn need_of_sampler(&self, plan: &AdapterPlan) -> Need {
-        let memory = AdapterMemory::new(plan, self.model.options(), store::OPTIMIZER);
+        let memory = AdapterMemory::new(plan, self.model.options(), &self.defaults.optimizer);
         Need { held: memory.frozen() as u64, at_work: 0 }
     }
 

@@ -19,7 +19,7 @@ const LONGEST_TTL: i64 = 10 * 365 * 24 * 3600;
 /// Why the body of a call was refused. Permanent: to be answered by 400 with this text.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum CallError {
-    #[error("{field} of type {got:?}: this server updates by AdamW; {remedy}")]
+    #[error("{field} of type {got:?}: server.yaml names the optimizer of all adapters; {remedy}")]
     Optimizer { field: &'static str, got: String, remedy: &'static str },
     #[error("adam_params.{0}")]
     Step(#[from] StepError),
