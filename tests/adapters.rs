@@ -218,9 +218,11 @@ fn mpi_adapters_of_several_ranks_are_trained_saved_and_resumed() {
     let folder = tempfile::tempdir().unwrap();
     let Cases { ids, cases } = make(folder.path());
     let all = r#"["q_proj","k_proj","v_proj","o_proj","gate_proj","up_proj","down_proj"]"#;
+    let by_expression = "ranks by expression, the first counts";
     let table: &[(&str, &str, &[&str])] = &[
         ("ranks by leaf", all, &[]),
         ("ranks and alphas with rslora", all, &["--lora.use_rslora", "true"]),
+        (by_expression, all, &["--lora.rank_pattern", r#"{"layers\\.1\\..*v_proj": 6, "v_proj": 3}"#]),
         ("alphas by leaf and by layer", all, &[]),
         ("pickled", all, &[]),
         ("experts of another rank", r#"["q_proj","gate_up_proj","down_proj"]"#, &[]),
@@ -292,6 +294,32 @@ fn mpi_adapters_of_several_ranks_are_trained_saved_and_resumed() {
     ];
     succeeded(&xorl(2, of_fresh.as_flattened()));
     steps.push((moe.clone(), fresh.join("weights/run/step_4")));
+    // A fresh adapter by patterns, on whose ranks a resume insists.
+    let fresh = folder.path().join("by patterns");
+    let patterns = |ranks: &'static str| {
+        [["--train.output_dir", fresh.to_str().unwrap()], ["--lora.rank_pattern", ranks]].concat()
+    };
+    let alphas = ["--lora.alpha_pattern", r#"{"layers.1.*experts.down_proj": 3, "q_proj": 5}"#];
+    let with = |ranks: usize, more: &[&str]| xorl(ranks, &[of_fresh.as_flattened(), &alphas, more].concat());
+    let ranks = patterns(r#"{"(gate|up)_proj": 2, "layers.0.*_proj": 7}"#);
+    succeeded(&with(2, &ranks));
+    steps.push((moe.clone(), fresh.join("weights/run/step_4")));
+    let on = ["--train.load_checkpoint_path", "auto", "--train.max_steps", "5"];
+    succeeded(&with(1, &[&ranks[..], &on].concat()));
+    let other = patterns(r#"{"(gate|up)_proj": 3, "layers.0.*_proj": 7}"#);
+    let line = failed(&with(1, &[&other[..], &on].concat()), 2);
+    assert!(
+        line.contains("has rank 2") && line.contains("lora.rank_pattern and alpha_pattern rank 3"),
+        "{line}"
+    );
+    for (pattern, words) in [
+        (r#"{"gate_proj": 2}"#, "lora.rank_pattern: model.layers"),
+        (r#"{"gate_proj": 2}"#, "set lora.lora_export_format: per_expert"),
+        (r#"{"v_proj": 2}"#, "\"v_proj\" matches no target of the adapter"),
+    ] {
+        let line = failed(&with(1, &[&patterns(pattern)[..], &["--train.overwrite", "true"]].concat()), 2);
+        assert!(line.contains(words), "{line}");
+    }
     // Saves of the server have the adapters that they were made of.
     let mut ours = Ours::new(ids);
     for (number, (name, ..)) in table.iter().enumerate() {

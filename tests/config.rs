@@ -184,6 +184,8 @@ fn broken_files_are_refused_at_the_right_place() {
             "run.yaml:8: lora.merge_warmup_steps:",
             "is not below lora.merge_lora_interval",
         ),
+        (lora("rank_pattern: {q_proj: 0}"), "run.yaml:6: lora.rank_pattern.q_proj:", "at least 1"),
+        (lora("alpha_pattern: [8]"), "run.yaml:6: lora.alpha_pattern:", "a mapping of numbers"),
         (lora("lora_target_modules: [lm_head]"), "run.yaml:6: lora.lora_target_modules:", "head are frozen"),
         // Not built.
         (lora("enable_lora: false"), "run.yaml:6: lora.enable_lora:", "frozen by design"),
@@ -292,8 +294,8 @@ fn names_of_other_trainers_are_met_with_their_equivalents() {
         ),
         (
             "PEFT",
-            "r target_modules lora_dropout bias use_dora modules_to_save init_lora_weights rank_pattern \
-             alpha_pattern layers_to_transform layers_pattern fan_in_fan_out task_type peft_type target_parameters \
+            "r target_modules lora_dropout bias use_dora modules_to_save init_lora_weights \
+             layers_to_transform layers_pattern fan_in_fan_out task_type peft_type target_parameters \
              inference_mode base_model_name_or_path loftq_config trainable_token_indices layer_replication \
              megatron_config eva_config corda_config use_qalora",
             "lora",

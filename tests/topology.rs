@@ -7,6 +7,7 @@ mod common;
 use common::topology::{self, Case, equals_one_rank, fused};
 use xorl_dist::config::{
     CheckpointingMethod::{RecomputeFullLayer, Selective},
+    Optimizer::Muon,
     ReduceGradients::MicroBatch,
 };
 
@@ -18,6 +19,13 @@ fn mpi_worker() {
 #[test]
 fn mpi_two_ranks_equal_one() {
     equals_one_rank(Case { world: 2, micro_batch_rows: 2, ..Case::one() });
+}
+
+/// Borders between ranks cut matrices of all ranks and of experts, which the ledger of the gathers shows.
+#[test]
+fn mpi_muon_over_ranks_equals_one_rank() {
+    let muon = Case { optimizer: Muon, moe: true, ..Case::one() };
+    equals_one_rank(Case { world: 4, experts_over: 2, micro_batch_rows: 1, ..muon });
 }
 
 #[test]

@@ -2,7 +2,11 @@
 //! or the values with which it changes nothing; the rest is computed. Any other field is refused by name.
 
 use super::{CheckpointError, io};
-use crate::{console::shortened, json, lora::LoraShape};
+use crate::{
+    console::shortened,
+    json,
+    lora::{LoraShape, PatternError, Patterns},
+};
 use fancy_regex::Regex;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
@@ -195,15 +199,8 @@ impl AdapterConfig {
     }
 
     /// Its patterns of ranks and alphas, compiled.
-    pub fn patterns(&self) -> Patterns {
-        let compiled = |patterns: &Map<String, Value>| -> Vec<(Regex, f64)> {
-            let pair = |(pattern, value): (&String, &Value)| {
-                Some((regex(&format!(r"^(?:.*\.)?(?:{pattern})$")).ok()?, value.as_f64()?))
-            };
-            patterns.iter().filter_map(pair).collect()
-        };
-        let (ranks, alphas) = (compiled(&self.rank_pattern), compiled(&self.alpha_pattern));
-        Patterns { common: self.shape(), ranks, alphas }
+    pub fn patterns(&self) -> Result<Patterns, PatternError> {
+        Patterns::new(self.shape(), &self.rank_pattern, &self.alpha_pattern)
     }
 
     /// True if PEFT adapts the linear layer `path`.
@@ -304,27 +301,6 @@ impl AdapterConfig {
     }
 }
 
-/// Patterns of ranks and alphas.
-pub struct Patterns {
-    common: LoraShape,
-    ranks: Vec<(Regex, f64)>,
-    alphas: Vec<(Regex, f64)>,
-}
-
-impl Patterns {
-    /// Rank and scale of the module `path`: those of the first pattern that matches its end at a dot.
-    pub fn shape_of(&self, path: &str) -> LoraShape {
-        let of = |patterns: &[(Regex, f64)]| {
-            patterns.iter().find(|(regex, _)| is_match(regex, path)).map(|(_, value)| *value)
-        };
-        LoraShape {
-            rank: of(&self.ranks).map_or(self.common.rank, |rank| rank as usize),
-            alpha: of(&self.alphas).unwrap_or(self.common.alpha),
-            ..self.common
-        }
-    }
-}
-
 /// Every linear layer but the head.
 const ALL_LINEAR: &str = "all-linear";
 
@@ -380,7 +356,7 @@ mod tests {
             config(json!({"r": 4, "lora_alpha": 8, "rank_pattern": {r"layers\.1\..*v_proj": 6, "v_proj": 3},
             "alpha_pattern": {"v_proj": 1.5}, "use_rslora": true}))
             .unwrap();
-        let patterns = config.patterns();
+        let patterns = config.patterns().unwrap();
         let of = |path: &str| patterns.shape_of(path);
         let shape = |rank, alpha| LoraShape { rank, alpha, use_rslora: true };
         assert_eq!(of("model.layers.1.self_attn.v_proj"), shape(6, 1.5));

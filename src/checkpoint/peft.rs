@@ -329,7 +329,7 @@ impl AdapterFolder {
     /// parts have other ranks or scales.
     pub fn shapes(&self, sites: &[Site]) -> Result<LoraShapes, CheckpointError> {
         let mut shapes = LoraShapes::from(self.config.shape());
-        let patterns = self.config.patterns();
+        let patterns = self.config.patterns().map_err(|error| self.mismatch(error.to_string()))?;
         let mut untargeted = Vec::new();
         for site in sites {
             let modules = self.modules(site, &mut untargeted)?;

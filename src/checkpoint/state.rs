@@ -482,7 +482,7 @@ mod tests {
         said("/regions/0/piece", json!(2), "reaches past");
         said("/regions/1/name", json!("layers.0"), "region layers.0 is there twice");
         said("/regions/0/piece", json!(u64::MAX), "larger than memory");
-        said("/optimizer/kind", json!("muon"), "muon");
+        said("/optimizer/kind", json!("distsignsgd"), "distsignsgd");
         let run = tempfile::tempdir().unwrap();
         let step = step_of(run.path(), 1, |step| fs::remove_file(step.join(STATE_FILE)).unwrap());
         let message = TrainerState::read(&step).unwrap_err().to_string();

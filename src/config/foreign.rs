@@ -39,8 +39,6 @@ const PEFT_ONLY: &str = "the step's adapter_config.json has it";
 const CACHE: &str = "one loader thread a rank prepares rows; data.dataset_prepared_path keeps them";
 const NO_SEQUENCE: &str =
     "a sequence is not divided over ranks; shorten it by data.sample_packing_sequence_len";
-const PATTERNS: &str =
-    "ranks and alphas by module come with an adapter (lora.adapter_path); a new one has one of each";
 const SAVED: &str = "a save is synchronous and has the adapter and the training state";
 const SEEDED: &str = "train.seed seeds everything";
 const DECAY: &str = "train.lr_decay_style, lr_min and lr_decay_ratio shape the decay";
@@ -352,8 +350,6 @@ const FOREIGN: &[(&str, Means)] = &[
     ("megatron_config", Not(PLAIN_LORA)),
     ("megatron_core", Not(PLAIN_LORA)),
     ("layer_replication", Not(PLAIN_LORA)),
-    ("rank_pattern", Not(PATTERNS)),
-    ("alpha_pattern", Not(PATTERNS)),
     ("modules_to_save", Not(FROZEN)),
     ("lora_modules_to_save", Not(FROZEN)),
     ("additional_target", Not(FROZEN)),

@@ -3,6 +3,7 @@
 use super::error::Problem;
 use super::section::section;
 use super::value::choices;
+use serde_json::{Map, Value as Json};
 use std::path::PathBuf;
 
 choices! {
@@ -28,6 +29,11 @@ section! {
         lora_alpha: f64 = 32.0 => Positive;
         /// Scale by lora_alpha / √lora_rank instead (rank-stabilized LoRA).
         use_rslora: bool = false;
+        /// Ranks of single modules, by regular expressions over whole names or their ends, as PEFT's rank_pattern:
+        /// `{v_proj: 8, "layers\\.[0-3]\\..*q_proj": 32}`. The first that matches counts; one that matches nothing is an error.
+        rank_pattern: Map<String, Json> = Map::new() => Size;
+        /// Alphas of single modules, in the same way, as PEFT's alpha_pattern.
+        alpha_pattern: Map<String, Json> = Map::new() => Positive;
         /// Leaf names (`q_proj`, `qkv_proj`), globs over dotted paths (`layers.[0-7].*.q_proj`), or
         /// `all-linear`. null: the default of the model's family. A target that matches nothing is an error.
         lora_target_modules: Option<Vec<String>> = None => NonEmpty;

@@ -4,6 +4,7 @@
 use super::error::{Issue, Issues, Problem};
 use super::server::is_model_id;
 use super::source::{Kind, Node, is_null_word};
+use serde_json::{Map, Value as Json};
 use std::path::PathBuf;
 
 /// A demand on a field beyond its type; stands in the field's declaration.
@@ -295,6 +296,43 @@ impl<T: ListItem> Value for Vec<T> {
     fn write(&self) -> String {
         let items: Vec<_> = self.iter().map(T::write).collect();
         format!("[{}]", items.join(", "))
+    }
+}
+
+/// Numbers by name, in the order of the file: whole ones under [`Rule::Size`].
+impl Value for Map<String, Json> {
+    fn describe(rule: Rule) -> Description {
+        let numbers = if rule == Rule::Size { "whole numbers" } else { "numbers" };
+        Description::new(format!("map of {numbers}"), format!("a mapping of {numbers}, {{q_proj: 8}}"))
+    }
+
+    fn read(node: &Node, rule: Rule) -> Result<Self, Issues> {
+        let entries = match &node.kind {
+            Kind::Map(entries) => entries,
+            _ if node.is_null() => return Ok(Self::new()),
+            _ => return Err(mismatch::<Self>(node, rule)),
+        };
+        let (mut numbers, mut issues) = (Self::new(), Issues::new());
+        for entry in entries {
+            let number = match rule {
+                Rule::Size => usize::read(&entry.value, rule).map(Json::from),
+                _ => f64::read(&entry.value, rule).map(Json::from),
+            };
+            match number {
+                Ok(number) => drop(numbers.insert(entry.key.clone(), number)),
+                Err(wrong) => {
+                    let place = format!(".{}", entry.key);
+                    issues.extend(wrong.into_iter().map(|issue| issue.inside(&place, entry.line)));
+                }
+            }
+        }
+        if issues.is_empty() { Ok(numbers) } else { Err(issues) }
+    }
+
+    fn write(&self) -> String {
+        let entries: Vec<_> =
+            self.iter().map(|(name, number)| format!("{}: {number}", quote(name))).collect();
+        format!("{{{}}}", entries.join(", "))
     }
 }
 

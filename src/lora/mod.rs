@@ -3,12 +3,14 @@
 //! ([`adapter`]), and its sum with the base ([`merge`]).
 //!
 //! y = W₀·x + s·B·(A·x), A `[r, in]`, B `[out, r]` and s = alpha/r (Hu et al., 2021) or alpha/√r (rank-stabilized,
-//! Kalajdzievski, 2023). [`shape`] has r and s of each site.
+//! Kalajdzievski, 2023). [`shape`] has r and s of each site,
+//! [`patterns`] finds them by name.
 
 pub mod adapter;
 pub mod init;
 pub mod merge;
 pub mod module;
+pub mod patterns;
 pub mod plan;
 pub mod shape;
 pub mod targets;
@@ -16,6 +18,7 @@ pub mod targets;
 pub use adapter::Adapter;
 pub use merge::{MergePlan, Survival};
 pub use module::{FirstEntries, LORA_MAPPING, LoraLinear, LoraModule, MoeExpertsLora, Parameter, Stack};
+pub use patterns::{PatternError, Patterns, shapes_of};
 pub use plan::{AdapterPlan, LayerAdapterPlan};
 pub use shape::{LoraShape, LoraShapes};
 pub use targets::{Experts, Factor, MoeNames, Site, SiteKind, TargetError};

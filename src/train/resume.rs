@@ -19,7 +19,7 @@ use crate::{
     config::{LoadCheckpoint, TrainArgs},
     data::schedule::DataCursor,
     error::{Error, Result, agree, broadcast_from_root},
-    lora::{Adapter, LoraShape},
+    lora::{Adapter, LoraShape, LoraShapes},
     model::stored_base,
     optim::{Number, Optimizer, Schedule, Settings},
     shard::FlatRegion,
@@ -169,7 +169,11 @@ impl Run {
         if let Some(difference) = different(folder.config().shape(), self.shapes.common) {
             return Err(Error::Input(format!("{} {difference}", path.display())));
         }
-        self.shapes = folder.shapes(&self.sites)?;
+        let shapes = folder.shapes(&self.sites)?;
+        if let Some(difference) = self.other_shape(&shapes) {
+            return Err(Error::Input(format!("{} {difference}", path.display())));
+        }
+        self.shapes = shapes;
         Ok(folder.values(&self.sites, &self.shapes)?)
     }
 
@@ -217,10 +221,29 @@ impl Run {
         if let Some(difference) = different(state.adapter.lora.common, self.shapes.common) {
             return Err(format!("it {difference}"));
         }
+        if let Some(difference) = self.other_shape(&state.adapter.lora) {
+            return Err(format!("it {difference}"));
+        }
         if state.seed != self.config.train.seed {
             return Err(format!("its train.seed is {}, the run's {}", state.seed, self.config.train.seed));
         }
         Ok(())
+    }
+
+    /// The first site whose shape in `stored` is not that of the run's patterns, in words; `None` where the run has none
+    /// and takes the stored ones over.
+    fn other_shape(&self, stored: &LoraShapes) -> Option<String> {
+        let lora = &self.config.lora;
+        if lora.rank_pattern.is_empty() && lora.alpha_pattern.is_empty() {
+            return None;
+        }
+        let (site, own) = self
+            .sites
+            .iter()
+            .map(|site| (site, self.shapes.of(site)))
+            .find(|(site, own)| stored.of(site) != *own)?;
+        let path = site.path();
+        Some(format!("has {} on {path}, lora.rank_pattern and alpha_pattern {own}", stored.of(site)))
     }
 
     /// Checks that optimizer and data are those that the step's state tensors and position belong to.

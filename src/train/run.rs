@@ -26,7 +26,7 @@ use crate::{
     },
     device::Memory,
     error::{Error, Result},
-    lora::{AdapterPlan, LoraShape, LoraShapes, Site, targets},
+    lora::{self, AdapterPlan, LoraShapes, Site, targets},
     mesh::{Mesh, MeshSizes},
     model::{
         ModelSpec,
@@ -133,6 +133,8 @@ impl Run {
         } else {
             sites
         };
+        let shapes = lora::shapes_of(&config.lora, &sites)
+            .map_err(|error| refused(&format!("lora.{}", error.field), &error.fault))?;
 
         if !loaded.places.is_given("data.sample_packing_sequence_len") {
             let longest = hf.max_positions.unwrap_or(usize::MAX);
@@ -165,15 +167,13 @@ impl Run {
         };
         warn_of_steps(&config, &batches, total_steps);
         let run_dir = run_dir(train);
-        let lora = &config.lora;
-        let shape = LoraShape { rank: lora.lora_rank, alpha: lora.lora_alpha, use_rslora: lora.use_rslora };
         Ok(Self {
             config,
             places: loaded.places,
             mesh,
             spec,
             sites,
-            shapes: shape.into(),
+            shapes,
             source,
             dataset: Arc::new(dataset),
             loss,

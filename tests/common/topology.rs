@@ -132,6 +132,12 @@ impl Case {
         Self { targets, moe, hybrid, data, optimizer, stand_in, ..Self::one() }
     }
 
+    /// How far losses and tensors of the adapter may be from those of one rank. Muon's iterations in bf16 turn the last bit
+    /// of a sum into one of bf16.
+    fn tolerances(&self) -> [f64; 2] {
+        if self.optimizer == config::Optimizer::Muon { [1e-3, 1e-2] } else { [1e-5, 1e-4] }
+    }
+
     fn mesh(&self) -> Mesh {
         let sizes =
             MeshSizes { replicate: self.replicas as i64, shard: -1, sequence: 1, expert: self.experts_over };
@@ -505,13 +511,18 @@ pub fn run(case: &Case) -> Vec<Value> {
 
 /// Where what a rank saw parts from what one rank alone saw, if it does.
 pub fn difference(seen: &Value, one: &Value) -> Option<String> {
+    difference_beyond([1e-5, 1e-4], seen, one)
+}
+
+/// The same for losses and norms, and tensors of the adapter, that may be so far apart, relative to one rank's.
+fn difference_beyond([of_losses, of_tensors]: [f64; 2], seen: &Value, one: &Value) -> Option<String> {
     if seen["initial"] != one["initial"] {
         return Some("initial adapters differ in their bits".into());
     }
     for step in 0..STEPS {
         for (column, what) in ["loss", "grad norm"].iter().enumerate() {
             let [ours, theirs] = [seen, one].map(|seen| seen["steps"][step][column].as_f64().unwrap());
-            if relative(&[ours], &[theirs]) >= 1e-5 {
+            if relative(&[ours], &[theirs]) >= of_losses {
                 return Some(format!("{what} of step {step}: {ours}, one rank {theirs}"));
             }
         }
@@ -528,7 +539,7 @@ pub fn difference(seen: &Value, one: &Value) -> Option<String> {
             v[1].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
         };
         let apart = relative(&floats(ours), &floats(theirs));
-        if apart >= 1e-4 {
+        if apart >= of_tensors {
             return Some(format!("{}: {apart} apart", ours[0]));
         }
     }
@@ -539,7 +550,7 @@ pub fn difference(seen: &Value, one: &Value) -> Option<String> {
 pub fn equals(case: &Case, one: &Value) -> Vec<Value> {
     let ranks = run(case);
     for seen in &ranks {
-        assert_eq!(difference(seen, one), None, "{case:?}");
+        assert_eq!(difference_beyond(case.tolerances(), seen, one), None, "{case:?}");
     }
     // Clipping was active, or the test would not see a wrong norm.
     assert!(one["steps"][0][1].as_f64().unwrap() > LIMIT, "norm {}", one["steps"][0][1]);
