@@ -40,8 +40,11 @@ impl ElementRule for AnyPrecisionAdamW {
         let [mut p, mut compute] = [&elements.master, &elements.compute].map(Tensor::shallow_clone);
         let [mut m, mut v] = [0, 1].map(|i: usize| elements.state[i].shallow_clone());
         let _ = p.g_mul_scalar_(1.0 - update.lr * self.weight_decay);
-        let _ = m.g_mul_scalar_(beta1).g_add_(&(&gradient * (1.0 - beta1)));
-        let _ = v.g_mul_scalar_(beta2).g_add_(&(gradient.square() * (1.0 - beta2)));
+        // libtorch's product with a scalar in place would round β to the dtype first.
+        m.copy_(&(m.to_kind(p.kind()) * beta1));
+        v.copy_(&(v.to_kind(p.kind()) * beta2));
+        let _ = m.g_add_(&(&gradient * (1.0 - beta1)));
+        let _ = v.g_add_(&(gradient.square() * (1.0 - beta2)));
         let correction = |beta: f64| 1.0 - beta.powf(update.count as f64);
         let denominator = v.sqrt() / correction(beta2).sqrt() + self.eps;
         let direction = m.to_kind(p.kind()) / denominator;
