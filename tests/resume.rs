@@ -54,7 +54,7 @@ fn resumed_sgd_is_bit_identical() {
     );
 }
 
-/// Of muon the border between the ranks cuts matrices, and experts have theirs each.
+/// The border between the ranks cuts matrices of muon, and every expert has its own.
 #[test]
 fn mpi_resumed_with_other_optimizers_is_bit_identical() {
     let of = |name: &'static str| ["--train.optimizer", name, "--train.loraplus_lr_ratio", "2"];

@@ -32,7 +32,7 @@ pub(super) struct Muon {
     pub nesterov: bool,
     pub ns_steps: usize,
     pub adjust_lr: MuonAdjustLr,
-    /// Of the momentum.
+    /// Dtype of the momentum.
     pub dtype: DType,
 }
 
