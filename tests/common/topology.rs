@@ -132,8 +132,8 @@ impl Case {
         Self { targets, moe, hybrid, data, optimizer, stand_in, ..Self::one() }
     }
 
-    /// How far losses and tensors of the adapter may be from those of one rank. Muon's iterations in bf16 turn the last bit
-    /// of a sum into one of bf16.
+    /// Largest distances of losses and of tensors of the adapter from those of one rank. Muon's iterations in bf16 turn
+    /// the last bit of a sum into one of bf16.
     fn tolerances(&self) -> [f64; 2] {
         if self.optimizer == config::Optimizer::Muon { [1e-4, 1e-2] } else { [1e-5, 1e-4] }
     }
