@@ -30,7 +30,8 @@ section! {
         /// Scale by lora_alpha / √lora_rank instead (rank-stabilized LoRA).
         use_rslora: bool = false;
         /// Ranks of single modules, by regular expressions over whole names or their ends, as PEFT's rank_pattern:
-        /// `{v_proj: 8, "layers\\.[0-3]\\..*q_proj": 32}`. The first that matches counts; one that matches nothing is an error.
+        /// `{v_proj: 8, "layers\\.[0-3]\\..*q_proj": 32}`. The first that matches counts; one that matches nothing is
+        /// an error.
         rank_pattern: Map<String, Json> = Map::new() => Size;
         /// Alphas of single modules, in the same way, as PEFT's alpha_pattern.
         alpha_pattern: Map<String, Json> = Map::new() => Positive;

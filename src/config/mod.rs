@@ -1,7 +1,8 @@
 //! Typed `run.yaml`, in sections `model`, `data`, `train`, `lora`, and typed `server.yaml`, flat, with xorl's names,
 //! defaults and validation.
 //!
-//! A field is declared once (`model.rs`, `data.rs`, `train.rs`, `lora.rs`, `server.rs`, `compute.rs` and `optimizer.rs` for both files);
+//! A field is declared once (`model.rs`, `data.rs`, `train.rs`, `lora.rs`, `server.rs`, `compute.rs` and `optimizer.rs`
+//! for both files);
 //! struct, default, help, schema, reading and writing follow from that line. `compat.rs` and `compat_server.rs` list
 //! xorl's other fields, `foreign.rs` names of other trainers.
 
