@@ -2,7 +2,7 @@
 
 use super::{
     cache::KvCache,
-    choose::{choose, top as most_likely},
+    choose::{choose, log_sum_exp, top as most_likely},
     request::TokenLogProb,
     step::{Draw, Drawn, RankResult, RankStep, Run, RunResult, Score, Step},
 };
@@ -11,11 +11,11 @@ use crate::{
     lora::Adapter,
     loss::Targets,
     model::transformer::{Batch, Predicted, Reading, Transformer},
-    ops::cpu::values,
+    ops::cpu::{Rows, pool, values},
     shard::ShardError,
 };
-use std::{iter::repeat_n, ops::Range};
-use tch::{Device, Kind, Tensor};
+use std::{iter::repeat_n, ops::Range, sync::OnceLock};
+use tch::{Device, Tensor};
 
 /// Computes the work of `step` of the rank with data index `own`. `adapters` are those of [`Step::adapters`], in their
 /// order, on every rank. Collective.
@@ -39,7 +39,9 @@ pub fn compute<K>(
     let reading = Reading { logits: &told, scored: &scored, targets: &targets, top: reads.top };
     let attend = cache.attend(work);
     let predicted = model.predict(&batch, adapters, &attend, &reading)?;
-    Ok(RankResult { runs: results(&work.runs, &Outputs::fetch(&predicted)) })
+    Ok(RankResult {
+        runs: results(&work.runs, &predicted.logits.to_device(Device::Cpu), &Outputs::fetch(&predicted)),
+    })
 }
 
 /// The batch of `runs`. Ranks agree on the pattern of adapters, which they take from the whole step.
@@ -97,15 +99,8 @@ impl Reads {
     }
 }
 
-/// The predictions of a rank's rows, on the host.
+/// The predictions of the rows that are scored, on the host.
 struct Outputs {
-    vocab: usize,
-    /// `[told × vocab]`
-    logits: Vec<f32>,
-    /// log Σ exp of each row's logits: `[told]`
-    log_sums: Vec<f32>,
-    /// True for a row all of whose logits are finite: `[told]`
-    is_finite: Vec<bool>,
     k: usize,
     /// `[scored × k]`
     log_probs: Vec<f32>,
@@ -118,34 +113,14 @@ struct Outputs {
 impl Outputs {
     fn fetch(predicted: &Predicted) -> Self {
         let host = |tensor: &Tensor| values::<f32>(&tensor.to_device(Device::Cpu));
-        let Predicted { logits, log_probs, top: [top, ids] } = predicted;
-        let finite = logits.isfinite().all_dim(1, false).to_kind(Kind::Int64);
+        let Predicted { log_probs, top: [top, ids], .. } = predicted;
         let ids = values::<i64>(&ids.to_device(Device::Cpu));
         Self {
-            vocab: logits.size()[1] as usize,
-            logits: host(logits),
-            log_sums: host(&logits.logsumexp([1i64], false)),
-            is_finite: values::<i64>(&finite.to_device(Device::Cpu)).iter().map(|&all| all != 0).collect(),
             k: log_probs.size()[1] as usize,
             log_probs: host(log_probs),
             most: top.size()[1] as usize,
             top: ids.into_iter().zip(host(top)).collect(),
         }
-    }
-
-    /// The tokens of the draws behind row `row` of `logits`.
-    fn draw(&self, row: usize, draws: &[Draw]) -> Vec<Drawn> {
-        let logits = &self.logits[row * self.vocab..(row + 1) * self.vocab];
-        let drawn = |&Draw { choice, uniform, top }: &Draw| {
-            let chosen = choose(logits, choice, uniform);
-            let most = || most_likely(logits, f64::from(self.log_sums[row]), top);
-            Drawn {
-                id: chosen as i64,
-                log_prob: logits[chosen] - self.log_sums[row],
-                top: if top > 0 { most() } else { Vec::new() },
-            }
-        };
-        draws.iter().map(drawn).collect()
     }
 
     /// The scores of a run of `tokens` tokens, whose first is row `row` of those that are scored.
@@ -169,24 +144,46 @@ impl Outputs {
     }
 }
 
-/// The results of `runs`, in their order.
-fn results(runs: &[Run], outputs: &Outputs) -> Vec<RunResult> {
-    let (mut told, mut scored) = (0, 0);
-    let of_run = |run: &Run| {
-        let tokens = run.ids.len();
-        let mut result = RunResult::default();
-        if let Some(score) = &run.score {
-            result = outputs.score(scored, tokens, score);
-            scored += tokens;
+/// The tokens of `draws` behind a row of logits; `None` where one of these is not finite.
+fn draw(logits: &[f32], draws: &[Draw]) -> Option<Vec<Drawn>> {
+    let log_sum = log_sum_exp(logits)?;
+    let drawn = |&Draw { choice, uniform, top }: &Draw| {
+        let chosen = choose(logits, choice, uniform);
+        Drawn {
+            id: chosen as i64,
+            log_prob: (f64::from(logits[chosen]) - log_sum) as f32,
+            top: if top > 0 { most_likely(logits, log_sum, top) } else { Vec::new() },
         }
-        if !run.draws.is_empty() {
-            result.is_broken |= !outputs.is_finite[told];
-            if !result.is_broken {
-                result.drawn = outputs.draw(told, &run.draws);
-            }
-            told += 1;
-        }
-        result
     };
-    runs.iter().map(of_run).collect()
+    Some(draws.iter().map(drawn).collect())
+}
+
+/// The results of `runs`, in their order, from the logits `[told, vocab]` fp32 on the host and the rest. Threads share the runs: a row of a large vocabulary takes about as long as
+/// some of its layers.
+fn results(runs: &[Run], logits: &Tensor, outputs: &Outputs) -> Vec<RunResult> {
+    let (mut told, mut scored) = (0, 0);
+    let places = runs.iter().map(|run| {
+        let place = (told, scored);
+        told += usize::from(!run.draws.is_empty());
+        scored += if run.score.is_some() { run.ids.len() } else { 0 };
+        place
+    });
+    let places: Vec<(usize, usize)> = places.collect();
+    let logits = Rows::<f32>::of(logits);
+    let results: Vec<OnceLock<RunResult>> = runs.iter().map(|_| OnceLock::new()).collect();
+    pool::tasks(runs.len(), |i| {
+        let (run, (told, scored)) = (&runs[i], places[i]);
+        let score = run.score.as_ref();
+        let mut result = score.map(|score| outputs.score(scored, run.ids.len(), score)).unwrap_or_default();
+        if !run.draws.is_empty() {
+            // SAFETY: nothing writes to the logits, which the caller lends.
+            match draw(unsafe { logits.row(told) }, &run.draws) {
+                Some(drawn) => result.drawn = drawn,
+                None => result.is_broken = true,
+            }
+        }
+        // Each run has one task, so the place is empty.
+        let _ = results[i].set(result);
+    });
+    results.into_iter().map(|result| result.into_inner().unwrap_or_default()).collect()
 }

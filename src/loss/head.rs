@@ -9,6 +9,7 @@ use super::{LogProbs, Targets, targets::OnDevice};
 use crate::ops::{
     self, Buffer,
     cross_entropy::{self, Sums, TargetRows},
+    linear,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -81,7 +82,7 @@ impl<'a> HeadPass<'a> {
             let part = |t: &Tensor| t.narrow(0, start, n);
             let local = part(&self.targets.on_device.distinct) - first as i64;
             let logits = logits.narrow(0, 0, n);
-            let _ = part(&self.x).mm_out(&logits, &weight.tr());
+            linear::product_to(&logits, &part(&self.x), weight);
             let rescale = self.sums.narrow(start, n).exponentials(&logits, &local);
             let Some(product) = &product else { continue };
             let product = if before.is_some() { product.narrow(0, 0, n) } else { part(product) };

@@ -1,10 +1,10 @@
 //! The most likely tokens of a head whose logits are never whole.
 //!
-//! The vocabulary comes in chunks, the tokens too. Kept are the n largest logits of each token, and log Σ exp of all so
-//! far.
+//! The vocabulary comes in chunks, the tokens too. Kept are the n largest logits of each token, and the sums of a
+//! softmax over all so far.
 
 use super::head::HOST_ROWS;
-use crate::ops::accum_kind;
+use crate::ops::{accum_kind, cross_entropy::Sums, linear::product};
 use tch::{Device, Kind, Tensor};
 
 /// The running state of one pass over the head.
@@ -13,8 +13,8 @@ pub struct TopPass {
     x: Tensor,
     count: i64,
     chunk_tokens: i64,
-    /// `[tokens]`
-    log_sum: Tensor,
+    /// Without targets.
+    sums: Sums,
     /// `[tokens, up to count]`, the largest first, and their ids i64.
     most: [Tensor; 2],
 }
@@ -24,10 +24,10 @@ impl TopPass {
     /// `chunk_tokens` tokens at a time.
     pub fn new(x: &Tensor, count: usize, chunk_tokens: usize) -> Self {
         let (tokens, wide) = (x.size()[0], accum_kind(x.kind()));
-        let log_sum = Tensor::full([tokens], f64::NEG_INFINITY, (wide, x.device()));
+        let sums = Sums::new(tokens, 1, x.kind(), x.device());
         let most = [wide, Kind::Int64].map(|kind| Tensor::zeros([tokens, 0], (kind, x.device())));
         let (count, chunk_tokens) = (count as i64, chunk_tokens.max(1) as i64);
-        Self { x: x.shallow_clone(), count, chunk_tokens, log_sum, most }
+        Self { x: x.shallow_clone(), count, chunk_tokens, sums, most }
     }
 
     /// Takes in head rows `first..` of `weight` `[rows, hidden]`. Every row of the head comes exactly once, in order.
@@ -39,21 +39,23 @@ impl TopPass {
         let rows = weight.size()[0];
         let block = if weight.device() == Device::Cpu { HOST_ROWS } else { rows.max(1) };
         for start in (0..rows).step_by(block as usize) {
-            let block = weight.narrow(0, start, block.min(rows - start)).tr();
+            let block = weight.narrow(0, start, block.min(rows - start));
             let parts = (0..tokens).step_by(self.chunk_tokens as usize).map(|at| {
                 let part = |t: &Tensor| t.narrow(0, at, self.chunk_tokens.min(tokens - at));
-                let logits = part(&self.x).mm(&block).to_kind(self.log_sum.kind());
-                let log_sum = part(&self.log_sum).logaddexp(&logits.logsumexp([1i64], false));
-                let (largest, ids) = logits.topk(self.count.min(logits.size()[1]), 1, true, true);
+                let logits = product(&part(&self.x), &block);
+                let (largest, ids) =
+                    logits.to_kind(self.most[0].kind()).topk(self.count.min(logits.size()[1]), 1, true, true);
+                let n = logits.size()[0];
+                let none = Tensor::full([n, 1], -1, (Kind::Int64, logits.device()));
+                let _ = self.sums.narrow(at, n).exponentials(&logits, &none);
                 let both = [(largest, 0), (ids + first as i64 + start, 1)];
                 let [logits, ids] = both.map(|(new, i)| Tensor::cat(&[part(&self.most[i]), new], 1));
                 let (logits, place) = logits.topk(self.count.min(logits.size()[1]), 1, true, true);
-                [log_sum, logits, ids.gather(1, &place, false)]
+                [logits, ids.gather(1, &place, false)]
             });
-            let parts: Vec<[Tensor; 3]> = parts.collect();
-            let [log_sum, logits, ids] =
-                [0, 1, 2].map(|i| Tensor::cat(&parts.iter().map(|part| &part[i]).collect::<Vec<_>>(), 0));
-            (self.log_sum, self.most) = (log_sum, [logits, ids]);
+            let parts: Vec<[Tensor; 2]> = parts.collect();
+            self.most =
+                [0, 1].map(|i| Tensor::cat(&parts.iter().map(|part| &part[i]).collect::<Vec<_>>(), 0));
         }
     }
 
@@ -61,7 +63,7 @@ impl TopPass {
     /// where the head has fewer rows.
     pub fn most_likely(self) -> [Tensor; 2] {
         let [logits, ids] = self.most;
-        [logits - self.log_sum.unsqueeze(1), ids]
+        [logits - self.sums.log_sums().unsqueeze(1), ids]
     }
 }
 

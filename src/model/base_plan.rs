@@ -34,6 +34,8 @@ pub struct Options {
     /// Activations kept for backward; the rest is recomputed.
     pub checkpointing: CheckpointingMethod,
     pub reduce: ReduceGradients,
+    /// Predictions of a row are the same to the bit beside any other rows, where kernels of ours compute (CPUs).
+    pub deterministic_sampling: bool,
     /// Checks the output of every layer and overwrites its weights with NaN after use: slow.
     pub debug: bool,
 }
@@ -49,6 +51,7 @@ impl Default for Options {
             loss_chunk_tokens: 256,
             checkpointing: CheckpointingMethod::NoRecompute,
             reduce: ReduceGradients::Step,
+            deterministic_sampling: false,
             debug: false,
         }
     }
@@ -67,6 +70,7 @@ impl Options {
             loss_chunk_tokens: args.loss_chunk_tokens,
             checkpointing: args.checkpointing(),
             reduce: args.reduce_gradients,
+            deterministic_sampling: false,
             debug: false,
         }
     }

@@ -15,7 +15,7 @@
 //! + e_t).
 
 use super::{
-    accum_kind,
+    accum_kind, batch_invariant,
     cpu::{Element, LANES, Real, Rows, dispatch, each_row, lanes, values},
     cuda,
 };
@@ -64,8 +64,19 @@ impl Sums {
 
     /// log p_t `[tokens, width]` = −softplus(log(s + Σ_{u≠t} e_u) + m − l_t): exact for p_t near 1 and near 0.
     pub fn log_probabilities(&self) -> Tensor {
+        if batch_invariant::is_on(&self.sum) {
+            return dispatch!(self.sum.kind(), E => rows::log_probabilities::<E>(self));
+        }
         let others = torch::sum_of_others(&self.target_exponentials());
         -((&self.sum + others).log() + &self.maximum - &self.target_logits).softplus()
+    }
+
+    /// log Σ exp(l_v) `[tokens]` of all logits, where no token has a target inside of the chunks.
+    pub fn log_sums(&self) -> Tensor {
+        if !batch_invariant::is_on(&self.sum) {
+            return (self.sum.log() + &self.maximum).squeeze_dim(1);
+        }
+        dispatch!(self.sum.kind(), E => rows::log_sums::<E>(self))
     }
 
     /// a `[tokens, hidden]` becomes dx, in a's kind: compute dtype, or the kind of the sums. `coefficients` `[tokens,
@@ -177,6 +188,38 @@ mod rows {
             lanes[i % LANES] += wide;
         }
         lanes::total(lanes)
+    }
+
+    /// −softplus(log(s + Σ_{u≠t} e_u) + m − l_t). libtorch's functions have other bits at the end of a tensor.
+    pub fn log_probabilities<E: Element>(sums: &Sums) -> Tensor {
+        let Sums { maximum, sum, target_logits } = sums;
+        let values = target_logits.empty_like();
+        each_row::<E, _, _, _>(
+            [maximum, sum, target_logits].map(Rows::of),
+            [Rows::of(&values)],
+            [],
+            |_, [m, s, logits], [values], []| {
+                let (m, s) = (m[0].to_accum().to_f64(), s[0].to_accum().to_f64());
+                let logit = |at: usize| logits[at].to_accum().to_f64();
+                for (t, value) in values.iter_mut().enumerate() {
+                    let others = (0..logits.len()).filter(|&u| u != t).map(|u| (logit(u) - m).exp());
+                    let odds = (s + others.sum::<f64>()).ln() + m - logit(t);
+                    *value = E::narrow(Real::of(-(odds.max(0.0) + (-odds.abs()).exp().ln_1p())));
+                }
+            },
+        );
+        values
+    }
+
+    pub fn log_sums<E: Element>(sums: &Sums) -> Tensor {
+        let values = sums.sum.empty_like();
+        each_row::<E, _, _, _>(
+            [&sums.maximum, &sums.sum].map(Rows::of),
+            [Rows::of(&values)],
+            [],
+            |_, [m, s], [value], []| value[0] = E::narrow(s[0].to_accum().ln() + m[0].to_accum()),
+        );
+        values.squeeze_dim(1)
     }
 
     pub fn accumulate<E: Element>(a: &Tensor, rescale: &Tensor, product: &Tensor) {

@@ -6,6 +6,7 @@
 
 pub mod adamw;
 pub mod attention;
+pub mod batch_invariant;
 pub mod cpu;
 pub mod cross_entropy;
 pub mod cuda;

@@ -6,7 +6,11 @@
 //!
 //! W `[experts, hidden]` is frozen.
 
-use super::accum_kind;
+use super::{
+    accum_kind, batch_invariant,
+    cpu::{Element, Real, Rows, dispatch, each_row},
+    linear::product,
+};
 use tch::{Kind, Tensor};
 
 /// Experts and weights of each token.
@@ -31,7 +35,7 @@ pub struct TopK {
 /// recompute has the same ones whatever the rounding.
 pub fn forward(x: &Tensor, weight: &Tensor, choice: TopK, chosen: Option<&Tensor>) -> Routing {
     let _span = crate::trace::operation("routing.forward");
-    let probabilities = x.mm(&weight.tr()).softmax(-1, accum_kind(x.kind()));
+    let probabilities = product(x, weight).softmax(-1, accum_kind(x.kind()));
     let (weights, experts) = match chosen {
         Some(experts) => (probabilities.gather(1, experts, false), experts.shallow_clone()),
         None => probabilities.topk(choice.k, -1, true, true),
@@ -39,6 +43,23 @@ pub fn forward(x: &Tensor, weight: &Tensor, choice: TopK, chosen: Option<&Tensor
     let weights =
         if choice.normalise { &weights / weights.sum_dim_intlist(-1, true, None::<Kind>) } else { weights };
     Routing { experts, weights, probabilities }
+}
+
+/// σ(x·gᵀ) `[tokens, 1]`, of the kind of a routing's weights, from x `[tokens, hidden]` and a gate g `[1, hidden]`.
+pub fn gate(x: &Tensor, gate: &Tensor) -> Tensor {
+    let logits = product(x, gate).to_kind(accum_kind(x.kind()));
+    if !batch_invariant::is_on(x) {
+        return logits.sigmoid();
+    }
+    // libtorch's sigmoid has other bits at the end of a vector of tokens than in it.
+    dispatch!(logits.kind(), E => each_row::<E, _, _, _>(
+        [],
+        [Rows::of(&logits)],
+        [],
+        #[inline(always)]
+        |_, [], [logit], []| logit[0] = E::narrow(logit[0].to_accum().sigmoid()),
+    ));
+    logits
 }
 
 /// Backward of [`forward`]: adds the gradient of x to `d_x` `[tokens, hidden]`, from that of the weights `[tokens, k]`.

@@ -18,7 +18,7 @@ use crate::{
         sublayer::{BackwardContext, CostSizes, MicroBatch, SubLayer},
     },
     ops::{
-        Buffer, accum_kind,
+        Buffer,
         routing::{self, Routing, TopK},
     },
     shard::{ExpertDispatcher, ShardError},
@@ -172,7 +172,7 @@ impl SubLayer for Moe {
         let rows = dispatch.gather(&x)?;
         let experts = experts.intermediate(&rows, scaled);
         let shared = shared.as_ref().map(|shared| {
-            let scale = x.mm(&shared.gate.tr()).to_kind(accum_kind(x.kind())).sigmoid();
+            let scale = routing::gate(&x, &shared.gate);
             shared.mlp.intermediate(&x, Rows { segments: adapters.dense().share(), scale: Some(scale) })
         });
         let rows = dispatch.is_remote().then_some(rows);

@@ -6,7 +6,7 @@ use crate::{
     lora::Adapter,
     loss::{HeadPass, Targets, TopPass},
     model::attend::{Attend, WithinDocuments},
-    ops::norm,
+    ops::{batch_invariant, linear, norm},
     shard::ShardError,
 };
 use tch::{Kind, Tensor};
@@ -44,6 +44,7 @@ impl Transformer {
         reading: &Reading,
     ) -> Result<Predicted, ShardError> {
         let _guard = tch::no_grad_guard();
+        let _invariant = batch_invariant::Guard::new(self.options.deterministic_sampling);
         let context = self.context(batch, attend);
         let x = self.forward_layers(adapters, &batch.ids, &context, |_, _| ())?;
         let _loss = self.clock.phase("loss");
@@ -57,7 +58,7 @@ impl Transformer {
         let mut columns = Vec::new();
         for chunk in 0..self.vocab_chunks() {
             let (weight, first) = self.vocab_chunk(chunk, true)?;
-            columns.push(told.mm(&weight.tr()).to_kind(Kind::Float));
+            columns.push(linear::product(&told, &weight).to_kind(Kind::Float));
             pass.add_rows(&weight, first);
             top.add_rows(&weight, first);
         }

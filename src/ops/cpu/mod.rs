@@ -2,7 +2,8 @@
 //! - [`isa`] the instruction set chosen at run time, [`element`] element types and their arithmetic,
 //! - [`rows`] rows of tensors, [`lanes`] sums and maxima over them, [`pool`] libtorch's own threads,
 //! - [`packing`] tiles of bf16, [`amx`] registers for them, [`tile`] products of matrices in the cache,
-//! - [`matmul`] products of large matrices, [`block`] by block, with memory from [`scratch`].
+//! - [`matmul`] products of large matrices, [`block`] by block, with memory from [`scratch`],
+//! - [`dots`] products whose rows do not depend on each other, to the bit.
 //!
 //! A kernel is plain Rust over slices, marked `#[inline(always)]` and called inside [`Isa::run`]: the compiler
 //! vectorises it once for each instruction set. Sums run in [`LANES`] lanes, so they do not depend on the set. A kernel
@@ -10,6 +11,7 @@
 
 pub mod amx;
 pub mod block;
+pub mod dots;
 pub mod element;
 pub mod isa;
 pub mod lanes;

@@ -11,9 +11,10 @@
 //! Segments are slices of the same tensors: nothing is padded or copied, and a segment without rows costs nothing.
 //! `backend` chooses how: GEMMs of our own in bf16 on CPUs with AMX or AVX512-BF16 (`tiled.rs`), libtorch's grouped
 //! GEMM on devices that have it (`grouped.rs`), libtorch's GEMMs one after another elsewhere (`plain.rs`; a grouped
-//! one was measured no faster on a CPU).
+//! one was measured no faster on a CPU), and one order of sums for each row where that is asked for (`invariant.rs`).
 
 mod grouped;
+mod invariant;
 mod matrices;
 mod plain;
 mod segments;
@@ -21,8 +22,12 @@ mod segments;
 mod tests;
 mod tiled;
 
-use super::Buffer;
+use super::{
+    Buffer, batch_invariant,
+    cpu::dots::{self, Start},
+};
 use grouped::Grouped;
+use invariant::Invariant;
 use plain::Plain;
 use std::ops::Range;
 use tch::{Device, Tensor};
@@ -161,6 +166,9 @@ fn backend<'a>(rows: &Tensor, layer: GroupedLinear<'a>) -> Box<dyn Backend + 'a>
     if let Some(grouped) = Grouped::of(rows, layer) {
         return Box::new(grouped);
     }
+    if let Some(invariant) = Invariant::of(rows, layer) {
+        return Box::new(invariant);
+    }
     match Tiled::of(rows, layer) {
         Some(tiled) => Box::new(tiled),
         None => Box::new(Plain(layer)),
@@ -170,7 +178,26 @@ fn backend<'a>(rows: &Tensor, layer: GroupedLinear<'a>) -> Box<dyn Backend + 'a>
 /// True if segments of any length cost alike. With libtorch's GEMMs on a CPU they do not: oneDNN compiles and keeps a
 /// kernel for each number of rows, except where every segment is short.
 pub fn takes_any_rows(x: &Tensor) -> bool {
-    x.device() != Device::Cpu || tiled::multiplier(x).is_some()
+    x.device() != Device::Cpu || tiled::multiplier(x).is_some() || batch_invariant::is_on(x)
+}
+
+/// x·wᵀ `[rows, out]` of x `[rows, in]` and a frozen w `[out, in]`, both in compute dtype.
+pub fn product(x: &Tensor, w: &Tensor) -> Tensor {
+    if !batch_invariant::is_on(x) {
+        return x.mm(&w.tr());
+    }
+    let out = Tensor::empty([x.size()[0], w.size()[0]], (x.kind(), x.device()));
+    dots::multiply(x, w, Start::NOTHING, &out);
+    out
+}
+
+/// [`product`], written to `out` `[rows, out]`.
+pub fn product_to(out: &Tensor, x: &Tensor, w: &Tensor) {
+    if batch_invariant::is_on(x) {
+        dots::multiply(x, w, Start::NOTHING, out);
+    } else {
+        let _ = x.mm_out(out, &w.tr());
+    }
 }
 
 /// y `[rows, out]` from x `[rows, in]`, plus `add` `[rows, out]` (the residual branch), and s·h `[rows, Σ rank]` where
