@@ -5,18 +5,22 @@
 
 mod common;
 
-use common::{python, run_workers, stand_in};
+use common::{
+    python, run_workers, stand_in,
+    topology::{self, VOCAB, names, split},
+};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     process::Command,
 };
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 use xorl_dist::{
     checkpoint::peft::{AdapterFolder, StoredAdapter},
     comm::World,
     device::DeviceChoice,
+    dtype::DType,
     infer::{
         cache::KvCache,
         compute::compute,
@@ -26,7 +30,7 @@ use xorl_dist::{
         sampler::{Limits, Progress, Sampler},
         step::RankResult,
     },
-    lora::Adapter,
+    lora::{Adapter, LoraShape, targets},
     loss::CrossEntropy,
     mesh::{Mesh, MeshSizes},
     model::{
@@ -34,6 +38,7 @@ use xorl_dist::{
         hf_config::HfModel,
         transformer::{Batch, Transformer},
     },
+    rng::Stream,
     shard::ProcessGroups,
     weights::SafetensorsSource,
 };
@@ -50,6 +55,8 @@ struct Case {
     world: usize,
     experts_over: usize,
     stand_in: bool,
+    /// No model in files: replies are compared to the bit.
+    bits: bool,
 }
 
 /// The results of transformers for a prompt with an adapter.
@@ -103,9 +110,9 @@ impl Ranks {
     fn sample(&mut self, requests: &[(Option<usize>, SampleRequest)]) -> Vec<SampleReply> {
         let world = self.groups.world.clone();
         // Prompts are cut into parts of at most 21 tokens, and wait for pages.
-        let limits = Limits { ranks: world.size(), pages: 40, sequences: 8, tokens: 28 };
-        let device = self.model.device().tensors();
-        let mut cache = KvCache::new(self.model.spec(), 40, Kind::Float, device);
+        let limits = Limits { ranks: world.size(), pages: 60, sequences: 16, tokens: 36 };
+        let (kind, device) = (self.model.options().compute.kind(), self.model.device().tensors());
+        let mut cache = KvCache::new(self.model.spec(), 60, kind, device);
         let mut sampler = Sampler::new(limits);
         for (ticket, (adapter, request)) in (0..).zip(requests) {
             sampler.submit(ticket, *adapter, request.clone(), None).unwrap();
@@ -126,7 +133,7 @@ impl Ranks {
                 }
             }
         }
-        assert_eq!(mixed, 2, "a step has both adapters");
+        assert!(requests.len() == 1 || mixed == self.adapters.len(), "a step has all adapters");
         assert_eq!(replies.len(), requests.len());
         replies.into_values().collect()
     }
@@ -199,6 +206,9 @@ fn mpi_worker() {
     let Ok(case) = std::env::var("XORL_TEST_CASE") else { return };
     let case: Case = serde_json::from_str(&case).unwrap();
     let mut world = World::start().unwrap();
+    if case.bits {
+        return same_bits(&case, &world);
+    }
     if case.stand_in {
         world.use_device(DeviceChoice::StandIn).unwrap();
     }
@@ -242,6 +252,76 @@ fn mpi_worker() {
     }
 }
 
+/// Sixteen requests, of the base and of three adapters: short prompts and some that are cut into parts, all that can be
+/// told, one sample and several.
+fn sixteen() -> Vec<(Option<usize>, SampleRequest)> {
+    let of = |i: usize| {
+        let stream = Stream::new(3, &format!("prompt {i}"));
+        let length = [3, 1, 50, 17, 22, 64, 9, 43][i % 8];
+        let id = |at: usize| stream.below(at as u64, VOCAB as u64) as i64;
+        let prompt: Vec<i64> = (0..length).map(id).collect();
+        let targets = (0..(length - 1) * 3).map(|at| if at % 4 == 0 { -1 } else { id(1000 + at) }).collect();
+        let wanted = Wanted {
+            prompt: true,
+            prompt_top: 4,
+            new_top: 5,
+            prompt_targets: (length > 1).then_some(PromptTargets { ids: targets, k: 3 }),
+        };
+        let choice = Choice { temperature: 1.1, top_p: 0.97, top_k: None };
+        let request = SampleRequest { choice, seed: i as u64, wanted, ..request(&prompt, 6) };
+        ((i % 4).checked_sub(1), SampleRequest { count: 1 + i % 3 / 2, ..request })
+    };
+    (0..16).map(of).collect()
+}
+
+/// Every request gets the same bits alone, on one thread, as beside the others, on three.
+fn same_bits(case: &Case, world: &World) {
+    for (moe, compute) in [false, true].into_iter().flat_map(|moe| [(moe, DType::F32), (moe, DType::Bf16)]) {
+        let expert = if moe { case.experts_over } else { 1 };
+        let sizes = MeshSizes { replicate: 1, shard: -1, sequence: 1, expert };
+        let groups = ProcessGroups::new(world, Mesh::new(world.size(), sizes).unwrap());
+        let options = Options {
+            compute,
+            vocab_chunk_rows: 300,
+            loss_chunk_tokens: 7,
+            deterministic_sampling: true,
+            ..Options::default()
+        };
+        let mut model = Transformer::new(topology::spec(moe), options, &groups).unwrap();
+        topology::load(&mut model, topology::Data::Random);
+        let fused = ["qkv_proj", "gate_up_proj", "down_proj"];
+        let adapter = |(seed, (rank, of)): (u64, (usize, Vec<String>))| {
+            let sites = targets::resolve(&all_projections(model.spec()), Some(&of), &[]).unwrap();
+            let mut adapter = model.new_adapter(&sites, LoraShape::new(rank, 2.0 * rank as f64));
+            adapter.init(seed, 0.05).unwrap();
+            adapter
+        };
+        let of = [(4, split()), (8, names(&fused)), (5, names(&["q_proj", "o_proj"]))];
+        let adapters = (1..).zip(of).map(adapter).collect();
+        let mut ranks = Ranks { model, groups, adapters };
+        let requests = sixteen();
+        // Texts, for NaN is not NaN; a number's text tells its bits.
+        let mut texts = |requests: &[_], threads| -> Vec<String> {
+            tch::set_num_threads(threads);
+            ranks.sample(requests).iter().map(|reply| format!("{reply:?}")).collect()
+        };
+        let all = texts(&requests, 3);
+        for (i, beside) in all.iter().enumerate() {
+            let what = format!("experts {moe}, {compute:?}, request {i}");
+            assert_eq!(texts(&requests[i..=i], 1)[0], *beside, "{what}");
+        }
+    }
+}
+
+#[test]
+fn mpi_what_is_sampled_is_the_same_to_the_bit_alone_and_beside_others() {
+    let folder = tempfile::tempdir().unwrap();
+    for world in [1, 2] {
+        let case = Case { model: PathBuf::new(), world, experts_over: world, stand_in: false, bits: true };
+        run_workers(world, &case, folder.path(), |_| ());
+    }
+}
+
 /// The texts of all continuations of a case.
 fn texts(case: &Case) -> Vec<Vec<i64>> {
     let folder = tempfile::tempdir().unwrap();
@@ -264,6 +344,7 @@ fn mpi_what_is_sampled_equals_transformers_and_peft() {
         world,
         experts_over,
         stand_in,
+        bits: false,
     };
     let one = texts(&of("dense", 1, 1, false));
     assert_eq!(one.len(), 15 + 45);

@@ -157,12 +157,8 @@ impl Generation {
     pub fn execute(self, world: &World) -> Result<()> {
         let (rank, ranks) = (world.rank(), world.size());
         let groups = ProcessGroups::one_block(world);
-        let options = Options {
-            compute: self.compute,
-            reduce: ReduceGradients::MicroBatch,
-            deterministic_sampling: true,
-            ..Options::default()
-        };
+        let options =
+            Options { compute: self.compute, reduce: ReduceGradients::MicroBatch, ..Options::default() };
         let mut model = Transformer::new(self.spec.clone(), options, &groups)?;
         model.load(&self.source as &dyn WeightSource)?;
         let mut adapter = None;

@@ -233,7 +233,7 @@ mod tests {
         let plan = plan(&config(
             "model_path: m\noutput_dir: o\nseed: 7\nunfuse_for_lora: true\nlora_target_modules: [q_proj]\n\
              moe_hybrid_shared_lora: true\nlora_b_init_std: 0.5\nlora_rank: 8\nmax_lora_rank: 64\nadapter_memory: 2KB\n\
-             sampling_memory: 4KB\ndeterministic_sampling: false\nstorage_limit: 3KB\nmax_tokens_per_pass: 99\n\
+             sampling_memory: 4KB\ndeterministic_sampling: true\nstorage_limit: 3KB\nmax_tokens_per_pass: 99\n\
              comm_timeout_s: 5\nexpert_parallel_size: 2\nring_slots: 3\n",
         ));
         assert_eq!(
@@ -243,7 +243,7 @@ mod tests {
         assert_eq!((plan.seed, plan.merge, plan.hybrid, plan.b_init_std), (7, false, true, 0.5));
         assert_eq!((plan.targets, plan.max_rank), (Some(vec!["q_proj".to_owned()]), Some(64)));
         assert_eq!((plan.rank, plan.adapter_memory, plan.storage_limit), (8, Some(2048), Some(3072)));
-        assert_eq!((plan.sampling_memory, plan.deterministic_sampling), (Some(4096), Some(false)));
+        assert_eq!((plan.sampling_memory, plan.deterministic_sampling), (Some(4096), true));
         assert_eq!((plan.max_tokens_per_pass, plan.comm_timeout), (99, Duration::from_secs(5)));
         assert_eq!((plan.compute.expert_parallel_size, plan.compute.ring_slots), (2, 3));
         assert!(super::plan(&config("model_path: m\n")).merge);

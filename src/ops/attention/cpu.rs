@@ -92,19 +92,20 @@ impl Shape {
     }
 }
 
-/// Writes o `[tokens, query·value_dim]` and L (see [`super::forward`]) of q|k|v.
+/// Writes o `[tokens, query·value_dim]` and L (see [`super::forward`]) of q|k|v, of the queries from `first` on of each
+/// document. Rows of the tile of queries before `first` are written too.
 pub fn forward<M: MicroKernel>(
     machine: M,
     qkv: Rows<M::Stored>,
     heads: Heads,
-    documents: &Documents,
+    (documents, first): (&Documents, usize),
     out: Rows<M::Stored>,
     lse: Rows<M::Number>,
 ) {
     let shape = &Shape::new(heads);
     let tasks = shape.tasks(documents);
     pool::tasks(tasks.len(), |i| {
-        machine.run(Forward::<M> { machine, shape, task: &tasks[i], qkv, out, lse })
+        machine.run(Forward::<M> { machine, shape, task: &tasks[i], first, qkv, out, lse })
     });
 }
 
@@ -128,6 +129,7 @@ struct Forward<'a, M: MicroKernel> {
     machine: M,
     shape: &'a Shape,
     task: &'a Task,
+    first: usize,
     qkv: Rows<'a, M::Stored>,
     out: Rows<'a, M::Stored>,
     lse: Rows<'a, M::Number>,
@@ -138,7 +140,7 @@ impl<M: MicroKernel> NullaryFnOnce for Forward<'_, M> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { machine, shape, task, qkv, out, lse } = self;
+        let Self { machine, shape, task, first: first_query, qkv, out, lse } = self;
         let (length, width) = (task.tokens.len(), width::<M>(shape.value_dim));
         let units = units::<M>(shape.dim);
         let padded = length.next_multiple_of(TILE);
@@ -166,7 +168,7 @@ impl<M: MicroKernel> NullaryFnOnce for Forward<'_, M> {
         let scale = M::Number::of(shape.scale);
 
         for head in shape.group(task.head) {
-            for first in (0..length).step_by(TILE) {
+            for first in (first_query / TILE * TILE..length).step_by(TILE) {
                 let queries = first..length.min(first + TILE);
                 let rows = queries.len().next_multiple_of(M::ROWS);
                 let source = Source { rows: qkv, tokens: task.tokens.clone(), columns: shape.columns(head) };

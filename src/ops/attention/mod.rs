@@ -116,21 +116,41 @@ pub fn forward(qkv: &Tensor, heads: Heads, documents: &Documents) -> (Buffer, Te
     let tokens = qkv.size()[0];
     let out = Buffer::empty(&[tokens, heads.output()], qkv.kind(), qkv.device());
     let lse = Tensor::empty([tokens * heads.query], (accum_kind(qkv.kind()), qkv.device()));
-    struct Forward<'a>(&'a Tensor, Heads, &'a Documents, &'a Tensor, &'a Tensor);
-    impl Kernel for Forward<'_> {
-        fn run<M: MicroKernel>(self, machine: M) {
-            let Self(qkv, heads, documents, out, lse) = self;
-            cpu::forward(machine, Rows::of(qkv), heads, documents, Rows::of(out), Rows::of(lse));
-        }
-    }
     if has_kernels(qkv) {
-        on_cpu(qkv.kind(), Forward(qkv, heads, documents, &out, &lse));
+        on_cpu(qkv.kind(), Forward { qkv, heads, documents, first: 0, out: &out, lse: &lse });
     } else if flash::takes(qkv, heads) && tokens > 0 {
         libtorch(flash::forward(qkv, heads, documents, &out, &lse));
     } else {
         formula::forward(qkv, heads, documents, &out, &lse);
     }
     (out, lse)
+}
+
+/// o as [`forward`] has it, of the queries from `first` on of one document; rows before them have any value. Only where
+/// kernels of ours compute.
+fn continued(qkv: &Tensor, heads: Heads, document: &Documents, first: usize) -> Buffer {
+    let out = Buffer::empty(&[qkv.size()[0], heads.output()], qkv.kind(), qkv.device());
+    let lse = Tensor::empty([qkv.size()[0] * heads.query], (accum_kind(qkv.kind()), qkv.device()));
+    on_cpu(qkv.kind(), Forward { qkv, heads, documents: document, first, out: &out, lse: &lse });
+    out
+}
+
+/// [`forward`] by kernels of ours.
+struct Forward<'a> {
+    qkv: &'a Tensor,
+    heads: Heads,
+    documents: &'a Documents,
+    /// The first query of each document.
+    first: usize,
+    out: &'a Tensor,
+    lse: &'a Tensor,
+}
+
+impl Kernel for Forward<'_> {
+    fn run<M: MicroKernel>(self, machine: M) {
+        let Self { qkv, heads, documents, first, out, lse } = self;
+        cpu::forward(machine, Rows::of(qkv), heads, (documents, first), Rows::of(out), Rows::of(lse));
+    }
 }
 
 /// Backward of [`forward`]: the gradient of fused q|k|v from do `[tokens, query·value_dim]`, o and L.
@@ -254,7 +274,7 @@ mod tests {
         let (out, d_qkv) = (Buffer::like(d_out), Buffer::like(qkv));
         let lse = Tensor::empty([qkv.size()[0] * heads.query], (Kind::Float, Device::Cpu));
         let [d_out, qkv] = [d_out, qkv].map(Rows::of);
-        cpu::forward(machine, qkv, heads, &documents, Rows::of(&out), Rows::of(&lse));
+        cpu::forward(machine, qkv, heads, (&documents, 0), Rows::of(&out), Rows::of(&lse));
         let inputs = [d_out, qkv, Rows::of(&out)];
         cpu::backward(machine, inputs, Rows::of(&lse), heads, &documents, Rows::of(&d_qkv));
         [out, d_qkv]

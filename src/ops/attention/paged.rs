@@ -1,17 +1,21 @@
 //! Attention of new tokens over the keys and values of their sequences, which lie in pages, for generation.
 //!
 //! Single tokens have a kernel of ours on the CPU, which reads the pages in place: the query heads of a group share one
-//! read of each key and value. Its sums depend on the token's own sequence alone, in an order of their own. Otherwise
-//! libtorch computes on copies of the pages.
+//! read of each key and value. Its sums depend on the token's own sequence alone, in an order of their own. Parts of
+//! prompts go through the kernel of whole documents there, and get what they would get in one. On devices libtorch
+//! computes on copies of the pages.
 
-use super::{Heads, accum_kind, cpu::Shape};
+use super::{Documents, Heads, accum_kind, continued, cpu::Shape};
 use crate::{
     device::has_kernels,
-    ops::cpu::{
-        Element, Isa, Real, Rows, dispatch,
-        lanes::{self, maximum},
-        pool,
-        scratch::{Memory, words},
+    ops::{
+        Buffer,
+        cpu::{
+            Element, Isa, Real, Rows, dispatch,
+            lanes::{self, maximum},
+            pool,
+            scratch::{Memory, words},
+        },
     },
 };
 use bytemuck::Pod;
@@ -31,6 +35,8 @@ pub struct Part {
     pub first: usize,
     /// The pages of the sequence, up to the last of them.
     pub pages: Vec<u32>,
+    /// Tokens of a prompt: the kernel that computes them does not depend on their number.
+    pub is_prompt: bool,
 }
 
 impl Part {
@@ -55,8 +61,10 @@ impl Part {
 pub struct Paged {
     /// Tokens of a page.
     page: usize,
-    /// Parts of one token.
+    /// Parts of one token that was sampled.
     singles: Vec<Part>,
+    /// Other parts, where kernels of ours compute.
+    longer: Vec<Part>,
     /// The parts as libtorch computes them; empty where it does not.
     groups: Vec<Group>,
 }
@@ -129,14 +137,18 @@ impl Group {
 impl Paged {
     /// `parts` in pages of `page` tokens, for tensors on the device of `like`.
     pub fn new(parts: Vec<Part>, page: usize, like: &Tensor) -> Self {
-        let (singles, longer): (Vec<_>, Vec<_>) = parts.into_iter().partition(|part| part.rows.len() == 1);
+        let is_single = |part: &Part| part.rows.len() == 1 && !(part.is_prompt && has_kernels(like));
+        let (singles, longer): (Vec<_>, Vec<_>) = parts.into_iter().partition(is_single);
+        if has_kernels(like) {
+            return Self { page, singles, longer, groups: Vec::new() };
+        }
         let device = like.device();
         let mut groups: Vec<Group> =
             longer.iter().map(|part| Group::new(std::slice::from_ref(part), page, device)).collect();
-        if !has_kernels(like) && !singles.is_empty() {
+        if !singles.is_empty() {
             groups.push(Group::new(&singles, page, device));
         }
-        Self { page, singles, groups }
+        Self { page, singles, longer: Vec::new(), groups }
     }
 }
 
@@ -147,6 +159,9 @@ pub fn over_pages(qkv: &Tensor, kv: &Tensor, paged: &Paged, heads: Heads, out: &
     let _span = crate::trace::operation("attention.over_pages");
     for group in &paged.groups {
         group.attend(qkv, kv, heads, out);
+    }
+    for part in &paged.longer {
+        continue_document(part, paged.page, qkv, kv, heads, out);
     }
     if has_kernels(qkv) && !paged.singles.is_empty() {
         let (shape, page, singles) = (&Shape::new(heads), paged.page, &paged.singles[..]);
@@ -159,6 +174,22 @@ pub fn over_pages(qkv: &Tensor, kv: &Tensor, paged: &Paged, heads: Heads, out: &
             });
         });
     }
+}
+
+/// Attention of a part on the host, by the kernel of whole documents on a copy of the sequence.
+fn continue_document(part: &Part, page: usize, qkv: &Tensor, kv: &Tensor, heads: Heads, out: &Tensor) {
+    let [q, k, v] = heads.widths();
+    let (first, length) = (part.first as i64, part.length() as i64);
+    let own = |t: &Tensor| t.narrow(0, part.rows.start as i64, length - first);
+    let places = (0..part.length()).map(|at| part.place(at, page) as i64);
+    let places = Tensor::from_slice(&places.collect::<Vec<_>>());
+    let whole = Buffer::empty(&[length, q + k + v], qkv.kind(), qkv.device());
+    whole.narrow(1, q, k + v).copy_(&kv.index_select(0, &places));
+    whole.narrow(0, first, length - first).narrow(1, 0, q).copy_(&own(qkv).narrow(1, 0, q));
+    // Queries of a tile are read together.
+    let _ = whole.narrow(0, 0, first).narrow(1, 0, q).zero_();
+    let o = continued(&whole, heads, &Documents::new(&[part.length()], qkv.device()), part.first);
+    own(out).copy_(&o.narrow(0, first, length - first));
 }
 
 /// One token of a sequence and the query heads of one key-value head.
@@ -286,7 +317,7 @@ mod tests {
             let shape = [i64::from(next) * PAGE as i64, widths[1] + widths[2]];
             let cache = Tensor::full(shape, 7.0, (Kind::Double, Device::Cpu));
             for ((first, new), pages) in SEQUENCES.into_iter().zip(pages) {
-                let part = Part { rows: own..own + new, first, pages };
+                let part = Part { rows: own..own + new, first, pages, is_prompt: first == 70 };
                 for position in 0..part.length() {
                     let place = part.place(position, PAGE) as i64;
                     let row = all.get((start + position) as i64).narrow(0, widths[0], widths[1] + widths[2]);
@@ -312,7 +343,9 @@ mod tests {
                     // As on other devices.
                     let groups =
                         parts.iter().map(|part| Group::new(std::slice::from_ref(part), PAGE, Device::Cpu));
-                    check(&Paged { page: PAGE, singles: Vec::new(), groups: groups.collect() }, "libtorch");
+                    let groups = groups.collect();
+                    let paged = Paged { page: PAGE, singles: Vec::new(), longer: Vec::new(), groups };
+                    check(&paged, "libtorch");
                     let singles: Vec<Part> =
                         parts.iter().filter(|part| part.rows.len() == 1).cloned().collect();
                     Group::new(&singles, PAGE, Device::Cpu).attend(&qkv, &cache, heads, &out);
@@ -320,5 +353,40 @@ mod tests {
                 }
             });
         }
+    }
+
+    #[test]
+    fn a_part_of_a_prompt_has_the_bits_of_the_whole() {
+        const LENGTH: usize = 150;
+        everywhere(|| {
+            for (kind, _) in KINDS {
+                for window in [None, Some(5), Some(70)] {
+                    let heads = Heads { window, ..Heads::new(4, 2, 24) };
+                    let [q, k, v] = heads.widths();
+                    let all =
+                        Tensor::randn([LENGTH as i64, q + k + v], (Kind::Float, Device::Cpu)).to_kind(kind);
+                    let documents = Documents::new(&[LENGTH], Device::Cpu);
+                    let (whole, _) = super::super::forward(&all, heads, &documents);
+                    let pages: Vec<u32> = (0..LENGTH.div_ceil(PAGE) as u32).rev().collect();
+                    let cache = Tensor::zeros([(pages.len() * PAGE) as i64, k + v], (kind, Device::Cpu));
+                    let part = |first, rows: usize| Part {
+                        rows: 0..rows,
+                        first,
+                        pages: pages.clone(),
+                        is_prompt: true,
+                    };
+                    for (at, place) in part(0, LENGTH).places(PAGE).enumerate() {
+                        cache.get(place as i64).copy_(&all.get(at as i64).narrow(0, q, k + v));
+                    }
+                    for (first, rows) in [(1, 1), (63, 2), (64, 64), (100, 50), (149, 1)] {
+                        let own = |t: &Tensor| t.narrow(0, first as i64, rows as i64);
+                        let paged = Paged::new(vec![part(first, rows)], PAGE, &all);
+                        let out = Tensor::empty([rows as i64, heads.output()], (kind, Device::Cpu));
+                        over_pages(&own(&all), &cache, &paged, heads, &out);
+                        assert_eq!(out, own(&whole), "{kind:?} {window:?} {first} {rows}");
+                    }
+                }
+            }
+        });
     }
 }

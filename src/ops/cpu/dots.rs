@@ -167,10 +167,10 @@ impl<D: Dot> Part<'_, D> {
         for value in &mut values {
             *value = *value * *scale;
         }
-        // SAFETY: the bias is apart from the output. What the sums start from is too, or is the output itself: then
-        // these columns have no other user than this thread, and the slice is gone when they are written.
         for (from, row) in [(bias, 0), (start, row)] {
             if let Some(from) = from {
+                // SAFETY: the bias is apart from the output. What the sums start from is too, or is the output itself:
+                // then these columns have no other user than this thread, and the slice is gone when they are written.
                 let from = unsafe { from.part(row, columns.clone()) };
                 for (value, &from) in values.iter_mut().zip(from) {
                     *value += from.to_accum();
@@ -240,7 +240,14 @@ unsafe fn block<D: Dot, const R: usize>(
             let w = w.map(|w| last::<D>(&w[whole..]));
             step::<D, R>(&mut sums, x.each_ref().map(|x| x.as_ptr()), w.each_ref().map(|w| w.as_ptr()));
         }
-        sums.map(|sums| D::totals(sums))
+        // No closure: one that is not inlined is compiled without the CPU's instructions, and calls each of them.
+        let mut totals = [[<D::Stored as Element>::Accum::ZERO; COLUMNS]; R];
+        let mut r = 0;
+        while r < R {
+            totals[r] = D::totals(sums[r]);
+            r += 1;
+        }
+        totals
     }
 }
 
@@ -306,10 +313,14 @@ impl<E: Element> Dot for Plain<E> {
     #[inline(always)]
     unsafe fn load(from: *const E) -> Self::Numbers {
         // SAFETY: the caller promises LANES numbers; an array of them has the alignment of one.
-        unsafe { from.cast::<[E; LANES]>().read() }.map(
-            #[inline(always)]
-            |x| x.to_accum(),
-        )
+        let stored = unsafe { from.cast::<[E; LANES]>().read() };
+        let mut numbers = [E::Accum::ZERO; LANES];
+        let mut i = 0;
+        while i < LANES {
+            numbers[i] = stored[i].to_accum();
+            i += 1;
+        }
+        numbers
     }
 
     #[inline(always)]
@@ -324,10 +335,13 @@ impl<E: Element> Dot for Plain<E> {
 
     #[inline(always)]
     unsafe fn totals(sums: [Self::Sums; COLUMNS]) -> [E::Accum; COLUMNS] {
-        sums.map(
-            #[inline(always)]
-            |sums| lanes::total(sums),
-        )
+        let mut totals = [E::Accum::ZERO; COLUMNS];
+        let mut c = 0;
+        while c < COLUMNS {
+            totals[c] = lanes::total(sums[c]);
+            c += 1;
+        }
+        totals
     }
 }
 
@@ -365,6 +379,19 @@ mod x86 {
         }
     }
 
+    /// Adds halves, twice.
+    ///
+    /// # Safety
+    /// The CPU has AVX-512.
+    #[inline(always)]
+    unsafe fn quarter(sums: __m512) -> __m128 {
+        // SAFETY: the caller promises the instructions.
+        unsafe {
+            let half = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_extractf32x8_ps::<1>(sums));
+            _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half))
+        }
+    }
+
     /// Adds by halves, as [`lanes::total`] does, four dot products at a time.
     ///
     /// # Safety
@@ -373,10 +400,6 @@ mod x86 {
     unsafe fn totals(sums: [__m512; COLUMNS]) -> [f32; COLUMNS] {
         // SAFETY: the caller promises the instructions. A vector of four floats is an array of them.
         unsafe {
-            let quarter = |sums: __m512| -> __m128 {
-                let half = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_extractf32x8_ps::<1>(sums));
-                _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half))
-            };
             let [a, b, c, d] = [quarter(sums[0]), quarter(sums[1]), quarter(sums[2]), quarter(sums[3])];
             let ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
             let cd = _mm_add_ps(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
@@ -413,7 +436,8 @@ mod x86 {
         unsafe fn multiply_add(sums: __m512, x: __m512i, w: __m512i) -> __m512 {
             // SAFETY: any 512 bits are a value of both types; a `Pairs` exists only where there is AVX512-BF16.
             unsafe {
-                let [x, w] = [x, w].map(|numbers| std::mem::transmute::<__m512i, __m512bh>(numbers));
+                let x = std::mem::transmute::<__m512i, __m512bh>(x);
+                let w = std::mem::transmute::<__m512i, __m512bh>(w);
                 _mm512_dpbf16_ps(sums, x, w)
             }
         }
