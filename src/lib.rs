@@ -17,6 +17,7 @@
 //! - [`shard`]: layout (which rank owns which tile of which tensor: pure), slot pools, adapter shards, process
 //!   groups, expert dispatch
 //! - [`weights`]: sources of base weights: HF files, random values
+//! - [`quant`]: packed formats of frozen matrices: tiles of nf4, block_fp8 and nvfp4: pure
 //! - [`data`]: sources, chat template, tokenise, pack, deterministic order, loader
 //! - [`comm`]: communicators (solo, MPI, NCCL), memory shared by the ranks of a host, launcher checks, ledger of
 //!   bytes, control mesh and watchdog
@@ -57,6 +58,7 @@ pub mod model;
 pub mod ops;
 pub mod optim;
 pub mod plan;
+pub mod quant;
 pub mod rng;
 pub mod server;
 pub mod session;

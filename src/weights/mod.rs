@@ -3,15 +3,21 @@
 
 mod files;
 mod fit;
+mod packed;
 mod random;
 mod safetensors;
 
-use crate::{dtype::DType, lfs};
+use crate::{
+    dtype::DType,
+    lfs,
+    quant::{Format, QuantError},
+};
 use sha2::{Digest, Sha256};
 use std::{ops::Range, path::PathBuf};
 
 pub use files::{WeightFiles, weight_files};
 pub use fit::{names_in_model, validate};
+pub use packed::pack_values;
 pub use random::RandomSource;
 pub use safetensors::SafetensorsSource;
 
@@ -20,6 +26,14 @@ pub use safetensors::SafetensorsSource;
 pub struct TensorMeta {
     pub dtype: DType,
     pub shape: Vec<usize>,
+}
+
+/// The packed form of a matrix in a source.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PackedForm {
+    pub format: Format,
+    /// The fp32 scale of the matrix; 1 where the format has none.
+    pub global: f32,
 }
 
 /// A rectangle of a matrix.
@@ -79,6 +93,33 @@ pub trait WeightSource {
         }
         Ok(())
     }
+    /// The packed form in which the source has the matrix `name`, if it is not plain numbers.
+    fn packed(&self, _name: &str) -> Option<PackedForm> {
+        None
+    }
+    /// Tiles `tiles` of the matrix `name` ([`Grid`](crate::quant::Grid) of its shape) in `format` into `out`: as the
+    /// source has them, if it has the matrix in this format, otherwise packed from its values. `global` is the scale of
+    /// the matrix ([`Format::global`] of its amax, or that of [`packed`](Self::packed)).
+    ///
+    /// # Errors
+    /// `name` is no matrix, a value is not finite, `global` is not that of the packed form, or [`read`](Self::read)'s.
+    fn read_packed(
+        &self,
+        name: &str,
+        format: Format,
+        global: f32,
+        tiles: Range<usize>,
+        out: &mut [u8],
+    ) -> Result<(), SourceError> {
+        pack_values(self, name, format, global, tiles, out)
+    }
+    /// The largest magnitude in `tiles` of the matrix `name`, of which a format with a global scale makes it.
+    ///
+    /// # Errors
+    /// As of [`read_packed`](Self::read_packed).
+    fn amax(&self, name: &str, format: Format, tiles: Range<usize>) -> Result<f32, SourceError> {
+        packed::amax_of_values(self, name, format, tiles)
+    }
     /// Bytes of the source read so far by this process.
     fn bytes_read(&self) -> u64;
 }
@@ -114,6 +155,10 @@ pub enum SourceError {
     NoMatrix { name: String, shape: Vec<usize> },
     #[error("tensor {name} is stored as {shape:?}: it has no tile {tile:?}")]
     Tile { name: String, tile: MatrixTile, shape: [usize; 2] },
+    #[error("tensor {name}: element {index:?} is {value}: only finite weights can be quantized")]
+    NonFinite { name: String, index: [usize; 2], value: f32 },
+    #[error("tensor {name}: {error}")]
+    Quant { name: String, error: QuantError },
     #[error("the model's tensors do not fit its config: {0}")]
     Mismatch(String),
     #[error("tensors {stored} and {name} of the model are one weight under two names; keep one")]
