@@ -142,7 +142,7 @@ fn linears(benches: &mut Benches, name: &str, input: i64, widths: &[i64], offset
 /// The layers `name` without adapters: the grouped product alone.
 fn frozen(benches: &mut Benches, name: &str, input: i64, output: i64, offsets: &[i64]) {
     let weight = matrices(offsets.len() as i64 - 1, [output, input]);
-    let linear = &Linear { bases: vec![Base { weight, bias: None }], adapters: vec![] };
+    let linear = &Linear { bases: vec![Base { weight: weight.into(), bias: None }], adapters: vec![] };
     let groups = &RowSegments::new(offsets.to_vec(), one_adapter());
     let layers = GroupedLinear { linear, segments: groups };
     let rows = offsets[offsets.len() - 1];
@@ -177,7 +177,7 @@ fn layer(input: i64, widths: &[i64], groups: i64) -> Linear {
     let b = parts.iter().map(|part| sum(&part.b)).collect();
     let gradient = AdapterGradient { a: sum(&a), b };
     Linear {
-        bases: vec![Base { weight: matrices(groups, [output, input]), bias: None }],
+        bases: vec![Base { weight: matrices(groups, [output, input]).into(), bias: None }],
         adapters: vec![Some(BoundAdapter { a, parts, gradient })],
     }
 }

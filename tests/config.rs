@@ -189,7 +189,12 @@ fn broken_files_are_refused_at_the_right_place() {
         (lora("lora_target_modules: [lm_head]"), "run.yaml:6: lora.lora_target_modules:", "head are frozen"),
         // Not built.
         (lora("enable_lora: false"), "run.yaml:6: lora.enable_lora:", "frozen by design"),
-        (lora("enable_qlora: true"), "run.yaml:6: lora.enable_qlora:", "true is refused: a quantised base"),
+        (
+            lora("enable_qlora: true\nquant_format: nf4\nquant_group_size: 16"),
+            "run.yaml:8: lora.quant_group_size:",
+            "16 is no group size of nf4, which has 64",
+        ),
+        (lora("enable_aqn: true"), "run.yaml:6: lora.enable_aqn:", "true is refused: noise"),
         (
             lora("lora_target_manifest: {a: 1}"),
             "run.yaml:6: lora.lora_target_manifest:",
@@ -474,7 +479,7 @@ fn broken_flags_are_named() {
         ("train.lrr 1", "--train.lrr: unknown field; did you mean train.lr?"),
         ("trian.lr 1", "--trian.lr: unknown section; did you mean train?"),
         ("train.lora_rank 1", "--train.lora_rank: unknown field; did you mean lora.lora_rank?"),
-        ("lora.enable_qlora", "--lora.enable_qlora: true is refused: a quantised base is not built"),
+        ("lora.enable_aqn", "--lora.enable_aqn: true is refused: noise of quantisation is not built"),
         ("data.datasets [{\"path\":\"a\"}]", "--data.datasets[0].type: missing: tokenized or chat"),
         ("data.datasets x", "--data.datasets: expected a non-empty list of data sets"),
     ] {
@@ -489,7 +494,7 @@ fn fields_that_only_hint_are_accepted_with_one_line_each() {
                 data:\n  datasets: [{path: dummy}]\n  dataloader_num_workers: 4\n\
                 train:\n  init_device: meta\n  load_weights_mode: grouped\n  data_parallel_mode: fsdp2\n  \
                 tensor_parallel_size: 1\n  fsdp_reduce_dtype: fp32\n\
-                lora:\n  enable_qlora: false\n  merge_lora_interval: 0\n";
+                lora:\n  enable_aqn: false\n  merge_lora_interval: 0\n";
     let warnings = load(text, &["train.gc_steps 5"]).unwrap().warnings;
     assert_eq!(warnings.len(), 6, "{warnings:#?}");
     assert!(warnings[0].starts_with("run.yaml:3: model.attn_implementation: ignored: "), "{}", warnings[0]);

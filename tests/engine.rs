@@ -10,7 +10,7 @@ use common::{
         step_of, stepped,
     },
     relative, run_workers, stand_in,
-    topology::{Data, batch, load, names, spec},
+    topology::{Data, batch, load, names, quantised_spec},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -18,7 +18,7 @@ use std::{collections::BTreeMap, path::Path, sync::mpsc, time::Duration};
 use tch::Kind;
 use xorl_dist::{
     comm::World,
-    config::{ComputeArgs, ModelArgs, ReduceGradients, TrainArgs},
+    config::{ComputeArgs, ModelArgs, QuantArgs, QuantFormat, ReduceGradients, TrainArgs},
     device::DeviceChoice,
     lora::{LoraShape, targets::resolve},
     loss::CrossEntropy,
@@ -54,6 +54,8 @@ struct Case {
     reduce: ReduceGradients,
     /// Tensors move over NCCL, for which a library of ours stands in.
     stand_in: bool,
+    /// Format of the base, if it is quantised.
+    quant: Option<QuantFormat>,
     script: Script,
 }
 
@@ -78,6 +80,7 @@ impl Case {
             moe: false,
             reduce: ReduceGradients::Step,
             stand_in: false,
+            quant: None,
             script,
         }
     }
@@ -176,7 +179,7 @@ fn adapters(client: &Client, count: usize, ranks: usize) -> Value {
 
 /// The same data on the local trainer.
 fn of_trainer(groups: &ProcessGroups, case: &Case, options: Options) -> Seen {
-    let mut model = Transformer::new(spec(case.moe), options, groups).unwrap();
+    let mut model = Transformer::new(quantised_spec(case.moe, case.quant), options, groups).unwrap();
     load(&mut model, Data::Random);
     let spec = adapter(0);
     let sites = resolve(&all_projections(model.spec()), spec.targets.as_deref(), &[]).unwrap();
@@ -432,7 +435,7 @@ fn mpi_worker() {
     let processes = groups.world.all_gather_host(&std::process::id().to_le_bytes()).unwrap();
     let processes: Vec<u32> =
         processes.iter().map(|bytes| u32::from_le_bytes(bytes[..].try_into().unwrap())).collect();
-    let mut model = Transformer::new(spec(case.moe), options, &groups).unwrap();
+    let mut model = Transformer::new(quantised_spec(case.moe, case.quant), options, &groups).unwrap();
     load(&mut model, Data::Random);
     let output_dir = std::env::var("XORL_TEST_OUT").unwrap().into();
     let mut engine = common::engine::options(output_dir, GATHER);
@@ -506,6 +509,7 @@ fn mpi_an_adapter_of_the_engine_equals_that_of_the_local_trainer() {
     run(&Case::new(1, Script::LocalTrainer));
     run(&Case::new(2, Script::LocalTrainer));
     run(&Case::experts(2, 2, Script::LocalTrainer));
+    run(&Case { quant: Some(QuantFormat::Nvfp4), ..Case::experts(2, 2, Script::LocalTrainer) });
 }
 
 #[test]
@@ -523,6 +527,8 @@ fn a_server_reads_a_model_and_trains_its_default_targets() {
         output_dir: folder.path().into(),
         compute: ComputeArgs { enable_mixed_precision: false, ..ComputeArgs::default() },
         merge: true,
+        quant: QuantArgs::default(),
+        exclude: vec![],
         targets: None,
         hybrid: false,
         b_init_std: 0.0,

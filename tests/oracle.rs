@@ -18,14 +18,19 @@ use xorl_dist::{
     model::{
         base_plan::{Options, all_projections},
         hf_config::HfModel,
+        quantized::Quantization,
         transformer::{Batch, Transformer},
     },
     optim::{Optimizer, Schedule, Settings},
+    quant::Format,
     session::Session,
     shard::ProcessGroups,
     train::Trainer,
     weights::{SafetensorsSource, validate},
 };
+
+/// The directory whose truth comes from PEFT on bitsandbytes' own 4-bit layers.
+const BITSANDBYTES: &str = "quantized_bitsandbytes_nf4";
 
 /// The one rank and scale of a run.
 fn shape(run: &Value) -> LoraShape {
@@ -59,7 +64,11 @@ fn load(
     checkpointing: CheckpointingMethod,
     merge: bool,
 ) -> (Transformer, Adapter, Vec<Site>) {
-    let hf = HfModel::open(directory).unwrap();
+    let mut hf = HfModel::open(directory).unwrap();
+    let quantised = |format: &Format| directory.ends_with(format!("quantized_{format}"));
+    let format = Format::ALL.into_iter().find(quantised);
+    let format = format.or(directory.ends_with(BITSANDBYTES).then_some(Format::Nf4));
+    hf.spec.quantization = format.map(|format| Quantization::new(format, &[], &hf.spec).unwrap());
     let source = SafetensorsSource::open(directory).unwrap();
     validate(&source, &hf.spec.tensors()).unwrap();
     let world = World::start().unwrap();
@@ -109,16 +118,22 @@ fn python_families_equal_transformers_and_peft() {
     let mut families = 0;
     for entry in std::fs::read_dir(out.path()).unwrap() {
         let directory = entry.unwrap().path();
+        let is_quantised = directory.file_name().unwrap().to_string_lossy().starts_with("quantized_");
         for (checkpointing, merge) in [
+            (CheckpointingMethod::RecomputeFullLayer, true),
             (CheckpointingMethod::NoRecompute, true),
             (CheckpointingMethod::RecomputeFullLayer, false),
             (CheckpointingMethod::Selective, true),
-        ] {
+        ]
+        .into_iter()
+        .take(if is_quantised { 1 } else { 4 })
+        .skip(usize::from(!is_quantised))
+        {
             equals_reference(&directory, checkpointing, merge);
         }
         families += 1;
     }
-    assert_eq!(families, 15);
+    assert_eq!(families, 19);
 }
 
 fn equals_reference(directory: &Path, checkpointing: CheckpointingMethod, merge: bool) {

@@ -130,7 +130,12 @@ fn broken_files_are_refused_at_the_right_place() {
         // Not built.
         ("enable_lora: false", "server.yaml:2: enable_lora:", "frozen by design"),
         ("ulysses_parallel_size: 4", "server.yaml:2: ulysses_parallel_size:", "4 is refused"),
-        ("enable_qlora: true", "server.yaml:2: enable_qlora:", "true is refused: a quantised base"),
+        (
+            "quant_group_size: 64",
+            "server.yaml:2: quant_group_size:",
+            "64 is no group size of nvfp4, which has 16",
+        ),
+        ("block_fp8_qlora_training: true", "server.yaml:2: block_fp8_qlora_training:", "quant_format"),
         ("merge_lora_interval: 10", "server.yaml:2: merge_lora_interval:", "10 is refused"),
         ("train_router: true", "server.yaml:2: train_router:", "the router is part of the frozen base"),
         ("freeze_router: false", "server.yaml:2: freeze_router:", "the router is part of the frozen base"),
@@ -208,7 +213,7 @@ fn the_command_line_wins_over_the_file() {
         ),
         ("sever.lr 1", "--sever.lr: unknown section; did you mean server.lr?"),
         ("server.lrr 1", "--server.lrr: unknown field; did you mean server.lr?"),
-        ("server.enable_qlora", "--server.enable_qlora: true is refused: a quantised base is not built"),
+        ("server.enable_qarl", "--server.enable_qarl: true is refused: the base is computed in bf16"),
         ("server.api_host 10.0.0.7", "--server.api_host: \"10.0.0.7\" lets other machines in"),
     ] {
         let error = load(MINIMAL, &[flag]).expect_err(flag);
@@ -232,7 +237,7 @@ fn fields_of_xorl_that_change_nothing_are_ignored_with_one_line_each() {
                 enable_activation_offload: false\ninit_device: meta\nload_checkpoint_path: \"\"\nckpt_manager: dcp\n\
                 log_level: INFO\nworker_connection_timeout: 60.0\nsample_packing_sequence_len: 128000\n\
                 enable_packing: true\nskip_initial_checkpoint: true\nce_mode: compiled\nfreeze_router: true\n\
-                optimizer: adamw\nenable_qlora: false\nmerge_lora_interval: 0\n";
+                optimizer: adamw\nenable_qarl: false\nmerge_lora_interval: 0\n";
     let warnings = load(text, &[]).unwrap().warnings;
     assert_eq!(warnings.len(), 12, "{warnings:#?}");
     assert_eq!(warnings[0], "server.yaml:2: attn_implementation: ignored: kernels are chosen by the device");

@@ -105,14 +105,11 @@ fn mpi_worker() {
     );
     // A rank that cannot change its piece ends the update of all ranks.
     let fails = world.rank() + 1 == world.size();
-    let refused =
-        model.update(
-            |piece, _| {
-                if fails { Err(ShardError::Packed { tensor: piece.tensor.clone() }) } else { Ok(()) }
-            },
-        );
+    let refused = model.update(|piece, _| {
+        if fails { Err(ShardError::PackedMerge { tensor: piece.tensor.clone() }) } else { Ok(()) }
+    });
     match refused.unwrap_err() {
-        ShardError::Packed { .. } => assert!(fails),
+        ShardError::PackedMerge { .. } => assert!(fails),
         ShardError::UpdateElsewhere { .. } => assert!(!fails),
         other => panic!("{other}"),
     }

@@ -11,7 +11,7 @@ use crate::{
     dtype::DType,
     json,
     lora::{LoraShapes, MergePlan, Site, Survival, merge},
-    shard::{ShardError, Storage},
+    shard::ShardError,
     weights::{TensorMeta, WeightSource},
 };
 use serde_json::{Map, Value};
@@ -128,7 +128,7 @@ impl<'a> Merged<'a> {
         let base = Tensor::f_from_slice(&base).map_err(ShardError::from)?;
         let delta = self.plan.delta(tensor, range, self.values).map_err(ShardError::from)?;
         let Some(delta) = delta else { return Ok(Survival::default()) };
-        let (values, survival) = merge::merged(tensor, &base, &delta, Storage::Plain(dtype))?;
+        let (values, survival) = merge::merged(&base, &delta, dtype)?;
         // A sum with NaN or infinity is neither.
         if !survival.lost.is_finite() {
             let hint = if dtype == DType::F16 { ": float16 overflows; use --dtype bfloat16" } else { "" };

@@ -23,7 +23,6 @@ const NO_SYNC: &str = "only a transfer of weights to inference engines reads it,
 const LOGGING: &str = "RUST_LOG sets the level of the log";
 const ON_REQUEST: &str = "an adapter is saved when a client asks for it";
 const NO_FP8: &str = "the base is computed in bf16 or fp32; see enable_mixed_precision";
-const NO_QUANTIZED: &str = "a quantised base is not built";
 
 const ACCEPTED: &[Accepted] = &[
     hint("server.moe_routing_weights_before_down", KERNELS),
@@ -97,8 +96,11 @@ const REFUSED: &[Refused] = &[
         &["0"],
         "clients share the base; xorl-dist merge makes a model of what one has saved",
     ),
-    refused("server.qlora_exclude_modules", &["[]", "null"], NO_QUANTIZED),
-    refused("server.block_fp8_qlora_training", &["false"], NO_QUANTIZED),
+    refused(
+        "server.block_fp8_qlora_training",
+        &["false"],
+        "enable_qlora with quant_format: block_fp8 says it",
+    ),
     refused("server.enable_fp8_training", &["false"], NO_FP8),
     refused("server.fp8_cfg", &["null"], NO_FP8),
     refused("server.enable_qarl", &["false"], NO_FP8),
@@ -143,9 +145,6 @@ const AS_IN_RUN: &[&str] = &[
     "train.enable_compile",
     "train.load_weights_mode",
     "train.init_device",
-    "lora.enable_qlora",
-    "lora.quant_format",
-    "lora.quant_group_size",
     "lora.lora_target_manifest",
 ];
 

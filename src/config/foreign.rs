@@ -18,7 +18,7 @@ use Means::{Is, Needless, Not};
 
 const NO_EVAL: &str =
     "there is no evaluation during training; the generate command gives losses of held-out chats";
-const NO_QUANTIZED: &str = "the base is not quantized; leave it out, and shard the base over more ranks";
+const NO_QUANTIZED: &str = "lora.enable_qlora quantizes the base, in the format that lora.quant_format names";
 const KERNELS: &str = "kernels are chosen by the device";
 const SHARDED: &str =
     "the base is always sharded over all ranks; train.data_parallel_shard_size says over how many";

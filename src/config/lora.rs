@@ -2,11 +2,21 @@
 
 use super::error::Problem;
 use super::section::section;
-use super::value::choices;
+use super::value::{Value, choices};
 use serde_json::{Map, Value as Json};
 use std::path::PathBuf;
 
 choices! {
+    /// Format of a quantised base. One scale for each block of weights.
+    pub enum QuantFormat {
+        /// 4-bit NormalFloat of bitsandbytes: blocks of 64 with an fp32 scale.
+        Nf4 = "nf4",
+        /// 8-bit floats (e4m3) in blocks of 128 × 128 with an fp32 scale.
+        BlockFp8 = "block_fp8",
+        /// 4-bit floats (e2m1) in blocks of 16 with an 8-bit scale, and an fp32 scale of the matrix.
+        Nvfp4 = "nvfp4",
+    }
+
     /// Format of routed experts' adapters in checkpoints.
     pub enum ExportFormat {
         /// PEFT's, on transformers' fused experts.
@@ -15,6 +25,21 @@ choices! {
         PerExpert = "per_expert",
         /// Stacked, with shared factors once.
         SglangSharedOuter = "sglang_shared_outer",
+    }
+}
+
+section! {
+    /// Storage of the frozen base, of a run and a server.
+    pub struct QuantArgs {
+        /// Quantise the linear layers of decoder layers while they are loaded (QLoRA). Packed weights are what ranks
+        /// store and send. Embedding, head, norms and routers stay as they are.
+        enable_qlora: bool = false;
+        /// Format of quantised weights: `nf4` as bitsandbytes has it, `block_fp8` with 8 bits, `nvfp4` with 4 bits and
+        /// two levels of scales.
+        quant_format: QuantFormat = QuantFormat::Nvfp4;
+        /// Weights that share a scale; null: 64 for nf4, 128 (by 128) for block_fp8, 16 for nvfp4. No format has
+        /// another.
+        quant_group_size: Option<usize> = None => OneOrMore;
     }
 }
 
@@ -45,6 +70,9 @@ section! {
         moe_hybrid_shared_lora: bool = false;
         /// Compute q, k, v and gate, up as separate GEMMs. Results and adapter keys stay the same.
         unfuse_for_lora: bool = false;
+        ..quant: QuantArgs;
+        /// Linear layers that are not quantised, named as in `lora_target_modules`.
+        exclude_modules: Option<Vec<String>> = None;
         /// Checkpoints hold the adapter, not the base model. false: the base too, in `model/`, hard-linked where
         /// possible.
         save_lora_only: bool = true;
@@ -65,6 +93,34 @@ section! {
         /// An adapter directory to start from, in any of these formats, with a fresh optimizer. A resume does not read
         /// it.
         adapter_path: Option<PathBuf> = None;
+    }
+}
+
+impl QuantFormat {
+    /// Weights that share a scale (of a row, where blocks have several rows).
+    pub fn group_size(self) -> usize {
+        match self {
+            Self::Nf4 => 64,
+            Self::BlockFp8 => 128,
+            Self::Nvfp4 => 16,
+        }
+    }
+}
+
+impl QuantArgs {
+    /// The format of the base, if it is quantised.
+    pub fn format(&self) -> Option<QuantFormat> {
+        self.enable_qlora.then_some(self.quant_format)
+    }
+
+    /// The problem of a group size that the format does not have.
+    pub(super) fn group_problem(&self) -> Option<Problem> {
+        let only = self.quant_format.group_size();
+        let given = self.quant_group_size.filter(|&size| size != only)?;
+        let format = self.quant_format.write();
+        Some(Problem::Conflict(format!(
+            "{given} is no group size of {format}, which has {only}; leave it out"
+        )))
     }
 }
 

@@ -6,6 +6,7 @@ use super::compat::Compat;
 use super::compute::ComputeArgs;
 use super::error::{FieldLocations, Problem};
 use super::file::{Broken, ConfigFile};
+use super::lora::QuantArgs;
 use super::model::ModelArgs;
 use super::nearest::{self, Hint};
 use super::optimizer::{Optimizer, OptimizerArgs};
@@ -50,6 +51,9 @@ section! {
         moe_hybrid_shared_lora: bool = false;
         /// Compute q, k, v and gate, up as separate GEMMs. Results and adapter keys stay the same.
         unfuse_for_lora: bool = false;
+        ..quant: QuantArgs;
+        /// Linear layers that are not quantised, named as in `lora_target_modules`.
+        qlora_exclude_modules: Option<Vec<String>> = None;
         /// Seed of the initial values of an adapter whose client gives none.
         seed: u64 = 42;
         /// Optimizer of all adapters: `adamw` (decoupled decay, fp32 moments), `anyprecision_adamw` (moments in
@@ -164,6 +168,7 @@ impl ConfigFile for ServerConfig {
         rule(&["server.muon_ns_steps"], self.rule.ns_steps_problem());
         rule(&["server.ulysses_parallel_size"], self.compute.sequence_problem());
         rule(&["server.lora_target_modules"], lora::targets_problem(self.lora_target_modules.as_deref()));
+        rule(&["server.quant_group_size", "server.quant_format"], self.quant.group_problem());
         rule(&["server.enable_lora"], lora::enabled_problem(self.enable_lora));
         broken
     }

@@ -43,6 +43,7 @@ pub(super) fn broken_of_run(config: &RunConfig) -> Vec<Broken> {
     found(&["train.muon_ns_steps"], train.rule.ns_steps_problem());
     found(&["train.ulysses_parallel_size"], train.compute.sequence_problem());
     found(&["lora.lora_target_modules"], lora::targets_problem(lora.lora_target_modules.as_deref()));
+    found(&["lora.quant_group_size", "lora.quant_format"], lora.quant.group_problem());
     found(&["lora.enable_lora"], lora::enabled_problem(lora.enable_lora));
 
     let mut rule = |is_broken: bool, fields: &'static [&'static str], problem: Problem| {
@@ -80,6 +81,13 @@ pub(super) fn broken_of_run(config: &RunConfig) -> Vec<Broken> {
     rule(
         lora.lora_export_format == ExportFormat::SglangSharedOuter && !lora.moe_hybrid_shared_lora,
         &["lora.lora_export_format", "lora.moe_hybrid_shared_lora"],
+        Problem::Conflict(words.into()),
+    );
+    let words = "a merge into a quantised base is not built; remove one of them, and merge the trained adapter with \
+                 xorl-dist merge --onto original";
+    rule(
+        lora.quant.enable_qlora && (lora.merge_lora_interval > 0 || lora.merge_at_end),
+        &["lora.merge_lora_interval", "lora.merge_at_end", "lora.enable_qlora"],
         Problem::Conflict(words.into()),
     );
     let words = "rises the learning rate after merges that start the optimizer anew: set lora.merge_lora_interval and \

@@ -5,7 +5,10 @@ use super::{
     shape::LoraShapes,
     targets::{Factor, Site},
 };
-use crate::shard::{Piece, ShardError, Storage};
+use crate::{
+    dtype::DType,
+    shard::{Piece, ShardError, Storage},
+};
 use std::{
     collections::{BTreeMap, HashMap},
     ops::{AddAssign, Range},
@@ -93,7 +96,7 @@ impl MergePlan {
     /// by logical parameter name. A tensor that no adapter changes stays as it is.
     ///
     /// # Errors
-    /// See [`merged`].
+    /// A packed piece, or see [`merged`].
     pub fn merge_into(
         &self,
         piece: &Piece,
@@ -104,13 +107,16 @@ impl MergePlan {
         if self.columns(&piece.tensor).is_none() {
             return Ok(survival);
         }
+        let Storage::Plain(dtype) = piece.storage else {
+            return Err(ShardError::PackedMerge { tensor: piece.tensor.clone() });
+        };
         let Range { start, end } = piece.range;
         for first in (start..end).step_by(PART) {
             let range = first..end.min(first + PART);
             let mut part = stored.f_narrow(0, (first - start) as i64, range.len() as i64)?;
             let Some(delta) = self.delta(&piece.tensor, range, values)? else { continue };
             let delta = delta.f_to_device(part.device())?;
-            let (new, kept) = merged(&piece.tensor, &part, &delta, piece.storage)?;
+            let (new, kept) = merged(&part, &delta, dtype)?;
             part.f_copy_(&new)?;
             survival += kept;
         }
@@ -149,45 +155,25 @@ impl AddAssign for Survival {
     }
 }
 
-/// W′ = round(W + ΔW) of elements of `tensor`: `base` `[elements]` of any float dtype, `delta` `[elements]` fp32, both
-/// on one device. W′ is as `storage` has it.
+/// W′ = round(W + ΔW) of `base` `[elements]` of any float dtype and `delta` `[elements]` fp32, both on one device. W′ is
+/// in `dtype`, rounded to nearest even. Every merge rounds here alone.
 ///
 /// # Errors
-/// See [`stored`].
-pub fn merged(
-    tensor: &str,
-    base: &Tensor,
-    delta: &Tensor,
-    storage: Storage,
-) -> Result<(Tensor, Survival), ShardError> {
+/// Those of libtorch.
+pub fn merged(base: &Tensor, delta: &Tensor, dtype: DType) -> Result<(Tensor, Survival), ShardError> {
     // Exact in fp64, so that what rounding to fp32 loses counts too.
     let (exact, delta) = (base.f_to_kind(Kind::Double)?, delta.f_to_kind(Kind::Double)?);
     let exact = exact.f_add(&delta)?;
-    let stored = stored(tensor, &exact.f_to_kind(Kind::Float)?, storage)?;
+    let stored = exact.f_to_kind(Kind::Float)?.f_to_kind(dtype.kind())?;
     let lost = stored.f_to_kind(Kind::Double)?.f_sub(&exact)?;
     let sum_of_squares = |values: &Tensor| values.f_square()?.f_sum(Kind::Double)?.f_double_value(&[]);
     Ok((stored, Survival { delta: sum_of_squares(&delta)?, lost: sum_of_squares(&lost)? }))
 }
 
-/// Elements of `tensor`, `block` `[elements]` fp32, as `storage` has them: plain numbers `[elements]` rounded to
-/// nearest even. Every merge rounds here alone.
-///
-/// # Errors
-/// Packed storage, which nothing packs yet.
-fn stored(tensor: &str, block: &Tensor, storage: Storage) -> Result<Tensor, ShardError> {
-    match storage {
-        Storage::Plain(dtype) => Ok(block.f_to_kind(dtype.kind())?),
-        Storage::Packed(_) => Err(ShardError::Packed { tensor: tensor.to_owned() }),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        dtype::DType,
-        lora::{Experts, LoraShape, MoeNames, targets::Projection},
-    };
+    use crate::lora::{Experts, LoraShape, MoeNames, targets::Projection};
 
     const MIXTRAL: MoeNames = MoeNames { block: "block_sparse_moe", gate: "w1", up: "w3", down: "w2" };
 
@@ -260,7 +246,7 @@ mod tests {
         let base = Tensor::from_slice(&[1.0f32, 2.0, -3.0]);
         let delta = Tensor::from_slice(&[2f32.powi(-8) + 2f32.powi(-20), 0.5, 2f32.powi(-12)]);
         let bf16 = base.to_kind(Kind::BFloat16);
-        let (found, survival) = merged("w", &bf16, &delta, Storage::Plain(DType::Bf16)).unwrap();
+        let (found, survival) = merged(&bf16, &delta, DType::Bf16).unwrap();
         // Above half a unit of the last place: up; far below it: nothing.
         assert_eq!(
             Vec::<f32>::try_from(found.to_kind(Kind::Float)).unwrap(),
@@ -268,11 +254,11 @@ mod tests {
         );
         let lost = (2f64.powi(-7) - 2f64.powi(-8) - 2f64.powi(-20)).powi(2) + 2f64.powi(-24);
         assert!((survival.lost - lost).abs() < 1e-12 && survival.lost_share() < 0.01, "{survival:?}");
-        let (_, exact) = merged("w", &base, &delta, Storage::Plain(DType::F32)).unwrap();
+        let (_, exact) = merged(&base, &delta, DType::F32).unwrap();
         assert!(exact.lost_share() < 1e-7);
 
         let tiny = Tensor::from_slice(&[1e-5f32; 3]);
-        let (found, erased) = merged("w", &bf16, &tiny, Storage::Plain(DType::Bf16)).unwrap();
+        let (found, erased) = merged(&bf16, &tiny, DType::Bf16).unwrap();
         assert_eq!(found, bf16);
         assert!((erased.lost_share() - 1.0).abs() < 1e-6);
     }

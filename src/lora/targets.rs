@@ -4,7 +4,7 @@
 //! (`qkv_proj`) on the whole of it. Base GEMMs may be fused or split; sites do not depend on that.
 
 use super::shape::LoraShapes;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use wildmatch::WildMatch;
 
 /// Kind of module that a site adapts; the key of [`LORA_MAPPING`](super::LORA_MAPPING).
@@ -212,6 +212,32 @@ pub fn resolve(
         return Err(TargetError::NoMatch { target: targets[target].clone(), known: known(projections) });
     }
     Ok(sites)
+}
+
+/// Dotted paths of the leaves of `projections` that `names` name, as targets are named.
+///
+/// # Errors
+/// A name matches nothing.
+pub fn named(projections: &[Projection], names: &[String]) -> Result<BTreeSet<String>, TargetError> {
+    let mut paths = BTreeSet::new();
+    for name in names {
+        let pattern = Pattern::new(name);
+        let mut any = false;
+        for projection in projections {
+            let whole =
+                projection.fused.is_some_and(|fused| pattern.matches(&projection.parent, fused, true));
+            for site in projection.leaf_sites() {
+                if whole || pattern.matches(&projection.parent, site.name, false) {
+                    any = true;
+                    paths.insert(site.path());
+                }
+            }
+        }
+        if !any {
+            return Err(TargetError::NoMatch { target: name.clone(), known: known(projections) });
+        }
+    }
+    Ok(paths)
 }
 
 fn known(projections: &[Projection]) -> String {

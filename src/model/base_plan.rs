@@ -105,7 +105,11 @@ impl BasePlan {
         let plan = |layer| {
             let experts = spec.moe_of(layer).map(|moe| mesh.experts_of(rank, moe.experts)).transpose()?;
             let experts = experts.unwrap_or_default();
-            Ok(LayerPlan::new(spec, layer, EntryForm { compute, merge, experts }))
+            Ok(LayerPlan::new(
+                spec,
+                layer,
+                EntryForm { compute, merge, experts, quantization: spec.quantization.clone() },
+            ))
         };
         let plans: Vec<LayerPlan> = (0..spec.layers.len()).map(plan).collect::<Result<_, _>>()?;
         let cut = |name: String, specs, region: Region, align| {

@@ -2,9 +2,11 @@
 //! regions, from one list. Each sublayer declares its own and keeps the ids, by which
 //! [`GatheredLayer`](super::gathered::GatheredLayer) finds the gathered tensors. Pure.
 
+use super::quantized::Quantization;
 use crate::{
     dtype::DType,
     lora::targets::{Experts, Projection},
+    quant::{Format, Grid},
     shard::{EntrySpec, Span, Storage},
 };
 use std::ops::Range;
@@ -17,14 +19,28 @@ pub struct ProjectionId(usize);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TensorId(usize);
 
-/// Entries of the frozen tensors of a projection.
+/// Entries of the frozen tensors of a projection, of each GEMM.
 #[derive(Clone, Debug)]
-pub(super) enum BaseEntries {
-    /// In the dense region: (weight, bias) of each GEMM.
-    Dense(Vec<(usize, Option<usize>)>),
-    /// In the experts' region: `[own experts, Σ widths, input]`.
-    Experts(usize),
+pub(super) struct BaseEntries {
+    /// True for entries of the experts' region: `[own experts, Σ widths, input]`.
+    pub experts: bool,
+    pub gemms: Vec<GemmEntries>,
 }
+
+/// Entries of a GEMM.
+#[derive(Clone, Debug)]
+pub(super) struct GemmEntries {
+    pub weight: usize,
+    /// Format of the weight, if it is packed: see [`Storage::Packed`].
+    pub format: Option<Format>,
+    /// Rows of each leaf.
+    pub widths: Vec<usize>,
+    pub input: usize,
+    pub bias: Option<usize>,
+}
+
+/// Name of a leaf and its rows.
+type Leaf = (&'static str, usize);
 
 /// Form of the region entries; HF names and projections do not depend on it.
 #[derive(Clone, Debug)]
@@ -35,6 +51,22 @@ pub struct EntryForm {
     pub merge: bool,
     /// Routed experts of this rank.
     pub experts: Range<usize>,
+    pub quantization: Option<Quantization>,
+}
+
+impl EntryForm {
+    /// The format of a leaf of `parent`, if it is quantised.
+    fn format(&self, parent: &str, leaf: &str) -> Option<Format> {
+        self.quantization.as_ref()?.of(parent, leaf)
+    }
+
+    /// Cuts `leaves` of `parent` into those that one GEMM computes: all if GEMMs are merged, but leaves that are stored
+    /// alike.
+    fn gemms<'a>(&self, parent: &str, leaves: &'a [Leaf]) -> Vec<(Option<Format>, &'a [Leaf])> {
+        let format = |leaf: &Leaf| self.format(parent, leaf.0);
+        let cut = leaves.chunk_by(|a, b| self.merge && format(a) == format(b));
+        cut.map(|leaves| (format(&leaves[0]), leaves)).collect()
+    }
 }
 
 /// The declarations of one layer.
@@ -79,7 +111,7 @@ impl Declarations {
         &mut self,
         parent: &str,
         fused: Option<&'static str>,
-        leaves: &[(&'static str, usize)],
+        leaves: &[Leaf],
         input: usize,
         bias: bool,
     ) -> ProjectionId {
@@ -90,13 +122,16 @@ impl Declarations {
                 self.tensors.push((format!("{parent}.{leaf}.bias"), vec![*width]));
             }
         }
-        let gemms: Vec<_> = if self.form.merge { vec![leaves] } else { leaves.chunks(1).collect() };
-        let mut gemm = |leaves| {
-            let weight = self.entry(stacked(&parent, leaves, Some(input), self.form.compute));
+        let gemms = self.form.gemms(&parent, leaves);
+        let mut gemm = |(format, leaves): (Option<Format>, &[Leaf])| {
+            let spec = stacked(&parent, leaves, Some(input), self.form.compute);
+            let weight = push_weight(&mut self.dense, spec, format, input);
             let bias = bias.then(|| self.entry(stacked(&parent, leaves, None, self.form.compute)));
-            (weight, bias)
+            let widths = leaves.iter().map(|(_, width)| *width).collect();
+            GemmEntries { weight, format, widths, input, bias }
         };
-        let base = BaseEntries::Dense(gemms.into_iter().map(&mut gemm).collect());
+        let gemms = gemms.into_iter().map(&mut gemm).collect();
+        let base = BaseEntries { experts: false, gemms };
         self.push(Projection { parent, fused, leaves: leaves.to_vec(), input, experts: None }, base)
     }
 
@@ -105,7 +140,7 @@ impl Declarations {
         &mut self,
         experts: Experts,
         fused: Option<&'static str>,
-        leaves: &[(&'static str, usize)],
+        leaves: &[Leaf],
         input: usize,
     ) -> ProjectionId {
         let block = self.path(experts.names.block);
@@ -116,24 +151,31 @@ impl Declarations {
             let matrix = |(leaf, width): &(&str, usize)| (name(expert, leaf), vec![*width, input]);
             self.tensors.extend(leaves.iter().map(matrix));
         }
+        let (parent, own) = (self.path("mlp.experts"), self.form.experts.clone());
         // The matrices of an expert lie one below the other: one GEMM computes all of them.
-        let own = self.form.experts.clone();
-        let matrices = own.clone().flat_map(|expert| leaves.iter().map(move |leaf| (expert, leaf)));
-        let span = |(expert, (leaf, width)): (usize, &(&'static str, usize))| Span {
-            tensor: name(expert, leaf),
-            start: 0,
-            elements: width * input,
+        let mut gemm = |(format, leaves): (Option<Format>, &[Leaf])| {
+            let matrices = own.clone().flat_map(|expert| leaves.iter().map(move |leaf| (expert, leaf)));
+            let span = |(expert, (leaf, width)): (usize, &Leaf)| Span {
+                tensor: name(expert, leaf),
+                start: 0,
+                elements: width * input,
+            };
+            let names: Vec<&str> = leaves.iter().map(|(leaf, _)| experts.names.leaf(leaf)).collect();
+            let widths: Vec<usize> = leaves.iter().map(|(_, width)| *width).collect();
+            let spec = EntrySpec {
+                name: format!("experts.{}", names.join("|")),
+                shape: vec![own.len(), widths.iter().sum(), input],
+                storage: Storage::Plain(self.form.compute),
+                spans: matrices.map(span).collect(),
+            };
+            let weight = push_weight(&mut self.experts, spec, format, input);
+            GemmEntries { weight, format, widths, input, bias: None }
         };
-        let names: Vec<&str> = leaves.iter().map(|(leaf, _)| experts.names.leaf(leaf)).collect();
-        let rows = leaves.iter().map(|(_, width)| width).sum();
-        self.experts.push(EntrySpec {
-            name: format!("experts.{}", names.join("|")),
-            shape: vec![own.len(), rows, input],
-            storage: Storage::Plain(self.form.compute),
-            spans: matrices.map(span).collect(),
-        });
-        let base = BaseEntries::Experts(self.experts.len() - 1);
-        let (parent, experts) = (self.path("mlp.experts"), Some(experts));
+        // Experts are never split for their GEMMs' sake.
+        let form = EntryForm { merge: true, ..self.form.clone() };
+        let gemms = form.gemms(&parent, leaves).into_iter().map(&mut gemm).collect();
+        let base = BaseEntries { experts: true, gemms };
+        let experts = Some(experts);
         self.push(Projection { parent, fused, leaves: leaves.to_vec(), input, experts }, base)
     }
 
@@ -167,6 +209,35 @@ impl Declarations {
         self.bases.push(base);
         ProjectionId(self.projections.len() - 1)
     }
+}
+
+/// Adds the weight that `spec` describes in plain numbers to the entries of a region, packed if it has a format; behind
+/// it the scales of its matrices, if the format has such. Its index.
+fn push_weight(
+    region: &mut Vec<EntrySpec>,
+    mut spec: EntrySpec,
+    format: Option<Format>,
+    input: usize,
+) -> usize {
+    let weight = region.len();
+    let Some(format) = format else {
+        region.push(spec);
+        return weight;
+    };
+    spec.storage = Storage::Packed(format);
+    for span in &mut spec.spans {
+        let grid = Grid { format, rows: span.elements / input, columns: input };
+        span.elements = grid.tiles() * format.tile().elements;
+    }
+    let scales = format.has_global().then(|| EntrySpec {
+        name: format!("{}.scales", spec.name),
+        shape: vec![spec.spans.len()],
+        storage: Storage::Plain(DType::F32),
+        spans: Vec::new(),
+    });
+    region.push(spec);
+    region.extend(scales);
+    weight
 }
 
 /// `leaves` of a projection, one below the other: weights `[Σ widths, input]`, or biases `[Σ widths]` without `input`.

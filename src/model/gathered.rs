@@ -2,12 +2,13 @@
 //! computation.
 
 use super::{
-    declare::{BaseEntries, ProjectionId, TensorId},
+    declare::{BaseEntries, GemmEntries, ProjectionId, TensorId},
     layer::LayerPlan,
 };
 use crate::{
+    dtype::DType,
     lora::Adapter,
-    ops::linear::{Base, Linear, Matrices},
+    ops::linear::{Base, Linear, Matrices, PackedMatrices, Weight},
     shard::{ExpertDispatcher, ShardError, SlotPool},
 };
 use tch::Tensor;
@@ -16,6 +17,8 @@ use tch::Tensor;
 pub struct GatheredLayer<'a> {
     pub plan: &'a LayerPlan,
     pub unit: usize,
+    /// Dtype of computation, in which packed weights are decoded.
+    pub compute: DType,
     pub dense: &'a SlotPool,
     pub experts: &'a SlotPool,
     pub adapters: &'a [&'a mut Adapter],
@@ -31,20 +34,26 @@ impl GatheredLayer<'_> {
 
     /// A projection with the adapters of the pass, as views of their slots.
     pub fn linear(&self, id: ProjectionId) -> Result<Linear, ShardError> {
-        let dense = |entry| self.dense.view(self.unit, entry);
-        let bases = match &self.plan.bases()[id.index()] {
-            BaseEntries::Dense(gemms) => {
-                let base = |&(weight, bias): &(usize, Option<usize>)| {
-                    let weight = Matrices::Shared(dense(weight)?);
-                    Ok::<_, ShardError>(Base { weight, bias: bias.map(dense).transpose()? })
-                };
-                gemms.iter().map(base).collect::<Result<_, _>>()?
-            }
-            &BaseEntries::Experts(entry) => {
-                let weight = Matrices::Each(self.experts.view(self.unit, entry)?);
-                vec![Base { weight, bias: None }]
-            }
+        let BaseEntries { experts, gemms } = &self.plan.bases()[id.index()];
+        let pool = if *experts { self.experts } else { self.dense };
+        let view = |entry| pool.view(self.unit, entry);
+        let base = |gemm: &GemmEntries| {
+            let tensor = view(gemm.weight)?;
+            let weight = match gemm.format {
+                None if *experts => Matrices::Each(tensor).into(),
+                None => Matrices::Shared(tensor).into(),
+                Some(format) => Weight::Packed(PackedMatrices {
+                    format,
+                    tiles: tensor,
+                    scales: format.has_global().then(|| view(gemm.weight + 1)).transpose()?,
+                    widths: gemm.widths.clone(),
+                    columns: gemm.input,
+                    kind: self.compute.kind(),
+                }),
+            };
+            Ok::<_, ShardError>(Base { weight, bias: gemm.bias.map(view).transpose()? })
         };
+        let bases = gemms.iter().map(base).collect::<Result<_, _>>()?;
         let bind = |adapter: &&mut Adapter| adapter.bind(self.unit, id.index());
         Ok(Linear { bases, adapters: self.adapters.iter().map(bind).collect::<Result<_, _>>()? })
     }

@@ -52,6 +52,15 @@ impl LayerPlan {
         &self.tensors
     }
 
+    /// Elements of the largest projection of packed weights, which are decoded together; of one expert.
+    pub fn decoded_elements(&self) -> usize {
+        let packed = |base: &BaseEntries| {
+            let packed = base.gemms.iter().filter(|gemm| gemm.format.is_some());
+            packed.map(|gemm| gemm.widths.iter().sum::<usize>() * gemm.input).sum()
+        };
+        self.bases.iter().map(packed).max().unwrap_or(0)
+    }
+
     /// Entries of each projection's frozen tensors.
     pub(super) fn bases(&self) -> &[BaseEntries] {
         &self.bases

@@ -13,6 +13,7 @@ pub mod gathered;
 pub mod hf_config;
 pub mod layer;
 pub mod mixer;
+pub mod quantized;
 pub mod rope;
 pub mod router_load;
 pub mod rows;

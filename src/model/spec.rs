@@ -5,6 +5,7 @@ use super::{
     ffn::{Ffn, MoeSpec},
     layer::LayerPlan,
     mixer::Mixer,
+    quantized::Quantization,
 };
 use crate::dtype::DType;
 
@@ -44,6 +45,8 @@ pub struct ModelSpec {
     pub tie_word_embeddings: bool,
     /// Standard deviation of a random initialisation.
     pub initializer_range: f64,
+    /// Storage of the linear layers, if they are quantised.
+    pub quantization: Option<Quantization>,
 }
 
 pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -64,7 +67,7 @@ impl ModelSpec {
     /// The plans of all layers, for names, shapes, projections and costs, which do not depend on the form of the
     /// entries.
     pub fn layer_plans(&self) -> impl Iterator<Item = LayerPlan> {
-        let form = EntryForm { compute: DType::F32, merge: true, experts: 0..0 };
+        let form = EntryForm { compute: DType::F32, merge: true, experts: 0..0, quantization: None };
         (0..self.layers.len()).map(move |layer| LayerPlan::new(self, layer, form.clone()))
     }
 

@@ -350,6 +350,7 @@ impl Transformer {
         GatheredLayer {
             plan: &self.plans[unit],
             unit,
+            compute: self.options.compute,
             dense: &self.layers,
             experts: &self.experts,
             adapters,

@@ -52,6 +52,7 @@ mod tests {
             rms_norm_eps: 1e-6,
             tie_word_embeddings: true,
             initializer_range: 0.2,
+            quantization: None,
         };
         let five = LoraShapes::from(LoraShape::new(5, 10.0));
         let sites = resolve(&all_projections(&spec), Some(&["q_proj".to_owned()]), &[]).unwrap();

@@ -178,5 +178,7 @@ fn layer_scratch(spec: &ModelSpec, base: &BasePlan, options: &Options, batch: Mi
     let c = options.compute.size();
     let halves = base.layers.iter().flat_map(|layer| [&layer.mixer, &layer.ffn]);
     let half = halves.map(|half| half.scratch_bytes(c, batch)).max();
-    half.unwrap_or(0) + 2 * spec.hidden_size * c * batch.tokens
+    // The packed matrices of a projection, or of one of its experts, decoded.
+    let decoded = base.layers.iter().map(|layer| layer.decoded_elements()).max();
+    half.unwrap_or(0) + 2 * spec.hidden_size * c * batch.tokens + decoded.unwrap_or(0) * c
 }

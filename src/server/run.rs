@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     comm::World,
-    config::{ComputeArgs, ModelArgs},
+    config::{ComputeArgs, ModelArgs, QuantArgs},
     data::Tokenizer,
     error::{Error, Result},
     infer::stops::SharedDecode,
@@ -15,6 +15,7 @@ use crate::{
     model::{
         base_plan::{Options, all_projections},
         hf_config::HfModel,
+        quantized::Quantization,
         stored_base,
         transformer::Transformer,
     },
@@ -41,6 +42,10 @@ pub struct ServerPlan {
     pub compute: ComputeArgs,
     /// One GEMM for q, k, v and one for gate, up.
     pub merge: bool,
+    /// Storage of the base.
+    pub quant: QuantArgs,
+    /// Linear layers that are not quantised.
+    pub exclude: Vec<String>,
     /// Targets of an adapter that is created without; `None`: the default of the model's family.
     pub targets: Option<Vec<String>>,
     /// Experts share one factor.
@@ -100,6 +105,11 @@ impl Server {
             Some(directory) => Box::new(stored_base::open(directory, spec)?),
             None => Box::new(RandomSource::new(spec.tensors(), spec.initializer_range, plan.seed)),
         };
+        if let Some(format) = plan.quant.format() {
+            let quantization = Quantization::new(format.into(), &plan.exclude, spec)
+                .map_err(|error| Error::Input(format!("qlora_exclude_modules: {error}")))?;
+            spec.quantization = Some(quantization);
+        }
         let of_family = || model.family.default_targets.iter().map(|name| name.to_string()).collect();
         let targets = plan.targets.clone().unwrap_or_else(of_family);
         targets::resolve(&all_projections(&model.spec), Some(&targets), &[])
@@ -145,7 +155,11 @@ impl Server {
         watcher.set_timeout(plan.comm_timeout);
         watcher.set_output(&plan.output_dir);
         let has_experts = spec.moe().is_some();
-        if plan.deterministic_sampling && groups.device.tensors() != Device::Cpu {
+        let device = groups.device.tensors();
+        if let Some(reason) = spec.quantization.as_ref().and_then(|_| Quantization::refusal(device)) {
+            return Err(Error::Input(format!("enable_qlora: {reason}")));
+        }
+        if plan.deterministic_sampling && device != Device::Cpu {
             let why =
                 "deterministic_sampling: GPUs have no kernels for it; leave it out, or compute on the CPU";
             return Err(Error::Input(why.into()));

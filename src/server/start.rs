@@ -41,6 +41,8 @@ pub fn plan(config: &ServerConfig) -> ServerPlan {
         output_dir: config.output_dir.clone(),
         compute: config.compute.clone(),
         merge: config.model.merge_qkv && !config.unfuse_for_lora,
+        quant: config.quant.clone(),
+        exclude: config.qlora_exclude_modules.clone().unwrap_or_default(),
         targets: config.lora_target_modules.clone(),
         hybrid: config.moe_hybrid_shared_lora,
         b_init_std: config.lora_b_init_std,

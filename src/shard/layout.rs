@@ -161,8 +161,8 @@ impl RegionLayout {
 
 #[cfg(test)]
 mod tests {
-    use super::super::storage::Tile;
     use super::*;
+    use crate::quant::Format;
     use proptest::prelude::*;
 
     fn spec(name: &str, shape: &[usize], dtype: DType) -> EntrySpec {
@@ -195,20 +195,23 @@ mod tests {
 
     #[test]
     fn spans_of_a_packed_tensor_have_tiles_of_their_own() {
-        let packed = Storage::Packed(Tile { elements: 64, bytes: 36 });
+        let packed = Storage::Packed(Format::Nf4);
         let span = |tensor: &str, elements| Span { tensor: tensor.into(), start: 0, elements };
         let fused = EntrySpec {
             name: "qkv".into(),
-            shape: vec![15, 10],
+            shape: vec![240, 10],
             storage: packed,
-            spans: vec![span("q", 100), span("k", 30), span("v", 20)],
+            spans: vec![span("q", 1600), span("k", 480), span("v", 320)],
         };
         let layout = RegionLayout::new("layer", vec![fused, spec("norm", &[3], DType::F32)], 1, BASE_ALIGN);
         // Two tiles of q, one each of k and v.
-        assert_eq!(layout.entries[0].bytes(), 4 * 36);
-        assert!(layout.entries[1].offset >= 4 * 36);
+        assert_eq!(layout.entries[0].bytes(), 4 * 576);
+        assert!(layout.entries[1].offset >= 4 * 576);
         let read = |tensor: &str, range, at| Piece { tensor: tensor.into(), range, storage: packed, at };
-        assert_eq!(layout.reads(0)[..3], [read("q", 0..100, 0), read("k", 0..30, 72), read("v", 0..20, 108)]);
+        assert_eq!(
+            layout.reads(0)[..3],
+            [read("q", 0..1600, 0), read("k", 0..480, 2 * 576), read("v", 0..320, 3 * 576)]
+        );
     }
 
     #[test]
@@ -225,13 +228,12 @@ mod tests {
             shapes in prop::collection::vec((1usize..40, 1usize..40, 0usize..5), 1..6),
             shards in 1usize..9,
         ) {
-            let packed = |elements, bytes| Storage::Packed(Tile { elements, bytes });
             let storages = [
                 Storage::Plain(DType::F32),
                 Storage::Plain(DType::Bf16),
-                packed(64, 36),
-                packed(16, 9),
-                packed(128, 132),
+                Storage::Packed(Format::Nf4),
+                Storage::Packed(Format::NvFp4),
+                Storage::Packed(Format::BlockFp8),
             ];
             let specs: Vec<_> = shapes.iter().enumerate().map(|(i, &(rows, columns, storage))| EntrySpec {
                 storage: storages[storage],

@@ -18,7 +18,7 @@ pub use layout::{Entry, EntrySpec, Piece, Region, RegionLayout, Span};
 pub use piece::{FlatRegion, OwnedPart, OwnedPiece, PlacedParameter};
 pub use process_groups::ProcessGroups;
 pub use slots::SlotPool;
-pub use storage::{Storage, Tile};
+pub use storage::Storage;
 
 /// Errors of sharding.
 #[derive(Debug, thiserror::Error)]
@@ -27,8 +27,6 @@ pub enum ShardError {
     Comm(#[from] CommError),
     #[error(transparent)]
     Source(#[from] SourceError),
-    #[error("tensor {tensor} is stored packed, and no weight source reads packed tensors")]
-    Packed { tensor: String },
     #[error(transparent)]
     Device(#[from] DeviceError),
     #[error("{pool}: {wanted} is used while its slot holds {held} (a bug: every use follows its gather)")]
@@ -37,6 +35,8 @@ pub enum ShardError {
     Counts { from: usize, actual: usize, expected: usize },
     #[error("layer {layer}, {pass}: {count} of {of} values are not finite")]
     NotFinite { layer: usize, pass: &'static str, count: usize, of: usize },
+    #[error("tensor {tensor} is packed, and a merge into packed weights is not built")]
+    PackedMerge { tensor: String },
     #[error("another rank could not change unit {unit}")]
     UpdateElsewhere { unit: usize },
     #[error("libtorch: {0}")]

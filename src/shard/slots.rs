@@ -8,14 +8,18 @@
 //! Ranks of one host may lay their pieces side by side in shared memory ([`SlotPool::share`]). Then a unit is whole
 //! where its pieces lie, a gather copies nothing, and a slot is only the set of pages that count for a rank's RSS.
 
-use super::{Piece, RegionLayout, ShardError, Storage};
+use super::{Entry, EntrySpec, Piece, RegionLayout, ShardError, Span, Storage};
 use crate::{
     comm::{Communicator, PAGE, Pending, Reduce, SharedMemory},
     device::Staging,
+    quant::Format,
     weights::WeightSource,
 };
-use std::{ops::Range, rc::Rc};
+use std::{collections::BTreeMap, ops::Range, rc::Rc};
 use tch::{Device, Kind, Tensor};
+
+/// Bytes of tiles that are packed at a time: a part of [`Staging`].
+const PACKED_BYTES: usize = 4 << 20;
 
 struct Slot {
     /// `[bytes of the largest unit]` u8; nothing where units are shared.
@@ -133,9 +137,17 @@ impl SlotPool {
     /// Fills this rank's pieces from `source`, reading no other byte. Collective where they are shared.
     pub fn load(&self, source: &dyn WeightSource, staging: &mut Staging) -> Result<(), ShardError> {
         for (layout, shard) in self.layouts.iter().zip(&self.shards) {
-            for read in layout.reads(self.comm.rank()) {
-                let Storage::Plain(dtype) = read.storage else {
-                    return Err(ShardError::Packed { tensor: read.tensor });
+            let reads = layout.reads(self.comm.rank());
+            let scales = self.global_scales(layout, &reads, source)?;
+            self.put_scales(layout, &scales, shard, staging)?;
+            for read in reads {
+                let dtype = match read.storage {
+                    Storage::Plain(dtype) => dtype,
+                    Storage::Packed(format) => {
+                        let scale = scales.get(&read.tensor).copied().unwrap_or(1.0);
+                        read_packed(&read, format, scale, source, shard, staging)?;
+                        continue;
+                    }
                 };
                 let (size, at) = (dtype.size(), read.at as i64);
                 let target = shard.narrow(0, at, (read.range.len() * size) as i64);
@@ -148,6 +160,69 @@ impl SlotPool {
         }
         if self.shared.is_some() {
             self.comm.barrier()?;
+        }
+        Ok(())
+    }
+
+    /// The scale beside the tiles of each matrix of `layout` that has one, by name: the source's, or that of its largest
+    /// magnitude, on whichever ranks it lies. Collective if there is such a matrix.
+    fn global_scales(
+        &self,
+        layout: &RegionLayout,
+        reads: &[Piece],
+        source: &dyn WeightSource,
+    ) -> Result<BTreeMap<String, f32>, ShardError> {
+        let (mut scales, mut amax) = (BTreeMap::new(), BTreeMap::new());
+        for EntrySpec { storage, spans, .. } in layout.entries.iter().map(|entry| &entry.spec) {
+            let Storage::Packed(format) = *storage else { continue };
+            for Span { tensor, .. } in spans.iter().filter(|_| format.has_global()) {
+                match source.packed(tensor).filter(|form| form.format == format) {
+                    Some(form) => drop(scales.insert(tensor.clone(), form.global)),
+                    None => drop(amax.insert(tensor.clone(), (format, 0f64))),
+                }
+            }
+        }
+        for read in reads {
+            if let Some((format, most)) = amax.get_mut(&read.tensor) {
+                let own = source.amax(&read.tensor, *format, tiles(read, *format))?;
+                *most = f64::max(*most, own.into());
+            }
+        }
+        if !amax.is_empty() {
+            let mut all: Vec<f64> = amax.values().map(|(_, most)| *most).collect();
+            self.comm.all_reduce_host(&mut all, Reduce::Max)?;
+            let global = |((name, (format, _)), most): ((String, (Format, f64)), f64)| {
+                (name, format.global(most as f32))
+            };
+            scales.extend(amax.into_iter().zip(all).map(global));
+        }
+        Ok(scales)
+    }
+
+    /// Writes what this rank owns of the matrices' scales.
+    fn put_scales(
+        &self,
+        layout: &RegionLayout,
+        scales: &BTreeMap<String, f32>,
+        shard: &Tensor,
+        staging: &mut Staging,
+    ) -> Result<(), ShardError> {
+        let own = layout.piece(self.comm.rank());
+        for pair in layout.entries.windows(2) {
+            let [packed, Entry { offset, .. }] = pair else { continue };
+            if !matches!(packed.spec.storage, Storage::Packed(format) if format.has_global()) {
+                continue;
+            }
+            let of_spans: Vec<f32> = packed.spec.spans.iter().map(|span| scales[&span.tensor]).collect();
+            let bytes: &[u8] = bytemuck::cast_slice(&of_spans);
+            let (from, to) = (own.start.max(*offset), own.end.min(offset + bytes.len()));
+            if from < to {
+                let target = shard.narrow(0, (from - own.start) as i64, (to - from) as i64);
+                staging.send(&target, |first, part| {
+                    part.copy_from_slice(&bytes[from - offset + first..][..part.len()]);
+                    Ok::<_, ShardError>(())
+                })?;
+            }
         }
         Ok(())
     }
@@ -290,6 +365,33 @@ impl SlotPool {
     }
 }
 
+/// The tiles of a packed piece, counted in its matrix.
+fn tiles(read: &Piece, format: Format) -> Range<usize> {
+    let each = format.tile().elements;
+    read.range.start / each..read.range.end.div_ceil(each)
+}
+
+/// Fills a packed piece of `shard` from the source, some tiles at a time.
+fn read_packed(
+    read: &Piece,
+    format: Format,
+    global: f32,
+    source: &dyn WeightSource,
+    shard: &Tensor,
+    staging: &mut Staging,
+) -> Result<(), ShardError> {
+    let (all, bytes) = (tiles(read, format), format.tile().bytes);
+    for first in all.clone().step_by(PACKED_BYTES / bytes) {
+        let part = first..all.end.min(first + PACKED_BYTES / bytes);
+        let at = read.at + (first - all.start) * bytes;
+        staging.send(&shard.narrow(0, at as i64, (part.len() * bytes) as i64), |_, out| {
+            source.read_packed(&read.tensor, format, global, part.clone(), out)?;
+            Ok::<_, ShardError>(())
+        })?;
+    }
+    Ok(())
+}
+
 /// Entry `entry` of a whole region in `buffer` `[bytes]` u8: a view of its dtype and shape, or of its packed tiles.
 fn view(buffer: &Tensor, layout: &RegionLayout, entry: usize) -> Result<Tensor, ShardError> {
     let entry = &layout.entries[entry];
@@ -307,6 +409,6 @@ fn view(buffer: &Tensor, layout: &RegionLayout, entry: usize) -> Result<Tensor, 
 fn typed(bytes: &Tensor, storage: Storage) -> Result<Tensor, ShardError> {
     Ok(match storage {
         Storage::Plain(dtype) => bytes.f_view_dtype(dtype.kind())?,
-        Storage::Packed(tile) => bytes.f_view([-1, tile.bytes as i64])?,
+        Storage::Packed(format) => bytes.f_view([-1, format.tile().bytes as i64])?,
     })
 }

@@ -1,23 +1,19 @@
 //! Storage of a tensor's elements: plain numbers, or packed blocks of codes with their scales. Pure.
 
-use crate::dtype::DType;
-
-/// The smallest run of elements that is stored, sent and owned as one: no shard border cuts it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tile {
-    pub elements: usize,
-    /// Bytes of the codes and of their scales.
-    pub bytes: usize,
-}
+use crate::{
+    dtype::DType,
+    quant::{Format, Tile},
+};
 
 /// Storage of a tensor's elements in a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Storage {
     /// Numbers of a dtype, one after another.
     Plain(DType),
-    /// Whole tiles one after another, each with its scales; the last may be filled up. The format of a tile is the
-    /// business of the source that packs it and of the operation that decodes it.
-    Packed(Tile),
+    /// Whole tiles one after another, each with its scales; the last may be filled up. Elements are counted tile by tile,
+    /// those that fill up squares at the edges of a matrix too. A format with a scale of the matrix has it in
+    /// the next entry of the region, in fp32, one for each span.
+    Packed(Format),
 }
 
 impl Storage {
@@ -27,7 +23,7 @@ impl Storage {
             Self::Plain(dtype) => {
                 Tile { elements: super::layout::BASE_ALIGN / dtype.size(), bytes: super::layout::BASE_ALIGN }
             }
-            Self::Packed(tile) => tile,
+            Self::Packed(format) => format.tile(),
         }
     }
 
@@ -35,7 +31,7 @@ impl Storage {
     pub fn bytes(self, elements: usize) -> usize {
         match self {
             Self::Plain(dtype) => elements * dtype.size(),
-            Self::Packed(Tile { elements: tile, bytes }) => elements.div_ceil(tile) * bytes,
+            Self::Packed(format) => elements.div_ceil(format.tile().elements) * format.tile().bytes,
         }
     }
 
@@ -43,7 +39,7 @@ impl Storage {
     pub fn element_at(self, byte: usize) -> usize {
         match self {
             Self::Plain(dtype) => byte / dtype.size(),
-            Self::Packed(Tile { elements, bytes }) => byte / bytes * elements,
+            Self::Packed(format) => byte / format.tile().bytes * format.tile().elements,
         }
     }
 
@@ -51,7 +47,7 @@ impl Storage {
     pub fn align(self, plain: usize) -> usize {
         match self {
             Self::Plain(_) => plain,
-            Self::Packed(Tile { bytes, .. }) => least_common_multiple(plain, bytes),
+            Self::Packed(format) => least_common_multiple(plain, format.tile().bytes),
         }
     }
 }
@@ -73,8 +69,8 @@ mod tests {
     fn bytes_and_tiles_of_each_storage() {
         let bf16 = Storage::Plain(DType::Bf16);
         assert_eq!((bf16.tile(), bf16.bytes(5)), (Tile { elements: 32, bytes: 64 }, 10));
-        let packed = Storage::Packed(Tile { elements: 64, bytes: 36 });
-        assert_eq!([0, 1, 64, 65].map(|n| packed.bytes(n)), [0, 36, 36, 72]);
-        assert_eq!((packed.element_at(72), packed.align(64), bf16.align(64)), (128, 576, 64));
+        let packed = Storage::Packed(Format::Nf4);
+        assert_eq!([0, 1, 1024, 1025].map(|n| packed.bytes(n)), [0, 576, 576, 1152]);
+        assert_eq!((packed.element_at(1152), packed.align(64), bf16.align(64)), (2048, 576, 64));
     }
 }

@@ -32,6 +32,7 @@ use crate::{
         ModelSpec,
         base_plan::{BasePlan, Options, all_projections},
         hf_config::HfModel,
+        quantized::Quantization,
         stored_base,
         transformer::Transformer,
     },
@@ -121,6 +122,12 @@ impl Run {
             Some(directory) => Box::new(stored_base::open(directory, &mut spec)?),
             None => Box::new(RandomSource::new(spec.tensors(), spec.initializer_range, config.train.seed)),
         };
+        let exclude = config.lora.exclude_modules.as_deref().unwrap_or_default();
+        if let Some(format) = config.lora.quant.format() {
+            let quantization = Quantization::new(format.into(), exclude, &spec);
+            spec.quantization =
+                Some(quantization.map_err(|error| refused("lora.exclude_modules", &error.to_string()))?);
+        }
         let targets = config.lora.lora_target_modules.as_deref();
         let sites = targets::resolve(&all_projections(&spec), targets, hf.family.default_targets)
             .map_err(|error| refused("lora.lora_target_modules", &error.to_string()))?;
@@ -250,6 +257,11 @@ impl Run {
         watcher.set_output(&self.config.train.output_dir);
         let (lora, train) = (&self.config.lora, &self.config.train);
         let device = world.device();
+        if let Some(reason) =
+            self.spec.quantization.as_ref().and_then(|_| Quantization::refusal(device.tensors()))
+        {
+            return Err(Error::Input(format!("{}: {reason}", self.places.of("lora.enable_qlora"))));
+        }
         let mut model = Transformer::new(self.spec.clone(), self.options(), &groups)?;
         model.load(self.source.as_ref())?;
         groups.open(self.spec.moe().is_some())?;

@@ -83,7 +83,7 @@ pub fn stand_in(command: &mut Command, folder: &Path) {
 
 /// Starts this test program once for each of `world` ranks; each runs its test `mpi_worker`, which finds `case` in
 /// XORL_TEST_CASE and leaves its results in `folder`. `prepare` may change the command.
-pub fn run_workers<C: serde::Serialize>(
+pub fn run_workers<C: serde::Serialize + ?Sized>(
     world: usize,
     case: &C,
     folder: &Path,

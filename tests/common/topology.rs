@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, path::Path, rc::Rc};
 use tch::{Device, Tensor};
 use xorl_dist::{
     comm::{CommError, Communicator, Operation, Parts, Pending, Received, Reduce, World},
-    config::{self, CheckpointingMethod, ReduceGradients, TrainArgs},
+    config::{self, CheckpointingMethod, QuantFormat, ReduceGradients, TrainArgs},
     device::DeviceChoice,
     dtype::DType,
     lora::{Adapter, LoraShape, MoeNames, Site, targets::resolve},
@@ -20,6 +20,7 @@ use xorl_dist::{
         DenseSpec, Ffn, GqaSpec, LayerSpec, Mixer, ModelSpec, MoeSpec, NormSpec, QkNorm, RopeScaling,
         RopeSpec,
         base_plan::{BasePlan, Options, all_projections},
+        quantized::Quantization,
         transformer::{Batch, Transformer},
     },
     optim::{Optimizer, Schedule, Settings},
@@ -62,6 +63,8 @@ pub struct Case {
     pub stand_in: bool,
     /// So many ranks are taken for a host of their own.
     pub ranks_per_host: Option<usize>,
+    /// Format of the base, if it is quantised.
+    pub quant: Option<QuantFormat>,
 }
 
 /// What rows are made of.
@@ -123,13 +126,14 @@ impl Case {
             fault: None,
             stand_in: false,
             ranks_per_host: None,
+            quant: None,
         }
     }
 
     /// The same training on one rank.
     pub fn on_one_rank(&self) -> Self {
-        let Self { targets, moe, hybrid, data, optimizer, stand_in, .. } = self.clone();
-        Self { targets, moe, hybrid, data, optimizer, stand_in, ..Self::one() }
+        let Self { targets, moe, hybrid, data, optimizer, stand_in, quant, .. } = self.clone();
+        Self { targets, moe, hybrid, data, optimizer, stand_in, quant, ..Self::one() }
     }
 
     /// Largest distances of losses and of tensors of the adapter from those of one rank. Muon's iterations in bf16 turn
@@ -193,7 +197,15 @@ pub fn spec(moe: bool) -> ModelSpec {
         rms_norm_eps: 1e-6,
         tie_word_embeddings: false,
         initializer_range: 0.2,
+        quantization: None,
     }
+}
+
+/// The same with linear layers in a format, all but one that is excluded.
+pub fn quantised_spec(moe: bool, format: Option<QuantFormat>) -> ModelSpec {
+    let (mut spec, excluded) = (spec(moe), names(&["layers.2.*.k_proj"]));
+    spec.quantization = format.map(|format| Quantization::new(format.into(), &excluded, &spec).unwrap());
+    spec
 }
 
 /// Random weights, those of the experts' down projections larger in the first half and smaller in the second.
@@ -390,20 +402,28 @@ fn routed(groups: &ProcessGroups, own: &[Vec<Vec<f64>>]) -> Vec<RoutedRows> {
 
 /// One rank of a case. Does nothing unless a case started it.
 pub fn worker() {
-    let Ok(case) = std::env::var("XORL_TEST_CASE") else { return };
-    let case: Case = serde_json::from_str(&case).unwrap();
+    let Ok(cases) = std::env::var("XORL_TEST_CASE") else { return };
+    let cases: Vec<Case> = serde_json::from_str(&cases).unwrap();
     let mut world = World::start().unwrap();
-    if case.stand_in {
+    if cases[0].stand_in {
         world.use_device(DeviceChoice::StandIn).unwrap();
     }
+    let seen: Vec<Value> = cases.iter().map(|case| train(&world, case)).collect();
+    let out = std::env::var("XORL_TEST_OUT").unwrap();
+    let path = Path::new(&out).join(format!("{}.json", world.rank()));
+    std::fs::write(path, Value::from(seen).to_string()).unwrap();
+}
+
+/// What this rank sees of a case.
+fn train(world: &World, case: &Case) -> Value {
     let (rank, size) = (world.rank(), world.size());
     let mesh = case.mesh();
-    let mut groups = ProcessGroups::new(&world, mesh);
+    let mut groups = ProcessGroups::new(world, mesh);
     if let Some(fault) = case.fault {
         break_groups(&mut groups, fault);
     }
 
-    let spec = spec(case.moe);
+    let spec = quantised_spec(case.moe, case.quant);
     let options = case.options();
     let mut sites = resolve(&all_projections(&spec), Some(&case.targets), &[]).unwrap();
     if case.hybrid {
@@ -475,12 +495,10 @@ pub fn worker() {
     let adapter: Vec<Value> =
         trainer.session.adapter.whole().unwrap().into_iter().map(|(p, v)| json!([p.name, v])).collect();
     let received: BTreeMap<&str, u64> = received.iter().map(|((op, _), bytes)| (op.name(), *bytes)).collect();
-    let seen = json!({
+    json!({
         "initial": initial, "steps": reports, "adapter": adapter, "received": received, "norms": norms,
         "shares_memory": trainer.model.shares_memory()
-    });
-    let out = std::env::var("XORL_TEST_OUT").unwrap();
-    std::fs::write(Path::new(&out).join(format!("{rank}.json")), seen.to_string()).unwrap();
+    })
 }
 
 /// SHA-256 over the bits of all adapter parameters.
@@ -496,17 +514,24 @@ fn digest(adapter: &Adapter) -> String {
 
 /// What every rank of a case saw.
 pub fn run(case: &Case) -> Vec<Value> {
+    run_all(std::slice::from_ref(case)).remove(0)
+}
+
+/// What every rank saw of each of `cases`, which one start of mpirun runs one after another: their worlds are alike.
+pub fn run_all(cases: &[Case]) -> Vec<Vec<Value>> {
     let directory = tempfile::tempdir().unwrap();
-    run_workers(case.world, case, directory.path(), |command| {
-        if case.stand_in {
+    let Case { world, stand_in: stands_in, ranks_per_host, .. } = cases[0];
+    run_workers(world, cases, directory.path(), |command| {
+        if stands_in {
             stand_in(command, directory.path());
         }
-        if let Some(ranks) = case.ranks_per_host {
+        if let Some(ranks) = ranks_per_host {
             command.env("XORL_RANKS_PER_HOST", ranks.to_string());
         }
     });
     let read = |rank: usize| std::fs::read_to_string(directory.path().join(format!("{rank}.json"))).unwrap();
-    (0..case.world).map(|rank| serde_json::from_str(&read(rank)).unwrap()).collect()
+    let ranks: Vec<Vec<Value>> = (0..world).map(|rank| serde_json::from_str(&read(rank)).unwrap()).collect();
+    (0..cases.len()).map(|case| ranks.iter().map(|rank| rank[case].clone()).collect()).collect()
 }
 
 /// Where what a rank saw parts from what one rank alone saw, if it does.
@@ -549,20 +574,25 @@ fn difference_beyond([of_losses, of_tensors]: [f64; 2], seen: &Value, one: &Valu
 /// Holds `case` against what `one` rank alone saw; what its ranks saw.
 pub fn equals(case: &Case, one: &Value) -> Vec<Value> {
     let ranks = run(case);
-    for seen in &ranks {
+    compare(case, &ranks, one);
+    ranks
+}
+
+/// Holds what `ranks` saw of `case` against what `one` rank alone saw.
+pub fn compare(case: &Case, ranks: &[Value], one: &Value) {
+    for seen in ranks {
         assert_eq!(difference_beyond(case.tolerances(), seen, one), None, "{case:?}");
     }
     // Clipping was active, or the test would not see a wrong norm.
     assert!(one["steps"][0][1].as_f64().unwrap() > LIMIT, "norm {}", one["steps"][0][1]);
     // Each rank has held its ledger against the formula; a single rank moves nothing.
     assert_eq!(one["received"], json!({}));
-    for seen in &ranks {
+    for seen in ranks {
         let moves = |operation: &str| seen["received"][operation].is_u64();
         assert_eq!(moves("all_gather"), case.world > case.replicas);
         assert_eq!(moves("all_reduce"), case.replicas > 1);
         assert_eq!(moves("all_to_all"), case.experts_over > 1);
     }
-    ranks
 }
 
 /// Holds `case` against one rank with the same targets and data; what its ranks saw.

@@ -16,10 +16,12 @@ import sys
 from pathlib import Path
 
 import torch
+from dequantized import dequantize
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -75,6 +77,14 @@ MIXTURES = {
     'qwen2_moe_independent': (Qwen2MoeForCausalLM, Qwen2MoeConfig(**QWEN2_MOE)),
     'qwen2_moe_independent_hybrid': (Qwen2MoeForCausalLM, Qwen2MoeConfig(**QWEN2_MOE)),
     'qwen2_moe': (Qwen2MoeForCausalLM, Qwen2MoeConfig(**QWEN2_MOE | dict(norm_topk_prob=True, num_experts_per_tok=2))),
+}
+# On a quantised base: of bitsandbytes, or with the numbers of a format. Rows and columns are no multiples of blocks.
+RAGGED = dict(hidden_size=72, intermediate_size=100, head_dim=20)
+QUANTIZED = {
+    'quantized_bitsandbytes_nf4': (Qwen3ForCausalLM, Qwen3Config(**COMMON | RAGGED | dict(hidden_size=64))),
+    'quantized_nf4': (Qwen2MoeForCausalLM, Qwen2MoeConfig(**QWEN2_MOE | dict(num_experts_per_tok=2, hidden_size=72))),
+    'quantized_block_fp8': (Qwen3MoeForCausalLM, Qwen3MoeConfig(**QWEN3_MOE | RAGGED)),
+    'quantized_nvfp4': (Qwen3MoeForCausalLM, Qwen3MoeConfig(**QWEN3_MOE | RAGGED)),
 }
 
 
@@ -188,6 +198,21 @@ class Margins:
         self.least = min(self.least, (best[:, chosen - 1] - best[:, chosen]).min().item())
 
 
+def quantized(model, directory):
+    """The model with the base that the directory's name asks for."""
+    kind, _, how = directory.name.partition('_')
+    if kind != 'quantized':
+        return model
+    if how == 'bitsandbytes_nf4':
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation='eager', device_map='cpu',
+                                                     quantization_config=config)
+        # In evaluation it would repack weights, which not all of these shapes allow.
+        return model.train()
+    dequantize(model, how)
+    return model
+
+
 def write_adapter(directory, tensors):
     directory.mkdir()
     shutil.copy(directory.parent / 'adapter' / 'adapter_config.json', directory)
@@ -196,6 +221,7 @@ def write_adapter(directory, tensors):
 
 def write(directory, model, lr):
     model.save_pretrained(directory)
+    model = quantized(model, directory)
     vocab_size = model.config.vocab_size
     margins = Margins(model)
     independent, hybrid = 'independent' in directory.name, 'hybrid' in directory.name
@@ -247,7 +273,7 @@ if __name__ == '__main__':
     for name, (architecture, config) in MODELS.items() if alone else ():
         torch.manual_seed(sum(map(ord, name)))
         write(out / name, random_model(architecture, config), 1e-3)
-    for name, (architecture, config) in MIXTURES.items() if alone else ():
+    for name, (architecture, config) in (MIXTURES | QUANTIZED).items() if alone else ():
         # Another seed where rounding might choose.
         for attempt in range(5):
             torch.manual_seed(sum(map(ord, name)) + attempt)

@@ -164,6 +164,7 @@ impl HfModel {
             rms_norm_eps,
             tie_word_embeddings: fields.flag("tie_word_embeddings")?,
             initializer_range: fields.positive("initializer_range")?,
+            quantization: None,
         };
         check_parameters(path, &spec)?;
         let pad_token_id = fields.pad_token_id(spec.vocab_size)?;

@@ -327,7 +327,7 @@ mod tests {
         let part = Part { out: 0..w.size()[0], ranks: 0..RANK, scaling: 0.5, b: shared(lora_b) };
         let gradient = AdapterGradient { a: zeros(lora_a), b: vec![zeros(lora_b)] };
         let adapter = BoundAdapter { a: shared(lora_a), parts: vec![part], gradient };
-        let base = Base { weight: shared(w), bias: Some(b.detach()) };
+        let base = Base { weight: shared(w).into(), bias: Some(b.detach()) };
         Linear { bases: vec![base], adapters: vec![Some(adapter)] }
     }
 
@@ -414,7 +414,7 @@ mod tests {
     fn matches_autograd_and_recomputes_what_backward_needs() {
         let tokens = LENGTHS.iter().sum::<usize>();
         for spec in cases() {
-            let form = EntryForm { compute: DType::F32, merge: true, experts: 0..0 };
+            let form = EntryForm { compute: DType::F32, merge: true, experts: 0..0, quantization: None };
             let gqa = Gqa::declare(&spec, &mut Declarations::new(0, HIDDEN as usize, form));
             let widths = spec.heads().widths();
             let (x, d_y) = (leaf(&[tokens as i64, HIDDEN]), leaf(&[tokens as i64, HIDDEN]).detach());

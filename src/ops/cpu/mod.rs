@@ -3,7 +3,8 @@
 //! - [`rows`] rows of tensors, [`lanes`] sums and maxima over them, [`pool`] libtorch's own threads,
 //! - [`packing`] tiles of bf16, [`amx`] registers for them, [`tile`] products of matrices in the cache,
 //! - [`matmul`] products of large matrices, [`block`] by block, with memory from [`scratch`],
-//! - [`dots`] products whose rows do not depend on each other, to the bit.
+//! - [`dots`] products whose rows do not depend on each other, to the bit,
+//! - [`decode`] packed matrices.
 //!
 //! A kernel is plain Rust over slices, marked `#[inline(always)]` and called inside [`Isa::run`]: the compiler
 //! vectorises it once for each instruction set. Sums run in [`LANES`] lanes, so they do not depend on the set. A kernel
@@ -11,6 +12,7 @@
 
 pub mod amx;
 pub mod block;
+pub mod decode;
 pub mod dots;
 pub mod element;
 pub mod isa;

@@ -6,7 +6,7 @@
 //! adapters and, for the columns that an adapter lacks, products with zeros. One adapter is used where it lies.
 
 use super::{
-    Backend, Base, BoundAdapter, GroupedLinear, LoraHiddenGrad, Matrices, Part, add_product, columns,
+    Backend, Base, BoundAdapter, GroupedLinear, LoraHiddenGrad, Matrices, Part, Weight, add_product, columns,
     segments::OnDevice, with_columns,
 };
 use crate::ops::Buffer;
@@ -14,6 +14,16 @@ use tch::{Kind, Tensor};
 
 /// Distances in memory that the kernels take are multiples of this (elements of 2 bytes).
 const ALIGNMENT: i64 = 8;
+
+impl Weight {
+    /// True if the kernels take the matrices; decoded ones are dense.
+    fn are_aligned(&self) -> bool {
+        match self {
+            Self::Plain(matrices) => matrices.are_aligned(),
+            Self::Packed(_) => self.columns() % ALIGNMENT == 0,
+        }
+    }
+}
 
 impl Matrices {
     /// True if the kernels take them.
@@ -115,7 +125,7 @@ impl Backend for Grouped<'_> {
     fn forward(&self, x: &Tensor, add: Option<&Tensor>) -> (Buffer, Option<Buffer>) {
         let _span = crate::trace::operation("linear.forward_at_once");
         let base_ends = &self.segments.base_ends;
-        let mut y = one(self.bases.iter().map(|base| base.weight.apply(x, base_ends)).collect());
+        let mut y = one(self.bases.iter().map(|base| base.weight.all().apply(x, base_ends)).collect());
         if let Some(add) = add {
             let _ = y.g_add_(add);
         }
@@ -152,7 +162,7 @@ impl Backend for Grouped<'_> {
 
     fn backward_input(&self, d_y: &Tensor) -> (Buffer, LoraHiddenGrad) {
         let mut parts = with_columns(self.bases).map(|(base, range)| {
-            base.weight.apply_transposed(&columns(d_y, &range), &self.segments.base_ends)
+            base.weight.all().apply_transposed(&columns(d_y, &range), &self.segments.base_ends)
         });
         let mut d_x = parts.next().unwrap_or_else(|| d_y.zeros_like());
         for part in parts {

@@ -16,6 +16,7 @@
 mod grouped;
 mod invariant;
 mod matrices;
+mod packed;
 mod plain;
 mod segments;
 #[cfg(test)]
@@ -24,9 +25,13 @@ mod tiled;
 
 use super::{
     Buffer, batch_invariant,
-    cpu::dots::{self, Start},
+    cpu::{
+        dots::{self, Start},
+        matmul::Matrix,
+    },
 };
 use grouped::Grouped;
+use half::bf16;
 use invariant::Invariant;
 use plain::Plain;
 use std::ops::Range;
@@ -34,12 +39,14 @@ use tch::{Device, Tensor};
 use tiled::Tiled;
 pub use {
     matrices::Matrices,
+    packed::{PackedMatrices, Weight},
     segments::{Pattern, RowSegments, Segment, one_adapter, sizes},
 };
 
-/// Frozen weight `[out, in]` and bias `[out]`, in compute dtype. Experts have a weight each and share the bias.
+/// Frozen weight `[out, in]`, in compute dtype or packed, and bias `[out]` in compute dtype. Experts have a weight each
+/// and share the bias.
 pub struct Base {
-    pub weight: Matrices,
+    pub weight: Weight,
     pub bias: Option<Tensor>,
 }
 
@@ -243,6 +250,14 @@ fn with_columns(bases: &[Base]) -> impl Iterator<Item = (&Base, Range<i64>)> {
         *end += base.weight.rows();
         Some((base, start..*end))
     })
+}
+
+/// The matrix of `base`.
+fn matrix_of(all: &Matrices, base: usize) -> Matrix<'_, bf16> {
+    match all {
+        Matrices::Shared(matrix) => Matrix::of(matrix),
+        Matrices::Each(all) => Matrix::one_of(all, base),
+    }
 }
 
 fn rows_of(x: &Tensor, range: &Range<i64>) -> Tensor {

@@ -27,7 +27,7 @@ impl Backend for Plain<'_> {
             let (x, y, add) = (rows_of(x, &rows), rows_of(&y, &rows), add.map(|add| rows_of(add, &rows)));
             for (base, range) in with_columns(&linear.bases) {
                 let mut y = columns(&y, &range);
-                let weight = base.weight.of(group).tr();
+                let weight = base.weight.of(group).tensor().tr();
                 // The sum starts from what is added, which saves a pass and a rounding.
                 let added = add.as_ref().map(|add| columns(add, &range));
                 let _ = match added.or_else(|| base.bias.as_ref().map(Tensor::shallow_clone)) {
@@ -68,7 +68,7 @@ impl Backend for Plain<'_> {
         for (group, rows) in self.0.segments.base_runs() {
             let (d_y, mut d_x) = (rows_of(d_y, &rows), rows_of(&d_x, &rows));
             for (i, (base, range)) in with_columns(&linear.bases).enumerate() {
-                let (d_part, weight) = (columns(&d_y, &range), base.weight.of(group));
+                let (d_part, weight) = (columns(&d_y, &range), base.weight.of(group).tensor());
                 let _ = if i == 0 { d_part.mm_out(&d_x, &weight) } else { d_x.addmm_(&d_part, &weight) };
             }
         }

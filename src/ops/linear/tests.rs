@@ -10,6 +10,7 @@ use crate::ops::{
     },
     testing::{autograd, distance, leaf},
 };
+use crate::quant::{Format, Grid, amax};
 use tch::Kind;
 
 /// Segments of one adapter, a base each.
@@ -88,7 +89,7 @@ fn ours(exact: &[Exact], split: bool, kind: Kind) -> Linear {
     };
     let bias = exact[0].bias.detach().to_kind(kind);
     let base = |(from, n): (i64, i64)| Base {
-        weight: matrices(&|layer| layer.w.narrow(0, from, n)),
+        weight: matrices(&|layer| layer.w.narrow(0, from, n)).into(),
         bias: Some(bias.narrow(0, from, n)),
     };
     let a = matrices(&|layer| layer.a.shallow_clone());
@@ -208,7 +209,7 @@ fn layers_without_adapters_are_products_alone() {
     };
     let bf16 = |tensor: &Tensor| tensor.to_kind(Kind::BFloat16);
     let weight = Matrices::Each(bf16(&Tensor::stack(&[first, second], 0)));
-    let bare = Linear { bases: vec![Base { weight, bias: None }], adapters: vec![] };
+    let bare = Linear { bases: vec![Base { weight: weight.into(), bias: None }], adapters: vec![] };
     let layers = GroupedLinear { linear: &bare, segments: &segments(&[0, 3, 7]) };
     let tiled = Tiled { multiplier: Multiplier::Emulated(InTiles(Emulated)), layer: layers };
     let in_tiles = (tiled.forward(&bf16(&x), None), tiled.backward_input(&bf16(&d_y)));
@@ -231,7 +232,7 @@ fn stacked(groups: i64, shared_a: bool, shared_b: bool, split: bool) -> Linear {
         let all = leaf(&[groups, rows + 1, columns]).detach().to_kind(kind).narrow(1, 0, rows);
         if shared { Matrices::Shared(all.get(0)) } else { Matrices::Each(all) }
     };
-    let base = |rows| Base { weight: matrices(false, [rows, 32], Kind::BFloat16), bias: None };
+    let base = |rows| Base { weight: matrices(false, [rows, 32], Kind::BFloat16).into(), bias: None };
     let shapes = [(shared_a, [24, 32]), (shared_b, [16, 8]), (false, [24, 16])];
     let [a, b_first, b_second] = shapes.map(|(shared, shape)| matrices(shared, shape, Kind::BFloat16));
     let [d_a, d_first, d_second] = shapes.map(|(shared, shape)| matrices(shared, shape, Kind::Float));
@@ -299,7 +300,7 @@ fn what_grouped_kernels_refuse_is_computed_one_after_the_other() {
     // Matrices of 8 rows: `apart` elements from one to the next, `wide` from a row to the next, the first at `start`.
     let bare = |start: i64, apart: i64, wide: i64| {
         let weight = Matrices::Each(all.narrow(0, start, 900).as_strided([3, 8, 8], [apart, wide, 1], None));
-        Linear { bases: vec![Base { weight, bias: None }], adapters: vec![] }
+        Linear { bases: vec![Base { weight: weight.into(), bias: None }], adapters: vec![] }
     };
     assert!(at_once(&x, &bare(0, 104, 8)) && at_once(&x, &bare(8, 136, 16)));
     for refused in [bare(1, 104, 8), bare(0, 100, 8), bare(0, 104, 9)] {
@@ -392,7 +393,7 @@ impl Mixed {
                 b: adapter.gradient.b.iter().map(share).collect(),
             },
         };
-        let bases = vec![Base { weight: Matrices::Each(self.w.shallow_clone()), bias: None }];
+        let bases = vec![Base { weight: Matrices::Each(self.w.shallow_clone()).into(), bias: None }];
         Linear { bases, adapters: self.adapters.iter().map(|of| of.as_ref().map(adapter)).collect() }
     }
 
@@ -506,4 +507,52 @@ fn segments_are_runs_of_bases_and_of_adapters() {
     assert_eq!(found, [(0, Some(1), 0..2), (1, Some(1), 2..5), (1, None, 5..6)]);
     assert_eq!(segments.base_runs().collect::<Vec<_>>(), [(0, 0..2), (1, 2..6)]);
     assert_eq!(segments.adapter_runs().collect::<Vec<_>>(), [(Some(1), 0..5), (None, 5..6)]);
+}
+
+/// Packed weights of `groups` bases, each of two leaves, and the same in plain numbers of `kind`.
+fn packed_and_plain(format: Format, groups: usize, kind: Kind) -> [Weight; 2] {
+    let (widths, columns) = ([20, 132], 24);
+    let (mut tiles, mut scales, mut values) = (Vec::new(), Vec::new(), Vec::new());
+    for rows in std::iter::repeat_n(widths, groups).flatten() {
+        let grid = Grid { format, rows, columns };
+        let numbers = Tensor::randn([(rows * columns) as i64], (Kind::Float, Device::Cpu));
+        let numbers = Vec::<f32>::try_from(numbers).unwrap();
+        let global = format.global(amax(&numbers).unwrap());
+        let mut packed = vec![0; grid.bytes()];
+        grid.pack(0..grid.tiles(), &numbers, global, &mut packed).unwrap();
+        let mut exact = vec![0f32; numbers.len()];
+        grid.unpack(0..grid.tiles(), &packed, global, &mut exact).unwrap();
+        tiles.extend(packed);
+        scales.push(global);
+        values.extend(exact);
+    }
+    let tiles = Tensor::from_slice(&tiles).view([-1, format.tile().bytes as i64]);
+    let scales = format.has_global().then(|| Tensor::from_slice(&scales));
+    let packed = PackedMatrices { format, tiles, scales, widths: widths.to_vec(), columns, kind };
+    let plain = Tensor::from_slice(&values).to_kind(kind).view([groups as i64, 152, columns as i64]);
+    [Weight::Packed(packed), Matrices::Each(plain).into()]
+}
+
+#[test]
+fn packed_weights_compute_as_the_numbers_that_they_stand_for() {
+    let _guard = tch::no_grad_guard();
+    for (format, kind) in
+        Format::ALL.into_iter().flat_map(|format| [(format, Kind::Float), (format, Kind::BFloat16)])
+    {
+        let [ours, theirs] = packed_and_plain(format, 3, kind)
+            .map(|weight| Linear { bases: vec![Base { weight, bias: None }], adapters: vec![] });
+        for offsets in [[0, 0, 12, 15], [0, 1, 2, 3]] {
+            let random = |columns| Tensor::randn([offsets[3], columns], (kind, Device::Cpu));
+            let (x, d_y) = (random(24), random(152));
+            let computed = |linear: &Linear, segments: &RowSegments| {
+                let layer = GroupedLinear { linear, segments };
+                [forward(&x, layer, None).0, backward_input(&d_y, layer).0]
+            };
+            for segments in [segments(&offsets), RowSegments::at_once(&offsets, one_adapter())] {
+                for (ours, theirs) in computed(&ours, &segments).iter().zip(computed(&theirs, &segments)) {
+                    assert_eq!(**ours, *theirs, "{format} {kind:?} {offsets:?}");
+                }
+            }
+        }
+    }
 }

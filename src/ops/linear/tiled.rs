@@ -3,8 +3,8 @@
 //! length.
 
 use super::{
-    Backend, Base, BoundAdapter, GroupedLinear, LoraHiddenGrad, Matrices, Part, columns, rows_of,
-    with_columns,
+    Backend, Base, BoundAdapter, GroupedLinear, LoraHiddenGrad, Matrices, Part, columns, matrix_of,
+    packed::OneMatrix, rows_of, with_columns,
 };
 use crate::{
     device::has_kernels,
@@ -68,7 +68,7 @@ impl<'a> Tiled<'a> {
         for (segment, adapter) in self.layer.adapted_of(base) {
             let rows = usizes(&segment.rows);
             for (ranks, scale) in adapter.scales() {
-                let (ranks, a) = (usizes(&ranks), matrix(&adapter.a, base));
+                let (ranks, a) = (usizes(&ranks), matrix_of(&adapter.a, base));
                 let to = h.rows(&rows).columns(&ranks);
                 let to = Output::Rounded { to, start: None, scale: scale as f32 };
                 self.multiply(&[by_columns(x.rows(&rows), a.rows(&ranks))], to);
@@ -84,7 +84,7 @@ impl<'a> Tiled<'a> {
                 let to = g.rows(&rows).columns(&usizes(&part.ranks));
                 let to = Output::Rounded { to, start: None, scale: part.scaling as f32 };
                 let d_y = d_y.rows(&rows).columns(&usizes(&part.out));
-                self.multiply(&[by_rows(d_y, matrix(&part.b, base))], to);
+                self.multiply(&[by_rows(d_y, matrix_of(&part.b, base))], to);
             }
         }
     }
@@ -103,14 +103,16 @@ impl Backend for Tiled<'_> {
                 self.fill_lora_hidden(group, x_rows, h);
             }
             let fused = self.adapter_of_all(group);
+            let weights: Vec<OneMatrix> = linear.bases.iter().map(|base| base.weight.of(group)).collect();
             for Columns { out, base, at, part } in columns_of(&linear.bases, fused) {
                 let to = y_rows.rows(&range).columns(&usizes(&out));
                 let added = add_rows.map(|add| add.rows(&range).columns(&usizes(&out)));
-                let weight = matrix(&base.weight, group).rows(&usizes(&at));
-                let bias = base.bias.as_ref().map(|bias| bias.narrow(0, at.start, at.end - at.start));
+                let weight = weights[base].matrix().rows(&usizes(&at));
+                let bias =
+                    linear.bases[base].bias.as_ref().map(|bias| bias.narrow(0, at.start, at.end - at.start));
                 let mut terms = vec![by_columns(x_rows.rows(&range), weight)];
                 if let Some(((part, at), h)) = part.as_ref().zip(h_rows) {
-                    let b = matrix(&part.b, group).rows(&usizes(at));
+                    let b = matrix_of(&part.b, group).rows(&usizes(at));
                     terms.push(by_columns(h.rows(&range).columns(&usizes(&part.ranks)), b));
                 }
                 let bias_rows = || bias.as_ref().map(|bias| Matrix::repeated(bias, range.len()));
@@ -125,7 +127,7 @@ impl Backend for Tiled<'_> {
                 let rows = usizes(&segment.rows);
                 for part in &adapter.parts {
                     let to = y_rows.rows(&rows).columns(&usizes(&part.out));
-                    let b = matrix(&part.b, group);
+                    let b = matrix_of(&part.b, group);
                     let product = by_columns(h.rows(&rows).columns(&usizes(&part.ranks)), b);
                     self.multiply(&[product], Output::Rounded { to, start: Some(to), scale: 1.0 });
                 }
@@ -154,9 +156,10 @@ impl Backend for Tiled<'_> {
             let fused = self.adapter_of_all(group);
             let range = usizes(&rows);
             let d_y = d_y_rows.rows(&range);
-            let bases = with_columns(&linear.bases);
+            let weights: Vec<OneMatrix> = linear.bases.iter().map(|base| base.weight.of(group)).collect();
+            let bases = with_columns(&linear.bases).zip(&weights);
             let mut terms: Vec<Term> = bases
-                .map(|(base, out)| by_rows(d_y.columns(&usizes(&out)), matrix(&base.weight, group)))
+                .map(|((_, out), weight)| by_rows(d_y.columns(&usizes(&out)), weight.matrix()))
                 .collect();
             terms.extend(fused.zip(g_rows).map(|(adapter, g)| by_rows_of(adapter, g.rows(&range), group)));
             let to = Output::Rounded { to: d_x_rows.rows(&range), start: None, scale: 1.0 };
@@ -190,15 +193,7 @@ impl Backend for Tiled<'_> {
 
 /// g·A of base `group`: an adapter's part of dx.
 fn by_rows_of<'a>(adapter: &'a BoundAdapter, g: Matrix<'a, bf16>, group: usize) -> Term<'a> {
-    by_rows(g.columns(&usizes(&(0..adapter.a.rows()))), matrix(&adapter.a, group))
-}
-
-/// The matrix of `group`.
-fn matrix(all: &Matrices, group: usize) -> Matrix<'_, bf16> {
-    match all {
-        Matrices::Shared(matrix) => Matrix::of(matrix),
-        Matrices::Each(all) => Matrix::one_of(all, group),
-    }
+    by_rows(g.columns(&usizes(&(0..adapter.a.rows()))), matrix_of(&adapter.a, group))
 }
 
 /// The sums of `group`.
@@ -227,7 +222,8 @@ fn summed_rows<'a>(a: Matrix<'a, bf16>, b: Matrix<'a, bf16>) -> Term<'a> {
 /// Columns of an output that one base and at most one part of an adapter make.
 struct Columns<'a> {
     out: Range<i64>,
-    base: &'a Base,
+    /// Index of the base.
+    base: usize,
     /// Its rows.
     at: Range<i64>,
     /// With the rows of its B.
@@ -235,10 +231,10 @@ struct Columns<'a> {
 }
 
 /// The output's columns, cut where a base or a part of the adapter begins or ends.
-fn columns_of<'a>(bases: &'a [Base], adapter: Option<&'a BoundAdapter>) -> Vec<Columns<'a>> {
+fn columns_of<'a>(bases: &[Base], adapter: Option<&'a BoundAdapter>) -> Vec<Columns<'a>> {
     let parts = || adapter.into_iter().flat_map(|adapter| &adapter.parts);
-    let bases: Vec<(&Base, Range<i64>)> = with_columns(bases).collect();
-    let ranges = || parts().map(|part| &part.out).chain(bases.iter().map(|(_, out)| out));
+    let bases: Vec<Range<i64>> = with_columns(bases).map(|(_, out)| out).collect();
+    let ranges = || parts().map(|part| &part.out).chain(&bases);
     let mut borders: Vec<i64> = ranges().flat_map(|out| [out.start, out.end]).collect();
     borders.sort_unstable();
     borders.dedup();
@@ -247,7 +243,7 @@ fn columns_of<'a>(bases: &'a [Base], adapter: Option<&'a BoundAdapter>) -> Vec<C
     };
     let cut = |pair: &[i64]| {
         let out = pair[0]..pair[1];
-        let base = bases.iter().find_map(|(base, of)| Some((*base, within(&out, of)?)));
+        let base = bases.iter().enumerate().find_map(|(base, of)| Some((base, within(&out, of)?)));
         let (base, at) = base.unwrap_or_else(|| panic!("an adapter on columns {out:?}, which no base has"));
         let part = parts().find_map(|part| Some((part, within(&out, &part.out)?)));
         Columns { out, base, at, part }

@@ -1,0 +1,57 @@
+"""Weights as quantised formats hold them, by bitsandbytes and torch: the numbers that a quantised base computes with."""
+import bitsandbytes
+import torch
+
+E4M3_MAX, E2M1_MAX = 448.0, 6.0
+
+
+def padded(weight, rows, columns):
+    """With zeros up to whole blocks, as [blocks down, rows, blocks across, columns]."""
+    height, width = weight.shape
+    full = torch.nn.functional.pad(weight, (0, -width % columns, 0, -height % rows))
+    return full.view(full.shape[0] // rows, rows, full.shape[1] // columns, columns)
+
+
+def nf4(weight):
+    return bitsandbytes.functional.dequantize_4bit(
+        *bitsandbytes.functional.quantize_4bit(weight.contiguous(), blocksize=64, quant_type='nf4')).view_as(weight)
+
+
+def block_fp8(weight):
+    blocks = padded(weight, 128, 128)
+    scale = blocks.abs().amax((1, 3), keepdim=True) / E4M3_MAX
+    found = (blocks / scale).to(torch.float8_e4m3fn).float() * scale
+    return found.reshape(-1, found.shape[2] * 128)[:weight.shape[0], :weight.shape[1]]
+
+
+def e2m1(x):
+    """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6, ties to even codes."""
+    size = x.abs().clamp(max=E2M1_MAX)
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    return (size / step).round() * step * x.sign()
+
+
+def nvfp4(weight):
+    blocks = padded(weight, 1, 16)
+    of_matrix = weight.abs().max() / (E2M1_MAX * E4M3_MAX)
+    scale = blocks.abs().amax(3, keepdim=True) / E2M1_MAX / of_matrix
+    scale = scale.clamp(2**-6, E4M3_MAX).to(torch.float8_e4m3fn).float()
+    found = e2m1(blocks * (1 / of_matrix / scale)) * (of_matrix * scale)
+    return found.reshape(weight.shape[0], -1)[:, :weight.shape[1]]
+
+
+FORMATS = dict(nf4=nf4, block_fp8=block_fp8, nvfp4=nvfp4)
+
+
+@torch.no_grad()
+def dequantize(model, how):
+    """Puts the numbers of format `how` in the place of a model's linear layers; each expert's gate, up and down are matrices."""
+    of = FORMATS[how]
+    for name, parameter in model.named_parameters():
+        if name.endswith('_proj.weight'):
+            parameter.copy_(of(parameter))
+        elif name.endswith(('experts.gate_up_proj', 'experts.down_proj')):
+            halves = 2 if 'gate_up' in name else 1
+            for expert in parameter:
+                for matrix in expert.chunk(halves):
+                    matrix.copy_(of(matrix.clone()))

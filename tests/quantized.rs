@@ -1,0 +1,53 @@
+//! Every topology trains on a quantised base what one rank trains on it, and receives its packed bytes.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
+
+mod common;
+
+use common::topology::{self, Case, compare, run_all};
+use xorl_dist::config::{
+    CheckpointingMethod::RecomputeFullLayer,
+    QuantFormat::{self, BlockFp8, Nf4, Nvfp4},
+    ReduceGradients::MicroBatch,
+};
+
+const FORMATS: [QuantFormat; 3] = [Nf4, BlockFp8, Nvfp4];
+
+#[test]
+fn mpi_worker() {
+    topology::worker();
+}
+
+/// Rows and columns of the model are no multiples of a block, and shards end within matrices.
+#[test]
+fn mpi_ranks_equal_one_on_every_quantised_base() {
+    let all = |case: &Case| FORMATS.map(|format| Case { quant: Some(format), ..case.clone() }).to_vec();
+    let [dense, moe] = [false, true].map(|moe| Case { moe, ..Case::one() });
+    let [dense_alone, moe_alone] = {
+        let seen = run_all(&[all(&dense), all(&moe)].concat());
+        let mut ranks = seen.into_iter().map(|mut ranks| ranks.remove(0));
+        [(); 2].map(|()| ranks.by_ref().take(3).collect::<Vec<_>>())
+    };
+    // Formats round differently.
+    assert!(
+        dense_alone[0]["steps"] != dense_alone[1]["steps"]
+            && dense_alone[1]["steps"] != dense_alone[2]["steps"]
+    );
+    let two = Case { world: 2, micro_batch_rows: 1, reduce: MicroBatch, ..dense.clone() };
+    let three = Case {
+        world: 3,
+        micro_batch_rows: 1,
+        slots: 1,
+        merge: false,
+        checkpointing: RecomputeFullLayer,
+        ranks_per_host: Some(1),
+        ..dense
+    };
+    let four =
+        Case { world: 4, micro_batch_rows: 1, experts_over: 2, replicas: 1, ranks_per_host: Some(2), ..moe };
+    for (case, alone) in [(two, &dense_alone), (three, &dense_alone), (four, &moe_alone)] {
+        let cases = all(&case);
+        for ((case, ranks), one) in cases.iter().zip(run_all(&cases)).zip(alone) {
+            compare(case, &ranks, one);
+        }
+    }
+}
