@@ -3,8 +3,9 @@
 use super::{
     Decoded, Format, QuantError, block_fp8,
     block_fp8::SIDE,
-    check_length, nf4,
-    nvfp4::{self, GROUP},
+    check_length, four_bit,
+    nf4::{self, Nf4},
+    nvfp4::{self, GROUP, NvFp4},
 };
 use std::ops::Range;
 
@@ -68,6 +69,28 @@ impl Grid {
                 let (first, last) = (self.block(tiles.start), self.block(tiles.end - 1));
                 let start = first.0.start * self.columns + first.1.start;
                 start..(last.0.end - 1) * self.columns + last.1.end
+            }
+        }
+    }
+
+    /// The tiles from the first to the last that hold some of `elements`.
+    pub fn covering(&self, elements: Range<usize>) -> Range<usize> {
+        if elements.is_empty() {
+            return 0..0;
+        }
+        let (first, last) = (elements.start, elements.end - 1);
+        match self.format {
+            Format::Nf4 => first / nf4::TILE.elements..last / nf4::TILE.elements + 1,
+            Format::NvFp4 => {
+                let tile = |element: usize| {
+                    let place = element / self.columns * self.padded() + element % self.columns;
+                    place / nvfp4::TILE.elements
+                };
+                tile(first)..tile(last) + 1
+            }
+            Format::BlockFp8 => {
+                let band = |element: usize| element / self.columns / SIDE;
+                band(first) * self.across()..(band(last) + 1) * self.across()
             }
         }
     }
@@ -181,11 +204,11 @@ impl Grid {
         check_length("values", out.len(), elements.len())?;
         check_length("bytes of tiles", packed.len(), tiles.len() * bytes)?;
         if self.format == Format::Nf4 {
-            nf4::unpack(packed, 0, out);
+            four_bit::unpack::<Nf4, T>(packed, 0, 1.0, out);
             return Ok(());
         }
         if self.format == Format::NvFp4 && self.columns == self.padded() {
-            nvfp4::unpack(packed, 0, global, out);
+            four_bit::unpack::<NvFp4, T>(packed, 0, global, out);
             return Ok(());
         }
         for (tile, packed) in tiles.zip(packed.chunks_exact(bytes)) {
@@ -193,7 +216,7 @@ impl Grid {
                 let to = &mut out[element - elements.start..][..count];
                 match self.format {
                     Format::BlockFp8 => block_fp8::unpack(packed, at / SIDE, at % SIDE, to),
-                    _ => nvfp4::unpack(packed, at, global, to),
+                    _ => four_bit::unpack::<NvFp4, T>(packed, at, global, to),
                 }
             });
         }
@@ -202,8 +225,8 @@ impl Grid {
 }
 
 impl Grid {
-    /// Tiles of block_fp8 from HF's tensors: `codes` are the [`elements`](Self::elements) of `tiles`, e4m3, and `scales`
-    /// are those of the tiles in their order.
+    /// Tiles of block_fp8 from HF's tensors: `codes` are the [`elements`](Self::elements) of `tiles`, e4m3, and
+    /// `scales` are those of the tiles in their order.
     ///
     /// # Errors
     /// A length is wrong, or this is no grid of block_fp8.
@@ -231,7 +254,8 @@ impl Grid {
         Ok(())
     }
 
-    /// Codes and scales as HF's tensors have them, of all tiles: `[rows, columns]` e4m3, and fp32 scales block by block.
+    /// Codes and scales as HF's tensors have them, of all tiles: `[rows, columns]` e4m3, and fp32 scales block by
+    /// block.
     ///
     /// # Errors
     /// `packed` is of another length, or this is no grid of block_fp8.
@@ -283,9 +307,16 @@ impl Packed<'_> {
         }
         for (row, out) in rows.zip(out.chunks_exact_mut(columns.len())) {
             match grid.format {
-                Format::Nf4 => nf4::unpack(self.bytes, row * grid.columns + columns.start, out),
+                Format::Nf4 => {
+                    four_bit::unpack::<Nf4, T>(self.bytes, row * grid.columns + columns.start, 1.0, out)
+                }
                 Format::NvFp4 => {
-                    nvfp4::unpack(self.bytes, row * grid.padded() + columns.start, self.global, out);
+                    four_bit::unpack::<NvFp4, T>(
+                        self.bytes,
+                        row * grid.padded() + columns.start,
+                        self.global,
+                        out,
+                    );
                 }
                 Format::BlockFp8 => {
                     let (mut column, mut rest) = (columns.start, &mut *out);

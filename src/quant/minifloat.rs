@@ -1,5 +1,5 @@
-//! Floats of 8 and 4 bits as in the OCP Microscaling formats: e4m3 (`torch.float8_e4m3fn`), e8m0, e2m1. Encoding rounds to
-//! nearest even and saturates; values are finite.
+//! Floats of 8 and 4 bits as in the OCP Microscaling formats: e4m3 (`torch.float8_e4m3fn`), e8m0, e2m1. Encoding rounds
+//! to nearest even and saturates; values are finite.
 
 /// The largest e4m3.
 pub const E4M3_MAX: f32 = 448.0;

@@ -2,15 +2,16 @@
 //! value / absmax.
 
 use super::{
-    Decoded, QuantError, Tile, check_length, non_finite,
+    QuantError, Tile, check_length, four_bit,
+    four_bit::{CODES, FourBit},
+    non_finite,
     number::{amax, dispatch},
 };
 
 /// Elements with one absmax.
 pub const BLOCK: usize = 64;
 const BLOCKS: usize = 16;
-const CODES: usize = BLOCKS * BLOCK / 2;
-pub const TILE: Tile = Tile { elements: BLOCKS * BLOCK, bytes: CODES + BLOCKS * 4 };
+pub const TILE: Tile = four_bit::TILE;
 /// Two codes of 0.
 const ZEROS: u8 = 0x77;
 /// bitsandbytes divides by no less.
@@ -46,8 +47,8 @@ const MIDPOINTS: [f32; 15] = {
     midpoints
 };
 
-/// Packs `values`, neighbours of the flattened matrix from the border of a tile on, into whole tiles `out`. Only the end
-/// of a matrix is no whole tile.
+/// Packs `values`, neighbours of the flattened matrix from the border of a tile on, into whole tiles `out`. Only the
+/// end of a matrix is no whole tile.
 pub fn pack(values: &[f32], out: &mut [u8]) -> Result<(), QuantError> {
     check_length("bytes of tiles", out.len(), values.len().div_ceil(TILE.elements) * TILE.bytes)?;
     let done = dispatch(
@@ -99,38 +100,22 @@ fn code_of(scaled: f32) -> u8 {
     MIDPOINTS.iter().map(|&midpoint| u32::from(scaled > midpoint)).sum::<u32>() as u8
 }
 
-/// Values of `out.len()` neighbours of the flattened matrix. `packed` are whole tiles, `first` is the place of the first
-/// of the neighbours in them.
-pub(super) fn unpack<T: Decoded>(packed: &[u8], first: usize, out: &mut [T]) {
-    dispatch(
-        #[inline(always)]
-        || {
-            let (mut at, mut done) = (first, 0);
-            while done < out.len() {
-                let (tile, inside) = (at / TILE.elements * TILE.bytes, at % TILE.elements);
-                let (block, from) = (inside / BLOCK, inside % BLOCK);
-                let count = (BLOCK - from).min(out.len() - done);
-                let codes = &packed[tile + block * BLOCK / 2..][..BLOCK / 2];
-                let scale = &packed[tile + CODES + block * 4..][..4];
-                let scale = f32::from_le_bytes([scale[0], scale[1], scale[2], scale[3]]);
-                let mut scaled = [T::default(); 16];
-                for (to, value) in scaled.iter_mut().zip(TABLE) {
-                    *to = T::of(value * scale);
-                }
-                let mut values = [T::default(); BLOCK];
-                for (pair, &byte) in values.chunks_exact_mut(2).zip(codes) {
-                    pair[0] = scaled[usize::from(byte >> 4)];
-                    pair[1] = scaled[usize::from(byte & 15)];
-                }
-                out[done..done + count].copy_from_slice(&values[from..from + count]);
-                (at, done) = (at + count, done + count);
-            }
-        },
-    );
+/// Decoding of nf4.
+pub(super) enum Nf4 {}
+
+impl FourBit for Nf4 {
+    const TABLE: [f32; 16] = TABLE;
+    const HIGH_FIRST: bool = true;
+    const UNIFORM: bool = true;
+
+    #[inline(always)]
+    fn scales(stored: [u8; 4], _: f32) -> [f32; 4] {
+        [f32::from_le_bytes(stored); 4]
+    }
 }
 
-/// Tiles from bitsandbytes' tensors: `codes` of the blocks from the border of a tile on, two a byte, and their `absmax`,
-/// one a block, the last of which may be short.
+/// Tiles from bitsandbytes' tensors: `codes` of the blocks from the border of a tile on, two a byte, and their
+/// `absmax`, one a block, the last of which may be short.
 pub fn from_blocks(codes: &[u8], absmax: &[f32], out: &mut [u8]) -> Result<(), QuantError> {
     check_length("blocks of codes", codes.len().div_ceil(BLOCK / 2), absmax.len())?;
     check_length("bytes of tiles", out.len(), absmax.len().div_ceil(BLOCKS) * TILE.bytes)?;
@@ -147,8 +132,8 @@ pub fn from_blocks(codes: &[u8], absmax: &[f32], out: &mut [u8]) -> Result<(), Q
     Ok(())
 }
 
-/// Codes and absmax as bitsandbytes stores them, of the blocks of `elements` elements that `tiles` hold: the opposite of
-/// [`from_blocks`].
+/// Codes and absmax as bitsandbytes stores them, of the blocks of `elements` elements that `tiles` hold: the opposite
+/// of [`from_blocks`].
 pub fn to_blocks(tiles: &[u8], elements: usize) -> Result<(Vec<u8>, Vec<f32>), QuantError> {
     check_length("bytes of tiles", tiles.len(), elements.div_ceil(TILE.elements) * TILE.bytes)?;
     let codes = tiles.chunks_exact(TILE.bytes).flat_map(|tile| &tile[..CODES]).copied();

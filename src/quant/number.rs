@@ -3,7 +3,7 @@
 use half::bf16;
 
 /// A number that is decoded to: fp32 or bf16, rounded to nearest even.
-pub trait Decoded: Copy + Default + Send + Sync + 'static {
+pub trait Decoded: bytemuck::Pod + Default + Send + Sync {
     fn of(value: f32) -> Self;
 }
 
@@ -29,7 +29,15 @@ pub fn dispatch<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
 }
 
-/// The largest magnitude of `values`, or `None` where one is not finite: bits of positive floats are ordered as integers.
+/// True if the machine has AVX-512 F, BW, CD, DQ and VL.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+pub fn has_avx512() -> bool {
+    pulp::x86::V4::is_available()
+}
+
+/// The largest magnitude of `values`, or `None` where one is not finite: bits of positive floats are ordered as
+/// integers.
 #[inline(always)]
 pub fn amax(values: &[f32]) -> Option<f32> {
     let mut lanes = [0u32; 16];

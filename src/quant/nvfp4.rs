@@ -1,7 +1,8 @@
 //! nvfp4 as torchao 0.18's `nvfp4_quantize` packs it on CPUs, with NVIDIA's two scales: value = e2m1 · (global · e4m3).
 
 use super::{
-    Decoded, QuantError, Tile, check_length,
+    QuantError, Tile, check_length, four_bit,
+    four_bit::{CODES, FourBit},
     minifloat::{E2M1, E2M1_MAX, E4M3_MAX, E4M3_TINY, from_e4m3, to_e2m1, to_e4m3},
     non_finite,
     number::{amax, dispatch},
@@ -10,8 +11,7 @@ use super::{
 /// Elements with one e4m3 scale.
 pub const GROUP: usize = 16;
 const GROUPS: usize = 64;
-const CODES: usize = GROUPS * GROUP / 2;
-pub const TILE: Tile = Tile { elements: GROUPS * GROUP, bytes: CODES + GROUPS };
+pub const TILE: Tile = four_bit::TILE;
 
 /// The scale of a matrix: amax / (6·448); 1 for one of zeros.
 pub fn global(amax: f32) -> f32 {
@@ -56,29 +56,21 @@ fn pack_tile(values: &[f32], global: f32, tile: &mut [u8]) -> Option<()> {
     Some(())
 }
 
-/// Values of `out.len()` elements in the order of tiles. `packed` are whole tiles, `first` is the place of the first
-/// element in them.
-pub(super) fn unpack<T: Decoded>(packed: &[u8], first: usize, global: f32, out: &mut [T]) {
-    dispatch(
-        #[inline(always)]
-        || {
-            let (mut at, mut done) = (first, 0);
-            while done < out.len() {
-                let (tile, inside) = (at / TILE.elements * TILE.bytes, at % TILE.elements);
-                let (group, from) = (inside / GROUP, inside % GROUP);
-                let count = (GROUP - from).min(out.len() - done);
-                let codes = &packed[tile + group * GROUP / 2..][..GROUP / 2];
-                let scale = global * from_e4m3(packed[tile + CODES + group]);
-                let mut values = [T::default(); GROUP];
-                for (pair, &byte) in values.chunks_exact_mut(2).zip(codes) {
-                    pair[0] = T::of(E2M1[usize::from(byte & 15)] * scale);
-                    pair[1] = T::of(E2M1[usize::from(byte >> 4)] * scale);
-                }
-                out[done..done + count].copy_from_slice(&values[from..from + count]);
-                (at, done) = (at + count, done + count);
-            }
-        },
-    );
+/// Decoding of nvfp4.
+pub(super) enum NvFp4 {}
+
+impl FourBit for NvFp4 {
+    const TABLE: [f32; 16] = E2M1;
+    const HIGH_FIRST: bool = false;
+    const UNIFORM: bool = false;
+
+    #[inline(always)]
+    fn scales(stored: [u8; 4], global: f32) -> [f32; 4] {
+        stored.map(
+            #[inline(always)]
+            |scale| global * from_e4m3(scale),
+        )
+    }
 }
 
 /// Tiles from the tensors of NVIDIA's files: `codes` of groups from the border of a tile on, two a byte, and their e4m3

@@ -4,6 +4,7 @@
 mod files;
 mod fit;
 mod packed;
+mod quantised;
 mod random;
 mod safetensors;
 
@@ -18,6 +19,7 @@ use std::{ops::Range, path::PathBuf};
 pub use files::{WeightFiles, weight_files};
 pub use fit::{names_in_model, validate};
 pub use packed::pack_values;
+pub use quantised::Scheme;
 pub use random::RandomSource;
 pub use safetensors::SafetensorsSource;
 
@@ -155,6 +157,10 @@ pub enum SourceError {
     NoMatrix { name: String, shape: Vec<usize> },
     #[error("tensor {name} is stored as {shape:?}: it has no tile {tile:?}")]
     Tile { name: String, tile: MatrixTile, shape: [usize; 2] },
+    #[error("{path}: {field} is {found}; {remedy}")]
+    Scheme { path: PathBuf, field: String, found: String, remedy: String },
+    #[error("tensor {name}: {reason}")]
+    Packed { name: String, reason: String },
     #[error("tensor {name}: element {index:?} is {value}: only finite weights can be quantized")]
     NonFinite { name: String, index: [usize; 2], value: f32 },
     #[error("tensor {name}: {error}")]

@@ -1,37 +1,71 @@
 //! Safetensors of HF directories. Only the headers and the asked-for elements are read, and by `pread`: pages of a
 //! mapped file would count as this rank's memory.
 
-use super::{SourceError, TensorMeta, WeightSource, check_range, files, unknown};
-use crate::{dtype::DType, lfs};
+use super::{
+    PackedForm, SourceError, TensorMeta, WeightSource, check_range, files, pack_values,
+    quantised::{PackedMatrix, Scheme},
+    unknown,
+};
+use crate::{dtype::DType, lfs, quant::Format};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use std::{
     cell::Cell,
-    collections::{BTreeMap, btree_map::Entry},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     fs::File,
     ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
-struct Located {
+/// A tensor's place in the files.
+pub(super) struct Located {
     file: usize,
     /// First byte in the file.
     start: usize,
-    meta: TensorMeta,
+    pub(super) dtype: Dtype,
+    pub(super) shape: Vec<usize>,
 }
 
-/// The tensors of an HF model directory.
+impl Located {
+    /// Its bytes; all elements have whole bytes.
+    pub(super) fn bytes(&self) -> usize {
+        self.elements() * self.dtype.bitsize() / 8
+    }
+
+    pub(super) fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Its dtype, if it holds plain numbers.
+    pub(super) fn number(&self) -> Option<DType> {
+        match self.dtype {
+            Dtype::F32 => Some(DType::F32),
+            Dtype::BF16 => Some(DType::Bf16),
+            Dtype::F16 => Some(DType::F16),
+            _ => None,
+        }
+    }
+}
+
+/// The tensors of an HF model directory. Matrices that config.json says are quantized have the name, shape and values
+/// of the matrix that they stand for, and are handed out packed, too.
 pub struct SafetensorsSource {
     files: Vec<(PathBuf, File)>,
     tensors: BTreeMap<String, Located>,
+    matrices: BTreeMap<String, PackedMatrix>,
     read: Cell<u64>,
 }
 
 impl SafetensorsSource {
     /// Opens the files of `directory` and reads their headers.
     pub fn open(directory: &Path) -> Result<Self, SourceError> {
-        let mut source = Self { files: Vec::new(), tensors: BTreeMap::new(), read: Cell::new(0) };
+        let mut source = Self {
+            files: Vec::new(),
+            tensors: BTreeMap::new(),
+            matrices: BTreeMap::new(),
+            read: Cell::new(0),
+        };
         let chosen = files::weight_files(directory)?;
         if let Some(index) = chosen.unread_index {
             tracing::warn!(
@@ -42,7 +76,39 @@ impl SafetensorsSource {
         for path in chosen.files {
             source.add(&path)?;
         }
+        if let Some(scheme) = Scheme::of(directory)? {
+            source.matrices = scheme.take(&mut source)?;
+        }
+        let other = source.tensors.iter().find(|(_, tensor)| tensor.number().is_none());
+        if let Some((name, tensor)) = other {
+            let (path, dtype) = (source.files[tensor.file].0.clone(), format!("{:?}", tensor.dtype));
+            return Err(SourceError::Dtype { path, name: name.clone(), dtype });
+        }
         Ok(source)
+    }
+
+    /// Names as stored, of plain numbers and others.
+    pub(super) fn stored(&self) -> Vec<String> {
+        self.tensors.keys().cloned().collect()
+    }
+
+    /// Takes out the tensor that is stored as `name`.
+    pub(super) fn take(&mut self, name: &str) -> Option<Located> {
+        self.tensors.remove(name)
+    }
+
+    /// Bytes `range` of a tensor that was taken out.
+    pub(super) fn read_bytes(
+        &self,
+        tensor: &Located,
+        range: Range<usize>,
+        out: &mut [u8],
+    ) -> Result<(), SourceError> {
+        let (path, file) = &self.files[tensor.file];
+        file.read_exact_at(out, (tensor.start + range.start) as u64)
+            .map_err(|error| SourceError::Io { path: path.clone(), error })?;
+        self.read.set(self.read.get() + range.len() as u64);
+        Ok(())
     }
 
     /// Gives each tensor the name that `renamed` finds for its own.
@@ -50,16 +116,9 @@ impl SafetensorsSource {
     /// # Errors
     /// Two tensors get one name.
     pub fn rename(&mut self, renamed: impl Fn(&str) -> String) -> Result<(), SourceError> {
-        let mut tensors = BTreeMap::new();
-        for (name, tensor) in std::mem::take(&mut self.tensors) {
-            match tensors.entry(renamed(&name)) {
-                Entry::Vacant(entry) => entry.insert(tensor),
-                Entry::Occupied(entry) => {
-                    return Err(SourceError::Twice { stored: name, name: entry.key().clone() });
-                }
-            };
-        }
-        self.tensors = tensors;
+        let mut taken = BTreeSet::new();
+        self.tensors = with_names(std::mem::take(&mut self.tensors), &renamed, &mut taken)?;
+        self.matrices = with_names(std::mem::take(&mut self.matrices), &renamed, &mut taken)?;
         Ok(())
     }
 
@@ -74,19 +133,18 @@ impl SafetensorsSource {
     ) -> Result<(), SourceError> {
         let all = self.tensors.iter();
         let whole: Vec<_> =
-            all.filter_map(|(name, tensor)| Some((name.clone(), parts(name, &tensor.meta.shape)?))).collect();
+            all.filter_map(|(name, tensor)| Some((name.clone(), parts(name, &tensor.shape)?))).collect();
         for (stored, parts) in whole {
-            let Some(Located { file, mut start, meta }) = self.tensors.remove(&stored) else { continue };
+            let Some(Located { file, mut start, dtype, .. }) = self.tensors.remove(&stored) else { continue };
             for (name, shape) in parts {
-                let meta = TensorMeta { shape, ..meta };
-                let bytes = meta.shape.iter().product::<usize>() * meta.dtype.size();
+                let part = Located { file, start, dtype, shape };
+                start += part.bytes();
                 match self.tensors.entry(name) {
-                    Entry::Vacant(entry) => entry.insert(Located { file, start, meta }),
+                    Entry::Vacant(entry) => entry.insert(part),
                     Entry::Occupied(entry) => {
                         return Err(SourceError::Twice { stored, name: entry.key().clone() });
                     }
                 };
-                start += bytes;
             }
         }
         Ok(())
@@ -106,48 +164,82 @@ impl SafetensorsSource {
         let (header, metadata) =
             SafeTensors::read_metadata(&map).map_err(|error| format(error.to_string()))?;
         for (name, info) in metadata.tensors() {
-            let dtype = match info.dtype {
-                Dtype::F32 => DType::F32,
-                Dtype::BF16 => DType::Bf16,
-                Dtype::F16 => DType::F16,
-                other => {
-                    let dtype = format!("{other:?}");
-                    return Err(SourceError::Dtype { path: path.to_owned(), name, dtype });
-                }
-            };
             // The header is preceded by its length, 8 bytes.
             let start = 8 + header + info.data_offsets.0;
             if 8 + header + info.data_offsets.1 > map.len() {
                 return Err(format(format!("tensor {name} reaches past the end of the file")));
             }
-            let meta = TensorMeta { dtype, shape: info.shape.clone() };
-            self.tensors.insert(name, Located { file: self.files.len(), start, meta });
+            let (file, dtype, shape) = (self.files.len(), info.dtype, info.shape.clone());
+            self.tensors.insert(name, Located { file, start, dtype, shape });
         }
         self.files.push((path.to_owned(), file));
         Ok(())
     }
 }
 
+/// `tensors` by the names that `renamed` finds for their own.
+fn with_names<T>(
+    tensors: BTreeMap<String, T>,
+    renamed: impl Fn(&str) -> String,
+    taken: &mut BTreeSet<String>,
+) -> Result<BTreeMap<String, T>, SourceError> {
+    let named = tensors.into_iter().map(|(stored, tensor)| {
+        let name = renamed(&stored);
+        if !taken.insert(name.clone()) {
+            return Err(SourceError::Twice { stored, name });
+        }
+        Ok((name, tensor))
+    });
+    named.collect()
+}
+
 impl WeightSource for SafetensorsSource {
     fn names(&self) -> Vec<String> {
-        self.tensors.keys().cloned().collect()
+        let mut names: Vec<String> = self.tensors.keys().chain(self.matrices.keys()).cloned().collect();
+        names.sort();
+        names
     }
 
     fn meta(&self, name: &str) -> Option<TensorMeta> {
-        Some(self.tensors.get(name)?.meta.clone())
+        if let Some(matrix) = self.matrices.get(name) {
+            return Some(matrix.meta());
+        }
+        let tensor = self.tensors.get(name)?;
+        Some(TensorMeta { dtype: tensor.number()?, shape: tensor.shape.clone() })
     }
 
     fn read(&self, name: &str, range: Range<usize>, dtype: DType, out: &mut [u8]) -> Result<(), SourceError> {
+        let meta = self.meta(name).ok_or_else(|| unknown(name))?;
+        check_range(name, &range, &meta)?;
+        if let Some(matrix) = self.matrices.get(name) {
+            return matrix.read(self, name, range, dtype, out);
+        }
         let tensor = self.tensors.get(name).ok_or_else(|| unknown(name))?;
-        check_range(name, &range, &tensor.meta)?;
-        let size = tensor.meta.dtype.size();
-        let (path, file) = &self.files[tensor.file];
+        let size = meta.dtype.size();
         let mut bytes = vec![0; range.len() * size];
-        file.read_exact_at(&mut bytes, (tensor.start + range.start * size) as u64)
-            .map_err(|error| SourceError::Io { path: path.clone(), error })?;
-        self.read.set(self.read.get() + bytes.len() as u64);
-        tensor.meta.dtype.convert(&bytes, dtype, out);
+        self.read_bytes(tensor, range.start * size..range.end * size, &mut bytes)?;
+        meta.dtype.convert(&bytes, dtype, out);
         Ok(())
+    }
+
+    fn packed(&self, name: &str) -> Option<PackedForm> {
+        Some(self.matrices.get(name)?.form())
+    }
+
+    fn read_packed(
+        &self,
+        name: &str,
+        format: Format,
+        global: f32,
+        tiles: Range<usize>,
+        out: &mut [u8],
+    ) -> Result<(), SourceError> {
+        match self.matrices.get(name) {
+            Some(matrix) if matrix.form() == (PackedForm { format, global }) => {
+                matrix.read_tiles(self, name, tiles, out)
+            }
+            _ => pack_values(self, name, format, global, tiles, out),
+        }
     }
 
     fn bytes_read(&self) -> u64 {

@@ -4,6 +4,7 @@
 use super::{ConfigError, is_same};
 use crate::console::shortened;
 use crate::model::family::Family;
+use crate::weights::Scheme;
 use serde_json::{Map, Value};
 use std::path::Path;
 
@@ -141,11 +142,7 @@ pub fn harmless(field: &str) -> Option<&'static str> {
 
 /// Refuses fields of `map` that `family` does not know, or whose value needs what is not built.
 pub(super) fn check(path: &Path, map: &Map<String, Value>, family: &Family) -> Result<(), ConfigError> {
-    let given = |field: &'static str| Some((field, map.get(field).filter(|value| !value.is_null())?));
-    if let Some((field, value)) = QUANTIZED.iter().find_map(|field| given(field)) {
-        let method = value.get("quant_method").and_then(Value::as_str).unwrap_or("quantized").to_owned();
-        return Err(ConfigError::Quantized { path: path.to_owned(), field, method });
-    }
+    Scheme::in_config(path, map).map_err(ConfigError::Quantized)?;
     let mut unknown = Vec::new();
     for (field, value) in map {
         let is_read =

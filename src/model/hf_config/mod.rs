@@ -14,6 +14,7 @@ use crate::{
     console::{first_of, shortened},
     dtype::DType,
     json, lfs,
+    weights::SourceError,
 };
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
@@ -44,11 +45,8 @@ pub enum ConfigError {
     TooLarge { path: PathBuf, parameters: f64 },
     #[error("{path}: {first} and {second}: two spellings of one setting disagree; keep the right one")]
     Disagree { path: PathBuf, first: String, second: String },
-    #[error(
-        "{path}: {field}: {method} weights cannot be read; take the model's checkpoint in bfloat16, or dequantize this \
-         one and remove the field"
-    )]
-    Quantized { path: PathBuf, field: &'static str, method: String },
+    #[error("{0}")]
+    Quantized(SourceError),
 }
 
 /// Layers of the deepest model that is read.
@@ -284,7 +282,7 @@ mod tests {
             ("attention_dropout", json!(0.1), "0.0"),
             ("pretraining_tp", json!(2), "1"),
             ("rope_scaling", json!({"rope_type": "su", "factor": 4.0}), "default, linear, dynamic"),
-            ("quantization_config", json!({"bits": 4}), "quantization_config: quantized weights"),
+            ("quantization_config", json!({"bits": 4}), "quantization_config is {"),
             ("num_key_value_heads", json!(5), "divisor"),
             ("hidden_size", json!("wide"), "positive integer"),
             ("vocab_size", json!(null), "missing"),
