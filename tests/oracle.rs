@@ -68,8 +68,8 @@ fn load(
     let quantised = |format: &Format| directory.ends_with(format!("quantized_{format}"));
     let format = Format::ALL.into_iter().find(quantised);
     let format = format.or(directory.ends_with(BITSANDBYTES).then_some(Format::Nf4));
-    hf.spec.quantization = format.map(|format| Quantization::new(format, &[], &hf.spec).unwrap());
     let source = SafetensorsSource::open(directory).unwrap();
+    hf.spec.quantization = format.map(|format| Quantization::new(format, &[], &hf.spec, &source).unwrap());
     validate(&source, &hf.spec.tensors()).unwrap();
     let world = World::start().unwrap();
     let path = directory.join("adapter");

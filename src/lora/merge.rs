@@ -3,7 +3,7 @@
 
 use super::{
     shape::LoraShapes,
-    targets::{Factor, Site},
+    targets::{Factor, Site, file_tensor},
 };
 use crate::{
     dtype::DType,
@@ -56,7 +56,7 @@ impl MergePlan {
                         input: site.input,
                         scaling: shape.scaling(),
                     };
-                    terms.insert(tensor_of(site, copy, leaf), term);
+                    terms.insert(file_tensor(&site.parent, site.experts, copy, leaf), term);
                     first_row += width;
                 }
             }
@@ -122,14 +122,6 @@ impl MergePlan {
         }
         Ok(survival)
     }
-}
-
-/// The tensor of the model's files that `leaf` of `site` is, of expert `copy` where it has experts.
-fn tensor_of(site: &Site, copy: usize, leaf: &str) -> String {
-    let Some(experts) = site.experts else { return format!("{}.{leaf}.weight", site.parent) };
-    // Modules are below `mlp` in all families, and in the files below the family's own name.
-    let layer = site.parent.strip_suffix("mlp.experts").unwrap_or(&site.parent);
-    format!("{layer}{}.experts.{copy}.{}.weight", experts.names.block, experts.names.leaf(leaf))
 }
 
 /// The part of a delta that rounding lost: Σ over elements, so that parts of a tensor add up.

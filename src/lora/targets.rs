@@ -62,6 +62,14 @@ pub struct Projection {
     pub experts: Option<Experts>,
 }
 
+/// The tensor of the model's files that `leaf` of the module `parent` is, of expert `copy` where it has experts.
+pub fn file_tensor(parent: &str, experts: Option<Experts>, copy: usize, leaf: &str) -> String {
+    let Some(experts) = experts else { return format!("{parent}.{leaf}.weight") };
+    // Modules are below `mlp` in all families, and in the files below the family's own name.
+    let layer = parent.strip_suffix("mlp.experts").unwrap_or(parent);
+    format!("{layer}{}.experts.{copy}.{}.weight", experts.names.block, experts.names.leaf(leaf))
+}
+
 /// One adapter: A `[rank, input]`, B `[Σ leaf widths, rank]`; or one of each expert.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Site {

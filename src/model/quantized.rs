@@ -3,9 +3,11 @@
 use super::{ModelSpec, base_plan::all_projections};
 use crate::{
     config::QuantFormat,
-    lora::targets::{TargetError, named},
+    lora::targets::{Projection, TargetError, file_tensor, named},
     quant::Format,
+    weights::WeightSource,
 };
+use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
 use tch::Device;
 
@@ -30,15 +32,55 @@ impl From<QuantFormat> for Format {
     }
 }
 
+/// Errors of the choice of a quantised base.
+#[derive(Debug, thiserror::Error)]
+pub enum QuantizationError {
+    /// A name matches nothing.
+    #[error(transparent)]
+    Excluded(#[from] TargetError),
+    /// The files hold another format.
+    #[error(
+        "the model's files have {tensor} in {files}, which is not packed anew: set quant_format: {files}"
+    )]
+    Format { tensor: String, files: Format },
+}
+
 impl Quantization {
-    /// The linear layers of `spec` in `format`, but for those that `exclude` names as targets are named.
+    /// The linear layers of `spec` in `format`, but for those that `exclude` names as targets are named. Of files that
+    /// are packed already, layers that are not packed there keep their numbers.
     ///
     /// # Errors
-    /// A name matches nothing.
-    pub fn new(format: Format, exclude: &[String], spec: &ModelSpec) -> Result<Self, TargetError> {
+    /// A name matches nothing, or `source` is packed in another format.
+    pub fn new(
+        format: Format,
+        exclude: &[String],
+        spec: &ModelSpec,
+        source: &dyn WeightSource,
+    ) -> Result<Self, QuantizationError> {
+        let projections = all_projections(spec);
         let counts = |name: &&String| !NEVER.iter().any(|never| name.ends_with(never));
         let exclude: Vec<String> = exclude.iter().filter(counts).cloned().collect();
-        Ok(Self { format, excluded: named(&all_projections(spec), &exclude)? })
+        let mut excluded = named(&projections, &exclude)?;
+        let leaves = leaves_in(&projections, source);
+        if leaves.iter().any(|(_, _, files)| files.is_some()) {
+            for (leaf, tensor, files) in leaves {
+                match files {
+                    Some(files) if files != format => {
+                        return Err(QuantizationError::Format { tensor, files });
+                    }
+                    Some(_) => {}
+                    None => drop(excluded.insert(leaf)),
+                }
+            }
+        }
+        Ok(Self { format, excluded })
+    }
+
+    /// The digest of a base whose files have the digest `files`, in this storage: the same files in another format are
+    /// another base.
+    pub fn digest(&self, files: &str) -> String {
+        let excluded: Vec<&str> = self.excluded.iter().map(String::as_str).collect();
+        format!("{:x}", Sha256::digest(format!("{files} {} {}", self.format, excluded.join(" "))))
     }
 
     /// The reason why tensors on `device` cannot be of a quantised base, if they cannot.
@@ -51,5 +93,35 @@ impl Quantization {
     pub fn of(&self, parent: &str, leaf: &str) -> Option<Format> {
         let is_excluded = !self.excluded.is_empty() && self.excluded.contains(&format!("{parent}.{leaf}"));
         (!is_excluded).then_some(self.format)
+    }
+}
+
+/// The leaves of `projections` by dotted path, the first tensor of the files that is of each, and the format in which
+/// the files have it, if it is packed there.
+fn leaves_in(projections: &[Projection], source: &dyn WeightSource) -> Vec<(String, String, Option<Format>)> {
+    let of_projection = |projection: &Projection| {
+        let Projection { parent, leaves, experts, .. } = projection.clone();
+        leaves.into_iter().map(move |(leaf, _)| {
+            let tensor = file_tensor(&parent, experts, 0, leaf);
+            (format!("{parent}.{leaf}"), tensor)
+        })
+    };
+    let named = projections.iter().flat_map(of_projection);
+    named
+        .map(|(leaf, tensor)| {
+            let format = source.packed(&tensor).map(|form| form.format);
+            (leaf, tensor, format)
+        })
+        .collect()
+}
+
+/// Warns where the files of a base that is not to be quantised are packed.
+pub fn warn_of_packed(spec: &ModelSpec, source: &dyn WeightSource) {
+    let leaves = leaves_in(&all_projections(spec), source);
+    if let Some((_, tensor, Some(format))) = leaves.into_iter().find(|(_, _, format)| format.is_some()) {
+        tracing::warn!(
+            "the model's files have {tensor} in {format}: its numbers are decoded while they are loaded; set \
+             enable_qlora: true and quant_format: {format} to keep them packed"
+        );
     }
 }

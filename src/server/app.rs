@@ -384,6 +384,7 @@ impl App {
             match refusal {
                 Refusal::User(text) => Refusal::User(shown(text)),
                 Refusal::Server(text) => Refusal::Server(shown(text)),
+                Refusal::Stopping => Refusal::Stopping,
             }
         }
     }

@@ -51,6 +51,7 @@ impl From<Refusal> for Fault {
         match refusal {
             Refusal::User(detail) => Self::user(detail),
             Refusal::Server(detail) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, detail),
+            Refusal::Stopping => Self::new(StatusCode::SERVICE_UNAVAILABLE, refusal.to_string()),
         }
     }
 }

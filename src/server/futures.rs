@@ -85,7 +85,9 @@ impl Outcome {
         match &self.answer {
             Ok(reply) => (self.render)(reply, protobuf),
             Err(Refusal::User(text)) => refused(text, "user"),
-            Err(Refusal::Server(text)) => refused(text, "server"),
+            Err(refusal @ (Refusal::Server(_) | Refusal::Stopping)) => {
+                refused(&refusal.to_string(), "server")
+            }
         }
     }
 
@@ -103,7 +105,7 @@ impl Outcome {
             }
             Ok(Reply::Sampled(sampled)) => FIXED + sampled.bytes(),
             Ok(_) => FIXED,
-            Err(Refusal::User(text) | Refusal::Server(text)) => FIXED + text.len(),
+            Err(refusal) => FIXED + refusal.to_string().len(),
         }
     }
 }

@@ -249,7 +249,7 @@ impl Kept {
         for (model, answer) in ask(engine, tasks) {
             match answer {
                 Ok(_) => self.journal.note(&model, State::Saved)?,
-                Err(Refusal::User(text) | Refusal::Server(text)) => failed.push(format!("{model}: {text}")),
+                Err(refusal) => failed.push(format!("{model}: {refusal}")),
             }
         }
         if !failed.is_empty() {

@@ -271,6 +271,9 @@ pub enum Refusal {
     /// The server could not, though the request was in order.
     #[error("{0}")]
     Server(String),
+    /// A stop came first.
+    #[error("the server is stopping; the request was not carried out, so send it again after its restart")]
+    Stopping,
 }
 
 /// The answer of the engine.

@@ -15,7 +15,7 @@ use crate::{
     model::{
         base_plan::{Options, all_projections},
         hf_config::HfModel,
-        quantized::Quantization,
+        quantized::{self, Quantization, QuantizationError},
         stored_base,
         transformer::Transformer,
     },
@@ -105,11 +105,19 @@ impl Server {
             Some(directory) => Box::new(stored_base::open(directory, spec)?),
             None => Box::new(RandomSource::new(spec.tensors(), spec.initializer_range, plan.seed)),
         };
-        if let Some(format) = plan.quant.format() {
-            let quantization = Quantization::new(format.into(), &plan.exclude, spec)
-                .map_err(|error| Error::Input(format!("qlora_exclude_modules: {error}")))?;
-            spec.quantization = Some(quantization);
+        match plan.quant.format() {
+            Some(format) => {
+                let quantization = Quantization::new(format.into(), &plan.exclude, spec, source.as_ref());
+                let of_field = |error: QuantizationError| match error {
+                    QuantizationError::Excluded(_) => Error::Input(format!("qlora_exclude_modules: {error}")),
+                    QuantizationError::Format { .. } => Error::Input(format!("quant_format: {error}")),
+                };
+                spec.quantization = Some(quantization.map_err(of_field)?);
+            }
+            None => quantized::warn_of_packed(spec, source.as_ref()),
         }
+        let digest = weights::digest(source.as_ref())?;
+        let digest = spec.quantization.as_ref().map_or(digest.clone(), |packed| packed.digest(&digest));
         let of_family = || model.family.default_targets.iter().map(|name| name.to_string()).collect();
         let targets = plan.targets.clone().unwrap_or_else(of_family);
         targets::resolve(&all_projections(&model.spec), Some(&targets), &[])
@@ -120,7 +128,7 @@ impl Server {
         let name = plan.model.hf_config().display().to_string();
         let engine = EngineOptions {
             defaults: AdapterDefaults { targets, use_rslora, hybrid, b_init_std, max_rank, rank, optimizer },
-            base: Base { name, digest: weights::digest(source.as_ref())? },
+            base: Base { name, digest },
             max_tokens_per_pass: plan.max_tokens_per_pass,
             max_waiting: plan.max_waiting,
             gather: plan.gather,

@@ -51,9 +51,16 @@ impl Run {
         )
     }
 
+    /// Digest of the base as it is stored: of the model's tensors, and the format in which they are packed.
+    pub(super) fn base_digest(&self) -> Result<String> {
+        let files = weights::digest(self.source.as_ref())?;
+        let packed = self.spec.quantization.as_ref();
+        Ok(packed.map_or(files.clone(), |packed| packed.digest(&files)))
+    }
+
     fn identity(&self) -> Result<Identity> {
         let data = self.dataset.fingerprint().to_owned();
-        Ok(Identity::new(self.config.to_yaml(), weights::digest(self.source.as_ref())?, data))
+        Ok(Identity::new(self.config.to_yaml(), self.base_digest()?, data))
     }
 }
 

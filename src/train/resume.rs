@@ -191,8 +191,9 @@ impl Run {
         if state.merges > 0 {
             self.source = Box::new(stored_base::open(&path.join(base::FOLDER), &mut self.spec)?);
         }
-        if rank == 0 && weights::digest(self.source.as_ref())? != state.adapter.base {
-            return Err(unfit("the base is another one than it was trained on".into()).into());
+        if rank == 0 && self.base_digest()? != state.adapter.base {
+            let reason = "the base is another one than it was trained on, or packed in another format";
+            return Err(unfit(reason.into()).into());
         }
 
         if !self.places.is_given("train.run_id") {

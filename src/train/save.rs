@@ -85,7 +85,7 @@ fn check_finite(whole: &[(Parameter, Vec<f32>)], step: usize) -> Result<()> {
 impl<'a> Saver<'a> {
     pub(super) fn new(run: &'a Run, rank: usize) -> Result<Self> {
         let model = run.resumed().map(|resumed| resumed.path.join(checkpoint::base::FOLDER));
-        let base = if rank == 0 { weights::digest(run.source.as_ref())? } else { String::new() };
+        let base = if rank == 0 { run.base_digest()? } else { String::new() };
         let (known, model) = (KnownHashes::default(), model.filter(|path| path.is_dir()));
         let merges = run.resumed().map_or(0, |resumed| resumed.state.merges);
         Ok(Self { run, rank, known, base, model, merges })

@@ -204,7 +204,9 @@ pub fn spec(moe: bool) -> ModelSpec {
 /// The same with linear layers in a format, all but one that is excluded.
 pub fn quantised_spec(moe: bool, format: Option<QuantFormat>) -> ModelSpec {
     let (mut spec, excluded) = (spec(moe), names(&["layers.2.*.k_proj"]));
-    spec.quantization = format.map(|format| Quantization::new(format.into(), &excluded, &spec).unwrap());
+    let source = RandomSource::new(spec.tensors(), spec.initializer_range, 1);
+    spec.quantization =
+        format.map(|format| Quantization::new(format.into(), &excluded, &spec, &source).unwrap());
     spec
 }
 

@@ -70,13 +70,8 @@ impl SampleClient {
 
 impl Drop for SampleClient {
     fn drop(&mut self) {
-        self.give(Err(stopping()));
+        self.give(Err(Refusal::Stopping));
     }
-}
-
-/// The refusal of a request to sample that a stop has ended.
-pub(super) fn stopping() -> Refusal {
-    Refusal::Server("the server is stopping; send the request again after its restart".into())
 }
 
 #[derive(Default)]
@@ -107,7 +102,7 @@ impl Asked {
 
 impl Drop for Asked {
     fn drop(&mut self) {
-        self.give(Err(Refusal::Server("the server is stopping; the request was not carried out".into())));
+        self.give(Err(Refusal::Stopping));
     }
 }
 

@@ -12,7 +12,7 @@ use crate::{
         engine::{
             EngineOptions,
             command::Command,
-            handle::{Sample, SampleClient, stopping},
+            handle::{Sample, SampleClient},
             models::{Held, Models},
             plan::Kind,
             room::Room,
@@ -213,9 +213,9 @@ impl Driver {
     /// Ends all requests: the server is stopping.
     pub(super) fn end_sampling(&mut self) -> Result<()> {
         for (_, sample) in std::mem::take(&mut self.sampling.behind) {
-            sample.client.end(Err(stopping()));
+            sample.client.end(Err(Refusal::Stopping));
         }
-        self.end_all(|_| true, &stopping())
+        self.end_all(|_| true, &Refusal::Stopping)
     }
 
     /// Keeps the values of `model`, which are about to change, for the requests that sample from them. Those end with a

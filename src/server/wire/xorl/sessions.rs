@@ -17,7 +17,7 @@ use crate::server::{
     futures::{Body, Look},
     paths::Kind,
     registry::Tenant,
-    request::{AdapterSpec, ModelId, Refusal, Reply, Save, Task},
+    request::{AdapterSpec, ModelId, Reply, Save, Task},
     wire::{Later, described::QueryField, iso_time},
 };
 use serde_json::{Value, json};
@@ -238,7 +238,7 @@ async fn settled(app: &App, tenant: &Tenant, id: &str) -> Result<(), String> {
     match app.futures.wait(id, tenant, Some(KILL_TIME)).await {
         Look::Done(outcome) => match outcome.answer() {
             Ok(_) => Ok(()),
-            Err(Refusal::User(text) | Refusal::Server(text)) => Err(text.clone()),
+            Err(refusal) => Err(refusal.to_string()),
         },
         Look::Pending(place) => Err(place.reason()),
         Look::Unknown => Err("its result is no longer kept".into()),
