@@ -105,6 +105,53 @@ fn experts_over_8_ranks_from_their_configuration_alone() {
     assert_eq!(figure(&report, "all_to_all/expert"), rows * (5 * 2 * 2048 + 3 * 4));
 }
 
+/// Each configuration of a quantised base, with the model's config.json in place of its files.
+#[test]
+fn every_quantised_base_is_planned_with_the_bytes_of_its_format() {
+    let models = ["llama3_8b", "qwen3_8b", "qwen3_32b", "qwen3_30b_a3b", "qwen3_235b_a22b"];
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let mut seen = 0;
+    for path in fs::read_dir(root().join("configs/local")).unwrap().map(|entry| entry.unwrap().path()) {
+        let name = path.file_stem().unwrap().to_str().unwrap();
+        if !name.contains("qlora") {
+            continue;
+        }
+        let model = models.into_iter().find(|model| name.starts_with(model)).unwrap();
+        let model = root().join("tests/fixtures").join(model);
+        let text = fs::read_to_string(&path).unwrap();
+        let ranks = text.split_once("mpirun -n ").unwrap().1.split(' ').next().unwrap().parse().unwrap();
+        let report = check(
+            &path,
+            ranks,
+            &[
+                "--model.model_path",
+                "null",
+                "--model.config_path",
+                model.to_str().unwrap(),
+                "--data.datasets",
+                r#"[{"path": "dummy", "num_samples": 64}]"#,
+                "--train.output_dir",
+                out.to_str().unwrap(),
+            ],
+        );
+        let numbers: Value = serde_json::from_slice(&fs::read(model.join("config.json")).unwrap()).unwrap();
+        let [vocabulary, hidden] =
+            ["vocab_size", "hidden_size"].map(|field| numbers[field].as_f64().unwrap());
+        let frozen = figure(&report, "parameters:") as f64;
+        // 1024 weights in 512 bytes of codes and 64 of scales; 128 × 128 in one byte each and a line with their scale.
+        let bytes = if text.contains("block_fp8") { 16448.0 / 16384.0 } else { 576.0 / 1024.0 };
+        // Embedding and head are bf16, as are norms and routers, which are less than a hundredth.
+        let outside = 2.0 * vocabulary * hidden;
+        let expected = (outside * 2.0 + (frozen - outside) * bytes) / ranks as f64;
+        let base = figure(&report, "base shards") as f64;
+        assert!((base / expected - 1.0).abs() < 0.01, "{name}: {base}, expected {expected}");
+        seen += 1;
+    }
+    assert_eq!(seen, 10);
+    assert!(!out.exists(), "something was written");
+}
+
 #[test]
 fn what_would_stop_a_run_stops_the_check() {
     let folder = tempfile::tempdir().unwrap();
