@@ -86,7 +86,12 @@ fn a_mistake_in_a_field_is_one_line_with_place_and_remedy() {
         (lora, "  lora_dropout: 0.05", "lora.lora_dropout", &["not built", "leave it out"]),
         (lora, "  use_dora: true", "lora.use_dora", &["not built"]),
         (lora, "  target_modules: [q_proj]", "lora.target_modules", &["is lora.lora_target_modules here"]),
-        (model, "model:\n  load_in_4bit: true", "model.load_in_4bit", &["not built", "not quantized"]),
+        (
+            model,
+            "model:\n  load_in_4bit: true",
+            "model.load_in_4bit",
+            &["load_in_4bit is lora.enable_qlora here"],
+        ),
         (model, "model:\n  base_model: x/y", "model.base_model", &["base_model is model.model_path here"]),
         ("[q_proj, v_proj", "[lm_head, v_proj", "lora.lora_target_modules", &["lm_head", "frozen"]),
         ("[q_proj, v_proj", "[q_porj, v_proj", "lora.lora_target_modules", &["q_porj matches nothing"]),
