@@ -1,5 +1,5 @@
-//! Optimizers make the steps of their references in Python: masters and named state, for several settings, in fp32, on one
-//! rank and on two, whose border cuts a matrix.
+//! Optimizers make the steps of their references in Python: masters and named state, for several settings, in fp32, on
+//! one rank and on two, whose border cuts a matrix.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod common;

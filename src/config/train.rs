@@ -97,8 +97,8 @@ section! {
         loss_fn: String = "cross_entropy".into();
         /// Parameters of the loss by name. null: none.
         loss_fn_params: BTreeMap<String, Param> = BTreeMap::new();
-        /// `adamw` (decoupled decay, fp32 moments), `anyprecision_adamw` (moments in `optimizer_dtype`), `sgd`, `signsgd`
-        /// (steps along the sign of the gradient) or `muon` (orthogonal steps of every A and B).
+        /// `adamw` (decoupled decay, fp32 moments), `anyprecision_adamw` (moments in `optimizer_dtype`), `sgd`,
+        /// `signsgd` (steps along the sign of the gradient) or `muon` (orthogonal steps of every A and B).
         optimizer: Optimizer = Optimizer::Adamw;
         /// adamw and anyprecision_adamw: decay of the first moment. A resume with another one is refused.
         adam_beta1: f64 = 0.9 => BelowOne;

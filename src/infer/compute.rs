@@ -158,8 +158,8 @@ fn draw(logits: &[f32], draws: &[Draw]) -> Option<Vec<Drawn>> {
     Some(draws.iter().map(drawn).collect())
 }
 
-/// The results of `runs`, in their order, from the logits `[told, vocab]` fp32 on the host and the rest. Threads share the runs: a row of a large vocabulary takes about as long as
-/// some of its layers.
+/// The results of `runs`, in their order, from the logits `[told, vocab]` fp32 on the host and the rest. Threads share
+/// the runs: a row of a large vocabulary takes about as long as some of its layers.
 fn results(runs: &[Run], logits: &Tensor, outputs: &Outputs) -> Vec<RunResult> {
     let (mut told, mut scored) = (0, 0);
     let places = runs.iter().map(|run| {

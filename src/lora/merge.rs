@@ -147,8 +147,8 @@ impl AddAssign for Survival {
     }
 }
 
-/// W′ = round(W + ΔW) of `base` `[elements]` of any float dtype and `delta` `[elements]` fp32, both on one device. W′ is
-/// in `dtype`, rounded to nearest even. Every merge rounds here alone.
+/// W′ = round(W + ΔW) of `base` `[elements]` of any float dtype and `delta` `[elements]` fp32, both on one device. W′
+/// is in `dtype`, rounded to nearest even. Every merge rounds here alone.
 ///
 /// # Errors
 /// Those of libtorch.

@@ -1,9 +1,9 @@
-//! AnyPrecisionAdamW of torchdistx and llama-recipes, which xorl calls `anyprecision_adamw`: AdamW whose moments are kept
-//! in a dtype of their own, without Kahan summation.
+//! AnyPrecisionAdamW of torchdistx and llama-recipes, which xorl calls `anyprecision_adamw`: AdamW whose moments are
+//! kept in a dtype of their own, without Kahan summation.
 //!
-//! p ← (1 − lr·wd)·p; m ← β₁·m, then m ← m + (1 − β₁)·g; v ← β₂·v, then v ← v + (1 − β₂)·g²; p ← p − lr/(1 − β₁ᵗ)·m/d with
-//! d = √v/√(1 − β₂ᵗ) + ε. As there, m, v and d are rounded to that dtype after each of these operations; masters and
-//! gradients are fp32.
+//! p ← (1 − lr·wd)·p; m ← β₁·m, then m ← m + (1 − β₁)·g; v ← β₂·v, then v ← v + (1 − β₂)·g²;
+//! p ← p − lr/(1 − β₁ᵗ)·m/d with d = √v/√(1 − β₂ᵗ) + ε. As there, m, v and d are rounded to that dtype after each of
+//! these operations; masters and gradients are fp32.
 
 use super::{
     ElementRule, Elements, Number, Update,

@@ -1,5 +1,5 @@
-//! Optimizers that update every element of a parameter by itself, whatever parameter it is of: they work on neighbouring
-//! elements of a piece, all of them at once where one learning rate holds.
+//! Optimizers that update every element of a parameter by itself, whatever parameter it is of: they work on
+//! neighbouring elements of a piece, all of them at once where one learning rate holds.
 
 use super::{Number, State, Update, UpdateRule};
 use crate::{
@@ -102,7 +102,8 @@ impl<R: ElementRule> UpdateRule for R {
     }
 }
 
-/// The elements of `piece` with the update of each; none where the region is empty. Padding is zero and may be left out.
+/// The elements of `piece` with the update of each; none where the region is empty. Padding is zero and may be left
+/// out.
 fn cut(
     rule: &impl ElementRule,
     piece: &OwnedPiece,

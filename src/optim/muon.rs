@@ -1,5 +1,5 @@
-//! Muon (Jordan et al., 2024), as torch.optim.Muon of torch 2.13: the momentum of every matrix A and B, made orthogonal by
-//! Newton-Schulz iterations.
+//! Muon (Jordan et al., 2024), as torch.optim.Muon of torch 2.13: the momentum of every matrix A and B, made orthogonal
+//! by Newton-Schulz iterations.
 //!
 //! m ← μ·m + (1 − μ)·g; u = (1 − μ)·g + μ·m with `nesterov`, else m; p ← (1 − lr·wd)·p − lr·f(rows, columns)·NS(u).
 //! NS works in bf16, as torch's does. Momentum is kept in a dtype of its own: in fp32 the steps are torch's, in bf16
@@ -160,7 +160,8 @@ fn cuts(elements: Range<usize>, first: usize, n: usize, shards: usize) -> bool {
     is_inside && (elements.start - first) / n != (elements.end - 1 - first) / n
 }
 
-/// U·S'·Vᵀ of `matrix` = U·S·Vᵀ, bf16 `[rows, columns]`, with singular values S' near 1: `steps` Newton-Schulz iterations.
+/// U·S'·Vᵀ of `matrix` = U·S·Vᵀ, bf16 `[rows, columns]`, with singular values S' near 1: `steps` Newton-Schulz
+/// iterations.
 fn orthogonal(matrix: &Tensor, steps: usize) -> Tensor {
     let [a, b, c] = COEFFICIENTS;
     let is_tall = matrix.size()[0] > matrix.size()[1];

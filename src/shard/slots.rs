@@ -164,8 +164,8 @@ impl SlotPool {
         Ok(())
     }
 
-    /// The scale beside the tiles of each matrix of `layout` that has one, by name: the source's, or that of its largest
-    /// magnitude, on whichever ranks it lies. Collective if there is such a matrix.
+    /// The scale beside the tiles of each matrix of `layout` that has one, by name: the source's, or that of its
+    /// largest magnitude, on whichever ranks it lies. Collective if there is such a matrix.
     fn global_scales(
         &self,
         layout: &RegionLayout,

@@ -10,9 +10,9 @@ use crate::{
 pub enum Storage {
     /// Numbers of a dtype, one after another.
     Plain(DType),
-    /// Whole tiles one after another, each with its scales; the last may be filled up. Elements are counted tile by tile,
-    /// those that fill up squares at the edges of a matrix too. A format with a scale of the matrix has it in
-    /// the next entry of the region, in fp32, one for each span.
+    /// Whole tiles one after another, each with its scales; the last may be filled up. Elements are counted tile by
+    /// tile, those that fill up squares at the edges of a matrix too. A format with a scale of the matrix has it in the
+    /// next entry of the region, in fp32, one for each span.
     Packed(Format),
 }
 

@@ -231,8 +231,8 @@ impl Run {
         Ok(())
     }
 
-    /// The first site whose shape in `stored` is not that of the run's patterns, in words; `None` where the run has none
-    /// and takes the stored ones over.
+    /// The first site whose shape in `stored` is not that of the run's patterns, in words; `None` where the run has
+    /// none and takes the stored ones over.
     fn other_shape(&self, stored: &LoraShapes) -> Option<String> {
         let lora = &self.config.lora;
         if lora.rank_pattern.is_empty() && lora.alpha_pattern.is_empty() {

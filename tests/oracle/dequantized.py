@@ -12,9 +12,17 @@ def padded(weight, rows, columns):
     return full.view(full.shape[0] // rows, rows, full.shape[1] // columns, columns)
 
 
+def decode(codes, table, absmax, like):
+    """code · absmax of blocks of 64, the even element in the high nibble. bitsandbytes 0.50.2 decodes rows whose length is even and
+    no multiple of 64 wrongly on CPUs with AVX-512."""
+    codes = codes.flatten()
+    each = torch.stack([codes >> 4, codes & 15], 1).flatten()[:like.numel()]
+    return (table[each.long()] * absmax.repeat_interleave(64)[:like.numel()]).reshape(like.shape)
+
+
 def nf4(weight):
-    return bitsandbytes.functional.dequantize_4bit(
-        *bitsandbytes.functional.quantize_4bit(weight.contiguous(), blocksize=64, quant_type='nf4')).view_as(weight)
+    codes, state = bitsandbytes.functional.quantize_4bit(weight.contiguous(), blocksize=64, quant_type='nf4')
+    return decode(codes, state.code, state.absmax, weight)
 
 
 def block_fp8(weight):

@@ -14,18 +14,12 @@ import bitsandbytes.functional as bnb
 import torch
 from compressed_tensors.compressors.nvfp4.base import NVFP4PackedCompressor
 from compressed_tensors.quantization import preset_name_to_scheme
+from dequantized import decode
 from safetensors.torch import load_file, save_file
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, nvfp4_quantize, per_tensor_amax_to_scale
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 BLOCK = 128
-
-
-def decode(codes: torch.Tensor, table: torch.Tensor, scales: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """code · absmax, the even element in the high nibble."""
-    codes = codes.flatten()
-    each = torch.stack([codes >> 4, codes & 15], 1).flatten()[: like.numel()]
-    return (table[each.long()] * scales.repeat_interleave(64)[: like.numel()]).reshape(like.shape)
 
 
 def nf4(out: dict, name: str, values: torch.Tensor) -> None:
@@ -36,7 +30,6 @@ def nf4(out: dict, name: str, values: torch.Tensor) -> None:
         out[f"{name}.{kind}.absmax"] = state.absmax
         scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if nested else state.absmax
         decoded = decode(codes, state.code, scales, values)
-        # bitsandbytes 0.50.2 decodes rows of other even lengths wrongly on CPUs with AVX-512.
         if values.shape[1] % 64 == 0:
             assert torch.equal(decoded, bnb.dequantize_4bit(codes, state).float()), f"{name} {kind}"
         out[f"{name}.{kind}.decoded"] = decoded

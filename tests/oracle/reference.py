@@ -78,10 +78,12 @@ MIXTURES = {
     'qwen2_moe_independent_hybrid': (Qwen2MoeForCausalLM, Qwen2MoeConfig(**QWEN2_MOE)),
     'qwen2_moe': (Qwen2MoeForCausalLM, Qwen2MoeConfig(**QWEN2_MOE | dict(norm_topk_prob=True, num_experts_per_tok=2))),
 }
-# On a quantised base: of bitsandbytes, or with the numbers of a format. Rows and columns are no multiples of blocks.
+# On a quantised base: of bitsandbytes, which decodes rows of whole blocks alone as it should, or with the numbers of a
+# format, where rows and columns are no multiples of blocks.
+WHOLE = dict(hidden_size=64, intermediate_size=192, head_dim=32)
 RAGGED = dict(hidden_size=72, intermediate_size=100, head_dim=20)
 QUANTIZED = {
-    'quantized_bitsandbytes_nf4': (Qwen3ForCausalLM, Qwen3Config(**COMMON | RAGGED | dict(hidden_size=64))),
+    'quantized_bitsandbytes_nf4': (Qwen3ForCausalLM, Qwen3Config(**COMMON | WHOLE)),
     'quantized_nf4': (Qwen2MoeForCausalLM, Qwen2MoeConfig(**QWEN2_MOE | dict(num_experts_per_tok=2, hidden_size=72))),
     'quantized_block_fp8': (Qwen3MoeForCausalLM, Qwen3MoeConfig(**QWEN3_MOE | RAGGED)),
     'quantized_nvfp4': (Qwen3MoeForCausalLM, Qwen3MoeConfig(**QWEN3_MOE | RAGGED)),

@@ -22,11 +22,12 @@ pub(in super::super) struct PackedMatrix {
     scales: Scales,
 }
 
+/// Scales of the codes.
 enum Scales {
     /// `weight_scale_inv`, a value a block.
     Blocks(Located),
     /// `weight_scale`, an e4m3 a group, and the scale of the matrix.
-    Groups(Located, f32),
+    OfGroups(Located, f32),
     /// `absmax`, an fp32 a block of 64.
     Absmax(Located),
     /// `absmax`, a byte a block of 64; its values, `nested_absmax` of each 256, and the offset.
@@ -134,7 +135,7 @@ impl PackedMatrix {
         }
         expect(&format!("{matrix}_scale"), &scales, Dtype::F8_E4M3, &[rows, columns / nvfp4::GROUP])?;
         let grid = Grid { format: Format::NvFp4, rows, columns };
-        Ok(Self { grid, dtype: DType::Bf16, codes, scales: Scales::Groups(scales, global) })
+        Ok(Self { grid, dtype: DType::Bf16, codes, scales: Scales::OfGroups(scales, global) })
     }
 
     /// `matrix` of bitsandbytes' nf4.
@@ -208,7 +209,7 @@ impl PackedMatrix {
     }
 
     pub fn form(&self) -> PackedForm {
-        let global = if let Scales::Groups(_, global) = self.scales { global } else { 1.0 };
+        let global = if let Scales::OfGroups(_, global) = self.scales { global } else { 1.0 };
         PackedForm { format: self.grid.format, global }
     }
 
@@ -251,7 +252,7 @@ impl PackedMatrix {
                 let scales = self.block_scales(source, name, scales, tiles.clone())?;
                 self.grid.from_blocks(tiles, &codes, &scales, out)
             }
-            Scales::Groups(scales, _) => {
+            Scales::OfGroups(scales, _) => {
                 let codes = read(&self.codes, halves(&elements))?;
                 let scales = read(scales, elements.start / nvfp4::GROUP..elements.end / nvfp4::GROUP)?;
                 nvfp4::from_groups(&codes, &no_nan(name, scales)?, out)
