@@ -38,6 +38,7 @@ use std::{
     sync::Arc,
     time::Instant,
 };
+use tch::Device;
 
 /// A request to generate.
 #[derive(Clone, Debug, PartialEq)]
@@ -157,8 +158,13 @@ impl Generation {
     pub fn execute(self, world: &World) -> Result<()> {
         let (rank, ranks) = (world.rank(), world.size());
         let groups = ProcessGroups::one_block(world);
-        let options =
-            Options { compute: self.compute, reduce: ReduceGradients::MicroBatch, ..Options::default() };
+        let options = Options {
+            compute: self.compute,
+            reduce: ReduceGradients::MicroBatch,
+            // GPUs have no kernels for it.
+            deterministic_sampling: groups.device.tensors() == Device::Cpu,
+            ..Options::default()
+        };
         let mut model = Transformer::new(self.spec.clone(), options, &groups)?;
         model.load(&self.source as &dyn WeightSource)?;
         let mut adapter = None;

@@ -62,8 +62,8 @@ pub struct ServerPlan {
     pub adapter_memory: Option<u64>,
     /// Bytes of a rank's memory for keys and values; `None`: a share of what the base and a pass leave.
     pub sampling_memory: Option<u64>,
-    /// A row of a step that samples is the same to the bit beside any others.
-    pub deterministic_sampling: bool,
+    /// A row of a step that samples is the same to the bit beside any others; `None`: on CPUs.
+    pub deterministic_sampling: Option<bool>,
     /// Bytes that `output_dir` may have after a save; `None`: any.
     pub storage_limit: Option<u64>,
     /// Tokens of a rank and micro-batch, at most; no datum may be longer.
@@ -167,14 +167,15 @@ impl Server {
         if let Some(reason) = spec.quantization.as_ref().and_then(|_| Quantization::refusal(device)) {
             return Err(Error::Input(format!("enable_qlora: {reason}")));
         }
-        if plan.deterministic_sampling && device != Device::Cpu {
+        let is_host = device == Device::Cpu;
+        if plan.deterministic_sampling == Some(true) && !is_host {
             let why =
                 "deterministic_sampling: GPUs have no kernels for it; leave it out, or compute on the CPU";
             return Err(Error::Input(why.into()));
         }
         let options = Options {
             debug: plan.debug,
-            deterministic_sampling: plan.deterministic_sampling,
+            deterministic_sampling: plan.deterministic_sampling.unwrap_or(is_host),
             ..Options::new(&plan.compute, &spec, plan.merge)
         };
         let mut model = Transformer::new(spec, options, &groups)?;

@@ -245,7 +245,7 @@ mod tests {
         assert_eq!((plan.seed, plan.merge, plan.hybrid, plan.b_init_std), (7, false, true, 0.5));
         assert_eq!((plan.targets, plan.max_rank), (Some(vec!["q_proj".to_owned()]), Some(64)));
         assert_eq!((plan.rank, plan.adapter_memory, plan.storage_limit), (8, Some(2048), Some(3072)));
-        assert_eq!((plan.sampling_memory, plan.deterministic_sampling), (Some(4096), true));
+        assert_eq!((plan.sampling_memory, plan.deterministic_sampling), (Some(4096), Some(true)));
         assert_eq!((plan.max_tokens_per_pass, plan.comm_timeout), (99, Duration::from_secs(5)));
         assert_eq!((plan.compute.expert_parallel_size, plan.compute.ring_slots), (2, 3));
         assert!(super::plan(&config("model_path: m\n")).merge);
