@@ -2,7 +2,7 @@
 //! norm.
 //!
 //! An optimizer is an [`UpdateRule`] in a file of its own, and an arm of [`Settings::rule`]; one that updates every
-//! element by itself is an [`ElementRule`]. [`Optimizer`] holds the rule together with its state, which is named: by
+//! element by itself is an `ElementRule`. [`Optimizer`] holds the rule together with its state, which is named: by
 //! region, then by state (`exp_avg`).
 
 mod adamw;
