@@ -537,7 +537,7 @@ fn a_server_reads_a_model_and_trains_its_default_targets() {
         optimizer: Settings::from(&TrainArgs::default()),
         adapter_memory: None,
         sampling_memory: None,
-        deterministic_sampling: false,
+        deterministic_sampling: Some(false),
         storage_limit: None,
         max_tokens_per_pass: 100,
         max_waiting: 10,
