@@ -2,10 +2,10 @@
 
 use super::{ModelSpec, base_plan::all_projections};
 use crate::{
-    config::QuantFormat,
+    config::{QuantArgs, QuantFormat},
     lora::targets::{Projection, TargetError, file_tensor, named},
     quant::Format,
-    weights::WeightSource,
+    weights::{self, SourceError, WeightSource},
 };
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
@@ -76,11 +76,22 @@ impl Quantization {
         Ok(Self { format, excluded })
     }
 
-    /// The digest of a base whose files have the digest `files`, in this storage: the same files in another format are
-    /// another base.
-    pub fn digest(&self, files: &str) -> String {
-        let excluded: Vec<&str> = self.excluded.iter().map(String::as_str).collect();
-        format!("{:x}", Sha256::digest(format!("{files} {} {}", self.format, excluded.join(" "))))
+    /// The storage that a configuration asks for, see [`new`](Self::new); `None` for plain numbers, with a warning
+    /// where the files are packed.
+    ///
+    /// # Errors
+    /// Those of [`new`](Self::new).
+    pub fn of_base(
+        args: &QuantArgs,
+        exclude: &[String],
+        spec: &ModelSpec,
+        source: &dyn WeightSource,
+    ) -> Result<Option<Self>, QuantizationError> {
+        let Some(format) = args.format() else {
+            warn_of_packed(spec, source);
+            return Ok(None);
+        };
+        Self::new(format.into(), exclude, spec, source).map(Some)
     }
 
     /// The reason why tensors on `device` cannot be of a quantised base, if they cannot.
@@ -115,8 +126,17 @@ fn leaves_in(projections: &[Projection], source: &dyn WeightSource) -> Vec<(Stri
         .collect()
 }
 
+/// The digest of a base in its storage: [`weights::digest`] of its files, and the format in which they are packed. The
+/// same files in another format are another base.
+pub fn digest(source: &dyn WeightSource, quantization: Option<&Quantization>) -> Result<String, SourceError> {
+    let files = weights::digest(source)?;
+    let Some(Quantization { format, excluded }) = quantization else { return Ok(files) };
+    let excluded: Vec<&str> = excluded.iter().map(String::as_str).collect();
+    Ok(format!("{:x}", Sha256::digest(format!("{files} {format} {}", excluded.join(" ")))))
+}
+
 /// Warns where the files of a base that is not to be quantised are packed.
-pub fn warn_of_packed(spec: &ModelSpec, source: &dyn WeightSource) {
+fn warn_of_packed(spec: &ModelSpec, source: &dyn WeightSource) {
     let leaves = leaves_in(&all_projections(spec), source);
     if let Some((_, tensor, Some(format))) = leaves.into_iter().find(|(_, _, format)| format.is_some()) {
         tracing::warn!(

@@ -21,7 +21,7 @@ use crate::{
     },
     optim::Settings,
     shard::ProcessGroups,
-    weights::{self, RandomSource, WeightSource},
+    weights::{RandomSource, WeightSource},
 };
 use std::{
     path::{Path, PathBuf},
@@ -105,19 +105,12 @@ impl Server {
             Some(directory) => Box::new(stored_base::open(directory, spec)?),
             None => Box::new(RandomSource::new(spec.tensors(), spec.initializer_range, plan.seed)),
         };
-        match plan.quant.format() {
-            Some(format) => {
-                let quantization = Quantization::new(format.into(), &plan.exclude, spec, source.as_ref());
-                let of_field = |error: QuantizationError| match error {
-                    QuantizationError::Excluded(_) => Error::Input(format!("qlora_exclude_modules: {error}")),
-                    QuantizationError::Format { .. } => Error::Input(format!("quant_format: {error}")),
-                };
-                spec.quantization = Some(quantization.map_err(of_field)?);
-            }
-            None => quantized::warn_of_packed(spec, source.as_ref()),
-        }
-        let digest = weights::digest(source.as_ref())?;
-        let digest = spec.quantization.as_ref().map_or(digest.clone(), |packed| packed.digest(&digest));
+        let quantization = Quantization::of_base(&plan.quant, &plan.exclude, spec, source.as_ref());
+        spec.quantization = quantization.map_err(|error| match error {
+            QuantizationError::Excluded(_) => Error::Input(format!("qlora_exclude_modules: {error}")),
+            QuantizationError::Format { .. } => Error::Input(format!("quant_format: {error}")),
+        })?;
+        let digest = quantized::digest(source.as_ref(), spec.quantization.as_ref())?;
         let of_family = || model.family.default_targets.iter().map(|name| name.to_string()).collect();
         let targets = plan.targets.clone().unwrap_or_else(of_family);
         targets::resolve(&all_projections(&model.spec), Some(&targets), &[])
@@ -146,7 +139,7 @@ impl Server {
         &self.model
     }
 
-    /// [`weights::digest`] of the base.
+    /// [`quantized::digest`] of the base.
     pub fn digest(&self) -> &str {
         &self.engine.base.digest
     }

@@ -5,7 +5,7 @@ use super::Run;
 use crate::{
     comm::Communicator,
     error::{Error, Result, agree},
-    weights,
+    model::quantized,
 };
 use object::Object;
 use serde::{Deserialize, Serialize};
@@ -17,7 +17,7 @@ pub struct Identity {
     program: String,
     /// Resolved, as YAML.
     config: String,
-    /// [`weights::digest`]
+    /// [`quantized::digest`]
     model: String,
     /// [`crate::data::Dataset::fingerprint`]
     data: String,
@@ -53,9 +53,7 @@ impl Run {
 
     /// Digest of the base as it is stored: of the model's tensors, and the format in which they are packed.
     pub(super) fn base_digest(&self) -> Result<String> {
-        let files = weights::digest(self.source.as_ref())?;
-        let packed = self.spec.quantization.as_ref();
-        Ok(packed.map_or(files.clone(), |packed| packed.digest(&files)))
+        Ok(quantized::digest(self.source.as_ref(), self.spec.quantization.as_ref())?)
     }
 
     fn identity(&self) -> Result<Identity> {

@@ -32,7 +32,7 @@ use crate::{
         ModelSpec,
         base_plan::{BasePlan, Options, all_projections},
         hf_config::HfModel,
-        quantized::{self, Quantization, QuantizationError},
+        quantized::{Quantization, QuantizationError},
         stored_base,
         transformer::Transformer,
     },
@@ -123,17 +123,11 @@ impl Run {
             None => Box::new(RandomSource::new(spec.tensors(), spec.initializer_range, config.train.seed)),
         };
         let exclude = config.lora.exclude_modules.as_deref().unwrap_or_default();
-        match config.lora.quant.format() {
-            Some(format) => {
-                let quantization = Quantization::new(format.into(), exclude, &spec, source.as_ref());
-                let of_field = |error: QuantizationError| match error {
-                    QuantizationError::Excluded(_) => refused("lora.exclude_modules", &error.to_string()),
-                    QuantizationError::Format { .. } => refused("lora.quant_format", &error.to_string()),
-                };
-                spec.quantization = Some(quantization.map_err(of_field)?);
-            }
-            None => quantized::warn_of_packed(&spec, source.as_ref()),
-        }
+        let quantization = Quantization::of_base(&config.lora.quant, exclude, &spec, source.as_ref());
+        spec.quantization = quantization.map_err(|error| match error {
+            QuantizationError::Excluded(_) => refused("lora.exclude_modules", &error.to_string()),
+            QuantizationError::Format { .. } => refused("lora.quant_format", &error.to_string()),
+        })?;
         let targets = config.lora.lora_target_modules.as_deref();
         let sites = targets::resolve(&all_projections(&spec), targets, hf.family.default_targets)
             .map_err(|error| refused("lora.lora_target_modules", &error.to_string()))?;
