@@ -29,26 +29,15 @@ impl ElementRule for Sgd {
 mod tests {
     use super::super::{
         Optimizer, Settings,
-        testing::{Adapter, GRADIENTS, START},
+        testing::{Adapter, GRADIENTS, START, follows},
     };
     use crate::config::{self, TrainArgs};
 
     #[test]
     fn sgd_follows_its_formula() {
-        for weight_decay in [0.0, 0.1] {
-            let kind = config::Optimizer::Sgd;
-            let train = TrainArgs { optimizer: kind, weight_decay, ..TrainArgs::default() };
-            let mut adapter = Adapter::new();
-            let mut optimizer = Optimizer::new(&Settings::from(&train), adapter.pieces());
-            let mut p = START.map(f64::from);
-            for gradient in GRADIENTS {
-                adapter.update(&mut optimizer, gradient, 0.01, 0.5);
-                for i in 0..3 {
-                    p[i] -= 0.01 * (f64::from(gradient[i]) * 0.5 + weight_decay * p[i]);
-                }
-            }
-            adapter.equals(p, "sgd");
-        }
+        follows(config::Optimizer::Sgd, |gradient, p, weight_decay| {
+            0.01 * (f64::from(gradient) * 0.5 + weight_decay * p)
+        });
     }
 
     #[test]

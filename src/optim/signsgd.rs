@@ -30,28 +30,14 @@ impl ElementRule for SignSgd {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{
-        Optimizer, Settings,
-        testing::{Adapter, GRADIENTS, START},
-    };
-    use crate::config::{self, TrainArgs};
+    use super::super::testing::follows;
+    use crate::config::Optimizer;
 
     #[test]
     fn signsgd_follows_its_formula() {
-        for weight_decay in [0.0, 0.1] {
-            let kind = config::Optimizer::Signsgd;
-            let train = TrainArgs { optimizer: kind, weight_decay, ..TrainArgs::default() };
-            let mut adapter = Adapter::new();
-            let mut optimizer = Optimizer::new(&Settings::from(&train), adapter.pieces());
-            let mut p = START.map(f64::from);
-            for gradient in GRADIENTS {
-                adapter.update(&mut optimizer, gradient, 0.01, 0.5);
-                for i in 0..3 {
-                    let sign = if gradient[i] == 0.0 { 0.0 } else { f64::from(gradient[i].signum()) };
-                    p[i] -= 0.01 * (weight_decay * p[i] + sign);
-                }
-            }
-            adapter.equals(p, "signsgd");
-        }
+        follows(Optimizer::Signsgd, |gradient, p, weight_decay| {
+            let sign = if gradient == 0.0 { 0.0 } else { f64::from(gradient.signum()) };
+            0.01 * (weight_decay * p + sign)
+        });
     }
 }

@@ -1,9 +1,9 @@
 //! An adapter of three elements on one rank, for the tests of optimizers.
 
-use super::{FlatRegion, Optimizer, OwnedPiece};
+use super::{FlatRegion, Optimizer, OwnedPiece, Settings};
 use crate::{
     comm::World,
-    config::ReduceGradients,
+    config::{self, ReduceGradients, TrainArgs},
     dtype::DType,
     shard::{
         AdapterRegions, EntrySpec, PlacedParameter, ProcessGroups, Region, RegionLayout, Storage,
@@ -65,5 +65,23 @@ fn near(tensor: &Tensor, expected: [f64; 3], what: &str) {
     let ours: Vec<f32> = tensor.narrow(0, 0, 3).try_into().unwrap();
     for (ours, expected) in ours.iter().zip(expected) {
         assert!((f64::from(*ours) - expected).abs() < 1e-6, "{what}: {ours} {expected}");
+    }
+}
+
+/// Holds an optimizer without state against `step`: the decrease of a parameter at learning rate 0.01 from the
+/// gradient, which counts half, the parameter and the weight decay.
+pub fn follows(kind: config::Optimizer, step: impl Fn(f32, f64, f64) -> f64) {
+    for weight_decay in [0.0, 0.1] {
+        let train = TrainArgs { optimizer: kind, weight_decay, ..TrainArgs::default() };
+        let mut adapter = Adapter::new();
+        let mut optimizer = Optimizer::new(&Settings::from(&train), adapter.pieces());
+        let mut p = START.map(f64::from);
+        for gradient in GRADIENTS {
+            adapter.update(&mut optimizer, gradient, 0.01, 0.5);
+            for i in 0..3 {
+                p[i] -= step(gradient[i], p[i], weight_decay);
+            }
+        }
+        adapter.equals(p, &format!("{kind:?}"));
     }
 }
