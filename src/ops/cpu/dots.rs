@@ -19,7 +19,7 @@ const CACHED: usize = 1 << 17;
 /// Multiplications below which another thread costs more than it saves.
 const LEAST: usize = 1 << 15;
 
-/// What a sum starts from, and its factor.
+/// Start and factor of a sum.
 #[derive(Clone, Copy)]
 pub struct Start<'a> {
     /// `[rows, columns]`, perhaps the output itself.
