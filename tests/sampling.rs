@@ -59,6 +59,9 @@ struct Case {
     bits: bool,
 }
 
+/// Between log-probabilities of the same logits: a sampler sums their exponentials in fp64, a pass in fp32.
+const ONE_SOFTMAX: f64 = 2e-6;
+
 /// The results of transformers for a prompt with an adapter.
 #[derive(Deserialize)]
 struct Expected {
@@ -309,6 +312,16 @@ fn same_bits(case: &Case, world: &World) {
         for (i, beside) in all.iter().enumerate() {
             let what = format!("experts {moe}, {compute:?}, request {i}");
             assert_eq!(texts(&requests[i..=i], 1)[0], *beside, "{what}");
+        }
+        // A pass over prompt and continuation sums as the sampler did, and the ratio of the two is 1.
+        let replies = ranks.sample(&requests);
+        for (i, ((adapter, request), reply)) in requests.iter().zip(&replies).enumerate() {
+            for each in &reply.continuations {
+                let whole = [&request.prompt[..], &each.ids].concat();
+                let passed = ranks.evaluated(*adapter, &whole, request.prompt.len());
+                let what = format!("experts {moe}, {compute:?}, request {i} in a pass");
+                near(&each.log_probs, &passed, ONE_SOFTMAX, &what);
+            }
         }
     }
 }

@@ -80,8 +80,10 @@ section! {
         /// have no room wait. null: a quarter of what the base and a pass leave, and no more than 256 sequences of 2048
         /// tokens need.
         sampling_memory: Option<ByteSize> = None;
-        /// Samples are the same to the bit alone and beside any other requests. Continuations are no slower for it,
-        /// long prompts a little. null: true on CPUs, false on GPUs, which have no kernels for it.
+        /// Samples are the same to the bit alone and beside any other requests, and a pass of `forward` or of a policy
+        /// loss over a sample gives its log-probabilities again, so that ratios are 1 before the first update.
+        /// Continuations are no slower for it, long prompts and passes of policy losses a little. null: true on CPUs,
+        /// false on GPUs, which have no kernels for it.
         deterministic_sampling: Option<bool> = None;
         /// Seconds without a request or heartbeat after which an adapter waits on disk until its next request. null:
         /// never.

@@ -62,12 +62,7 @@ impl KvCache {
         let (mut row, mut places) = (0, Vec::new());
         let (mut whole, mut lengths, mut parts) = (Vec::new(), Vec::new(), Vec::new());
         for run in &step.runs {
-            let part = Part {
-                rows: row..row + run.ids.len(),
-                first: run.first,
-                pages: run.pages.clone(),
-                is_prompt: run.is_prompt,
-            };
+            let part = Part { rows: row..row + run.ids.len(), first: run.first, pages: run.pages.clone() };
             row = part.rows.end;
             places.extend(part.places(PAGE).map(|place| place as i64));
             if run.first == 0 {

@@ -33,8 +33,6 @@ pub struct RankStep {
 pub struct Run {
     /// Index into [`Step::adapters`]; `None`: the base alone.
     pub adapter: Option<usize>,
-    /// Tokens of a prompt, which are computed as those of a whole one, even one alone.
-    pub is_prompt: bool,
     /// `[tokens]`, at least one.
     pub ids: Vec<i64>,
     /// Position of the first of them. Keys and values of all before it are in the pages.

@@ -261,6 +261,10 @@ impl TokenLoss for PolicyTerms {
             coefficients: like(&coefficients).view([tokens as i64, k as i64]),
         }
     }
+
+    fn is_policy(&self) -> bool {
+        true
+    }
 }
 
 fn host(tensor: &Tensor, kind: Kind) -> Tensor {

@@ -69,4 +69,10 @@ pub trait TokenLoss {
     /// Values and coefficients. Called without autograd, on the device of the log-probabilities, and on ranks without a
     /// token too.
     fn evaluate(&self, log_probs: &LogProbs) -> LossValues;
+
+    /// True if the loss compares log-probabilities with those of a sampler, which should be equal before the first
+    /// update.
+    fn is_policy(&self) -> bool {
+        false
+    }
 }

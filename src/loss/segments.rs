@@ -39,6 +39,10 @@ impl TokenLoss for BySegment<'_> {
         }
         LossValues { values: Tensor::cat(&of_values, 0), coefficients: Tensor::cat(&of_coefficients, 0) }
     }
+
+    fn is_policy(&self) -> bool {
+        self.segments.iter().any(|(_, loss)| loss.is_policy())
+    }
 }
 
 #[cfg(test)]

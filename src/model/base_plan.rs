@@ -34,7 +34,10 @@ pub struct Options {
     /// Activations kept for backward; the rest is recomputed.
     pub checkpointing: CheckpointingMethod,
     pub reduce: ReduceGradients,
-    /// Predictions of a row are the same to the bit beside any other rows, where kernels of ours compute (CPUs).
+    /// Predictions of a row are the same to the bit beside any other rows, and by a sampler, by [`evaluate`] and in a
+    /// pass of a policy loss, where kernels of ours compute (CPUs).
+    ///
+    /// [`evaluate`]: super::transformer::Transformer::evaluate
     pub deterministic_sampling: bool,
     /// Checks the output of every layer and overwrites its weights with NaN after use: slow.
     pub debug: bool,

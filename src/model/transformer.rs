@@ -21,7 +21,7 @@ use crate::{
     lora::{Adapter, AdapterPlan, LoraShapes, Site},
     loss::{HeadPass, LossValues, Targets, TokenLoss},
     mesh::MeshError,
-    ops::{Buffer, attention::Documents, norm},
+    ops::{Buffer, attention::Documents, batch_invariant, norm},
     shard::{ExpertDispatcher, Piece, ProcessGroups, ShardError, SlotPool},
     trace::{self, Category},
     weights::WeightSource,
@@ -438,6 +438,9 @@ impl Transformer {
         loss: &dyn TokenLoss,
     ) -> Result<MicroBatchLoss, ShardError> {
         let _guard = tch::no_grad_guard();
+        // Other losses have nothing to compare, and large GEMMs are faster.
+        let is_compared = self.options.deterministic_sampling && loss.is_policy();
+        let _invariant = batch_invariant::Guard::new(is_compared);
         let attend = WithinDocuments(&batch.documents);
         let context = self.context(batch, &attend);
         let checkpointing = self.options.checkpointing;
@@ -475,6 +478,7 @@ impl Transformer {
         loss: &dyn TokenLoss,
     ) -> Result<MicroBatchLoss, ShardError> {
         let _guard = tch::no_grad_guard();
+        let _invariant = batch_invariant::Guard::new(self.options.deterministic_sampling);
         let attend = WithinDocuments(&batch.documents);
         let context = self.context(batch, &attend);
         let x = self.forward_layers(adapters, &batch.ids, &context, |_, _| ())?;

@@ -51,6 +51,10 @@ impl TokenLoss for Scaled<'_> {
         let LossValues { values, coefficients } = self.loss.evaluate(log_probs);
         LossValues { values, coefficients: coefficients * self.factor }
     }
+
+    fn is_policy(&self) -> bool {
+        self.loss.is_policy()
+    }
 }
 
 /// Outcome of a step, the same on every rank.

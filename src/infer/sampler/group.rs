@@ -174,7 +174,6 @@ impl<K> Group<K> {
             let first = self.computed + ids.len() - 1;
             let run = Run {
                 adapter: None,
-                is_prompt: false,
                 ids: ids[ids.len() - 1..].to_vec(),
                 first,
                 pages: sequence.pages[..=first / PAGE].to_vec(),
@@ -197,7 +196,6 @@ impl<K> Group<K> {
         let is_last = end == prompt.len();
         let run = Run {
             adapter: None,
-            is_prompt: true,
             ids: prompt[tokens.clone()].to_vec(),
             first: self.computed,
             pages: self.prompt_pages[..end.div_ceil(PAGE)].to_vec(),

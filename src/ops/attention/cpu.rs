@@ -15,7 +15,7 @@ use pulp::NullaryFnOnce;
 use std::ops::Range;
 
 /// Queries and keys of a tile of scores.
-const TILE: usize = 64;
+pub(super) const TILE: usize = 64;
 
 /// A document's tokens and one of its key-value heads.
 struct Task {
@@ -80,13 +80,13 @@ impl Shape {
     }
 
     /// The tiles of keys that queries `queries` of a document see.
-    fn tiles(&self, queries: &Range<usize>) -> Range<usize> {
+    pub fn tiles(&self, queries: &Range<usize>) -> Range<usize> {
         let first = (queries.start + 1).saturating_sub(self.window);
         first / TILE..queries.end.div_ceil(TILE)
     }
 
     /// The range that query `i` sees of the keys of a tile that starts at `first`.
-    fn seen(&self, i: usize, first: usize) -> Range<usize> {
+    pub fn seen(&self, i: usize, first: usize) -> Range<usize> {
         let end = (i + 1).saturating_sub(first).min(TILE);
         (i + 1).saturating_sub(self.window).saturating_sub(first).min(end)..end
     }
@@ -146,12 +146,7 @@ impl<M: MicroKernel> NullaryFnOnce for Forward<'_, M> {
         let padded = length.next_multiple_of(TILE);
         let need = words::<M::Unit>(units * padded)
             + words::<M::Unit>(padded / M::GROUP * width)
-            + words::<M::Unit>(TILE * units)
-            + words::<M::Unit>(TILE * TILE / M::GROUP)
-            + words::<M::Number>(TILE * TILE)
-            + words::<M::Number>(TILE * width)
-            + 3 * words::<M::Number>(TILE)
-            + words::<M::Number>(TILE * LANES);
+            + Queries::<M>::words(units, width);
         let mut memory = Memory::take(need);
         let mut scratch = memory.scratch();
         let [key_columns, value_columns] = shape.key_value_columns(task.head);
@@ -159,74 +154,151 @@ impl<M: MicroKernel> NullaryFnOnce for Forward<'_, M> {
         let values = Source { columns: value_columns, ..keys.clone() };
         let keys = keys.along_dim::<M>(&mut scratch, units);
         let values = values.along_tokens::<M>(&mut scratch, padded, width);
-        let query: &mut [M::Unit] = scratch.cut(TILE * units);
-        let weights: &mut [M::Unit] = scratch.cut(TILE * TILE / M::GROUP);
-        let scores: &mut [M::Number] = scratch.cut(TILE * TILE);
-        let sums: &mut [M::Number] = scratch.cut(TILE * width);
-        let [maxima, latest, shrinks]: [&mut [M::Number]; 3] = std::array::from_fn(|_| scratch.cut(TILE));
-        let totals: &mut [[M::Number; LANES]] = scratch.cut::<M::Number>(TILE * LANES).as_chunks_mut().0;
+        let mut state = Queries::<M>::cut(&mut scratch, units, width);
         let scale = M::Number::of(shape.scale);
 
         for head in shape.group(task.head) {
+            let source = Source { rows: qkv, tokens: task.tokens.clone(), columns: shape.columns(head) };
             for first in (first_query / TILE * TILE..length).step_by(TILE) {
                 let queries = first..length.min(first + TILE);
-                let rows = queries.len().next_multiple_of(M::ROWS);
-                let source = Source { rows: qkv, tokens: task.tokens.clone(), columns: shape.columns(head) };
-                source.rows_of::<M>(&queries, query, units);
-                sums.fill(M::Number::ZERO);
-                maxima.fill(M::Number::NEG_INFINITY);
-                totals.fill([M::Number::ZERO; LANES]);
+                state.start(queries.len(), |r| source.row(first + r));
                 for tile in shape.tiles(&queries) {
-                    let left = Left { units: query, row: units, unit: 1 };
-                    let key_tile = &keys[tile * TILE * units..(tile + 1) * TILE * units];
-                    machine.multiply(left, key_tile, &mut scores[..rows * TILE], TILE, false);
-                    // Rows are independent: one loop over all of them has no dependent chain, unlike a chain of steps
-                    // by row.
-                    for (r, i) in queries.clone().enumerate() {
-                        let row = &mut scores[r * TILE..(r + 1) * TILE];
-                        hide(row, &shape.seen(i, tile * TILE), M::Number::NEG_INFINITY);
-                        latest[r] = maximum(row).max(maxima[r]);
-                    }
-                    for ((shrink, latest), maximum) in shrinks.iter_mut().zip(&mut *latest).zip(&mut *maxima)
-                    {
-                        // A row that has seen no key yet gets weights of zero, not NaN.
-                        let base = if *latest == M::Number::NEG_INFINITY { M::Number::ZERO } else { *latest };
-                        *shrink = ((*maximum - base) * scale).exp();
-                        (*maximum, *latest) = (*latest, base);
-                    }
-                    for r in 0..queries.len() {
-                        let row = &mut scores[r * TILE..(r + 1) * TILE];
-                        exponentials(row, latest[r], scale, shrinks[r], &mut totals[r]);
-                        if shrinks[r] != M::Number::ONE {
-                            for sum in &mut sums[r * width..(r + 1) * width] {
-                                *sum = *sum * shrinks[r];
-                            }
-                        }
-                        M::pack(row, &mut weights[r * TILE / M::GROUP..(r + 1) * TILE / M::GROUP]);
-                    }
-                    weights[queries.len() * TILE / M::GROUP..rows * TILE / M::GROUP]
-                        .fill(bytemuck::Zeroable::zeroed());
-                    let left = Left { units: weights, row: TILE / M::GROUP, unit: 1 };
                     let per_tile = TILE / M::GROUP * width;
+                    let key_tile = &keys[tile * TILE * units..(tile + 1) * TILE * units];
                     let value_tile = &values[tile * per_tile..(tile + 1) * per_tile];
-                    machine.multiply(left, value_tile, &mut sums[..rows * width], width, true);
+                    state.see(machine, scale, [key_tile, value_tile], |r| shape.seen(first + r, tile * TILE));
                 }
                 for (r, i) in queries.enumerate() {
-                    let total = total(totals[r]);
-                    let inverse = M::Number::ONE / total;
                     // SAFETY: a document and key-value head have one task, which alone writes the columns of its query
                     // heads.
                     let out = unsafe { out.part_mut(task.tokens.start + i, shape.output_columns(head)) };
-                    for (out, &sum) in out.iter_mut().zip(&sums[r * width..]) {
-                        *out = M::Stored::narrow(sum * inverse);
-                    }
+                    let l = state.end(r, scale, out);
                     let at = lse_index(shape, task, head, i);
                     // SAFETY: each element of L belongs to one head of one document, so to one task.
                     let lse = unsafe { lse.part_mut(0, at..at + 1) };
-                    lse[0] = maxima[r].mul_add(scale, total.ln());
+                    lse[0] = l;
                 }
             }
         }
+    }
+}
+
+/// Up to [`TILE`] queries, each a row, and what they have seen so far.
+pub(super) struct Queries<'s, M: MicroKernel> {
+    /// Queries at work.
+    count: usize,
+    /// Columns of a row of `sums`.
+    width: usize,
+    /// `[TILE, units]`
+    query: &'s mut [M::Unit],
+    /// `[TILE, TILE]`
+    scores: &'s mut [M::Number],
+    /// Exponentials of the scores, rounded as the product with the values needs them.
+    weights: &'s mut [M::Unit],
+    /// Σ p·v: `[TILE, width]`
+    sums: &'s mut [M::Number],
+    /// Σ p of each row, by lane.
+    totals: &'s mut [[M::Number; LANES]],
+    maxima: &'s mut [M::Number],
+    latest: &'s mut [M::Number],
+    shrinks: &'s mut [M::Number],
+}
+
+impl<'s, M: MicroKernel> Queries<'s, M> {
+    /// Words of scratch memory, for heads of `units` and values of `width` columns.
+    pub fn words(units: usize, width: usize) -> usize {
+        words::<M::Unit>(TILE * units)
+            + words::<M::Unit>(TILE * TILE / M::GROUP)
+            + words::<M::Number>(TILE * TILE)
+            + words::<M::Number>(TILE * width)
+            + 3 * words::<M::Number>(TILE)
+            + words::<M::Number>(TILE * LANES)
+    }
+
+    #[inline(always)]
+    pub fn cut(scratch: &mut Scratch<'s>, units: usize, width: usize) -> Self {
+        Self {
+            count: 0,
+            width,
+            query: scratch.cut(TILE * units),
+            scores: scratch.cut(TILE * TILE),
+            weights: scratch.cut(TILE * TILE / M::GROUP),
+            sums: scratch.cut(TILE * width),
+            totals: scratch.cut::<M::Number>(TILE * LANES).as_chunks_mut().0,
+            maxima: scratch.cut(TILE),
+            latest: scratch.cut(TILE),
+            shrinks: scratch.cut(TILE),
+        }
+    }
+
+    /// Rows that are computed: those behind the queries are of zeros.
+    #[inline(always)]
+    fn rows(&self) -> usize {
+        self.count.next_multiple_of(M::ROWS)
+    }
+
+    /// Starts with `count` queries, which have seen nothing yet.
+    #[inline(always)]
+    pub fn start<'a>(&mut self, count: usize, query: impl Fn(usize) -> &'a [M::Stored]) {
+        self.count = count;
+        let (rows, units) = (self.rows(), self.query.len() / TILE);
+        pack_rows::<M>(0..count, query, &mut self.query[..rows * units], units);
+        self.sums[..rows * self.width].fill(M::Number::ZERO);
+        self.maxima[..count].fill(M::Number::NEG_INFINITY);
+        self.totals[..count].fill([M::Number::ZERO; LANES]);
+    }
+
+    /// Adds a tile of keys and values, of which row `r` sees the range `seen(r)`.
+    #[inline(always)]
+    pub fn see(
+        &mut self,
+        machine: M,
+        scale: M::Number,
+        [keys, values]: [&[M::Unit]; 2],
+        seen: impl Fn(usize) -> Range<usize>,
+    ) {
+        let (count, rows, width, units) = (self.count, self.rows(), self.width, self.query.len() / TILE);
+        let Self { query, scores, weights, sums, totals, maxima, latest, shrinks, .. } = self;
+        let left = Left { units: query, row: units, unit: 1 };
+        machine.multiply(left, keys, &mut scores[..rows * TILE], TILE, false);
+        // Rows are independent: one loop over all of them has no dependent chain, unlike a chain of steps by row.
+        for r in 0..count {
+            let row = &mut scores[r * TILE..(r + 1) * TILE];
+            hide(row, &seen(r), M::Number::NEG_INFINITY);
+            latest[r] = maximum(row).max(maxima[r]);
+        }
+        for ((shrink, latest), maximum) in
+            shrinks.iter_mut().zip(&mut **latest).zip(&mut **maxima).take(count)
+        {
+            // A row that has seen no key yet gets weights of zero, not NaN.
+            let base = if *latest == M::Number::NEG_INFINITY { M::Number::ZERO } else { *latest };
+            *shrink = ((*maximum - base) * scale).exp();
+            (*maximum, *latest) = (*latest, base);
+        }
+        for r in 0..count {
+            let row = &mut scores[r * TILE..(r + 1) * TILE];
+            exponentials(row, latest[r], scale, shrinks[r], &mut totals[r]);
+            if shrinks[r] != M::Number::ONE {
+                for sum in &mut sums[r * width..(r + 1) * width] {
+                    *sum = *sum * shrinks[r];
+                }
+            }
+            M::pack(row, &mut weights[r * TILE / M::GROUP..(r + 1) * TILE / M::GROUP]);
+        }
+        weights[count * TILE / M::GROUP..rows * TILE / M::GROUP].fill(bytemuck::Zeroable::zeroed());
+        let left = Left { units: weights, row: TILE / M::GROUP, unit: 1 };
+        machine.multiply(left, values, &mut sums[..rows * width], width, true);
+    }
+
+    /// Writes o of row `r`, and gives its L.
+    #[inline(always)]
+    pub fn end(&self, r: usize, scale: M::Number, out: &mut [M::Stored]) -> M::Number {
+        let total = total(self.totals[r]);
+        let inverse = M::Number::ONE / total;
+        for (out, &sum) in out.iter_mut().zip(&self.sums[r * self.width..]) {
+            *out = M::Stored::narrow(sum * inverse);
+        }
+        self.maxima[r].mul_add(scale, total.ln())
     }
 }
 
@@ -382,12 +454,12 @@ impl<M: MicroKernel> NullaryFnOnce for Backward<'_, M> {
 }
 
 /// Columns of a tile that holds a head of `dim` columns.
-fn width<M: MicroKernel>(dim: usize) -> usize {
+pub(super) fn width<M: MicroKernel>(dim: usize) -> usize {
     dim.next_multiple_of(M::WIDTH)
 }
 
 /// Units of a row of a head of `dim` columns, the zeros behind it included.
-fn units<M: MicroKernel>(dim: usize) -> usize {
+pub(super) fn units<M: MicroKernel>(dim: usize) -> usize {
     dim.div_ceil(M::GROUP).next_multiple_of(M::UNITS)
 }
 
@@ -412,27 +484,23 @@ impl<'a, E: Element> Source<'a, E> {
         unsafe { self.rows.part(self.tokens.start + i, self.columns.clone()) }
     }
 
-    /// Tiles of units along the head's dimension, `[tiles][units][TILE]`: a right factor of TILE columns.
+    /// Tiles of units along the head's dimension, `[tiles][units][TILE]`, as [`pack_keys`] has each.
     #[inline(always)]
     fn along_dim<'s, M: MicroKernel<Stored = E>>(
         &self,
         scratch: &mut Scratch<'s>,
         units: usize,
     ) -> &'s [M::Unit] {
-        let packed: &mut [M::Unit] = scratch.cut(units * self.tokens.len().next_multiple_of(TILE));
+        let length = self.tokens.len();
+        let packed: &mut [M::Unit] = scratch.cut(units * length.next_multiple_of(TILE));
         for (tile, packed) in packed.chunks_exact_mut(units * TILE).enumerate() {
-            for token in 0..TILE {
-                let i = tile * TILE + token;
-                let row = if i < self.tokens.len() { self.row(i) } else { &[] };
-                units_of::<M>(row, |k, unit| packed[k * TILE + token] = unit);
-                (row.len().div_ceil(M::GROUP)..units)
-                    .for_each(|k| packed[k * TILE + token] = bytemuck::Zeroable::zeroed());
-            }
+            let keys = tile * TILE..length.min((tile + 1) * TILE);
+            pack_keys::<M>(keys, |i| self.row(i), packed, units);
         }
         packed
     }
 
-    /// Units along the tokens, `[padded / GROUP, width]`: a right factor of `width` columns.
+    /// Units along the tokens, `[padded / GROUP, width]`, as [`pack_values`] has them.
     #[inline(always)]
     fn along_tokens<'s, M: MicroKernel<Stored = E>>(
         &self,
@@ -441,11 +509,11 @@ impl<'a, E: Element> Source<'a, E> {
         width: usize,
     ) -> &'s [M::Unit] {
         let packed: &mut [M::Unit] = scratch.cut(padded / M::GROUP * width);
-        self.pairs_of::<M>(&(0..self.tokens.len()), packed, width);
+        pack_values::<M>(0..self.tokens.len(), |i| self.row(i), packed, width);
         packed
     }
 
-    /// The rows `range` in units along the head's dimension, `[range, units]`, zero behind them.
+    /// As [`pack_rows`].
     #[inline(always)]
     fn rows_of<M: MicroKernel<Stored = E>>(
         &self,
@@ -453,15 +521,10 @@ impl<'a, E: Element> Source<'a, E> {
         packed: &mut [M::Unit],
         units: usize,
     ) {
-        for (i, packed) in range.clone().zip(packed.chunks_exact_mut(units)) {
-            let row = self.row(i);
-            units_of::<M>(row, |k, unit| packed[k] = unit);
-            packed[row.len().div_ceil(M::GROUP)..].fill(bytemuck::Zeroable::zeroed());
-        }
-        packed[range.len() * units..].fill(bytemuck::Zeroable::zeroed());
+        pack_rows::<M>(range.clone(), |i| self.row(i), packed, units);
     }
 
-    /// The rows `range` in units along the tokens, `[.. / GROUP, width]`, zero behind and beside them.
+    /// As [`pack_values`].
     #[inline(always)]
     fn pairs_of<M: MicroKernel<Stored = E>>(
         &self,
@@ -469,25 +532,70 @@ impl<'a, E: Element> Source<'a, E> {
         packed: &mut [M::Unit],
         width: usize,
     ) {
-        let zero = E::narrow(E::Accum::ZERO);
-        for (n, packed) in packed.chunks_exact_mut(width).enumerate() {
-            let i = range.start + n * M::GROUP;
-            if i >= range.end {
-                packed.fill(bytemuck::Zeroable::zeroed());
-                continue;
-            }
-            let first = self.row(i);
-            if M::GROUP == 2 && i + 1 < range.end {
-                for ((unit, &a), &b) in packed.iter_mut().zip(first).zip(self.row(i + 1)) {
-                    *unit = M::stored(a, b);
-                }
-            } else {
-                for (unit, &a) in packed.iter_mut().zip(first) {
-                    *unit = M::stored(a, zero);
-                }
-            }
-            packed[first.len()..].fill(bytemuck::Zeroable::zeroed());
+        pack_values::<M>(range.clone(), |i| self.row(i), packed, width);
+    }
+}
+
+/// Packs the keys `range` of a tile in units along the head's dimension, `[units, TILE]`, zero behind them: a right
+/// factor of TILE columns.
+#[inline(always)]
+pub(super) fn pack_keys<'a, M: MicroKernel>(
+    range: Range<usize>,
+    row: impl Fn(usize) -> &'a [M::Stored],
+    packed: &mut [M::Unit],
+    units: usize,
+) {
+    for token in 0..TILE {
+        let row = if token < range.len() { row(range.start + token) } else { &[] };
+        units_of::<M>(row, |k, unit| packed[k * TILE + token] = unit);
+        (row.len().div_ceil(M::GROUP)..units)
+            .for_each(|k| packed[k * TILE + token] = bytemuck::Zeroable::zeroed());
+    }
+}
+
+/// Packs the rows `range` in units along the head's dimension, `[.., units]`, zero behind them: a left factor.
+#[inline(always)]
+fn pack_rows<'a, M: MicroKernel>(
+    range: Range<usize>,
+    row: impl Fn(usize) -> &'a [M::Stored],
+    packed: &mut [M::Unit],
+    units: usize,
+) {
+    for (i, packed) in range.clone().zip(packed.chunks_exact_mut(units)) {
+        let row = row(i);
+        units_of::<M>(row, |k, unit| packed[k] = unit);
+        packed[row.len().div_ceil(M::GROUP)..].fill(bytemuck::Zeroable::zeroed());
+    }
+    packed[range.len() * units..].fill(bytemuck::Zeroable::zeroed());
+}
+
+/// Packs the rows `range` in units along the tokens, `[.. / GROUP, width]`, zero behind and beside them: a right factor
+/// of `width` columns.
+#[inline(always)]
+pub(super) fn pack_values<'a, M: MicroKernel>(
+    range: Range<usize>,
+    row: impl Fn(usize) -> &'a [M::Stored],
+    packed: &mut [M::Unit],
+    width: usize,
+) {
+    let zero = M::Stored::narrow(M::Number::ZERO);
+    for (n, packed) in packed.chunks_exact_mut(width).enumerate() {
+        let i = range.start + n * M::GROUP;
+        if i >= range.end {
+            packed.fill(bytemuck::Zeroable::zeroed());
+            continue;
         }
+        let first = row(i);
+        if M::GROUP == 2 && i + 1 < range.end {
+            for ((unit, &a), &b) in packed.iter_mut().zip(first).zip(row(i + 1)) {
+                *unit = M::stored(a, b);
+            }
+        } else {
+            for (unit, &a) in packed.iter_mut().zip(first) {
+                *unit = M::stored(a, zero);
+            }
+        }
+        packed[first.len()..].fill(bytemuck::Zeroable::zeroed());
     }
 }
 

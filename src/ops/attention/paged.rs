@@ -1,30 +1,28 @@
 //! Attention of new tokens over the keys and values of their sequences, which lie in pages, for generation.
 //!
-//! Single tokens have a kernel of ours on the CPU, which reads the pages in place: the query heads of a group share one
-//! read of each key and value. Its sums depend on the token's own sequence alone, in an order of their own. Parts of
-//! prompts go through the kernel of whole documents there, and get what they would get in one. On devices libtorch
-//! computes on copies of the pages.
+//! On the CPU every token gets the bits that it would get in a pass over its whole document, whatever the part that it
+//! comes in. Single tokens read the pages in place, the query heads of a group together; longer parts go through the
+//! kernel of whole documents on a copy. On devices libtorch computes on copies of the pages.
 
-use super::{Documents, Heads, accum_kind, continued, cpu::Shape};
+use super::{
+    Documents, Heads, Kernel, accum_kind, continued,
+    cpu::{Queries, Shape, TILE, pack_keys, pack_values, units, width},
+    on_cpu,
+};
 use crate::{
     device::has_kernels,
     ops::{
         Buffer,
         cpu::{
-            Element, Isa, Real, Rows, dispatch,
-            lanes::{self, maximum},
-            pool,
+            Real, Rows, pool,
             scratch::{Memory, words},
+            tile::MicroKernel,
         },
     },
 };
-use bytemuck::Pod;
 use pulp::NullaryFnOnce;
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
-
-/// Keys that a single token weighs at a time.
-const BLOCK: usize = 64;
 
 /// Neighbouring tokens of one sequence.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,8 +33,6 @@ pub struct Part {
     pub first: usize,
     /// The pages of the sequence, up to the last of them.
     pub pages: Vec<u32>,
-    /// Tokens of a prompt: the kernel that computes them does not depend on their number.
-    pub is_prompt: bool,
 }
 
 impl Part {
@@ -61,7 +57,7 @@ impl Part {
 pub struct Paged {
     /// Tokens of a page.
     page: usize,
-    /// Parts of one token that was sampled.
+    /// Parts of one token.
     singles: Vec<Part>,
     /// Other parts, where kernels of ours compute.
     longer: Vec<Part>,
@@ -137,7 +133,7 @@ impl Group {
 impl Paged {
     /// `parts` in pages of `page` tokens, for tensors on the device of `like`.
     pub fn new(parts: Vec<Part>, page: usize, like: &Tensor) -> Self {
-        let is_single = |part: &Part| part.rows.len() == 1 && !(part.is_prompt && has_kernels(like));
+        let is_single = |part: &Part| part.rows.len() == 1;
         let (singles, longer): (Vec<_>, Vec<_>) = parts.into_iter().partition(is_single);
         if has_kernels(like) {
             return Self { page, singles, longer, groups: Vec::new() };
@@ -164,15 +160,7 @@ pub fn over_pages(qkv: &Tensor, kv: &Tensor, paged: &Paged, heads: Heads, out: &
         continue_document(part, paged.page, qkv, kv, heads, out);
     }
     if has_kernels(qkv) && !paged.singles.is_empty() {
-        let (shape, page, singles) = (&Shape::new(heads), paged.page, &paged.singles[..]);
-        dispatch!(qkv.kind(), E => {
-            let [qkv, kv, out] = [qkv, kv, out].map(Rows::<E>::of);
-            let level = Isa::current();
-            pool::tasks(paged.singles.len() * shape.key_value, |task| {
-                let (part, head) = (&singles[task / shape.key_value], task % shape.key_value);
-                level.run(Single { shape, part, page, head, qkv, kv, out });
-            });
-        });
+        on_cpu(qkv.kind(), Singles { shape: &Shape::new(heads), paged, qkv, kv, out });
     }
 }
 
@@ -192,87 +180,70 @@ fn continue_document(part: &Part, page: usize, qkv: &Tensor, kv: &Tensor, heads:
     own(out).copy_(&o.narrow(0, first, length - first));
 }
 
-/// One token of a sequence and the query heads of one key-value head.
-struct Single<'a, E> {
+/// The parts of one token.
+struct Singles<'a> {
+    shape: &'a Shape,
+    paged: &'a Paged,
+    qkv: &'a Tensor,
+    kv: &'a Tensor,
+    out: &'a Tensor,
+}
+
+impl Kernel for Singles<'_> {
+    fn run<M: MicroKernel>(self, machine: M) {
+        let Self { shape, paged: &Paged { page, ref singles, .. }, qkv, kv, out } = self;
+        let [qkv, kv, out] = [qkv, kv, out].map(Rows::<M::Stored>::of);
+        pool::tasks(singles.len() * shape.key_value, |task| {
+            let (part, head) = (&singles[task / shape.key_value], task % shape.key_value);
+            machine.run(Single { machine, shape, part, page, head, qkv, kv, out });
+        });
+    }
+}
+
+/// One token of a sequence and the query heads of one key-value head, which see the same keys.
+struct Single<'a, M: MicroKernel> {
+    machine: M,
     shape: &'a Shape,
     part: &'a Part,
     page: usize,
     head: usize,
-    qkv: Rows<'a, E>,
-    kv: Rows<'a, E>,
-    out: Rows<'a, E>,
+    qkv: Rows<'a, M::Stored>,
+    kv: Rows<'a, M::Stored>,
+    out: Rows<'a, M::Stored>,
 }
 
-impl<E: Element<Accum: Pod>> NullaryFnOnce for Single<'_, E> {
+impl<M: MicroKernel> NullaryFnOnce for Single<'_, M> {
     type Output = ();
 
     #[inline(always)]
     fn call(self) {
-        let Self { shape, part, page, head, qkv, kv, out } = self;
+        let Self { machine, shape, part, page, head, qkv, kv, out } = self;
         let &Shape { dim, value_dim, .. } = shape;
-        let (group, length, row) = (shape.group(head), part.length(), part.rows.start);
-        let need = [dim, BLOCK, value_dim, 2].map(|each| words::<E::Accum>(group.len() * each));
-        let mut memory = Memory::take(need.iter().sum());
+        let (group, length, token) = (shape.group(head), part.length(), part.rows.start);
+        let (units, width) = (units::<M>(dim), width::<M>(value_dim));
+        let need = words::<M::Unit>(TILE * units) + words::<M::Unit>(TILE / M::GROUP * width);
+        let mut memory = Memory::take(need + Queries::<M>::words(units, width));
         let mut scratch = memory.scratch();
-        let [queries, scores, sums, state]: [&mut [E::Accum]; 4] =
-            [dim, BLOCK, value_dim, 2].map(|each| scratch.cut(group.len() * each));
-        let scale = E::Accum::of(shape.scale);
-        for (query, head) in queries.chunks_exact_mut(dim).zip(group.clone()) {
+        let keys: &mut [M::Unit] = scratch.cut(TILE * units);
+        let values: &mut [M::Unit] = scratch.cut(TILE / M::GROUP * width);
+        let mut state = Queries::<M>::cut(&mut scratch, units, width);
+        let scale = M::Number::of(shape.scale);
+        let (key, value) = (head * dim, shape.key_value * dim + head * value_dim);
+        // SAFETY: the cache is only read.
+        let cached = |at, first, columns| unsafe { kv.part(part.place(at, page), first..first + columns) };
+        for heads in group.clone().step_by(TILE).map(|first| first..group.end.min(first + TILE)) {
             // SAFETY: q|k|v is only read.
-            let stored = unsafe { qkv.part(row, shape.columns(head)) };
-            for (query, &stored) in query.iter_mut().zip(stored) {
-                *query = stored.to_accum() * scale;
+            state.start(heads.len(), |r| unsafe { qkv.part(token, shape.columns(heads.start + r)) });
+            for first in shape.tiles(&(length - 1..length)).map(|tile| tile * TILE) {
+                let seen = first..length.min(first + TILE);
+                pack_keys::<M>(seen.clone(), |at| cached(at, key, dim), keys, units);
+                pack_values::<M>(seen, |at| cached(at, value, value_dim), values, width);
+                state.see(machine, scale, [&*keys, &*values], |_| shape.seen(length - 1, first));
             }
-        }
-        sums.fill(E::Accum::ZERO);
-        let (maxima, totals) = state.split_at_mut(group.len());
-        maxima.fill(E::Accum::NEG_INFINITY);
-        totals.fill(E::Accum::ZERO);
-        let (keys, values) = (head * dim, shape.key_value * dim + head * value_dim);
-        for first in (length.saturating_sub(shape.window)..length).step_by(BLOCK) {
-            let block = first..length.min(first + BLOCK);
-            for (i, position) in block.clone().enumerate() {
-                // SAFETY: the cache is only read.
-                let key = unsafe { kv.part(part.place(position, page), keys..keys + dim) };
-                for (query, scores) in queries.chunks_exact(dim).zip(scores.chunks_exact_mut(BLOCK)) {
-                    scores[i] = lanes::sum(
-                        [key],
-                        query,
-                        #[inline(always)]
-                        |[key], query| key * query,
-                    );
-                }
-            }
-            for (g, scores) in scores.chunks_exact_mut(BLOCK).enumerate() {
-                let scores = &mut scores[..block.len()];
-                let most = maximum(scores).max(maxima[g]);
-                let shrink = (maxima[g] - most).exp();
-                maxima[g] = most;
-                totals[g] = totals[g] * shrink;
-                for score in scores {
-                    *score = (*score - most).exp();
-                    totals[g] += *score;
-                }
-                for sum in &mut sums[g * value_dim..(g + 1) * value_dim] {
-                    *sum = *sum * shrink;
-                }
-            }
-            for (i, position) in block.enumerate() {
-                // SAFETY: as above.
-                let value = unsafe { kv.part(part.place(position, page), values..values + value_dim) };
-                for (sums, scores) in sums.chunks_exact_mut(value_dim).zip(scores.chunks_exact(BLOCK)) {
-                    let weight = scores[i];
-                    for (sum, &value) in sums.iter_mut().zip(value) {
-                        *sum = value.to_accum().mul_add(weight, *sum);
-                    }
-                }
-            }
-        }
-        for ((sums, total), head) in sums.chunks_exact(value_dim).zip(totals).zip(group) {
-            // SAFETY: a token and query head have one task, which alone writes these columns.
-            let out = unsafe { out.part_mut(row, shape.output_columns(head)) };
-            for (out, &sum) in out.iter_mut().zip(sums) {
-                *out = E::narrow(sum / *total);
+            for (r, head) in heads.enumerate() {
+                // SAFETY: a token and query head have one task, which alone writes these columns.
+                let out = unsafe { out.part_mut(token, shape.output_columns(head)) };
+                state.end(r, scale, out);
             }
         }
     }
@@ -317,7 +288,7 @@ mod tests {
             let shape = [i64::from(next) * PAGE as i64, widths[1] + widths[2]];
             let cache = Tensor::full(shape, 7.0, (Kind::Double, Device::Cpu));
             for ((first, new), pages) in SEQUENCES.into_iter().zip(pages) {
-                let part = Part { rows: own..own + new, first, pages, is_prompt: first == 70 };
+                let part = Part { rows: own..own + new, first, pages };
                 for position in 0..part.length() {
                     let place = part.place(position, PAGE) as i64;
                     let row = all.get((start + position) as i64).narrow(0, widths[0], widths[1] + widths[2]);
@@ -356,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_of_a_prompt_has_the_bits_of_the_whole() {
+    fn a_part_has_the_bits_of_the_whole() {
         const LENGTH: usize = 150;
         everywhere(|| {
             for (kind, _) in KINDS {
@@ -369,12 +340,7 @@ mod tests {
                     let (whole, _) = super::super::forward(&all, heads, &documents);
                     let pages: Vec<u32> = (0..LENGTH.div_ceil(PAGE) as u32).rev().collect();
                     let cache = Tensor::zeros([(pages.len() * PAGE) as i64, k + v], (kind, Device::Cpu));
-                    let part = |first, rows: usize| Part {
-                        rows: 0..rows,
-                        first,
-                        pages: pages.clone(),
-                        is_prompt: true,
-                    };
+                    let part = |first, rows: usize| Part { rows: 0..rows, first, pages: pages.clone() };
                     for (at, place) in part(0, LENGTH).places(PAGE).enumerate() {
                         cache.get(place as i64).copy_(&all.get(at as i64).narrow(0, q, k + v));
                     }
