@@ -1,7 +1,10 @@
 //! Clients that mean harm or are broken: paths that lead out, floods, malformed HTTP, connections that end in the
 //! middle, and more bytes than memory has.
 
-use crate::server::{Server, datum, detail, forward_backward};
+use crate::{
+    sampling::stop,
+    server::{Server, datum, detail, forward_backward},
+};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::{
@@ -673,4 +676,99 @@ fn a_result_that_is_read_slowly_comes_whole() {
     let (_, json) = text.split_once("\r\n\r\n").unwrap();
     let result: Value = serde_json::from_str(json).unwrap();
     assert_eq!(result["loss_fn_outputs"][0]["logprobs"]["shape"], json!([2_000_000]));
+}
+
+#[test]
+fn samplers_and_samples_are_their_tenants_own() {
+    let server = Server::with(keys(&["one", "two"]), |_| {});
+    let send = |key: &str, method: &str, path: &str, body: &Value| {
+        server.send(method, path, &[("X-API-Key", key)], body.to_string().as_bytes())
+    };
+    let post = |key: &str, call: &str, body: &Value| send(key, "POST", &format!("/api/v1/{call}"), body);
+    // Repeats until the future has its result.
+    let call = |key: &str, name: &str, body: &Value| -> (String, Value) {
+        let (status, reply) = post(key, name, body);
+        assert_eq!(status, 200, "{name}: {reply}");
+        let id = reply["request_id"].as_str().unwrap().to_owned();
+        loop {
+            let (status, reply) = post(key, "retrieve_future", &json!({"request_id": id}));
+            if status != 408 {
+                assert_eq!(status, 200, "{name}: {reply}");
+                return (id, reply);
+            }
+        }
+    };
+    let session = |key| {
+        let (status, reply) = post(key, "create_session", &json!({"tags": []}));
+        assert_eq!(status, 200, "{reply}");
+        reply["session_id"].as_str().unwrap().to_owned()
+    };
+    let model_of = |key, session: &str| {
+        let body = json!({"session_id": session, "model_seq_id": 0, "base_model": "org/base",
+            "lora_config": {"rank": 8}});
+        call(key, "create_model", &body).1["model_id"].as_str().unwrap().to_owned()
+    };
+    let of_path = |session: &str, number: u64, path: &str| {
+        json!({"session_id": session, "sampling_session_seq_id": number, "model_path": path,
+            "type": "create_sampling_session"})
+    };
+    let sample = |name: &str, value: &str| {
+        json!({name: value, "seq_id": 0, "num_samples": 1, "type": "sample",
+            "prompt": {"chunks": [{"tokens": [5], "type": "encoded_text"}]},
+            "sampling_params": {"max_tokens": 2, "temperature": 1.0}})
+    };
+    let (own, other) = (session("tml-one"), session("tml-two"));
+    let model = model_of("tml-one", &own);
+    let named = json!({"model_id": model, "seq_id": 1, "path": "n"});
+    let path = call("tml-one", "save_weights_for_sampler", &named).1["path"].as_str().unwrap().to_owned();
+    let (status, made) = post("tml-one", "create_sampling_session", &of_path(&own, 0, &path));
+    assert_eq!(status, 200, "{made}");
+    let sampler = made["sampling_session_id"].as_str().unwrap();
+    let (request, _) = call("tml-one", "asample", &sample("sampling_session_id", sampler));
+
+    let generate = |path: &str| json!({"input_ids": [1, 2], "lora_path": path});
+    let complete = |name: &str| json!({"model": name, "prompt": "ab", "max_tokens": 2});
+    let before = server.engine.sampled.lock().unwrap().len();
+    for (call, body) in [
+        ("asample", sample("sampling_session_id", sampler)),
+        ("asample", sample("model_path", &path)),
+        ("create_sampling_session", of_path(&other, 0, &path)),
+        ("create_sampling_session", of_path(&own, 1, &path)),
+        ("retrieve_future", json!({"request_id": request})),
+        ("weights_info", json!({"tinker_path": path})),
+    ] {
+        let (status, reply) = post("tml-two", call, &body);
+        assert!((400..500).contains(&status), "{call} {body}: {status} {reply}");
+    }
+    for name in [path.as_str(), sampler, &model, "one", &format!("one:{model}"), &format!("one:{sampler}")] {
+        for (url, body) in [
+            ("/generate", generate(name)),
+            ("/v1/completions", complete(name)),
+            ("/v1/chat/completions", json!({"model": name, "messages": [{"role": "user", "content": "a"}]})),
+        ] {
+            let (status, reply) = send("tml-two", "POST", url, &body);
+            assert!((400..500).contains(&status), "{url} {name}: {status} {reply}");
+        }
+    }
+    for url in [format!("/api/v1/samplers/{sampler}"), format!("/api/v1/sessions/{own}")] {
+        assert_eq!(send("tml-two", "GET", &url, &json!({})).0, 404, "{url}");
+    }
+    let (_, listed) = send("tml-two", "GET", "/v1/models", &json!({}));
+    assert!(!listed.to_string().contains(&own), "{listed}");
+    let (_, several) = post("tml-two", "retrieve_futures", &json!({"request_ids": [request]}));
+    assert!(!several.to_string().contains("sequences"), "{several}");
+    assert_eq!(server.engine.sampled.lock().unwrap().len(), before, "nothing was sampled");
+
+    // A request that waits goes on, whoever else asks to cancel it.
+    let gate = stop(&server);
+    let mut body = sample("sampling_session_id", sampler);
+    body["seq_id"] = json!(1);
+    let (_, waiting) = post("tml-one", "asample", &body);
+    assert_eq!(
+        post("tml-two", "cancel_future", &json!({"request_id": waiting["request_id"]})),
+        (200, json!({}))
+    );
+    drop(gate);
+    let (_, reply) = call("tml-one", "asample", &body);
+    assert!(reply["sequences"].is_array(), "{reply}");
 }

@@ -374,7 +374,7 @@ fn a_sampler_that_cannot_be_made_is_refused_with_the_path_that_its_client_knows(
 }
 
 /// Stops the engine before its next token.
-fn stop(server: &Server) -> MutexGuard<'_, ()> {
+pub fn stop(server: &Server) -> MutexGuard<'_, ()> {
     server.engine.gate.lock().unwrap()
 }
 
