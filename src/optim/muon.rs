@@ -3,9 +3,9 @@
 //!
 //! m ← μ·m + (1 − μ)·g; u = (1 − μ)·g + μ·m with `nesterov`, else m; p ← (1 − lr·wd)·p − lr·f(rows, columns)·NS(u).
 //! NS works in bf16, as torch's does, and its rounding amplifies what the order of sums changes: runs on other numbers
-//! of ranks agree to 1e-4 in their losses and 1e-2 in single elements, not to 1e-5 as with other optimizers. Momentum is kept in a dtype of its own: in fp32 the steps are torch's, in bf16
-//! xorl's, which computes u in it, too. A matrix is one logical parameter: that of a fused target is one, and each
-//! expert's is one.
+//! of ranks agree to 1e-4 in their losses and 1e-2 in single elements, not to 1e-5 as with other optimizers. Momentum
+//! is kept in a dtype of its own: in fp32 the steps are torch's, in bf16 xorl's, which computes u in it, too. A matrix
+//! is one logical parameter: that of a fused target is one, and each expert's is one.
 //!
 //! The border of a shard may cut a matrix. A region with such a matrix is gathered, in bf16, which NS rounds to anyway;
 //! each rank then makes the matrices orthogonal of which it owns elements.
