@@ -102,6 +102,37 @@ losses_on_one() {
     { tail -20 "$out/losses.log" >&2; return 1; }
   echo 'equal: fp32 to 1e-5, bf16 to 5e-2 of fp64' >"$out/said"
 }
+# Matrices of every format, by the kernels and by libtorch, to the bit, and the rates of the kernels.
+decoded_on_one() {
+  cargo test --release --quiet --lib -- --ignored --nocapture gpu_gives_the_bits >"$out/decoded.log" 2>&1 ||
+    { tail -20 "$out/decoded.log" >&2; return 1; }
+  grep 'GB/s' "$out/decoded.log" | paste -sd ';' >"$out/said"
+}
+# A base in each packed format; on devices that the stand-in makes nf4 alone.
+packed_on_one() {
+  local format formats=(nf4 nvfp4 block_fp8) packed
+  [ "$device" = cuda ] || formats=(nf4)
+  for format in "${formats[@]}"; do
+    packed=(--train.expert_parallel_size 1 --lora.enable_qlora true --lora.quant_format "$format")
+    train "cpu-$format" 1 cpu "$moe" "${packed[@]}" "${fp32[@]}" &&
+      train "gpu-$format" 1 "$device" "$moe" "${packed[@]}" "${fp32[@]}" && same "gpu-$format" "cpu-$format" 1e-4 || return
+  done
+}
+# bf16: experts' matrices are decoded in one launch, and multiplied in one GEMM.
+packed_on_one_grouped() {
+  local format packed
+  for format in nf4 nvfp4 block_fp8; do
+    packed=(--train.expert_parallel_size 1 --train.max_steps 8 --lora.enable_qlora true --lora.quant_format "$format")
+    train "cpu-bf16-$format" 1 cpu "$moe" "${packed[@]}" &&
+      train "gpu-bf16-$format" 1 cuda "$moe" "${packed[@]}" && same "gpu-bf16-$format" "cpu-bf16-$format" 5e-3 || return
+  done
+}
+# Packed bytes are what is gathered.
+packed_over_nccl() {
+  local packed=(--train.expert_parallel_size 1 --lora.enable_qlora true --lora.quant_format nf4)
+  [ -e "$out/gpu-nf4/metrics.jsonl" ] || train gpu-nf4 1 "$device" "$moe" "${packed[@]}" "${fp32[@]}" || return
+  train nccl-nf4 "$ranks" "$device" "$moe" "${packed[@]}" "${fp32[@]}" && same nccl-nf4 gpu-nf4 1e-5
+}
 over_nccl() { # EP
   [ $((ranks % $1)) = 0 ] || { echo "$ranks ranks cannot be dealt to $1" >"$out/said"; return; }
   [ -e "$out/gpu/metrics.jsonl" ] || train gpu 1 "$device" "$moe" --train.expert_parallel_size 1 "${fp32[@]}"
@@ -261,6 +292,31 @@ random_beside_peer() {
   beside_peer "$out/$1" "${@:2}"
 }
 
+# Each format beside bf16: tokens a second, and memory.
+packed_speed() {
+  [ -d "$out/$1" ] || "$python" benches/random_model.py "$1" "$out/$1" >"$out/random.log" 2>&1 || { cat "$out/random.log" >&2; return 1; }
+  random_rows $((gpus * $2 * 12)) "$3"
+  speed_config "$out/$1" "$2" "$3"
+  rm -rf "$out"/speed-*
+  local format
+  train speed-bf16 "$gpus" cuda "$out/speed.yaml" || return
+  for format in nf4 nvfp4 block_fp8; do
+    train "speed-$format" "$gpus" cuda "$out/speed.yaml" --lora.enable_qlora true --lora.quant_format "$format" || return
+  done
+  python3 - "$out" >"$out/said" <<'P'
+import json, statistics, sys
+def seen(name):
+    lines = [json.loads(line) for line in open(f'{sys.argv[1]}/speed-{name}/metrics.jsonl')]
+    return statistics.median(line['tokens_per_second'] for line in lines[4:]), max(line['device_memory_bytes'] for line in lines) / 1e9
+speed, memory = seen('bf16')
+said = [f'bf16 {speed:.0f} tokens/s, {memory:.2f} GB']
+for name in 'nf4', 'nvfp4', 'block_fp8':
+    own, held = seen(name)
+    said.append(f'{name} {own / speed:.2f} times, {held:.2f} GB')
+print('; '.join(said))
+P
+}
+
 # Three adapters and rows without one in a pass, dense and experts.
 mixed_pass() {
   XORL_TEST_DEVICE=cuda cargo test --release --quiet --test mixed -- --ignored --nocapture gpu_ >"$out/mixed.log" 2>&1 ||
@@ -270,12 +326,16 @@ mixed_pass() {
 
 row one 'experts on 1 GPU = on the CPU, fp32' experts_on_one
 row gpu 'experts on 1 GPU = on the CPU, bf16, grouped GEMM' grouped_on_one
+row gpu 'quantised matrices decoded on 1 GPU = on the CPU, to the bit' decoded_on_one
+row one 'quantised bases on 1 GPU = on the CPU, fp32' packed_on_one
+row gpu 'quantised bases on 1 GPU = on the CPU, bf16, grouped GEMM' packed_on_one_grouped
 row gpu 'flash attention on 1 GPU = CPU: SmolLM2-135M, bf16, packs' flash_on_one
 row gpu 'adapters of one pass on 1 GPU = each alone, fp32' mixed_pass
 row gpu 'losses by token on 1 GPU = fp64: 1 and 3 targets a token' losses_on_one
 row several "nccl: $ranks ranks on $gpus GPUs = 1 GPU, experts gathered, fp32" over_nccl 1
 row several "nccl: $ranks ranks on $gpus GPUs = 1 GPU, experts over 2, fp32" over_nccl 2
 row gpu "nccl: $ranks ranks on $gpus GPUs = 1 GPU, experts over 2, bf16" over_nccl_grouped
+row several "nccl: $ranks ranks on $gpus GPUs = 1 GPU, nf4 gathered packed, fp32" packed_over_nccl
 row one "resume at 4 of 8 on $ranks ranks = undisturbed, to the byte" resumed
 row several "stopped rank of $ranks: named, communicators aborted" stopped
 row gpu 'generate on 1 GPU = on the CPU: SmolLM2-135M, fp32' generated
@@ -286,4 +346,5 @@ row gpu 'speed beside FSDP2 + PEFT: qwen3-moe-0.23b, bf16, 8x1024 a rank' random
   '[q_proj, k_proj, v_proj, o_proj, gate_up_proj, down_proj]'
 row gpu 'speed beside FSDP2 + PEFT: qwen3-moe-2.8b, bf16, 4x1024 a rank' random_beside_peer qwen3-moe-2.8b 4 1024 \
   '[q_proj, k_proj, v_proj, o_proj, gate_up_proj, down_proj]'
+row gpu 'speed of quantised bases beside bf16: qwen3-2gb, 4x2048 a rank' packed_speed qwen3-2gb 4 2048
 exit $failures

@@ -1,4 +1,4 @@
-// src/ops/cuda/kernels.cu on threads of the host: the same text, with what CUDA gives it made of C++. For the tests
+// src/ops/cuda/*.cu on threads of the host: the same text, with what CUDA gives it made of C++. For the tests
 // beside the operations, which load it as a library and start its kernels as the driver would. A block's threads are
 // threads, one block after another; a warp's exchange and __syncthreads are barriers.
 #include <barrier>
@@ -15,6 +15,7 @@
 #define __global__
 #define __device__
 #define __shared__ static
+#define __constant__ static const
 
 struct Place {
   unsigned x;
@@ -22,6 +23,9 @@ struct Place {
 static thread_local Place threadIdx, blockIdx;
 static Place blockDim;
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -58,6 +62,7 @@ static float __shfl_xor_sync(unsigned, float x, int apart) {
 }
 
 #include "../src/ops/cuda/kernels.cu"
+#include "../src/ops/cuda/decode.cu"
 
 using Kernel = std::function<void(void **)>;
 
@@ -71,6 +76,7 @@ static const std::map<std::string, Kernel> kernels = {
     NAMED(norm_forward), NAMED(norm_recompute), NAMED(norm_backward), NAMED(rope),
     NAMED(swiglu_forward), NAMED(swiglu_backward), NAMED(gather_rows),  NAMED(combine_rows),
     NAMED(exponentials), NAMED(head_gradient), {"head_gradient_wide_bf16", unpacked(head_gradient_wide_bf16)}, NAMED(adamw),
+    NAMED(decode_nf4), NAMED(decode_block_fp8), NAMED(decode_nvfp4),
 };
 
 // 0, or 1 where there is no such kernel.

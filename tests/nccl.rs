@@ -8,7 +8,7 @@ mod common;
 use common::{
     failed, is_mpich, relative, stand_in, succeeded,
     tiny::{TinyRun, adapter},
-    topology::{self, Case, equals_one_rank},
+    topology::{self, Case, compare, equals_one_rank, run_all},
 };
 use std::{
     collections::BTreeMap,
@@ -17,7 +17,9 @@ use std::{
     process::Output,
     time::{Duration, Instant},
 };
-use xorl_dist::config::{CheckpointingMethod::RecomputeFullLayer, ReduceGradients::MicroBatch};
+use xorl_dist::config::{
+    CheckpointingMethod::RecomputeFullLayer, QuantFormat::Nf4, ReduceGradients::MicroBatch,
+};
 
 #[test]
 fn mpi_worker() {
@@ -48,6 +50,17 @@ fn mpi_experts_over_two_and_four_ranks_equal_one() {
     let experts = Case { moe: true, micro_batch_rows: 1, ..over_nccl() };
     equals_one_rank(Case { experts_over: 2, world: 4, hybrid: true, ..experts.clone() });
     equals_one_rank(Case { experts_over: 4, world: 4, data: topology::Data::OddRowsSilent, ..experts });
+}
+
+/// Packed bytes are what is gathered: each rank holds its ledger against the plan. Weights are decoded as on a device.
+#[test]
+fn mpi_two_ranks_equal_one_on_a_quantised_base() {
+    let dense = Case { quant: Some(Nf4), ..over_nccl() };
+    let cases = [dense.clone(), Case { moe: true, experts_over: 2, ..dense }];
+    let alone = run_all(&cases.clone().map(|case| case.on_one_rank()));
+    for ((case, ranks), alone) in cases.iter().zip(run_all(&cases)).zip(alone) {
+        compare(case, &ranks, &alone[0]);
+    }
 }
 
 /// A run of the program, and what the stand-in was called for.
@@ -337,12 +350,16 @@ fn mpi_the_table_of_gpus() {
     let expected = [
         ("experts on 1 GPU = on the CPU, fp32", losses),
         ("experts on 1 GPU = on the CPU, bf16", "not run"),
+        ("quantised matrices decoded on 1 GPU = on the CPU", "not run"),
+        ("quantised bases on 1 GPU = on the CPU, fp32", losses),
+        ("quantised bases on 1 GPU = on the CPU, bf16", "not run"),
         ("flash attention", "not run"),
         ("adapters of one pass", "not run"),
         ("losses by token", "not run"),
         ("nccl: 2 ranks on 2 GPUs = 1 GPU, experts gathered", losses),
         ("nccl: 2 ranks on 2 GPUs = 1 GPU, experts over 2, fp32", losses),
         ("nccl: 2 ranks on 2 GPUs = 1 GPU, experts over 2, bf16", "not run"),
+        ("nccl: 2 ranks on 2 GPUs = 1 GPU, nf4 gathered packed", losses),
         ("resume", "equal: 3 files of step 8"),
         ("stopped", "gone in"),
         ("generate", "not run"),
@@ -351,6 +368,7 @@ fn mpi_the_table_of_gpus() {
         ("speed beside FSDP2 + PEFT: qwen3-2gb", "not run"),
         ("speed beside FSDP2 + PEFT: qwen3-moe-0.23b", "not run"),
         ("speed beside FSDP2 + PEFT: qwen3-moe-2.8b", "not run"),
+        ("speed of quantised bases beside bf16: qwen3-2gb", "not run"),
     ];
     let none = script(&TinyRun::new(), "0");
     let some = script(&TinyRun::new(), "2");

@@ -3,11 +3,15 @@
 
 mod common;
 
-use common::topology::{self, Case, compare, run_all};
-use xorl_dist::config::{
-    CheckpointingMethod::RecomputeFullLayer,
-    QuantFormat::{self, BlockFp8, Nf4, Nvfp4},
-    ReduceGradients::MicroBatch,
+use common::topology::{self, Case, compare, quantised_spec, run_all};
+use xorl_dist::{
+    config::{
+        CheckpointingMethod::RecomputeFullLayer,
+        QuantFormat::{self, BlockFp8, Nf4, Nvfp4},
+        ReduceGradients::MicroBatch,
+    },
+    mesh::{Mesh, MeshSizes},
+    model::base_plan::BasePlan,
 };
 
 const FORMATS: [QuantFormat; 3] = [Nf4, BlockFp8, Nvfp4];
@@ -50,4 +54,16 @@ fn mpi_ranks_equal_one_on_every_quantised_base() {
             compare(case, &ranks, one);
         }
     }
+}
+
+/// What the plan of memory counts: gate and up of an expert, q, k and v; on a device those of all experts of the rank.
+#[test]
+fn decoded_matrices_are_of_one_expert_or_of_all() {
+    let spec = quantised_spec(true, Some(Nf4));
+    let mesh = Mesh::new(2, MeshSizes { replicate: 1, shard: -1, sequence: 1, expert: 2 }).unwrap();
+    let base = BasePlan::new(&spec, &Case::one().options(), &mesh, 0).unwrap();
+    let decoded = |layer: usize| [false, true].map(|at_once| base.layers[layer].decoded_elements(at_once));
+    let (qkv, dense, expert) = ((4 + 2 + 2) * 16 * 40, 2 * 72 * 40, 2 * 28 * 40);
+    assert_eq!(decoded(0), [dense; 2]);
+    assert_eq!(decoded(1), [qkv, 6 * expert]);
 }

@@ -6,7 +6,7 @@
 
 use super::{
     context::BatchContext,
-    declare::{BaseEntries, Declarations, EntryForm},
+    declare::{BaseEntries, Declarations, EntryForm, GemmEntries},
     gathered::GatheredLayer,
     spec::{LayerSpec, ModelSpec},
     sublayer::{BackwardContext, Half, HalfState},
@@ -52,11 +52,16 @@ impl LayerPlan {
         &self.tensors
     }
 
-    /// Elements of the largest projection of packed weights, which are decoded together; of one expert.
-    pub fn decoded_elements(&self) -> usize {
+    /// Elements of the largest projection of packed weights, which are decoded together. One expert counts, or all of
+    /// this rank where they are computed `at_once`.
+    pub fn decoded_elements(&self, at_once: bool) -> usize {
         let packed = |base: &BaseEntries| {
             let packed = base.gemms.iter().filter(|gemm| gemm.format.is_some());
-            packed.map(|gemm| gemm.widths.iter().sum::<usize>() * gemm.input).sum()
+            let elements = |gemm: &GemmEntries| {
+                let one = gemm.widths.iter().sum::<usize>() * gemm.input;
+                if at_once && base.experts { self.expert_specs[gemm.weight].shape[0] * one } else { one }
+            };
+            packed.map(elements).sum()
         };
         self.bases.iter().map(packed).max().unwrap_or(0)
     }

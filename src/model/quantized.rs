@@ -96,8 +96,8 @@ impl Quantization {
 
     /// The reason why tensors on `device` cannot be of a quantised base, if they cannot.
     pub fn refusal(device: Device) -> Option<&'static str> {
-        let reason = "packed weights are decoded on CPUs alone; give --device cpu, or leave it out";
-        (device != Device::Cpu).then_some(reason)
+        let reason = "packed weights are decoded on CPUs and NVIDIA GPUs alone; give --device cpu or cuda";
+        (!matches!(device, Device::Cpu | Device::Cuda(_))).then_some(reason)
     }
 
     /// The format of leaf `leaf` of the module `parent`; `None` if it keeps its numbers.

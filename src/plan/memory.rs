@@ -40,7 +40,7 @@ pub struct Memory {
     pub activations: usize,
     /// The larger of a chunk of logits and the backward of a layer.
     pub scratch: usize,
-    /// The same on a device, which computes more rows of the head at a time.
+    /// The same on a device, which computes more rows of the head at a time, and all experts of a layer in one GEMM.
     pub device_scratch: usize,
     pub libraries: usize,
     /// Copies that a save makes on the host, beside all that.
@@ -59,14 +59,15 @@ impl Memory {
     ) -> Self {
         let regions = &base.regions;
         let kept = Kept::new(spec, base, adapter, options, batch);
-        let layer = kept.again + layer_scratch(spec, base, options, batch);
+        let [layer, on_device] =
+            [false, true].map(|at_once| kept.again + layer_scratch(spec, base, options, batch, at_once));
         let base = [&regions.layers, &regions.experts].map(|layouts| Held::new(layouts));
         let adapter = AdapterMemory::new(adapter, options, optimizer);
         let [vocab, norm] = [&regions.vocab[..], std::slice::from_ref(&regions.final_norm)].map(Held::new);
         let slots_used = options.slots.clamp(1, regions.layers.len().max(1));
         let pieces = |held: &[Held]| held.iter().map(|held| held.pieces).sum::<usize>();
         let whole = |held: &[Held]| held.iter().map(|held| held.in_slots(slots_used)).sum::<usize>();
-        let scratch = |rows| loss_scratch(spec, options, batch, rows).max(layer);
+        let scratch = |rows, layer| loss_scratch(spec, options, batch, rows).max(layer);
         Self {
             base: pieces(&base) + vocab.pieces + norm.pieces,
             slots: whole(&base) + vocab.in_slots(1) + norm.in_slots(1),
@@ -74,8 +75,8 @@ impl Memory {
             optimizer: adapter.optimizer,
             gradients: adapter.gradients,
             activations: kept.all,
-            scratch: scratch(HOST_ROWS as usize),
-            device_scratch: scratch(usize::MAX),
+            scratch: scratch(HOST_ROWS as usize, layer),
+            device_scratch: scratch(usize::MAX, on_device),
             libraries: LIBRARIES,
             save: adapter.save,
         }
@@ -173,12 +174,18 @@ fn loss_scratch(spec: &ModelSpec, options: &Options, batch: MicroBatch, most: us
 }
 
 /// The largest moment of a layer besides what it keeps: the temporaries of one half beside the gradient of the output
-/// and a normalised input.
-fn layer_scratch(spec: &ModelSpec, base: &BasePlan, options: &Options, batch: MicroBatch) -> usize {
+/// and a normalised input. Experts may be computed `at_once`.
+fn layer_scratch(
+    spec: &ModelSpec,
+    base: &BasePlan,
+    options: &Options,
+    batch: MicroBatch,
+    at_once: bool,
+) -> usize {
     let c = options.compute.size();
     let halves = base.layers.iter().flat_map(|layer| [&layer.mixer, &layer.ffn]);
     let half = halves.map(|half| half.scratch_bytes(c, batch)).max();
-    // The packed matrices of a projection, or of one of its experts, decoded.
-    let decoded = base.layers.iter().map(|layer| layer.decoded_elements()).max();
+    // The packed matrices of a projection, or of one or all of its experts, decoded.
+    let decoded = base.layers.iter().map(|layer| layer.decoded_elements(at_once)).max();
     half.unwrap_or(0) + 2 * spec.hidden_size * c * batch.tokens + decoded.unwrap_or(0) * c
 }

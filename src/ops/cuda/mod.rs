@@ -1,4 +1,4 @@
-//! CUDA kernels of this crate (`kernels.cu`), and the functions by which operations launch them.
+//! CUDA kernels of this crate (`kernels.cu`, `decode.cu`), and the functions by which operations launch them.
 //!
 //! An operation asks [`kernels`] for them and calls one. `false` means that nothing was done, for a kind or shape that
 //! the kernels do not take, and that libtorch's operations have to compute. The source is compiled at the first
@@ -22,7 +22,7 @@ use std::{
 use tch::{Device, Kind, Tensor};
 
 /// The kernels' source.
-pub const SOURCE: &str = include_str!("kernels.cu");
+pub const SOURCE: &str = concat!(include_str!("kernels.cu"), include_str!("decode.cu"));
 
 /// Columns that a thread loads at once, see `kernels.cu`. Rows are whole packs.
 const PACK: usize = 8;
@@ -37,7 +37,7 @@ macro_rules! named {
     ($($name:literal),*; $($whole:literal),*) => { [$(concat!($name, "_bf16"), concat!($name, "_f32"),)* $($whole),*] };
 }
 
-const NAMES: [&str; 23] = named!(
+const NAMES: [&str; 29] = named!(
     "norm_forward",
     "norm_recompute",
     "norm_backward",
@@ -48,7 +48,10 @@ const NAMES: [&str; 23] = named!(
     "combine_rows",
     "exponentials",
     "head_gradient",
-    "adamw";
+    "adamw",
+    "decode_nf4",
+    "decode_block_fp8",
+    "decode_nvfp4";
     "head_gradient_wide_bf16"
 );
 
@@ -165,6 +168,9 @@ macro_rules! start {
 macro_rules! arguments {
     ($($argument:expr),*) => { [$(from_mut(&mut { $argument }).cast::<c_void>()),*] };
 }
+
+// Behind the macros that it uses.
+mod decode;
 
 impl Kernels {
     /// Launches a kernel, unless there is nothing to do. Panics on failure, as libtorch's operations do.

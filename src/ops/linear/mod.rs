@@ -16,6 +16,7 @@
 mod grouped;
 mod invariant;
 mod matrices;
+mod on_device;
 mod packed;
 mod plain;
 mod segments;

@@ -1,7 +1,8 @@
 //! Frozen weights as they are stored: plain matrices, or packed tiles that are decoded where they are used.
 
-use super::{Matrices, matrix_of};
+use super::{Matrices, matrix_of, on_device};
 use crate::{
+    device::has_kernels,
     ops::{
         Buffer,
         cpu::{decode::decode, matmul::Matrix},
@@ -9,7 +10,7 @@ use crate::{
     quant::{Format, Grid},
 };
 use half::bf16;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use tch::{Kind, Tensor};
 
 /// The frozen weight `[out, in]` of a layer, or one of each expert.
@@ -41,17 +42,18 @@ pub struct PackedMatrices {
 }
 
 impl PackedMatrices {
-    fn rows(&self) -> usize {
+    /// Rows of one matrix.
+    pub fn rows(&self) -> usize {
         self.widths.iter().sum()
     }
 
     /// The tiles of a leaf.
-    fn grid(&self, rows: usize) -> Grid {
+    pub fn grid(&self, rows: usize) -> Grid {
         Grid { format: self.format, rows, columns: self.columns }
     }
 
     /// Tiles of one base.
-    fn tiles_of_base(&self) -> usize {
+    pub fn tiles_of_base(&self) -> usize {
         self.widths.iter().map(|&rows| self.grid(rows).tiles()).sum()
     }
 
@@ -69,10 +71,19 @@ impl PackedMatrices {
         }
     }
 
+    /// Writes the matrices of `bases` to `out` `[bases, rows, columns]`.
+    fn decode_all(&self, bases: Range<usize>, out: &Tensor) {
+        if has_kernels(&self.tiles) {
+            bases.enumerate().for_each(|(i, base)| self.decode(base, &out.get(i as i64)));
+        } else {
+            on_device::decode(self, &bases, out);
+        }
+    }
+
     fn decoded(&self, base: usize) -> Buffer {
         let shape = [self.rows() as i64, self.columns as i64];
         let out = Buffer::empty(&shape, self.kind, self.tiles.device());
-        self.decode(base, &out);
+        self.decode_all(base..base + 1, &out.unsqueeze(0));
         out
     }
 }
@@ -110,7 +121,7 @@ impl Weight {
                 let bases = packed.tiles.size()[0] / packed.tiles_of_base().max(1) as i64;
                 let shape = [bases, packed.rows() as i64, packed.columns as i64];
                 let all = Buffer::empty(&shape, packed.kind, packed.tiles.device());
-                (0..bases).for_each(|base| packed.decode(base as usize, &all.get(base)));
+                packed.decode_all(0..bases as usize, &all);
                 // One matrix is as a dense layer's: it is multiplied without segments.
                 let all = if bases == 1 {
                     Matrices::Shared(all.get(0))
