@@ -391,6 +391,8 @@ pub(crate) mod on_host {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kernels_on_host.cpp");
         let mut compiler = Command::new("c++");
         compiler.args(["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]);
+        // What a GPU loads or stores at once is aligned to its size: a breach ends the process.
+        compiler.args(["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]);
         assert!(compiler.arg(source).arg("-o").arg(&library).status().unwrap().success());
         // SAFETY: the library was just built from a source of this repository; its initialisers fill a table of
         // kernels.

@@ -165,14 +165,8 @@ mod tests {
     #[test]
     fn kernels_and_libtorch_give_the_bits_of_the_host() {
         let kernels = cuda::on_host::kernels();
-        let shapes: [(&[usize], usize); 6] = [
-            (&[1], 1),
-            (&[128], 256),
-            (&[7, 64], 88),
-            (&[3, 130], 200),
-            (&[3, 2], 1003),
-            (&[1, 2, 3, 4, 5, 6, 7, 8], 40),
-        ];
+        let shapes: [(&[usize], usize); 4] =
+            [(&[1, 128], 256), (&[3, 130], 200), (&[3, 2], 1003), (&[1, 2, 3, 4, 5, 6, 7, 8], 40)];
         for (format, kind) in formats_and_kinds() {
             for (widths, columns) in shapes {
                 let packed = any(format, 2, widths, columns, kind);
