@@ -3,7 +3,8 @@
 use super::{
     Decoded, Format, QuantError, block_fp8,
     block_fp8::SIDE,
-    check_length, four_bit,
+    check_length,
+    four_bit::{self, Window},
     nf4::{self, Nf4},
     nvfp4::{self, GROUP, NvFp4},
 };
@@ -215,7 +216,9 @@ impl Grid {
             self.segments(tile, |at, element, count| {
                 let to = &mut out[element - elements.start..][..count];
                 match self.format {
-                    Format::BlockFp8 => block_fp8::unpack(packed, at / SIDE, at % SIDE, to),
+                    Format::BlockFp8 => {
+                        block_fp8::unpack(packed, [at / SIDE, at % SIDE], [1, count], count, to);
+                    }
                     _ => four_bit::unpack::<NvFp4, T>(packed, at, global, to),
                 }
             });
@@ -297,37 +300,59 @@ impl Packed<'_> {
         columns: Range<usize>,
         out: &mut [T],
     ) -> Result<(), QuantError> {
+        check_length("values", out.len(), rows.len() * columns.len())?;
+        let stride = columns.len();
+        self.strided(rows, columns, stride, out)
+    }
+
+    /// Values of a rectangle of the matrix into rows of `out` that are `stride` apart. What lies between them stays.
+    ///
+    /// # Errors
+    /// The rectangle lies outside of the matrix, or of `out`.
+    pub fn strided<T: Decoded>(
+        &self,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        stride: usize,
+        out: &mut [T],
+    ) -> Result<(), QuantError> {
         let grid = &self.grid;
         check_length("bytes of tiles", self.bytes.len(), grid.bytes())?;
         check_length("rows up to the last", grid.rows.min(rows.end), rows.end)?;
         check_length("columns up to the last", grid.columns.min(columns.end), columns.end)?;
-        check_length("values", out.len(), rows.len() * columns.len())?;
-        if columns.is_empty() {
+        if columns.is_empty() || rows.is_empty() {
             return Ok(());
         }
-        for (row, out) in rows.zip(out.chunks_exact_mut(columns.len())) {
-            match grid.format {
-                Format::Nf4 => {
-                    four_bit::unpack::<Nf4, T>(self.bytes, row * grid.columns + columns.start, 1.0, out)
-                }
-                Format::NvFp4 => {
-                    four_bit::unpack::<NvFp4, T>(
-                        self.bytes,
-                        row * grid.padded() + columns.start,
-                        self.global,
-                        out,
-                    );
-                }
-                Format::BlockFp8 => {
-                    let (mut column, mut rest) = (columns.start, &mut *out);
-                    while !rest.is_empty() {
+        let last = (rows.len() - 1) * stride + columns.len();
+        check_length("values of rows", out.len().min(last), last)?;
+        check_length("values from a row to the next", stride.max(columns.len()), stride)?;
+        let window = |step: usize| Window {
+            first: rows.start * step + columns.start,
+            rows: rows.len(),
+            width: columns.len(),
+            step,
+            stride,
+        };
+        match grid.format {
+            Format::Nf4 => four_bit::unpack_window::<Nf4, T>(self.bytes, window(grid.columns), 1.0, out),
+            Format::NvFp4 => {
+                four_bit::unpack_window::<NvFp4, T>(self.bytes, window(grid.padded()), self.global, out);
+            }
+            Format::BlockFp8 => {
+                let mut row = rows.start;
+                while row < rows.end {
+                    let count = (SIDE - row % SIDE).min(rows.end - row);
+                    let mut column = columns.start;
+                    while column < columns.end {
+                        let width = (SIDE - column % SIDE).min(columns.end - column);
                         let tile = row / SIDE * grid.across() + column / SIDE;
-                        let count = (SIDE - column % SIDE).min(rest.len());
-                        let (now, later) = rest.split_at_mut(count);
                         let bytes = &self.bytes[tile * block_fp8::TILE.bytes..][..block_fp8::TILE.bytes];
-                        block_fp8::unpack(bytes, row % SIDE, column % SIDE, now);
-                        (column, rest) = (column + count, later);
+                        let out = &mut out[(row - rows.start) * stride + column - columns.start..];
+                        let first = [row % SIDE, column % SIDE];
+                        block_fp8::unpack(bytes, first, [count, width], stride, out);
+                        column += width;
                     }
+                    row += count;
                 }
             }
         }

@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-/// A number that is decoded to: fp32 or bf16, rounded to nearest even.
+/// A number that is decoded to: fp64, fp32, or bf16, rounded to nearest even.
 pub trait Decoded: bytemuck::Pod + Default + Send + Sync {
     fn of(value: f32) -> Self;
 }
@@ -11,6 +11,13 @@ impl Decoded for f32 {
     #[inline(always)]
     fn of(value: f32) -> Self {
         value
+    }
+}
+
+impl Decoded for f64 {
+    #[inline(always)]
+    fn of(value: f32) -> Self {
+        value.into()
     }
 }
 

@@ -1,10 +1,82 @@
-//! Decoding of packed matrices on the host.
+//! Decoding of packed matrices on the host: whole, or a few rows at a time inside of a product.
 
 use super::{Stored, pool};
-use crate::quant::{Decoded, Grid};
+use crate::{
+    ops::row_layout::{Footprint, RowLayout},
+    quant::{Decoded, Grid, Packed},
+};
 use half::bf16;
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
+
+/// Some rows of a matrix of packed leaves, one below the other, which a product decodes where it uses them.
+#[derive(Clone, Copy)]
+pub struct PackedRows<'a> {
+    leaves: &'a [Packed<'a>],
+    first: usize,
+    rows: usize,
+    columns: usize,
+}
+
+impl<'a> PackedRows<'a> {
+    /// All rows of `leaves`.
+    ///
+    /// # Panics
+    /// The leaves differ in their columns, or have other bytes than their grids.
+    pub fn of(leaves: &'a [Packed<'a>]) -> Self {
+        let columns = leaves.first().map_or(0, |leaf| leaf.grid.columns);
+        for Packed { grid, bytes, .. } in leaves {
+            assert_eq!((grid.columns, grid.bytes()), (columns, bytes.len()), "{grid:?}");
+        }
+        Self { leaves, first: 0, rows: leaves.iter().map(|leaf| leaf.grid.rows).sum(), columns }
+    }
+
+    /// Some of its rows.
+    pub fn rows(self, range: &Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.rows, "rows {range:?} of {}", self.rows);
+        Self { first: self.first + range.start, rows: range.len(), ..self }
+    }
+
+    /// [rows, columns]
+    pub fn shape(&self) -> [usize; 2] {
+        [self.rows, self.columns]
+    }
+
+    /// The bytes of its leaves.
+    pub fn footprints(&self) -> impl Iterator<Item = Footprint> {
+        self.leaves.iter().map(|leaf| {
+            let columns = leaf.bytes.len();
+            let layout = RowLayout { rows: 1, columns, stride: columns, inner: 1, outer_stride: 0 };
+            layout.footprint(leaf.bytes.as_ptr().addr(), 1)
+        })
+    }
+
+    /// Values of a rectangle into rows of `out` that are `stride` apart, as [`decode`] gives them.
+    ///
+    /// # Panics
+    /// The rectangle lies outside of the matrix, or of `out`.
+    pub fn decode<E: Decoded>(
+        &self,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        stride: usize,
+        out: &mut [E],
+    ) {
+        assert!(rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        let rows = self.first + rows.start..self.first + rows.end;
+        let mut top = 0;
+        for leaf in self.leaves {
+            let own = top..top + leaf.grid.rows;
+            let (from, to) = (rows.start.max(own.start), rows.end.min(own.end));
+            if from < to {
+                let out = &mut out[(from - rows.start) * stride..];
+                let decoded = leaf.strided(from - top..to - top, columns.clone(), stride, out);
+                assert_eq!(decoded, Ok(()), "{:?}", leaf.grid);
+            }
+            top = own.end;
+        }
+    }
+}
 
 /// Decodes `tiles` `[tiles, bytes]` u8 of a matrix to `out` `[rows, columns]`, fp32 or bf16. `global` is the scale of
 /// the matrix, 1 where its format has none.

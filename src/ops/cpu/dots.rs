@@ -2,9 +2,16 @@
 //!
 //! Each number of the output is one dot product along rows of x and w: in [`LANES`] partial sums, front to back, which
 //! are added by halves at the end. Blocks of rows and columns share loads and no sums, so a row gets the same bits
-//! alone and beside any others. Nothing is packed: with few rows the time is that of reading w.
+//! alone and beside any others. Nothing is packed: with few rows the time is that of reading w. A w of packed tiles of
+//! `quant` is decoded by each task, for the columns that it computes.
 
-use super::{Element, Isa, LANES, Real, Rows, lanes, pool};
+use super::{
+    Element, Isa, LANES, Real, Rows,
+    decode::PackedRows,
+    lanes, pool,
+    scratch::{Memory, words},
+};
+use crate::quant::Decoded;
 use half::bf16;
 use pulp::NullaryFnOnce;
 use std::{marker::PhantomData, ops::Range};
@@ -34,12 +41,25 @@ impl Start<'_> {
     pub const NOTHING: Start<'static> = Start { rows: None, bias: None, scale: 1.0 };
 }
 
+/// The factor w `[columns, depth]`.
+#[derive(Clone, Copy)]
+pub enum Factor<'a> {
+    Plain(&'a Tensor),
+    Packed(PackedRows<'a>),
+}
+
+impl<'a> From<&'a Tensor> for Factor<'a> {
+    fn from(w: &'a Tensor) -> Self {
+        Self::Plain(w)
+    }
+}
+
 /// out `[rows, columns]` = start + bias + scale · x·wᵀ, from x `[rows, depth]` and w `[columns, depth]`, rounded once.
 ///
 /// # Panics
 /// Shapes or kinds do not agree, or the output overlaps a factor, or partly overlaps the matrix it starts from.
-pub fn multiply(x: &Tensor, w: &Tensor, start: Start, out: &Tensor) {
-    let level = Isa::current();
+pub fn multiply<'a>(x: &Tensor, w: impl Into<Factor<'a>>, start: Start, out: &Tensor) {
+    let (level, w) = (Isa::current(), w.into());
     match x.kind() {
         Kind::BFloat16 => {
             let product = Product::<bf16>::new(x, w, start, out);
@@ -61,25 +81,41 @@ pub fn multiply(x: &Tensor, w: &Tensor, start: Start, out: &Tensor) {
     }
 }
 
+/// Rows of w, each a column of the output.
+enum Columns<'a, E> {
+    Plain(Rows<'a, E>),
+    Packed(PackedRows<'a>),
+}
+
 /// A product as its threads share it.
 struct Product<'a, E: Element> {
     x: Rows<'a, E>,
-    w: Rows<'a, E>,
+    w: Columns<'a, E>,
     start: Option<Rows<'a, E>>,
     bias: Option<Rows<'a, E>>,
     scale: E::Accum,
     out: Rows<'a, E>,
 }
 
-impl<'a, E: Element> Product<'a, E> {
-    fn new(x: &'a Tensor, w: &'a Tensor, start: Start<'a>, out: &'a Tensor) -> Self {
+impl<'a, E: Element + Decoded> Product<'a, E> {
+    fn new(x: &'a Tensor, w: Factor<'a>, start: Start<'a>, out: &'a Tensor) -> Self {
         let Start { rows, bias, scale } = start;
         let [start, bias] = [rows, bias].map(|tensor| tensor.map(Rows::<E>::of));
         let is_itself = rows.is_some_and(|rows| rows.data_ptr() == out.data_ptr());
         let is_same = is_itself && rows.map(Tensor::stride) == Some(out.stride());
-        let [x, w, out] = [x, w, out].map(Rows::<E>::of);
-        assert_eq!([out.len(), out.columns(), x.columns()], [x.len(), w.len(), w.columns()], "factors fit");
-        assert!(out.is_apart_from(&x) && out.is_apart_from(&w), "an output overlaps a factor");
+        let [x, out] = [x, out].map(Rows::<E>::of);
+        let (w, [columns, depth], is_apart) = match w {
+            Factor::Plain(w) => {
+                let w = Rows::of(w);
+                (Columns::Plain(w), [w.len(), w.columns()], out.is_apart_from(&w))
+            }
+            Factor::Packed(w) => {
+                let is_apart = w.footprints().all(|bytes| !out.overlaps(&bytes));
+                (Columns::Packed(w), w.shape(), is_apart)
+            }
+        };
+        assert_eq!([out.len(), out.columns(), x.columns()], [x.len(), columns, depth], "factors fit");
+        assert!(out.is_apart_from(&x) && is_apart, "an output overlaps a factor");
         if let Some(start) = &start {
             assert_eq!([start.len(), start.columns()], [out.len(), out.columns()], "the start fits");
             assert!(is_same || out.is_apart_from(start), "an output partly overlaps its start");
@@ -106,20 +142,38 @@ impl<'a, E: Element> Product<'a, E> {
         let part = |i: usize| {
             let Range { start, end } = cut(i % beside, beside, blocks);
             let columns = start * COLUMNS..columns.min(end * COLUMNS);
-            dot.run(Part::<D> { product: self, rows: cut(i / beside, below, rows), columns });
+            let rows = cut(i / beside, below, rows);
+            match self.w {
+                Columns::Plain(w) => {
+                    // SAFETY: `new` found the output apart from w, which so has no writer.
+                    let of = |column| unsafe { w.row(column) };
+                    dot.run(Part::<D, _> { product: self, rows, columns, of });
+                }
+                Columns::Packed(w) => {
+                    let numbers = columns.len() * depth;
+                    let mut memory = Memory::take(words::<E>(numbers));
+                    let decoded = memory.scratch().cut::<E>(numbers);
+                    let (first, width) = (columns.start, self.x.columns());
+                    w.decode(columns.clone(), 0..width, width, decoded);
+                    let of = |column: usize| &decoded[(column - first) * width..][..width];
+                    dot.run(Part::<D, _> { product: self, rows, columns, of });
+                }
+            }
         };
         if threads == 1 { (0..beside * below).for_each(part) } else { pool::tasks(beside * below, part) }
     }
 }
 
 /// Rows and columns of a product that one thread computes.
-struct Part<'a, D: Dot> {
+struct Part<'a, D: Dot, W> {
     product: &'a Product<'a, D::Stored>,
     rows: Range<usize>,
     columns: Range<usize>,
+    /// The row of w of a column.
+    of: W,
 }
 
-impl<D: Dot> NullaryFnOnce for Part<'_, D> {
+impl<'a, D: Dot, W: Fn(usize) -> &'a [D::Stored]> NullaryFnOnce for Part<'a, D, W> {
     type Output = ();
 
     #[inline(always)]
@@ -137,19 +191,17 @@ impl<D: Dot> NullaryFnOnce for Part<'_, D> {
     }
 }
 
-impl<D: Dot> Part<'_, D> {
+impl<'a, D: Dot, W: Fn(usize) -> &'a [D::Stored]> Part<'a, D, W> {
     /// Computes `rows` rows from `first` on, at most `R`.
     #[inline(always)]
     fn rows<const R: usize>(&self, first: usize, rows: usize) {
-        let Product { x, w, .. } = self.product;
+        let x = &self.product.x;
         // SAFETY: `Product::new` found the output apart from x, which so has no writer.
         let x: [&[D::Stored]; R] = std::array::from_fn(|r| unsafe { x.row(first + r.min(rows - 1)) });
         let mut column = self.columns.start;
         while column < self.columns.end {
             let columns = (self.columns.end - column).min(COLUMNS);
-            // SAFETY: as for x.
-            let w: [&[D::Stored]; COLUMNS] =
-                std::array::from_fn(|c| unsafe { w.row(column + c.min(columns - 1)) });
+            let w: [&[D::Stored]; COLUMNS] = std::array::from_fn(|c| (self.of)(column + c.min(columns - 1)));
             // SAFETY: `call` runs inside of `D::run`. All rows have as many numbers, see `Product::new`.
             let sums = unsafe { block::<D, R>(x, w) };
             for (r, sums) in sums.iter().enumerate().take(rows) {

@@ -5,12 +5,16 @@
 //! are read in place. [Blocks](super::block) of the output are summed over all terms in registers, so an adapter's part
 //! of a layer's output costs neither a pass over the output nor a rounding.
 //!
+//! A frozen right factor may be packed in a format of `quant`: it is decoded while its tiles are packed, a few rows at a
+//! time that stay in the first-level cache, so no decoded matrix is written to memory and read again.
+//!
 //! With few rows, as an expert has, reading the right factor takes most of the time. Measured no faster with AMX:
 //! prefetching it, packing the next columns while the last are multiplied, multiplying its transpose, and stores that
 //! bypass the caches.
 
 use super::{
     block::{Blocks, Place, Stretch, Sums, Tile},
+    decode::PackedRows,
     packing::{BLOCK, DEPTH, NUMBERS, Packing, ROW_BYTES, SIDE},
     pool,
     scratch::{Memory, words},
@@ -25,6 +29,12 @@ const PASS_TILES: usize = 48;
 
 /// Rows of unfinished sums that are kept at a time, where a sum is longer than a pass.
 const UNFINISHED_ROWS: usize = 1024;
+
+/// Columns of a band of 32 rows that are decoded together: 16 KiB, half of a first-level cache.
+const BAND_COLUMNS: usize = 256;
+
+/// Numbers of a band.
+const BAND: usize = BLOCK * BAND_COLUMNS;
 
 /// A bf16 or fp32 matrix `[rows, columns]` in host memory with dense rows.
 #[derive(Clone, Copy)]
@@ -264,10 +274,40 @@ unsafe fn pack_pairs<P: Packing>(
     unsafe { P::pair(edge.as_ptr().cast(), DEPTH, to) };
 }
 
+/// A right factor.
+#[derive(Clone, Copy)]
+pub enum Right<'a> {
+    Plain(Operand<'a>),
+    /// A matrix of packed leaves, or its transpose.
+    Packed {
+        matrix: PackedRows<'a>,
+        transposed: bool,
+    },
+}
+
+impl<'a> From<Operand<'a>> for Right<'a> {
+    fn from(operand: Operand<'a>) -> Self {
+        Self::Plain(operand)
+    }
+}
+
+impl Right<'_> {
+    /// [rows, columns]
+    fn shape(&self) -> [usize; 2] {
+        match self {
+            Self::Plain(operand) => operand.shape(),
+            Self::Packed { matrix, transposed } => {
+                let [rows, columns] = matrix.shape();
+                if *transposed { [columns, rows] } else { [rows, columns] }
+            }
+        }
+    }
+}
+
 /// A product to be summed: left `[rows, depth]` · right `[depth, columns]`.
 pub struct Term<'a> {
     pub left: Operand<'a>,
-    pub right: Operand<'a>,
+    pub right: Right<'a>,
 }
 
 /// The destination of a sum of products.
@@ -348,13 +388,20 @@ pub fn multiply<T: Blocks>(machine: T, terms: &[Term], out: Output) {
     }
     let written = out.footprint();
     assert!(!written.is_repeated(), "rows of an output overlap: {written:?}");
+    let apart = |factor: Footprint| {
+        assert!(!written.overlaps(&factor), "an output overlaps a factor: {written:?} and {factor:?}");
+    };
     let read = |factor: &Operand| {
         let (Operand::Of(x) | Operand::Transposed(x)) = factor;
         // A block at the edge reads rows behind the matrix too, see `in_place`.
         x.footprint(x.readable.min(x.rows.next_multiple_of(BLOCK)))
     };
-    for factor in terms.iter().flat_map(|term| [&term.left, &term.right]).map(read) {
-        assert!(!written.overlaps(&factor), "an output overlaps a factor: {written:?} and {factor:?}");
+    for Term { left, right } in terms {
+        apart(read(left));
+        match right {
+            Right::Plain(right) => apart(read(right)),
+            Right::Packed { matrix, .. } => matrix.footprints().for_each(apart),
+        }
     }
     if let Output::Rounded { start: Some(start), to, .. } = &out {
         assert_eq!(start.shape(), [rows, columns], "the matrix that a sum starts from fits");
@@ -403,17 +450,21 @@ impl<T: Blocks> Product<'_, T> {
         let height = if passes == 1 { rows.len() } else { rows.len().min(UNFINISHED_ROWS) };
         let kept = if passes == 1 { 2 } else { height.div_ceil(BLOCK) * width };
         let [left_tiles, right_tiles] = [2 * deepest, 2 * width * deepest];
-        let mut memory = Memory::take(words::<Tile>(left_tiles + right_tiles) + words::<Sums>(kept));
+        let has_packed = self.terms.iter().any(|term| matches!(term.right, Right::Packed { .. }));
+        let band = if has_packed { BAND } else { 0 };
+        let tiles = words::<Tile>(left_tiles + right_tiles);
+        let mut memory = Memory::take(tiles + words::<Sums>(kept) + words::<bf16>(band));
         let mut scratch = memory.scratch();
         let left: &mut [Tile] = scratch.cut(left_tiles);
         let right: &mut [Tile] = scratch.cut(right_tiles);
         let sums: &mut [Sums] = scratch.cut(kept);
+        let band: &mut [bf16] = scratch.cut(band);
         let mut done = None;
         let mut places = Vec::with_capacity(self.terms.len());
         for first in rows.clone().step_by(height) {
             for (number, pass) in self.passes.iter().enumerate() {
                 let depth = depth_of(pass);
-                self.pack_right(pass, &pairs, right);
+                self.pack_right(pass, &pairs, right, band);
                 for (i, row) in (first..rows.end.min(first + height)).step_by(BLOCK).enumerate() {
                     places.clear();
                     let mut unused = &mut *left;
@@ -472,19 +523,33 @@ impl<T: Blocks> Product<'_, T> {
         Place { first: packed.as_ptr().cast(), row: ROW_BYTES, along: tile, lower: along * tile }
     }
 
-    /// Packs the column tiles of a pass: `[column tiles, tiles along the sum]`.
+    /// Packs the column tiles of a pass: `[column tiles, tiles along the sum]`. `band` is room for a [`BAND`] where a
+    /// right factor is decoded.
     #[inline(always)]
-    fn pack_right(&self, pass: &[DepthSlice], pairs: &Range<usize>, packed: &mut [Tile]) {
+    fn pack_right(&self, pass: &[DepthSlice], pairs: &Range<usize>, packed: &mut [Tile], band: &mut [bf16]) {
         let depth = depth_of(pass);
         for section in pass {
-            let right = &self.terms[section.term].right;
+            let place = |k: usize, pair: usize| {
+                (pair - pairs.start) * 2 * depth + section.packed + k - section.along.start
+            };
+            let right = match &self.terms[section.term].right {
+                Right::Plain(right) => right,
+                Right::Packed { matrix, transposed } => {
+                    let to = |k: usize, pair: usize| (place(k, pair), depth);
+                    let along = section.along.clone();
+                    if *transposed {
+                        let to = |pair: usize, k: usize| to(k, pair);
+                        self.decode_right::<true>(matrix, pairs.clone(), along, to, packed, band);
+                    } else {
+                        self.decode_right::<false>(matrix, along, pairs.clone(), to, packed, band);
+                    }
+                    continue;
+                }
+            };
             let mut one = |k: usize, pair: usize| {
-                let place = (pair - pairs.start) * 2 * depth + section.packed + k - section.along.start;
-                let (first, second) = packed[place..].split_at_mut(depth);
+                let tiles = both(packed, place(k, pair), depth);
                 // SAFETY: `self.machine` is a `T`, so the CPU has the instructions of its packing.
-                unsafe {
-                    right.pack_right::<T::Packing>(k * DEPTH, pair * BLOCK, [&mut first[0], &mut second[0]])
-                };
+                unsafe { right.pack_right::<T::Packing>(k * DEPTH, pair * BLOCK, tiles) };
             };
             // In the order of memory.
             match right {
@@ -493,6 +558,51 @@ impl<T: Blocks> Product<'_, T> {
                 }
                 Operand::Transposed(_) => {
                     pairs.clone().for_each(|pair| section.along.clone().for_each(|k| one(k, pair)));
+                }
+            }
+        }
+    }
+
+    /// Decodes the squares of 32 numbers `down` × `across` of `matrix`, band by band, and packs each as two tiles of
+    /// `packed`, whose places and distance `to` tells.
+    #[inline(always)]
+    fn decode_right<const TRANSPOSED: bool>(
+        &self,
+        matrix: &PackedRows,
+        down: Range<usize>,
+        across: Range<usize>,
+        to: impl Fn(usize, usize) -> (usize, usize),
+        packed: &mut [Tile],
+        band: &mut [bf16],
+    ) {
+        const { assert!(DEPTH == BLOCK && BAND_COLUMNS.is_multiple_of(BLOCK)) };
+        let [rows, columns] = matrix.shape();
+        for i in down {
+            let of_rows = i * BLOCK..rows.min((i + 1) * BLOCK);
+            for first in across.clone().step_by(BAND_COLUMNS / BLOCK) {
+                let end = across.end.min(first + BAND_COLUMNS / BLOCK);
+                let of_columns = first * BLOCK..columns.min(end * BLOCK);
+                if of_rows.len() < BLOCK || of_columns.end < end * BLOCK {
+                    band.fill(bf16::ZERO);
+                }
+                matrix.decode(of_rows.clone(), of_columns, BAND_COLUMNS, band);
+                for j in first..end {
+                    let (place, depth) = to(i, j);
+                    let tiles = both(packed, place, depth).map(bytemuck::cast_mut);
+                    let from = &band[(j - first) * BLOCK..];
+                    assert!(from.len() > (BLOCK - 1) * BAND_COLUMNS + BLOCK - 1);
+                    // SAFETY: `from` has 32 rows of 32 numbers, `BAND_COLUMNS` apart, as was asserted. `self.machine`
+                    // is a `T`, so the CPU has the instructions of its packing.
+                    unsafe {
+                        if TRANSPOSED {
+                            for (half, tile) in tiles.into_iter().enumerate() {
+                                let from = from.as_ptr().add(half * SIDE * BAND_COLUMNS);
+                                T::Packing::transpose(from.cast(), BAND_COLUMNS * size_of::<bf16>(), tile);
+                            }
+                        } else {
+                            T::Packing::pair(from.as_ptr(), BAND_COLUMNS, tiles);
+                        }
+                    }
                 }
             }
         }
@@ -539,6 +649,13 @@ impl<T: Blocks> Product<'_, T> {
             }
         }
     }
+}
+
+/// The tile at `place` and its neighbour in the column of tiles on the right, `depth` tiles on.
+#[inline(always)]
+fn both(packed: &mut [Tile], place: usize, depth: usize) -> [&mut Tile; 2] {
+    let (first, second) = packed[place..].split_at_mut(depth);
+    [&mut first[0], &mut second[0]]
 }
 
 fn depth_of(pass: &[DepthSlice]) -> usize {
@@ -664,7 +781,8 @@ mod tests {
             let depth = depths.iter().sum::<i64>() as f64;
             let rounding =
                 depth * f64::from(f32::EPSILON) * distance(&product, &product.zeros_like()).max(1.0);
-            let terms = operands.each_ref().map(|[a, b]| Term { left: a.operand(), right: b.operand() });
+            let terms =
+                operands.each_ref().map(|[a, b]| Term { left: a.operand(), right: b.operand().into() });
             let (matrix, row) = (random(rows, columns), random(1, columns).view([-1]));
             let starts = [
                 (None, Tensor::from(0.0)),
@@ -716,7 +834,7 @@ mod tests {
     /// x `[40, 64]` times itself, transposed, into columns of `all` from `column` on, and rows from `row` on.
     fn multiply_into(all: &Tensor, row: i64, column: i64) {
         let x = all.narrow(0, 0, 40).narrow(1, 0, 64);
-        let (left, right) = (Operand::Of(Matrix::of(&x)), Operand::Transposed(Matrix::of(&x)));
+        let (left, right) = (Operand::Of(Matrix::of(&x)), Operand::Transposed(Matrix::of(&x)).into());
         let to = all.narrow(0, row, 40).narrow(1, column, 40);
         let to = Output::Rounded { to: Matrix::of(&to), start: None, scale: 1.0 };
         multiply(InTiles(Emulated), &[Term { left, right }], to);
@@ -740,7 +858,7 @@ mod tests {
         let all = random(80, 64);
         let [left, behind] = [0..40, 40..80].map(|rows| Matrix::of(&all).rows(&rows));
         let right = random(64, 64);
-        let terms = [Term { left: Operand::Of(left), right: Operand::Of(Matrix::of(&right)) }];
+        let terms = [Term { left: Operand::Of(left), right: Operand::Of(Matrix::of(&right)).into() }];
         multiply(InTiles(Emulated), &terms, Output::Rounded { to: behind, start: None, scale: 1.0 });
     }
 

@@ -83,6 +83,11 @@ impl<'a, E: Stored> Rows<'a, E> {
         !self.footprint.overlaps(&other.footprint)
     }
 
+    /// A byte of one may be one of `bytes`.
+    pub fn overlaps(&self, bytes: &Footprint) -> bool {
+        self.footprint.overlaps(bytes)
+    }
+
     pub fn columns(&self) -> usize {
         self.columns
     }

@@ -27,7 +27,7 @@ impl Backend for Invariant<'_> {
             for (base, range) in with_columns(&linear.bases) {
                 let added = add.as_ref().map(|add| columns(add, &range));
                 let start = Start { rows: added.as_ref(), bias: base.bias.as_ref(), scale: 1.0 };
-                multiply(&x, &base.weight.of(group).tensor(), start, &columns(&y, &range));
+                base.weight.factor(group).multiply_invariant(&x, start, &columns(&y, &range));
             }
         }
         let h = self.lora_hidden(x);

@@ -1,17 +1,21 @@
-//! Frozen weights as they are stored: plain matrices, or packed tiles that are decoded where they are used.
+//! Frozen weights as they are stored: plain matrices, or packed tiles that are decoded where they are used. Products
+//! of our own decode inside of the product; libtorch's need the whole matrix.
 
 use super::{Matrices, matrix_of, on_device};
 use crate::{
     device::has_kernels,
     ops::{
         Buffer,
-        cpu::{decode::decode, matmul::Matrix},
+        cpu::{
+            decode::{PackedRows, decode},
+            dots,
+            matmul::{Operand, Right},
+        },
     },
-    quant::{Format, Grid},
+    quant::{Format, Grid, Packed},
 };
-use half::bf16;
 use std::ops::{Deref, Range};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// The frozen weight `[out, in]` of a layer, or one of each expert.
 #[derive(Debug)]
@@ -57,17 +61,25 @@ impl PackedMatrices {
         self.widths.iter().map(|&rows| self.grid(rows).tiles()).sum()
     }
 
-    /// Writes the matrix of `base` to `out` `[rows, columns]`.
-    fn decode(&self, base: usize, out: &Tensor) {
-        let (mut tile, mut row) = (base * self.tiles_of_base(), 0);
-        for (leaf, &rows) in self.widths.iter().enumerate() {
-            let grid = self.grid(rows);
-            let count = grid.tiles();
-            let tiles = self.tiles.narrow(0, tile as i64, count as i64);
+    /// Grid, tiles from the first on, and scale of each leaf of `base`.
+    fn leaves(&self, base: usize) -> impl Iterator<Item = (Grid, Range<usize>, f32)> {
+        let leaves = self.widths.iter().enumerate();
+        leaves.scan(base * self.tiles_of_base(), move |tile, (leaf, &rows)| {
+            let (grid, first) = (self.grid(rows), *tile);
+            *tile += grid.tiles();
             let of_leaf = (base * self.widths.len() + leaf) as i64;
             let global = self.scales.as_ref().map_or(1.0, |scales| scales.double_value(&[of_leaf]) as f32);
-            decode(grid, &tiles, global, &out.narrow(0, row, rows as i64));
-            (tile, row) = (tile + count, row + rows as i64);
+            Some((grid, first..*tile, global))
+        })
+    }
+
+    /// Writes the matrix of `base` to `out` `[rows, columns]`.
+    fn decode(&self, base: usize, out: &Tensor) {
+        let mut row = 0;
+        for (grid, tiles, global) in self.leaves(base) {
+            let tiles = self.tiles.narrow(0, tiles.start as i64, tiles.len() as i64);
+            decode(grid, &tiles, global, &out.narrow(0, row, grid.rows as i64));
+            row += grid.rows as i64;
         }
     }
 
@@ -78,6 +90,26 @@ impl PackedMatrices {
         } else {
             on_device::decode(self, &bases, out);
         }
+    }
+
+    /// The leaves of `base` in host memory, to be decoded inside of products.
+    ///
+    /// # Panics
+    /// The tiles are not dense bytes on the host, or too few.
+    fn in_host(&self, base: usize) -> Vec<Packed<'_>> {
+        let each = self.format.tile().bytes;
+        assert_eq!((self.tiles.kind(), self.tiles.device()), (Kind::Uint8, Device::Cpu), "packed tiles");
+        assert!(self.tiles.is_contiguous(), "packed tiles are dense");
+        // SAFETY: the tensor is so many dense bytes on the host, is borrowed, and has no writer: weights are frozen.
+        let all = unsafe {
+            std::slice::from_raw_parts(self.tiles.data_ptr().cast::<u8>().cast_const(), self.tiles.numel())
+        };
+        let packed = |(grid, tiles, global): (Grid, Range<usize>, f32)| Packed {
+            grid,
+            bytes: &all[tiles.start * each..tiles.end * each],
+            global,
+        };
+        self.leaves(base).map(packed).collect()
     }
 
     fn decoded(&self, base: usize) -> Buffer {
@@ -113,6 +145,14 @@ impl Weight {
         }
     }
 
+    /// The matrix of `base` as a factor of our own products, which decode what they use.
+    pub(super) fn factor(&self, base: usize) -> WeightFactor<'_> {
+        match self {
+            Self::Plain(matrices) => WeightFactor::Plain(matrices, base),
+            Self::Packed(packed) => WeightFactor::Packed(packed.in_host(base)),
+        }
+    }
+
     /// The matrices of all bases in plain numbers, decoded if need be.
     pub(super) fn all(&self) -> AllMatrices<'_> {
         match self {
@@ -134,7 +174,7 @@ impl Weight {
     }
 }
 
-/// The matrix of one base.
+/// The matrix of one base in plain numbers.
 pub(super) enum OneMatrix<'a> {
     Of(&'a Matrices, usize),
     Decoded(Buffer),
@@ -147,11 +187,40 @@ impl OneMatrix<'_> {
             Self::Decoded(matrix) => matrix.shallow_clone(),
         }
     }
+}
 
-    pub fn matrix(&self) -> Matrix<'_, bf16> {
+/// The matrix of one base as a factor of our own products.
+pub(super) enum WeightFactor<'a> {
+    Plain(&'a Matrices, usize),
+    Packed(Vec<Packed<'a>>),
+}
+
+impl WeightFactor<'_> {
+    /// Wᵀ of its rows `rows`, `[in, rows]`, in bf16.
+    pub fn transposed(&self, rows: &Range<usize>) -> Right<'_> {
         match self {
-            Self::Of(matrices, base) => matrix_of(matrices, *base),
-            Self::Decoded(matrix) => Matrix::of(matrix),
+            Self::Plain(matrices, base) => Operand::Transposed(matrix_of(matrices, *base).rows(rows)).into(),
+            Self::Packed(leaves) => {
+                Right::Packed { matrix: PackedRows::of(leaves).rows(rows), transposed: true }
+            }
+        }
+    }
+
+    /// W `[out, in]`, in bf16.
+    pub fn whole(&self) -> Right<'_> {
+        match self {
+            Self::Plain(matrices, base) => Operand::Of(matrix_of(matrices, *base)).into(),
+            Self::Packed(leaves) => Right::Packed { matrix: PackedRows::of(leaves), transposed: false },
+        }
+    }
+
+    /// out `[rows, out]` = start + x·Wᵀ of x `[rows, in]`, with one order of sums for each row.
+    pub fn multiply_invariant(&self, x: &Tensor, start: dots::Start, out: &Tensor) {
+        match self {
+            Self::Plain(matrices, base) => dots::multiply(x, &matrices.of(*base), start, out),
+            Self::Packed(leaves) => {
+                dots::multiply(x, dots::Factor::Packed(PackedRows::of(leaves)), start, out);
+            }
         }
     }
 }

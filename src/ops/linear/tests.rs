@@ -509,11 +509,11 @@ fn segments_are_runs_of_bases_and_of_adapters() {
     assert_eq!(segments.adapter_runs().collect::<Vec<_>>(), [(Some(1), 0..5), (None, 5..6)]);
 }
 
-/// Packed weights of `groups` bases, each of two leaves, and the same in plain numbers of `kind`.
-fn packed_and_plain(format: Format, groups: usize, kind: Kind) -> [Weight; 2] {
-    let (widths, columns) = ([20, 132], 24);
+/// Packed weights of three bases, each of leaves of `widths` rows, and the same in plain numbers of `kind`.
+fn packed_and_plain(format: Format, widths: &[usize], columns: usize, kind: Kind) -> [Weight; 2] {
+    let groups = 3;
     let (mut tiles, mut scales, mut values) = (Vec::new(), Vec::new(), Vec::new());
-    for rows in std::iter::repeat_n(widths, groups).flatten() {
+    for &rows in std::iter::repeat_n(widths, groups).flatten() {
         let grid = Grid { format, rows, columns };
         let numbers = Tensor::randn([(rows * columns) as i64], (Kind::Float, Device::Cpu));
         let numbers = Vec::<f32>::try_from(numbers).unwrap();
@@ -529,28 +529,42 @@ fn packed_and_plain(format: Format, groups: usize, kind: Kind) -> [Weight; 2] {
     let tiles = Tensor::from_slice(&tiles).view([-1, format.tile().bytes as i64]);
     let scales = format.has_global().then(|| Tensor::from_slice(&scales));
     let packed = PackedMatrices { format, tiles, scales, widths: widths.to_vec(), columns, kind };
-    let plain = Tensor::from_slice(&values).to_kind(kind).view([groups as i64, 152, columns as i64]);
+    let shape = [groups as i64, widths.iter().sum::<usize>() as i64, columns as i64];
+    let plain = Tensor::from_slice(&values).to_kind(kind).view(shape);
     [Weight::Packed(packed), Matrices::Each(plain).into()]
 }
 
+/// Every path gives bits of decoded weights: one by one, at once, batch-invariant, and in emulated tiles. The wide
+/// leaves are longer than a decoded band and than a pass of our GEMM, and their borders are no multiple of a tile.
 #[test]
 fn packed_weights_compute_as_the_numbers_that_they_stand_for() {
     let _guard = tch::no_grad_guard();
-    for (format, kind) in
-        Format::ALL.into_iter().flat_map(|format| [(format, Kind::Float), (format, Kind::BFloat16)])
-    {
-        let [ours, theirs] = packed_and_plain(format, 3, kind)
-            .map(|weight| Linear { bases: vec![Base { weight, bias: None }], adapters: vec![] });
-        for offsets in [[0, 0, 12, 15], [0, 1, 2, 3]] {
-            let random = |columns| Tensor::randn([offsets[3], columns], (kind, Device::Cpu));
-            let (x, d_y) = (random(24), random(152));
-            let computed = |linear: &Linear, segments: &RowSegments| {
-                let layer = GroupedLinear { linear, segments };
-                [forward(&x, layer, None).0, backward_input(&d_y, layer).0]
-            };
-            for segments in [segments(&offsets), RowSegments::at_once(&offsets, one_adapter())] {
-                for (ours, theirs) in computed(&ours, &segments).iter().zip(computed(&theirs, &segments)) {
-                    assert_eq!(**ours, *theirs, "{format} {kind:?} {offsets:?}");
+    let kinds = [Kind::Float, Kind::BFloat16];
+    for (format, kind) in Format::ALL.into_iter().flat_map(|format| kinds.map(|kind| (format, kind))) {
+        for (widths, columns) in [([20, 132], 24), ([40, 30], 1600)] {
+            let [ours, theirs] = packed_and_plain(format, &widths, columns, kind)
+                .map(|weight| Linear { bases: vec![Base { weight, bias: None }], adapters: vec![] });
+            let (input, output) = (ours.input(), ours.output());
+            for offsets in [[0, 0, 12, 15], [0, 1, 2, 3]] {
+                let random = |columns| Tensor::randn([offsets[3], columns], (kind, Device::Cpu));
+                let (x, d_y) = (random(input), random(output));
+                let computed = |linear: &Linear, segments: &RowSegments| {
+                    let layer = GroupedLinear { linear, segments };
+                    let mut found = vec![forward(&x, layer, None).0, backward_input(&d_y, layer).0];
+                    let _invariant = batch_invariant::Guard::new(true);
+                    found.push(forward(&x, layer, None).0);
+                    if kind == Kind::BFloat16 {
+                        let multiplier = Multiplier::Emulated(InTiles(Emulated));
+                        let tiled = Tiled { multiplier, layer };
+                        found.extend([tiled.forward(&x, None).0, tiled.backward_input(&d_y).0]);
+                    }
+                    found
+                };
+                for segments in [segments(&offsets), RowSegments::at_once(&offsets, one_adapter())] {
+                    let pairs = [&ours, &theirs].map(|linear| computed(linear, &segments));
+                    for (i, (ours, theirs)) in pairs[0].iter().zip(&pairs[1]).enumerate() {
+                        assert_eq!(**ours, **theirs, "{format} {kind:?} {offsets:?} {columns} {i}");
+                    }
                 }
             }
         }

@@ -4,7 +4,7 @@
 
 use super::{
     Backend, Base, BoundAdapter, GroupedLinear, LoraHiddenGrad, Matrices, Part, columns, matrix_of,
-    packed::OneMatrix, rows_of, with_columns,
+    packed::WeightFactor, rows_of, with_columns,
 };
 use crate::{
     device::has_kernels,
@@ -103,14 +103,15 @@ impl Backend for Tiled<'_> {
                 self.fill_lora_hidden(group, x_rows, h);
             }
             let fused = self.adapter_of_all(group);
-            let weights: Vec<OneMatrix> = linear.bases.iter().map(|base| base.weight.of(group)).collect();
+            let weights: Vec<WeightFactor> =
+                linear.bases.iter().map(|base| base.weight.factor(group)).collect();
             for Columns { out, base, at, part } in columns_of(&linear.bases, fused) {
                 let to = y_rows.rows(&range).columns(&usizes(&out));
                 let added = add_rows.map(|add| add.rows(&range).columns(&usizes(&out)));
-                let weight = weights[base].matrix().rows(&usizes(&at));
+                let weight = weights[base].transposed(&usizes(&at));
                 let bias =
                     linear.bases[base].bias.as_ref().map(|bias| bias.narrow(0, at.start, at.end - at.start));
-                let mut terms = vec![by_columns(x_rows.rows(&range), weight)];
+                let mut terms = vec![Term { left: Operand::Of(x_rows.rows(&range)), right: weight }];
                 if let Some(((part, at), h)) = part.as_ref().zip(h_rows) {
                     let b = matrix_of(&part.b, group).rows(&usizes(at));
                     terms.push(by_columns(h.rows(&range).columns(&usizes(&part.ranks)), b));
@@ -156,10 +157,14 @@ impl Backend for Tiled<'_> {
             let fused = self.adapter_of_all(group);
             let range = usizes(&rows);
             let d_y = d_y_rows.rows(&range);
-            let weights: Vec<OneMatrix> = linear.bases.iter().map(|base| base.weight.of(group)).collect();
+            let weights: Vec<WeightFactor> =
+                linear.bases.iter().map(|base| base.weight.factor(group)).collect();
             let bases = with_columns(&linear.bases).zip(&weights);
             let mut terms: Vec<Term> = bases
-                .map(|((_, out), weight)| by_rows(d_y.columns(&usizes(&out)), weight.matrix()))
+                .map(|((_, out), weight)| Term {
+                    left: Operand::Of(d_y.columns(&usizes(&out))),
+                    right: weight.whole(),
+                })
                 .collect();
             terms.extend(fused.zip(g_rows).map(|(adapter, g)| by_rows_of(adapter, g.rows(&range), group)));
             let to = Output::Rounded { to: d_x_rows.rows(&range), start: None, scale: 1.0 };
@@ -206,17 +211,17 @@ fn sums(all: &Matrices, group: usize) -> Matrix<'_, f32> {
 
 /// x·wᵀ
 fn by_columns<'a>(x: Matrix<'a, bf16>, w: Matrix<'a, bf16>) -> Term<'a> {
-    Term { left: Operand::Of(x), right: Operand::Transposed(w) }
+    Term { left: Operand::Of(x), right: Operand::Transposed(w).into() }
 }
 
 /// x·w
 fn by_rows<'a>(x: Matrix<'a, bf16>, w: Matrix<'a, bf16>) -> Term<'a> {
-    Term { left: Operand::Of(x), right: Operand::Of(w) }
+    Term { left: Operand::Of(x), right: Operand::Of(w).into() }
 }
 
 /// aᵀ·b
 fn summed_rows<'a>(a: Matrix<'a, bf16>, b: Matrix<'a, bf16>) -> Term<'a> {
-    Term { left: Operand::Transposed(a), right: Operand::Of(b) }
+    Term { left: Operand::Transposed(a), right: Operand::Of(b).into() }
 }
 
 /// Columns of an output that one base and at most one part of an adapter make.
