@@ -19,10 +19,12 @@ use tch::{Device::Cpu, Kind, Tensor};
 use xorl_dist::loss::{CrossEntropy, HeadPass, Targets, TokenLoss};
 use xorl_dist::ops::attention::{self, Documents, Heads};
 use xorl_dist::ops::linear::{
-    self, AdapterGradient, Base, BoundAdapter, GroupedLinear, Linear, Matrices, Part, RowSegments,
-    one_adapter,
+    self, AdapterGradient, Base, BoundAdapter, GroupedLinear, Linear, Matrices, PackedMatrices, Part,
+    RowSegments, Weight, one_adapter,
 };
 use xorl_dist::ops::{Buffer, adamw, norm, rope, swiglu};
+use xorl_dist::quant::{Format, Grid, amax};
+use xorl_dist::weights::{SafetensorsSource, WeightSource};
 
 const TOKENS: i64 = 1024;
 const HIDDEN: i64 = 576;
@@ -76,6 +78,9 @@ fn main() {
     attentions(&mut benches, "1x2048", HEADS, &[2048]);
     let large = Heads::new(16, 8, 128);
     attentions(&mut benches, "2x512, 16/8 heads of 128", large, &[512; 2]);
+    quantised(&mut benches, 1024);
+    quantised(&mut benches, 64);
+    packing(&mut benches);
     cross_entropy(&mut benches);
     adamw(&mut benches);
     benches.finish();
@@ -193,6 +198,80 @@ fn attentions(benches: &mut Benches, name: &str, heads: Heads, lengths: &[usize]
     let backward = || attention::backward(&d_out, &qkv, &out, &lse, heads, &documents);
     benches.run(&format!("attention/forward {name}"), products(2), forward);
     benches.run(&format!("attention/backward {name}"), products(5), backward);
+}
+
+/// Values like those of a model's weights.
+fn weights(elements: usize) -> Vec<f32> {
+    (Tensor::randn([elements as i64], (Kind::Float, Cpu)) * 0.02).try_into().unwrap()
+}
+
+/// The matrix of `values`, packed, and its scale.
+fn packed(grid: Grid, values: &[f32]) -> (Vec<u8>, f32) {
+    let global = grid.format.global(amax(values).unwrap());
+    let mut bytes = vec![0; grid.bytes()];
+    grid.pack(0..grid.tiles(), values, global, &mut bytes).unwrap();
+    (bytes, global)
+}
+
+/// Forward and input gradient of a frozen layer `[2048, 1024]`, in bf16 and in each packed format, in turns.
+fn quantised(benches: &mut Benches, rows: i64) {
+    let (input, output) = (1024, 2048);
+    let values = weights(output * input);
+    let plain = Tensor::from_slice(&values).to_kind(Kind::BFloat16).view([output as i64, input as i64]);
+    let mut bases = vec![("bf16", Matrices::Shared(plain).into())];
+    for format in Format::ALL {
+        let (tiles, global) = packed(Grid { format, rows: output, columns: input }, &values);
+        let packed = PackedMatrices {
+            format,
+            tiles: Tensor::from_slice(&tiles).view([-1, format.tile().bytes as i64]),
+            scales: format.has_global().then(|| Tensor::from_slice(&[global])),
+            widths: vec![output],
+            columns: input,
+            kind: Kind::BFloat16,
+        };
+        bases.push((format.name(), Weight::Packed(packed)));
+    }
+    let (x, d_y) = (&random(&[rows, input as i64]), &random(&[rows, output as i64]));
+    let segments = &RowSegments::new(vec![0, rows], one_adapter());
+    let layers = bases
+        .into_iter()
+        .map(|(name, weight)| (name, Linear { bases: vec![Base { weight, bias: None }], adapters: vec![] }));
+    let mut operations: Vec<_> = layers
+        .map(|(name, linear)| {
+            let run = move || {
+                let layer = GroupedLinear { linear: &linear, segments };
+                drop((linear::forward(x, layer, None), linear::backward_input(d_y, layer)));
+            };
+            (name, run)
+        })
+        .collect();
+    let turns = operations.iter_mut().map(|(name, operation)| (*name, operation as &mut dyn FnMut()));
+    let mut turns: Vec<(&str, &mut dyn FnMut())> = turns.collect();
+    let work = Work::Products(4 * rows * (input * output) as i64);
+    benches.run_in_turns(&format!("quantised/{rows} rows"), work, &mut turns);
+}
+
+/// Packing of a bf16 matrix `[2048, 1024]` from a file, as models are loaded, on one thread.
+fn packing(benches: &mut Benches) {
+    let (rows, columns) = (2048, 1024);
+    let values = Tensor::from_slice(&weights(rows * columns)).to_kind(Kind::BFloat16);
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("model.safetensors");
+    Tensor::write_safetensors(&[("w", values.view([rows as i64, columns as i64]))], &file).unwrap();
+    let source = SafetensorsSource::open(folder.path()).unwrap();
+    for format in Format::ALL {
+        let grid = Grid { format, rows, columns };
+        let mut bytes = vec![0; grid.bytes()];
+        let work = Work::Copied((rows * columns) as i64 * BF16 + grid.bytes() as i64);
+        benches.run(&format!("packing/{format}"), work, || {
+            let global = if format.has_global() {
+                format.global(source.amax("w", format, 0..grid.tiles()).unwrap())
+            } else {
+                1.0
+            };
+            source.read_packed("w", format, global, 0..grid.tiles(), &mut bytes).unwrap();
+        });
+    }
 }
 
 /// The losses and the gradient of the hidden states, with the whole head at once as by default.

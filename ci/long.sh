@@ -27,6 +27,8 @@
 #   ci/long.sh greedy          50 prompts in fp32, base and adapter: text and log-probabilities beside transformers and
 #                              PEFT; options may follow, as --tokens 64
 #   ci/long.sh sample          speed of sampling beside transformers, PEFT and its floors, and what it costs training
+#   ci/long.sh qlora           quantised bases beside bf16 and PEFT + bitsandbytes: a layer, loading, a step of 1.5 B;
+#                              --parts memory: Llama-2-7B's shapes in nf4 on 2 ranks, needs 14 GB of disk
 #   ci/long.sh serve           throughput of the server beside PEFT, itself one adapter after another, and a local run
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -177,6 +179,13 @@ case "${1:-}" in
     cargo build --release --quiet
     binary=${CARGO_TARGET_DIR:-target}/release/xorl-dist
     HF_HUB_OFFLINE=1 exec .venv/bin/python benches/sample_throughput.py --model models/smollm2 --binary "$binary" "$@"
+    ;;
+  qlora)
+    shift
+    launch/setup.sh
+    cargo build --release --quiet
+    binary=${CARGO_TARGET_DIR:-target}/release/xorl-dist
+    HF_HUB_OFFLINE=1 exec .venv/bin/python benches/quantised.py --binary "$binary" "$@"
     ;;
   real_size | real_moe)
     launch/setup.sh --no-tests

@@ -81,6 +81,37 @@ impl Benches {
         }
     }
 
+    /// Measures `operations`, by their names, in turns, so that what else runs slows all alike. Each has the share of
+    /// the first one's speed that it keeps, the median over the turns.
+    pub fn run_in_turns(&mut self, name: &str, work: Work, operations: &mut [(&str, &mut dyn FnMut())]) {
+        let (group, function) = name.split_once('/').unwrap_or((name, "all"));
+        let mut times: Vec<Vec<f64>> = operations.iter().map(|_| Vec::new()).collect();
+        let mut criterion = self.criterion.benchmark_group(group);
+        criterion.throughput(work.throughput()).bench_function(function, |bencher| {
+            bencher.iter_custom(|count| {
+                let first = times[0].len();
+                for _ in 0..count {
+                    for ((_, operation), times) in operations.iter_mut().zip(&mut times) {
+                        times.push(timed(|()| operation(), ()));
+                    }
+                }
+                Duration::from_secs_f64(times.iter().flat_map(|times| &times[first..]).sum())
+            });
+        });
+        criterion.finish();
+        let median = |mut times: Vec<f64>| {
+            times.sort_by(f64::total_cmp);
+            times.get(times.len() / 2).copied()
+        };
+        for ((label, _), own) in operations.iter().zip(&times) {
+            let kept = times[0].iter().zip(own).map(|(first, own)| first / own).collect();
+            // There is none where criterion's filter leaves it out.
+            if let Some((seconds, kept)) = median(own.clone()).zip(median(kept)) {
+                self.add_line(&format!("{group}/{function}, {label}, keeps {kept:.3}"), work, seconds);
+            }
+        }
+    }
+
     fn add_line(&mut self, name: &str, work: Work, seconds: f64) {
         let (amount, unit, peak, of) = match work {
             Work::Products(n) => (n, "GFLOP/s", self.product, "bf16 mm"),
