@@ -40,22 +40,28 @@ impl DType {
     /// Both slices hold whole elements and the same number of them; neither needs to be aligned.
     pub fn convert(self, src: &[u8], to: DType, dst: &mut [u8]) {
         debug_assert_eq!(src.len() / self.size(), dst.len() / to.size());
-        if self == to {
-            dst.copy_from_slice(src);
-            return;
-        }
-        for (s, d) in src.chunks_exact(self.size()).zip(dst.chunks_exact_mut(to.size())) {
-            let value = match self {
-                DType::F32 => f32::from_le_bytes([s[0], s[1], s[2], s[3]]),
-                DType::Bf16 => bf16::from_le_bytes([s[0], s[1]]).to_f32(),
-                DType::F16 => f16::from_le_bytes([s[0], s[1]]).to_f32(),
-            };
-            match to {
-                DType::F32 => d.copy_from_slice(&value.to_le_bytes()),
-                DType::Bf16 => d.copy_from_slice(&bf16::from_f32(value).to_le_bytes()),
-                DType::F16 => d.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
+        let f32_of = f32::from_le_bytes;
+        let bf16_of = |number| bf16::from_le_bytes(number).to_f32();
+        let f16_of = |number| f16::from_le_bytes(number).to_f32();
+        // A loop for each pair, which the compiler vectorises.
+        match (self, to) {
+            (DType::F32, DType::F32) | (DType::Bf16, DType::Bf16) | (DType::F16, DType::F16) => {
+                dst.copy_from_slice(src);
             }
+            (DType::F32, DType::Bf16) => each(src, dst, |s| bf16::from_f32(f32_of(s)).to_le_bytes()),
+            (DType::F32, DType::F16) => each(src, dst, |s| f16::from_f32(f32_of(s)).to_le_bytes()),
+            (DType::F16, DType::Bf16) => each(src, dst, |s| bf16::from_f32(f16_of(s)).to_le_bytes()),
+            (DType::F16, DType::F32) => each(src, dst, |s| f16_of(s).to_le_bytes()),
+            (DType::Bf16, DType::F16) => each(src, dst, |s| f16::from_f32(bf16_of(s)).to_le_bytes()),
+            (DType::Bf16, DType::F32) => each(src, dst, |s| bf16_of(s).to_le_bytes()),
         }
+    }
+}
+
+/// Converts numbers of `S` bytes to numbers of `D` bytes.
+fn each<const S: usize, const D: usize>(src: &[u8], dst: &mut [u8], convert: impl Fn([u8; S]) -> [u8; D]) {
+    for (d, &s) in dst.as_chunks_mut::<D>().0.iter_mut().zip(src.as_chunks::<S>().0) {
+        *d = convert(s);
     }
 }
 

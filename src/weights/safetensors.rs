@@ -18,6 +18,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
+/// Elements that are read and converted at a time: they stay in the second-level cache.
+const PIECE: usize = 1 << 15;
+
 /// A tensor's place in the files.
 pub(super) struct Located {
     file: usize,
@@ -216,9 +219,16 @@ impl WeightSource for SafetensorsSource {
         }
         let tensor = self.tensors.get(name).ok_or_else(|| unknown(name))?;
         let size = meta.dtype.size();
-        let mut bytes = vec![0; range.len() * size];
-        self.read_bytes(tensor, range.start * size..range.end * size, &mut bytes)?;
-        meta.dtype.convert(&bytes, dtype, out);
+        if meta.dtype == dtype {
+            return self.read_bytes(tensor, range.start * size..range.end * size, out);
+        }
+        let mut bytes = vec![0; range.len().min(PIECE) * size];
+        for (i, out) in out.chunks_mut(PIECE * dtype.size()).enumerate() {
+            let bytes = &mut bytes[..out.len() / dtype.size() * size];
+            let first = (range.start + i * PIECE) * size;
+            self.read_bytes(tensor, first..first + bytes.len(), bytes)?;
+            meta.dtype.convert(bytes, dtype, out);
+        }
         Ok(())
     }
 
