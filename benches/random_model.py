@@ -12,7 +12,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 COMMON = dict(rms_norm_eps=1e-6, max_position_embeddings=32768, rope_theta=1e6, tie_word_embeddings=True, bos_token_id=1,
               eos_token_id=2, pad_token_id=2)

@@ -5,8 +5,8 @@
 //! are read in place. [Blocks](super::block) of the output are summed over all terms in registers, so an adapter's part
 //! of a layer's output costs neither a pass over the output nor a rounding.
 //!
-//! A frozen right factor may be packed in a format of `quant`: it is decoded while its tiles are packed, a few rows at a
-//! time that stay in the first-level cache, so no decoded matrix is written to memory and read again.
+//! A frozen right factor may be packed in a format of `quant`: it is decoded while its tiles are packed, a few rows at
+//! a time that stay in the first-level cache, so no decoded matrix is written to memory and read again.
 //!
 //! With few rows, as an expert has, reading the right factor takes most of the time. Measured no faster with AMX:
 //! prefetching it, packing the next columns while the last are multiplied, multiplying its transpose, and stores that
