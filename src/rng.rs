@@ -3,6 +3,9 @@
 
 use sha2::{Digest, Sha256};
 
+/// The step of SplitMix64's counter and the factors of its two products (Steele et al., 2014).
+pub const SPLIT_MIX: [u64; 3] = [0x9E37_79B9_7F4A_7C15, 0xBF58_476D_1CE4_E5B9, 0x94D0_49BB_1331_11EB];
+
 /// One stream of random numbers, addressed by index.
 #[derive(Clone, Copy, Debug)]
 pub struct Stream {
@@ -18,15 +21,28 @@ impl Stream {
         Self { key: u64::from_le_bytes(head) }
     }
 
-    /// 64 random bits at `index` (SplitMix64, Steele et al. 2014, with the counter as its state).
+    /// A stream of its own for each `key`.
+    pub fn keyed(self, key: u64) -> Self {
+        Self { key: self.key ^ key }
+    }
+
+    /// The number that its values depend on.
+    pub fn key(self) -> u64 {
+        self.key
+    }
+
+    /// 64 random bits at `index` (SplitMix64 with the counter as its state).
+    #[inline(always)]
     pub fn bits(self, index: u64) -> u64 {
-        let mut z = self.key.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        let [step, first, second] = SPLIT_MIX;
+        let mut z = self.key.wrapping_add(index.wrapping_add(1).wrapping_mul(step));
+        z = (z ^ (z >> 30)).wrapping_mul(first);
+        z = (z ^ (z >> 27)).wrapping_mul(second);
         z ^ (z >> 31)
     }
 
     /// Uniform in [0, 1) with 24 random bits.
+    #[inline(always)]
     pub fn uniform(self, index: u64) -> f32 {
         (self.bits(index) >> 40) as f32 / (1u64 << 24) as f32
     }

@@ -265,7 +265,7 @@ fn names_of_other_trainers_are_met_with_their_equivalents() {
     for (trainer, lines, section) in [
         (
             "axolotl",
-            "base_model sequence_len sample_packing pad_to_sequence_len adapter lora_r lora_dropout \
+            "base_model sequence_len sample_packing pad_to_sequence_len adapter lora_r \
              lora_target_linear lora_modules_to_save peft_use_rslora num_epochs learning_rate lr_scheduler warmup_steps \
              warmup_ratio bf16 fp16 tf32 gradient_checkpointing flash_attention saves_per_epoch evals_per_epoch \
              logging_steps load_in_4bit load_in_8bit strict special_tokens chat_template deepspeed fsdp fsdp_config \
@@ -299,7 +299,7 @@ fn names_of_other_trainers_are_met_with_their_equivalents() {
         ),
         (
             "PEFT",
-            "r target_modules lora_dropout bias use_dora modules_to_save init_lora_weights \
+            "r target_modules bias use_dora modules_to_save init_lora_weights \
              layers_to_transform layers_pattern fan_in_fan_out task_type peft_type target_parameters \
              inference_mode base_model_name_or_path loftq_config trainable_token_indices layer_replication \
              megatron_config eva_config corda_config use_qalora",

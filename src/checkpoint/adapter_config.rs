@@ -25,6 +25,8 @@ pub struct AdapterConfig {
     pub exclude_modules: Option<Names>,
     pub layers_to_transform: Option<LayerNumbers>,
     pub layers_pattern: Option<Names>,
+    /// Acts while PEFT trains.
+    pub lora_dropout: f64,
     /// Parameters that are adapted as a whole: those of fused experts.
     pub target_parameters: Vec<String>,
     /// r of the modules that a pattern matches, the first of them.
@@ -106,7 +108,7 @@ const FIELDS: &[(&str, Rule)] = &[
     ("peft_version", Harmless("the version that wrote the file")),
     ("inference_mode", Harmless("says whether PEFT freezes the adapter after loading")),
     ("revision", Harmless("the base's version on a hub; a run reads its base from model.model_path")),
-    ("lora_dropout", Harmless("acts while PEFT trains; a run has no dropout")),
+    ("lora_dropout", Harmless("acts while PEFT trains; a run has lora.lora_dropout")),
     ("megatron_core", Harmless("a module's name, read with megatron_config alone")),
     ("loftq_config", Harmless(OF_INIT)),
     ("eva_config", Harmless(OF_INIT)),
@@ -163,6 +165,7 @@ pub fn read_config(directory: &Path) -> Result<AdapterConfig, CheckpointError> {
         exclude_modules: file.field("exclude_modules", None)?,
         layers_to_transform: file.field("layers_to_transform", None)?,
         layers_pattern: file.field("layers_pattern", None)?,
+        lora_dropout: 0.0,
         target_parameters: file.field("target_parameters", Vec::new())?,
         rank_pattern: file.field("rank_pattern", Map::new())?,
         alpha_pattern: file.field("alpha_pattern", Map::new())?,

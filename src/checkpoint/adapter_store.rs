@@ -60,6 +60,7 @@ pub fn open_state(
 }
 
 /// Writes `whole`, the values of the adapter on `sites`, as PEFT reads them. `base`: the base's path or name.
+/// `dropout`: that of training.
 pub fn write_adapter(
     directory: &Path,
     whole: Vec<(Parameter, Vec<f32>)>,
@@ -67,11 +68,13 @@ pub fn write_adapter(
     shapes: &LoraShapes,
     base: Option<String>,
     format: ExportFormat,
+    dropout: f64,
 ) -> Result<(), CheckpointError> {
     let mut whole: HashMap<String, Vec<f32>> =
         whole.into_iter().map(|(parameter, values)| (parameter.name, values)).collect();
     let adapters = peft::adapters(sites, shapes, |name| whole.remove(name));
     let config = AdapterConfig::new(shapes.common, base, &adapters, format);
+    let config = AdapterConfig { lora_dropout: dropout, ..config };
     peft::write(directory, &config, &adapters, format)
 }
 

@@ -103,6 +103,7 @@ impl AdapterConfig {
             exclude_modules: None,
             layers_to_transform: None,
             layers_pattern: None,
+            lora_dropout: 0.0,
             target_parameters: parameters.into_iter().collect(),
             rank_pattern: ranks.map(|(pattern, shape)| (pattern.clone(), shape.rank.into())).collect(),
             alpha_pattern: alphas.map(|(pattern, shape)| (pattern.clone(), shape.alpha.into())).collect(),

@@ -62,6 +62,9 @@ pub struct TrainerState {
     pub position: DataCursor,
     pub global_batch_size: usize,
     pub seed: u64,
+    /// `lora.lora_dropout`; 0 in steps that do not say.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub lora_dropout: f64,
     /// Merges of adapters into the base so far. Where there is one, the base is the step's `model/`.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub merges: u64,
@@ -71,8 +74,8 @@ pub struct TrainerState {
     pub data: DataIdentity,
 }
 
-fn is_zero(number: &u64) -> bool {
-    *number == 0
+fn is_zero<T: Default + PartialEq>(number: &T) -> bool {
+    *number == T::default()
 }
 
 /// Digest of the base that the adapter in `folder` belongs to, if merges have changed it during training: without that
@@ -298,6 +301,7 @@ mod tests {
             position: DataCursor { epoch: 1, row: 20 },
             global_batch_size: 5,
             seed: 42,
+            lora_dropout: 0.0,
             merges: 0,
             adapter: AdapterState {
                 world,

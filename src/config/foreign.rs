@@ -24,8 +24,6 @@ const SHARDED: &str =
     "the base is always sharded over all ranks; train.data_parallel_shard_size says over how many";
 const LOGGED: &str = "every step is in metrics.jsonl of train.output_dir";
 const TRACKERS: &str = "metrics are in metrics.jsonl of train.output_dir; trackers such as W&B are not fed";
-const NO_DROPOUT: &str =
-    "the adapter has no dropout; leave it out, or set it to 0 where the adapter was made";
 const PLAIN_LORA: &str = "only plain LoRA is trained";
 const ONE_RATE: &str =
     "all layers have one learning rate, train.lr; that of B is train.loraplus_lr_ratio times it";
@@ -323,8 +321,7 @@ const FOREIGN: &[(&str, Means)] = &[
     ("layers_to_transform", Is("lora.lora_target_modules", " (\"layers.[0-7].*.q_proj\" names layers)")),
     ("peft_layers_to_transform", Is("lora.lora_target_modules", " (\"layers.[0-7].*.q_proj\" names layers)")),
     ("layers_pattern", Is("lora.lora_target_modules", " (\"layers.[0-7].*.q_proj\" names layers)")),
-    ("lora_dropout", Not(NO_DROPOUT)),
-    ("peft_dropout", Not(NO_DROPOUT)),
+    ("peft_dropout", Is("lora.lora_dropout", "")),
     ("peft_use_rslora", Is("lora.use_rslora", "")),
     ("use_dora", Not(PLAIN_LORA)),
     ("peft_use_dora", Not(PLAIN_LORA)),

@@ -60,6 +60,9 @@ section! {
         rank_pattern: Map<String, Json> = Map::new() => Size;
         /// Alphas of single modules, in the same way, as PEFT's alpha_pattern.
         alpha_pattern: Map<String, Json> = Map::new() => Positive;
+        /// Share of the elements of an adapter's input that become 0 in training, as PEFT has it; the others are scaled
+        /// by 1 / (1 - lora_dropout). The same in any topology. Routed experts have none, so with them it must be 0.
+        lora_dropout: f64 = 0.0 => BelowOne;
         /// Leaf names (`q_proj`, `qkv_proj`), globs over dotted paths (`layers.[0-7].*.q_proj`), or
         /// `all-linear`. null: the default of the model's family. A target that matches nothing is an error.
         lora_target_modules: Option<Vec<String>> = None => NonEmpty;

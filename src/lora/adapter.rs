@@ -1,11 +1,11 @@
 //! An adapter with its shards: what a session trains and a model computes with. It is not part of a model: a pass is
 //! handed the adapters of its rows.
 
-use super::{init, module::Parameter, plan::AdapterPlan};
+use super::{init, module::Parameter, plan::AdapterPlan, targets::Site};
 use crate::{
     config::ReduceGradients,
     device::{RankDevice, Staging},
-    ops::linear::BoundAdapter,
+    ops::linear::{BoundAdapter, Dropout},
     shard::{AdapterRegions, FlatRegion, OwnedPiece, ProcessGroups, Region, ShardError},
 };
 use std::{collections::BTreeMap, ops::Range, rc::Rc};
@@ -16,6 +16,14 @@ pub struct Adapter {
     plan: Rc<AdapterPlan>,
     regions: AdapterRegions,
     device: RankDevice,
+    dropout: Option<AdapterDropout>,
+}
+
+/// The dropout of an adapter in training.
+#[derive(Clone, Copy, Debug)]
+struct AdapterDropout {
+    rate: f64,
+    seed: u64,
 }
 
 /// A parameter of which this rank owns elements.
@@ -32,14 +40,20 @@ impl Adapter {
     /// An adapter of zeros; [`init`](Self::init) or [`set`](Self::set) fills it. `slots` layers are gathered at a time.
     pub fn new(plan: Rc<AdapterPlan>, slots: usize, reduce: ReduceGradients, groups: &ProcessGroups) -> Self {
         let regions = AdapterRegions::new(plan.dense.clone(), plan.experts.clone(), slots, groups, reduce);
-        Self { plan, regions, device: groups.device.clone() }
+        Self { plan, regions, device: groups.device.clone(), dropout: None }
     }
 
     /// An adapter of zeros that is not trained, which takes the memory of its values in compute dtype alone;
     /// [`set`](Self::set) or [`copy_values`](AdapterRegions::copy_values) fills it.
     pub fn frozen(plan: Rc<AdapterPlan>, slots: usize, groups: &ProcessGroups) -> Self {
         let regions = AdapterRegions::frozen(plan.dense.clone(), plan.experts.clone(), slots, groups);
-        Self { plan, regions, device: groups.device.clone() }
+        Self { plan, regions, device: groups.device.clone(), dropout: None }
+    }
+
+    /// Drops the share `rate` of the elements that its dense sites read, in batches whose tokens have keys
+    /// ([`init::token_keys`]). Masks are a function of `seed`, site, token and element.
+    pub fn set_dropout(&mut self, rate: f64, seed: u64) {
+        self.dropout = (rate > 0.0).then_some(AdapterDropout { rate, seed });
     }
 
     pub fn plan(&self) -> &Rc<AdapterPlan> {
@@ -168,7 +182,12 @@ impl Adapter {
 
     /// The gathered adapter of projection `place` of layer `unit`, if it has one, with the sums of its gradients.
     pub fn bind(&self, unit: usize, place: usize) -> Result<Option<BoundAdapter>, ShardError> {
-        let module = self.plan.layers[unit].modules[place].as_ref();
-        module.map(|module| module.bind(&self.regions, unit)).transpose()
+        let Some(module) = self.plan.layers[unit].modules[place].as_ref() else { return Ok(None) };
+        let mut bound = module.bind(&self.regions, unit)?;
+        bound.dropout = self.dropout.map(|AdapterDropout { rate, seed }| {
+            let key = |site: &Site| init::dropout_stream(seed, &site.path());
+            Dropout { rate, parts: module.stack().sites.iter().map(key).collect() }
+        });
+        Ok(Some(bound))
     }
 }

@@ -26,6 +26,18 @@ pub fn values_after_merge(parameter: &Parameter, range: Range<usize>, seed: u64,
     values(&Parameter { name, ..parameter.clone() }, range, seed, 0.0)
 }
 
+/// The random numbers of the dropout masks of the site `path`: element i of a token's mask is the i-th of this stream
+/// keyed by the token's of [`token_keys`].
+pub fn dropout_stream(seed: u64, path: &str) -> Stream {
+    Stream::new(seed, &format!("dropout {path}"))
+}
+
+/// The keys of the `tokens` tokens of row `row` (its place in the epoch) in step `step` (0-based).
+pub fn token_keys(seed: u64, step: usize, row: usize, tokens: usize) -> impl Iterator<Item = u64> {
+    let stream = Stream::new(seed, &format!("dropout step {step} row {row}"));
+    (0..tokens as u64).map(move |position| stream.bits(position))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

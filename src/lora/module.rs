@@ -215,7 +215,7 @@ impl Stack {
         };
         let [a, d_a] = of(Factor::A, self.entry_of_a())?;
         let gradient = AdapterGradient { a: d_a, b: Vec::new() };
-        let mut adapter = BoundAdapter { a, parts: Vec::new(), gradient };
+        let mut adapter = BoundAdapter { a, parts: Vec::new(), dropout: None, gradient };
         for (i, (site, shape, ranks)) in self.with_ranks().enumerate() {
             let [b, d_b] = of(Factor::B, self.entry_of_b(i))?;
             let (out, scaling) = (site.first as i64, shape.scaling());

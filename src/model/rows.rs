@@ -44,6 +44,11 @@ impl RowAdapters {
         }
     }
 
+    /// The same rows with keys `[tokens]` of their tokens, so that dropout acts on them.
+    pub fn with_keys(self, keys: &[u64]) -> Self {
+        Self { dense: self.dense.with_keys(keys.into()), ..self }
+    }
+
     /// Segments of layers that all rows go through.
     pub fn dense(&self) -> &RowSegments {
         &self.dense

@@ -103,6 +103,13 @@ impl Batch {
         self
     }
 
+    /// The batch with keys `[tokens]` of its tokens, so that the dropout of its one adapter acts: for training alone.
+    pub fn with_token_keys(mut self, keys: &[u64]) -> Self {
+        debug_assert_eq!(keys.len(), self.tokens());
+        self.adapters = Rc::new(RowAdapters::one(keys.len()).with_keys(keys));
+        self
+    }
+
     /// The batch with the number of its tokens that are padding: they are computed like any other.
     pub fn with_padding(mut self, tokens: usize) -> Self {
         self.padding = tokens;

@@ -108,7 +108,7 @@ fn open(
         adapter_store::open_state(&mut writer, state, |folder| state.write(folder))?;
     }
     let (name, format) = (Some(base.name.clone()), ExportFormat::Peft);
-    adapter_store::write_adapter(writer.directory(), whole, sites, shapes, name, format)?;
+    adapter_store::write_adapter(writer.directory(), whole, sites, shapes, name, format, 0.0)?;
     saves::write_metadata(&writer, &save.metadata)?;
     Ok(writer)
 }

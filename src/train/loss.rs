@@ -1,13 +1,15 @@
 //! The loss of a run's rows: `train.loss_fn` over the inputs that rows give.
 
-use super::MicroBatch;
+use super::{MicroBatch, Run, run::deal};
 use crate::{
     config::{FieldLocations, TrainArgs},
-    data::{Row, RowInput, Shifted},
+    data::{Row, RowInput, Shifted, StepRows},
     error::{Error, Result},
+    lora,
     loss::{Absent, LossError, NamedLoss, Sequence},
     model::transformer::Batch,
 };
+use std::ops::Range;
 use tch::Device;
 
 /// The loss of a run.
@@ -39,9 +41,19 @@ impl RowLoss {
         &self.inputs
     }
 
-    /// A micro-batch of `rows`, flat, with its loss; `pad` fills packs.
-    pub fn micro_batch(&self, rows: &[Row], pad: i64, device: Device) -> Result<MicroBatch> {
+    /// A micro-batch of `rows`, flat, with its loss; `pad` fills packs. `keys`: those of its tokens, for dropout.
+    pub fn micro_batch(
+        &self,
+        rows: &[Row],
+        pad: i64,
+        keys: Option<Vec<u64>>,
+        device: Device,
+    ) -> Result<MicroBatch> {
         let batch = batch(rows, pad, device);
+        let batch = match keys {
+            Some(keys) => batch.with_token_keys(&keys),
+            None => batch,
+        };
         if self.loss.is_plain() && rows.iter().all(|row| row.inputs.is_empty()) {
             return Ok(batch.into());
         }
@@ -53,6 +65,28 @@ impl RowLoss {
         let valid = sequences.iter().map(|sequence| self.loss.valid(sequence)).sum::<Result<u64, _>>();
         let loss = self.loss.over(&sequences, 1.0, device).map_err(wrong)?;
         Ok(MicroBatch::with_loss(batch, loss, valid.map_err(wrong)? as usize))
+    }
+}
+
+impl Run {
+    /// Keys of the tokens of this rank's `rows` of a step, by micro-batch, where the adapter has a dropout. `all`: the
+    /// step's rows by their places in the epoch.
+    pub(super) fn token_keys(
+        &self,
+        rows: &StepRows,
+        all: Range<usize>,
+        rank: usize,
+    ) -> Vec<Option<Vec<u64>>> {
+        let train = &self.config.train;
+        if self.config.lora.lora_dropout == 0.0 {
+            return vec![None; rows.micro_batches.len()];
+        }
+        let places = deal(&self.mesh, rank, all, train.micro_batch_size);
+        let of_row = |(row, &place): (&Row, &usize)| {
+            lora::init::token_keys(train.seed, rows.step, place, row.input_ids.len())
+        };
+        let own = rows.micro_batches.iter().zip(&places);
+        own.map(|(rows, places)| Some(rows.iter().zip(places).flat_map(of_row).collect())).collect()
     }
 }
 

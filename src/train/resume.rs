@@ -299,6 +299,10 @@ impl Run {
             let (field, shown) = (number.field, |value| number.shown(value));
             tracing::warn!("train.{field}: {} from here on, {} before", shown(number.value), shown(before));
         }
+        let (now, before) = (self.config.lora.lora_dropout, state.lora_dropout);
+        if now != before && rank == 0 {
+            tracing::warn!("lora.lora_dropout: {now:?} from here on, {before:?} before");
+        }
         let total = state.step.saturating_add(self.batches.steps_from(state.position));
         self.total_steps = self.config.train.max_steps.map_or(total, |limit| limit.min(total));
         let schedule = Schedule::of_run(&self.config, self.total_steps);

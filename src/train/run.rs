@@ -140,6 +140,12 @@ impl Run {
         } else {
             sites
         };
+        if config.lora.lora_dropout > 0.0 && sites.iter().any(|site| site.experts.is_some()) {
+            let reason = "routed experts are adapted, whose adapters have no dropout in PEFT, and none here with any \
+                          lora_export_format, per_expert neither; set it to 0, or leave them out of \
+                          lora_target_modules";
+            return Err(refused("lora.lora_dropout", reason));
+        }
         let shapes = lora::shapes_of(&config.lora, &sites)
             .map_err(|error| refused(&format!("lora.{}", error.field), &error.fault))?;
 
@@ -267,6 +273,7 @@ impl Run {
         groups.open(self.spec.moe().is_some())?;
         tracing::info!("rank {} read {} bytes of the base", world.rank(), self.source.bytes_read());
         let mut adapter = model.new_adapter(&self.sites, self.shapes.clone());
+        adapter.set_dropout(lora.lora_dropout, train.seed);
         let mut optimizer = Optimizer::new(&Settings::from(train), adapter.pieces());
         // Values are dropped once they are in place: they are as large as the adapter and its moments.
         match &mut self.start {
@@ -306,7 +313,8 @@ impl Run {
             let batches = rows
                 .micro_batches
                 .iter()
-                .map(|rows| self.loss.micro_batch(rows, self.pad_id, device.tensors()));
+                .zip(self.token_keys(&rows, step_rows.rows.clone(), rank))
+                .map(|(own, keys)| self.loss.micro_batch(own, self.pad_id, keys, device.tensors()));
             let batches = batches.collect::<Result<Vec<MicroBatch>>>()?;
             drop(waiting);
             watcher.step(rows.step + 1);
@@ -431,7 +439,7 @@ impl Run {
 
 /// Rows of `rank` of a step's `rows`, by micro-batch of at most `micro`. Ranks that share a sequence have the same
 /// rows.
-fn deal(mesh: &Mesh, rank: usize, rows: Range<usize>, micro: usize) -> Vec<Vec<usize>> {
+pub(super) fn deal(mesh: &Mesh, rank: usize, rows: Range<usize>, micro: usize) -> Vec<Vec<usize>> {
     schedule::deal(rows, mesh.data_rank(rank), split(mesh, micro))
 }
 

@@ -159,8 +159,17 @@ impl<'a> Saver<'a> {
             other => other,
         };
         let base = base.map(|path| path.display().to_string());
-        let format = run.config.lora.lora_export_format;
-        adapter_store::write_adapter(writer.directory(), whole, &run.sites, &run.shapes, base, format)?;
+        let lora = &run.config.lora;
+        let (format, dropout) = (lora.lora_export_format, lora.lora_dropout);
+        adapter_store::write_adapter(
+            writer.directory(),
+            whole,
+            &run.sites,
+            &run.shapes,
+            base,
+            format,
+            dropout,
+        )?;
         Ok(writer)
     }
 
@@ -176,6 +185,7 @@ impl<'a> Saver<'a> {
             position: at.position,
             global_batch_size: batches.global_batch,
             seed: train.seed,
+            lora_dropout: config.lora.lora_dropout,
             merges,
             adapter: adapter_store::state_of(&trainer.session, shapes, mesh, &self.base),
             schedule: trainer.schedule,

@@ -12,7 +12,9 @@
 //! `backend` chooses how: GEMMs of our own in bf16 on CPUs with AMX or AVX512-BF16 (`tiled.rs`), libtorch's grouped
 //! GEMM on devices that have it (`grouped.rs`), libtorch's GEMMs one after another elsewhere (`plain.rs`; a grouped
 //! one was measured no faster on a CPU), and one order of sums for each row where that is asked for (`invariant.rs`).
+//! Adapters with dropout are computed beside all that (`dropout.rs`).
 
+mod dropout;
 mod grouped;
 mod invariant;
 mod matrices;
@@ -31,6 +33,7 @@ use super::{
         matmul::Matrix,
     },
 };
+use dropout::Dropped;
 use grouped::Grouped;
 use half::bf16;
 use invariant::Invariant;
@@ -39,6 +42,7 @@ use std::ops::Range;
 use tch::{Device, Tensor};
 use tiled::Tiled;
 pub use {
+    dropout::Dropout,
     matrices::Matrices,
     packed::{PackedMatrices, Weight},
     segments::{Pattern, RowSegments, Segment, one_adapter, sizes},
@@ -68,6 +72,8 @@ pub struct BoundAdapter {
     /// `[Σ rank, in]`
     pub a: Matrices,
     pub parts: Vec<Part>,
+    /// Acts on rows that have keys; see [`RowSegments::with_keys`].
+    pub dropout: Option<Dropout>,
     /// fp32 views to which the gradients are added.
     pub gradient: AdapterGradient,
 }
@@ -171,6 +177,9 @@ trait Backend {
 
 /// The backend for `rows` `[rows, …]` of a layer.
 fn backend<'a>(rows: &Tensor, layer: GroupedLinear<'a>) -> Box<dyn Backend + 'a> {
+    if let Some(dropped) = Dropped::of(rows, layer) {
+        return Box::new(dropped);
+    }
     if let Some(grouped) = Grouped::of(rows, layer) {
         return Box::new(grouped);
     }

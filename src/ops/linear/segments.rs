@@ -12,6 +12,8 @@ pub struct RowSegments {
     offsets: OnceCell<Vec<i64>>,
     pattern: Pattern,
     on_device: Option<OnDevice>,
+    /// Keys of the rows: `[rows]`.
+    keys: Option<Rc<[u64]>>,
 }
 
 /// Rows that go through one base weight and one adapter.
@@ -67,7 +69,7 @@ impl RowSegments {
     /// Segments of host tensors. `offsets` `[segments + 1]` has a whole number of patterns.
     pub fn new(offsets: Vec<i64>, pattern: Pattern) -> Self {
         debug_assert!((offsets.len() - 1).is_multiple_of(pattern.len()));
-        Self { offsets: offsets.into(), pattern, on_device: None }
+        Self { offsets: offsets.into(), pattern, on_device: None, keys: None }
     }
 
     /// Segments of tensors on `device`, which gets a copy of the offsets.
@@ -87,7 +89,7 @@ impl RowSegments {
         let base_ends = ends.slice(0, every - 1, None, every).contiguous();
         let (ends, is_empty) = (ends.shallow_clone(), sizes.eq(0).view([-1, 1, 1]));
         let on_device = OnDevice { ends, base_ends, is_empty, at_once };
-        Self { offsets: OnceCell::new(), pattern, on_device: Some(on_device) }
+        Self { offsets: OnceCell::new(), pattern, on_device: Some(on_device), keys: None }
     }
 
     /// Segments for the device's backend, on the CPU.
@@ -102,7 +104,18 @@ impl RowSegments {
     /// A second owner of the same segments.
     pub fn share(&self) -> Self {
         let (offsets, pattern) = (self.offsets.clone(), self.pattern.clone());
-        Self { offsets, pattern, on_device: self.on_device.as_ref().map(OnDevice::share) }
+        let (on_device, keys) = (self.on_device.as_ref().map(OnDevice::share), self.keys.clone());
+        Self { offsets, pattern, on_device, keys }
+    }
+
+    /// The segments with keys of their rows `[rows]`, by which adapters with dropout make their masks. Without keys
+    /// there is no dropout.
+    pub fn with_keys(self, keys: Rc<[u64]>) -> Self {
+        Self { keys: Some(keys), ..self }
+    }
+
+    pub(super) fn keys(&self) -> Option<&Rc<[u64]>> {
+        self.keys.as_ref()
     }
 
     /// `[segments + 1]`. Waits for a device that made them.
