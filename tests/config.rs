@@ -299,7 +299,7 @@ fn names_of_other_trainers_are_met_with_their_equivalents() {
         ),
         (
             "PEFT",
-            "r target_modules bias use_dora modules_to_save init_lora_weights \
+            "r target_modules bias use_dora modules_to_save \
              layers_to_transform layers_pattern fan_in_fan_out task_type peft_type target_parameters \
              inference_mode base_model_name_or_path loftq_config trainable_token_indices layer_replication \
              megatron_config eva_config corda_config use_qalora",

@@ -23,12 +23,19 @@ struct Case {
 }
 
 fn cases() -> Vec<Case> {
-    vec![Case {
+    let dropout = Case {
         name: "dropout",
         fields: json!({"lora_dropout": 0.3}),
         has_start: true,
         exported: &[("lora_dropout", "0.3"), ("r", "4")],
-    }]
+    };
+    let pissa = Case {
+        name: "pissa",
+        fields: json!({"init_lora_weights": "pissa"}),
+        has_start: false,
+        exported: &[("r", "8"), ("lora_alpha", "16.0")],
+    };
+    vec![dropout, pissa]
 }
 
 fn oracle(arguments: &[String]) {
@@ -118,7 +125,12 @@ fn mpi_python_variants_equal_pefts() {
 #[test]
 fn variants_that_experts_cannot_have_are_refused() {
     let run = TinyRun::of_experts();
-    let line = failed(&run.run(1, "out", &["--lora.lora_dropout", "0.1"]), 2);
-    assert!(line.contains("lora.lora_dropout: routed experts are adapted"), "{line}");
-    assert!(line.contains("per_expert"), "{line}");
+    for (field, value) in [("lora_dropout", "0.1"), ("init_lora_weights", "pissa")] {
+        let plain = ["--lora.lora_b_init_std", "0", "--train.enable_mixed_precision", "false"];
+        let flag = format!("--lora.{field}");
+        let line = failed(&run.run(1, "out", &[&plain[..], &[flag.as_str(), value]].concat()), 2);
+        for part in [&format!("lora.{field}: "), "routed experts are adapted", "per_expert"] {
+            assert!(line.contains(part), "{line}");
+        }
+    }
 }

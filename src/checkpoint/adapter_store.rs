@@ -11,7 +11,7 @@ use super::{
 use crate::{
     config::{self, ExportFormat},
     device::{RankDevice, Staging},
-    lora::{Adapter, LoraShapes, Parameter, Site},
+    lora::{Adapter, LoraShapes, Parameter, Site, pissa},
     mesh::Mesh,
     optim::{self, Optimizer},
     session::Session,
@@ -33,6 +33,7 @@ pub fn state_of(session: &Session, shapes: &LoraShapes, mesh: &Mesh, base: &str)
         },
         lora: shapes.clone(),
         base: base.to_owned(),
+        pissa: false,
         regions: session.adapter.plan().flat().cloned().collect(),
         accumulated: None,
     }
@@ -59,17 +60,30 @@ pub fn open_state(
     Ok(())
 }
 
-/// Writes `whole`, the values of the adapter on `sites`, as PEFT reads them. `base`: the base's path or name.
-/// `dropout`: that of training.
+/// What a file of an adapter says beside its values.
+pub struct Export<'a> {
+    pub sites: &'a [Site],
+    pub shapes: &'a LoraShapes,
+    /// The base's path or name.
+    pub base: Option<String>,
+    pub format: ExportFormat,
+    /// Dropout of training.
+    pub dropout: f64,
+    /// A₀ and B₀ that were taken from the base.
+    pub subtracted: Option<&'a pissa::Values>,
+}
+
+/// Writes `whole`, the values of an adapter, as PEFT reads them.
 pub fn write_adapter(
     directory: &Path,
     whole: Vec<(Parameter, Vec<f32>)>,
-    sites: &[Site],
-    shapes: &LoraShapes,
-    base: Option<String>,
-    format: ExportFormat,
-    dropout: f64,
+    export: Export,
 ) -> Result<(), CheckpointError> {
+    let Export { sites, shapes, base, format, dropout, subtracted } = export;
+    let (whole, shapes) = match subtracted {
+        Some(first) => (pissa::with_subtracted(whole, first), &pissa::of_twice_the_rank(shapes)),
+        None => (whole, shapes),
+    };
     let mut whole: HashMap<String, Vec<f32>> =
         whole.into_iter().map(|(parameter, values)| (parameter.name, values)).collect();
     let adapters = peft::adapters(sites, shapes, |name| whole.remove(name));
@@ -173,6 +187,11 @@ impl Reader<'_> {
         if state.optimizer.kind != kind {
             let (stored, own) = (state.optimizer.kind, kind);
             return Err(mismatch(format!("its optimizer is {stored:?}, not {own:?}; load it without")));
+        }
+        if state.pissa {
+            let reason = "its training state belongs to a base that lacks what it started with (lora.init_lora_weights: \
+                          pissa); load it without its optimizer";
+            return Err(mismatch(reason.into()));
         }
         self.same_shapes(folder, &state.lora)?;
         let regions: Vec<FlatRegion> = self.adapter.plan().flat().cloned().collect();

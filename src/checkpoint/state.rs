@@ -33,6 +33,9 @@ pub struct AdapterState {
     pub lora: LoraShapes,
     /// Digest of the base: [`crate::weights::digest`].
     pub base: String,
+    /// The base of training lacks what the adapter starts with: see [`crate::lora::pissa`].
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub pissa: bool,
     /// The regions of the adapter, as they are cut.
     pub regions: Vec<FlatRegion>,
     /// Present where the pieces have the gradient of passes since the last update.
@@ -317,6 +320,7 @@ mod tests {
                     ..LoraShape::new(4, 8.0).into()
                 },
                 base: "b".into(),
+                pissa: false,
                 regions: regions(world),
                 accumulated: None,
             },

@@ -17,6 +17,14 @@ choices! {
         Nvfp4 = "nvfp4",
     }
 
+    /// Values that A and B start with.
+    pub enum InitLoraWeights {
+        /// Random A, and B of `lora_b_init_std`.
+        Default = "default",
+        /// The first singular vectors of each matrix.
+        Pissa = "pissa",
+    }
+
     /// Format of routed experts' adapters in checkpoints.
     pub enum ExportFormat {
         /// PEFT's, on transformers' fused experts.
@@ -66,6 +74,11 @@ section! {
         /// Leaf names (`q_proj`, `qkv_proj`), globs over dotted paths (`layers.[0-7].*.q_proj`), or
         /// `all-linear`. null: the default of the model's family. A target that matches nothing is an error.
         lora_target_modules: Option<Vec<String>> = None => NonEmpty;
+        /// Values that A and B start with. `default`: random A, and B of lora_b_init_std. `pissa`: the first singular
+        /// vectors of each matrix of the base, which the base lacks in training (PiSSA). Checkpoints then hold what
+        /// training has changed, as an adapter of twice the rank that belongs to the base as it is. Not for quantised
+        /// bases, merges during training, and routed experts.
+        init_lora_weights: InitLoraWeights = InitLoraWeights::Default;
         /// Standard deviation that B starts with. 0: B starts at zero, so training starts at the base model.
         lora_b_init_std: f64 = 0.0 => NonNegative;
         /// Experts share the A of gate_proj, up_proj and gate_up_proj, and the B of down_proj; the other factor is each

@@ -2,7 +2,7 @@
 
 use super::error::{ConfigError, FieldLocations, Problem};
 use super::file::{Broken, ConfigFile};
-use super::{ExportFormat, LrDecayStyle, PackingMethod, RunConfig, lora, train};
+use super::{ExportFormat, InitLoraWeights, LrDecayStyle, PackingMethod, RunConfig, lora, train};
 use std::collections::BTreeSet;
 
 /// Sets the defaults that depend on another field, then checks the rules between fields. A rule is left out if one of
@@ -88,6 +88,21 @@ pub(super) fn broken_of_run(config: &RunConfig) -> Vec<Broken> {
     rule(
         lora.quant.enable_qlora && (lora.merge_lora_interval > 0 || lora.merge_at_end),
         &["lora.merge_lora_interval", "lora.merge_at_end", "lora.enable_qlora"],
+        Problem::Conflict(words.into()),
+    );
+    let starts_from_base = lora.init_lora_weights == InitLoraWeights::Pissa;
+    let words = "pissa leaves the base without what the adapter starts with, so that merging would lose it: remove \
+                 lora.merge_lora_interval and lora.merge_at_end (the command merge takes the adapter), or pissa";
+    rule(
+        starts_from_base && (lora.merge_lora_interval > 0 || lora.merge_at_end),
+        &["lora.init_lora_weights", "lora.merge_lora_interval", "lora.merge_at_end"],
+        Problem::Conflict(words.into()),
+    );
+    let words =
+        "pissa gives A and B their values: remove lora.adapter_path and lora.lora_b_init_std, or pissa";
+    rule(
+        starts_from_base && (lora.adapter_path.is_some() || lora.lora_b_init_std != 0.0),
+        &["lora.init_lora_weights", "lora.adapter_path", "lora.lora_b_init_std"],
         Problem::Conflict(words.into()),
     );
     let words = "rises the learning rate after merges that start the optimizer anew: set lora.merge_lora_interval and \

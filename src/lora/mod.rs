@@ -1,6 +1,6 @@
 //! LoRA: which linear layers are adapted ([`targets`], pure), how an adapter is cut over ranks ([`plan`], pure), its
-//! entries in the regions of a unit ([`module`]), the values it starts from ([`init`]), the adapter with its shards
-//! ([`adapter`]), and its sum with the base ([`merge`]).
+//! entries in the regions of a unit ([`module`]), the values it starts from ([`init`], [`pissa`]), the adapter with its
+//! shards ([`adapter`]), and its sum with the base ([`merge`]).
 //!
 //! y = W₀·x + s·B·(A·x), A `[r, in]`, B `[out, r]` and s = alpha/r (Hu et al., 2021) or alpha/√r (rank-stabilized,
 //! Kalajdzievski, 2023). [`shape`] has r and s of each site,
@@ -11,6 +11,7 @@ pub mod init;
 pub mod merge;
 pub mod module;
 pub mod patterns;
+pub mod pissa;
 pub mod plan;
 pub mod shape;
 pub mod targets;

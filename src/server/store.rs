@@ -108,7 +108,8 @@ fn open(
         adapter_store::open_state(&mut writer, state, |folder| state.write(folder))?;
     }
     let (name, format) = (Some(base.name.clone()), ExportFormat::Peft);
-    adapter_store::write_adapter(writer.directory(), whole, sites, shapes, name, format, 0.0)?;
+    let export = adapter_store::Export { sites, shapes, base: name, format, dropout: 0.0, subtracted: None };
+    adapter_store::write_adapter(writer.directory(), whole, export)?;
     saves::write_metadata(&writer, &save.metadata)?;
     Ok(writer)
 }

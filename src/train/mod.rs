@@ -4,7 +4,7 @@
 //! - [`run`]: the run around it
 //! - `loss`: the loss of a run's rows; `identity`: all ranks run the same
 //! - `output`: the output directory, for one process at a time
-//! - `merge`: periodic merges of the adapter into the base
+//! - `merge`: periodic merges of the adapter into the base; `variants`: those of LoRA
 //! - `resume`: the start of a run, fresh or from a step; `save`: publishing of steps
 //! - `signals`: requests to stop
 //! - `report`: cost of a run, before it starts; `samples`: its rows as the model sees them
@@ -24,6 +24,7 @@ mod samples;
 mod save;
 mod signals;
 pub mod step;
+mod variants;
 
 pub use identity::Identity;
 pub use output::take_output;

@@ -16,7 +16,7 @@ use crate::{
         steps,
     },
     comm::Communicator,
-    config::{LoadCheckpoint, TrainArgs},
+    config::{InitLoraWeights, LoadCheckpoint, TrainArgs},
     data::schedule::DataCursor,
     error::{Error, Result, agree, broadcast_from_root},
     lora::{Adapter, LoraShape, LoraShapes},
@@ -224,6 +224,11 @@ impl Run {
         }
         if let Some(difference) = self.other_shape(&state.adapter.lora) {
             return Err(format!("it {difference}"));
+        }
+        let starts = [state.adapter.pissa, self.config.lora.init_lora_weights == InitLoraWeights::Pissa]
+            .map(|is_pissa| if is_pissa { "pissa" } else { "default" });
+        if starts[0] != starts[1] {
+            return Err(format!("its lora.init_lora_weights is {}, the run's {}", starts[0], starts[1]));
         }
         if state.seed != self.config.train.seed {
             return Err(format!("its train.seed is {}, the run's {}", state.seed, self.config.train.seed));

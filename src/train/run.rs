@@ -14,18 +14,19 @@ use super::{
     resume::{Start, not_occupied},
     save::{Progress, Saver},
     step::Skipped,
+    variants,
 };
 use crate::{
     checkpoint::{base, output::OutputLock, publish, steps},
     comm::{Reduce, World},
-    config::{FieldLocations, Loaded, Override, PackingMethod, ReduceGradients, RunConfig},
+    config::{FieldLocations, InitLoraWeights, Loaded, Override, PackingMethod, ReduceGradients, RunConfig},
     console::count,
     data::{
         Dataset, Loader, ROWS_PER_GROUP, StepPlan,
         schedule::{self, BatchSchedule, BatchSplit, DataCursor, StepRows},
     },
     device::Memory,
-    error::{Error, Result},
+    error::{Error, Result, agree},
     lora::{self, AdapterPlan, LoraShapes, Site, targets},
     mesh::{Mesh, MeshSizes},
     model::{
@@ -140,14 +141,13 @@ impl Run {
         } else {
             sites
         };
-        if config.lora.lora_dropout > 0.0 && sites.iter().any(|site| site.experts.is_some()) {
-            let reason = "routed experts are adapted, whose adapters have no dropout in PEFT, and none here with any \
-                          lora_export_format, per_expert neither; set it to 0, or leave them out of \
-                          lora_target_modules";
-            return Err(refused("lora.lora_dropout", reason));
-        }
         let shapes = lora::shapes_of(&config.lora, &sites)
             .map_err(|error| refused(&format!("lora.{}", error.field), &error.fault))?;
+        if let Some((field, why)) =
+            variants::refusal(&config.lora, &sites, &shapes, spec.quantization.is_some())
+        {
+            return Err(refused(field, &why));
+        }
 
         if !loaded.places.is_given("data.sample_packing_sequence_len") {
             let longest = hf.max_positions.unwrap_or(usize::MAX);
@@ -274,10 +274,23 @@ impl Run {
         tracing::info!("rank {} read {} bytes of the base", world.rank(), self.source.bytes_read());
         let mut adapter = model.new_adapter(&self.sites, self.shapes.clone());
         adapter.set_dropout(lora.lora_dropout, train.seed);
+        let first = match &self.start {
+            _ if lora.init_lora_weights == InitLoraWeights::Default => None,
+            Start::Resumed(resumed) => {
+                Some(agree(&*groups.world, self.singular_vectors_of_step(&resumed.path))?)
+            }
+            Start::Fresh | Start::Adapter(_) => Some(self.singular_vectors(&*groups.world)?),
+        };
+        if let Some(first) = &first {
+            self.subtract(&mut model, first)?;
+        }
         let mut optimizer = Optimizer::new(&Settings::from(train), adapter.pieces());
         // Values are dropped once they are in place: they are as large as the adapter and its moments.
         match &mut self.start {
-            Start::Fresh => adapter.init(train.seed, lora.lora_b_init_std)?,
+            Start::Fresh => match &first {
+                Some(first) => adapter.set(|parameter, range| first[&parameter.name][range].to_vec())?,
+                None => adapter.init(train.seed, lora.lora_b_init_std)?,
+            },
             Start::Adapter(values) => {
                 let values = std::mem::take(values);
                 adapter.set(|parameter, range| values[&parameter.name][range].to_vec())?;
@@ -293,7 +306,7 @@ impl Run {
         trainer.world.barrier()?;
         let rank = world.rank();
         let mut metrics = if rank == 0 { self.begin_output()? } else { Metrics::silent() };
-        let mut saver = Saver::new(&self, rank)?;
+        let mut saver = Saver::new(&self, rank, first)?;
         let mut merger = Merger::new(&self);
         let traces = train.output_dir.join("trace").join(&train.run_id);
         let mut profile = Profile::new(train.profile_steps, &traces, &trainer)?;

@@ -5,19 +5,21 @@
 use super::{Run, Trainer, merge::Merger};
 use crate::{
     checkpoint::{
-        self, CheckpointError, FolderWriter, TrainerState, adapter_store,
+        self, CheckpointError, FolderWriter, TrainerState,
+        adapter_store::{self, Export},
         base::BaseFiles,
         model_files::{ModelFiles, SHARD_BYTES},
         pieces::write_pieces,
         publish::{KnownHashes, publish_together, withdraw},
-        state::DataIdentity,
+        state::{AdapterState, DataIdentity},
         steps,
     },
+    config::InitLoraWeights,
     console::first_of,
     data::schedule::DataCursor,
     device::Staging,
     error::{Error, Result, agree},
-    lora::{MergePlan, Parameter},
+    lora::{MergePlan, Parameter, pissa::Values},
     model::stored_base,
     shard::ShardError,
     weights::{self, TensorMeta},
@@ -45,6 +47,8 @@ pub(super) struct Saver<'a> {
     model: Option<PathBuf>,
     /// Merges in the base of the last step.
     merges: u64,
+    /// A₀ and B₀ that were taken from the base, on rank 0.
+    subtracted: Option<Values>,
 }
 
 /// Note for `model/`: a base beside an adapter is easily taken for a merged model.
@@ -83,12 +87,13 @@ fn check_finite(whole: &[(Parameter, Vec<f32>)], step: usize) -> Result<()> {
 }
 
 impl<'a> Saver<'a> {
-    pub(super) fn new(run: &'a Run, rank: usize) -> Result<Self> {
+    pub(super) fn new(run: &'a Run, rank: usize, subtracted: Option<Values>) -> Result<Self> {
         let model = run.resumed().map(|resumed| resumed.path.join(checkpoint::base::FOLDER));
         let base = if rank == 0 { run.base_digest()? } else { String::new() };
         let (known, model) = (KnownHashes::default(), model.filter(|path| path.is_dir()));
         let merges = run.resumed().map_or(0, |resumed| resumed.state.merges);
-        Ok(Self { run, rank, known, base, model, merges })
+        let subtracted = subtracted.filter(|_| rank == 0);
+        Ok(Self { run, rank, known, base, model, merges, subtracted })
     }
 
     /// Publishes the run as it stands. Collective.
@@ -161,15 +166,9 @@ impl<'a> Saver<'a> {
         let base = base.map(|path| path.display().to_string());
         let lora = &run.config.lora;
         let (format, dropout) = (lora.lora_export_format, lora.lora_dropout);
-        adapter_store::write_adapter(
-            writer.directory(),
-            whole,
-            &run.sites,
-            &run.shapes,
-            base,
-            format,
-            dropout,
-        )?;
+        let (sites, shapes, subtracted) = (&run.sites[..], &run.shapes, self.subtracted.as_ref());
+        let export = Export { sites, shapes, base, format, dropout, subtracted };
+        adapter_store::write_adapter(writer.directory(), whole, export)?;
         Ok(writer)
     }
 
@@ -187,7 +186,10 @@ impl<'a> Saver<'a> {
             seed: train.seed,
             lora_dropout: config.lora.lora_dropout,
             merges,
-            adapter: adapter_store::state_of(&trainer.session, shapes, mesh, &self.base),
+            adapter: AdapterState {
+                pissa: config.lora.init_lora_weights == InitLoraWeights::Pissa,
+                ..adapter_store::state_of(&trainer.session, shapes, mesh, &self.base)
+            },
             schedule: trainer.schedule,
             data: DataIdentity { rows: dataset.rows(), fingerprint: dataset.fingerprint().to_owned() },
         }
