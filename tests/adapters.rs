@@ -95,7 +95,7 @@ impl Ours {
         let (_, adapter) = self.adapted(model, path).unwrap();
         let optimizer = Optimizer::new(&Settings::from(&TrainArgs::default()), adapter.pieces());
         let session = Session { name: "policy".into(), adapter, optimizer, max_grad_norm: 0.0 };
-        let base = Base { name: model.display().to_string(), digest: "digest".into() };
+        let base = Base { name: model.display().to_string(), digest: "digest".into(), quantization: None };
         let save = Save { folder, training_state: true, overwrite: false, metadata: json!({"note": 1}) };
         store::save(&session, &self.groups, &base, Accumulated::default(), &save).unwrap();
     }

@@ -148,7 +148,7 @@ fn every_quantised_base_is_planned_with_the_bytes_of_its_format() {
         assert!((base / expected - 1.0).abs() < 0.01, "{name}: {base}, expected {expected}");
         seen += 1;
     }
-    assert_eq!(seen, 10);
+    assert_eq!(seen, 11);
     assert!(!out.exists(), "something was written");
 }
 

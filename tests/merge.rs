@@ -151,6 +151,35 @@ fn every_format_of_experts_makes_the_same_model() {
     }
 }
 
+/// An adapter whose delta lies far below the steps of 4-bit codes: as good as nothing of it is left, and the report
+/// says so by tensor. In fp32 all of it is.
+#[test]
+fn a_small_delta_is_erased_by_four_bits_and_said_to_be() {
+    let run = TinyRun::new();
+    let tiny = "--train.max_steps 1 --train.lr_min 0 --train.lr 1e-9 --lora.lora_b_init_std 1e-6 --lora.save_lora_only false \
+                --lora.enable_qlora true --lora.quant_format nf4";
+    succeeded(&run.run(1, "out", &tiny.split_whitespace().collect::<Vec<_>>()));
+    let step = run.step("out", 1);
+    let [said, warned] = merge(1, &step, &run.at("nf4"), &[]);
+    assert!(share(&said) > 0.9 && said.contains("in nf4"), "{said}");
+    assert!(said.lines().filter(|line| line.contains("  model.layers.")).count() == 5, "{said}");
+    assert!(warned.contains("more than half of the delta in"), "{warned}");
+    let [said, warned] = merge(2, &step, &run.at("fp32"), &["--dtype", "float32"]);
+    assert!(share(&said) < 0.1 && !warned.contains("rounding loses"), "{said}{warned}");
+    // Hardly any code is another one than before: those of the largest elements, which change the scale of a block.
+    let untouched = run.at("untouched");
+    let zero = "--train.max_steps 1 --train.lr_min 0 --train.lr 1e-30 --lora.lora_b_init_std 0 --lora.save_lora_only false \
+                --lora.enable_qlora true --lora.quant_format nf4";
+    succeeded(&run.run(1, "zero", &zero.split_whitespace().collect::<Vec<_>>()));
+    merge(1, &run.step("zero", 1), &untouched, &[]);
+    let [before, after] = [untouched, run.at("nf4")].map(|folder| weights(&folder));
+    let codes = |name: &str| name.ends_with("_proj.weight");
+    for (name, bytes) in before.iter().filter(|(name, _)| codes(name)) {
+        let other = bytes.iter().zip(&after[name]).filter(|(a, b)| a != b).count();
+        assert!(other * 1000 <= bytes.len(), "{name}: {other} of {} bytes", bytes.len());
+    }
+}
+
 fn with<'a>(first: &[&'a str], more: &[&'a str]) -> Vec<&'a str> {
     [first, more].concat()
 }

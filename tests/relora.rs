@@ -105,14 +105,19 @@ impl Case {
         self.folder.path().join(out).join(format!("weights/run/step_{step}"))
     }
 
-    /// Trains in several topologies `worlds` and in PEFT, and compares losses, norms and the merged base.
-    fn equals_peft(&self, worlds: &[(usize, &[&str])], reset: bool) {
+    /// Trains in several topologies `worlds` and in PEFT, and compares losses, norms and the merged base, which is
+    /// `packed` in a format or plain.
+    fn equals_peft(&self, worlds: &[(usize, &[&str])], reset: bool, packed: Option<&str>) {
+        let name = |of: &str| format!("{}{of}", packed.unwrap_or_default());
+        let packing = packed.map(|format| ["--lora.enable_qlora", "true", "--lora.quant_format", format]);
         let resetting = ["--lora.reset_optimizer_on_merge", "true", "--lora.merge_warmup_steps", "3"];
         let ours: Vec<Vec<Value>> = worlds
             .iter()
             .enumerate()
             .map(|(i, (ranks, more))| {
-                self.run(*ranks, &format!("{i}"), &[*more, if reset { &resetting[..] } else { &[] }].concat())
+                let packing = packing.as_ref().map_or(&[][..], |words| &words[..]);
+                let resetting = if reset { &resetting[..] } else { &[] };
+                self.run(*ranks, &name(&i.to_string()), &[*more, resetting, packing].concat())
             })
             .collect();
         let rates: Vec<String> = ours[0].iter().map(|line| line["lr"].to_string()).collect();
@@ -120,12 +125,12 @@ impl Case {
             let of = |step: usize| rates[step].parse::<f64>().unwrap();
             assert!((of(5) * 3.0 - of(4)).abs() < 1e-12 && (of(7) - of(4)).abs() < 1e-12, "{rates:?}");
         }
-        let out = self.at("theirs");
+        let out = self.at(&name("theirs"));
         let mut words: Vec<String> =
             ["train", &self.at("model"), &out, "--rows", &self.at("rows.jsonl"), "--adapter"]
                 .map(str::to_owned)
                 .to_vec();
-        let fresh = self.step("0", 0).display().to_string();
+        let fresh = self.step(&name("0"), 0).display().to_string();
         words.extend([
             self.at("start"),
             "--rows-per-step".into(),
@@ -139,24 +144,27 @@ impl Case {
             "--fresh".into(),
             fresh.trim_end_matches('0').to_owned(),
         ]);
-        words.extend(["--merged".into(), self.at("merged")]);
+        words.extend(["--merged".into(), self.at(&name("merged"))]);
+        words.extend(packed.into_iter().flat_map(|format| ["--packed".into(), format.to_owned()]));
         words.extend(reset.then(|| "--reset".to_owned()));
         Self::oracle(&words);
         let theirs: Value =
             serde_json::from_str(&fs::read_to_string(format!("{out}.json")).unwrap()).unwrap();
         let (start, expected) =
-            (base(&PathBuf::from(self.at("model"))), base(&PathBuf::from(self.at("merged"))));
+            (base(&PathBuf::from(self.at("model"))), base(&PathBuf::from(self.at(&name("merged")))));
         for (i, (lines, (ranks, more))) in ours.iter().zip(worlds).enumerate() {
-            let place = format!("{} on {ranks} ranks {more:?}", self.targets);
+            let place = format!("{} on {ranks} ranks {more:?} {packed:?}", self.targets);
             for (step, line) in lines.iter().enumerate() {
                 for (field, theirs) in
                     [("loss", &theirs["losses"][step]), ("grad_norm", &theirs["grad_norms"][step])]
                 {
                     let (a, b) = (line[field].as_f64().unwrap(), theirs.as_f64().unwrap());
-                    assert!((a - b).abs() <= 1e-5 * b, "{place}, step {}: {field} {a}, PEFT {b}", step + 1);
+                    // A number that lies between two codes may get the other one.
+                    let limit = if packed.is_some() { 1e-4 } else { 1e-5 };
+                    assert!((a - b).abs() <= limit * b, "{place}, step {}: {field} {a}, PEFT {b}", step + 1);
                 }
             }
-            let found = base(&self.step(&i.to_string(), STEPS).join("model"));
+            let found = base(&self.step(&name(&i.to_string()), STEPS).join("model"));
             assert_eq!(found.len(), expected.len());
             let mut changed = 0;
             for (((name, found), (other, expected)), (_, start)) in found.iter().zip(&expected).zip(&start) {
@@ -169,11 +177,14 @@ impl Case {
                 }
                 changed += 1;
                 let apart = relative(&moved(found), &moved(expected));
-                assert!(apart < 1e-4, "{place}: {name} is {apart} of its change apart");
+                assert!(
+                    apart < if packed.is_some() { 0.03 } else { 1e-4 },
+                    "{place}: {name} is {apart} of its change apart"
+                );
             }
             assert!(changed > 0);
             // B is zero after the last merge, so the model/ is what was trained.
-            let last = adapter(&self.step(&i.to_string(), STEPS));
+            let last = adapter(&self.step(&name(&i.to_string()), STEPS));
             let is_zero = |values: &[f32]| values.iter().all(|&value| value == 0.0);
             assert!(last.iter().all(|(name, values)| is_zero(values) == name.contains("lora_B")));
         }
@@ -185,7 +196,8 @@ fn mpi_python_merges_of_dense_adapters_equal_those_of_peft() {
     let targets = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj";
     let case = Case::new("Qwen3", "tie_word_embeddings=False", &[], targets);
     let split = ["--lora.unfuse_for_lora", "true"];
-    case.equals_peft(&[(1, &[]), (2, &[]), (2, &split)], true);
+    case.equals_peft(&[(1, &[]), (2, &[]), (2, &split)], true, None);
+    case.equals_peft(&[(1, &[]), (2, &[])], false, Some("nvfp4"));
     // The last step answers without --model, and not on the base that it was not trained on.
     let step = case.step("0", STEPS).display().to_string();
     let line =
@@ -216,7 +228,8 @@ fn mpi_python_merges_of_experts_equal_those_of_peft() {
         ["--targets", "q_proj,o_proj", "--parameters", "mlp.experts.gate_up_proj,mlp.experts.down_proj"];
     let case = Case::new("Qwen3Moe", fields, &made, "q_proj, o_proj, gate_up_proj, down_proj");
     let divided = ["--train.expert_parallel_size", "2"];
-    case.equals_peft(&[(1, &[]), (2, &[]), (2, &divided)], false);
+    case.equals_peft(&[(1, &[]), (2, &[]), (2, &divided)], false, None);
+    case.equals_peft(&[(1, &[]), (2, &divided)], true, Some("nf4"));
 }
 
 /// Runs 20 steps with merges at 6, 12 and 18 and after the last, and again from step 10, which is between two: nothing
@@ -263,4 +276,61 @@ fn mpi_resumed_between_merges_in_bf16_over_experts_is_bit_identical() {
     let more =
         [&more[..], &["--lora.moe_hybrid_shared_lora", "true", "--train.global_batch_size", "7"]].concat();
     second_half_is_bit_identical(&TinyRun::of_experts(), 4, &more);
+}
+
+/// Of every format: a resume between merges gives the bytes of the uninterrupted run, on ranks whose borders cut
+/// matrices; one rank has the same losses and the same base.
+#[test]
+fn mpi_merges_into_packed_bases_are_those_of_one_rank_and_resume_bit_identically() {
+    for (format, has_experts) in [("nf4", false), ("block_fp8", true), ("nvfp4", true)] {
+        let run = if has_experts { TinyRun::of_experts() } else { TinyRun::new() };
+        // An expert's down_proj has 24 columns, which files in nvfp4 cannot hold.
+        let fixed = ["--train.global_batch_size", "4", "--lora.enable_qlora", "true", "--lora.quant_format"];
+        let all = [&fixed[..], &[format]].concat();
+        let excluding = ["--lora.exclude_modules", "down_proj"];
+        let packing = [&all[..], if format == "nvfp4" { &excluding } else { &[] }].concat();
+        if format == "nvfp4" {
+            let merging = ["--lora.merge_at_end", "true"];
+            let line = failed(&run.run(1, "refused", &[&all[..], &merging].concat()), 2);
+            let words = "layers.1.mlp.experts.down_proj has 24 columns, no multiple of 16";
+            assert!(line.contains(words), "{line}");
+        }
+        let divided = ["--train.expert_parallel_size", "2"];
+        let ranks = if has_experts { [&packing[..], &divided].concat() } else { packing.clone() };
+        second_half_is_bit_identical(&run, 2, &ranks);
+        let merging = "--lora.merge_lora_interval 6 --lora.merge_at_end true --lora.reset_optimizer_on_merge true \
+                       --lora.merge_warmup_steps 2";
+        let merging: Vec<&str> = merging.split_whitespace().collect();
+        succeeded(&run.run(1, "one", &[&merging[..], &packing].concat()));
+        for (one, two) in run.story("one").iter().zip(run.story("whole")) {
+            let [a, b] = [one, &two].map(|line| line["loss"].as_f64().unwrap());
+            assert!(
+                (a - b).abs() <= 1e-4 * a,
+                "{format}: {} of one rank, {} of two",
+                one["loss"],
+                two["loss"]
+            );
+        }
+        let [one, two] = ["one", "whole"].map(|out| base(&run.step(out, STEPS).join("model")));
+        let start = base(&run.step("one", 10).join("model"));
+        let mut changed = 0;
+        for (((name, one), (_, two)), (_, start)) in one.iter().zip(&two).zip(&start) {
+            assert!(relative(one, two) < 2e-3, "{format}: {name} is {} apart", relative(one, two));
+            changed += usize::from(one != start);
+        }
+        assert!(changed >= 8, "{format}: {changed} tensors are merged");
+        let config: Value = serde_json::from_str(
+            &fs::read_to_string(run.step("one", STEPS).join("model/config.json")).unwrap(),
+        )
+        .unwrap();
+        let method = &config["quantization_config"]["quant_method"];
+        assert_eq!(
+            method,
+            match format {
+                "nf4" => "bitsandbytes",
+                "block_fp8" => "fp8",
+                _ => "modelopt",
+            }
+        );
+    }
 }

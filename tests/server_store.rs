@@ -134,7 +134,7 @@ fn values(session: &Session) -> Values {
 }
 
 fn base() -> Base {
-    Base { name: "a/base".into(), digest: "digest".into() }
+    Base { name: "a/base".into(), digest: "digest".into(), quantization: None }
 }
 
 fn save_of(folder: PathBuf, training_state: bool) -> Save {

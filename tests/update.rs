@@ -15,7 +15,7 @@ use xorl_dist::{
     dtype::DType,
     mesh::{Mesh, MeshSizes},
     model::{base_plan::Options, transformer::Transformer},
-    shard::{ProcessGroups, ShardError},
+    shard::{Piece, ProcessGroups, ShardError},
     weights::{RandomSource, SourceError, TensorMeta, WeightSource},
 };
 
@@ -88,7 +88,7 @@ fn mpi_worker() {
     let before = model.logits(&rows, &mut []).unwrap();
     let mut changed = 0;
     model
-        .update(|piece, values| {
+        .update(|piece: &Piece, values: &Tensor| {
             let deltas: Vec<f32> = piece.range.clone().map(|index| delta(&piece.tensor, index)).collect();
             changed += deltas.len();
             let _ = values.shallow_clone().g_add_(&Tensor::from_slice(&deltas));
@@ -105,11 +105,11 @@ fn mpi_worker() {
     );
     // A rank that cannot change its piece ends the update of all ranks.
     let fails = world.rank() + 1 == world.size();
-    let refused = model.update(|piece, _| {
-        if fails { Err(ShardError::PackedMerge { tensor: piece.tensor.clone() }) } else { Ok(()) }
+    let refused = model.update(|piece: &Piece, _: &Tensor| {
+        if fails { Err(ShardError::Counts { from: 0, actual: piece.at, expected: 0 }) } else { Ok(()) }
     });
     match refused.unwrap_err() {
-        ShardError::PackedMerge { .. } => assert!(fails),
+        ShardError::Counts { .. } => assert!(fails),
         ShardError::UpdateElsewhere { .. } => assert!(!fails),
         other => panic!("{other}"),
     }

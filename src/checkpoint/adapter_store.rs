@@ -13,6 +13,7 @@ use crate::{
     device::{RankDevice, Staging},
     lora::{Adapter, LoraShapes, Parameter, Site, pissa},
     mesh::Mesh,
+    model::quantized::Quantization,
     optim::{self, Optimizer},
     session::Session,
     shard::{FlatRegion, ShardError},
@@ -20,8 +21,14 @@ use crate::{
 use std::{collections::HashMap, path::Path};
 use tch::{Kind, Tensor};
 
-/// The state of `session`. `base`: digest of the base.
-pub fn state_of(session: &Session, shapes: &LoraShapes, mesh: &Mesh, base: &str) -> AdapterState {
+/// The state of `session`. `base`: digest of the base, which is stored as `quantization` says.
+pub fn state_of(
+    session: &Session,
+    shapes: &LoraShapes,
+    mesh: &Mesh,
+    base: &str,
+    quantization: Option<&Quantization>,
+) -> AdapterState {
     let numbers = session.optimizer.numbers();
     AdapterState {
         world: mesh.world(),
@@ -34,6 +41,7 @@ pub fn state_of(session: &Session, shapes: &LoraShapes, mesh: &Mesh, base: &str)
         lora: shapes.clone(),
         base: base.to_owned(),
         pissa: false,
+        quantization: quantization.cloned(),
         regions: session.adapter.plan().flat().cloned().collect(),
         accumulated: None,
     }

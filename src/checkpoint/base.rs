@@ -3,7 +3,7 @@
 //! out, and so are merged ones.
 
 use super::{
-    CheckpointError, io,
+    CheckpointError, config_json, io,
     model_files::{INDEX, ModelFiles, fault},
 };
 use crate::weights::{WeightSource, weight_files};
@@ -98,9 +98,7 @@ impl BaseFiles {
     pub fn write_around(&self, step: &Path, files: &ModelFiles) -> Result<(), CheckpointError> {
         let folder = step.join(FOLDER);
         fs::create_dir(&folder).map_err(io(&folder))?;
-        for (name, path) in self.side_files() {
-            link_or_copy(&path, &folder.join(name))?;
-        }
+        config_json::put_beside(self.side_files(), &folder, files, None, link_or_copy)?;
         files.create(&folder)
     }
 }
@@ -125,7 +123,7 @@ fn write_weights(folder: &Path, source: &dyn WeightSource) -> Result<(), Checkpo
     let files = ModelFiles::new(tensors.map(|(meta, name)| (name, meta)), u64::MAX);
     files.create(folder)?;
     let writer = files.open(folder)?;
-    files.tensors().try_for_each(|(name, meta)| writer.copy(source, name, 0..meta.shape.iter().product()))
+    files.tensors().try_for_each(|(name, _)| writer.copy_whole(source, name))
 }
 
 #[cfg(test)]

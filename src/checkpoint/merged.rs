@@ -3,23 +3,24 @@
 
 use super::{
     CheckpointError, FolderWriter,
-    base::{BaseFiles, CONFIG},
-    io,
-    model_files::{ModelFiles, ModelWriter, fault},
+    base::BaseFiles,
+    config_json, io,
+    model_files::{FileTensor, ModelFiles, ModelWriter, fault},
 };
 use crate::{
     dtype::DType,
-    json,
     lora::{LoraShapes, MergePlan, Site, Survival, merge},
+    quant::{Format, Grid},
     shard::ShardError,
     weights::{TensorMeta, WeightSource},
 };
-use serde_json::{Map, Value};
-use std::{collections::HashMap, fs, ops::Range, path::Path};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs,
+    ops::Range,
+    path::Path,
+};
 use tch::{Device, Tensor};
-
-/// Fields of config.json with the dtype of the weights: the present name, and that of transformers before 5.
-const DTYPE_FIELDS: [&str; 2] = ["dtype", "torch_dtype"];
 
 /// A base and an adapter that become one model.
 pub struct Merged<'a> {
@@ -34,7 +35,7 @@ pub struct Merged<'a> {
 
 impl<'a> Merged<'a> {
     /// The merge of the adapter of `shapes` on `sites` with `values` into `source`. Weights are stored in `dtype`,
-    /// `None`: in the base's own, in files of at most `most` bytes.
+    /// `None`: in the base's own, those of `formats` packed, in files of at most `most` bytes.
     ///
     /// # Errors
     /// Values of the adapter that are not finite.
@@ -44,6 +45,7 @@ impl<'a> Merged<'a> {
         shapes: &LoraShapes,
         values: &'a HashMap<String, Vec<f32>>,
         dtype: Option<DType>,
+        formats: &BTreeMap<String, Format>,
         most: u64,
     ) -> Result<Self, CheckpointError> {
         let mut broken = values.iter().filter(|(_, values)| values.iter().any(|value| !value.is_finite()));
@@ -52,7 +54,11 @@ impl<'a> Merged<'a> {
         }
         let tensors = source.names().into_iter().filter_map(|name| {
             let meta = source.meta(&name)?;
-            Some((name, TensorMeta { dtype: dtype.unwrap_or(meta.dtype), ..meta }))
+            let format = formats.get(&name).copied().filter(|_| dtype.is_none());
+            Some((
+                name,
+                FileTensor { meta: TensorMeta { dtype: dtype.unwrap_or(meta.dtype), ..meta }, format },
+            ))
         });
         let files = ModelFiles::new(tensors, most);
         Ok(Self { source, plan: MergePlan::new(sites, shapes), values, files, dtype })
@@ -71,13 +77,8 @@ impl<'a> Merged<'a> {
     pub fn begin(&self, out: &Path, base: &BaseFiles) -> Result<FolderWriter, CheckpointError> {
         let writer = FolderWriter::new_folder(out)?;
         let folder = writer.directory();
-        for (name, path) in base.side_files() {
-            let to = folder.join(&name);
-            match self.dtype.filter(|_| name == CONFIG) {
-                Some(dtype) => write_config(&path, &to, dtype)?,
-                None => fs::copy(&path, &to).map(|_| ()).map_err(io(&to))?,
-            }
-        }
+        let copy = |from: &Path, to: &Path| fs::copy(from, to).map(|_| ()).map_err(io(to));
+        config_json::put_beside(base.side_files(), folder, &self.files, self.dtype, copy)?;
         self.files.create(folder)?;
         Ok(writer)
     }
@@ -96,21 +97,72 @@ impl<'a> Merged<'a> {
         let writer = self.files.open(folder)?;
         let mut survivals = Vec::new();
         let owners = self.files.owners(ranks);
-        for ((name, meta), _) in self.files.tensors().zip(owners).filter(|(_, owner)| *owner == rank) {
-            let elements = meta.shape.iter().product();
+        for ((name, tensor), _) in self.files.tensors().zip(owners).filter(|(_, owner)| *owner == rank) {
             let Some(columns) = self.plan.columns(name) else {
-                writer.copy(self.source, name, 0..elements)?;
+                writer.copy_whole(self.source, name)?;
                 continue;
             };
-            let mut survival = Survival::default();
-            let part = merge::PART.next_multiple_of(columns.max(1));
-            for first in (0..elements).step_by(part) {
-                survival += self.merge_part(&writer, name, first..elements.min(first + part), meta.dtype)?;
-            }
+            let survival = match tensor.grid() {
+                Some(grid) => self.merge_packed(&writer, name, grid)?,
+                None => self.merge_plain(&writer, name, columns, &tensor.meta)?,
+            };
             survivals.push((name.to_owned(), survival));
         }
         writer.sync()?;
         Ok(survivals)
+    }
+
+    /// Merges and writes the plain `tensor`, in parts.
+    fn merge_plain(
+        &self,
+        writer: &ModelWriter,
+        tensor: &str,
+        columns: usize,
+        meta: &TensorMeta,
+    ) -> Result<Survival, CheckpointError> {
+        let elements = meta.shape.iter().product();
+        let mut survival = Survival::default();
+        // Whole rows of blocks, which a source decodes together.
+        let part = merge::PART.next_multiple_of((columns * Format::BlockFp8.group()).max(1));
+        for first in (0..elements).step_by(part) {
+            survival += self.merge_part(writer, tensor, first..elements.min(first + part), meta.dtype)?;
+        }
+        Ok(survival)
+    }
+
+    /// Merges `tensor` into its packed form and writes it. A matrix without a delta is copied.
+    fn merge_packed(
+        &self,
+        writer: &ModelWriter,
+        tensor: &str,
+        grid: Grid,
+    ) -> Result<Survival, CheckpointError> {
+        if self.plan.is_zero(tensor, self.values) {
+            writer.copy_whole(self.source, tensor)?;
+            return Ok(Survival::default());
+        }
+        let before = self.source.packed(tensor).map_or(1.0, |form| form.global);
+        let sum = |run: Range<usize>| {
+            let mut packed = vec![0; run.len() * grid.format.tile().bytes];
+            self.source.read_packed(tensor, grid.format, before, run.clone(), &mut packed).map_err(fault)?;
+            let sum = self.plan.sum(tensor, grid.format, run, &packed, before, self.values)?;
+            Ok::<_, CheckpointError>((sum, packed))
+        };
+        let mut most = 0f32;
+        for run in grid.runs(0..grid.tiles()).filter(|_| grid.format.has_global()) {
+            most = most.max(sum(run)?.0.amax());
+        }
+        let (after, mut survival) = (grid.format.global(most), Survival::default());
+        for run in grid.runs(0..grid.tiles()) {
+            let (sum, mut packed) = sum(run.clone())?;
+            survival += sum.pack(after, &mut packed);
+            if !survival.lost.is_finite() {
+                return Err(CheckpointError::NotFinite { tensor: tensor.to_owned(), hint: "" });
+            }
+            writer.write_tiles(tensor, run, &packed)?;
+        }
+        writer.write_beside(tensor, after)?;
+        Ok(survival)
     }
 
     /// Merges and writes elements `range` of `tensor`, which become `dtype`.
@@ -143,18 +195,4 @@ impl<'a> Merged<'a> {
 fn bytes_of(values: &Tensor) -> Result<Vec<u8>, ShardError> {
     debug_assert_eq!(values.device(), Device::Cpu);
     Ok(Vec::<u8>::try_from(values.f_contiguous()?.f_view_dtype(tch::Kind::Uint8)?.f_view([-1])?)?)
-}
-
-/// Writes the config.json at `from` to `to` as that of weights in `dtype`.
-fn write_config(from: &Path, to: &Path, dtype: DType) -> Result<(), CheckpointError> {
-    let text = fs::read_to_string(from).map_err(io(from))?;
-    let mut fields: Map<String, Value> = serde_json::from_str(&text).map_err(|error| {
-        CheckpointError::Format { path: from.to_owned(), reason: json::problem(text.as_bytes(), &error) }
-    })?;
-    let known: Vec<&str> = DTYPE_FIELDS.into_iter().filter(|field| fields.contains_key(*field)).collect();
-    for field in if known.is_empty() { &DTYPE_FIELDS[1..] } else { &known } {
-        fields.insert((*field).to_owned(), dtype.name().into());
-    }
-    let text = serde_json::to_string_pretty(&fields).unwrap_or_default();
-    fs::write(to, text + "\n").map_err(io(to))
 }

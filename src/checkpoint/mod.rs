@@ -5,7 +5,8 @@
 //! - [`peft`]: adapter files; [`adapter_config`] reads what they say of themselves, `adapter_file` their
 //!   tensors, which `stored` and `experts` lay out
 //! - [`state`]: training state by name; [`pieces`]: its tensors; [`reshard`]: those for another world
-//! - [`base`]: the base in HF layout; [`model_files`]: its weights; [`merged`]: those with an adapter added
+//! - [`base`]: the base in HF layout; [`model_files`]: its weights, `packed_files` if they are packed; `config_json`:
+//!   what config.json says of them; [`merged`]: those with an adapter added
 //! - [`publish`]: a folder becomes visible whole or not at all; [`steps`]: those of a run; [`saves`]: those of a server
 //! - [`output`]: the lock on the output directory
 
@@ -13,10 +14,12 @@ pub mod adapter_config;
 mod adapter_file;
 pub mod adapter_store;
 pub mod base;
+mod config_json;
 mod experts;
 pub mod merged;
 pub mod model_files;
 pub mod output;
+mod packed_files;
 pub mod peft;
 pub mod pieces;
 pub mod publish;

@@ -10,7 +10,13 @@ use super::{
     steps,
 };
 use crate::{
-    config::Optimizer, data::schedule::DataCursor, lora::LoraShapes, optim::Schedule, shard::FlatRegion,
+    config::Optimizer,
+    data::schedule::DataCursor,
+    lora::LoraShapes,
+    model::quantized::{self, Quantization},
+    optim::Schedule,
+    shard::FlatRegion,
+    weights::{SourceError, WeightSource},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -31,11 +37,14 @@ pub struct AdapterState {
     pub optimizer: OptimizerState,
     /// Ranks and scales of the adapter.
     pub lora: LoraShapes,
-    /// Digest of the base: [`crate::weights::digest`].
+    /// Digest of the base: [`quantized::digest`].
     pub base: String,
     /// The base of training lacks what the adapter starts with: see [`crate::lora::pissa`].
     #[serde(default, skip_serializing_if = "is_zero")]
     pub pissa: bool,
+    /// Storage of the base, if it is quantised.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<Quantization>,
     /// The regions of the adapter, as they are cut.
     pub regions: Vec<FlatRegion>,
     /// Present where the pieces have the gradient of passes since the last update.
@@ -81,18 +90,40 @@ fn is_zero<T: Default + PartialEq>(number: &T) -> bool {
     *number == T::default()
 }
 
-/// Digest of the base that the adapter in `folder` belongs to, if merges have changed it during training: without that
-/// base the adapter is worth little.
-///
-/// # Errors
-/// Training state that cannot be read.
-pub fn merged_base(folder: &Path) -> Result<Option<String>, CheckpointError> {
-    if !folder.join(MANIFEST).is_file() {
-        return Ok(None);
+/// The base that an adapter was trained on, as its training state says.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TrainedBase {
+    pub digest: String,
+    /// Merges that have changed it during training: without that base the adapter is worth little.
+    pub merges: u64,
+    pub quantization: Option<Quantization>,
+}
+
+impl TrainedBase {
+    /// That of the adapter in `folder`; `None` without training state.
+    ///
+    /// # Errors
+    /// Training state that cannot be read.
+    pub fn of(folder: &Path) -> Result<Option<Self>, CheckpointError> {
+        if !folder.join(MANIFEST).is_file() {
+            return Ok(None);
+        }
+        let Some(state) = read_json(folder, &Manifest::read(folder)?)? else { return Ok(None) };
+        let quantization = serde_json::from_value(state["quantization"].clone()).map_err(|error| {
+            CheckpointError::Format { path: folder.join(STATE_FILE), reason: error.to_string() }
+        })?;
+        let digest = state["base"].as_str().map(str::to_owned);
+        let merges = state["merges"].as_u64().unwrap_or(0);
+        Ok(digest.map(|digest| Self { digest, merges, quantization }))
     }
-    let state = read_json(folder, &Manifest::read(folder)?)?;
-    let merged = state.filter(|state| state["merges"].as_u64().is_some_and(|merges| merges > 0));
-    Ok(merged.and_then(|state| state["base"].as_str().map(str::to_owned)))
+
+    /// True if the files of `source` are this base.
+    ///
+    /// # Errors
+    /// Files that cannot be read.
+    pub fn is(&self, source: &dyn WeightSource) -> Result<bool, SourceError> {
+        Ok(self.digest == quantized::digest(source, self.quantization.as_ref())?)
+    }
 }
 
 /// The optimizer besides its state tensors.
@@ -321,6 +352,7 @@ mod tests {
                 },
                 base: "b".into(),
                 pissa: false,
+                quantization: None,
                 regions: regions(world),
                 accumulated: None,
             },

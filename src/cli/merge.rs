@@ -8,8 +8,8 @@ use crate::{
         merged::Merged,
         model_files::SHARD_BYTES,
         peft::{AdapterFolder, StoredAdapter},
-        publish::{KnownHashes, MANIFEST, publish_together},
-        state::AdapterState,
+        publish::{KnownHashes, publish_together},
+        state::TrainedBase,
         steps,
     },
     comm::World,
@@ -18,11 +18,13 @@ use crate::{
     dtype::DType,
     error::{Error, Result, agree},
     lora::{Survival, merge::MUCH_LOST},
-    model::{base_plan::all_projections, hf_config::HfModel, stored_base},
-    weights::{self, SafetensorsSource},
+    model::{base_plan::all_projections, hf_config::HfModel, quantized::Quantization, stored_base},
+    quant::Format,
+    weights::{self, AsPacked, SafetensorsSource, WeightSource},
 };
 use serde_json::json;
 use std::{
+    collections::BTreeMap,
     fmt::Write as _,
     path::{Path, PathBuf},
     process::ExitCode,
@@ -45,7 +47,7 @@ pub struct Merge {
     /// Folder to make; when absent the adapter's with -merged behind its name
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Type of the merged weights
+    /// Type of the merged weights, plain unless it is the base's
     #[arg(long, value_enum, default_value_t)]
     pub dtype: MergedDtype,
     /// Weights that the adapter is added to
@@ -56,7 +58,7 @@ pub struct Merge {
 /// The dtype of `merge`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum MergedDtype {
-    /// That of the base, tensor by tensor
+    /// That of the base, tensor by tensor: packed where the base is
     #[default]
     Base,
     Float32,
@@ -66,7 +68,8 @@ pub enum MergedDtype {
 /// The weights that an adapter is added to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Onto {
-    /// Those that it was trained on: the model/ of a step that has one, else --model
+    /// Those that it was trained on: the model/ of a step that has one, else --model; of a quantised base the numbers
+    /// that it has packed
     #[default]
     Trained,
     /// Those of --model, even if the adapter was trained on others
@@ -104,6 +107,8 @@ struct Prepared {
     base: PathBuf,
     which: &'static str,
     source: SafetensorsSource,
+    /// The format of each matrix that is packed in training, or in the base's files.
+    formats: BTreeMap<String, Format>,
     adapter: StoredAdapter,
     dtype: Option<DType>,
     out: PathBuf,
@@ -120,7 +125,16 @@ impl Merge {
         let (base, which) = self.base(&adapter)?;
         let mut spec = HfModel::open(&base)?.spec;
         let source = stored_base::open(&base, &mut spec)?;
-        self.check_base(&adapter, &base, &source)?;
+        let packed = self.check_base(&adapter, &base, &source)?;
+        let formats = match &packed {
+            Some(packed) => packed.matrices(&spec),
+            None => source
+                .names()
+                .into_iter()
+                .filter_map(|name| Some((source.packed(&name)?.format, name)))
+                .map(|(format, name)| (name, format))
+                .collect(),
+        };
         // Faults of an adapter that the user named are the user's to mend.
         let stored = AdapterFolder::open(&adapter).and_then(|folder| folder.adapter(&all_projections(&spec)));
         let adapter = stored.map_err(|error| Error::Input(error.to_string()))?;
@@ -129,7 +143,12 @@ impl Merge {
             MergedDtype::Float32 => Some(DType::F32),
             MergedDtype::Bfloat16 => Some(DType::Bf16),
         };
-        Ok(Prepared { base, which, source, adapter, dtype, out })
+        if let Some(reason) = packed.filter(|_| dtype.is_none()).and_then(|packed| packed.unwritable(&spec)) {
+            return Err(Error::Input(format!(
+                "--dtype base: {reason}; --dtype bfloat16 writes plain numbers"
+            )));
+        }
+        Ok(Prepared { base, which, source, formats, adapter, dtype, out })
     }
 
     /// The weights that `adapter` is added to, and what they are to it.
@@ -144,26 +163,44 @@ impl Merge {
         }
     }
 
-    /// Compares the base with what the training state of `adapter` says of it, if there is one.
-    fn check_base(&self, adapter: &Path, base: &Path, source: &SafetensorsSource) -> Result<()> {
+    /// Compares the base with what the training state of `adapter` says of it, if there is one. The storage in which it
+    /// was trained on, where that is what the adapter is added to.
+    fn check_base(
+        &self,
+        adapter: &Path,
+        base: &Path,
+        source: &SafetensorsSource,
+    ) -> Result<Option<Quantization>> {
         // PEFT's own folders have no manifest, and say nothing of their base's weights.
-        let is_ours = adapter.join(MANIFEST).is_file();
-        let state = if is_ours { AdapterState::read(adapter)? } else { None };
-        let Some(state) = state else { return Ok(()) };
-        if state.base == weights::digest(source)? {
-            return Ok(());
+        let Some(trained) = TrainedBase::of(adapter)? else { return Ok(None) };
+        if self.onto == Onto::Trained && trained.is(source)? {
+            return Ok(trained.quantization);
         }
+        if self.onto == Onto::Original && trained.digest == weights::digest(source)? {
+            return Ok(None);
+        }
+        let packed = trained.quantization.as_ref().map_or_else(String::new, |packed| {
+            let format = packed.format;
+            format!(" in {format}")
+        });
         let (adapter, base) = (adapter.display(), base.display());
         match self.onto {
             Onto::Trained => Err(Error::Input(format!(
                 "{adapter} was trained on another base than {base}: name that one, or say --onto original to add it to \
                  this one"
             ))),
+            Onto::Original if trained.is(source)? => {
+                tracing::warn!(
+                    "{adapter} was trained on the numbers that {base} has{packed}; the sum with those of its files was \
+                     never trained"
+                );
+                Ok(None)
+            }
             Onto::Original => {
                 tracing::warn!(
                     "{adapter} was trained on another base than {base}; the sum was never trained"
                 );
-                Ok(())
+                Ok(None)
             }
         }
     }
@@ -182,7 +219,8 @@ impl Prepared {
         let everyone = world.group("world", 0);
         let _writing = world.watcher().slow("merge");
         let StoredAdapter { sites, shapes, values } = &self.adapter;
-        let merged = Merged::new(&self.source, sites, shapes, values, self.dtype, SHARD_BYTES)?;
+        let source = AsPacked::new(&self.source, self.formats.clone());
+        let merged = Merged::new(&source, sites, shapes, values, self.dtype, &self.formats, SHARD_BYTES)?;
         let files = BaseFiles {
             weights: Some(self.base.clone()),
             config: self.base.clone(),
@@ -218,7 +256,8 @@ impl Prepared {
         survivals.sort_by(|(a, x), (b, y)| y.lost_share().total_cmp(&x.lost_share()).then(a.cmp(b)));
         let mut all = Survival::default();
         survivals.iter().for_each(|(_, survival)| all += *survival);
-        let dtype = self.dtype.map_or("the base's types", DType::name);
+        let packed = self.formats.values().next().map(|format| format.name());
+        let dtype = self.dtype.map(DType::name).or(packed).unwrap_or("the base's types");
         let mut text = format!(
             "{}: {} of {tensors} merged onto {}, {}, in {dtype}\n",
             self.out.display(),

@@ -83,13 +83,6 @@ pub(super) fn broken_of_run(config: &RunConfig) -> Vec<Broken> {
         &["lora.lora_export_format", "lora.moe_hybrid_shared_lora"],
         Problem::Conflict(words.into()),
     );
-    let words = "a merge into a quantised base is not built; remove one of them, and merge the trained adapter with \
-                 xorl-dist merge --onto original";
-    rule(
-        lora.quant.enable_qlora && (lora.merge_lora_interval > 0 || lora.merge_at_end),
-        &["lora.merge_lora_interval", "lora.merge_at_end", "lora.enable_qlora"],
-        Problem::Conflict(words.into()),
-    );
     let starts_from_base = lora.init_lora_weights == InitLoraWeights::Pissa;
     let words = "pissa leaves the base without what the adapter starts with, so that merging would lose it: remove \
                  lora.merge_lora_interval and lora.merge_at_end (the command merge takes the adapter), or pissa";

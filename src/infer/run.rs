@@ -10,7 +10,7 @@ use crate::{
     checkpoint::{
         base,
         peft::{AdapterFolder, StoredAdapter},
-        state::merged_base,
+        state::TrainedBase,
         steps,
     },
     comm::World,
@@ -25,11 +25,12 @@ use crate::{
         ModelSpec,
         base_plan::{Options, all_projections},
         hf_config::HfModel,
+        quantized::Quantization,
         stored_base,
         transformer::{Batch, MicroBatchLoss, Transformer},
     },
     shard::ProcessGroups,
-    weights::{self, SafetensorsSource, WeightSource},
+    weights::{SafetensorsSource, WeightSource},
 };
 use serde_json::{Value, json};
 use std::{
@@ -109,14 +110,9 @@ impl Generation {
         let mut spec = hf.spec;
         let source = stored_base::open(directory, &mut spec)?;
         if let Some(adapter) = &adapter
-            && let Some(base) = merged_base(adapter)?
-            && base != weights::digest(&source)?
+            && let Some(trained) = TrainedBase::of(adapter)?
         {
-            return Err(Error::Input(format!(
-                "{} was trained on a base that merges have changed: leave --model out, or give {}",
-                adapter.display(),
-                adapter.join(base::FOLDER).display()
-            )));
+            spec.quantization = quantization_of(&trained, adapter, directory, &source)?;
         }
         let tokenizer = Arc::new(Tokenizer::load(directory)?);
         let template = || ChatTemplate::load(directory);
@@ -158,6 +154,10 @@ impl Generation {
     pub fn execute(self, world: &World) -> Result<()> {
         let (rank, ranks) = (world.rank(), world.size());
         let groups = ProcessGroups::one_block(world);
+        let packed = self.spec.quantization.as_ref();
+        if let Some(reason) = packed.and_then(|_| Quantization::refusal(groups.device.tensors())) {
+            return Err(Error::Input(format!("--adapter: its base is quantised: {reason}")));
+        }
         let options = Options {
             compute: self.compute,
             reduce: ReduceGradients::MicroBatch,
@@ -380,6 +380,37 @@ fn warn_of_settings(hf: &HfModel, directory: &Path, choice: &Choice) {
             of_file.join(", ")
         );
     }
+}
+
+/// The storage in which the base in `directory` was trained on.
+///
+/// # Errors
+/// It is another base than `adapter` was trained on, and merges have changed that one.
+fn quantization_of(
+    trained: &TrainedBase,
+    adapter: &Path,
+    directory: &Path,
+    source: &SafetensorsSource,
+) -> Result<Option<Quantization>> {
+    if trained.merges == 0 && trained.quantization.is_none() {
+        return Ok(None);
+    }
+    if trained.is(source)? {
+        return Ok(trained.quantization.clone());
+    }
+    if trained.merges > 0 {
+        return Err(Error::Input(format!(
+            "{} was trained on a base that merges have changed: leave --model out, or give {}",
+            adapter.display(),
+            adapter.join(base::FOLDER).display()
+        )));
+    }
+    tracing::warn!(
+        "{} was trained on another base, packed: {} is used with the numbers of its files",
+        adapter.display(),
+        directory.display()
+    );
+    Ok(None)
 }
 
 /// The model directory that the adapter at `adapter` was trained on, by its own word.

@@ -1,19 +1,22 @@
 //! Merging of an adapter into the base: ΔW = s·B·A on tensors of the model's files, and W′ = round(W + ΔW), rounded
-//! once. Pure: values in, values out; the files and the shards are the callers' business.
+//! once. Pure: values in, values out; the files and the shards are the callers' business. Packed matrices are decoded,
+//! summed and packed anew by `requantise`.
 
 use super::{
+    requantise::Sum,
     shape::LoraShapes,
     targets::{Factor, Site, file_tensor},
 };
 use crate::{
     dtype::DType,
-    shard::{Piece, ShardError, Storage},
+    quant::{Format, Grid},
+    shard::{Change, Piece, Scales, ShardError, Storage},
 };
 use std::{
     collections::{BTreeMap, HashMap},
     ops::{AddAssign, Range},
 };
-use tch::{Kind, TchError, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 /// Lost part of a delta from which on a warning says so.
 pub const MUCH_LOST: f64 = 0.5;
@@ -34,6 +37,8 @@ struct Term {
     b: String,
     /// Rows of B: a fused target has one B for several tensors.
     first_row: usize,
+    /// Rows of the tensor.
+    rows: usize,
     rank: usize,
     input: usize,
     scaling: f64,
@@ -52,6 +57,7 @@ impl MergePlan {
                         a: format!("{}.lora_A", site.path_of(Factor::A, copy)),
                         b: format!("{}.lora_B", site.path_of(Factor::B, copy)),
                         first_row,
+                        rows: *width,
                         rank: shape.rank,
                         input: site.input,
                         scaling: shape.scaling(),
@@ -69,6 +75,19 @@ impl MergePlan {
         self.terms.get(tensor).map(|term| term.input)
     }
 
+    /// The matrix `tensor` in `format`; `None` for a tensor that stays as it is.
+    pub fn grid(&self, tensor: &str, format: Format) -> Option<Grid> {
+        let Term { rows, input, .. } = *self.terms.get(tensor)?;
+        Some(Grid { format, rows, columns: input })
+    }
+
+    /// True if ΔW of `tensor` is zero: it has no adapter, or one of which A or its rows of B are zero.
+    pub fn is_zero(&self, tensor: &str, values: &HashMap<String, Vec<f32>>) -> bool {
+        let Some(Term { a, b, first_row, rows, rank, .. }) = self.terms.get(tensor) else { return true };
+        let zero = |values: &[f32]| values.iter().all(|&value| value == 0.0);
+        zero(&values[a]) || zero(&values[b][first_row * rank..(first_row + rows) * rank])
+    }
+
     /// Elements `range`, row by row, of ΔW of `tensor` `[rows, columns]`: `[elements]` fp32; `None` for a tensor that
     /// stays as it is. `values`: A and B by logical parameter name.
     pub fn delta(
@@ -77,14 +96,25 @@ impl MergePlan {
         range: Range<usize>,
         values: &HashMap<String, Vec<f32>>,
     ) -> Result<Option<Tensor>, TchError> {
-        let Some(Term { a, b, first_row, rank, input, scaling }) = self.terms.get(tensor) else {
+        self.delta_in(Kind::Float, tensor, range, values)
+    }
+
+    /// The same in `kind`.
+    fn delta_in(
+        &self,
+        kind: Kind,
+        tensor: &str,
+        range: Range<usize>,
+        values: &HashMap<String, Vec<f32>>,
+    ) -> Result<Option<Tensor>, TchError> {
+        let Some(Term { a, b, first_row, rank, input, scaling, .. }) = self.terms.get(tensor) else {
             return Ok(None);
         };
         let rows = range.start / input..range.end.div_ceil(*input);
         let of_b = (first_row + rows.start) * rank..(first_row + rows.end) * rank;
         let [rank, input] = [*rank, *input].map(|size| size as i64);
-        let a = Tensor::f_from_slice(&values[a])?.f_view([rank, input])?;
-        let b = Tensor::f_from_slice(&values[b][of_b])?.f_view([-1, rank])?;
+        let a = Tensor::f_from_slice(&values[a])?.f_to_kind(kind)?.f_view([rank, input])?;
+        let b = Tensor::f_from_slice(&values[b][of_b])?.f_to_kind(kind)?.f_view([-1, rank])?;
         let delta = b.f_matmul(&a)?.f_mul_scalar(*scaling)?.f_view([-1])?;
         let before = range.start as i64 - rows.start as i64 * input;
         Ok(Some(delta.f_narrow(0, before, range.len() as i64)?))
@@ -92,35 +122,105 @@ impl MergePlan {
 }
 
 impl MergePlan {
-    /// Adds ΔW to the elements of `piece`, of which `stored` `[elements]` is a view of their storage. `values`: A and B
-    /// by logical parameter name. A tensor that no adapter changes stays as it is.
+    /// W + ΔW of the elements that `tiles` hold, a run of the tiles of the matrix `tensor`, which have the bytes
+    /// `packed` and the scale `global`. ΔW is computed in fp64, so that it does not depend on the run; `values`: A and B by
+    /// logical parameter name.
     ///
     /// # Errors
-    /// A packed piece, or see [`merged`].
-    pub fn merge_into(
+    /// A tensor that no adapter changes, or a wrong length (bugs); those of libtorch.
+    pub fn sum(
         &self,
-        piece: &Piece,
-        stored: &Tensor,
+        tensor: &str,
+        format: Format,
+        tiles: Range<usize>,
+        packed: &[u8],
+        global: f32,
         values: &HashMap<String, Vec<f32>>,
-    ) -> Result<Survival, ShardError> {
-        let mut survival = Survival::default();
-        if self.columns(&piece.tensor).is_none() {
-            return Ok(survival);
-        }
-        let Storage::Plain(dtype) = piece.storage else {
-            return Err(ShardError::PackedMerge { tensor: piece.tensor.clone() });
-        };
+    ) -> Result<Sum, ShardError> {
+        let grid = self.grid(tensor, format).unwrap_or(Grid { format, rows: 0, columns: 0 });
+        let delta = self.delta_in(Kind::Double, tensor, grid.elements(tiles.clone()), values)?;
+        let delta = delta.map(Vec::<f64>::try_from).transpose()?.unwrap_or_default();
+        let sum = Sum::new(grid, tiles, packed, global, delta);
+        sum.map_err(|error| ShardError::Packed { tensor: tensor.to_owned(), error })
+    }
+}
+
+/// A merge of an adapter into the tensors that a rank owns.
+pub struct MergeInto<'a> {
+    pub plan: &'a MergePlan,
+    /// A and B by logical parameter name.
+    pub values: &'a HashMap<String, Vec<f32>>,
+    /// What became of the deltas so far.
+    pub kept: Survival,
+}
+
+impl MergeInto<'_> {
+    /// Adds ΔW to the plain elements of `piece`, of which `stored` `[elements]` is a view.
+    fn plain(&mut self, piece: &Piece, stored: &Tensor, dtype: DType) -> Result<(), ShardError> {
         let Range { start, end } = piece.range;
         for first in (start..end).step_by(PART) {
             let range = first..end.min(first + PART);
             let mut part = stored.f_narrow(0, (first - start) as i64, range.len() as i64)?;
-            let Some(delta) = self.delta(&piece.tensor, range, values)? else { continue };
+            let Some(delta) = self.plan.delta(&piece.tensor, range, self.values)? else { continue };
             let delta = delta.f_to_device(part.device())?;
             let (new, kept) = merged(&part, &delta, dtype)?;
             part.f_copy_(&new)?;
-            survival += kept;
+            self.kept += kept;
         }
-        Ok(survival)
+        Ok(())
+    }
+
+    /// Calls `each` with a view of each run of the tiles `stored` `[tiles, bytes]` and with the sum of its elements.
+    /// Nothing where there is no delta: a merge of nothing changes no tile.
+    fn runs(
+        &self,
+        piece: &Piece,
+        stored: &Tensor,
+        global: f32,
+        mut each: impl FnMut(Tensor, Vec<u8>, Sum) -> Result<(), ShardError>,
+    ) -> Result<(), ShardError> {
+        let Storage::Packed(format) = piece.storage else { return Ok(()) };
+        let Some(grid) = self.plan.grid(&piece.tensor, format) else { return Ok(()) };
+        if self.plan.is_zero(&piece.tensor, self.values) {
+            return Ok(());
+        }
+        let elements = format.tile().elements;
+        let tiles = piece.range.start / elements..piece.range.end.div_ceil(elements);
+        for run in grid.runs(tiles.clone()) {
+            let part = stored.f_narrow(0, (run.start - tiles.start) as i64, run.len() as i64)?;
+            let bytes = Vec::<u8>::try_from(part.f_to_device(Device::Cpu)?.f_contiguous()?.f_view([-1])?)?;
+            let sum = self.plan.sum(&piece.tensor, format, run, &bytes, global, self.values)?;
+            each(part, bytes, sum)?;
+        }
+        Ok(())
+    }
+}
+
+impl Change for MergeInto<'_> {
+    fn amax(&mut self, piece: &Piece, stored: &Tensor, before: f32) -> Result<Option<f32>, ShardError> {
+        let mut most = None;
+        self.runs(piece, stored, before, |_, _, sum| {
+            most = Some(sum.amax().max(most.unwrap_or(0.0)));
+            Ok(())
+        })?;
+        Ok(most)
+    }
+
+    fn apply(&mut self, piece: &Piece, stored: &Tensor, scales: Scales) -> Result<(), ShardError> {
+        if self.plan.columns(&piece.tensor).is_none() {
+            return Ok(());
+        }
+        if let Storage::Plain(dtype) = piece.storage {
+            return self.plain(piece, stored, dtype);
+        }
+        let mut kept = Survival::default();
+        self.runs(piece, stored, scales.before, |mut part, mut bytes, sum| {
+            kept += sum.pack(scales.after, &mut bytes);
+            part.f_copy_(&Tensor::f_from_slice(&bytes)?.f_view_as(&part)?)?;
+            Ok(())
+        })?;
+        self.kept += kept;
+        Ok(())
     }
 }
 

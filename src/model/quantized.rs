@@ -7,15 +7,16 @@ use crate::{
     quant::Format,
     weights::{self, SourceError, WeightSource},
 };
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use tch::Device;
 
 /// Modules that are never quantised, by the ends of their names; to exclude them changes nothing.
 const NEVER: [&str; 6] = ["lm_head", "embed_tokens", "norm", "gate", "router", "shared_expert_gate"];
 
 /// Storage of the linear layers of decoder layers as packed tiles.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Quantization {
     pub format: Format,
     /// Dotted paths of the leaves (`model.layers.3.self_attn.q_proj`) that are stored in compute dtype.
@@ -98,6 +99,33 @@ impl Quantization {
     pub fn refusal(device: Device) -> Option<&'static str> {
         let reason = "packed weights are decoded on CPUs and NVIDIA GPUs alone; give --device cpu or cuda";
         (!matches!(device, Device::Cpu | Device::Cuda(_))).then_some(reason)
+    }
+
+    /// The format of each packed matrix of `spec`, by its name in the files.
+    pub fn matrices(&self, spec: &ModelSpec) -> BTreeMap<String, Format> {
+        let mut matrices = BTreeMap::new();
+        for Projection { parent, leaves, experts, .. } in all_projections(spec) {
+            for (leaf, _) in leaves {
+                let Some(format) = self.of(&parent, leaf) else { continue };
+                let copies = 0..experts.map_or(1, |experts| experts.count);
+                matrices.extend(copies.map(|copy| (file_tensor(&parent, experts, copy, leaf), format)));
+            }
+        }
+        matrices
+    }
+
+    /// The reason why files cannot hold the packed matrices of `spec`, if they cannot: those of nvfp4 have whole groups
+    /// in each row.
+    pub fn unwritable(&self, spec: &ModelSpec) -> Option<String> {
+        let group = Format::NvFp4.group();
+        all_projections(spec).into_iter().find_map(|Projection { parent, leaves, input, .. }| {
+            let is_ragged = |leaf: &str| self.of(&parent, leaf) == Some(Format::NvFp4) && input % group != 0;
+            let (leaf, _) = leaves.into_iter().find(|(leaf, _)| is_ragged(leaf))?;
+            Some(format!(
+                "{parent}.{leaf} has {input} columns, no multiple of {group}, which files in nvfp4 cannot hold: exclude \
+                 it from quantisation, or take nf4"
+            ))
+        })
     }
 
     /// The format of leaf `leaf` of the module `parent`; `None` if it keeps its numbers.

@@ -22,12 +22,12 @@ use crate::{
     loss::{HeadPass, LossValues, Targets, TokenLoss},
     mesh::MeshError,
     ops::{Buffer, attention::Documents, batch_invariant, norm},
-    shard::{ExpertDispatcher, Piece, ProcessGroups, ShardError, SlotPool},
+    shard::{Change, ExpertDispatcher, Piece, ProcessGroups, ShardError, SlotPool},
     trace::{self, Category},
     weights::WeightSource,
 };
 pub use predict::{Predicted, Reading};
-use std::{ops::Range, rc::Rc};
+use std::{collections::BTreeMap, ops::Range, rc::Rc};
 use tch::{Device, Kind, Tensor};
 
 /// One flat micro-batch: documents one after another, no padding between them.
@@ -242,12 +242,9 @@ impl Transformer {
         Ok(())
     }
 
-    /// Changes the frozen tensors in place, as a merge does: `change` gets each range of a tensor that this rank owns
-    /// with its values `[elements]`, a view in the stored dtype. The next gathers of all ranks show it. Collective.
-    pub fn update(
-        &mut self,
-        mut change: impl FnMut(&Piece, &Tensor) -> Result<(), ShardError>,
-    ) -> Result<(), ShardError> {
+    /// Changes the frozen tensors in place, as a merge does: `change` gets each range of a tensor that this rank owns.
+    /// The next gathers of all ranks show it. Collective.
+    pub fn update(&mut self, mut change: impl Change) -> Result<(), ShardError> {
         for pool in [&mut self.layers, &mut self.experts, &mut self.vocab, &mut self.final_norm] {
             for unit in 0..pool.len() {
                 pool.update(unit, &mut change)?;
@@ -257,17 +254,28 @@ impl Transformer {
     }
 
     /// The same for the tensors of layer `unit` alone. Collective.
-    pub fn update_layer(
-        &mut self,
-        unit: usize,
-        mut change: impl FnMut(&Piece, &Tensor) -> Result<(), ShardError>,
-    ) -> Result<(), ShardError> {
-        self.layers.update(unit, &mut change)?;
-        self.experts.update(unit, &mut change)
+    pub fn update_layer(&mut self, unit: usize, change: &mut impl Change) -> Result<(), ShardError> {
+        self.layers.update(unit, change)?;
+        self.experts.update(unit, change)
     }
 
-    /// Calls `each` with each range of the layers' tensors that this rank owns, and its values `[elements]`, a view in
-    /// the stored dtype.
+    /// The scales beside the tiles of the packed matrices of the layers that this rank has a part in, by name; none in
+    /// formats without such. Collective.
+    ///
+    /// # Errors
+    /// That of a collective.
+    pub fn scales(&self) -> Result<BTreeMap<String, f32>, ShardError> {
+        let mut all = BTreeMap::new();
+        for pool in [&self.layers, &self.experts] {
+            for unit in 0..pool.len() {
+                all.append(&mut pool.scales(unit)?);
+            }
+        }
+        Ok(all)
+    }
+
+    /// Calls `each` with each range of the layers' tensors that this rank owns, and its values, a view as
+    /// [`Change`] has it.
     ///
     /// # Errors
     /// Those of `each`.

@@ -114,6 +114,21 @@ impl Grid {
         (row..(row + SIDE).min(self.rows), column..(column + SIDE).min(self.columns))
     }
 
+    /// Runs of neighbouring elements that `tiles` hold, ascending. `tiles` is a run of [`runs`](Self::runs).
+    pub fn held(&self, tiles: Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (all, columns) = (self.elements(tiles.clone()), self.columns.max(1));
+        let width = match self.format {
+            Format::BlockFp8 if !tiles.is_empty() => {
+                self.block(tiles.end - 1).1.end - self.block(tiles.start).1.start
+            }
+            _ => columns,
+        };
+        // Blocks over the whole width of the matrix have no others between their rows.
+        let step = if width == columns { all.len().max(1) } else { columns };
+        let each = if width == columns { all.len() } else { width };
+        all.clone().step_by(step).map(move |first| first..all.end.min(first + each))
+    }
+
     /// Packs `tiles` into `out`. `values` are their [`elements`](Self::elements); `global` is the scale of the matrix
     /// ([`Format::global`]), 1 where the format has none.
     ///
@@ -257,22 +272,24 @@ impl Grid {
         Ok(())
     }
 
-    /// Codes and scales as HF's tensors have them, of all tiles: `[rows, columns]` e4m3, and fp32 scales block by
-    /// block.
+    /// Codes and scales as HF's tensors have them, of `tiles` with the bytes `packed`: e4m3 of their
+    /// [`elements`](Self::elements), 0 between those that they hold, and fp32 scales block by block.
     ///
     /// # Errors
     /// `packed` is of another length, or this is no grid of block_fp8.
-    pub fn to_blocks(&self, packed: &[u8]) -> Result<(Vec<u8>, Vec<f32>), QuantError> {
+    pub fn to_blocks(&self, tiles: Range<usize>, packed: &[u8]) -> Result<(Vec<u8>, Vec<f32>), QuantError> {
         if self.format != Format::BlockFp8 {
             return Err(QuantError::Format { name: self.format.name().to_owned() });
         }
-        check_length("bytes of tiles", packed.len(), self.bytes())?;
-        let mut codes = vec![0; self.rows * self.columns];
-        let mut scales = Vec::with_capacity(self.tiles());
-        for (tile, packed) in packed.chunks_exact(block_fp8::TILE.bytes).enumerate() {
+        check_length("bytes of tiles", packed.len(), tiles.len() * block_fp8::TILE.bytes)?;
+        let elements = self.elements(tiles.clone());
+        let mut codes = vec![0; elements.len()];
+        let mut scales = Vec::with_capacity(tiles.len());
+        for (tile, packed) in tiles.zip(packed.chunks_exact(block_fp8::TILE.bytes)) {
             scales.push(block_fp8::scale(packed));
             self.segments(tile, |at, element, count| {
-                codes[element..element + count].copy_from_slice(&packed[at..at + count]);
+                let to = element - elements.start;
+                codes[to..to + count].copy_from_slice(&packed[at..at + count]);
             });
         }
         Ok((codes, scales))

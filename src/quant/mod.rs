@@ -14,6 +14,7 @@ pub mod nvfp4;
 pub use grid::{Grid, Packed};
 pub use number::Decoded;
 
+use serde::{Deserialize, Serialize};
 use std::{fmt, str::FromStr};
 
 /// The smallest run of elements that is stored, sent and owned as one.
@@ -26,18 +27,21 @@ pub struct Tile {
 
 /// A packed format. Tiles are multiples of 64 bytes, the alignment of regions, so that shards need no other alignment
 /// and codes and scales can be loaded as whole vectors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Format {
     /// NormalFloat of QLoRA (arXiv 2305.14314) in bitsandbytes' blocks: 64 neighbours of the flattened matrix, 4-bit
     /// codes, the even element in the high nibble, times an fp32 absmax. A tile is 16 blocks: 512 bytes of codes, then
     /// 16 absmax. Behind the last element absmax is 0 and codes are 7, which is 0.
+    #[serde(rename = "nf4")]
     Nf4,
     /// Blocks of 128×128, `float8_e4m3fn` times an fp32 scale, amax / 448. A tile is a block, row by row, then its
     /// scale and 60 zero bytes. Beyond the edges of the matrix codes are 0.
+    #[serde(rename = "block_fp8")]
     BlockFp8,
     /// Groups of 16 neighbours in a row, 4-bit e2m1 codes, the even column in the low nibble, times an e4m3 scale,
     /// times one fp32 scale of the matrix that is kept elsewhere. A tile is 64 groups, row by row: 512 bytes of codes,
     /// then 64 scales. Rows are filled with zeros to whole groups.
+    #[serde(rename = "nvfp4")]
     NvFp4,
 }
 

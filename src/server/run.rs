@@ -111,6 +111,7 @@ impl Server {
             QuantizationError::Format { .. } => Error::Input(format!("quant_format: {error}")),
         })?;
         let digest = quantized::digest(source.as_ref(), spec.quantization.as_ref())?;
+        let quantization = spec.quantization.clone();
         let of_family = || model.family.default_targets.iter().map(|name| name.to_string()).collect();
         let targets = plan.targets.clone().unwrap_or_else(of_family);
         targets::resolve(&all_projections(&model.spec), Some(&targets), &[])
@@ -121,7 +122,7 @@ impl Server {
         let name = plan.model.hf_config().display().to_string();
         let engine = EngineOptions {
             defaults: AdapterDefaults { targets, use_rslora, hybrid, b_init_std, max_rank, rank, optimizer },
-            base: Base { name, digest },
+            base: Base { name, digest, quantization },
             max_tokens_per_pass: plan.max_tokens_per_pass,
             max_waiting: plan.max_waiting,
             gather: plan.gather,

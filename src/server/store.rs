@@ -17,6 +17,7 @@ use crate::{
     config::ExportFormat,
     error::{Error, Result, broadcast_from_root},
     lora::{LoraShapes, Parameter, Site, targets::Projection},
+    model::quantized::Quantization,
     session::Session,
     shard::ProcessGroups,
 };
@@ -28,8 +29,10 @@ use std::path::{Path, PathBuf};
 pub struct Base {
     /// Path or hub name, which PEFT finds in a save.
     pub name: String,
-    /// [`crate::weights::digest`]
+    /// [`crate::model::quantized::digest`]
     pub digest: String,
+    /// Its storage, if it is quantised.
+    pub quantization: Option<Quantization>,
 }
 
 /// The outcome of a load, the same on every rank.
@@ -71,7 +74,7 @@ pub fn save(
         .ok_or_else(|| Error::Input(format!("adapter {} has no module that could be saved", session.name)))?;
     let state = save.training_state.then(|| AdapterState {
         accumulated: with_gradient.then_some(accumulated),
-        ..adapter_store::state_of(session, &shapes, &groups.mesh, &base.digest)
+        ..adapter_store::state_of(session, &shapes, &groups.mesh, &base.digest, base.quantization.as_ref())
     });
     let opened = if groups.rank == 0 {
         let sites: Vec<Site> = sites.into_iter().map(|(site, _)| site.clone()).collect();

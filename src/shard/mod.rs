@@ -1,6 +1,7 @@
 //! Sharding: layout of regions and storage of their tensors ([`layout`], [`storage`], pure), slots for gathered units
-//! ([`slots`]), the sharded adapter with its gradients ([`adapter`]) and its pieces by name ([`piece`]), process groups
-//! ([`process_groups`]), dispatch of rows to experts ([`dispatcher`]). Knows nothing of models.
+//! ([`slots`]) and changes of them ([`update`]), the sharded adapter with its gradients ([`adapter`]) and its pieces by
+//! name ([`piece`]), process groups ([`process_groups`]), dispatch of rows to experts ([`dispatcher`]). Knows nothing of
+//! models.
 
 pub mod adapter;
 pub mod dispatcher;
@@ -9,8 +10,9 @@ pub mod piece;
 pub mod process_groups;
 pub mod slots;
 pub mod storage;
+pub mod update;
 
-use crate::{comm::CommError, device::DeviceError, weights::SourceError};
+use crate::{comm::CommError, device::DeviceError, quant::QuantError, weights::SourceError};
 
 pub use adapter::{AdapterRegions, AdapterShards};
 pub use dispatcher::{ExpertDispatcher, ExpertRoute};
@@ -19,6 +21,7 @@ pub use piece::{FlatRegion, OwnedPart, OwnedPiece, PlacedParameter};
 pub use process_groups::ProcessGroups;
 pub use slots::SlotPool;
 pub use storage::Storage;
+pub use update::{Change, Scales};
 
 /// Errors of sharding.
 #[derive(Debug, thiserror::Error)]
@@ -35,8 +38,8 @@ pub enum ShardError {
     Counts { from: usize, actual: usize, expected: usize },
     #[error("layer {layer}, {pass}: {count} of {of} values are not finite")]
     NotFinite { layer: usize, pass: &'static str, count: usize, of: usize },
-    #[error("tensor {tensor} is packed, and a merge into packed weights is not built")]
-    PackedMerge { tensor: String },
+    #[error("tensor {tensor}: {error} (a bug)")]
+    Packed { tensor: String, error: QuantError },
     #[error("another rank could not change unit {unit}")]
     UpdateElsewhere { unit: usize },
     #[error("libtorch: {0}")]

@@ -8,7 +8,7 @@
 //! Ranks of one host may lay their pieces side by side in shared memory ([`SlotPool::share`]). Then a unit is whole
 //! where its pieces lie, a gather copies nothing, and a slot is only the set of pages that count for a rank's RSS.
 
-use super::{Entry, EntrySpec, Piece, RegionLayout, ShardError, Span, Storage};
+use super::{EntrySpec, Piece, RegionLayout, ShardError, Span, Storage};
 use crate::{
     comm::{Communicator, PAGE, Pending, Reduce, SharedMemory},
     device::Staging,
@@ -32,12 +32,12 @@ struct Slot {
 /// The sharded regions of like units (decoder layers, vocabulary chunks) and the slots they share.
 pub struct SlotPool {
     name: &'static str,
-    layouts: Vec<RegionLayout>,
+    pub(super) layouts: Vec<RegionLayout>,
     /// This rank's piece of each unit: `[piece bytes]` u8.
-    shards: Vec<Tensor>,
+    pub(super) shards: Vec<Tensor>,
     slots: Vec<Slot>,
     shared: Option<SharedUnits>,
-    comm: Rc<dyn Communicator>,
+    pub(super) comm: Rc<dyn Communicator>,
 }
 
 /// Pieces of all ranks in shared memory.
@@ -139,7 +139,7 @@ impl SlotPool {
         for (layout, shard) in self.layouts.iter().zip(&self.shards) {
             let reads = layout.reads(self.comm.rank());
             let scales = self.global_scales(layout, &reads, source)?;
-            self.put_scales(layout, &scales, shard, staging)?;
+            self.put_scales(layout, &scales, shard)?;
             for read in reads {
                 let dtype = match read.storage {
                     Storage::Plain(dtype) => dtype,
@@ -197,75 +197,6 @@ impl SlotPool {
             scales.extend(amax.into_iter().zip(all).map(global));
         }
         Ok(scales)
-    }
-
-    /// Writes what this rank owns of the matrices' scales.
-    fn put_scales(
-        &self,
-        layout: &RegionLayout,
-        scales: &BTreeMap<String, f32>,
-        shard: &Tensor,
-        staging: &mut Staging,
-    ) -> Result<(), ShardError> {
-        let own = layout.piece(self.comm.rank());
-        for pair in layout.entries.windows(2) {
-            let [packed, Entry { offset, .. }] = pair else { continue };
-            if !matches!(packed.spec.storage, Storage::Packed(format) if format.has_global()) {
-                continue;
-            }
-            let of_spans: Vec<f32> = packed.spec.spans.iter().map(|span| scales[&span.tensor]).collect();
-            let bytes: &[u8] = bytemuck::cast_slice(&of_spans);
-            let (from, to) = (own.start.max(*offset), own.end.min(offset + bytes.len()));
-            if from < to {
-                let target = shard.narrow(0, (from - own.start) as i64, (to - from) as i64);
-                staging.send(&target, |first, part| {
-                    part.copy_from_slice(&bytes[from - offset + first..][..part.len()]);
-                    Ok::<_, ShardError>(())
-                })?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Changes this rank's piece of `unit` in place, as a merge does: `change` gets each range of a tensor that the
-    /// piece holds ([`RegionLayout::reads`]) with its values, a view: plain ones `[elements]`, packed ones `[tiles,
-    /// bytes]` u8. The next gather of every rank shows the new values. Collective: every rank calls it for the same
-    /// units in the same order.
-    ///
-    /// # Errors
-    /// The error of `change`, [`ShardError::UpdateElsewhere`] on the other ranks, or the error of a collective. The
-    /// pieces of the unit are then partly changed.
-    pub fn update(
-        &mut self,
-        unit: usize,
-        mut change: impl FnMut(&Piece, &Tensor) -> Result<(), ShardError>,
-    ) -> Result<(), ShardError> {
-        self.invalidate()?;
-        // Shared pieces are read where they lie: no rank may still compute from them, nor read them half changed.
-        self.comm.barrier()?;
-        let changed = self.visit(unit, &mut change);
-        // A rank that failed says so in place of the barrier: no other waits for it.
-        let mut failed = [f64::from(u8::from(changed.is_err()))];
-        self.comm.all_reduce_host(&mut failed, Reduce::Max)?;
-        changed?;
-        if failed[0] > 0.0 { Err(ShardError::UpdateElsewhere { unit }) } else { Ok(()) }
-    }
-
-    /// Calls `each` with each range of a tensor that this rank's piece of `unit` holds, and its values as
-    /// [`update`](Self::update) has them.
-    ///
-    /// # Errors
-    /// Those of `each`.
-    pub fn visit<E: From<ShardError>>(
-        &self,
-        unit: usize,
-        mut each: impl FnMut(&Piece, &Tensor) -> Result<(), E>,
-    ) -> Result<(), E> {
-        self.layouts[unit].reads(self.comm.rank()).iter().try_for_each(|piece| {
-            let bytes = piece.storage.bytes(piece.range.len()) as i64;
-            let values = self.shards[unit].f_narrow(0, piece.at as i64, bytes).map_err(ShardError::from)?;
-            each(piece, &typed(&values, piece.storage)?)
-        })
     }
 
     /// Gathers `unit` and waits for it. A unit that is still in its slot is not gathered again.
@@ -406,7 +337,7 @@ fn view(buffer: &Tensor, layout: &RegionLayout, entry: usize) -> Result<Tensor, 
 
 /// `bytes` `[bytes]` u8 as stored: plain numbers `[elements]` in their dtype, packed ones `[tiles, bytes of a tile]`
 /// u8.
-fn typed(bytes: &Tensor, storage: Storage) -> Result<Tensor, ShardError> {
+pub(super) fn typed(bytes: &Tensor, storage: Storage) -> Result<Tensor, ShardError> {
     Ok(match storage {
         Storage::Plain(dtype) => bytes.f_view_dtype(dtype.kind())?,
         Storage::Packed(format) => bytes.f_view([-1, format.tile().bytes as i64])?,

@@ -5,7 +5,7 @@ use crate::{
     comm::Reduce,
     config::LoraArgs,
     error::{Error, Result},
-    lora::{MergePlan, Survival, merge::MUCH_LOST},
+    lora::{MergeInto, MergePlan, Survival, merge::MUCH_LOST},
 };
 use std::collections::HashMap;
 
@@ -60,10 +60,9 @@ impl Merger {
             let whole = session.adapter.whole_of(unit)?;
             let values: HashMap<String, Vec<f32>> =
                 whole.into_iter().map(|(parameter, values)| (parameter.name, values)).collect();
-            model.update_layer(unit, |piece, stored| {
-                kept += self.plan.merge_into(piece, stored, &values)?;
-                Ok(())
-            })?;
+            let mut change = MergeInto { plan: &self.plan, values: &values, kept: Survival::default() };
+            model.update_layer(unit, &mut change)?;
+            kept += change.kept;
         }
         let mut sums = [kept.delta, kept.lost];
         world.all_reduce_host(&mut sums, Reduce::Sum)?;
@@ -89,7 +88,12 @@ impl Merger {
             if lost > MUCH_LOST {
                 tracing::warn!(
                     "the merge after step {step} lost {lost:.3} of the adapter by rounding: let more steps pass between \
-                     merges (lora.merge_lora_interval), or train with train.enable_mixed_precision: false"
+                     merges (lora.merge_lora_interval), or keep the base in more digits ({})",
+                    if model.spec().quantization.is_some() {
+                        "lora.quant_format: block_fp8, or enable_qlora: false"
+                    } else {
+                        "train.enable_mixed_precision: false"
+                    }
                 );
             }
         }

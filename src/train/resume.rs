@@ -12,7 +12,7 @@ use crate::{
         pieces::{Pieces, read_pieces},
         publish::verify,
         reshard::Cut,
-        state::merged_base,
+        state::TrainedBase,
         steps,
     },
     comm::Communicator,
@@ -23,7 +23,6 @@ use crate::{
     model::stored_base,
     optim::{Number, Optimizer, Schedule, Settings},
     shard::FlatRegion,
-    weights,
 };
 use std::{
     collections::HashMap,
@@ -157,8 +156,8 @@ impl Run {
     fn starting_adapter(&mut self, path: &Path) -> Result<HashMap<String, Vec<f32>>> {
         let path = &steps::adapter_at(path).map_err(Error::Input)?;
         let folder = AdapterFolder::open(path)?;
-        if let Some(base) = merged_base(path)?
-            && base != weights::digest(self.source.as_ref())?
+        if let Some(trained) = TrainedBase::of(path)?.filter(|trained| trained.merges > 0)
+            && !trained.is(self.source.as_ref())?
         {
             let path = path.display();
             return Err(Error::Input(format!(

@@ -129,6 +129,11 @@ impl Run {
             QuantizationError::Excluded(_) => refused("lora.exclude_modules", &error.to_string()),
             QuantizationError::Format { .. } => refused("lora.quant_format", &error.to_string()),
         })?;
+        let merges = config.lora.merge_lora_interval > 0 || config.lora.merge_at_end;
+        let packed = spec.quantization.as_ref().filter(|_| merges);
+        if let Some(reason) = packed.and_then(|packed| packed.unwritable(&spec)) {
+            return Err(refused("lora.quant_format", &format!("merged bases are saved: {reason}")));
+        }
         let targets = config.lora.lora_target_modules.as_deref();
         let sites = targets::resolve(&all_projections(&spec), targets, hf.family.default_targets)
             .map_err(|error| refused("lora.lora_target_modules", &error.to_string()))?;

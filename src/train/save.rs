@@ -8,7 +8,7 @@ use crate::{
         self, CheckpointError, FolderWriter, TrainerState,
         adapter_store::{self, Export},
         base::BaseFiles,
-        model_files::{ModelFiles, SHARD_BYTES},
+        model_files::{FileTensor, ModelFiles, SHARD_BYTES},
         pieces::write_pieces,
         publish::{KnownHashes, publish_together, withdraw},
         state::{AdapterState, DataIdentity},
@@ -20,9 +20,10 @@ use crate::{
     device::Staging,
     error::{Error, Result, agree},
     lora::{MergePlan, Parameter, pissa::Values},
-    model::stored_base,
-    shard::ShardError,
-    weights::{self, TensorMeta},
+    model::{quantized, stored_base},
+    quant::Tile,
+    shard::{ShardError, Storage},
+    weights::TensorMeta,
 };
 use std::path::{Path, PathBuf};
 
@@ -174,7 +175,7 @@ impl<'a> Saver<'a> {
 
     fn state(&self, trainer: &Trainer, at: Progress, merges: u64) -> TrainerState {
         let Run { config, mesh, dataset, batches, shapes, .. } = self.run;
-        let train = &config.train;
+        let (train, packed) = (&config.train, self.run.spec.quantization.as_ref());
         TrainerState {
             format: TrainerState::FORMAT,
             run_id: train.run_id.clone(),
@@ -188,7 +189,7 @@ impl<'a> Saver<'a> {
             merges,
             adapter: AdapterState {
                 pissa: config.lora.init_lora_weights == InitLoraWeights::Pissa,
-                ..adapter_store::state_of(&trainer.session, shapes, mesh, &self.base)
+                ..adapter_store::state_of(&trainer.session, shapes, mesh, &self.base, packed)
             },
             schedule: trainer.schedule,
             data: DataIdentity { rows: dataset.rows(), fingerprint: dataset.fingerprint().to_owned() },
@@ -201,7 +202,7 @@ impl<'a> Saver<'a> {
         if saved.new_base.is_some() {
             let written =
                 stored_base::open(&folder.join(checkpoint::base::FOLDER), &mut self.run.spec.clone())?;
-            self.base = weights::digest(&written)?;
+            self.base = quantized::digest(&written, self.run.spec.quantization.as_ref())?;
         }
         self.state(trainer, saved.at, saved.merges).write(folder)?;
         let published = writer.publish(&mut self.known)?;
@@ -235,13 +236,15 @@ struct Saved<'a> {
 }
 
 /// The weight files of the base as merges with `plan` have changed it: what they change is as the shards hold it, the
-/// rest as the run has read it.
+/// rest as the run has read it. All packed matrices are as the shards hold them.
 fn merged_files(run: &Run, plan: &MergePlan) -> ModelFiles {
     let (source, compute) = (run.source.as_ref(), run.options().compute);
+    let packed = run.spec.quantization.as_ref().map(|packed| packed.matrices(&run.spec)).unwrap_or_default();
     let tensors = source.names().into_iter().filter_map(|name| {
-        let meta = source.meta(&name)?;
-        let dtype = if plan.columns(&name).is_some() { compute } else { meta.dtype };
-        Some((name, TensorMeta { dtype, ..meta }))
+        let (meta, format) = (source.meta(&name)?, packed.get(&name).copied());
+        let is_plain = format.is_none() && plan.columns(&name).is_some();
+        let dtype = if is_plain { compute } else { meta.dtype };
+        Some((name, FileTensor { meta: TensorMeta { dtype, ..meta }, format }))
     });
     ModelFiles::new(tensors, SHARD_BYTES)
 }
@@ -258,18 +261,32 @@ fn write_own_base(
     if run.mesh.coordinates(rank).replicate > 0 {
         return Ok(());
     }
+    // Before anything that may fail on one rank alone.
+    let scales = trainer.model.scales()?;
     let writer = files.open(&hidden.join(checkpoint::base::FOLDER))?;
     let mut staging = Staging::new(trainer.model.device())?;
     trainer.model.visit_layers(|piece, values| {
-        if plan.columns(&piece.tensor).is_some() {
+        let tensor = &piece.tensor;
+        if let Storage::Packed(format) = piece.storage {
+            let Tile { elements, bytes } = format.tile();
+            let tiles = piece.range.start / elements..piece.range.end.div_ceil(elements);
+            let packed: Vec<u8> = staging.fetch(values).map_err(ShardError::from)?;
+            for run in files.grid(tensor).into_iter().flat_map(|grid| grid.runs(tiles.clone())) {
+                let own = (run.start - tiles.start) * bytes..(run.end - tiles.start) * bytes;
+                writer.write_tiles(tensor, run, &packed[own])?;
+            }
+            if tiles.start == 0 {
+                writer.write_beside(tensor, scales.get(tensor).copied().unwrap_or(1.0))?;
+            }
+        } else if plan.columns(tensor).is_some() {
             let bytes: Vec<u8> = staging.fetch(values).map_err(ShardError::from)?;
-            writer.write(&piece.tensor, piece.range.start, &bytes)?;
+            writer.write(tensor, piece.range.start, &bytes)?;
         }
         Ok::<_, Error>(())
     })?;
-    for ((name, meta), owner) in files.tensors().zip(files.owners(run.mesh.block())) {
-        if owner == rank && plan.columns(name).is_none() {
-            writer.copy(run.source.as_ref(), name, 0..meta.shape.iter().product())?;
+    for ((name, tensor), owner) in files.tensors().zip(files.owners(run.mesh.block())) {
+        if owner == rank && tensor.format.is_none() && plan.columns(name).is_none() {
+            writer.copy_whole(run.source.as_ref(), name)?;
         }
     }
     Ok(writer.sync()?)

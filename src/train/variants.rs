@@ -9,7 +9,7 @@ use crate::{
     dtype::DType,
     error::{Error, Result, agree},
     lora::{
-        LoraShapes, MergePlan, Site,
+        LoraShapes, MergeInto, MergePlan, Site, Survival,
         pissa::{self, Values},
     },
     model::transformer::Transformer,
@@ -102,8 +102,9 @@ impl Run {
     /// Takes s·B₀·A₀ from the base, rounded once, on the ranks that own it. Collective.
     pub(super) fn subtract(&self, model: &mut Transformer, first: &Values) -> Result<()> {
         let (plan, values) = (MergePlan::new(&self.sites, &self.shapes), pissa::negated(first));
+        let mut change = MergeInto { plan: &plan, values: &values, kept: Survival::default() };
         for unit in 0..model.spec().layers.len() {
-            model.update_layer(unit, |piece, stored| plan.merge_into(piece, stored, &values).map(drop))?;
+            model.update_layer(unit, &mut change)?;
         }
         Ok(())
     }

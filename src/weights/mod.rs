@@ -1,6 +1,7 @@
 //! Sources of base weights. A source knows names, shapes and types without reading data, and reads any run of elements
 //! or rectangular tile of a tensor, so that a rank touches only the bytes that it owns.
 
+mod as_packed;
 mod files;
 mod fit;
 mod packed;
@@ -16,6 +17,7 @@ use crate::{
 use sha2::{Digest, Sha256};
 use std::{ops::Range, path::PathBuf};
 
+pub use as_packed::AsPacked;
 pub use files::{WeightFiles, weight_files};
 pub use fit::{names_in_model, validate};
 pub use packed::pack_values;

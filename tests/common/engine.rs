@@ -56,7 +56,7 @@ pub fn options(output_dir: PathBuf, gather: Duration) -> EngineOptions {
             rank: 16,
             optimizer: Settings::from(&TrainArgs::default()),
         },
-        base: Base { name: "base".into(), digest: "digest".into() },
+        base: Base { name: "base".into(), digest: "digest".into(), quantization: None },
         max_tokens_per_pass: MAX_TOKENS,
         max_waiting: 100,
         gather,

@@ -52,14 +52,18 @@ FORMATS = dict(nf4=nf4, block_fp8=block_fp8, nvfp4=nvfp4)
 
 
 @torch.no_grad()
+def requantize(weight, how, name):
+    """Puts the numbers of format `how` in the place of a matrix, or of each expert's gate, up and down in the parameter `name`."""
+    if weight.dim() == 2:
+        weight.copy_(FORMATS[how](weight))
+        return
+    for expert in weight:
+        for matrix in expert.chunk(2 if 'gate_up' in name else 1):
+            matrix.copy_(FORMATS[how](matrix.clone()))
+
+
 def dequantize(model, how):
-    """Puts the numbers of format `how` in the place of a model's linear layers; each expert's gate, up and down are matrices."""
-    of = FORMATS[how]
+    """Puts the numbers of format `how` in the place of a model's linear layers, also below PEFT's."""
     for name, parameter in model.named_parameters():
-        if name.endswith('_proj.weight'):
-            parameter.copy_(of(parameter))
-        elif name.endswith(('experts.gate_up_proj', 'experts.down_proj')):
-            halves = 2 if 'gate_up' in name else 1
-            for expert in parameter:
-                for matrix in expert.chunk(halves):
-                    matrix.copy_(of(matrix.clone()))
+        if name.replace('.base_layer', '').endswith(('_proj.weight', 'experts.gate_up_proj', 'experts.down_proj')):
+            requantize(parameter, how, name)

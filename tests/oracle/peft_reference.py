@@ -7,12 +7,13 @@
     peft_reference.py grads  MODEL_DIR OUT --rows ROWS.jsonl --adapter DIR
     peft_reference.py train  MODEL_DIR OUT --rows ROWS.jsonl --adapter DIR --rows-per-step N [--steps N] [--lr LR[,LR…]]
                              [--weight-decay 0] [--max-grad-norm 1]
-                             [--merge-every N --fresh PREFIX --merged DIR [--reset]]
+                             [--merge-every N --fresh PREFIX --merged DIR [--reset] [--packed nf4|block_fp8|nvfp4]]
 
 A row is {"input_ids", "labels", "document_lengths"}: labels are aligned with the ids (-100: no loss) and default to them;
 documents of a packed row run apart, as if they were rows.
 After every N-th step `--merge-every` adds the adapter to its base in fp32 and goes on with the one in PREFIX{step}, with a fresh
-optimizer if `--reset`; the base of the end goes to DIR. All rows of `grads` are one step; `train` takes N rows a step,
+optimizer if `--reset`; the base of the end goes to DIR. With `--packed` the linear layers of the base have the numbers of that format,
+from the start and after every merge. All rows of `grads` are one step; `train` takes N rows a step,
 in the order of the file. The loss of a step is the mean over its valid tokens, counted after the shift.
 
 OUT.safetensors holds fp32 tensors, OUT.json numbers:
@@ -117,16 +118,28 @@ def grads(args, rows: list[dict]) -> None:
 
 
 @torch.no_grad()
-def merge(model) -> None:
+def merge(model, packed: str | None) -> None:
     """Adds every delta to its base weight, by PEFT's own formula; the adapter stays as it is."""
     for module in list(model.modules()):
         if isinstance(module, LoraLayer) and module.lora_A:
-            weight = module.get_param() if hasattr(module, 'get_param') else module.get_base_layer().weight
+            is_expert = hasattr(module, 'get_param')
+            weight = module.get_param() if is_expert else module.get_base_layer().weight
             weight += module.get_delta_weight('default')
+            if packed:
+                repack(weight, packed, module.parameter_name if is_expert else 'weight')
+
+
+def repack(weight, how: str, name: str) -> None:
+    """The numbers of format `how`; imported late, as it needs bitsandbytes."""
+    from dequantized import requantize
+    requantize(weight, how, name)
 
 
 def train(args, rows: list[dict]) -> None:
     model = load(args, trainable=True)
+    if args.packed:
+        from dequantized import dequantize
+        dequantize(model, args.packed)
     parameters = adapter_parameters(model)
     rates = [float(rate) for rate in args.lr.split(',')]
     steps = args.steps or len(rows) // args.rows_per_step
@@ -145,7 +158,7 @@ def train(args, rows: list[dict]) -> None:
             group['lr'] = rates[min(step, len(rates) - 1)]
         optimizer.step()
         if args.merge_every and (step + 1) % args.merge_every == 0:
-            merge(model)
+            merge(model, args.packed)
             set_peft_model_state_dict(model, load_file(f'{args.fresh}{step + 1}/adapter_model.safetensors'))
             if args.reset:
                 optimizer.state.clear()
@@ -176,7 +189,7 @@ def main() -> None:
     command('grads', adapter=dict(required=True), **rows)
     command('train', adapter=dict(required=True), rows_per_step=dict(type=int, required=True), steps=dict(type=int),
             lr=dict(default='1e-4', help='one, or one a step; the last holds on'), weight_decay=dict(type=float, default=0.0),
-            max_grad_norm=dict(type=float, default=1.0, help='0: no clipping'), merge_every=dict(type=int), fresh={}, merged={},
+            max_grad_norm=dict(type=float, default=1.0, help='0: no clipping'), merge_every=dict(type=int), fresh={}, merged={}, packed={},
             reset=dict(action='store_true'), **rows)
     args = parser.parse_args()
 
