@@ -194,7 +194,11 @@ fn broken_files_are_refused_at_the_right_place() {
             "run.yaml:8: lora.quant_group_size:",
             "16 is no group size of nf4, which has 64",
         ),
-        (lora("enable_aqn: true"), "run.yaml:6: lora.enable_aqn:", "true is refused: noise"),
+        (
+            lora("enable_aqn: true"),
+            "run.yaml:6: lora.enable_aqn:",
+            "is noise of a quantised base: set lora.enable_qlora",
+        ),
         (
             lora("lora_target_manifest: {a: 1}"),
             "run.yaml:6: lora.lora_target_manifest:",
@@ -479,7 +483,7 @@ fn broken_flags_are_named() {
         ("train.lrr 1", "--train.lrr: unknown field; did you mean train.lr?"),
         ("trian.lr 1", "--trian.lr: unknown section; did you mean train?"),
         ("train.lora_rank 1", "--train.lora_rank: unknown field; did you mean lora.lora_rank?"),
-        ("lora.enable_aqn", "--lora.enable_aqn: true is refused: noise of quantisation is not built"),
+        ("train.ep_outside", "--train.ep_outside: true is refused: experts are divided over ranks"),
         ("data.datasets [{\"path\":\"a\"}]", "--data.datasets[0].type: missing: tokenized or chat"),
         ("data.datasets x", "--data.datasets: expected a non-empty list of data sets"),
     ] {

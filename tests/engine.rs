@@ -191,7 +191,7 @@ fn of_trainer(groups: &ProcessGroups, case: &Case, options: Options) -> Seen {
     let optimizer = Optimizer::new(&Settings::from(&args), adapter.pieces());
     let session = Session { name: "test".into(), adapter, optimizer, max_grad_norm: step.max_grad_norm };
     let schedule = Schedule::new(&args, STEPS);
-    let mut trainer = Trainer { model, session, schedule, world: groups.world.clone() };
+    let mut trainer = Trainer { model, session, schedule, world: groups.world.clone(), noise: None };
     let mut seen = Seen::default();
     for step in 0..STEPS {
         let own: Vec<usize> = (0..6).filter(|row| row % case.world == groups.rank).collect();

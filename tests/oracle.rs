@@ -184,7 +184,7 @@ fn equals_reference(directory: &Path, checkpointing: CheckpointingMethod, merge:
         optimizer,
         max_grad_norm: number("max_norm"),
     };
-    let mut trainer = Trainer { model, session, schedule, world };
+    let mut trainer = Trainer { model, session, schedule, world, noise: None };
     for step in 0..20 {
         let report = trainer.step(&[batch(&run["steps"][step]).into()], step).unwrap();
         let (loss, norm) = (run["losses"][step].as_f64().unwrap(), run["norms"][step].as_f64().unwrap());

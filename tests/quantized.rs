@@ -3,7 +3,11 @@
 
 mod common;
 
-use common::topology::{self, Case, compare, quantised_spec, run_all};
+use common::{
+    succeeded,
+    tiny::TinyRun,
+    topology::{self, Case, compare, quantised_spec, run_all},
+};
 use xorl_dist::{
     config::{
         CheckpointingMethod::RecomputeFullLayer,
@@ -66,4 +70,43 @@ fn decoded_matrices_are_of_one_expert_or_of_all() {
     let (qkv, dense, expert) = ((4 + 2 + 2) * 16 * 40, 2 * 72 * 40, 2 * 28 * 40);
     assert_eq!(decoded(0), [dense; 2]);
     assert_eq!(decoded(1), [qkv, 6 * expert]);
+}
+
+/// Noise depends on the step, the matrix and the element, not on ranks, micro-batches or recomputation.
+#[test]
+fn mpi_quantisation_noise_is_the_same_on_any_ranks() {
+    let of = |noise, moe| Case { quant: Some(Nvfp4), noise, moe, ..Case::one() };
+    let with = |case: Case| Case { noise: Some(1.0), ..case };
+    let [dense, moe] = [false, true].map(|moe| with(of(None, moe)));
+    let alone = run_all(&[of(None, false), of(Some(0.0), false), dense.clone(), moe.clone()]);
+    let steps = |at: usize| &alone[at][0]["steps"];
+    assert!(steps(0) == steps(1) && steps(0) != steps(2), "noise of nothing is none, other noise counts");
+    let two = Case { world: 2, micro_batch_rows: 1, reduce: MicroBatch, ..dense.clone() };
+    let three = Case {
+        world: 3,
+        micro_batch_rows: 1,
+        slots: 1,
+        merge: false,
+        checkpointing: RecomputeFullLayer,
+        ranks_per_host: Some(1),
+        ..dense
+    };
+    let experts = Case { world: 2, micro_batch_rows: 2, checkpointing: RecomputeFullLayer, ..moe };
+    for (case, one) in [(two, &alone[2]), (three, &alone[2]), (experts, &alone[3])] {
+        compare(&case, &run_all(std::slice::from_ref(&case))[0], &one[0]);
+    }
+}
+
+#[test]
+fn a_run_with_noise_of_factor_0_is_bit_identical_to_one_without() {
+    let run = TinyRun::new();
+    let story = |out: &str, more: &str| {
+        let fixed = "--lora.enable_qlora true --lora.quant_format nf4 --train.max_steps 3";
+        succeeded(&run.run(1, out, &[fixed, more].join(" ").split_whitespace().collect::<Vec<_>>()));
+        run.story(out)
+    };
+    let off = story("off", "");
+    assert_eq!(story("zero", "--lora.enable_aqn true --lora.aqn_alpha 0"), off);
+    let on = story("on", "--lora.enable_aqn true");
+    assert!(on.iter().zip(&off).all(|(on, off)| on["loss"] != off["loss"]), "{on:?}");
 }

@@ -17,7 +17,8 @@ const TOOL_FIELDS: [&str; 2] = ["quantization_config", "compression_config"];
 const MODELOPT: &str = "hf_quant_config.json";
 
 /// Puts `side`, the files beside a base's weights by name, into `folder`, which gets the weights `files`; `put` links
-/// or copies a file. config.json is rewritten where it would not be true: weights in another `dtype`, packed or no more.
+/// or copies a file. config.json is rewritten where it would not be true: weights in another `dtype`, packed or no
+/// more.
 pub(super) fn put_beside(
     side: BTreeMap<String, PathBuf>,
     folder: &Path,

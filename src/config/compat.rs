@@ -56,7 +56,6 @@ const ALWAYS_SHARDED: &str =
 const SAVING: &str = "a save is synchronous, published atomically and in lora.lora_export_format";
 const METRICS: &str = "metrics go to metrics.jsonl in output_dir";
 const PROFILING: &str = "profile_steps traces steps, and every step's phase times are in metrics.jsonl";
-const NO_AQN: &str = "only noise of quantisation reads it, which is not built";
 pub(super) const NO_PIPELINE: &str = "there are no pipeline stages";
 const NO_DISTILLATION: &str = "only distillation reads it, which is not built";
 pub(super) const MEMORY: &str =
@@ -131,7 +130,6 @@ const ACCEPTED_WITH_WARNING: &[Accepted] = &[
     hint("train.profile_profile_memory", PROFILING),
     hint("train.profile_with_stack", PROFILING),
     hint("train.profile_rank0_only", PROFILING),
-    hint("lora.aqn_alpha", NO_AQN),
     hint("distill.teacher_model_path", NO_DISTILLATION),
     hint("distill.distillation_loss_type", NO_DISTILLATION),
     hint("distill.distillation_loss_weight", NO_DISTILLATION),
@@ -164,7 +162,6 @@ const REFUSED: &[Refused] = &[
         &["true"],
         "a resume restores everything; lora.adapter_path starts from an adapter with a fresh optimizer",
     ),
-    refused("lora.enable_aqn", &["false"], "noise of quantisation is not built"),
     refused("lora.lora_target_manifest", &["null"], "name the targets in lora_target_modules"),
     refused("lora.lora_b_init_seed", &["0"], "B is drawn from train.seed"),
     refused("distill.enable_distillation", &["false"], "distillation is not built"),
@@ -332,9 +329,9 @@ mod tests {
         assert_eq!(RUN.judge(size, &Node::plain("1")), Ok(Verdict::Neutral));
         assert!(matches!(RUN.judge(size, &Node::plain("2")), Err(Problem::Refused { .. })));
         for word in ["false", "no", "0", "False"] {
-            assert_eq!(RUN.judge("lora.enable_aqn", &Node::plain(word)), Ok(Verdict::Neutral), "{word}");
+            assert_eq!(RUN.judge("train.ep_outside", &Node::plain(word)), Ok(Verdict::Neutral), "{word}");
         }
-        assert!(RUN.judge("lora.enable_aqn", &Node { line: 1, kind: Kind::Bare }).is_err());
+        assert!(RUN.judge("train.ep_outside", &Node { line: 1, kind: Kind::Bare }).is_err());
         assert_eq!(RUN.judge("lora.lora_target_manifest", &Node::plain("None")), Ok(Verdict::Neutral));
         assert!(matches!(
             RUN.judge("train.load_weights_mode", &Node::plain("grouped")),

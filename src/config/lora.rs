@@ -52,6 +52,18 @@ section! {
 }
 
 section! {
+    /// Adaptive quantisation noise of a run.
+    pub struct NoiseArgs {
+        /// Add noise to quantised weights in every training step (adaptive quantisation noise): N(0, 1) · aqn_alpha ·
+        /// step, with half the smallest step of a block's codes (nf4, nvfp4) or an eighth of its scale (block_fp8).
+        /// Needs enable_qlora.
+        enable_aqn: bool = false;
+        /// Factor of the noise. 0: none.
+        aqn_alpha: f64 = 1.0 => NonNegative;
+    }
+}
+
+section! {
     /// Section `lora`: the adapter. Nothing else is trained.
     pub struct LoraArgs {
         /// Must stay true: the base is frozen by design.
@@ -89,6 +101,7 @@ section! {
         ..quant: QuantArgs;
         /// Linear layers that are not quantised, named as in `lora_target_modules`.
         exclude_modules: Option<Vec<String>> = None;
+        ..noise: NoiseArgs;
         /// Checkpoints hold the adapter, not the base model. false: the base too, in `model/`, hard-linked where
         /// possible.
         save_lora_only: bool = true;
@@ -120,6 +133,13 @@ impl QuantFormat {
             Self::BlockFp8 => 128,
             Self::Nvfp4 => 16,
         }
+    }
+}
+
+impl NoiseArgs {
+    /// The factor of the noise, if there is any.
+    pub fn alpha(&self) -> Option<f64> {
+        Some(self.aqn_alpha).filter(|&alpha| self.enable_aqn && alpha > 0.0)
     }
 }
 

@@ -35,7 +35,7 @@ pub use data::{DataArgs, DatasetArgs, DatasetType, PackingMethod, Turns};
 pub use error::{ConfigError, FieldLocations, Place, Problem};
 pub use help::{help, schema_table, server_help, server_schema_table};
 pub use load::{Loaded, Override, load, load_server, load_server_yaml, load_with_paths, load_yaml};
-pub use lora::{ExportFormat, InitLoraWeights, LoraArgs, QuantArgs, QuantFormat};
+pub use lora::{ExportFormat, InitLoraWeights, LoraArgs, NoiseArgs, QuantArgs, QuantFormat};
 pub use loss::Param;
 pub use model::ModelArgs;
 pub use nearest::misspelt;

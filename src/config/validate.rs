@@ -98,6 +98,12 @@ pub(super) fn broken_of_run(config: &RunConfig) -> Vec<Broken> {
         &["lora.init_lora_weights", "lora.adapter_path", "lora.lora_b_init_std"],
         Problem::Conflict(words.into()),
     );
+    let words = "is noise of a quantised base: set lora.enable_qlora, or remove it";
+    rule(
+        lora.noise.enable_aqn && !lora.quant.enable_qlora,
+        &["lora.enable_aqn", "lora.enable_qlora"],
+        Problem::Conflict(words.into()),
+    );
     let words = "rises the learning rate after merges that start the optimizer anew: set lora.merge_lora_interval and \
                  lora.reset_optimizer_on_merge, or remove it";
     rule(

@@ -123,8 +123,8 @@ impl MergePlan {
 
 impl MergePlan {
     /// W + ΔW of the elements that `tiles` hold, a run of the tiles of the matrix `tensor`, which have the bytes
-    /// `packed` and the scale `global`. ΔW is computed in fp64, so that it does not depend on the run; `values`: A and B by
-    /// logical parameter name.
+    /// `packed` and the scale `global`. ΔW is computed in fp64, so that it does not depend on the run; `values`: A and
+    /// B by logical parameter name.
     ///
     /// # Errors
     /// A tensor that no adapter changes, or a wrong length (bugs); those of libtorch.

@@ -1,6 +1,6 @@
 //! Sums of packed weights and a delta, packed anew. nvfp4's scale of the matrix is that of the new largest magnitude,
-//! as of a matrix that is packed for the first time. A running mean of it would need a state that files do not hold, and
-//! would cut off the largest weights whenever they grow.
+//! as of a matrix that is packed for the first time. A running mean of it would need a state that files do not hold,
+//! and would cut off the largest weights whenever they grow.
 
 use super::merge::Survival;
 use crate::quant::{self, Grid, QuantError};
@@ -74,8 +74,8 @@ mod tests {
     use super::*;
     use crate::{quant::Format, rng::Stream};
 
-    /// Packs `values`, and merges `delta` tile by tile in runs that end at `borders`. Values afterwards, and what became
-    /// of the delta.
+    /// Packs `values`, and merges `delta` tile by tile in runs that end at `borders`. Values afterwards, and what
+    /// became of the delta.
     fn merged(grid: Grid, values: &[f32], delta: &[f64], borders: &[usize]) -> (Vec<f32>, Survival) {
         let tile = grid.format.tile().bytes;
         let before = grid.format.global(quant::amax(values).unwrap());

@@ -4,6 +4,7 @@
 use super::{
     declare::{BaseEntries, GemmEntries, ProjectionId, TensorId},
     layer::LayerPlan,
+    quantized::StepNoise,
 };
 use crate::{
     dtype::DType,
@@ -19,6 +20,8 @@ pub struct GatheredLayer<'a> {
     pub unit: usize,
     /// Dtype of computation, in which packed weights are decoded.
     pub compute: DType,
+    /// Noise that is added to packed weights.
+    pub noise: Option<StepNoise>,
     pub dense: &'a SlotPool,
     pub experts: &'a SlotPool,
     pub adapters: &'a [&'a mut Adapter],
@@ -42,14 +45,24 @@ impl GatheredLayer<'_> {
             let weight = match gemm.format {
                 None if *experts => Matrices::Each(tensor).into(),
                 None => Matrices::Shared(tensor).into(),
-                Some(format) => Weight::Packed(PackedMatrices {
-                    format,
-                    tiles: tensor,
-                    scales: format.has_global().then(|| view(gemm.weight + 1)).transpose()?,
-                    widths: gemm.widths.clone(),
-                    columns: gemm.input,
-                    kind: self.compute.kind(),
-                }),
+                Some(format) => {
+                    let packed = PackedMatrices {
+                        format,
+                        tiles: tensor,
+                        scales: format.has_global().then(|| view(gemm.weight + 1)).transpose()?,
+                        widths: gemm.widths.clone(),
+                        columns: gemm.input,
+                        kind: self.compute.kind(),
+                    };
+                    match self.noise {
+                        None => Weight::Packed(packed),
+                        Some(noise) => {
+                            let spans = &pool.layout(self.unit).entries[gemm.weight].spec.spans;
+                            let of_matrices = spans.iter().map(|span| noise.of(&span.tensor)).collect();
+                            Weight::Noisy(packed, of_matrices)
+                        }
+                    }
+                }
             };
             Ok::<_, ShardError>(Base { weight, bias: gemm.bias.map(view).transpose()? })
         };

@@ -4,7 +4,8 @@ use super::{ModelSpec, base_plan::all_projections};
 use crate::{
     config::{QuantArgs, QuantFormat},
     lora::targets::{Projection, TargetError, file_tensor, named},
-    quant::Format,
+    quant::{Format, Noise},
+    rng::Stream,
     weights::{self, SourceError, WeightSource},
 };
 use serde::{Deserialize, Serialize};
@@ -30,6 +31,26 @@ impl From<QuantFormat> for Format {
             QuantFormat::BlockFp8 => Self::BlockFp8,
             QuantFormat::Nvfp4 => Self::NvFp4,
         }
+    }
+}
+
+/// Quantisation noise of a training step. All micro-batches of the step have the same, in forward and backward: rows
+/// are dealt to micro-batches and ranks otherwise in each topology, so that noise by micro-batch would make the result
+/// depend on it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepNoise {
+    /// Seed of the run.
+    pub seed: u64,
+    pub step: usize,
+    /// Factor of the steps of codes.
+    pub alpha: f32,
+}
+
+impl StepNoise {
+    /// The noise of the matrix that the files call `tensor`.
+    pub fn of(self, tensor: &str) -> Noise {
+        let Self { seed, step, alpha } = self;
+        Noise { stream: Stream::new(seed, &format!("quantisation noise {step} {tensor}")), alpha }
     }
 }
 

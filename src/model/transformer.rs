@@ -11,6 +11,7 @@ use super::{
     context::{BatchContext, Extent, RotaryTables},
     gathered::GatheredLayer,
     layer::{LayerPlan, LayerState},
+    quantized::StepNoise,
     router_load::RouterLoad,
     rows::RowAdapters,
     sublayer::BackwardContext,
@@ -165,6 +166,8 @@ pub struct Transformer {
     rotary: Rc<RotaryTables>,
     router_load: RouterLoad,
     groups: ProcessGroups,
+    /// Noise that the next passes add to packed weights; `None` outside of training.
+    pub noise: Option<StepNoise>,
     /// Seconds of forward, loss, backward and gather.
     pub clock: Clock,
 }
@@ -191,6 +194,7 @@ impl Transformer {
             rotary: Rc::new(RotaryTables::new(device)),
             router_load: RouterLoad::default(),
             groups: groups.clone(),
+            noise: None,
             clock: Clock::default(),
         })
     }
@@ -366,6 +370,7 @@ impl Transformer {
             plan: &self.plans[unit],
             unit,
             compute: self.options.compute,
+            noise: self.noise,
             dense: &self.layers,
             experts: &self.experts,
             adapters,

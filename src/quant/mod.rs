@@ -8,10 +8,12 @@ mod grid;
 pub mod minifloat;
 pub mod nested;
 pub mod nf4;
+mod noise;
 mod number;
 pub mod nvfp4;
 
 pub use grid::{Grid, Packed};
+pub use noise::Noise;
 pub use number::Decoded;
 
 use serde::{Deserialize, Serialize};
@@ -63,6 +65,14 @@ impl Format {
             Self::Nf4 => nf4::BLOCK,
             Self::BlockFp8 => block_fp8::SIDE,
             Self::NvFp4 => nvfp4::GROUP,
+        }
+    }
+
+    /// Bits of a code.
+    const fn code_bits(self) -> usize {
+        match self {
+            Self::Nf4 | Self::NvFp4 => 4,
+            Self::BlockFp8 => 8,
         }
     }
 

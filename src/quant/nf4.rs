@@ -39,6 +39,9 @@ pub const TABLE: [f32; 16] = [
     1.0,
 ];
 
+/// The smallest distance of neighbours in the table, of 0 and the value above it.
+pub(super) const LEAST_GAP: f32 = TABLE[8] - TABLE[7];
+
 const MIDPOINTS: [f32; 15] = {
     let mut midpoints = [0.0; 15];
     let mut i = 0;

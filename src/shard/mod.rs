@@ -1,7 +1,7 @@
 //! Sharding: layout of regions and storage of their tensors ([`layout`], [`storage`], pure), slots for gathered units
 //! ([`slots`]) and changes of them ([`update`]), the sharded adapter with its gradients ([`adapter`]) and its pieces by
-//! name ([`piece`]), process groups ([`process_groups`]), dispatch of rows to experts ([`dispatcher`]). Knows nothing of
-//! models.
+//! name ([`piece`]), process groups ([`process_groups`]), dispatch of rows to experts ([`dispatcher`]). Knows nothing
+//! of models.
 
 pub mod adapter;
 pub mod dispatcher;

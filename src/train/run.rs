@@ -33,7 +33,7 @@ use crate::{
         ModelSpec,
         base_plan::{BasePlan, Options, all_projections},
         hf_config::HfModel,
-        quantized::{Quantization, QuantizationError},
+        quantized::{Quantization, QuantizationError, StepNoise},
         stored_base,
         transformer::Transformer,
     },
@@ -49,6 +49,7 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
+use tch::Device;
 
 /// Steps of an epoch below which a warning asks whether they are meant.
 const FEW_STEPS: usize = 10;
@@ -305,7 +306,13 @@ impl Run {
         let schedule = Schedule::of_run(&self.config, self.total_steps);
         let name = train.run_id.clone();
         let session = Session { name, adapter, optimizer, max_grad_norm: train.max_grad_norm };
-        let mut trainer = Trainer { model, session, schedule, world: groups.world };
+        let noise = lora.noise.alpha().filter(|_| self.spec.quantization.is_some());
+        let noise = noise.map(|alpha| StepNoise { seed: train.seed, step: 0, alpha: alpha as f32 });
+        if noise.is_some() && device.tensors() != Device::Cpu {
+            let reason = "quantisation noise is added on CPUs alone; give --device cpu, or leave it out";
+            return Err(Error::Input(format!("{}: {reason}", self.places.of("lora.enable_aqn"))));
+        }
+        let mut trainer = Trainer { model, session, schedule, world: groups.world, noise };
 
         // Nothing is written or removed before every rank is ready to train.
         trainer.world.barrier()?;

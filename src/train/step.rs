@@ -8,6 +8,7 @@ use crate::{
     console::first_of,
     loss::{CrossEntropy, LogProbs, LossValues, TokenLoss},
     model::{
+        quantized::StepNoise,
         router_load::RouterReport,
         transformer::{Batch, Transformer},
     },
@@ -128,6 +129,8 @@ pub struct Trainer {
     pub schedule: Schedule,
     /// All ranks that have tokens of the step.
     pub world: Rc<dyn Communicator>,
+    /// Quantisation noise of step 0, in runs with such.
+    pub noise: Option<StepNoise>,
 }
 
 impl Trainer {
@@ -148,7 +151,10 @@ impl Trainer {
             // All ranks see the same count and stay out of the collectives of a pass alike.
             return Ok(report);
         }
-        let loss = self.accumulate(micro_batches, 1.0 / valid)?;
+        self.model.noise = self.noise.map(|noise| StepNoise { step, ..noise });
+        let loss = self.accumulate(micro_batches, 1.0 / valid);
+        self.model.noise = None;
+        let loss = loss?;
         report.loss = Some(self.reduce(loss)? / valid);
         report.router = self.router_report()?;
         let update = self.update(report.lr)?;

@@ -20,7 +20,7 @@ use xorl_dist::{
         DenseSpec, Ffn, GqaSpec, LayerSpec, Mixer, ModelSpec, MoeSpec, NormSpec, QkNorm, RopeScaling,
         RopeSpec,
         base_plan::{BasePlan, Options, all_projections},
-        quantized::Quantization,
+        quantized::{Quantization, StepNoise},
         transformer::{Batch, Transformer},
     },
     optim::{Optimizer, Schedule, Settings},
@@ -65,6 +65,8 @@ pub struct Case {
     pub ranks_per_host: Option<usize>,
     /// Format of the base, if it is quantised.
     pub quant: Option<QuantFormat>,
+    /// Factor of quantisation noise.
+    pub noise: Option<f32>,
 }
 
 /// What rows are made of.
@@ -127,6 +129,7 @@ impl Case {
             stand_in: false,
             ranks_per_host: None,
             quant: None,
+            noise: None,
         }
     }
 
@@ -446,7 +449,8 @@ fn train(world: &World, case: &Case) -> Value {
     let optimizer = Optimizer::new(&Settings::from(&args), adapter.pieces());
     let schedule = Schedule::new(&args, STEPS);
     let session = Session { name: "test".into(), adapter, optimizer, max_grad_norm: LIMIT };
-    let mut trainer = Trainer { model, session, schedule, world: groups.world.clone() };
+    let noise = case.noise.map(|alpha| StepNoise { seed: 1, step: 0, alpha });
+    let mut trainer = Trainer { model, session, schedule, world: groups.world.clone(), noise };
 
     // What every step has to receive: base and adapter regions as the ring needs them, and of gradients only the
     // adapter's. The first step finds empty slots.

@@ -3,7 +3,7 @@
 use super::{Stored, pool};
 use crate::{
     ops::row_layout::{Footprint, RowLayout},
-    quant::{Decoded, Grid, Packed},
+    quant::{Decoded, Grid, Noise, Packed},
 };
 use half::bf16;
 use std::ops::Range;
@@ -86,8 +86,20 @@ impl<'a> PackedRows<'a> {
 pub fn decode(grid: Grid, tiles: &Tensor, global: f32, out: &Tensor) {
     let _span = crate::trace::operation("linear.decode");
     match out.kind() {
-        Kind::BFloat16 => decode_to::<bf16>(grid, tiles, global, out),
-        _ => decode_to::<f32>(grid, tiles, global, out),
+        Kind::BFloat16 => decode_to::<bf16>(grid, tiles, global, None, out),
+        _ => decode_to::<f32>(grid, tiles, global, None, out),
+    }
+}
+
+/// [`decode`] with `noise` added before rounding.
+///
+/// # Panics
+/// See [`decode`].
+pub fn decode_with_noise(grid: Grid, tiles: &Tensor, global: f32, noise: Noise, out: &Tensor) {
+    let _span = crate::trace::operation("linear.decode");
+    match out.kind() {
+        Kind::BFloat16 => decode_to::<bf16>(grid, tiles, global, Some(noise), out),
+        _ => decode_to::<f32>(grid, tiles, global, Some(noise), out),
     }
 }
 
@@ -107,7 +119,13 @@ impl<E> Target<E> {
     }
 }
 
-fn decode_to<E: Decoded + Stored>(grid: Grid, tiles: &Tensor, global: f32, out: &Tensor) {
+fn decode_to<E: Decoded + Stored>(
+    grid: Grid,
+    tiles: &Tensor,
+    global: f32,
+    noise: Option<Noise>,
+    out: &Tensor,
+) {
     assert_eq!((tiles.kind(), out.kind()), (Kind::Uint8, E::KIND), "packed tiles, and their values");
     assert_eq!((tiles.device(), out.device()), (Device::Cpu, Device::Cpu), "packed tiles on the host");
     assert!(tiles.is_contiguous() && out.is_contiguous(), "packed tiles and their values are dense");
@@ -123,7 +141,11 @@ fn decode_to<E: Decoded + Stored>(grid: Grid, tiles: &Tensor, global: f32, out: 
         let run = runs[i].clone();
         // SAFETY: the elements of a run, which one task alone has, lie in the output, which has no other reference.
         let out = unsafe { to.elements(&grid.elements(run.clone())) };
-        let decoded = grid.unpack(run.clone(), &packed[run.start * each..run.end * each], global, out);
+        let packed = &packed[run.start * each..run.end * each];
+        let decoded = match noise {
+            None => grid.unpack(run, packed, global, out),
+            Some(noise) => grid.unpack_with_noise(run, packed, global, noise, out),
+        };
         assert_eq!(decoded, Ok(()), "{grid:?}");
     });
 }

@@ -20,7 +20,7 @@ impl Weight {
     fn are_aligned(&self) -> bool {
         match self {
             Self::Plain(matrices) => matrices.are_aligned(),
-            Self::Packed(_) => self.columns() % ALIGNMENT == 0,
+            Self::Packed(_) | Self::Noisy(..) => self.columns() % ALIGNMENT == 0,
         }
     }
 }

@@ -7,12 +7,12 @@ use crate::{
     ops::{
         Buffer,
         cpu::{
-            decode::{PackedRows, decode},
+            decode::{PackedRows, decode, decode_with_noise},
             dots,
-            matmul::{Operand, Right},
+            matmul::{Matrix, Operand, Right},
         },
     },
-    quant::{Format, Grid, Packed},
+    quant::{Format, Grid, Noise, Packed},
 };
 use std::ops::{Deref, Range};
 use tch::{Device, Kind, Tensor};
@@ -22,6 +22,9 @@ use tch::{Device, Kind, Tensor};
 pub enum Weight {
     Plain(Matrices),
     Packed(PackedMatrices),
+    /// The same with noise added wherever they are decoded, `[bases · leaves]`: a training pass with
+    /// [quantisation noise](crate::quant::Noise).
+    Noisy(PackedMatrices, Vec<Noise>),
 }
 
 impl From<Matrices> for Weight {
@@ -73,20 +76,24 @@ impl PackedMatrices {
         })
     }
 
-    /// Writes the matrix of `base` to `out` `[rows, columns]`.
-    fn decode(&self, base: usize, out: &Tensor) {
+    /// Writes the matrix of `base` to `out` `[rows, columns]`, with the `noise` of its leaf if there is any.
+    fn decode(&self, base: usize, noise: &[Noise], out: &Tensor) {
         let mut row = 0;
-        for (grid, tiles, global) in self.leaves(base) {
+        for (leaf, (grid, tiles, global)) in self.leaves(base).enumerate() {
             let tiles = self.tiles.narrow(0, tiles.start as i64, tiles.len() as i64);
-            decode(grid, &tiles, global, &out.narrow(0, row, grid.rows as i64));
+            let out = out.narrow(0, row, grid.rows as i64);
+            match noise.get(base * self.widths.len() + leaf) {
+                None => decode(grid, &tiles, global, &out),
+                Some(&noise) => decode_with_noise(grid, &tiles, global, noise, &out),
+            }
             row += grid.rows as i64;
         }
     }
 
-    /// Writes the matrices of `bases` to `out` `[bases, rows, columns]`.
-    fn decode_all(&self, bases: Range<usize>, out: &Tensor) {
-        if has_kernels(&self.tiles) {
-            bases.enumerate().for_each(|(i, base)| self.decode(base, &out.get(i as i64)));
+    /// Writes the matrices of `bases` to `out` `[bases, rows, columns]`. Noise is added on the host alone.
+    fn decode_all(&self, bases: Range<usize>, noise: &[Noise], out: &Tensor) {
+        if has_kernels(&self.tiles) || !noise.is_empty() {
+            bases.enumerate().for_each(|(i, base)| self.decode(base, noise, &out.get(i as i64)));
         } else {
             on_device::decode(self, &bases, out);
         }
@@ -112,11 +119,24 @@ impl PackedMatrices {
         self.leaves(base).map(packed).collect()
     }
 
-    fn decoded(&self, base: usize) -> Buffer {
+    fn decoded(&self, base: usize, noise: &[Noise]) -> Buffer {
         let shape = [self.rows() as i64, self.columns as i64];
         let out = Buffer::empty(&shape, self.kind, self.tiles.device());
-        self.decode_all(base..base + 1, &out.unsqueeze(0));
+        self.decode_all(base..base + 1, noise, &out.unsqueeze(0));
         out
+    }
+
+    fn all(&self, noise: &[Noise]) -> AllMatrices<'_> {
+        let bases = self.tiles.size()[0] / self.tiles_of_base().max(1) as i64;
+        let shape = [bases, self.rows() as i64, self.columns as i64];
+        let all = Buffer::empty(&shape, self.kind, self.tiles.device());
+        self.decode_all(0..bases as usize, noise, &all);
+        // One matrix is as a dense layer's: it is multiplied without segments.
+        AllMatrices::Decoded(if bases == 1 {
+            Matrices::Shared(all.get(0))
+        } else {
+            Matrices::Each(all.shallow_clone())
+        })
     }
 }
 
@@ -125,7 +145,7 @@ impl Weight {
     pub fn rows(&self) -> i64 {
         match self {
             Self::Plain(matrices) => matrices.rows(),
-            Self::Packed(packed) => packed.rows() as i64,
+            Self::Packed(packed) | Self::Noisy(packed, _) => packed.rows() as i64,
         }
     }
 
@@ -133,7 +153,7 @@ impl Weight {
     pub fn columns(&self) -> i64 {
         match self {
             Self::Plain(matrices) => matrices.columns(),
-            Self::Packed(packed) => packed.columns as i64,
+            Self::Packed(packed) | Self::Noisy(packed, _) => packed.columns as i64,
         }
     }
 
@@ -141,7 +161,8 @@ impl Weight {
     pub(super) fn of(&self, base: usize) -> OneMatrix<'_> {
         match self {
             Self::Plain(matrices) => OneMatrix::Of(matrices, base),
-            Self::Packed(packed) => OneMatrix::Decoded(packed.decoded(base)),
+            Self::Packed(packed) => OneMatrix::Decoded(packed.decoded(base, &[])),
+            Self::Noisy(packed, noise) => OneMatrix::Decoded(packed.decoded(base, noise)),
         }
     }
 
@@ -150,6 +171,7 @@ impl Weight {
         match self {
             Self::Plain(matrices) => WeightFactor::Plain(matrices, base),
             Self::Packed(packed) => WeightFactor::Packed(packed.in_host(base)),
+            Self::Noisy(packed, noise) => WeightFactor::Noisy(packed.decoded(base, noise)),
         }
     }
 
@@ -157,19 +179,8 @@ impl Weight {
     pub(super) fn all(&self) -> AllMatrices<'_> {
         match self {
             Self::Plain(matrices) => AllMatrices::Of(matrices),
-            Self::Packed(packed) => {
-                let bases = packed.tiles.size()[0] / packed.tiles_of_base().max(1) as i64;
-                let shape = [bases, packed.rows() as i64, packed.columns as i64];
-                let all = Buffer::empty(&shape, packed.kind, packed.tiles.device());
-                packed.decode_all(0..bases as usize, &all);
-                // One matrix is as a dense layer's: it is multiplied without segments.
-                let all = if bases == 1 {
-                    Matrices::Shared(all.get(0))
-                } else {
-                    Matrices::Each(all.shallow_clone())
-                };
-                AllMatrices::Decoded(all)
-            }
+            Self::Packed(packed) => packed.all(&[]),
+            Self::Noisy(packed, noise) => packed.all(noise),
         }
     }
 }
@@ -193,6 +204,7 @@ impl OneMatrix<'_> {
 pub(super) enum WeightFactor<'a> {
     Plain(&'a Matrices, usize),
     Packed(Vec<Packed<'a>>),
+    Noisy(Buffer),
 }
 
 impl WeightFactor<'_> {
@@ -200,6 +212,7 @@ impl WeightFactor<'_> {
     pub fn transposed(&self, rows: &Range<usize>) -> Right<'_> {
         match self {
             Self::Plain(matrices, base) => Operand::Transposed(matrix_of(matrices, *base).rows(rows)).into(),
+            Self::Noisy(matrix) => Operand::Transposed(Matrix::of(matrix).rows(rows)).into(),
             Self::Packed(leaves) => {
                 Right::Packed { matrix: PackedRows::of(leaves).rows(rows), transposed: true }
             }
@@ -210,6 +223,7 @@ impl WeightFactor<'_> {
     pub fn whole(&self) -> Right<'_> {
         match self {
             Self::Plain(matrices, base) => Operand::Of(matrix_of(matrices, *base)).into(),
+            Self::Noisy(matrix) => Operand::Of(Matrix::of(matrix)).into(),
             Self::Packed(leaves) => Right::Packed { matrix: PackedRows::of(leaves), transposed: false },
         }
     }
@@ -218,6 +232,7 @@ impl WeightFactor<'_> {
     pub fn multiply_invariant(&self, x: &Tensor, start: dots::Start, out: &Tensor) {
         match self {
             Self::Plain(matrices, base) => dots::multiply(x, &matrices.of(*base), start, out),
+            Self::Noisy(matrix) => dots::multiply(x, &**matrix, start, out),
             Self::Packed(leaves) => {
                 dots::multiply(x, dots::Factor::Packed(PackedRows::of(leaves)), start, out);
             }
