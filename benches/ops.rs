@@ -183,7 +183,7 @@ fn layer(input: i64, widths: &[i64], groups: i64) -> Linear {
     let gradient = AdapterGradient { a: sum(&a), b };
     Linear {
         bases: vec![Base { weight: matrices(groups, [output, input]).into(), bias: None }],
-        adapters: vec![Some(BoundAdapter { a, parts, dropout: None, gradient })],
+        adapters: vec![Some(BoundAdapter { a, parts, dropout: None, magnitudes: None, gradient })],
     }
 }
 

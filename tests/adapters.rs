@@ -139,7 +139,6 @@ const REFUSED: &[&str] = &[
     "task_type",
     "bias",
     "fan_in_fan_out",
-    "use_dora",
     "use_qalora",
     "lora_bias",
     "modules_to_save",

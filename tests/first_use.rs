@@ -83,7 +83,6 @@ fn a_mistake_in_a_field_is_one_line_with_place_and_remedy() {
             &["enable_gradient_checkpointing"],
         ),
         (lora, "  r: 8", "lora.r", &["r is lora.lora_rank here"]),
-        (lora, "  use_dora: true", "lora.use_dora", &["not built"]),
         (lora, "  target_modules: [q_proj]", "lora.target_modules", &["is lora.lora_target_modules here"]),
         (
             model,

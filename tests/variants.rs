@@ -35,7 +35,13 @@ fn cases() -> Vec<Case> {
         has_start: false,
         exported: &[("r", "8"), ("lora_alpha", "16.0")],
     };
-    vec![dropout, pissa]
+    let dora = Case {
+        name: "dora",
+        fields: json!({"use_dora": true}),
+        has_start: true,
+        exported: &[("use_dora", "true"), ("r", "4")],
+    };
+    vec![dropout, pissa, dora]
 }
 
 fn oracle(arguments: &[String]) {
@@ -125,7 +131,7 @@ fn mpi_python_variants_equal_pefts() {
 #[test]
 fn variants_that_experts_cannot_have_are_refused() {
     let run = TinyRun::of_experts();
-    for (field, value) in [("lora_dropout", "0.1"), ("init_lora_weights", "pissa")] {
+    for (field, value) in [("lora_dropout", "0.1"), ("init_lora_weights", "pissa"), ("use_dora", "true")] {
         let plain = ["--lora.lora_b_init_std", "0", "--train.enable_mixed_precision", "false"];
         let flag = format!("--lora.{field}");
         let line = failed(&run.run(1, "out", &[&plain[..], &[flag.as_str(), value]].concat()), 2);

@@ -21,6 +21,8 @@ pub struct AdapterConfig {
     pub lora_alpha: f64,
     /// Scales by alpha / √r instead of alpha / r.
     pub use_rslora: bool,
+    /// Has magnitudes of the sum's rows beside A and B.
+    pub use_dora: bool,
     pub target_modules: Names,
     pub exclude_modules: Option<Names>,
     pub layers_to_transform: Option<LayerNumbers>,
@@ -75,6 +77,7 @@ const FIELDS: &[(&str, Rule)] = &[
     ("r", Computed),
     ("lora_alpha", Computed),
     ("use_rslora", Computed),
+    ("use_dora", Computed),
     ("target_modules", Computed),
     ("exclude_modules", Computed),
     ("layers_to_transform", Computed),
@@ -88,7 +91,6 @@ const FIELDS: &[(&str, Rule)] = &[
     ("init_lora_weights", Only(&["true", "false", "\"gaussian\"", "\"orthogonal\""], CONVERT)),
     ("bias", Only(&["\"none\""], MERGE)),
     ("fan_in_fan_out", Only(&["false"], "no model here stores weights like that: set it to false")),
-    ("use_dora", Only(&["false"], MERGE)),
     ("use_qalora", Only(&["false"], MERGE)),
     ("lora_bias", Only(&["false"], MERGE)),
     ("modules_to_save", Only(&["[]"], MERGE)),
@@ -161,6 +163,7 @@ pub fn read_config(directory: &Path) -> Result<AdapterConfig, CheckpointError> {
         r: file.field("r", 8)?,
         lora_alpha: file.field("lora_alpha", 8.0)?,
         use_rslora: file.field("use_rslora", false)?,
+        use_dora: file.field("use_dora", false)?,
         target_modules: file.field("target_modules", Names::Ends(Vec::new()))?,
         exclude_modules: file.field("exclude_modules", None)?,
         layers_to_transform: file.field("layers_to_transform", None)?,
@@ -198,7 +201,8 @@ impl ConfigFile {
 impl AdapterConfig {
     /// Rank and scale of the modules that no pattern matches.
     pub fn shape(&self) -> LoraShape {
-        LoraShape { rank: self.r, alpha: self.lora_alpha, use_rslora: self.use_rslora }
+        let &Self { r: rank, lora_alpha: alpha, use_rslora, use_dora, .. } = self;
+        LoraShape { rank, alpha, use_rslora, use_dora }
     }
 
     /// Its patterns of ranks and alphas, compiled.
@@ -259,6 +263,9 @@ impl AdapterConfig {
     fn check(&self) -> Result<(), String> {
         if self.r == 0 {
             return Err("r is 0; a rank is at least 1".into());
+        }
+        if self.use_dora && !self.target_parameters.is_empty() {
+            return Err("use_dora is true, but PEFT has no DoRA on target_parameters; set it to false".into());
         }
         if let Some((pattern, value)) =
             self.rank_pattern.iter().find(|(_, value)| value.as_u64().is_none_or(|rank| rank == 0))
@@ -361,7 +368,7 @@ mod tests {
             .unwrap();
         let patterns = config.patterns().unwrap();
         let of = |path: &str| patterns.shape_of(path);
-        let shape = |rank, alpha| LoraShape { rank, alpha, use_rslora: true };
+        let shape = |rank, alpha| LoraShape { use_rslora: true, ..LoraShape::new(rank, alpha) };
         assert_eq!(of("model.layers.1.self_attn.v_proj"), shape(6, 1.5));
         assert_eq!(of("model.layers.0.self_attn.v_proj"), shape(3, 1.5));
         // A name ends at a dot.
@@ -393,7 +400,11 @@ mod tests {
         for (fields, words) in [
             (json!({"init_lora_weights": "pissa_niter_4"}), "init_lora_weights is \"pissa_niter_4\""),
             (json!({"init_lora_weights": "pissa"}), "path_initial_model_for_weight_conversion"),
-            (json!({"use_dora": true}), "merge_and_unload"),
+            (json!({"use_qalora": true}), "merge_and_unload"),
+            (
+                json!({"use_dora": true, "target_parameters": ["mlp.experts.down_proj"]}),
+                "no DoRA on target_parameters",
+            ),
             (json!({"brand_new": long}), "brand_new is \"xxx"),
             (json!({"r": "four"}), "r cannot be \"four\""),
             (json!({"target_modules": 3}), "target_modules cannot be 3"),

@@ -115,10 +115,12 @@ fn unpickled(path: &Path) -> Result<(Tensors, Vec<u8>), TchError> {
 fn by_key(tensors: Tensors) -> Result<BTreeMap<String, Entry>, String> {
     let mut named = BTreeMap::new();
     for (key, entry) in tensors {
-        let short = ["lora_A", "lora_B"].iter().find_map(|factor| {
-            let start = key.strip_suffix(&format!(".{factor}.default.weight"))?;
-            Some(format!("{start}.{factor}.weight"))
-        });
+        let short = [("lora_A", ".weight"), ("lora_B", ".weight"), ("lora_magnitude_vector", "")]
+            .iter()
+            .find_map(|(factor, end)| {
+                let start = key.strip_suffix(&format!(".{factor}.default.weight"))?;
+                Some(format!("{start}.{factor}{end}"))
+            });
         let name = short.unwrap_or_else(|| key.clone());
         if named.insert(name.clone(), entry).is_some() {
             return Err(format!("{name} is there twice, also with .default. in its name; keep one of them"));

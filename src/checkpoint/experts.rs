@@ -223,6 +223,7 @@ mod tests {
             shared: None,
             a: values(3 * 2 * input, from),
             b: values(3 * output * 2, -from),
+            magnitude: Vec::new(),
         }
     }
 

@@ -41,17 +41,19 @@ pub struct LogicalAdapter {
     pub a: Vec<f32>,
     /// `[Σ widths, rank]`
     pub b: Vec<f32>,
+    /// `[Σ widths]`, with magnitudes.
+    pub magnitude: Vec<f32>,
 }
 
 impl LogicalAdapter {
     /// The adapter of `site`, without values.
     pub fn of(site: &Site, shape: LoraShape) -> Self {
         let leaves = site.leaves.iter().map(|(leaf, width)| (leaf.to_string(), *width)).collect();
-        let (a, b) = (Vec::new(), Vec::new());
+        let (a, b, magnitude) = (Vec::new(), Vec::new(), Vec::new());
         let experts = site.experts.map(|experts| experts.count);
         let names = site.experts.map_or(MoeNames::MLP, |experts| experts.names);
         let (parent, shared) = (site.parent.clone(), site.shared);
-        Self { parent, leaves, shape, input: site.input, experts, names, shared, a, b }
+        Self { parent, leaves, shape, input: site.input, experts, names, shared, a, b, magnitude }
     }
 
     /// Rows of B.
@@ -99,6 +101,7 @@ impl AdapterConfig {
             r: common.rank,
             lora_alpha: common.alpha,
             use_rslora: common.use_rslora,
+            use_dora: common.use_dora,
             target_modules: Names::Ends(modules.into_iter().collect()),
             exclude_modules: None,
             layers_to_transform: None,
@@ -187,6 +190,7 @@ fn check_written(
             _ => {
                 adapter.shape.rank
                     * (copies(Factor::A) * parts * adapter.input + copies(Factor::B) * adapter.output())
+                    + if adapter.shape.use_dora { adapter.output() } else { 0 }
             }
         };
         expected.extend(Layout::from(format).tensors(adapter).into_iter().map(|stored| stored.key));
@@ -331,6 +335,11 @@ impl AdapterFolder {
     pub fn shapes(&self, sites: &[Site]) -> Result<LoraShapes, CheckpointError> {
         let mut shapes = LoraShapes::from(self.config.shape());
         let patterns = self.config.patterns().map_err(|error| self.mismatch(error.to_string()))?;
+        if let Some(site) = sites.iter().find(|site| shapes.common.use_dora && site.experts.is_some()) {
+            let reason =
+                format!("{}: magnitudes of DoRA are on linear layers alone, not on experts", site.path());
+            return Err(self.mismatch(reason));
+        }
         let mut untargeted = Vec::new();
         for site in sites {
             let modules = self.modules(site, &mut untargeted)?;
@@ -465,7 +474,12 @@ impl AdapterFolder {
         self.fill(&mut adapters)?;
         let mut named = HashMap::new();
         for (site, adapter) in sites.iter().zip(adapters) {
-            for (factor, values) in [(Factor::A, adapter.a), (Factor::B, adapter.b)] {
+            let use_dora = adapter.shape.use_dora;
+            let all =
+                [(Factor::A, adapter.a), (Factor::B, adapter.b), (Factor::Magnitude, adapter.magnitude)];
+            for (factor, values) in
+                all.into_iter().filter(|(factor, _)| Factor::all(use_dora).contains(factor))
+            {
                 let experts = site.experts.map_or(1, |experts| experts.count);
                 let mut copies = values.chunks_exact((values.len() / experts).max(1));
                 let names = parameters(site, factor);
@@ -501,6 +515,7 @@ impl AdapterFolder {
                 let (experts, rank) = (adapter.experts.unwrap_or(1), adapter.shape.rank);
                 adapter.a = vec![0.0; experts * rank * adapter.input];
                 adapter.b = vec![0.0; experts * adapter.output() * rank];
+                adapter.magnitude = vec![0.0; if adapter.shape.use_dora { adapter.output() } else { 0 }];
             }
             for stored in tensors {
                 let Some(values) = taken.take(&stored.key, &stored.shape) else { continue };
@@ -589,18 +604,18 @@ pub fn adapters(
     };
     let with_values = |site: &Site| {
         let (a, b) = (all(site, Factor::A), all(site, Factor::B));
-        LogicalAdapter { a, b, ..LogicalAdapter::of(site, shapes.of(site)) }
+        let shape = shapes.of(site);
+        let magnitude = if shape.use_dora { all(site, Factor::Magnitude) } else { Vec::new() };
+        LogicalAdapter { a, b, magnitude, ..LogicalAdapter::of(site, shape) }
     };
     sites.iter().map(with_values).collect()
 }
 
 /// Names of the copies of a site's factor.
 fn parameters(site: &Site, factor: Factor) -> Vec<String> {
-    let suffix = match factor {
-        Factor::A => "lora_A",
-        Factor::B => "lora_B",
-    };
-    (0..site.copies(factor)).map(|copy| format!("{}.{suffix}", site.path_of(factor, copy))).collect()
+    (0..site.copies(factor))
+        .map(|copy| format!("{}.{}", site.path_of(factor, copy), factor.suffix()))
+        .collect()
 }
 
 #[cfg(test)]
@@ -621,6 +636,7 @@ mod tests {
                 shared: None,
                 a: values(6, 0.5),
                 b: values(16, 100.0),
+                magnitude: Vec::new(),
             },
             LogicalAdapter {
                 parent: "model.layers.0.mlp".into(),
@@ -632,6 +648,7 @@ mod tests {
                 shared: None,
                 a: values(10, -3.0),
                 b: values(6, 7.0),
+                magnitude: Vec::new(),
             },
         ]
     }
@@ -704,7 +721,7 @@ mod tests {
     fn configs_that_mean_other_maths_are_refused() {
         let directory = tempfile::tempdir().unwrap();
         for (field, value) in [
-            ("use_dora", Value::from(true)),
+            ("use_qalora", Value::from(true)),
             ("bias", "all".into()),
             ("modules_to_save", serde_json::json!(["lm_head"])),
             ("peft_type", "IA3".into()),

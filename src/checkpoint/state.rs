@@ -346,8 +346,11 @@ mod tests {
                     numbers: numbers.map(|(name, value)| (name.to_owned(), value)).into(),
                 },
                 lora: LoraShapes {
-                    by_site: [("a".to_owned(), LoraShape { rank: 2, alpha: 0.1 + 0.2, use_rslora: true })]
-                        .into(),
+                    by_site: [(
+                        "a".to_owned(),
+                        LoraShape { use_rslora: true, ..LoraShape::new(2, 0.1 + 0.2) },
+                    )]
+                    .into(),
                     ..LoraShape::new(4, 8.0).into()
                 },
                 base: "b".into(),

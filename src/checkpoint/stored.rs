@@ -1,7 +1,8 @@
 //! Tensors of an adapter file that hold one factor of one leaf: linear layers in every format, routed experts in the
 //! formats that keep them apart or stack them. Pure: keys, shapes and places of values.
 //!
-//! - linear layers: `….{leaf}.lora_A.weight` `[rank, in]`, `….lora_B.weight` `[out, rank]`
+//! - linear layers: `….{leaf}.lora_A.weight` `[rank, in]`, `….lora_B.weight` `[out, rank]`, with DoRA
+//!   `….lora_magnitude_vector` `[out]`
 //! - `per_expert`: the same below `experts.{e}`, a shared factor for every expert
 //! - `sglang_shared_outer`: `experts.w1|w3|w2` (gate, up, down), with a leading dimension of the experts, 1 where
 //!   shared
@@ -82,15 +83,20 @@ impl Layout {
         for (place, (leaf, width)) in adapter.leaves.iter().enumerate() {
             let rows_of_b = first..first + width;
             first += width;
-            for factor in [Factor::A, Factor::B] {
-                let (letter, rows, columns) = match factor {
-                    Factor::A => ("A", 0..adapter.shape.rank, adapter.input),
-                    Factor::B => ("B", rows_of_b.clone(), adapter.shape.rank),
+            for &factor in Factor::all(adapter.shape.use_dora) {
+                let (rows, columns) = match factor {
+                    Factor::A => (0..adapter.shape.rank, adapter.input),
+                    Factor::B => (rows_of_b.clone(), adapter.shape.rank),
+                    Factor::Magnitude => (rows_of_b.clone(), 1),
                 };
+                let (weight, suffix) =
+                    (if factor == Factor::Magnitude { "" } else { ".weight" }, factor.suffix());
                 let mut push = |name: &str, experts: Range<usize>, leading: bool| {
-                    let dimensions = [rows.len(), columns];
+                    // Magnitudes are a vector.
+                    let dimensions =
+                        [rows.len(), columns].into_iter().take(if weight.is_empty() { 1 } else { 2 });
                     tensors.push(Stored {
-                        key: format!("base_model.model.{parent}.{name}.lora_{letter}.weight"),
+                        key: format!("base_model.model.{parent}.{name}.{suffix}{weight}"),
                         shape: leading.then_some(experts.len()).into_iter().chain(dimensions).collect(),
                         factor,
                         rows: rows.clone(),
@@ -123,7 +129,9 @@ impl Stored {
     /// The dotted path of the module that has the factor.
     pub fn module(&self) -> &str {
         let path = self.key.trim_start_matches("base_model.model.");
-        [".lora_A.weight", ".lora_B.weight"].iter().fold(path, |path, end| path.trim_end_matches(end))
+        [".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"]
+            .iter()
+            .fold(path, |path, end| path.trim_end_matches(end))
     }
 
     /// Elements of `expert`'s rows in the factor of `adapter`.
@@ -131,6 +139,7 @@ impl Stored {
         let (all, columns) = match self.factor {
             Factor::A => (adapter.shape.rank, adapter.input),
             Factor::B => (adapter.output(), adapter.shape.rank),
+            Factor::Magnitude => (adapter.output(), 1),
         };
         let first = (expert * all + self.rows.start) * columns;
         first..first + self.rows.len() * columns
@@ -141,6 +150,7 @@ impl Stored {
         let factor = match self.factor {
             Factor::A => &adapter.a,
             Factor::B => &adapter.b,
+            Factor::Magnitude => &adapter.magnitude,
         };
         let of = |expert| factor.get(self.elements(adapter, expert)).unwrap_or_default();
         match self.experts.len() {
@@ -161,6 +171,7 @@ impl Stored {
             let factor = match self.factor {
                 Factor::A => &mut adapter.a,
                 Factor::B => &mut adapter.b,
+                Factor::Magnitude => &mut adapter.magnitude,
             };
             factor[at].copy_from_slice(&values[place * each..(place + 1) * each]);
         }
@@ -188,6 +199,7 @@ mod tests {
             shared,
             a: repeated(Factor::A, values(6, 0), values(18, 0)),
             b: repeated(Factor::B, values(6, 100), values(18, 100)),
+            magnitude: Vec::new(),
         }
     }
 

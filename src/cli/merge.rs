@@ -138,6 +138,11 @@ impl Merge {
         // Faults of an adapter that the user named are the user's to mend.
         let stored = AdapterFolder::open(&adapter).and_then(|folder| folder.adapter(&all_projections(&spec)));
         let adapter = stored.map_err(|error| Error::Input(error.to_string()))?;
+        if adapter.shapes.use_dora() {
+            let reason = "it has magnitudes (DoRA), and a merge that scales whole rows is not built; merge it with PEFT's \
+                          merge_and_unload";
+            return Err(Error::Input(format!("--adapter: {reason}")));
+        }
         let dtype = match self.dtype {
             MergedDtype::Base => None,
             MergedDtype::Float32 => Some(DType::F32),

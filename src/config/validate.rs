@@ -2,7 +2,7 @@
 
 use super::error::{ConfigError, FieldLocations, Problem};
 use super::file::{Broken, ConfigFile};
-use super::{ExportFormat, InitLoraWeights, LrDecayStyle, PackingMethod, RunConfig, lora, train};
+use super::{ExportFormat, InitLoraWeights, LrDecayStyle, Optimizer, PackingMethod, RunConfig, lora, train};
 use std::collections::BTreeSet;
 
 /// Sets the defaults that depend on another field, then checks the rules between fields. A rule is left out if one of
@@ -104,6 +104,39 @@ pub(super) fn broken_of_run(config: &RunConfig) -> Vec<Broken> {
         &["lora.enable_aqn", "lora.enable_qlora"],
         Problem::Conflict(words.into()),
     );
+    let merges = lora.merge_lora_interval > 0 || lora.merge_at_end;
+    let conflicts: [(bool, &'static [&'static str], &str); 5] = [
+        (
+            train.compute.enable_mixed_precision,
+            &["lora.use_dora", "train.enable_mixed_precision"],
+            "magnitudes change by less than bf16 can show, and are gathered in the dtype of computation: set \
+             train.enable_mixed_precision: false, or remove it",
+        ),
+        (
+            lora.lora_dropout > 0.0,
+            &["lora.use_dora", "lora.lora_dropout"],
+            "with dropout PEFT computes the base twice, which is not built: remove lora.lora_dropout",
+        ),
+        (
+            merges,
+            &["lora.use_dora", "lora.merge_lora_interval", "lora.merge_at_end"],
+            "a merge that scales whole rows is not built: remove lora.merge_lora_interval and lora.merge_at_end, and \
+             merge with PEFT's merge_and_unload",
+        ),
+        (
+            starts_from_base,
+            &["lora.use_dora", "lora.init_lora_weights"],
+            "pissa with magnitudes is not built: remove one",
+        ),
+        (
+            train.optimizer == Optimizer::Muon,
+            &["lora.use_dora", "train.optimizer"],
+            "muon updates matrices, and magnitudes are vectors: choose another train.optimizer",
+        ),
+    ];
+    for (is_broken, fields, words) in conflicts {
+        rule(lora.use_dora && is_broken, fields, Problem::Conflict(words.into()));
+    }
     let words = "rises the learning rate after merges that start the optimizer anew: set lora.merge_lora_interval and \
                  lora.reset_optimizer_on_merge, or remove it";
     rule(

@@ -100,10 +100,19 @@ impl Adapter {
         &mut self,
         mut values: impl FnMut(&Parameter, Range<usize>) -> Vec<f32>,
     ) -> Result<(), ShardError> {
+        self.set_some(|parameter, range| Some(values(parameter, range)))
+    }
+
+    /// The same for the parameters of which there are values; the others stay as they are.
+    pub fn set_some(
+        &mut self,
+        mut values: impl FnMut(&Parameter, Range<usize>) -> Option<Vec<f32>>,
+    ) -> Result<(), ShardError> {
         let owned: Vec<_> = self.owned_parameters().collect();
         for OwnedParameter { unit, parameter, all, own } in owned {
-            let new = values(&parameter, own.start - all.start..own.end - all.start);
-            self.regions.of_mut(parameter.region).set_master(unit, own, &new);
+            if let Some(new) = values(&parameter, own.start - all.start..own.end - all.start) {
+                self.regions.of_mut(parameter.region).set_master(unit, own, &new);
+            }
         }
         self.regions.refresh()
     }

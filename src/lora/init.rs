@@ -17,6 +17,8 @@ pub fn values(parameter: &Parameter, range: Range<usize>, seed: u64, b_std: f64)
         }
         Factor::B if b_std == 0.0 => vec![0.0; indices.count()],
         Factor::B => indices.map(|i| stream.normal(i) * b_std as f32).collect(),
+        // Norms of the base's rows, which the caller knows.
+        Factor::Magnitude => vec![0.0; indices.count()],
     }
 }
 

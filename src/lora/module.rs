@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     dtype::DType,
-    ops::linear::{AdapterGradient, BoundAdapter, Matrices, Part},
+    ops::linear::{AdapterGradient, BoundAdapter, Magnitudes, Matrices, Part},
     shard::{AdapterRegions, EntrySpec, Region, ShardError, Storage},
 };
 
@@ -162,6 +162,13 @@ impl Stack {
         (region, self.first.of(region) + behind_a + site)
     }
 
+    /// The entry of the magnitudes of site `site`, if it has them. Then all factors are in one region.
+    fn entry_of_magnitude(&self, site: usize) -> Option<(Region, usize)> {
+        let before = self.shapes[..site].iter().filter(|shape| shape.use_dora).count();
+        let (region, first) = self.entry_of_a();
+        self.shapes[site].use_dora.then_some((region, first + 1 + self.sites.len() + before))
+    }
+
     fn entries(&self, dtype: DType) -> Vec<(Region, EntrySpec)> {
         let Some(first) = self.sites.first() else { return Vec::new() };
         let entry = |name: String, factor, shape: [usize; 2]| {
@@ -173,10 +180,15 @@ impl Stack {
             )
         };
         let a = entry(format!("{}.lora_A", first.path()), Factor::A, [self.ranks(), first.input]);
+        let magnitudes =
+            self.sites.iter().zip(&self.shapes).filter(|(_, shape)| shape.use_dora).map(|(site, _)| {
+                let factor = Factor::Magnitude;
+                entry(format!("{}.{}", site.path(), factor.suffix()), factor, [site.output(), 1])
+            });
         let b = |(site, shape): (&Site, &LoraShape)| {
             entry(format!("{}.lora_B", site.path()), Factor::B, [site.output(), shape.rank])
         };
-        std::iter::once(a).chain(self.sites.iter().zip(&self.shapes).map(b)).collect()
+        std::iter::once(a).chain(self.sites.iter().zip(&self.shapes).map(b)).chain(magnitudes).collect()
     }
 
     /// Every copy of A and B, site by site.
@@ -188,9 +200,9 @@ impl Stack {
                 let count = site.copies(factor);
                 // Of a factor that is shared, or of a dense layer, there is one.
                 let each = count.div_ceil(self.expert_groups);
-                let letter = if factor == Factor::A { "A" } else { "B" };
+                let suffix = factor.suffix();
                 parameters.extend((0..count).map(|copy| Parameter {
-                    name: format!("{}.lora_{letter}", site.path_of(factor, copy)),
+                    name: format!("{}.{suffix}", site.path_of(factor, copy)),
                     factor,
                     shape,
                     region,
@@ -202,6 +214,9 @@ impl Stack {
             let (of_a, of_b) = (self.ranks() * site.input, site.output() * rank);
             copies(Factor::A, [rank, site.input], self.entry_of_a(), of_a, rows.start * site.input);
             copies(Factor::B, [site.output(), rank], self.entry_of_b(i), of_b, 0);
+            if let Some(entry) = self.entry_of_magnitude(i) {
+                copies(Factor::Magnitude, [site.output(), 1], entry, site.output(), 0);
+            }
         }
         parameters
     }
@@ -215,13 +230,26 @@ impl Stack {
         };
         let [a, d_a] = of(Factor::A, self.entry_of_a())?;
         let gradient = AdapterGradient { a: d_a, b: Vec::new() };
-        let mut adapter = BoundAdapter { a, parts: Vec::new(), dropout: None, gradient };
+        let mut adapter = BoundAdapter { a, parts: Vec::new(), dropout: None, magnitudes: None, gradient };
         for (i, (site, shape, ranks)) in self.with_ranks().enumerate() {
             let [b, d_b] = of(Factor::B, self.entry_of_b(i))?;
             let (out, scaling) = (site.first as i64, shape.scaling());
             let ranks = ranks.start as i64..ranks.end as i64;
             adapter.parts.push(Part { out: out..out + site.output() as i64, ranks, scaling, b });
             adapter.gradient.b.push(d_b);
+        }
+        // All sites have magnitudes, or none.
+        let entries = (0..self.sites.len()).map(|i| self.entry_of_magnitude(i)).collect::<Option<Vec<_>>>();
+        if let Some(entries) = entries.filter(|entries| !entries.is_empty()) {
+            let both = entries.into_iter().map(|(region, entry)| {
+                let shards = adapters.of(region);
+                Ok((
+                    shards.view(unit, entry)?.squeeze_dim(1),
+                    shards.gradient_view(unit, entry).squeeze_dim(1),
+                ))
+            });
+            let (parts, gradients) = both.collect::<Result<Vec<_>, ShardError>>()?.into_iter().unzip();
+            adapter.magnitudes = Some(Magnitudes::new(parts, gradients));
         }
         Ok(adapter)
     }

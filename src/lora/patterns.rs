@@ -39,7 +39,8 @@ const ALPHAS: &str = "alpha_pattern";
 /// # Errors
 /// Those of [`Patterns::new`] and [`Patterns::shapes`], and what the format of saved experts cannot hold.
 pub fn shapes_of(args: &LoraArgs, sites: &[Site]) -> Result<LoraShapes, PatternError> {
-    let common = LoraShape { rank: args.lora_rank, alpha: args.lora_alpha, use_rslora: args.use_rslora };
+    let &LoraArgs { lora_rank: rank, lora_alpha: alpha, use_rslora, use_dora, .. } = args;
+    let common = LoraShape { rank, alpha, use_rslora, use_dora };
     let shapes = Patterns::new(common, &args.rank_pattern, &args.alpha_pattern)?.shapes(sites)?;
     if args.lora_export_format != ExportFormat::Peft {
         return Ok(shapes);

@@ -23,10 +23,7 @@ pub fn tensors(site: &Site) -> impl Iterator<Item = (String, usize)> {
 
 /// Names of the A and the B of a dense `site`.
 pub fn names(site: &Site) -> [String; 2] {
-    [Factor::A, Factor::B].map(|factor| {
-        let letter = if factor == Factor::A { "A" } else { "B" };
-        format!("{}.lora_{letter}", site.path_of(factor, 0))
-    })
+    [Factor::A, Factor::B].map(|factor| format!("{}.{}", site.path_of(factor, 0), factor.suffix()))
 }
 
 /// A₀ `[rank, in]` and B₀ `[out, rank]` of `w` `[out, in]` fp32, row-major.
@@ -77,6 +74,7 @@ pub fn with_subtracted(trained: Vec<(Parameter, Vec<f32>)>, first: &Values) -> V
                     .collect();
                 parameter.shape[1] *= 2;
             }
+            Factor::Magnitude => {}
         }
         (parameter, values)
     };
@@ -106,7 +104,7 @@ mod tests {
     #[test]
     fn the_first_singular_vectors_are_taken_and_come_back_from_an_export() {
         let w = Tensor::randn([6, 4], (Kind::Float, Device::Cpu));
-        let shape = LoraShape { rank: 3, alpha: 5.0, use_rslora: true };
+        let shape = LoraShape { use_rslora: true, ..LoraShape::new(3, 5.0) };
         let [a, b] = factors(&w, shape).unwrap();
         let of = |values: &[f32], columns: i64| Tensor::from_slice(values).view([-1, columns]);
         let rest = &w - of(&b, 3).matmul(&of(&a, 4)) * shape.scaling();

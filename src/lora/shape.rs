@@ -11,6 +11,13 @@ pub struct LoraShape {
     pub alpha: f64,
     /// Scales by alpha / √rank instead of alpha / rank.
     pub use_rslora: bool,
+    /// Has trained magnitudes of W + ΔW's rows (DoRA).
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub use_dora: bool,
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// Ranks and scales of the adapters of a run.
@@ -26,14 +33,15 @@ pub struct LoraShapes {
 impl fmt::Display for LoraShape {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let scaled = if self.use_rslora { " with rslora" } else { "" };
-        write!(f, "rank {} and alpha {}{scaled}", self.rank, self.alpha)
+        let magnitudes = if self.use_dora { " with dora" } else { "" };
+        write!(f, "rank {} and alpha {}{scaled}{magnitudes}", self.rank, self.alpha)
     }
 }
 
 impl LoraShape {
     /// A shape that scales by alpha / rank.
     pub const fn new(rank: usize, alpha: f64) -> Self {
-        Self { rank, alpha, use_rslora: false }
+        Self { rank, alpha, use_rslora: false, use_dora: false }
     }
 
     /// Factor of B·A.
@@ -68,6 +76,11 @@ impl LoraShapes {
         Some(Self { common, by_site: differing.map(|(site, shape)| (site.path(), *shape)).collect() })
     }
 
+    /// True if an adapter has magnitudes.
+    pub fn use_dora(&self) -> bool {
+        self.common.use_dora || self.by_site.values().any(|shape| shape.use_dora)
+    }
+
     /// The shape of `site`.
     pub fn of(&self, site: &Site) -> LoraShape {
         self.by_site.get(&site.path()).copied().unwrap_or(self.common)
@@ -87,7 +100,7 @@ mod tests {
     #[test]
     fn the_factor_stays_at_another_rank() {
         for (use_rslora, scaling) in [(false, 2.0), (true, 4.0)] {
-            let shape = LoraShape { rank: 4, alpha: 8.0, use_rslora };
+            let shape = LoraShape { use_rslora, ..LoraShape::new(4, 8.0) };
             assert_eq!(shape.scaling(), scaling);
             let twice = shape.of_rank(8);
             assert_eq!(twice.rank, 8);

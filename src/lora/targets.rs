@@ -87,11 +87,28 @@ pub struct Site {
     pub shared: Option<Factor>,
 }
 
-/// One of the two factors of the product B·A.
+/// One of the two factors of the product B·A, or DoRA's magnitudes beside them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Factor {
     A,
     B,
+    Magnitude,
+}
+
+impl Factor {
+    /// The last part of the names of its parameters.
+    pub fn suffix(self) -> &'static str {
+        match self {
+            Self::A => "lora_A",
+            Self::B => "lora_B",
+            Self::Magnitude => "lora_magnitude_vector",
+        }
+    }
+
+    /// The factors of an adapter, with magnitudes or without.
+    pub fn all(use_dora: bool) -> &'static [Self] {
+        if use_dora { &[Self::A, Self::B, Self::Magnitude] } else { &[Self::A, Self::B] }
+    }
 }
 
 impl Projection {
@@ -264,7 +281,9 @@ fn known(projections: &[Projection]) -> String {
 pub fn parameters_by_name(sites: &[Site], shapes: &LoraShapes) -> BTreeMap<&'static str, usize> {
     let mut counts = BTreeMap::new();
     for site in sites {
-        *counts.entry(site.name).or_default() += site.parameters(shapes.of(site).rank);
+        let shape = shapes.of(site);
+        let magnitudes = if shape.use_dora { site.output() } else { 0 };
+        *counts.entry(site.name).or_default() += site.parameters(shape.rank) + magnitudes;
     }
     counts
 }

@@ -84,6 +84,11 @@ pub struct Declarations {
 }
 
 impl ProjectionId {
+    /// The `index`-th projection of a layer.
+    pub(super) fn at(index: usize) -> Self {
+        Self(index)
+    }
+
     /// Index in the layer's list of projections.
     pub fn index(self) -> usize {
         self.0

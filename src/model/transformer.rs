@@ -9,6 +9,7 @@ use super::{
     attend::{Attend, WithinDocuments},
     base_plan::{BasePlan, Options},
     context::{BatchContext, Extent, RotaryTables},
+    declare::ProjectionId,
     gathered::GatheredLayer,
     layer::{LayerPlan, LayerState},
     quantized::StepNoise,
@@ -19,16 +20,20 @@ use super::{
 use crate::{
     clock::Clock,
     device::{RankDevice, Staging},
-    lora::{Adapter, AdapterPlan, LoraShapes, Site},
+    lora::{Adapter, AdapterPlan, Factor, LoraShapes, Site},
     loss::{HeadPass, LossValues, Targets, TokenLoss},
     mesh::MeshError,
-    ops::{Buffer, attention::Documents, batch_invariant, norm},
+    ops::{Buffer, attention::Documents, batch_invariant, cpu::values, linear::row_norms, norm},
     shard::{Change, ExpertDispatcher, Piece, ProcessGroups, ShardError, SlotPool},
     trace::{self, Category},
     weights::WeightSource,
 };
 pub use predict::{Predicted, Reading};
-use std::{collections::BTreeMap, ops::Range, rc::Rc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    ops::Range,
+    rc::Rc,
+};
 use tch::{Device, Kind, Tensor};
 
 /// One flat micro-batch: documents one after another, no padding between them.
@@ -291,6 +296,29 @@ impl Transformer {
             (0..pool.len()).try_for_each(|unit| pool.visit(unit, &mut each))?;
         }
         Ok(())
+    }
+
+    /// ‖W + s·B·A‖ of each row that a site of `adapter` adds to, by name of the site's magnitudes: what they start
+    /// with. Collective.
+    pub fn row_norms(&mut self, adapter: &mut Adapter) -> Result<HashMap<String, Vec<f32>>, ShardError> {
+        let _guard = tch::no_grad_guard();
+        let (plan, mut norms) = (adapter.plan().clone(), HashMap::new());
+        for (unit, layer) in plan.layers.iter().enumerate() {
+            let adapters = &mut [&mut *adapter];
+            self.gather(adapters, unit, None)?;
+            let gathered = self.layer(adapters, unit);
+            for (place, module) in layer.modules.iter().enumerate() {
+                let Some(module) = module else { continue };
+                let linear = gathered.linear(ProjectionId::at(place))?;
+                let of_parts = linear.adapters.iter().flatten().flat_map(|bound| row_norms(&linear, bound));
+                for (site, norm) in module.stack().sites.iter().zip(of_parts) {
+                    let name = format!("{}.{}", site.path(), Factor::Magnitude.suffix());
+                    norms.insert(name, values::<f32>(&norm.to_device(Device::Cpu)));
+                }
+            }
+        }
+        self.forget_gathered()?;
+        Ok(norms)
     }
 
     /// True if the ranks of a host share the memory of their pieces.

@@ -141,7 +141,9 @@ pub struct Update {
 impl Update {
     /// The learning rate of `parameter`.
     fn lr_of(&self, parameter: &PlacedParameter) -> f64 {
-        if parameter.name.ends_with(".lora_B") { self.lr * self.lr_ratio_of_b } else { self.lr }
+        // PEFT counts vectors to B.
+        let as_b = [".lora_B", ".lora_magnitude_vector"].iter().any(|end| parameter.name.ends_with(end));
+        if as_b { self.lr * self.lr_ratio_of_b } else { self.lr }
     }
 }
 

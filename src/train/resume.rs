@@ -345,11 +345,12 @@ pub(super) fn not_occupied(train: &TrainArgs, run_dir: &Path) -> Result<()> {
 
 /// The difference of a stored adapter's rank and scale from the run's, to stand behind the adapter's name.
 fn different(stored: LoraShape, run: LoraShape) -> Option<String> {
-    let said = |LoraShape { rank, alpha, use_rslora }: LoraShape| {
+    let said = |LoraShape { rank, alpha, use_rslora, use_dora }: LoraShape| {
         [
             ("lora_rank", rank.to_string()),
             ("lora_alpha", format!("{alpha:?}")),
             ("use_rslora", use_rslora.to_string()),
+            ("use_dora", use_dora.to_string()),
         ]
     };
     let pairs = said(stored).into_iter().zip(said(run)).filter(|(stored, run)| stored != run);

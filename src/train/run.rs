@@ -295,7 +295,14 @@ impl Run {
         match &mut self.start {
             Start::Fresh => match &first {
                 Some(first) => adapter.set(|parameter, range| first[&parameter.name][range].to_vec())?,
-                None => adapter.init(train.seed, lora.lora_b_init_std)?,
+                None => {
+                    adapter.init(train.seed, lora.lora_b_init_std)?;
+                    if self.shapes.use_dora() {
+                        let norms = model.row_norms(&mut adapter)?;
+                        adapter
+                            .set_some(|parameter, range| Some(norms.get(&parameter.name)?[range].to_vec()))?;
+                    }
+                }
             },
             Start::Adapter(values) => {
                 let values = std::mem::take(values);

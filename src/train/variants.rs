@@ -27,6 +27,7 @@ pub(super) fn refusal(
 ) -> Option<(&'static str, String)> {
     let asked = [
         ("lora.lora_dropout", lora.lora_dropout > 0.0, "dropout"),
+        ("lora.use_dora", lora.use_dora, "magnitudes"),
         ("lora.init_lora_weights", lora.init_lora_weights == InitLoraWeights::Pissa, "start with pissa"),
     ];
     let mut asked = asked.into_iter().filter(|(_, is_asked, _)| *is_asked);
@@ -38,6 +39,10 @@ pub(super) fn refusal(
              lora_export_format, per_expert neither; leave the field out, or the experts out of lora_target_modules"
         );
         return Some((field, why));
+    }
+    if is_quantised && lora.use_dora {
+        let why = "norms of a quantised base's rows are not built; remove it, or train on a base that is not quantised";
+        return Some(("lora.use_dora", why.into()));
     }
     if lora.init_lora_weights == InitLoraWeights::Default {
         return None;

@@ -214,7 +214,7 @@ def inputs(maker):
     copied("null as rank", False, r=None)
     made("PiSSA", False, init_lora_weights="pissa")
     made("OLoRA", False, init_lora_weights="olora")
-    made("DoRA", False, use_dora=True)
+    made("DoRA", True, use_dora=True)
     made("a bias of B", False, lora_bias=True)
     made("a head that is saved", False, modules_to_save=["lm_head"])
     made("tokens that are trained", False, trainable_token_indices=[3, 4])

@@ -326,7 +326,8 @@ mod tests {
         let zeros = |tensor: &Tensor| Matrices::Shared(tensor.detach().zeros_like());
         let part = Part { out: 0..w.size()[0], ranks: 0..RANK, scaling: 0.5, b: shared(lora_b) };
         let gradient = AdapterGradient { a: zeros(lora_a), b: vec![zeros(lora_b)] };
-        let adapter = BoundAdapter { a: shared(lora_a), parts: vec![part], dropout: None, gradient };
+        let adapter =
+            BoundAdapter { a: shared(lora_a), parts: vec![part], dropout: None, magnitudes: None, gradient };
         let base = Base { weight: shared(w).into(), bias: Some(b.detach()) };
         Linear { bases: vec![base], adapters: vec![Some(adapter)] }
     }

@@ -234,6 +234,7 @@ mod tests {
                 a: shared(&a),
                 parts: vec![part(0..4, 0..2, 0.5, &b_first), part(7..10, 2..5, 2.0, &b_second)],
                 dropout: Some(Dropout { rate: RATE, parts: streams.to_vec() }),
+                magnitudes: None,
                 gradient: AdapterGradient { a: sums(&a), b: vec![sums(&b_first), sums(&b_second)] },
             };
             let base = Base { weight: shared(&w).into(), bias: Some(bias.detach()) };

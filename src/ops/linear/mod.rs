@@ -12,8 +12,9 @@
 //! `backend` chooses how: GEMMs of our own in bf16 on CPUs with AMX or AVX512-BF16 (`tiled.rs`), libtorch's grouped
 //! GEMM on devices that have it (`grouped.rs`), libtorch's GEMMs one after another elsewhere (`plain.rs`; a grouped
 //! one was measured no faster on a CPU), and one order of sums for each row where that is asked for (`invariant.rs`).
-//! Adapters with dropout are computed beside all that (`dropout.rs`).
+//! Adapters with dropout are computed beside all that (`dropout.rs`), magnitudes of DoRA around it (`dora.rs`).
 
+mod dora;
 mod dropout;
 mod grouped;
 mod invariant;
@@ -33,6 +34,7 @@ use super::{
         matmul::Matrix,
     },
 };
+use dora::Dora;
 use dropout::Dropped;
 use grouped::Grouped;
 use half::bf16;
@@ -42,6 +44,7 @@ use std::ops::Range;
 use tch::{Device, Tensor};
 use tiled::Tiled;
 pub use {
+    dora::{Magnitudes, row_norms},
     dropout::Dropout,
     matrices::Matrices,
     packed::{PackedMatrices, Weight},
@@ -74,6 +77,8 @@ pub struct BoundAdapter {
     pub parts: Vec<Part>,
     /// Acts on rows that have keys; see [`RowSegments::with_keys`].
     pub dropout: Option<Dropout>,
+    /// Scale the sum of base and adapter by row (DoRA); on dense layers, without dropout.
+    pub magnitudes: Option<Magnitudes>,
     /// fp32 views to which the gradients are added.
     pub gradient: AdapterGradient,
 }
@@ -177,6 +182,13 @@ trait Backend {
 
 /// The backend for `rows` `[rows, …]` of a layer.
 fn backend<'a>(rows: &Tensor, layer: GroupedLinear<'a>) -> Box<dyn Backend + 'a> {
+    match Dora::of(layer, || without_magnitudes(rows, layer)) {
+        Some(dora) => Box::new(dora),
+        None => without_magnitudes(rows, layer),
+    }
+}
+
+fn without_magnitudes<'a>(rows: &Tensor, layer: GroupedLinear<'a>) -> Box<dyn Backend + 'a> {
     if let Some(dropped) = Dropped::of(rows, layer) {
         return Box::new(dropped);
     }

@@ -99,7 +99,7 @@ fn ours(exact: &[Exact], split: bool, kind: Kind) -> Linear {
         Part { out: 0..4, ranks: 0..2, scaling: 0.5, b: b_q },
         Part { out: 7..10, ranks: 2..5, scaling: 0.5, b: b_v },
     ];
-    let adapter = BoundAdapter { a, parts, dropout: None, gradient };
+    let adapter = BoundAdapter { a, parts, dropout: None, magnitudes: None, gradient };
     let bases = if split { vec![(0, 4), (4, 3), (7, 3)] } else { vec![(0, 10)] };
     Linear { bases: bases.into_iter().map(base).collect(), adapters: vec![Some(adapter)] }
 }
@@ -243,7 +243,7 @@ fn stacked(groups: i64, shared_a: bool, shared_b: bool, split: bool) -> Linear {
     let gradient = AdapterGradient { a: d_a, b: vec![d_first, d_second] };
     Linear {
         bases: if split { vec![base(16), base(32)] } else { vec![base(48)] },
-        adapters: vec![Some(BoundAdapter { a, parts, dropout: None, gradient })],
+        adapters: vec![Some(BoundAdapter { a, parts, dropout: None, magnitudes: None, gradient })],
     }
 }
 
@@ -321,7 +321,7 @@ fn what_grouped_kernels_refuse_is_computed_one_after_the_other() {
         let [b, d_b] = [Kind::BFloat16, Kind::Float].map(|kind| Matrices::Shared(zeros(&[8, ranks], kind)));
         let gradient = AdapterGradient { a: d_a, b: vec![d_b] };
         let parts = vec![Part { out: 0..8, ranks: 0..ranks, scaling: 1.0, b }];
-        let adapter = BoundAdapter { a, parts, dropout: None, gradient };
+        let adapter = BoundAdapter { a, parts, dropout: None, magnitudes: None, gradient };
         Linear { adapters: vec![Some(adapter)], ..bare(0, 104, 8) }
     };
     assert!(at_once(&x, &with_ranks(8)) && !at_once(&x, &with_ranks(4)));
@@ -356,7 +356,7 @@ impl Mixed {
         let adapter = |a: Matrices, parts: Vec<Part>| {
             let gradient =
                 AdapterGradient { a: sums(&a), b: parts.iter().map(|part| sums(&part.b)).collect() };
-            Some(BoundAdapter { a, parts, dropout: None, gradient })
+            Some(BoundAdapter { a, parts, dropout: None, magnitudes: None, gradient })
         };
         let part = |out: Range<i64>, ranks: Range<i64>, scaling| {
             let b = each(out.end - out.start, ranks.end - ranks.start);
@@ -389,6 +389,7 @@ impl Mixed {
                 })
                 .collect(),
             dropout: None,
+            magnitudes: None,
             gradient: AdapterGradient {
                 a: share(&adapter.gradient.a),
                 b: adapter.gradient.b.iter().map(share).collect(),

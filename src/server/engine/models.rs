@@ -146,7 +146,7 @@ impl Models {
     }
 
     fn shape(&self, spec: &AdapterSpec) -> LoraShape {
-        LoraShape { rank: spec.rank, alpha: spec.alpha, use_rslora: self.defaults.use_rslora }
+        LoraShape { use_rslora: self.defaults.use_rslora, ..LoraShape::new(spec.rank, spec.alpha) }
     }
 
     /// Bytes of the files of all ranks of an adapter: those that it has on disk, or would have there.
