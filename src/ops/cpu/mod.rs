@@ -2,7 +2,7 @@
 //! - [`isa`] the instruction set chosen at run time, [`element`] element types and their arithmetic,
 //! - [`rows`] rows of tensors, [`lanes`] sums and maxima over them, [`pool`] libtorch's own threads,
 //! - [`packing`] tiles of bf16, [`amx`] registers for them, [`tile`] products of matrices in the cache,
-//! - [`matmul`] products of large matrices, [`block`] by block, with memory from [`scratch`],
+//! - [`matmul`] products of large matrices, [`block`] by block, of [`operand`]s, with memory from [`scratch`],
 //! - [`dots`] products whose rows do not depend on each other, to the bit,
 //! - [`decode`] packed matrices.
 //!
@@ -18,6 +18,7 @@ pub mod element;
 pub mod isa;
 pub mod lanes;
 pub mod matmul;
+pub mod operand;
 pub mod packing;
 pub mod pool;
 pub mod rows;

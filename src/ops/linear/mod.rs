@@ -31,7 +31,7 @@ use super::{
     Buffer, batch_invariant,
     cpu::{
         dots::{self, Start},
-        matmul::Matrix,
+        operand::Matrix,
     },
 };
 use dora::Dora;

@@ -9,7 +9,7 @@ use crate::{
         cpu::{
             decode::{PackedRows, decode, decode_with_noise},
             dots,
-            matmul::{Matrix, Operand, Right},
+            operand::{Matrix, Operand, Right},
         },
     },
     quant::{Format, Grid, Noise, Packed},

@@ -12,7 +12,8 @@ use crate::{
         Buffer,
         cpu::{
             Isa,
-            matmul::{Matrix, Operand, Output, Term, multiply},
+            matmul::{Output, Term, multiply},
+            operand::{Matrix, Operand},
             tile::Multiplier,
         },
     },
