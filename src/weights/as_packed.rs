@@ -1,6 +1,10 @@
 //! A source with the numbers that its matrices have once they are packed: those that a quantised base computes with.
 
-use super::{PackedForm, SourceError, TensorMeta, WeightSource, check_range, packed::grid, unknown};
+use super::{
+    PackedForm, SourceError, TensorMeta, WeightSource, check_range,
+    packed::{grid, read_unpacked},
+    unknown,
+};
 use crate::{dtype::DType, quant::Format};
 use std::{
     cell::RefCell,
@@ -12,7 +16,7 @@ use std::{
 /// has packed stay as they are.
 pub struct AsPacked<'a> {
     source: &'a dyn WeightSource,
-    /// Of the matrices that are packed, by name.
+    /// Formats of the matrices that are packed, by name.
     formats: BTreeMap<String, Format>,
     /// Their scales, as far as they are known.
     scales: RefCell<HashMap<String, f32>>,
@@ -56,21 +60,9 @@ impl WeightSource for AsPacked<'_> {
         };
         check_range(name, &range, &self.meta(name).ok_or_else(|| unknown(name))?)?;
         let (grid, global) = (grid(self.source, name, format)?, self.global(name, format)?);
-        let size = dtype.size();
-        // Runs of whole rows of blocks hold all elements between their first and last.
-        for run in grid.runs(grid.covering(range.clone())) {
-            let elements = grid.elements(run.clone());
-            let mut packed = vec![0; run.len() * format.tile().bytes];
-            self.source.read_packed(name, format, global, run.clone(), &mut packed)?;
-            let mut values = vec![0f32; elements.len()];
-            grid.unpack(run, &packed, global, &mut values)
-                .map_err(|error| SourceError::Quant { name: name.to_owned(), error })?;
-            let (from, to) = (range.start.max(elements.start), range.end.min(elements.end));
-            let values = &values[from - elements.start..to - elements.start];
-            let out = &mut out[(from - range.start) * size..(to - range.start) * size];
-            DType::F32.convert(bytemuck::cast_slice(values), dtype, out);
-        }
-        Ok(())
+        read_unpacked(name, (grid, global), range, dtype, out, |run, packed| {
+            self.source.read_packed(name, format, global, run, packed)
+        })
     }
 
     /// `None` too where the scale of the matrix cannot be read; reading its values says why.

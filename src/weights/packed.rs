@@ -73,6 +73,33 @@ fn for_runs<S: WeightSource + ?Sized>(
     Ok(())
 }
 
+/// Elements `range` (row by row) of the matrix `name` of `grid` as `dtype` into `out`. `read` gets each run of tiles
+/// that holds some of them, and writes its bytes.
+pub(super) fn read_unpacked(
+    name: &str,
+    (grid, global): (Grid, f32),
+    range: Range<usize>,
+    dtype: DType,
+    out: &mut [u8],
+    read: impl Fn(Range<usize>, &mut [u8]) -> Result<(), SourceError>,
+) -> Result<(), SourceError> {
+    let size = dtype.size();
+    // Runs of whole rows of blocks hold all elements between their first and last.
+    for run in grid.runs(grid.covering(range.clone())) {
+        let elements = grid.elements(run.clone());
+        let mut packed = vec![0; run.len() * grid.format.tile().bytes];
+        read(run.clone(), &mut packed)?;
+        let mut values = vec![0f32; elements.len()];
+        grid.unpack(run, &packed, global, &mut values)
+            .map_err(|error| SourceError::Quant { name: name.to_owned(), error })?;
+        let (from, to) = (range.start.max(elements.start), range.end.min(elements.end));
+        let values = &values[from - elements.start..to - elements.start];
+        let out = &mut out[(from - range.start) * size..(to - range.start) * size];
+        DType::F32.convert(bytemuck::cast_slice(values), dtype, out);
+    }
+    Ok(())
+}
+
 /// The error of packing the matrix `name` from element `first` on.
 fn of_tensor(name: &str, grid: Grid, first: usize, error: QuantError) -> SourceError {
     let name = name.to_owned();

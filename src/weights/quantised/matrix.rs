@@ -2,6 +2,7 @@
 
 use super::super::{
     PackedForm, SourceError, TensorMeta,
+    packed::read_unpacked,
     safetensors::{Located, SafetensorsSource},
     unknown,
 };
@@ -342,25 +343,14 @@ impl PackedMatrix {
         dtype: DType,
         out: &mut [u8],
     ) -> Result<(), SourceError> {
-        let (grid, size) = (&self.grid, dtype.size());
         if let Scales::Blocks(scales) = &self.scales {
             let values = self.read_blocks(source, name, scales, range)?;
             DType::F32.convert(bytemuck::cast_slice(&values), dtype, out);
             return Ok(());
         }
-        for run in grid.runs(grid.covering(range.clone())) {
-            let elements = grid.elements(run.clone());
-            let mut packed = vec![0; run.len() * grid.format.tile().bytes];
-            self.read_run(source, name, run.clone(), &mut packed)?;
-            let mut values = vec![0f32; elements.len()];
-            grid.unpack(run, &packed, self.form().global, &mut values)
-                .map_err(|error| SourceError::Quant { name: name.to_owned(), error })?;
-            let (from, to) = (range.start.max(elements.start), range.end.min(elements.end));
-            let values = &values[from - elements.start..to - elements.start];
-            let out = &mut out[(from - range.start) * size..(to - range.start) * size];
-            DType::F32.convert(bytemuck::cast_slice(values), dtype, out);
-        }
-        Ok(())
+        read_unpacked(name, (self.grid, self.form().global), range, dtype, out, |run, packed| {
+            self.read_run(source, name, run, packed)
+        })
     }
 }
 
