@@ -5,8 +5,8 @@
 //! over a row, on whatever rank or device, makes the same mask and none is kept.
 
 use super::{
-    Backend, BoundAdapter, GroupedLinear, LoraHiddenGrad, Part, RowSegments, Segment, add_product, backend,
-    columns, hidden_of, rows_of,
+    Backend, BoundAdapter, GroupedLinear, LoraHiddenGrad, Part, RowSegments, Segment, add_hidden,
+    add_product, backend, columns, hidden_of, rows_of,
 };
 use crate::{
     ops::{
@@ -111,13 +111,7 @@ impl Backend for Dropped<'_> {
         let (y, _) = backend(x, self.base()).forward(x, add);
         let h = self.lora_hidden(x);
         if let Some(h) = &h {
-            for (segment, adapter) in self.layer.adapted() {
-                let (y, h) = (rows_of(&y, &segment.rows), hidden_of(h, &segment.rows, adapter));
-                for part in &adapter.parts {
-                    let b = part.b.of(segment.base).tr();
-                    let _ = columns(&y, &part.out).addmm_(&columns(&h, &part.ranks), &b);
-                }
-            }
+            add_hidden(&y, h, self.layer);
         }
         (y, h)
     }

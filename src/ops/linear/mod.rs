@@ -172,6 +172,17 @@ fn hidden_of(h: &Tensor, rows: &Range<i64>, adapter: &BoundAdapter) -> Tensor {
     columns(&rows_of(h, rows), &(0..adapter.a.rows()))
 }
 
+/// y += h·Bᵀ of every adapted row of `layer`, by libtorch's GEMMs.
+fn add_hidden(y: &Tensor, h: &Tensor, layer: GroupedLinear) {
+    for (segment, adapter) in layer.adapted() {
+        let (y, h) = (rows_of(y, &segment.rows), hidden_of(h, &segment.rows, adapter));
+        for part in &adapter.parts {
+            let b = part.b.of(segment.base).tr();
+            let _ = columns(&y, &part.out).addmm_(&columns(&h, &part.ranks), &b);
+        }
+    }
+}
+
 /// One way to compute the four operations of a layer; see the functions of the same names.
 trait Backend {
     fn forward(&self, x: &Tensor, add: Option<&Tensor>) -> (Buffer, Option<Buffer>);

@@ -1,6 +1,9 @@
 //! libtorch's GEMMs, one after another: for every dtype, on every device.
 
-use super::{Backend, GroupedLinear, LoraHiddenGrad, add_product, columns, hidden_of, rows_of, with_columns};
+use super::{
+    Backend, GroupedLinear, LoraHiddenGrad, add_hidden, add_product, columns, hidden_of, rows_of,
+    with_columns,
+};
 use crate::ops::Buffer;
 use tch::Tensor;
 
@@ -41,13 +44,7 @@ impl Backend for Plain<'_> {
         }
         let h = self.lora_hidden(x);
         if let Some(h) = &h {
-            for (segment, adapter) in self.0.adapted() {
-                let (y, h) = (rows_of(&y, &segment.rows), hidden_of(h, &segment.rows, adapter));
-                for part in &adapter.parts {
-                    let b = part.b.of(segment.base).tr();
-                    let _ = columns(&y, &part.out).addmm_(&columns(&h, &part.ranks), &b);
-                }
-            }
+            add_hidden(&y, h, self.0);
         }
         (y, h)
     }
