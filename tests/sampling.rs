@@ -31,12 +31,12 @@ use xorl_dist::{
         step::RankResult,
     },
     lora::{Adapter, LoraShape, targets},
-    loss::CrossEntropy,
+    loss::{BySegment, CrossEntropy, NamedLoss, Sequence},
     mesh::{Mesh, MeshSizes},
     model::{
         base_plan::{Options, all_projections},
         hf_config::HfModel,
-        transformer::{Batch, Transformer},
+        transformer::{Batch, MicroBatchLoss, Transformer},
     },
     rng::Stream,
     shard::ProcessGroups,
@@ -146,9 +146,29 @@ impl Ranks {
         let batch = Batch::new(ids, ids, &[ids.len()], self.model.device().tensors());
         let mut own: Vec<&mut Adapter> = adapter.map(|i| &mut self.adapters[i]).into_iter().collect();
         let found = self.model.evaluate(&batch, &mut own, &CrossEntropy { scale: 1.0 }).unwrap();
-        let log_probs: Tensor = found.log_probs.to_device(Device::Cpu).reshape([-1]);
-        Vec::<f32>::try_from(log_probs).unwrap()[first - 1..ids.len() - 1].to_vec()
+        log_probs_from(&found, first, ids.len())
     }
+
+    /// The same by a pass of `importance_sampling` with backward.
+    fn passed(&mut self, adapter: usize, ids: &[i64], first: usize) -> Vec<f32> {
+        let device = self.model.device().tensors();
+        let batch = Batch::new(ids, ids, &[ids.len()], device);
+        let [zeros, ones] = [0.0, 1.0].map(|value| vec![value; ids.len()]);
+        let inputs = BTreeMap::from([("logprobs".to_owned(), zeros), ("advantages".to_owned(), ones)]);
+        let targets: Vec<i64> = ids[1..].iter().copied().chain([-100]).collect();
+        let sequence = Sequence { targets: &targets, k: 1, inputs: &inputs };
+        let loss = NamedLoss::new("importance_sampling", BTreeMap::new()).unwrap();
+        let loss = loss.over(&[sequence], 1.0, device).unwrap();
+        let loss = BySegment::new(vec![(0..ids.len(), &*loss)]);
+        let found = self.model.forward_backward(&batch, &mut [&mut self.adapters[adapter]], &loss).unwrap();
+        log_probs_from(&found, first, ids.len())
+    }
+}
+
+/// Those of tokens `first..end`, of which each row before has one.
+fn log_probs_from(found: &MicroBatchLoss, first: usize, end: usize) -> Vec<f32> {
+    let log_probs: Tensor = found.log_probs.to_device(Device::Cpu).reshape([-1]);
+    Vec::<f32>::try_from(log_probs).unwrap()[first - 1..end - 1].to_vec()
 }
 
 fn request(prompt: &[i64], new: usize) -> SampleRequest {
@@ -321,6 +341,10 @@ fn same_bits(case: &Case, world: &World) {
                 let passed = ranks.evaluated(*adapter, &whole, request.prompt.len());
                 let what = format!("experts {moe}, {compute:?}, request {i} in a pass");
                 near(&each.log_probs, &passed, ONE_SOFTMAX, &what);
+                if let Some(adapter) = *adapter {
+                    let passed = ranks.passed(adapter, &whole, request.prompt.len());
+                    near(&each.log_probs, &passed, ONE_SOFTMAX, &format!("{what} of a policy loss"));
+                }
             }
         }
     }
