@@ -274,6 +274,12 @@ impl Run {
         {
             return Err(Error::Input(format!("{}: {reason}", self.places.of("lora.enable_qlora"))));
         }
+        let noise = lora.noise.alpha().filter(|_| self.spec.quantization.is_some());
+        let noise = noise.map(|alpha| StepNoise { seed: train.seed, step: 0, alpha: alpha as f32 });
+        if noise.is_some() && device.tensors() != Device::Cpu {
+            let reason = "quantisation noise is added on CPUs alone; give --device cpu, or leave it out";
+            return Err(Error::Input(format!("{}: {reason}", self.places.of("lora.enable_aqn"))));
+        }
         let mut model = Transformer::new(self.spec.clone(), self.options(), &groups)?;
         model.load(self.source.as_ref())?;
         groups.open(self.spec.moe().is_some())?;
@@ -313,12 +319,6 @@ impl Run {
         let schedule = Schedule::of_run(&self.config, self.total_steps);
         let name = train.run_id.clone();
         let session = Session { name, adapter, optimizer, max_grad_norm: train.max_grad_norm };
-        let noise = lora.noise.alpha().filter(|_| self.spec.quantization.is_some());
-        let noise = noise.map(|alpha| StepNoise { seed: train.seed, step: 0, alpha: alpha as f32 });
-        if noise.is_some() && device.tensors() != Device::Cpu {
-            let reason = "quantisation noise is added on CPUs alone; give --device cpu, or leave it out";
-            return Err(Error::Input(format!("{}: {reason}", self.places.of("lora.enable_aqn"))));
-        }
         let mut trainer = Trainer { model, session, schedule, world: groups.world, noise };
 
         // Nothing is written or removed before every rank is ready to train.
