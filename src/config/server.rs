@@ -82,8 +82,8 @@ section! {
         sampling_memory: Option<ByteSize> = None;
         /// Samples are the same to the bit alone and beside any other requests, and a pass of `forward` or of a policy
         /// loss over a sample gives its log-probabilities again, so that ratios are 1 before the first update.
-        /// Continuations are no slower for it, long prompts and passes of policy losses a little. null: true on CPUs,
-        /// false on GPUs, which have no kernels for it.
+        /// One request is faster with it, many requests, long prompts and passes of policy losses are slower. null:
+        /// true on CPUs, false on GPUs, which have no kernels for it.
         deterministic_sampling: Option<bool> = None;
         /// Seconds without a request or heartbeat after which an adapter waits on disk until its next request. null:
         /// never.
