@@ -25,6 +25,21 @@ fn mpi_worker() {
     topology::worker();
 }
 
+/// `dense` on 2 ranks that reduce each micro-batch, and on 3, each a host, with split GEMMs and full recompute.
+fn on_two_and_three(dense: &Case) -> [Case; 2] {
+    let two = Case { world: 2, micro_batch_rows: 1, reduce: MicroBatch, ..dense.clone() };
+    let three = Case {
+        world: 3,
+        micro_batch_rows: 1,
+        slots: 1,
+        merge: false,
+        checkpointing: RecomputeFullLayer,
+        ranks_per_host: Some(1),
+        ..dense.clone()
+    };
+    [two, three]
+}
+
 /// Rows and columns of the model are no multiples of a block, and shards end within matrices.
 #[test]
 fn mpi_ranks_equal_one_on_every_quantised_base() {
@@ -40,16 +55,7 @@ fn mpi_ranks_equal_one_on_every_quantised_base() {
         dense_alone[0]["steps"] != dense_alone[1]["steps"]
             && dense_alone[1]["steps"] != dense_alone[2]["steps"]
     );
-    let two = Case { world: 2, micro_batch_rows: 1, reduce: MicroBatch, ..dense.clone() };
-    let three = Case {
-        world: 3,
-        micro_batch_rows: 1,
-        slots: 1,
-        merge: false,
-        checkpointing: RecomputeFullLayer,
-        ranks_per_host: Some(1),
-        ..dense
-    };
+    let [two, three] = on_two_and_three(&dense);
     let four =
         Case { world: 4, micro_batch_rows: 1, experts_over: 2, replicas: 1, ranks_per_host: Some(2), ..moe };
     for (case, alone) in [(two, &dense_alone), (three, &dense_alone), (four, &moe_alone)] {
@@ -60,7 +66,7 @@ fn mpi_ranks_equal_one_on_every_quantised_base() {
     }
 }
 
-/// What the plan of memory counts: gate and up of an expert, q, k and v; on a device those of all experts of the rank.
+/// The plan of memory counts gate and up of an expert, or q, k and v; on a device those of all experts of the rank.
 #[test]
 fn decoded_matrices_are_of_one_expert_or_of_all() {
     let spec = quantised_spec(true, Some(Nf4));
@@ -81,16 +87,7 @@ fn mpi_quantisation_noise_is_the_same_on_any_ranks() {
     let alone = run_all(&[of(None, false), of(Some(0.0), false), dense.clone(), moe.clone()]);
     let steps = |at: usize| &alone[at][0]["steps"];
     assert!(steps(0) == steps(1) && steps(0) != steps(2), "noise of nothing is none, other noise counts");
-    let two = Case { world: 2, micro_batch_rows: 1, reduce: MicroBatch, ..dense.clone() };
-    let three = Case {
-        world: 3,
-        micro_batch_rows: 1,
-        slots: 1,
-        merge: false,
-        checkpointing: RecomputeFullLayer,
-        ranks_per_host: Some(1),
-        ..dense
-    };
+    let [two, three] = on_two_and_three(&dense);
     let experts = Case { world: 2, micro_batch_rows: 2, checkpointing: RecomputeFullLayer, ..moe };
     for (case, one) in [(two, &alone[2]), (three, &alone[2]), (experts, &alone[3])] {
         compare(&case, &run_all(std::slice::from_ref(&case))[0], &one[0]);

@@ -278,7 +278,7 @@ fn mpi_resumed_between_merges_in_bf16_over_experts_is_bit_identical() {
     second_half_is_bit_identical(&TinyRun::of_experts(), 4, &more);
 }
 
-/// Of every format: a resume between merges gives the bytes of the uninterrupted run, on ranks whose borders cut
+/// In every format a resume between merges gives the bytes of the uninterrupted run, on ranks whose borders cut
 /// matrices; one rank has the same losses and the same base.
 #[test]
 fn mpi_merges_into_packed_bases_are_those_of_one_rank_and_resume_bit_identically() {

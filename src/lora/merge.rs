@@ -150,7 +150,7 @@ pub struct MergeInto<'a> {
     pub plan: &'a MergePlan,
     /// A and B by logical parameter name.
     pub values: &'a HashMap<String, Vec<f32>>,
-    /// What became of the deltas so far.
+    /// The fate of the deltas so far.
     pub kept: Survival,
 }
 
