@@ -75,8 +75,8 @@ section! {
         /// Scale by lora_alpha / √lora_rank instead (rank-stabilized LoRA).
         use_rslora: bool = false;
         /// Train a magnitude of each output beside A and B: its row of W + ΔW is scaled to it (DoRA), as PEFT has it.
-        /// On dense projections, and with train.enable_mixed_precision: false, as magnitudes change by less than bf16
-        /// can show. Each backward computes the layer's forward once more.
+        /// On dense projections. Such an adapter is gathered in fp32, as magnitudes change by less than bf16 can show.
+        /// Each backward computes the layer's forward once more.
         use_dora: bool = false;
         /// Ranks of single modules, by regular expressions over whole names or their ends, as PEFT's rank_pattern:
         /// `{v_proj: 8, "layers\\.[0-3]\\..*q_proj": 32}`. The first that matches counts; one that matches nothing is

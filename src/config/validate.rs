@@ -105,13 +105,7 @@ pub(super) fn broken_of_run(config: &RunConfig) -> Vec<Broken> {
         Problem::Conflict(words.into()),
     );
     let merges = lora.merge_lora_interval > 0 || lora.merge_at_end;
-    let conflicts: [(bool, &'static [&'static str], &str); 5] = [
-        (
-            train.compute.enable_mixed_precision,
-            &["lora.use_dora", "train.enable_mixed_precision"],
-            "magnitudes change by less than bf16 can show, and are gathered in the dtype of computation: set \
-             train.enable_mixed_precision: false, or remove it",
-        ),
+    let conflicts: [(bool, &'static [&'static str], &str); 4] = [
         (
             lora.lora_dropout > 0.0,
             &["lora.use_dora", "lora.lora_dropout"],

@@ -142,10 +142,6 @@ impl Generation {
             stored.map_err(|error| Error::Input(error.to_string()))
         };
         let adapter = adapter.as_ref().map(read).transpose()?;
-        if adapter.as_ref().is_some_and(|adapter| adapter.shapes.use_dora()) && compute != DType::F32 {
-            let reason = "has magnitudes (DoRA), which are computed in fp32 alone; add --dtype float32";
-            return Err(Error::Input(format!("--adapter: it {reason}")));
-        }
         let template = match &request.prompts {
             Prompts::Interactive => Some(template()?),
             _ => None,

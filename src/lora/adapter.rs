@@ -192,7 +192,7 @@ impl Adapter {
     /// The gathered adapter of projection `place` of layer `unit`, if it has one, with the sums of its gradients.
     pub fn bind(&self, unit: usize, place: usize) -> Result<Option<BoundAdapter>, ShardError> {
         let Some(module) = self.plan.layers[unit].modules[place].as_ref() else { return Ok(None) };
-        let mut bound = module.bind(&self.regions, unit)?;
+        let mut bound = module.bind(&self.regions, unit, self.plan.cast())?;
         bound.dropout = self.dropout.map(|AdapterDropout { rate, seed }| {
             let key = |site: &Site| init::dropout_stream(seed, &site.path());
             Dropout { rate, parts: module.stack().sites.iter().map(key).collect() }

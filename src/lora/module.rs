@@ -63,9 +63,15 @@ pub trait LoraModule: std::fmt::Debug {
     fn parameters(&self) -> Vec<Parameter> {
         self.stack().parameters()
     }
-    /// Views of `unit`'s gathered adapters, for all experts of this rank, and of the sums of their gradients.
-    fn bind(&self, adapters: &AdapterRegions, unit: usize) -> Result<BoundAdapter, ShardError> {
-        self.stack().bind(adapters, unit)
+    /// Views of `unit`'s gathered adapters, for all experts of this rank, and of the sums of their gradients. `cast`:
+    /// A and B are copied into this dtype.
+    fn bind(
+        &self,
+        adapters: &AdapterRegions,
+        unit: usize,
+        cast: Option<DType>,
+    ) -> Result<BoundAdapter, ShardError> {
+        self.stack().bind(adapters, unit, cast)
     }
 }
 
@@ -221,10 +227,20 @@ impl Stack {
         parameters
     }
 
-    fn bind(&self, adapters: &AdapterRegions, unit: usize) -> Result<BoundAdapter, ShardError> {
+    fn bind(
+        &self,
+        adapters: &AdapterRegions,
+        unit: usize,
+        cast: Option<DType>,
+    ) -> Result<BoundAdapter, ShardError> {
         let of = |factor, (region, entry)| {
             let shards = adapters.of(region);
-            let both = [shards.view(unit, entry)?, shards.gradient_view(unit, entry)];
+            let view = shards.view(unit, entry)?;
+            let values = match cast {
+                Some(dtype) => view.f_to_kind(dtype.kind())?,
+                None => view,
+            };
+            let both = [values, shards.gradient_view(unit, entry)];
             let matrices = if self.is_copied(factor) { Matrices::Each } else { Matrices::Shared };
             Ok::<_, ShardError>(both.map(matrices))
         };

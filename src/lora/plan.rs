@@ -28,6 +28,11 @@ impl LayerAdapterPlan {
 /// Everything about a sharded adapter that needs no tensor.
 #[derive(Debug)]
 pub struct AdapterPlan {
+    /// Dtype of computation.
+    compute: DType,
+    /// Dtype of the compute copies, in which layers are gathered: fp32 where there are magnitudes, which change by less
+    /// than bf16 can show.
+    copies: DType,
     /// By decoder layer, as the regions.
     pub layers: Vec<LayerAdapterPlan>,
     /// Parameters that all ranks of a block share.
@@ -41,19 +46,20 @@ pub struct AdapterPlan {
 }
 
 impl AdapterPlan {
-    /// Adapters of `shapes` on `sites` of a model whose layers have `projections`, gathered in `dtype`, cut over
+    /// Adapters of `shapes` on `sites` of a model whose layers have `projections`, computed in `compute`, cut over
     /// `mesh`.
     pub fn new<'a>(
         projections: impl IntoIterator<Item = &'a [Projection]>,
         sites: &[Site],
         shapes: &LoraShapes,
-        dtype: DType,
+        compute: DType,
         mesh: &Mesh,
     ) -> Self {
         let (mut layers, mut dense, mut experts) = (Vec::new(), Vec::new(), Vec::new());
-        let align = align_bytes(dtype);
+        let copies = if shapes.use_dora() { DType::F32 } else { compute };
+        let align = align_bytes(copies);
         for (i, projections) in projections.into_iter().enumerate() {
-            let (layer, entries) = layer_of(projections, sites, shapes, dtype, mesh.expert());
+            let (layer, entries) = layer_of(projections, sites, shapes, copies, mesh.expert());
             let of = |region| -> Vec<EntrySpec> {
                 entries.iter().filter(|entry| entry.0 == region).map(|entry| entry.1.clone()).collect()
             };
@@ -71,7 +77,17 @@ impl AdapterPlan {
         };
         let flat_dense = flat(Region::Dense, "", &dense, 1);
         let flat_experts = flat(Region::Experts, ".experts", &experts, mesh.expert());
-        Self { layers, dense, experts, flat_dense, flat_experts }
+        Self { compute, copies, layers, dense, experts, flat_dense, flat_experts }
+    }
+
+    /// Dtype of the compute copies.
+    pub fn copies(&self) -> DType {
+        self.copies
+    }
+
+    /// Dtype of computation, where the copies of A and B have another.
+    pub fn cast(&self) -> Option<DType> {
+        (self.copies != self.compute).then_some(self.compute)
     }
 
     /// The sites with an adapter, layer by layer, each with its shape.

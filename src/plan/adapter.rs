@@ -20,18 +20,19 @@ pub struct AdapterMemory {
 }
 
 impl AdapterMemory {
-    /// Memory of `adapter`, gathered in the compute dtype of `options` and updated by `optimizer`.
+    /// Memory of `adapter`, computed with `options` and updated by `optimizer`.
     pub fn new(adapter: &AdapterPlan, options: &Options, optimizer: &Settings) -> Self {
         let regions = [&adapter.dense, &adapter.experts].map(|layouts| Held::new(layouts));
         let slots = options.slots.clamp(1, adapter.dense.len().max(1));
-        let fp32 = |bytes: usize| bytes / options.compute.size() * DType::F32.size();
+        let size = adapter.copies().size();
+        let fp32 = |bytes: usize| bytes / size * DType::F32.size();
         let copies = regions.iter().map(|region| region.pieces).sum::<usize>();
         let unreduced = |held: &Held| match options.reduce {
             _ if held.shards == 1 => 0,
             config::ReduceGradients::Step => held.pieces * held.shards,
             config::ReduceGradients::MicroBatch => held.largest,
         };
-        let elements = copies / options.compute.size();
+        let elements = copies / size;
         // Files hold all of it in fp32.
         let stored = (1 + optimizer.rule().state_names().len()) * fp32(copies);
         // A rank's pieces are copied, then serialised. Before that rank 0 does the same with the whole adapter, where

@@ -117,7 +117,7 @@ impl Traffic<'_> {
     }
 
     fn fp32_bytes(&self, adapter: &RegionLayout) -> usize {
-        adapter.padded / self.options.compute.size() * size_of::<f32>()
+        adapter.padded / self.adapter.copies().size() * size_of::<f32>()
     }
 }
 

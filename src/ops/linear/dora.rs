@@ -1,8 +1,9 @@
 //! DoRA (Liu et al., 2024), as PEFT has it: y = c ⊙ (x·Wᵀ + s·x·Aᵀ·Bᵀ) + bias with c = m / n, a trained magnitude m of
 //! each output and n = ‖W + s·B·A‖ of its row, which counts as a constant in backward.
 //!
-//! z = x·Wᵀ + h·Bᵀ is what the layer computes without magnitudes, by any backend. Backward: dz = c ⊙ dy, which goes on
-//! as there, and dm = Σ over rows of dy ⊙ z / n; z is computed again for it.
+//! z = x·Wᵀ + h·Bᵀ is what the layer computes without magnitudes, by any backend. m, n and c are fp32 whatever z is, as
+//! in PEFT: c lies near 1, and bf16 has no number between 1 and 1.007. Backward: dz = c ⊙ dy, which goes on as there, and
+//! dm = Σ over rows of dy ⊙ z / n; z is computed again for it.
 
 use super::{
     Backend, BoundAdapter, GroupedLinear, Linear, LoraHiddenGrad, Part, columns, rows_of, with_columns,
@@ -17,7 +18,7 @@ const AT_ONCE: i64 = 1 << 20;
 /// The magnitudes of an adapter's parts.
 #[derive(Debug)]
 pub struct Magnitudes {
-    /// m `[out of the part]`, in the dtype of computation, of each part.
+    /// m `[out of the part]` of each part, in fp32 (or fp64 where the layer is).
     pub parts: Vec<Tensor>,
     /// fp32 sums of their gradients, of the same shapes.
     pub gradients: Vec<Tensor>,
@@ -79,9 +80,9 @@ impl Scaled {
         columns(&rows_of(y, &self.rows), &self.out)
     }
 
-    /// c in the kind of `y`.
-    fn factor(&self, y: &Tensor) -> Tensor {
-        (&self.m / &self.n).to_kind(y.kind())
+    /// c `[columns]`. What is multiplied by it in place is rounded once.
+    fn factor(&self) -> Tensor {
+        &self.m / &self.n
     }
 }
 
@@ -126,7 +127,7 @@ impl<'a> Dora<'a> {
     fn through_scale(&self, d_y: &Tensor) -> Tensor {
         let d_z = d_y.copy();
         for scaled in self.scaled() {
-            let _ = scaled.part_of(&d_z).g_mul_(&scaled.factor(&d_z));
+            let _ = scaled.part_of(&d_z).g_mul_(&scaled.factor());
         }
         d_z
     }
@@ -136,7 +137,7 @@ impl Backend for Dora<'_> {
     fn forward(&self, x: &Tensor, add: Option<&Tensor>) -> (Buffer, Option<Buffer>) {
         let (mut y, h) = self.plain.forward(x, None);
         for scaled in self.scaled() {
-            let (c, mut part) = (scaled.factor(&y), scaled.part_of(&y));
+            let (c, mut part) = (scaled.factor(), scaled.part_of(&y));
             let _ = part.g_mul_(&c);
             // The bias is not scaled.
             if let Some(bias) = self.bias(&scaled.out) {
