@@ -1,9 +1,10 @@
 //! Element types of stored and gathered tensors. Pure: conversions work on byte slices.
 
 use half::{bf16, f16};
+use serde::{Deserialize, Serialize};
 
 /// Element type of a tensor in a file, a shard or a slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum DType {
     F32,
     Bf16,

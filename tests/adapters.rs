@@ -18,6 +18,7 @@ use xorl_dist::{
     checkpoint::{
         CheckpointError,
         adapter_config::harmless_fields,
+        base::BaseFiles,
         peft::{AdapterFolder, StoredAdapter},
         state::Accumulated,
     },
@@ -31,7 +32,7 @@ use xorl_dist::{
     },
     optim::{Optimizer, Settings},
     server::{
-        request::Save,
+        request::{Contents, Save},
         store::{self, Base},
     },
     session::Session,
@@ -95,8 +96,15 @@ impl Ours {
         let (_, adapter) = self.adapted(model, path).unwrap();
         let optimizer = Optimizer::new(&Settings::from(&TrainArgs::default()), adapter.pieces());
         let session = Session { name: "policy".into(), adapter, optimizer, max_grad_norm: 0.0 };
-        let base = Base { name: model.display().to_string(), digest: "digest".into(), quantization: None };
-        let save = Save { folder, training_state: true, overwrite: false, metadata: json!({"note": 1}) };
+        let base = Base {
+            name: model.display().to_string(),
+            digest: "digest".into(),
+            quantization: None,
+            files: BaseFiles::default(),
+            seed: 1,
+        };
+        let save =
+            Save { folder, contents: Contents::Training, overwrite: false, metadata: json!({"note": 1}) };
         store::save(&session, &self.groups, &base, Accumulated::default(), &save).unwrap();
     }
 

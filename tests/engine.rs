@@ -31,8 +31,8 @@ use xorl_dist::{
     server::{
         Server, ServerPlan, engine,
         request::{
-            AdapterSpec, Answer, Datum, Engine, Load, ModelId, OptimStep, Reply, Request, Save, StepReply,
-            Task,
+            AdapterSpec, Answer, Contents, Datum, Engine, Load, ModelId, OptimStep, Reply, Request, Save,
+            StepReply, Task,
         },
     },
     session::Session,
@@ -371,7 +371,8 @@ fn saves(client: &Client) -> Value {
     train(data_of(1, 0));
     let output = std::env::var("XORL_TEST_OUT").unwrap();
     let folder = Path::new(&output).join("weights/default/first");
-    let save = Save { folder, training_state: true, overwrite: false, metadata: json!({"note": "first"}) };
+    let save =
+        Save { folder, contents: Contents::Training, overwrite: false, metadata: json!({"note": "first"}) };
     let Ok(Reply::Saved { folder, bytes }) = client.ask(&model, Task::Save(save.clone())) else {
         panic!("not saved");
     };

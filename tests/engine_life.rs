@@ -24,7 +24,9 @@ use xorl_dist::{
     model::{base_plan::Options, transformer::Transformer},
     server::{
         engine::{self, EngineOptions},
-        request::{AdapterSpec, Answer, Engine, ModelId, OptimStep, Refusal, Reply, Save, StepReply, Task},
+        request::{
+            AdapterSpec, Answer, Contents, Engine, ModelId, OptimStep, Refusal, Reply, Save, StepReply, Task,
+        },
     },
     shard::ProcessGroups,
 };
@@ -127,7 +129,7 @@ fn leaving(client: &Client, ranks: usize) -> Value {
     assert_eq!(state.models["leaves"].accumulated, 1);
     let saved = ["stays", "leaves"].map(|name| {
         let folder = output().join("weights").join(name);
-        let save = Save { folder, training_state: true, overwrite: false, metadata: json!({}) };
+        let save = Save { folder, contents: Contents::Training, overwrite: false, metadata: json!({}) };
         let Ok(Reply::Saved { folder, .. }) = client.ask(&id(name), Task::Save(save)) else {
             panic!("{name}")
         };
@@ -483,7 +485,10 @@ fn storage_limit(client: &Client, limit: u64) -> Value {
     client.create(&model, AdapterSpec { rank: 64, ..adapter(0) });
     let save = |name: &str, overwrite| {
         let folder = output().join("weights/default").join(name);
-        client.ask(&model, Task::Save(Save { folder, training_state: true, overwrite, metadata: json!({}) }))
+        client.ask(
+            &model,
+            Task::Save(Save { folder, contents: Contents::Training, overwrite, metadata: json!({}) }),
+        )
     };
     let Ok(Reply::Saved { folder, bytes }) = save("first", false) else { panic!("not saved") };
     assert!(bytes < limit && 2 * bytes > limit, "{bytes}");
@@ -496,7 +501,7 @@ fn storage_limit(client: &Client, limit: u64) -> Value {
     // An adapter stays in memory where its file would be too much; the server's own saves have no limit.
     assert!(client.ask(&model, Task::Spill).is_ok());
     let own = output().join(".server/adapters/default");
-    let own = Save { folder: own, training_state: true, overwrite: false, metadata: json!({}) };
+    let own = Save { folder: own, contents: Contents::Training, overwrite: false, metadata: json!({}) };
     let Ok(Reply::Saved { folder: own, .. }) = client.ask(&model, Task::Save(own)) else { panic!("refused") };
     assert!(client.ask(&model, Task::Spill).is_err() && in_memory(client, &model));
     for folder in [own, folder] {

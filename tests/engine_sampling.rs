@@ -33,8 +33,8 @@ use xorl_dist::{
     server::{
         engine::{self, EngineOptions},
         request::{
-            AdapterSpec, Datum, Engine, Listener, ModelId, OptimStep, Refusal, Reply, SampleAnswer, Save,
-            Source, Task,
+            AdapterSpec, Contents, Datum, Engine, Listener, ModelId, OptimStep, Refusal, Reply, SampleAnswer,
+            Save, Source, Task,
         },
     },
     shard::ProcessGroups,
@@ -252,7 +252,8 @@ fn samplers(client: &Client) {
     client.create(&model, adapter(1));
     train(client, &model);
     let folder = output().join("sampler_weights/policy/one");
-    let save = Save { folder: folder.clone(), training_state: false, overwrite: false, metadata: json!({}) };
+    let save =
+        Save { folder: folder.clone(), contents: Contents::Adapter, overwrite: false, metadata: json!({}) };
     assert!(matches!(client.ask(&model, Task::Save(save)), Ok(Reply::Saved { .. })));
     let request = random(&PROMPT, 20, 3);
     let before = sampled(client, of(&model), request.clone());
@@ -354,7 +355,8 @@ fn copy_on_write(client: &Client) {
     train(client, &model);
     freeze(client, &model, &frozen);
     let folder = output().join("weights/policy/one");
-    let save = Save { folder: folder.clone(), training_state: true, overwrite: false, metadata: json!({}) };
+    let save =
+        Save { folder: folder.clone(), contents: Contents::Training, overwrite: false, metadata: json!({}) };
     client.ask(&model, Task::Save(save)).unwrap();
     let request = random(&PROMPT, 300, 5);
     let expected = sampled(client, of(&frozen), request.clone());

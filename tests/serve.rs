@@ -271,6 +271,59 @@ fn mpi_a_stopped_server_goes_on_bit_for_bit_and_a_killed_one_says_what_is_lost()
     assert_eq!(status.code(), Some(75), "{said}");
 }
 
+/// A server on a quantised base writes the models that `merge` makes of its saves, counts their bytes before it writes
+/// any, and leaves the adapter as it was.
+#[test]
+fn mpi_a_server_merges_what_the_command_merges_within_its_limit() {
+    let place = Place::new();
+    let (out, limit) = (place.at("merged"), "1060KB");
+    let more =
+        ["--server.enable_qlora", "true", "--server.quant_format", "nf4", "--server.storage_limit", limit];
+    let fixed = ["--server.output_dir", out.to_str().unwrap()];
+    let server = Serving::start(2, &place.at("server.yaml"), &[&fixed[..], &more].concat());
+    pass(&server, "forward_backward", "default", &place.rows(0, 4));
+    step(&server, "default");
+    pass(&server, "forward_backward", "default", &place.rows(4, 2));
+    let (before, standing_before) =
+        (pass(&server, "forward", "default", &place.rows(0, 2)), standing(&server, "default"));
+    server.call("save_weights", &json!({"path": "adapter"}));
+    let merge = |dtype: &str, to: &Path| {
+        let [model, adapter] = [place.model.path().to_owned(), out.join("weights/default/adapter")];
+        let [model, adapter, to] = [&model, &adapter, to].map(|path| path.to_str().unwrap().to_owned());
+        let arguments = ["merge", "--model", &model, "--adapter", &adapter, "--out", &to, "--dtype", dtype];
+        succeeded(&xorl(1, &arguments));
+    };
+    let full = |name: &str, dtype: &str| {
+        server.post("save_full_weights_safetensors", &json!({"name": name, "dtype": dtype}))
+    };
+    for dtype in ["base", "bfloat16"] {
+        let (status, saved) = full(dtype, dtype);
+        assert_eq!(status, 200, "{saved}");
+        let (ours, theirs) = (PathBuf::from(saved["path"].as_str().unwrap()), place.at(dtype));
+        assert_eq!(ours, out.canonicalize().unwrap().join("full_weights/default").join(dtype));
+        merge(dtype, &theirs);
+        let mut different = differences(&theirs, &ours);
+        different.sort();
+        different.dedup();
+        assert_eq!(different, ["manifest.json", "metadata.json"].map(PathBuf::from), "{dtype}");
+    }
+    assert_eq!(pass(&server, "forward", "default", &place.rows(0, 2)), before);
+    assert_eq!(standing(&server, "default"), standing_before);
+    // All bytes of a model count before any is written.
+    let (status, said) = full("single", "float32");
+    let said = said["detail"].as_str().unwrap();
+    assert!(status == 400 && said.contains("of the 1085440 that storage_limit allows"), "{status} {said}");
+    assert!(!out.join("full_weights/default/single").exists());
+    let (status, _) = server.post("delete_checkpoint", &json!({"checkpoint_id": "full_weights/bfloat16"}));
+    assert_eq!(status, 200);
+    let (status, saved) = full("single", "float32");
+    assert_eq!(status, 200, "{saved}");
+    let entries = fs::read_dir(out.join("full_weights/default")).unwrap();
+    let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["base", "single"]);
+}
+
 #[test]
 fn mpi_wrong_input_ends_all_ranks_with_one_line_before_the_model_is_loaded() {
     let place = Place::new();

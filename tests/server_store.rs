@@ -17,6 +17,7 @@ use std::{
 };
 use xorl_dist::{
     checkpoint::{
+        base::BaseFiles,
         pieces::{GRADIENT, Pieces, read_pieces},
         reshard::Cut,
         saves,
@@ -24,6 +25,8 @@ use xorl_dist::{
     },
     comm::World,
     config::{ReduceGradients, TrainArgs},
+    dtype::DType,
+    error::Error,
     lora::{LoraShape, LoraShapes, targets::resolve},
     loss::CrossEntropy,
     mesh::{Mesh, MeshSizes},
@@ -33,11 +36,13 @@ use xorl_dist::{
     },
     optim::{Optimizer, Settings},
     server::{
-        request::{Load, Refusal, Save},
+        merged,
+        request::{Contents, Load, Refusal, Save},
         store::{self, Base, Loaded},
     },
     session::Session,
     shard::{FlatRegion, ProcessGroups},
+    weights::{self, RandomSource},
 };
 
 /// A world, and its part in a test.
@@ -133,12 +138,30 @@ fn values(session: &Session) -> Values {
     session.adapter.whole().unwrap().into_iter().map(|(p, values)| (p.name, bits(values))).collect()
 }
 
-fn base() -> Base {
-    Base { name: "a/base".into(), digest: "digest".into(), quantization: None }
+/// The base of [`load`], of random weights, whose config.json is in `out`.
+fn base(out: &Path, moe: bool) -> Base {
+    let (spec, seed) = (spec(moe), 1);
+    let source = RandomSource::new(spec.tensors(), spec.initializer_range, seed);
+    let files = BaseFiles { weights: None, config: out.join("base"), tokenizer: out.join("base") };
+    Base { name: "a/base".into(), digest: weights::digest(&source).unwrap(), quantization: None, files, seed }
 }
 
-fn save_of(folder: PathBuf, training_state: bool) -> Save {
-    Save { folder, training_state, overwrite: false, metadata: json!({"note": 1}) }
+fn save_of(folder: PathBuf, contents: Contents) -> Save {
+    Save { folder, contents, overwrite: false, metadata: json!({"note": 1}) }
+}
+
+/// Saves the base with the adapter of `session` merged into it.
+fn save_merged(trained: &Trained, session: &Session, base: &Base, folder: PathBuf) -> Result<(), Error> {
+    let (groups, spec, dtype) = (&trained.groups, trained.model.spec(), Some(DType::Bf16));
+    let save = save_of(folder, Contents::Merged { dtype });
+    let saved = merged::save(&session.adapter, groups, base, spec, dtype, &save)?;
+    assert_eq!(saved.is_some(), groups.rank == 0);
+    if let Some((folder, bytes)) = saved {
+        assert_eq!((&folder, bytes), (&save.folder, saves::bytes_below(&folder)));
+        let told = merged::bytes(base, spec, dtype).unwrap();
+        assert!(told >= bytes && told - bytes < 300_000, "{told} before, {bytes}");
+    }
+    Ok(())
 }
 
 /// One rank of a case. Does nothing unless a case started it.
@@ -153,14 +176,14 @@ fn mpi_worker() {
     load(&mut model, Data::Random);
     let trained = Trained { model, groups };
     let seen = match case.part {
-        Part::Saves => saves(trained, &out),
-        Part::Loads => loads(trained, &out),
+        Part::Saves => saves(trained, &out, &base(&out, case.moe)),
+        Part::Loads => loads(trained, &out, &base(&out, case.moe)),
     };
     let name = format!("{:?}-{}-{}.json", case.part, case.world, world.rank());
     fs::write(out.join(name), seen.to_string()).unwrap();
 }
 
-fn saves(mut trained: Trained, out: &Path) -> Value {
+fn saves(mut trained: Trained, out: &Path, base: &Base) -> Value {
     let mut session = trained.session(SHAPE, 3);
     for step in 0..UPDATES as usize {
         trained.accumulate(&mut session, step);
@@ -171,25 +194,45 @@ fn saves(mut trained: Trained, out: &Path) -> Value {
     let before = values(&session);
     let groups = &trained.groups;
     let publish = |save: &Save| {
-        let saved = store::save(&session, groups, &base(), ACCUMULATED, save).unwrap();
+        let saved = store::save(&session, groups, base, ACCUMULATED, save).unwrap();
         assert_eq!(saved.is_some(), groups.rank == 0);
         if let Some((folder, bytes)) = saved {
             assert_eq!((&folder, bytes), (&save.folder, saves::bytes_below(&folder)));
         }
     };
-    let full = save_of(out.join("weights/policy/full"), true);
+    let full = save_of(out.join("weights/policy/full"), Contents::Training);
     publish(&full);
-    publish(&save_of(out.join("sampler_weights/policy/plain"), false));
+    publish(&save_of(out.join("sampler_weights/policy/plain"), Contents::Adapter));
     // The same name again, whole on every rank or refused on every rank.
-    let refused = store::save(&session, groups, &base(), ACCUMULATED, &full).unwrap_err();
+    let refused = store::save(&session, groups, base, ACCUMULATED, &full).unwrap_err();
     let refused = store::refusal(&refused);
     assert!(matches!(&refused, Refusal::User(text) if text.contains("full is saved already")), "{refused:?}");
     publish(&Save { overwrite: true, ..full });
+    save_merged(&trained, &session, base, out.join("full_weights/policy/merged")).unwrap();
+    merges_that_fail(&trained, &session, base, out);
     assert_eq!(values(&session), before, "a save changes nothing");
     json!({"values": before, "after": trained.update(&mut session)})
 }
 
-fn loads(mut trained: Trained, out: &Path) -> Value {
+/// A merge that fails on one rank fails on all with one text, and leaves nothing.
+fn merges_that_fail(trained: &Trained, session: &Session, base: &Base, out: &Path) {
+    let folder = out.join("full_weights/policy/failed");
+    let last = trained.groups.rank + 1 == trained.groups.mesh.world();
+    let other = if last { "other".to_owned() } else { base.digest.clone() };
+    let nowhere = BaseFiles { config: out.join("nowhere"), ..base.files.clone() };
+    for (base, words) in [
+        (Base { digest: other, ..base.clone() }, "a/base are not those that this server has loaded"),
+        (Base { files: nowhere, ..base.clone() }, "nowhere: No such file"),
+    ] {
+        let refused = store::refusal(&save_merged(trained, session, &base, folder.clone()).unwrap_err());
+        assert!(matches!(&refused, Refusal::Server(text) if text.contains(words)), "{refused:?}");
+        trained.groups.world.barrier().unwrap();
+        let left = fs::read_dir(folder.parent().unwrap()).unwrap();
+        assert_eq!(left.count(), 1, "{words}");
+    }
+}
+
+fn loads(mut trained: Trained, out: &Path, base: &Base) -> Value {
     let (full, plain) = (out.join("weights/policy/full"), out.join("sampler_weights/policy/plain"));
     let mut session = trained.session(SHAPE, 9);
     trained.accumulate(&mut session, 1);
@@ -208,17 +251,17 @@ fn loads(mut trained: Trained, out: &Path) -> Value {
         assert_eq!(text.lines().count(), 1);
     };
     let shapes = ["rank 3 and alpha 6", "rank 5 and alpha 6", "qkv_proj"];
-    refused(&mut other, base(), from(&full, true), &shapes);
-    refused(&mut other, base(), from(&plain, false), &shapes);
-    let other_base = Base { digest: "other".into(), ..base() };
+    refused(&mut other, base.clone(), from(&full, true), &shapes);
+    refused(&mut other, base.clone(), from(&plain, false), &shapes);
+    let other_base = Base { digest: "other".into(), ..base.clone() };
     refused(&mut session, other_base, from(&full, false), &["trained on another base"]);
-    refused(&mut session, base(), from(&out.join("nowhere"), false), &["nowhere", "no such directory"]);
-    refused(&mut session, base(), from(&out.join("hurt"), true), &["hurt", "SHA-256 differs"]);
-    refused(&mut session, base(), from(&out.join("sgd"), true), &["its optimizer is Sgd"]);
+    refused(&mut session, base.clone(), from(&out.join("nowhere"), false), &["nowhere", "no such directory"]);
+    refused(&mut session, base.clone(), from(&out.join("hurt"), true), &["hurt", "SHA-256 differs"]);
+    refused(&mut session, base.clone(), from(&out.join("sgd"), true), &["its optimizer is Sgd"]);
     assert_eq!(values(&session), before);
 
     let load = |session: &mut Session, folder: &Path, optimizer| {
-        store::load(session, &groups, &base(), &from(folder, optimizer)).unwrap()
+        store::load(session, &groups, base, &from(folder, optimizer)).unwrap()
     };
     let fresh = Loaded { step: 0, accumulated: Accumulated::default() };
     let mut seen = Vec::new();
@@ -236,8 +279,10 @@ fn loads(mut trained: Trained, out: &Path) -> Value {
     trained.accumulate(&mut session, 3);
     assert_eq!(load(&mut session, &full, true), Loaded { step: UPDATES, accumulated: ACCUMULATED });
     seen.push(values(&session));
+    let merged = out.join(format!("merged-{}", groups.mesh.world()));
+    save_merged(&trained, &session, base, merged).unwrap();
     let again = out.join(format!("again-{}", groups.mesh.world()));
-    store::save(&session, &groups, &base(), ACCUMULATED, &save_of(again, true)).unwrap();
+    store::save(&session, &groups, base, ACCUMULATED, &save_of(again, Contents::Training)).unwrap();
     json!({"values": seen, "after": trained.update(&mut session)})
 }
 
@@ -271,6 +316,9 @@ fn run(case: &Case, out: &Path) -> Value {
 fn travels(from: Case, to: &[Case]) {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path();
+    fs::create_dir(out.join("base")).unwrap();
+    fs::write(out.join("base/config.json"), r#"{"dtype": "float32"}"#).unwrap();
+    fs::write(out.join("base/tokenizer.json"), "{}").unwrap();
     let saved = run(&from, out);
     let full = out.join("weights/policy/full");
     let description = saves::describe(&full).unwrap();
@@ -293,6 +341,10 @@ fn travels(from: Case, to: &[Case]) {
         for values in loaded["values"].as_array().unwrap() {
             assert!(*values == saved["values"], "{from:?} to {to:?}");
         }
+        let ours = out.join(format!("merged-{}", to.world));
+        let different = differences(&out.join("full_weights/policy/merged"), &ours);
+        assert_eq!(different, Vec::<PathBuf>::new(), "the merged model, {from:?} to {to:?}");
+        fs::remove_dir_all(ours).unwrap();
         assert!(loaded["after"] != saved["values"]);
         assert!(loaded["after"] == saved["after"], "the next update, {from:?} to {to:?}");
         let again = out.join(format!("again-{}", to.world));

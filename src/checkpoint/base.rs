@@ -18,8 +18,9 @@ pub const FOLDER: &str = "model";
 pub(super) const CONFIG: &str = "config.json";
 /// Small files that belong to an HF model: configs, tokenizer, chat template.
 const SIDE_FILES: &[&str] = &["json", "txt", "model", "jinja"];
+
 /// Sources of the base's files.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BaseFiles {
     /// HF directory of the weights; `None`: they are random and have no file.
     pub weights: Option<PathBuf>,

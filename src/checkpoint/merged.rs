@@ -52,15 +52,7 @@ impl<'a> Merged<'a> {
         if let Some(tensor) = broken.by_ref().map(|(name, _)| name.clone()).min() {
             return Err(CheckpointError::NotFinite { tensor, hint: ", as the adapter's is not" });
         }
-        let tensors = source.names().into_iter().filter_map(|name| {
-            let meta = source.meta(&name)?;
-            let format = formats.get(&name).copied().filter(|_| dtype.is_none());
-            Some((
-                name,
-                FileTensor { meta: TensorMeta { dtype: dtype.unwrap_or(meta.dtype), ..meta }, format },
-            ))
-        });
-        let files = ModelFiles::new(tensors, most);
+        let files = files(source, dtype, formats, most);
         Ok(Self { source, plan: MergePlan::new(sites, shapes), values, files, dtype })
     }
 
@@ -76,11 +68,18 @@ impl<'a> Merged<'a> {
     /// `out` exists, or the disk's error.
     pub fn begin(&self, out: &Path, base: &BaseFiles) -> Result<FolderWriter, CheckpointError> {
         let writer = FolderWriter::new_folder(out)?;
-        let folder = writer.directory();
+        self.create(writer.directory(), base)?;
+        Ok(writer)
+    }
+
+    /// Puts everything but the values of the weights into the hidden directory `folder`; see [`begin`](Self::begin).
+    ///
+    /// # Errors
+    /// The disk's.
+    pub fn create(&self, folder: &Path, base: &BaseFiles) -> Result<(), CheckpointError> {
         let copy = |from: &Path, to: &Path| fs::copy(from, to).map(|_| ()).map_err(io(to));
         config_json::put_beside(base.side_files(), folder, &self.files, self.dtype, copy)?;
-        self.files.create(folder)?;
-        Ok(writer)
+        self.files.create(folder)
     }
 
     /// Writes the tensors of rank `rank` of `ranks` into the hidden directory `folder`. Returns what became of the
@@ -189,6 +188,21 @@ impl<'a> Merged<'a> {
         writer.write(tensor, first, &bytes_of(&values)?)?;
         Ok(survival)
     }
+}
+
+/// The files of a merged model on the base `source`; see [`Merged::new`].
+pub fn files(
+    source: &dyn WeightSource,
+    dtype: Option<DType>,
+    formats: &BTreeMap<String, Format>,
+    most: u64,
+) -> ModelFiles {
+    let tensors = source.names().into_iter().filter_map(|name| {
+        let meta = source.meta(&name)?;
+        let format = formats.get(&name).copied().filter(|_| dtype.is_none());
+        Some((name, FileTensor { meta: TensorMeta { dtype: dtype.unwrap_or(meta.dtype), ..meta }, format }))
+    });
+    ModelFiles::new(tensors, most)
 }
 
 /// The bytes of a host tensor.

@@ -137,6 +137,11 @@ impl ModelFiles {
         self.tensors.values().find_map(|tensor| tensor.format)
     }
 
+    /// Bytes of all files.
+    pub fn bytes(&self) -> u64 {
+        self.files.iter().map(|planned| planned.bytes).sum()
+    }
+
     /// The rank of `ranks` that writes each tensor, in the order of [`tensors`](Self::tensors): the largest first, each
     /// to the rank with the fewest bytes so far.
     pub fn owners(&self, ranks: usize) -> Vec<usize> {

@@ -129,27 +129,30 @@ pub fn published(folder: &Path) -> Result<(SystemTime, Manifest), CheckpointErro
 /// `folder` is no save, or its files cannot be read.
 pub fn describe(folder: &Path) -> Result<Description, CheckpointError> {
     let (time, manifest) = published(folder)?;
-    let folder = &present(folder);
-    let config = read_config(folder)?;
-    let metadata = match manifest.lists(METADATA) {
-        true => {
-            let path = folder.join(METADATA);
-            let format = |error: serde_json::Error| CheckpointError::Format {
-                path: path.clone(),
-                reason: error.to_string(),
-            };
-            serde_json::from_str(&fs::read_to_string(&path).map_err(io(&path))?).map_err(format)?
-        }
-        false => Value::Null,
-    };
+    let config = read_config(&present(folder))?;
     Ok(Description {
         shape: config.shape(),
         has_optimizer: state::is_in(&manifest),
         base: config.base_model_name_or_path,
         bytes: manifest.bytes(),
         time,
-        metadata,
+        metadata: metadata(folder)?,
     })
+}
+
+/// The metadata of a save, which may be a whole model; null where none was given.
+///
+/// # Errors
+/// `folder` is no save, or the file cannot be read.
+pub fn metadata(folder: &Path) -> Result<Value, CheckpointError> {
+    let (_, manifest) = published(folder)?;
+    if !manifest.lists(METADATA) {
+        return Ok(Value::Null);
+    }
+    let path = present(folder).join(METADATA);
+    let format =
+        |error: serde_json::Error| CheckpointError::Format { path: path.clone(), reason: error.to_string() };
+    serde_json::from_str(&fs::read_to_string(&path).map_err(io(&path))?).map_err(format)
 }
 
 /// Makes a save `to` with the files of the save `from`, which are linked and not copied, and other metadata.

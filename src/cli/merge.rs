@@ -18,9 +18,14 @@ use crate::{
     dtype::DType,
     error::{Error, Result, agree},
     lora::{Survival, merge::MUCH_LOST},
-    model::{base_plan::all_projections, hf_config::HfModel, quantized::Quantization, stored_base},
+    model::{
+        base_plan::all_projections,
+        hf_config::HfModel,
+        quantized::{self, Quantization},
+        stored_base,
+    },
     quant::Format,
-    weights::{self, AsPacked, SafetensorsSource, WeightSource},
+    weights::{self, AsPacked, SafetensorsSource},
 };
 use serde_json::json;
 use std::{
@@ -126,15 +131,7 @@ impl Merge {
         let mut spec = HfModel::open(&base)?.spec;
         let source = stored_base::open(&base, &mut spec)?;
         let packed = self.check_base(&adapter, &base, &source)?;
-        let formats = match &packed {
-            Some(packed) => packed.matrices(&spec),
-            None => source
-                .names()
-                .into_iter()
-                .filter_map(|name| Some((source.packed(&name)?.format, name)))
-                .map(|(format, name)| (name, format))
-                .collect(),
-        };
+        let formats = quantized::formats(packed.as_ref(), &spec, &source);
         // Faults of an adapter that the user named are the user's to mend.
         let stored = AdapterFolder::open(&adapter).and_then(|folder| folder.adapter(&all_projections(&spec)));
         let adapter = stored.map_err(|error| Error::Input(error.to_string()))?;

@@ -156,6 +156,20 @@ impl Quantization {
     }
 }
 
+/// The format of each matrix of `spec` that is packed, by its name in the files: in training as `quantization` says,
+/// without it in `source`.
+pub fn formats(
+    quantization: Option<&Quantization>,
+    spec: &ModelSpec,
+    source: &dyn WeightSource,
+) -> BTreeMap<String, Format> {
+    let of_files = || {
+        let packed = |name: String| Some((source.packed(&name)?.format, name));
+        source.names().into_iter().filter_map(packed).map(|(format, name)| (name, format)).collect()
+    };
+    quantization.map_or_else(of_files, |packed| packed.matrices(spec))
+}
+
 /// The leaves of `projections` by dotted path, the first tensor of the files that is of each, and the format in which
 /// the files have it, if it is packed there.
 fn leaves_in(projections: &[Projection], source: &dyn WeightSource) -> Vec<(String, String, Option<Format>)> {

@@ -66,6 +66,19 @@ pub struct Settings {
     pub http: HttpLimits,
 }
 
+impl Settings {
+    /// Checks that `name`, which a client gave as `field`, is the base model.
+    ///
+    /// # Errors
+    /// It is another.
+    pub fn check_base(&self, field: &str, name: &str) -> Result<(), Fault> {
+        if name == self.base_model || self.other_names.iter().any(|other| other == name) {
+            return Ok(());
+        }
+        Err(Fault::user(format!("{field} {name:?}: this server trains {:?}", self.base_model)))
+    }
+}
+
 /// A request that is taken in and gets a future.
 pub struct Submission<'a> {
     pub tenant: &'a Tenant,

@@ -1,5 +1,6 @@
-//! Saved adapters in a tenant's folder: finds, lists, describes and deletes them. The folders are the only record; a
-//! save to a folder of the client's choice leaves a note with its path under the name by which it is listed.
+//! Saved adapters in a tenant's folder, and whole models with one merged into them: finds, lists, describes and deletes
+//! them. The folders are the only record; a save to a folder of the client's choice leaves a note with its path under
+//! the name by which it is listed.
 
 use super::{
     paths::{self, Checkpoint, Kind, PathError, Place, inside},
@@ -38,6 +39,11 @@ pub enum StoreError {
         "path {path:?}: the folder has other things in it, and a save has its folder for itself: give another path"
     )]
     Around { path: String },
+    #[error(
+        "{0} is a whole model, with an adapter merged into it, and no adapter: serve it as a model_path of its own, and \
+         name a save of save_weights or save_weights_for_sampler here"
+    )]
+    Whole(String),
     #[error("{path}: {error}")]
     Io { path: PathBuf, error: io::Error },
     #[error("{0}")]
@@ -54,6 +60,27 @@ pub struct Stored {
     pub folder: PathBuf,
     pub time: SystemTime,
     pub bytes: u64,
+}
+
+impl Stored {
+    /// The same, if it is an adapter.
+    ///
+    /// # Errors
+    /// It is a whole model.
+    pub fn adapter(self) -> Result<Self, StoreError> {
+        self.checkpoint.adapter()?;
+        Ok(self)
+    }
+}
+
+impl Checkpoint {
+    /// The same, if it is an adapter.
+    fn adapter(&self) -> Result<&Self, StoreError> {
+        match self.kind {
+            Kind::Full => Err(StoreError::Whole(self.uri("xorl"))),
+            Kind::Weights | Kind::Sampler | Kind::External => Ok(self),
+        }
+    }
 }
 
 /// Time and bytes of the save in `folder`, if it is published.
@@ -77,7 +104,7 @@ fn elsewhere(root: &Path, checkpoint: &Checkpoint) -> Option<PathBuf> {
 
 /// The adapter whose save `folder` is; `None`: it does not say, or is no save.
 fn owner(folder: &Path) -> Option<ModelId> {
-    let metadata = saves::describe(folder).ok()?.metadata;
+    let metadata = saves::metadata(folder).ok()?;
     ModelId::new(metadata[OWNER].as_str()?).ok()
 }
 
@@ -120,7 +147,9 @@ pub fn to_load(root: &Path, path: &str, model: &ModelId) -> Result<PathBuf, Stor
     let places = paths::to_load(path, model)?;
     for place in &places {
         let found = match place {
-            Place::Checkpoint(checkpoint) => stored(root, checkpoint.clone())?.map(|stored| stored.folder),
+            Place::Checkpoint(checkpoint) => {
+                stored(root, checkpoint.adapter()?.clone())?.map(|stored| stored.folder)
+            }
             Place::Folder(folder) => Some(inside(root, folder)?).filter(|folder| published(folder).is_some()),
         };
         if let Some(folder) = found {

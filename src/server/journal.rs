@@ -194,7 +194,7 @@ impl Engine for Recorded {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::server::request::{AdapterSpec, OptimStep, Reply, Save};
+    use crate::server::request::{AdapterSpec, Contents, OptimStep, Reply, Save};
     use std::sync::mpsc;
 
     fn id(name: &str) -> ModelId {
@@ -252,7 +252,7 @@ mod tests {
             answer.recv().unwrap().is_ok()
         };
         let (folder, metadata) = ("f".into(), serde_json::Value::Null);
-        let save = Save { folder, training_state: true, overwrite: false, metadata };
+        let save = Save { folder, contents: Contents::Training, overwrite: false, metadata };
         assert!(ask("kept", create()) && ask("kept", Task::Save(save)) && ask("lost", create()));
         assert_eq!(read(&path).unwrap(), before, "none of these changes one");
         assert!(ask("kept", step()) && ask("new", step()) && ask("other", step()));

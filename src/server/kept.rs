@@ -9,7 +9,7 @@ use super::{
     labels,
     paths::Kind,
     registry::{Loss, Tenant},
-    request::{AdapterSpec, Answer, Engine, Load, ModelId, Refusal, Request, Save, Task},
+    request::{AdapterSpec, Answer, Contents, Engine, Load, ModelId, Refusal, Request, Save, Task},
     storage,
 };
 use crate::{
@@ -271,7 +271,7 @@ impl Kept {
         let owned = Owned { tenant, model: name.to_string(), spec: spec.clone(), last_number };
         let metadata = serde_json::json!({ OWNED: owned });
         let folder = self.place(model);
-        Some(Task::Save(Save { folder, training_state: true, overwrite: true, metadata }))
+        Some(Task::Save(Save { folder, contents: Contents::Training, overwrite: true, metadata }))
     }
 }
 

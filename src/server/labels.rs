@@ -88,7 +88,7 @@ pub(super) fn write(root: &Path, path: &Path, value: &impl Serialize) -> Result<
 
 /// The facts about a saved adapter. Of one whose metadata cannot be read, only its label is known.
 pub fn about(root: &Path, stored: &Stored) -> About {
-    let carried = saves::describe(&stored.folder).ok().map(|save| save.metadata);
+    let carried = saves::metadata(&stored.folder).ok();
     let carried: Carried = carried.and_then(|value| serde_json::from_value(value).ok()).unwrap_or_default();
     let Carried { user_metadata, spec, ttl_seconds } = carried;
     let label: Option<Label> = read(root, &label(&stored.checkpoint));

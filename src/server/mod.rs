@@ -9,6 +9,7 @@
 //! - [`order`]: which request is next, and which is a repeat; [`ordered`]: requests that wait for those before them
 //! - [`paths`]: paths of clients as folders; [`checkpoints`]: the saved adapters in them; [`labels`]: what is known
 //!   about these; [`runs`]: what was trained; [`downloads`] of it
+//! - [`store`], [`merged`]: saves of an adapter, and of the base with one merged into it
 //! - [`spill`], [`storage`], [`sweep`]: adapters on disk, bytes of output_dir, idle adapters
 //! - [`history`], [`overview`]: curves of training, and what the page at `/` shows
 //! - [`samplers`]: the weights that clients sample from; [`sampling`]: requests to sample; [`texts`]: the tokenizer
@@ -29,6 +30,7 @@ pub mod journal;
 pub mod kept;
 pub mod keys;
 pub mod labels;
+pub mod merged;
 pub mod order;
 pub mod ordered;
 pub mod overview;

@@ -5,7 +5,7 @@
 //! |---|---|
 //! | `n`, `weights/n` | `weights/{the request's model}/n` |
 //! | `m/n`, `weights/m/n`, `xorl://m/weights/n`, `tinker://m/weights/n` | `weights/m/n` |
-//! | the same with `sampler_weights` or `external_weights` | `sampler_weights/m/n` or `external_weights/m/n` |
+//! | the same with `sampler_weights`, `external_weights` or `full_weights` | `sampler_weights/m/n` and so on |
 //! | another with '/' | the folder itself |
 
 use super::request::ModelId;
@@ -40,8 +40,8 @@ pub enum PathError {
         "path {path:?}: {model} saves to its own {kind} or to a folder outside them; give a name like \"step_10\""
     )]
     Elsewhere { path: String, model: ModelId, kind: Kind },
-    #[error("path {path:?}: weights for a sampler are saved under a name without '/'")]
-    Sampler { path: String },
+    #[error("path {path:?}: {kind} are saved under a name without '/'")]
+    Folder { path: String, kind: Kind },
     #[error("path {0}: a link is on the way; name the folder that it leads to, if that is in output_dir")]
     Link(PathBuf),
     #[error("path {0}: it is not below the server's output_dir")]
@@ -59,10 +59,12 @@ pub enum Kind {
     Sampler,
     /// To be downloaded: the adapter alone.
     External,
+    /// A model of its own: the base with the adapter merged into it.
+    Full,
 }
 
 impl Kind {
-    pub const ALL: [Self; 3] = [Self::Weights, Self::Sampler, Self::External];
+    pub const ALL: [Self; 4] = [Self::Weights, Self::Sampler, Self::External, Self::Full];
 
     /// The name of the folder, and of the kind in a path.
     pub fn folder(self) -> &'static str {
@@ -70,6 +72,7 @@ impl Kind {
             Self::Weights => "weights",
             Self::Sampler => "sampler_weights",
             Self::External => "external_weights",
+            Self::Full => "full_weights",
         }
     }
 
@@ -211,7 +214,7 @@ pub fn to_save(path: &str, model: &ModelId, kind: Kind) -> Result<Place, PathErr
         (&[_, name], Some(named)) => own(checkpoint(path, model.as_str(), named, name)?),
         (&[_, other, name], Some(named)) => own(checkpoint(path, other, named, name)?),
         (_, Some(_)) => Err(elsewhere()),
-        (_, None) if kind != Kind::Weights => Err(PathError::Sampler { path: path.into() }),
+        (_, None) if kind != Kind::Weights => Err(PathError::Folder { path: path.into(), kind }),
         (_, None) => folder(path, &parts),
     }
 }
@@ -293,6 +296,7 @@ mod tests {
             assert_eq!(saved(path, Kind::Weights).unwrap(), "weights/policy_v1/n", "{path}");
         }
         assert_eq!(saved("n", Kind::Sampler).unwrap(), "sampler_weights/policy_v1/n");
+        assert_eq!(saved("full_weights/n", Kind::Full).unwrap(), "full_weights/policy_v1/n");
         let page = saved("outputs/adapters/policy_v1", Kind::Weights).unwrap();
         assert_eq!(page, "folder outputs/adapters/policy_v1");
         for path in [
@@ -305,7 +309,7 @@ mod tests {
             let error = saved(path, Kind::Weights).unwrap_err();
             assert!(matches!(error, PathError::Elsewhere { .. }), "{path}: {error}");
         }
-        assert!(matches!(saved("a/b", Kind::Sampler), Err(PathError::Sampler { .. })));
+        assert!(matches!(saved("a/b", Kind::Sampler), Err(PathError::Folder { .. })));
     }
 
     #[test]

@@ -7,6 +7,7 @@ pub use sampling::{Listener, SampleAnswer, Source, Ticket};
 use crate::{
     checkpoint::saves::folder_name,
     config::is_model_id,
+    dtype::DType,
     infer::request::{SampleReply, SampleRequest},
     loss::NamedLoss,
 };
@@ -219,12 +220,23 @@ pub struct StepReply {
 pub struct Save {
     /// The folder to make, below output_dir; the caller has checked that it stays there.
     pub folder: PathBuf,
-    /// True: with the optimizer's state and what was accumulated, so that training goes on from it.
-    pub training_state: bool,
+    pub contents: Contents,
     /// Replace a save of the same name.
     pub overwrite: bool,
     /// Written into the save as it is.
     pub metadata: serde_json::Value,
+}
+
+/// The contents of a [`Save`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Contents {
+    /// The adapter alone.
+    Adapter,
+    /// With the optimizer's state and what was accumulated, so that training goes on from it.
+    Training,
+    /// The base with the adapter merged into it: an HF checkpoint that needs no adapter, with its weights in `dtype`;
+    /// `None`: as the base has them.
+    Merged { dtype: Option<DType> },
 }
 
 /// A load of saved values into an adapter of the same shape.

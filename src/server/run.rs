@@ -5,6 +5,7 @@ use super::{
     store::Base,
 };
 use crate::{
+    checkpoint::base::BaseFiles,
     comm::World,
     config::{ComputeArgs, ModelArgs, QuantArgs},
     data::Tokenizer,
@@ -119,10 +120,15 @@ impl Server {
         let ServerPlan { hybrid, b_init_std, max_rank, rank, optimizer, .. } = plan;
         // Clients of both wires are told rank and alpha alone, and scale by their ratio.
         let use_rslora = false;
-        let name = plan.model.hf_config().display().to_string();
+        let files = BaseFiles {
+            weights: plan.model.model_path.clone(),
+            config: plan.model.hf_config(),
+            tokenizer: plan.model.tokenizer(),
+        };
+        let name = files.config.display().to_string();
         let engine = EngineOptions {
             defaults: AdapterDefaults { targets, use_rslora, hybrid, b_init_std, max_rank, rank, optimizer },
-            base: Base { name, digest, quantization },
+            base: Base { name, digest, quantization, files, seed: plan.seed },
             max_tokens_per_pass: plan.max_tokens_per_pass,
             max_waiting: plan.max_waiting,
             gather: plan.gather,

@@ -276,10 +276,10 @@ impl App {
     /// default adapter.
     ///
     /// # Errors
-    /// There is none.
+    /// There is none, or it is a whole model.
     pub fn saved(&self, tenant: &Tenant, path: &str, scheme: &str) -> Result<(Stored, String), Fault> {
         let model = ModelId::new(DEFAULT_MODEL).map_err(|error| Fault::user(error.to_string()))?;
-        let (stored, _) = labels::find(&self.root(tenant)?, path, &model)?;
+        let stored = labels::find(&self.root(tenant)?, path, &model)?.0.adapter()?;
         let uri = stored.checkpoint.uri(scheme);
         Ok((stored, uri))
     }

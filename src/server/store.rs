@@ -2,11 +2,12 @@
 //! an error of any rank has its text on every rank, so that rank 0 can answer with it. Only collectives that fail
 //! ([`Error::Comm`], [`Error::Shard`]) differ between ranks; after these the ranks have to end.
 
-use super::request::{Load, Refusal, Save};
+use super::request::{Contents, Load, Refusal, Save};
 use crate::{
     checkpoint::{
         FolderWriter,
         adapter_store::{self, Reader, Stored},
+        base::BaseFiles,
         peft::{AdapterFolder, StoredAdapter},
         pieces::write_pieces,
         publish::{KnownHashes, publish_together},
@@ -33,6 +34,9 @@ pub struct Base {
     pub digest: String,
     /// Its storage, if it is quantised.
     pub quantization: Option<Quantization>,
+    pub files: BaseFiles,
+    /// Key of its weights if they are random and have no file.
+    pub seed: u64,
 }
 
 /// The outcome of a load, the same on every rank.
@@ -51,9 +55,9 @@ struct Failed {
     code: i32,
 }
 
-/// Saves `session`, and with `training_state` its optimizer and the gradient of the passes that `accumulated` counts.
-/// Returns the folder and the bytes of its files on rank 0, `None` elsewhere. Collective; nothing of the session
-/// changes.
+/// Saves `session`, and with [`Contents::Training`] its optimizer and the gradient of the passes that `accumulated`
+/// counts; [`merged`](super::merged) saves a merged model. Returns the folder and the bytes of its files on rank 0,
+/// `None` elsewhere. Collective; nothing of the session changes.
 ///
 /// # Errors
 /// The same on every rank: `save.folder` is a save already and is not to be overwritten, or is no save; a disk fails.
@@ -67,12 +71,13 @@ pub fn save(
 ) -> Result<Option<(PathBuf, u64)>> {
     let world = &*groups.world;
     let whole = session.adapter.whole()?;
-    let with_gradient = save.training_state && accumulated.passes > 0;
+    let trains = save.contents == Contents::Training;
+    let with_gradient = trains && accumulated.passes > 0;
     let gradients = with_gradient.then(|| session.adapter.reduced_gradients()).transpose()?;
     let sites = session.adapter.plan().sites();
     let shapes = LoraShapes::of_sites(&sites)
         .ok_or_else(|| Error::Input(format!("adapter {} has no module that could be saved", session.name)))?;
-    let state = save.training_state.then(|| AdapterState {
+    let state = trains.then(|| AdapterState {
         accumulated: with_gradient.then_some(accumulated),
         ..adapter_store::state_of(session, &shapes, &groups.mesh, &base.digest, base.quantization.as_ref())
     });
@@ -89,12 +94,14 @@ pub fn save(
         let pieces = adapter_store::pieces_of(session, &groups.device, gradients.as_deref())?;
         Ok(write_pieces(hidden, groups.rank, groups.mesh.world(), &pieces)?)
     };
-    let publish = |writer: FolderWriter| {
-        let folder = writer.publish(&mut KnownHashes::default())?;
-        let bytes = saves::bytes_below(&folder);
-        Ok((folder, bytes))
-    };
     publish_together(world, |own| same_outcome(world, own), opened, write_own, publish)
+}
+
+/// Makes a save visible. Returns its folder and the bytes of its files.
+pub(super) fn publish(writer: FolderWriter) -> Result<(PathBuf, u64)> {
+    let folder = writer.publish(&mut KnownHashes::default())?;
+    let bytes = saves::bytes_below(&folder);
+    Ok((folder, bytes))
 }
 
 /// Rank 0's files of a save, still hidden.

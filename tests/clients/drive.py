@@ -2,8 +2,8 @@
 
     drive.py xorl|tinker URL OUTPUT_DIR BASE_MODEL ADAPTERS REPORT [WAY...]
 
-REPORT gets {model: the base's folder, methods: the table of methods, train: adapters trained in several ways, loop: of xorl-client's
-README}; with WAY, which is one of those of equality.py, only adapters that are trained so. The table is printed too, a line each. A client
+REPORT gets {model: the base's folder, methods: the table of methods, train: adapters trained in several ways, merged: whole models that were
+saved with an adapter, loop: of xorl-client's README}; with WAY, which is one of those of equality.py, only adapters that are trained so. The table is printed too, a line each. A client
 without torch borrows that of the folder $BORROWED_PACKAGES.
 """
 
@@ -30,6 +30,7 @@ def main(client, url, output_dir, base_model, adapters, report, *ways):
         told["methods"] = module.TABLE.run(driver)
         for row in told["methods"]:
             print(json.dumps(row), flush=True)
+        told["merged"] = getattr(driver, "merged", None)
         told["train"] = equality.run(driver, int(adapters))
     Path(report).write_text(json.dumps(told))
     bad = [row["method"] for row in told.get("methods", []) if row["state"] in ("missing", "fails")]

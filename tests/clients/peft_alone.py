@@ -4,7 +4,8 @@
     peft_alone.py compare REPORT...                 prints the largest distances, as JSON
 
 A report NAME_WORLD.json has `model`, the folder of the base, and `train`: for each adapter and way the adapter before, the adapter after,
-the losses of the steps. Adapters are held against those that the first report of NAME has trained alone.
+the losses of the steps. Adapters are held against those that the first report of NAME has trained alone. `merged`, of xorl-client, names an
+adapter and whole models that the server made of it, in fp32 and in bf16.
 """
 
 import functools
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import plan
 
@@ -83,10 +84,30 @@ def base_of(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
 
+def check_merged(base, adapter, single, half):
+    """A whole model of fp32 has the logits of base and adapter in PEFT; that of bf16 is the same, rounded once."""
+    ids = torch.tensor([[token % plan.VOCABULARY for token in range(3, 60)]])
+    adapted = PeftModel.from_pretrained(base_of(base), adapter).eval()
+    with torch.no_grad():
+        expected = adapted(input_ids=ids).logits
+        model = adapted.unload()
+        before, found = (one(input_ids=ids).logits for one in (model, AutoModelForCausalLM.from_pretrained(single, attn_implementation="eager")))
+    apart, moved = ((logits - expected).abs().max().item() / expected.abs().max().item() for logits in (found, before))
+    assert apart < 1e-5 and moved > 1e-2, f"{single}: {apart} from PEFT, which moved by {moved}"
+    assert json.loads((Path(half) / "config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoTokenizer.from_pretrained(half).encode("hello") == AutoTokenizer.from_pretrained(base).encode("hello")
+    tensors, rounded = (load_file(Path(folder) / "model.safetensors") for folder in (single, half))
+    assert tensors.keys() == rounded.keys() and len(tensors) > 20
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor.bfloat16(), rounded[name]), name
+
+
 def compare(reports):
     table, references = {}, {}
     for path in map(Path, reports):
         told = json.loads(path.read_text())
+        if path.stem.startswith("xorl_"):
+            check_merged(told["model"], **told["merged"])
         alone = {one["adapter"]: one for one in told["train"] if one["way"] == "alone"}
         alone = references.setdefault(path.stem.rsplit("_", 1)[0], alone)
         for one in told["train"]:

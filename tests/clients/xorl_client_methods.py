@@ -292,16 +292,40 @@ def ends_a_session(driver):
     assert settled(again.kill_session_async(save_checkpoint=False)).success
 
 
-TABLE.refused(
-    "TrainingClient.save_full_weights_safetensors",
-    "save_full_weights_safetensors is not served",
-    lambda driver: driver.another("a").save_full_weights_safetensors("a"),
-)
-TABLE.refused(
-    "TrainingClient.save_full_weights_safetensors_async",
-    "save_full_weights_safetensors is not served",
-    lambda driver: driver.another("a").save_full_weights_safetensors_async("a"),
-)
+@TABLE.works("TrainingClient.save_full_weights_safetensors", "TrainingClient.save_full_weights_safetensors_async")
+def saves_whole_models(driver):
+    """The models are compared with PEFT's by peft_alone.py, when the server has gone."""
+    client = driver.another("merged")
+    train(client)
+    then = logprobs(client)
+    adapter = driver.folder(client.save_state("adapter").result(timeout=60).path)
+    single = client.save_full_weights_safetensors("single", dtype="float32").result(timeout=60)
+    half = settled(client.save_full_weights_safetensors_async("half"))
+    assert (single.dtype, half.dtype, single.num_shards, half.num_shards) == ("float32", "bfloat16", 1, 1), (single, half)
+    assert Path(single.path) == driver.folder("xorl://check-merged/full_weights/single").resolve(), single
+    assert logprobs(client) == then
+    driver.merged = {"adapter": str(adapter), "single": single.path, "half": half.path}
+    listed = {found.checkpoint_id: found for found in client.list_checkpoints().result(timeout=60).checkpoints}
+    assert listed.keys() == {"weights/adapter", "full_weights/single", "full_weights/half"}, listed.keys()
+    full = [listed[f"full_weights/{name}"] for name in ("single", "half")]
+    assert [found.checkpoint_type for found in full] == ["full"] * 2 and full[0].size_bytes > 1.8 * full[1].size_bytes, full
+    for more, words in [
+        (dict(name="single"), "is saved already"),
+        (dict(name="other", base_model_path="somewhere/else"), "base_model_path \"somewhere/else\": this server trains"),
+        (dict(name="other", dtype="float16"), "dtype: unknown variant `float16`"),
+        (dict(name="a/b"), "are saved under a name without '/'"),
+    ]:
+        try:
+            client.save_full_weights_safetensors(**more).result(timeout=60)
+        except xorl_client.BadRequestError as error:
+            assert words in str(error), error
+        else:
+            raise AssertionError(f"{more} is not refused")
+    client.save_full_weights_safetensors("gone", base_model_path=driver.base_model).result(timeout=60)
+    assert client.delete_checkpoint("full_weights/gone").result(timeout=60).success
+    assert not driver.folder("xorl://check-merged/full_weights/gone").exists()
+
+
 for method, arguments in {
     "add_inference_endpoint": ("host", 1),
     "connect_inference_endpoint": (),

@@ -15,6 +15,7 @@ use std::{
 };
 use tempfile::TempDir;
 use xorl_dist::{
+    checkpoint::base::BaseFiles,
     config::TrainArgs,
     dtype::DType,
     loss::NamedLoss,
@@ -56,7 +57,13 @@ pub fn options(output_dir: PathBuf, gather: Duration) -> EngineOptions {
             rank: 16,
             optimizer: Settings::from(&TrainArgs::default()),
         },
-        base: Base { name: "base".into(), digest: "digest".into(), quantization: None },
+        base: Base {
+            name: "base".into(),
+            digest: "digest".into(),
+            quantization: None,
+            files: BaseFiles::default(),
+            seed: 1,
+        },
         max_tokens_per_pass: MAX_TOKENS,
         max_waiting: 100,
         gather,

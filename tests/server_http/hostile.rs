@@ -16,7 +16,10 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
-use xorl_dist::server::keys::Keys;
+use xorl_dist::server::{
+    keys::Keys,
+    request::{Contents, Task},
+};
 
 const MIB: usize = 1 << 20;
 
@@ -157,6 +160,7 @@ fn no_field_leads_out_of_the_folder() {
             ("save_weights", "path"),
             ("save_weights_for_sampler", "name"),
             ("save_weights_for_sampler", "path"),
+            ("save_full_weights_safetensors", "name"),
             ("load_weights", "path"),
             ("delete_checkpoint", "checkpoint_id"),
             ("delete_checkpoint", "path"),
@@ -321,6 +325,79 @@ fn no_call_reaches_what_another_tenant_has() {
     assert!(asked >= 90, "{asked}");
     assert_eq!((tree("one"), tree("two")), (1, 0));
     assert!(server.engine.state.lock().unwrap().models.contains_key("one:a"));
+}
+
+#[test]
+fn a_whole_model_is_its_tenants_own_and_no_adapter() {
+    let server = Server::with(keys(&["one", "two"]), |_| {});
+    let send = |key: &str, more: &[(&str, &str)], method: &str, call: &str, body: &Value| {
+        let headers: Vec<_> = [("X-API-Key", key)].into_iter().chain(more.iter().copied()).collect();
+        server.send(method, &format!("/api/v1/{call}"), &headers, body.to_string().as_bytes())
+    };
+    let post = |key: &str, call: &str, body: &Value| send(key, &[], "POST", call, body);
+    let save = |key: &str, body: Value| post(key, "save_full_weights_safetensors", &body);
+    for key in ["tml-one", "tml-two"] {
+        assert_eq!(post(key, "create_model", &json!({"model_id": "a"})).0, 200);
+    }
+    let (status, saved) = save("tml-one", json!({"model_id": "a", "name": "n", "dtype": "base"}));
+    let folder = server.output.path().canonicalize().unwrap().join("tenants/one/full_weights/a/n");
+    assert_eq!((status, saved["path"].as_str()), (200, folder.to_str()), "{saved}");
+    assert_eq!((&saved["dtype"], &saved["num_shards"]), (&json!("base"), &json!(1)));
+    assert_eq!(saved["xorl_path"], "xorl://a/full_weights/n");
+    let asked = server.engine.asked();
+    let Task::Save(last) = &asked.last().unwrap().task else { panic!("{asked:?}") };
+    assert_eq!((last.contents, last.overwrite), (Contents::Merged { dtype: None }, false));
+    assert_eq!(last.metadata["model_id"], "a");
+
+    // Its own tenant sees it, and is told that it is no adapter.
+    let (_, list) = post("tml-one", "list_checkpoints", &json!({"model_id": "a"}));
+    let [listed] = &list["checkpoints"].as_array().unwrap()[..] else { panic!("{list}") };
+    assert_eq!(
+        (&listed["checkpoint_id"], &listed["checkpoint_type"]),
+        (&json!("full_weights/n"), &json!("full"))
+    );
+    let path = "xorl://a/full_weights/n";
+    for (call, body) in [
+        ("load_weights", json!({"model_id": "a", "path": path})),
+        ("load_weights", json!({"model_id": "a", "path": "full_weights/n"})),
+        ("weights_info", json!({"model_id": "a", "xorl_path": path})),
+        ("create_sampling_session", json!({"model_path": path})),
+        ("save_weights", json!({"model_id": "a", "path": path})),
+    ] {
+        let (status, reply) = post("tml-one", call, &body);
+        let is_told = detail(&reply).contains("is a whole model") || call == "save_weights";
+        assert!(status == 400 && is_told, "{call}: {status} {reply}");
+    }
+    // No version of tinker's client has a word for it.
+    let tinker = [("x-stainless-package-version", "0.38.0"), ("x-stainless-lang", "python")];
+    let of_run =
+        |more: &[(&str, &str)]| send("tml-one", more, "GET", "training_runs/a/checkpoints", &json!({})).1;
+    assert_eq!(of_run(&tinker)["checkpoints"], json!([]));
+    assert_eq!(of_run(&[])["checkpoints"][0]["checkpoint_type"], "full");
+
+    // The other tenant has none, and cannot reach it by any name.
+    assert_eq!(post("tml-two", "list_checkpoints", &json!({"model_id": "a"})).1["checkpoints"], json!([]));
+    let paths =
+        [path, "full_weights/n", "full_weights/a/n", "tenants/one/full_weights/a/n", "one:a/full_weights/n"];
+    for path in paths {
+        let body = json!({"model_id": "a", "checkpoint_id": path});
+        let (status, reply) = post("tml-two", "delete_checkpoint", &body);
+        assert!([400, 404].contains(&status), "{path}: {status} {reply}");
+    }
+    for path in paths {
+        let (status, reply) = save("tml-two", json!({"model_id": "a", "name": path, "overwrite": true}));
+        let own = server.output.path().canonicalize().unwrap().join("tenants/two/full_weights/a/n");
+        assert!(status == 400 || reply["path"].as_str() == own.to_str(), "{path}: {status} {reply}");
+        let (_, list) = post("tml-one", "list_checkpoints", &json!({"model_id": "a"}));
+        assert_eq!(list["checkpoints"], json!([listed]), "{path}");
+    }
+    for name in ["n", "xorl://a/weights/n", "own/folder"] {
+        let (status, reply) = save("tml-one", json!({"model_id": "a", "name": name}));
+        assert_eq!(status, 400, "{name}: {reply}");
+    }
+    let gone =
+        post("tml-one", "delete_checkpoint", &json!({"model_id": "a", "checkpoint_id": "full_weights/n"}));
+    assert!(gone.0 == 200 && !folder.exists(), "{gone:?}");
 }
 
 #[test]

@@ -177,7 +177,7 @@ fn calls_that_are_not_served_say_so_by_name() {
     for path in [
         "/sync_inference_weights",
         "/add_inference_endpoint",
-        "/api/v1/save_full_weights_safetensors",
+        "/api/v1/wake_up",
         "/api/v1/update_serverless_weights",
     ] {
         let (status, reply) = server.send("POST", path, &[], b"{}");

@@ -25,8 +25,8 @@ use xorl_dist::{
         http::{HttpLimits, Shutdown, serve},
         keys::Keys,
         request::{
-            AdapterSpec, Answer, Engine, EngineState, Listener, ModelId, ModelState, OptimStep, PassReply,
-            Refusal, Reply, Request, SampleAnswer, SamplerState, Source, StepReply, Task, Ticket,
+            AdapterSpec, Answer, Contents, Engine, EngineState, Listener, ModelId, ModelState, OptimStep,
+            PassReply, Refusal, Reply, Request, SampleAnswer, SamplerState, Source, StepReply, Task, Ticket,
         },
     },
 };
@@ -206,7 +206,11 @@ fn reply_to(request: &Request, state: &mut EngineState) -> Answer {
             let config = json!({"peft_type": "LORA", "r": model.spec.rank, "lora_alpha": model.spec.alpha,
                 "target_modules": ["q_proj"]});
             let mut manifest = json!({});
-            for (file, value) in [("adapter_config.json", &config), ("metadata.json", &save.metadata)] {
+            let name = match save.contents {
+                Contents::Merged { .. } => "model.safetensors",
+                Contents::Adapter | Contents::Training => "adapter_config.json",
+            };
+            for (file, value) in [(name, &config), ("metadata.json", &save.metadata)] {
                 let text = value.to_string();
                 let sha256 = format!("{:x}", Sha256::digest(&text));
                 manifest[file] = json!({"size": text.len(), "sha256": sha256});

@@ -7,7 +7,7 @@ use crate::{
     comm::{CommandError, CommandReceiver, CommandSender},
     infer::step::Step,
     loss::{LossError, NamedLoss, Param},
-    server::request::{AdapterSpec, Datum, Load, ModelId, OptimStep, Save},
+    server::request::{AdapterSpec, Contents, Datum, Load, ModelId, OptimStep, Save},
 };
 use serde::{Deserialize, Serialize};
 use std::{borrow::Cow, collections::BTreeMap, path::PathBuf};
@@ -111,24 +111,24 @@ pub struct Segment<'a> {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PlainSave {
     folder: PathBuf,
-    training_state: bool,
+    contents: Contents,
     overwrite: bool,
     metadata: String,
 }
 
 impl From<&Save> for PlainSave {
     fn from(save: &Save) -> Self {
-        let Save { folder, training_state, overwrite, metadata } = save.clone();
-        Self { folder, training_state, overwrite, metadata: metadata.to_string() }
+        let Save { folder, contents, overwrite, metadata } = save.clone();
+        Self { folder, contents, overwrite, metadata: metadata.to_string() }
     }
 }
 
 impl From<&PlainSave> for Save {
     fn from(plain: &PlainSave) -> Self {
-        let PlainSave { folder, training_state, overwrite, metadata } = plain.clone();
+        let PlainSave { folder, contents, overwrite, metadata } = plain.clone();
         // Rank 0 alone writes them, from the request itself.
         let metadata = serde_json::from_str(&metadata).unwrap_or_default();
-        Self { folder, training_state, overwrite, metadata }
+        Self { folder, contents, overwrite, metadata }
     }
 }
 

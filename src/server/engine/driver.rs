@@ -6,7 +6,7 @@ mod sampling;
 use sampling::Sampling;
 
 use super::{
-    EngineOptions, IDLE,
+    EngineOptions, IDLE, LOADING, SAVING,
     check::{self, DataLimits},
     command::{self, Command, PlainLoss, PlainSave, Rows, Segment},
     handle::{Adapters, Asked, EngineHandle, Message},
@@ -25,8 +25,8 @@ use crate::{
     plan::adapter::save_bytes,
     server::{
         request::{
-            AdapterSpec, Load, ModelId, ModelState, OptimStep, Pass, PassReply, Refusal, Reply, SamplerState,
-            Save, Task, Usage,
+            AdapterSpec, Contents, Load, ModelId, ModelState, OptimStep, Pass, PassReply, Refusal, Reply,
+            SamplerState, Save, Task, Usage,
         },
         storage::Storage,
     },
@@ -314,15 +314,19 @@ impl Driver {
         let accumulated = self.known(model)?.accumulated > 0;
         self.make_room(std::slice::from_ref(model), None)?;
         let held = self.models.adapters().get(model);
-        let (optimizer, with_state) = (&self.models.defaults().optimizer, save.training_state);
-        let needed =
-            held.map_or(0, |held| save_bytes(held.plan(), optimizer, with_state, accumulated) as u64);
+        let optimizer = &self.models.defaults().optimizer;
+        let needed = match save.contents {
+            Contents::Merged { dtype } => self.models.merged_bytes(dtype)?,
+            contents => held.map_or(0, |held| {
+                save_bytes(held.plan(), optimizer, contents == Contents::Training, accumulated) as u64
+            }),
+        };
         if !self.storage.is_own(&save.folder) {
             self.storage.check(needed, "the save").map_err(|full| Refusal::User(full.to_string()))?;
         }
         let replaced = bytes_below(&save.folder);
-        let _saving = self.ranks.watcher.clone().slow("save");
         self.ranks.tell(&Command::Save { model: model.clone(), save: PlainSave::from(save) })?;
+        let _saving = self.ranks.watcher.clone().slow(SAVING);
         let reply = self.models.save(model, save)??;
         if let Reply::Saved { bytes, .. } = reply {
             self.storage.changed(replaced, bytes);
@@ -334,8 +338,8 @@ impl Driver {
         self.known(model)?;
         self.keep(model)?;
         self.make_room(std::slice::from_ref(model), None)?;
-        let _loading = self.ranks.watcher.clone().slow("load");
         self.ranks.tell(&Command::Load { model: model.clone(), load: load.clone() })?;
+        let _loading = self.ranks.watcher.clone().slow(LOADING);
         Ok(self.models.load(model, load)??)
     }
 

@@ -40,6 +40,9 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 /// Phase of a rank that waits for commands.
 const IDLE: &str = "waiting for requests";
+/// Phases of all ranks that move whole adapters or models, and may take longer than a collective.
+const SAVING: &str = "save";
+const LOADING: &str = "load";
 
 /// Settings that all adapters have in common.
 #[derive(Clone, Debug, PartialEq)]
@@ -158,6 +161,12 @@ fn follow(
         if command == Command::Stop {
             break;
         }
+        let phase = match &command {
+            Command::Save { .. } => Some(SAVING),
+            Command::Load { .. } => Some(LOADING),
+            _ => None,
+        };
+        let _slow = phase.map(|phase| watcher.slow(phase));
         models.execute(&command)?;
     }
     Ok(())

@@ -14,6 +14,7 @@ use super::{
 use crate::{
     Error, Result,
     checkpoint::state::Accumulated,
+    dtype::DType,
     infer::cache::KvCache,
     lora::{Adapter, AdapterPlan, LoraShape, Site, TargetError, targets},
     loss::{BySegment, NamedLoss, TokenLoss},
@@ -25,7 +26,8 @@ use crate::{
     optim::Settings,
     plan::AdapterMemory,
     server::{
-        request::{AdapterSpec, Load, ModelId, OptimStep, Refusal, Reply, Save, StepReply},
+        merged,
+        request::{AdapterSpec, Contents, Load, ModelId, OptimStep, Refusal, Reply, Save, StepReply},
         store::{self, Base},
     },
     session::Update,
@@ -209,11 +211,23 @@ impl Models {
         let held = self.adapters.get_mut(model).ok_or_else(|| EngineError::NoAdapter(model.clone()))?;
         let (session, trained) = held.session(model)?;
         let accumulated = Accumulated { passes: trained.accumulated, valid: trained.valid };
-        let saved = store::save(session, &self.groups, &self.base, accumulated, save);
+        let (groups, base) = (&self.groups, &self.base);
+        let saved = match save.contents {
+            Contents::Merged { dtype } => {
+                merged::save(&session.adapter, groups, base, self.model.spec(), dtype, save)
+            }
+            Contents::Adapter | Contents::Training => store::save(session, groups, base, accumulated, save),
+        };
         refused(saved.map(|saved| {
             let (folder, bytes) = saved.unwrap_or_else(|| (save.folder.clone(), 0));
             Reply::Saved { folder, bytes }
         }))
+    }
+
+    /// Bytes of the files of the merge of an adapter, about; see [`merged::bytes`].
+    pub fn merged_bytes(&self, dtype: Option<DType>) -> Result<u64, Refusal> {
+        let bytes = merged::bytes(&self.base, self.model.spec(), dtype);
+        bytes.map_err(|error| store::refusal(&error))
     }
 
     /// Loads a save into an adapter, which is as it was if that is refused. Collective.

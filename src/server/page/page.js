@@ -247,7 +247,7 @@ function sessions({ sessions: all, time }) {
 
 const dates = new Intl.DateTimeFormat(undefined, { dateStyle: 'medium', timeStyle: 'short' });
 const saved = (time) => dates.format(new Date(time));
-const KINDS = { training: 'with training state', sampler: 'for samplers', external: 'for download' };
+const KINDS = { training: 'with training state', sampler: 'for samplers', external: 'for download', full: 'whole model' };
 
 async function checkpoints() {
   const { checkpoints: all, cursor } = await call(`api/v1/checkpoints?limit=${CHECKPOINTS}`);

@@ -357,6 +357,7 @@ pub enum CheckpointType {
     Training,
     Sampler,
     External,
+    Full,
 }
 
 impl From<Kind> for CheckpointType {
@@ -365,6 +366,7 @@ impl From<Kind> for CheckpointType {
             Kind::Weights => Self::Training,
             Kind::Sampler => Self::Sampler,
             Kind::External => Self::External,
+            Kind::Full => Self::Full,
         }
     }
 }

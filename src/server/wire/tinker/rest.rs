@@ -68,10 +68,15 @@ impl Call<'_> {
 
     /// False for checkpoints of a kind that the client cannot read in a list.
     fn knows(&self, stored: &Stored) -> bool {
-        let version = self.headers.get("x-stainless-package-version").and_then(|value| value.to_str().ok());
-        let minor = version.and_then(|version| version.strip_prefix("0.")?.split('.').next()?.parse().ok());
-        stored.checkpoint.kind != Kind::External
-            || minor.is_none_or(|minor: u32| minor > LAST_WITHOUT_EXTERNAL)
+        let version = self.headers.get("x-stainless-package-version");
+        let text = version.and_then(|value| value.to_str().ok());
+        let minor = text.and_then(|version| version.strip_prefix("0.")?.split('.').next()?.parse().ok());
+        match stored.checkpoint.kind {
+            Kind::Weights | Kind::Sampler => true,
+            Kind::External => minor.is_none_or(|minor: u32| minor > LAST_WITHOUT_EXTERNAL),
+            // No version has a word for it.
+            Kind::Full => version.is_none(),
+        }
     }
 
     fn change(&self, rest: &str, change: impl FnOnce(&mut About)) -> Answer {

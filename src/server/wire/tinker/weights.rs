@@ -21,7 +21,7 @@ use crate::{
         futures::{Body, Render},
         labels::{self, About},
         paths::{self, Checkpoint, Kind},
-        request::{AdapterSpec, Load, ModelId, Reply, Save, Task},
+        request::{AdapterSpec, Contents, Load, ModelId, Reply, Save, Task},
         runs::Record,
         sessions::of_model,
     },
@@ -65,7 +65,9 @@ impl Wanted<'_> {
         let (folder, checkpoint) = place.map_err(|error| call.used_up(error))?;
         let spec = call.app.spec(call.tenant, &model)?;
         let metadata = labels::metadata(&model, Some(&spec), user_metadata, ttl_seconds);
-        let save = Save { folder, training_state: kind == Kind::Weights, overwrite, metadata };
+        let trains = kind == Kind::Weights;
+        let contents = if trains { Contents::Training } else { Contents::Adapter };
+        let save = Save { folder, contents, overwrite, metadata };
         let path = checkpoint.uri(SCHEME);
         let render = Box::new(move |reply: &Reply, _| match reply {
             Reply::Saved { bytes, .. } => Body::json(&answer(path.clone(), *bytes)),
@@ -169,6 +171,7 @@ fn create_by_load(call: &Call, body: &LoadWeights, model: &ModelId) -> Answer {
     call.once(session, number, |model| {
         let root = call.app.root(call.tenant)?;
         let (stored, about) = labels::find(&root, &body.path, model)?;
+        let stored = stored.adapter()?;
         let spec = spec_of(call, &stored, about)?;
         call.app.check_rank(spec.rank)?;
         let record = Record { spec: spec.clone(), user_metadata: body.user_metadata.as_ref().map(texts) };
@@ -196,10 +199,11 @@ fn spec_of(call: &Call, stored: &Stored, about: About) -> Result<AdapterSpec, Fa
     Ok(AdapterSpec { rank: shape.rank, alpha: shape.alpha, ..call.app.settings.adapter.clone() })
 }
 
-/// The save that a path names, by any of its forms.
+/// The saved adapter that a path names, by any of its forms.
 fn find(call: &Call, path: &str) -> Result<(Stored, About), Fault> {
     let model = ModelId::new(DEFAULT_MODEL).map_err(|error| Fault::user(error.to_string()))?;
-    Ok(labels::find(&call.app.root(call.tenant)?, path, &model)?)
+    let (stored, about) = labels::find(&call.app.root(call.tenant)?, path, &model)?;
+    Ok((stored.adapter()?, about))
 }
 
 /// Describes saved weights.

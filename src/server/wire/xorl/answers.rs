@@ -99,7 +99,7 @@ pub struct Cursor {
 pub struct Checkpoint {
     /// `weights/step_1`
     pub checkpoint_id: String,
-    /// `training` or `sampler`
+    /// `training`, `sampler`, `external` or `full`
     pub checkpoint_type: &'static str,
     pub time: String,
     pub path: String,
@@ -243,6 +243,22 @@ pub struct SaveResult<'a> {
     /// The folder on the server.
     #[schema(value_type = String)]
     pub model_path: &'a std::path::Path,
+    pub size_bytes: u64,
+}
+
+/// `save_full_weights_safetensors`
+#[derive(Serialize, ToSchema)]
+#[schema(as = xorl::FullWeights)]
+pub struct FullWeights<'a> {
+    /// The folder on the server.
+    #[schema(value_type = String)]
+    pub path: &'a std::path::Path,
+    /// As it was asked for.
+    pub dtype: &'static str,
+    /// Files of weights.
+    pub num_shards: usize,
+    /// `xorl://model/full_weights/name`
+    pub xorl_path: &'a str,
     pub size_bytes: u64,
 }
 

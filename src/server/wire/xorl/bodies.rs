@@ -1,6 +1,7 @@
 //! JSON bodies of the calls, passes apart. Fields that are not named here are ignored, for clients send others, and
 //! null counts as absent.
 
+use crate::dtype::DType;
 use serde::Deserialize;
 use utoipa::ToSchema;
 
@@ -114,6 +115,45 @@ pub struct SaveForSampler {
     pub name: String,
     /// Replace a save of the same name.
     pub overwrite: Option<bool>,
+}
+
+/// `save_full_weights_safetensors`
+#[derive(Deserialize, ToSchema)]
+#[schema(as = xorl::SaveFullWeights)]
+pub struct SaveFullWeights {
+    /// The name of the save; also read as `path`.
+    #[serde(alias = "path")]
+    #[schema(example = "full_1")]
+    pub name: String,
+    pub dtype: Option<FullDtype>,
+    /// The base that this server trains; another is refused.
+    pub base_model_path: Option<String>,
+    /// Replace a save of the same name.
+    pub overwrite: Option<bool>,
+}
+
+/// The type of the weights of a whole model; `bfloat16` where it is absent.
+#[derive(Clone, Copy, Default, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+#[schema(as = xorl::FullDtype)]
+pub enum FullDtype {
+    #[default]
+    Bfloat16,
+    Float32,
+    /// That of the base, tensor by tensor: packed where the base is.
+    Base,
+}
+
+impl FullDtype {
+    /// Its name, and the dtype of all weights.
+    pub fn of_weights(self) -> (&'static str, Option<DType>) {
+        let dtype = match self {
+            Self::Bfloat16 => DType::Bf16,
+            Self::Float32 => DType::F32,
+            Self::Base => return ("base", None),
+        };
+        (dtype.name(), Some(dtype))
+    }
 }
 
 /// `load_weights`

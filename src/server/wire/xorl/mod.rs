@@ -124,7 +124,7 @@ pub fn at_root(path: &str) -> Option<&str> {
     path.strip_prefix('/').filter(|name| AT_ROOT.contains(name))
 }
 
-static CALLS: [Served; 18] = [
+static CALLS: [Served; 19] = [
     Served::task(
         "abort_gradient_epoch",
         "Drops the gradients since the last update.",
@@ -147,7 +147,7 @@ static CALLS: [Served; 18] = [
     },
     Served::now(
         "delete_checkpoint",
-        "Deletes a saved adapter.",
+        "Deletes a saved adapter or model.",
         with_address::<bodies::DeleteCheckpoint>,
         Shape::of::<answers::Deleted>,
         weights::delete,
@@ -177,7 +177,7 @@ static CALLS: [Served; 18] = [
     },
     Served::now(
         "list_checkpoints",
-        "Lists the saved adapters of a name, newest last.",
+        "Lists what was saved of an adapter, newest last.",
         Shape::of::<Address>,
         Shape::of::<answers::Checkpoints>,
         weights::list,
@@ -194,6 +194,14 @@ static CALLS: [Served; 18] = [
         with_address::<bodies::OptimStep>,
         passes::optim_step,
     ),
+    Served {
+        name: "save_full_weights_safetensors",
+        about: "Saves the base with an adapter merged into it, as a model that needs no adapter. The answer comes when it is \
+                there; training and sampling wait meanwhile.",
+        answer: Answers::Later(weights::save_full),
+        body: Some(with_address::<bodies::SaveFullWeights>),
+        reply: Shape::of::<answers::FullWeights>,
+    },
     Served::task(
         "save_weights",
         "Saves an adapter with its training state.",
@@ -263,16 +271,12 @@ const SYNC: &str = "inference servers are not kept in step; save the weights and
 const HUB: &str = "nothing is uploaded from here; save the weights and upload the folder";
 
 /// Calls of the client that are refused, each with the reason.
-const REFUSED: [(&str, &str); 13] = [
+const REFUSED: [(&str, &str); 12] = [
     ("add_inference_endpoint", SYNC),
     ("connect_inference_endpoint", SYNC),
     ("disconnect_inference_endpoint", SYNC),
     ("list_inference_endpoints", SYNC),
     ("remove_inference_endpoint", SYNC),
-    (
-        "save_full_weights_safetensors",
-        "bases with merged adapters are not written; use save_weights, whose adapter PEFT can merge",
-    ),
     ("set_sync_quantization", SYNC),
     ("sleep", SYNC),
     ("sync_inference_weights", SYNC),
@@ -326,10 +330,20 @@ impl Call<'_> {
         task: Task,
         render: Render,
     ) -> Result<Value, Fault> {
-        let number = seq_id.map(|seq_id| (seq_id, BodyHash::of_call(self.name, self.body)));
-        let submission = Submission { tenant: self.tenant, model, call: self.name, number, task, render };
-        let request_id = self.app.submit(submission)?;
+        let request_id = self.take(model, seq_id, task, render)?;
         value(&answers::Submitted { request_id, model_id: model })
+    }
+
+    /// Submits `task` for a model; returns the id of its future.
+    fn take(
+        &self,
+        model: &ModelId,
+        seq_id: Option<i64>,
+        task: Task,
+        render: Render,
+    ) -> Result<String, Fault> {
+        let number = seq_id.map(|seq_id| (seq_id, BodyHash::of_call(self.name, self.body)));
+        self.app.submit(Submission { tenant: self.tenant, model, call: self.name, number, task, render })
     }
 }
 

@@ -17,7 +17,7 @@ use crate::server::{
     futures::{Body, Look},
     paths::Kind,
     registry::Tenant,
-    request::{AdapterSpec, ModelId, Reply, Save, Task},
+    request::{AdapterSpec, Contents, ModelId, Reply, Save, Task},
     wire::{Later, described::QueryField, iso_time},
 };
 use serde_json::{Value, json};
@@ -46,14 +46,8 @@ pub fn create(call: &Call) -> Result<Value, Fault> {
             "model_id {model}: names with ':' are of tinker's clients; leave it out"
         )));
     }
-    if let Some(base) = base_model
-        && base != settings.base_model
-        && !settings.other_names.contains(&base)
-    {
-        return Err(Fault::user(format!(
-            "base_model {base:?}: this server trains {:?}",
-            settings.base_model
-        )));
+    if let Some(base) = base_model {
+        settings.check_base("base_model", &base)?;
     }
     let (lora, own) = (lora_config.unwrap_or_default(), &settings.adapter);
     let is_rank = |rank: f64| rank >= 1.0 && rank.fract() == 0.0 && rank <= 1e6;
@@ -202,7 +196,7 @@ fn begin_kill(call: &Call) -> Result<Kill, Fault> {
     let root = call.app.root(call.tenant)?;
     let (folder, checkpoint) =
         checkpoints::to_save(&root, &format!("killed-{}", timestamp()), &model, Kind::Weights)?;
-    let save = Save { folder, training_state: true, overwrite: false, metadata: json!({}) };
+    let save = Save { folder, contents: Contents::Training, overwrite: false, metadata: json!({}) };
     let id = submit(call.app, call.tenant, &model, Task::Save(save))?;
     Ok(Kill { model, save: Some((id, checkpoint.uri("xorl"))) })
 }

@@ -2,25 +2,33 @@
 
 use super::{
     Call,
-    answers::{self, Checkpoints, Deleted, LoadResult, SaveResult, StoredInfo, StoredShape},
-    bodies::{DeleteCheckpoint, LoadWeights, SaveForSampler, SaveWeights, WeightsInfo},
+    answers::{self, Checkpoints, Deleted, FullWeights, LoadResult, SaveResult, StoredInfo, StoredShape},
+    bodies::{DeleteCheckpoint, LoadWeights, SaveForSampler, SaveFullWeights, SaveWeights, WeightsInfo},
     value,
 };
 use crate::{
+    checkpoint::saves,
     lora::LoraShape,
     server::{
         app::mismatched,
         checkpoints::{self, Stored},
         fault::Fault,
-        futures::Body,
+        futures::{Body, Look},
+        http::failed,
         labels,
         paths::Kind,
-        request::{Load, ModelId, Reply, Save, Task},
-        wire::iso_time,
+        request::{Contents, Load, ModelId, Reply, Save, Task},
+        wire::{Later, iso_time},
     },
 };
 use serde_json::Value;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    path::Path,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+/// Time for which `save_full_weights_safetensors` waits. The client gives up after half an hour.
+const FULL_TIME: Duration = Duration::from_secs(3600);
 
 /// Milliseconds since 1970, for names of saves that the client does not name.
 pub fn timestamp() -> u128 {
@@ -48,20 +56,79 @@ fn save_to(
     (path, kind): (&str, Kind),
     overwrite: Option<bool>,
 ) -> Result<Value, Fault> {
-    let spec = call.app.spec(call.tenant, model)?;
-    let root = call.app.root(call.tenant)?;
-    let (folder, checkpoint) = checkpoints::to_save(&root, path, model, kind)?;
-    let overwrite = overwrite.unwrap_or(false);
-    let metadata = labels::metadata(model, Some(&spec), None, None);
-    let save = Save { folder, training_state: kind == Kind::Weights, overwrite, metadata };
-    let uri = checkpoint.uri("xorl");
+    let contents = if kind == Kind::Weights { Contents::Training } else { Contents::Adapter };
+    let (task, uri) = task(call, model, (path, kind), contents, overwrite)?;
     let render = Box::new(move |reply: &Reply, _| match reply {
         Reply::Saved { folder, bytes } => {
             Body::json(&SaveResult { path: &uri, model_path: folder, size_bytes: *bytes })
         }
         other => mismatched(other),
     });
-    call.submit(model, seq_id, Task::Save(save), render)
+    call.submit(model, seq_id, task, render)
+}
+
+/// The task of a save to `path`, and the name under which it is listed.
+fn task(
+    call: &Call,
+    model: &ModelId,
+    (path, kind): (&str, Kind),
+    contents: Contents,
+    overwrite: Option<bool>,
+) -> Result<(Task, String), Fault> {
+    let spec = call.app.spec(call.tenant, model)?;
+    let root = call.app.root(call.tenant)?;
+    let (folder, checkpoint) = checkpoints::to_save(&root, path, model, kind)?;
+    let metadata = labels::metadata(model, Some(&spec), None, None);
+    let save = Save { folder, contents, overwrite: overwrite.unwrap_or(false), metadata };
+    Ok((Task::Save(save), checkpoint.uri("xorl")))
+}
+
+/// Saves the base with an adapter merged into it, and answers when it is there. It goes on if its client leaves.
+pub fn save_full(call: &Call) -> Result<Later, Fault> {
+    let (model, seq_id, body) = call.read()?;
+    let SaveFullWeights { name, dtype, base_model_path, overwrite } = body;
+    if let Some(base) = base_model_path {
+        call.app.settings.check_base("base_model_path", &base)?;
+    }
+    let (named, dtype) = dtype.unwrap_or_default().of_weights();
+    let (task, uri) = task(call, &model, (&name, Kind::Full), Contents::Merged { dtype }, overwrite)?;
+    let render = Box::new(move |reply: &Reply, _| match reply {
+        Reply::Saved { folder, bytes } => Body::json(&FullWeights {
+            path: folder,
+            dtype: named,
+            num_shards: shards(folder),
+            xorl_path: &uri,
+            size_bytes: *bytes,
+        }),
+        other => mismatched(other),
+    });
+    let id = call.take(&model, seq_id, task, render)?;
+    let (app, tenant) = (call.app.clone(), call.tenant.clone());
+    Ok(Box::pin(async move {
+        match app.futures.wait(&id, &tenant, Some(FULL_TIME)).await {
+            Look::Done(outcome) => {
+                let written = move || match outcome.answer() {
+                    Ok(_) => Ok(outcome.body(false)),
+                    Err(refusal) => Err(refusal.clone().into()),
+                };
+                tokio::task::spawn_blocking(written).await.map_err(failed)?
+            }
+            // A client would send what fails with 5xx again.
+            Look::Pending(place) => {
+                Err(Fault::user(format!("{}; list_checkpoints names it when it is saved", place.reason())))
+            }
+            Look::Unknown => {
+                Err(Fault::user("its result is no longer kept; list_checkpoints names what is saved"))
+            }
+        }
+    }))
+}
+
+/// Files of weights in a save.
+fn shards(folder: &Path) -> usize {
+    let files = saves::published(folder)
+        .map(|(_, manifest)| manifest.files().filter(|file| file.ends_with(".safetensors")).count());
+    files.unwrap_or(0)
 }
 
 /// Loads saved values, with the optimizer's state unless `optimizer` is false.
@@ -76,13 +143,14 @@ pub fn load(call: &Call) -> Result<Value, Fault> {
     call.submit(&model, seq_id, Task::Load(load), render)
 }
 
-/// A saved adapter as lists show it.
+/// A save as lists show it.
 pub fn listed(stored: &Stored) -> answers::Checkpoint {
     let Stored { checkpoint, time, bytes, .. } = stored;
     let checkpoint_type = match checkpoint.kind {
         Kind::Weights => "training",
         Kind::Sampler => "sampler",
         Kind::External => "external",
+        Kind::Full => "full",
     };
     answers::Checkpoint {
         checkpoint_id: checkpoint.id(),
@@ -99,7 +167,7 @@ pub fn list(call: &Call) -> Result<Value, Fault> {
     value(&Checkpoints { checkpoints: saved.iter().map(listed).collect() })
 }
 
-/// Deletes a saved adapter: `weights/n`, `weights/m/n`, or a path.
+/// Deletes a save: `weights/n`, `weights/m/n`, or a path.
 pub fn delete(call: &Call) -> Result<Value, Fault> {
     let (model, _, DeleteCheckpoint { checkpoint_id }) = call.read()?;
     let root = call.app.root(call.tenant)?;
@@ -111,7 +179,7 @@ pub fn delete(call: &Call) -> Result<Value, Fault> {
 /// Describes a saved adapter by its path.
 pub fn info(call: &Call) -> Result<Value, Fault> {
     let (model, _, WeightsInfo { xorl_path }) = call.read()?;
-    let found = checkpoints::find(&call.app.root(call.tenant)?, &xorl_path, &model)?;
+    let found = checkpoints::find(&call.app.root(call.tenant)?, &xorl_path, &model)?.adapter()?;
     let LoraShape { rank, alpha, .. } = checkpoints::describe(&found)?;
     value(&StoredInfo {
         model_id: found.checkpoint.model,
