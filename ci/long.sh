@@ -10,7 +10,7 @@
 #   ci/long.sh quickstart      the quickstart, which ends with its score
 #   ci/long.sh readme          clones what is committed and runs every command of the README in it (half an hour)
 #   ci/long.sh topologies      experts in every topology of up to 4 ranks, in every way to compute, against one rank
-#   ci/long.sh memory          what check says of SmolLM2's memory, six shapes, beside what its ranks take
+#   ci/long.sh memory          what check says of SmolLM2's memory, nine shapes, beside what its ranks take
 #   ci/long.sh watchdog        a rank of 4 killed, and a rank stopped, at 20 moments each
 #   ci/long.sh hosts           two hosts (network namespaces) against one; and their cable cut (root, Open MPI)
 #   ci/long.sh mpich           the tests of several ranks built and run with MPICH (Debian's, installed beside Open MPI)

@@ -21,7 +21,7 @@
 //! - [`data`]: sources, chat template, tokenise, pack, deterministic order, loader
 //! - [`comm`]: communicators (solo, MPI, NCCL), memory shared by the ranks of a host, launcher checks, ledger of
 //!   bytes, control mesh and watchdog
-//! - [`device`]: the device of a rank: driver, streams, memory, run-time compiler
+//! - [`device`]: the device of a rank: driver, streams, memory, run-time compiler; memory of the host
 //! - [`mesh`]: ranks to axes and every divisibility rule: pure
 //! - [`config`]: typed `run.yaml` and `server.yaml`, defaults, validation
 //! - [`console`]: text for people: counted nouns, short lists, whole lines on stderr, the bar below them

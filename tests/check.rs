@@ -77,7 +77,8 @@ fn models_of_8b_and_70b_on_8_ranks_from_their_configuration_alone() {
 fn experts_over_8_ranks_from_their_configuration_alone() {
     let folder = tempfile::tempdir().unwrap();
     let model = format!("config_path: {}", root().join("tests/fixtures/qwen3_30b_a3b").display());
-    let run = write_run(folder.path(), &model, "  expert_parallel_size: 8\n");
+    let extra = "  expert_parallel_size: 8\n  gradient_checkpointing_method: recompute_full_layer\n";
+    let run = write_run(folder.path(), &model, extra);
     let report = check(&run, 8, &[]);
     // Qwen's own count. An expert has three matrices of 768 × 2048; of 16 on all linear layers each has three adapters.
     let (frozen, of_expert, adapters) = (30_532_122_624u64, 3 * 768 * 2048, 3 * 16 * (768 + 2048));
@@ -153,6 +154,46 @@ fn every_quantised_base_is_planned_with_the_bytes_of_its_format() {
 }
 
 #[test]
+fn each_way_to_recompute_is_told_with_its_bytes_and_the_choice_fits() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = format!("config_path: {}", root().join("tests/fixtures/llama3_70b").display());
+    let run = write_run(folder.path(), &model, "");
+    let methods = ["no_recompute", "selective", "recompute_full_layer"];
+    let report = check(&run, 8, &[]);
+    let [none, selective, full] = methods.map(|method| figure(&report, &format!("{method} ")));
+    assert!(none > selective && selective > full, "{report}");
+    let free = figure(&report, "free for each rank ");
+    assert!(report.contains("   with 8 on this host\n"), "{report}");
+    let choice = report.lines().find(|line| line.starts_with("recompute: ")).unwrap();
+    assert_eq!(choice.starts_with("recompute: no_recompute; "), none <= free, "{report}");
+    assert_eq!(choice.contains(", and even so a rank may need"), full > free, "{report}");
+    for (method, expected) in methods.into_iter().zip([none, selective, full]) {
+        let report = check(&run, 8, &["--train.gradient_checkpointing_method", method]);
+        let planned = figure(&report, "sum ") + figure(&report, "copies while a step is saved ");
+        assert!(expected.abs_diff(planned * 115 / 100) < 10, "{method}: {expected}, {planned} planned");
+        assert!(report.contains(&format!("recompute: {method}, as the configuration says")), "{report}");
+    }
+}
+
+#[test]
+fn a_dry_run_says_what_check_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = format!("config_path: {}", root().join("tests/fixtures/llama3_8b").display());
+    let run = write_run(folder.path(), &model, "");
+    // What is chosen may change with free memory.
+    let given = ["--train.gradient_checkpointing_method", "selective"];
+    let output = xorl(1, &[&["--config", run.to_str().unwrap(), "--dry-run"], &given[..]].concat());
+    succeeded(&output);
+    let lasting = |report: &str| {
+        let changing = |line: &&str| !line.contains("free for each");
+        report.lines().filter(changing).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let dry = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(lasting(&dry), lasting(&check(&run, 1, &given)));
+    assert!(!folder.path().join("out").exists(), "something was written");
+}
+
+#[test]
 fn what_would_stop_a_run_stops_the_check() {
     let folder = tempfile::tempdir().unwrap();
     let model = format!("config_path: {}", root().join("tests/fixtures/llama3_8b").display());
@@ -192,23 +233,24 @@ fn copies_of_a_save_are_what_check_said() {
 #[test]
 fn mpi_memory_is_what_check_said() {
     // What takes least and what takes most.
-    memory_is_what_check_said(&[("1", "true"), ("4", "false")]);
+    memory_is_what_check_said(&[("1", "recompute_full_layer"), ("4", "no_recompute")]);
 }
 
 #[test]
 #[ignore = "minutes: ci/long.sh memory"]
 fn mpi_memory_of_every_shape_is_what_check_said() {
-    memory_is_what_check_said(&["1", "2", "4"].map(|rows| [(rows, "true"), (rows, "false")]).concat());
+    let methods = |rows| ["recompute_full_layer", "selective", "no_recompute"].map(|method| (rows, method));
+    memory_is_what_check_said(&["1", "2", "4"].map(methods).concat());
 }
 
-/// VmHWM of SmolLM2's ranks, beside what `check` said, for rows of a micro-batch with and without recompute.
+/// VmHWM of SmolLM2's ranks, beside what `check` said, for rows of a micro-batch and methods of recompute.
 fn memory_is_what_check_said(shapes: &[(&str, &str)]) {
     let model = format!("model_path: {}", root().join("models/smollm2").display());
-    for &(rows, recompute) in shapes {
+    for &(rows, method) in shapes {
         let folder = tempfile::tempdir().unwrap();
         let run = write_run(folder.path(), &model, "");
         // The second step is as large as any that follow.
-        let flag = ["--train.micro_batch_size", rows, "--train.enable_gradient_checkpointing", recompute];
+        let flag = ["--train.micro_batch_size", rows, "--train.gradient_checkpointing_method", method];
         let planned = figure(&check(&run, 2, &flag), "sum");
         let mut arguments = vec!["--config", run.to_str().unwrap()];
         arguments.extend(flag);
@@ -217,10 +259,10 @@ fn memory_is_what_check_said(shapes: &[(&str, &str)]) {
         let metrics = fs::read_to_string(folder.path().join("out/metrics.jsonl")).unwrap();
         let last: Value = serde_json::from_str(metrics.lines().last().unwrap()).unwrap();
         let ratio = last["peak_rss_bytes"].as_f64().unwrap() / planned as f64;
-        println!("{rows} × 512, recompute {recompute}: {planned} planned, {ratio:.3} of it used");
+        println!("{rows} × 512, {method}: {planned} planned, {ratio:.3} of it used");
         assert!(
             (0.85..1.15).contains(&ratio),
-            "{rows} × 512, recompute {recompute}: {planned} planned, {ratio} of it used"
+            "{rows} × 512, {method}: {planned} planned, {ratio} of it used"
         );
     }
 }

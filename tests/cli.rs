@@ -26,7 +26,7 @@ fn given(field: &str, values: &[&str]) -> Override {
 
 fn train(overrides: Vec<Override>, device: DeviceChoice) -> Invocation {
     let common = Common { overrides, device, debug: false };
-    Invocation::Command(Command::Train(Box::new(Train { config: "run.yaml".into() })), common)
+    Invocation::Command(Command::Train(Box::new(Train { config: "run.yaml".into(), dry_run: false })), common)
 }
 
 fn check(ranks: Option<usize>, overrides: Vec<Override>, device: DeviceChoice) -> Invocation {
@@ -45,6 +45,17 @@ fn train_is_the_default_command() {
     }
     for line in ["--device cpu check --config run.yaml", "check --config run.yaml --device cpu"] {
         assert_eq!(parse(line), Ok(check(None, vec![], DeviceChoice::Cpu)), "{line}");
+    }
+}
+
+#[test]
+fn a_dry_run_is_one_of_train_alone() {
+    for line in ["--config run.yaml --dry-run", "train --dry-run --config run.yaml"] {
+        let Ok(Invocation::Command(Command::Train(train), _)) = parse(line) else { panic!("{line}") };
+        assert_eq!(*train, Train { config: "run.yaml".into(), dry_run: true });
+    }
+    for line in ["--dry-run", "check --config run.yaml --dry-run", "generate --model m --chat a --dry-run"] {
+        assert!(parse(line).is_err(), "{line}");
     }
 }
 

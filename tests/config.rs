@@ -85,7 +85,7 @@ fn broken_files_are_refused_at_the_right_place() {
         (
             train("gradient_checkpointing_method: some"),
             "run.yaml:6: train.gradient_checkpointing_method:",
-            "expected recompute_full_layer, selective or no_recompute",
+            "expected auto, recompute_full_layer, selective or no_recompute",
         ),
         (lora("lora_rank: 9223372036854775807"), "run.yaml:6: lora.lora_rank:", "at most 1048576, got 9223"),
         (
@@ -594,6 +594,32 @@ fn the_schema_is_as_the_snapshot_says() {
     snapshot("schema.txt", &config::schema_table());
     for (section, field) in config::schema() {
         assert!(field.meaning.ends_with('.'), "{section}.{}: {:?} is no sentence", field.key, field.meaning);
+    }
+}
+
+/// The manuals' tables of fields stand between two comments; `XORL_UPDATE_SNAPSHOTS=1` writes them anew.
+#[test]
+fn the_manuals_have_every_field_as_its_type_says() {
+    const BEGIN: &str = "<!-- fields, made of the types in src/config -->\n\n";
+    const END: &str = "\n<!-- end of fields -->";
+    for (manual, table) in
+        [("configs/README.md", config::reference()), ("configs/server/README.md", config::server_reference())]
+    {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(manual);
+        let text = std::fs::read_to_string(&path).unwrap();
+        let (before, rest) = text.split_once(BEGIN).unwrap_or_else(|| panic!("{manual}: {BEGIN} is missing"));
+        let (kept, after) = rest.split_once(END).unwrap_or_else(|| panic!("{manual}: {END} is missing"));
+        if std::env::var_os("XORL_UPDATE_SNAPSHOTS").is_some() {
+            std::fs::write(&path, [before, BEGIN, &table, END, after].concat()).unwrap();
+        } else {
+            let lines = kept.lines().zip(table.lines());
+            let first = lines.map(|(kept, made)| format!("{kept}\n{made}")).find(|pair| {
+                let (kept, made) = pair.split_once('\n').unwrap();
+                kept != made
+            });
+            let differing = first.unwrap_or_else(|| "its length".into());
+            assert!(kept == table, "{manual} differs; run again with XORL_UPDATE_SNAPSHOTS=1\n{differing}");
+        }
     }
 }
 

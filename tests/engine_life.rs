@@ -531,6 +531,7 @@ fn mpi_worker() {
     let engine = EngineOptions {
         adapter_memory: case.memory,
         storage_limit: case.storage,
+        fits_recompute: true,
         ..common::engine::options(output(), Duration::from_millis(20))
     };
     let seen = engine::serve(&world, groups, model, engine, None, move |handle| {

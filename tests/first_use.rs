@@ -11,7 +11,7 @@ use std::{
     path::Path,
     process::{Command, Stdio},
 };
-use xorl_dist::{config::Override, data::Tokenizer, train::Run};
+use xorl_dist::{comm::FreeMemory, config::Override, data::Tokenizer, device::RankDevice, train::Run};
 
 const COLUMNS: usize = 80;
 
@@ -323,7 +323,8 @@ fn packs_are_as_long_as_the_model_takes_but_not_longer_than_2048() {
             values: vec![given.into()],
         });
         let prepared = Run::prepare(&run.at("run.yaml"), length.as_slice(), 1).unwrap();
-        let report = prepared.report(None).unwrap();
+        let free = FreeMemory::supposed(&RankDevice::host(), 1).unwrap();
+        let report = prepared.report(None, &free).unwrap();
         let line = format!("sample_packing_sequence_len: {expected}\n");
         assert!(report.contains(&line), "{longest:?} {given:?}: {report}");
     }

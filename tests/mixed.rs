@@ -159,7 +159,7 @@ fn mpi_worker() {
     let options = Options {
         vocab_chunk_rows: 300,
         loss_chunk_tokens: 7,
-        checkpointing: CheckpointingMethod::Selective,
+        checkpointing: CheckpointingMethod::Selective.into(),
         reduce: case.reduce,
         ..Options::default()
     };

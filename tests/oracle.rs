@@ -79,8 +79,13 @@ fn load(
     if directory.to_string_lossy().contains("hybrid") {
         sites = sites.into_iter().map(Site::hybrid).collect();
     }
-    let options =
-        Options { merge, vocab_chunk_rows: 400, loss_chunk_tokens: 16, checkpointing, ..Options::default() };
+    let options = Options {
+        merge,
+        vocab_chunk_rows: 400,
+        loss_chunk_tokens: 16,
+        checkpointing: checkpointing.into(),
+        ..Options::default()
+    };
     let groups = ProcessGroups::one_block(&world);
     let mut model = Transformer::new(hf.spec, options, &groups).unwrap();
     model.load(&source).unwrap();

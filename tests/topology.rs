@@ -4,9 +4,9 @@
 
 mod common;
 
-use common::topology::{self, Case, equals, equals_one_rank, fused, run};
+use common::topology::{self, Case, equals, equals_one_rank, fused, run, run_all};
 use xorl_dist::config::{
-    CheckpointingMethod::{RecomputeFullLayer, Selective},
+    CheckpointingMethod::{NoRecompute, RecomputeFullLayer, Selective},
     Optimizer::Muon,
     ReduceGradients::MicroBatch,
 };
@@ -52,6 +52,39 @@ fn mpi_four_ranks_of_which_some_are_idle_equal_one() {
         reduce: MicroBatch,
         ..Case::one()
     });
+}
+
+/// Each method, and those between them that differ by layer; what is received is as the formula says in each. The ranks
+/// see unlike memory, and agree on the least.
+#[test]
+fn mpi_recompute_changes_no_bit_and_ranks_agree_on_free_memory() {
+    for experts_over in [1, 2] {
+        let ways = [
+            (NoRecompute, 3),
+            (Selective, 2),
+            (Selective, 3),
+            (RecomputeFullLayer, 1),
+            (RecomputeFullLayer, 3),
+        ];
+        let ways = ways.map(|(checkpointing, recomputed_layers)| Case {
+            world: 2,
+            moe: experts_over > 1,
+            experts_over,
+            micro_batch_rows: 2,
+            checkpointing,
+            recomputed_layers,
+            ..Case::one()
+        });
+        let seen = run_all(&ways);
+        for (way, ranks) in ways.iter().zip(&seen) {
+            for (rank, none) in ranks.iter().zip(&seen[0]) {
+                for what in ["steps", "norms", "adapter"] {
+                    assert_eq!(rank[what], none[what], "{what} of {way:?}");
+                }
+                assert_eq!(rank["free"], 999);
+            }
+        }
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use super::{Common, Fields, RUN_FIELDS, Runnable, at_least_one, ranks::on_all_ranks};
 use crate::{
+    comm::FreeMemory,
     config,
     error::{Error, Result},
     train::Run,
@@ -50,9 +51,15 @@ impl Runnable for Check {
                 run.foresee()?;
                 Ok(run)
             },
-            |run, world| {
+            |mut run, world| {
+                let device = world.device();
+                let free = match self.ranks.filter(|&ranks| ranks != world.size()) {
+                    Some(ranks) => FreeMemory::supposed(device, ranks)?,
+                    None => FreeMemory::of_ranks(&*world.group("world", 0), device)?,
+                };
+                run.fit(&free)?;
                 if world.rank() == 0 {
-                    super::print(&run.report(world.device().memory()?)?);
+                    super::print(&run.report(device.memory()?, &free)?);
                     if let Some(rows) = self.show_samples {
                         super::print(&run.samples(rows)?);
                     }

@@ -140,6 +140,9 @@ struct Cli {
     /// The run to train: a .yaml, .yml or .json file
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Do what `check` does, and end without training
+    #[arg(long, requires = "config")]
+    dry_run: bool,
     /// Device of the ranks
     #[arg(long, global = true, value_enum, default_value_t)]
     device: DeviceChoice,
@@ -178,7 +181,7 @@ pub fn parse(args: impl IntoIterator<Item = impl Into<OsString>>) -> Result<Invo
         }
         Err(error) => return Err(usage_error(&error, serves)),
     };
-    let Cli { command, config, device, debug, version } =
+    let Cli { command, config, dry_run, device, debug, version } =
         Cli::from_arg_matches(&matches).map_err(|error| usage_error(&error, serves))?;
     let command = match (command, config) {
         _ if version => return Ok(Invocation::Version),
@@ -188,7 +191,7 @@ pub fn parse(args: impl IntoIterator<Item = impl Into<OsString>>) -> Result<Invo
         (Some(_), Some(_)) => {
             return Err(Error::Input("--config belongs after the command (see --help)".into()));
         }
-        (None, Some(config)) => Command::Train(Box::new(train::Train { config })),
+        (None, Some(config)) => Command::Train(Box::new(train::Train { config, dry_run })),
         (Some(command), None) => command,
     };
     command.check()?;

@@ -1,7 +1,8 @@
 //! The command `train`.
 
-use super::{Common, Fields, RUN_FIELDS, Runnable, ranks::on_all_ranks};
+use super::{Common, Fields, RUN_FIELDS, Runnable, check::Check, ranks::on_all_ranks};
 use crate::{
+    comm::FreeMemory,
     error::{Result, agree},
     train::{Ended, Program, Run, StopSignals},
 };
@@ -16,13 +17,19 @@ pub struct Train {
     /// The run: a .yaml, .yml or .json file
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
+    /// Do what `check` does, and end without training
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 impl Runnable for Train {
-    const USAGE: &'static str = "[train] --config <FILE>";
+    const USAGE: &'static str = "[train] --config <FILE> [--dry-run]";
     const FIELDS: Option<Fields> = Some(RUN_FIELDS);
 
     fn run(&self, common: &Common) -> Result<ExitCode> {
+        if self.dry_run {
+            return Check { config: self.config.clone(), ranks: None, show_samples: None }.run(common);
+        }
         on_all_ranks(
             common.device,
             common.debug,
@@ -34,11 +41,13 @@ impl Runnable for Train {
                 run.set_debug(common.debug);
                 run.same_on_all_ranks(&*everyone)?;
                 run.settle(&*everyone)?;
+                run.fit(&FreeMemory::of_ranks(&*everyone, world.device())?)?;
                 Ok((run, stop))
             },
             |(run, stop), world| {
                 if world.rank() == 0 {
                     tracing::info!("{}", run.summary());
+                    run.tell_recompute();
                 }
                 Ok(match run.execute(world, &stop)? {
                     Ended::Done => ExitCode::SUCCESS,

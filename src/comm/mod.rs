@@ -6,6 +6,7 @@
 //! ([`Watcher`], [`Commands`]) calls no MPI.
 
 mod control;
+mod free;
 mod hosts;
 mod instrumented;
 mod launcher;
@@ -27,6 +28,7 @@ pub use control::{
     Command, CommandError, CommandReceiver, CommandSender, Commands, Delivery, Slow,
     WINDOW as COMMAND_WINDOW, Watcher,
 };
+pub use free::{FreeMemory, of_tightest};
 pub use ledger::{Ledger, Operation, Received};
 pub use parts::Parts;
 pub use shared::{PAGE, SharedMemory};

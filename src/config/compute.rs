@@ -15,6 +15,8 @@ choices! {
 
     /// Choice of activations that are saved for backward; the others are recomputed.
     pub enum CheckpointingMethod {
+        /// The least recompute that the free memory allows.
+        Auto = "auto",
         /// Only the input of a layer is saved.
         RecomputeFullLayer = "recompute_full_layer",
         /// All but the MLP's wide activations is saved: those cost most bytes for the time that they save.
@@ -27,7 +29,7 @@ choices! {
 impl CheckpointingMethod {
     /// True if the attention block's activations are kept.
     pub fn keeps_attention(self) -> bool {
-        self != Self::RecomputeFullLayer
+        matches!(self, Self::Selective | Self::NoRecompute)
     }
 
     /// True if the MLP's activations are kept.
@@ -53,8 +55,10 @@ section! {
         /// Recompute activations in backward, as `gradient_checkpointing_method` says.
         enable_gradient_checkpointing: bool = true;
         /// `recompute_full_layer` keeps the input of each layer, `selective` also the activations of attention but not
-        /// the MLP's wide ones, `no_recompute` everything that backward needs.
-        gradient_checkpointing_method: CheckpointingMethod = CheckpointingMethod::RecomputeFullLayer;
+        /// the MLP's wide ones, `no_recompute` everything that backward needs. `auto`: the least recompute, layer by
+        /// layer, whose plan fits the memory that is free for each rank; a server keeps three quarters of the rest for
+        /// adapters and sampling. Losses are the same to the bit.
+        gradient_checkpointing_method: CheckpointingMethod = CheckpointingMethod::Auto;
         /// Free a layer's gathered weights after its forward and gather them again for backward. null: true.
         /// false: every layer is gathered once and stays.
         reshard_after_forward: bool = true => NullIsTrue;

@@ -1,4 +1,5 @@
-//! The configuration as text: the long help of the command line and a table for the schema snapshot.
+//! The configuration as text: the long help of the command line, the reference of the manuals, and a table for the
+//! schema snapshot.
 
 use super::data::DatasetArgs;
 use super::file::{self, ConfigFile};
@@ -47,6 +48,38 @@ fn help_of<C: ConfigFile>(opening: &str) -> String {
     text += "\nFields of xorl that are not built, refused unless they hold their neutral value:\n";
     text += &list(C::COMPAT.refused_names());
     text
+}
+
+/// Every field of `run.yaml` with type, default and meaning: a Markdown table for each section, which
+/// `configs/README.md` holds.
+pub fn reference() -> String {
+    reference_of::<RunConfig>()
+}
+
+/// [`reference`] of `server.yaml`, which `configs/server/README.md` holds.
+pub fn server_reference() -> String {
+    reference_of::<ServerConfig>()
+}
+
+fn reference_of<C: ConfigFile>() -> String {
+    let row = |prefix: &str, field: &FieldInfo| {
+        let FieldInfo { key, type_name, default, meaning } = field;
+        let cells = [format!("`{prefix}{key}`"), type_name.clone(), format!("`{default}`"), meaning.clone()];
+        format!("| {} |\n", cells.map(|cell| cell.replace('|', "\\|")).join(" | "))
+    };
+    let fields = file::schema::<C>();
+    let section = |section: &&str| {
+        let title = if C::IS_FLAT { String::new() } else { format!("### `{section}`\n\n") };
+        let mut text = format!("{title}| Field | Value | Default | Meaning |\n|---|---|---|---|\n");
+        for (_, field) in fields.iter().filter(|(name, _)| name == section) {
+            text += &row("", field);
+            if (*section, field.key) == ("data", "datasets") {
+                text.extend(DatasetArgs::default().fields().iter().map(|part| row("datasets[].", part)));
+            }
+        }
+        text
+    };
+    C::SECTIONS.iter().map(section).collect::<Vec<_>>().join("\n")
 }
 
 /// One line a field of `run.yaml`: name, type, default; tab-separated.

@@ -1,10 +1,11 @@
 //! The device of a rank: its choice ([`choose`], pure), its driver ([`runtime`] is the interface, [`driver`] calls
-//! CUDA), the communication stream ([`CommStream`]), staging memory ([`staging`]), kernels ([`kernels`]), and
-//! libtorch's CUDA library ([`torch`]).
+//! CUDA), the communication stream ([`CommStream`]), staging memory ([`staging`]), kernels ([`kernels`]), libtorch's
+//! CUDA library ([`torch`]), and the memory of the host ([`host`]).
 
 pub mod choose;
 mod comm_stream;
 pub mod driver;
+pub mod host;
 pub mod kernels;
 pub mod runtime;
 pub mod staging;

@@ -5,10 +5,11 @@ use super::{
     ModelSpec,
     declare::EntryForm,
     layer::LayerPlan,
+    recompute::Recompute,
     spec::{EMBEDDING, FINAL_NORM, HEAD},
 };
 use crate::{
-    config::{CheckpointingMethod, ComputeArgs, ReduceGradients},
+    config::{CheckpointingMethod::NoRecompute, ComputeArgs, ReduceGradients},
     dtype::DType,
     lora::{AdapterPlan, LoraShapes, Site},
     mesh::{Mesh, MeshError},
@@ -31,8 +32,8 @@ pub struct Options {
     pub vocab_chunk_rows: usize,
     /// Tokens whose logits exist at a time.
     pub loss_chunk_tokens: usize,
-    /// Activations kept for backward; the rest is recomputed.
-    pub checkpointing: CheckpointingMethod,
+    /// Activations that backward recomputes.
+    pub checkpointing: Recompute,
     pub reduce: ReduceGradients,
     /// Predictions of a row are the same to the bit beside any other rows, and by a sampler, by [`evaluate`] and in a
     /// pass of a policy loss, where kernels of ours compute (CPUs).
@@ -52,7 +53,7 @@ impl Default for Options {
             slots: 2,
             vocab_chunk_rows: usize::MAX,
             loss_chunk_tokens: 256,
-            checkpointing: CheckpointingMethod::NoRecompute,
+            checkpointing: NoRecompute.into(),
             reduce: ReduceGradients::Step,
             deterministic_sampling: false,
             debug: false,
@@ -71,7 +72,7 @@ impl Options {
             slots: if args.reshard_after_forward { args.ring_slots } else { spec.layers.len() },
             vocab_chunk_rows: args.vocab_chunk_rows.unwrap_or(VOCAB_CHUNK_BYTES / row_bytes).max(1),
             loss_chunk_tokens: args.loss_chunk_tokens,
-            checkpointing: args.checkpointing(),
+            checkpointing: args.checkpointing().into(),
             reduce: args.reduce_gradients,
             deterministic_sampling: false,
             debug: false,

@@ -14,6 +14,7 @@ pub mod hf_config;
 pub mod layer;
 pub mod mixer;
 pub mod quantized;
+pub mod recompute;
 pub mod rope;
 pub mod router_load;
 pub mod rows;

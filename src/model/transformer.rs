@@ -13,6 +13,7 @@ use super::{
     gathered::GatheredLayer,
     layer::{LayerPlan, LayerState},
     quantized::StepNoise,
+    recompute::Recompute,
     router_load::RouterLoad,
     rows::RowAdapters,
     sublayer::BackwardContext,
@@ -236,6 +237,11 @@ impl Transformer {
 
     pub fn options(&self) -> &Options {
         &self.options
+    }
+
+    /// Has backward recompute `recompute` from the next pass on; no result depends on it.
+    pub fn set_recompute(&mut self, recompute: Recompute) {
+        self.options.checkpointing = recompute;
     }
 
     /// Reads this rank's pieces of the base, and nothing else. Collective.
@@ -496,7 +502,7 @@ impl Transformer {
         let mut loads = Vec::new();
         let x = self.forward_layers(adapters, &batch.ids, &context, |x, mut state| {
             loads.extend(state.router_loads());
-            state.release(checkpointing);
+            state.release(checkpointing.of(kept.len()));
             kept.push((x, state));
         })?;
         self.router_load.add(&loads);

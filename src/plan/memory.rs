@@ -136,20 +136,21 @@ impl Kept {
         let shards = |layouts: &[RegionLayout]| layouts.first().map_or(1, |layout| layout.shards);
         let experts_elsewhere = shards(&base.regions.layers) > shards(&base.regions.experts);
         let (mut all, mut mixer_again, mut ffn_again) = (0, 0, 0);
-        for (layer, adapter) in base.layers.iter().zip(&adapter.layers) {
+        for (i, (layer, adapter)) in base.layers.iter().zip(&adapter.layers).enumerate() {
+            let method = options.checkpointing.of(i);
             let lora_ranks =
                 |id: ProjectionId| adapter.modules[id.index()].as_ref().map_or(0, |module| module.ranks());
             let sizes = CostSizes { element: c, lora_ranks: &lora_ranks, experts_elsewhere };
             // u, the input of the second half, is kept with the mixer.
             let mixer = layer.mixer.kept_bytes(&sizes) + spec.hidden_size * c;
             let ffn = layer.ffn.kept_bytes(&sizes);
-            if options.checkpointing.keeps_attention() {
+            if method.keeps_attention() {
                 all += mixer;
             } else {
                 all += layer.mixer.replay_bytes();
                 mixer_again = mixer.max(mixer_again);
             }
-            if options.checkpointing.keeps_mlp() {
+            if method.keeps_mlp() {
                 all += ffn;
             } else {
                 all += layer.ffn.replay_bytes();

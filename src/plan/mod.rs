@@ -5,6 +5,7 @@
 pub mod adapter;
 pub mod compute;
 pub mod memory;
+pub mod recompute;
 pub mod traffic;
 
 pub use adapter::AdapterMemory;

@@ -75,15 +75,15 @@ impl Traffic<'_> {
         moved.map(|(operation, group, bytes)| ((operation, group.to_owned()), bytes as u64)).collect()
     }
 
-    /// Bytes received by expert parallelism for one layer and a micro-batch with `rows`.
+    /// Bytes received by expert parallelism for layer `layer` and a micro-batch with `rows`.
     ///
     /// Dispatch sends the rows of x with their weights, and in backward those of dy. Combine sends those of y, and in
     /// backward those of dx with the gradients of the weights. A recompute dispatches x and weights again, without
     /// combine.
-    pub fn all_to_all(&self, rows: RoutedRows) -> usize {
+    pub fn all_to_all(&self, layer: usize, rows: RoutedRows) -> usize {
         let row = self.spec.hidden_size * self.options.compute.size();
         let weight = size_of::<f32>();
-        let again = if self.options.checkpointing.keeps_mlp() { 0 } else { row + weight };
+        let again = if self.options.checkpointing.of(layer).keeps_mlp() { 0 } else { row + weight };
         rows.received * (row + weight + again + row) + rows.sent * (row + row + weight)
     }
 

@@ -7,7 +7,7 @@ use super::{
 use crate::{
     checkpoint::base::BaseFiles,
     comm::World,
-    config::{ComputeArgs, ModelArgs, QuantArgs},
+    config::{CheckpointingMethod, ComputeArgs, ModelArgs, QuantArgs},
     data::Tokenizer,
     error::{Error, Result},
     infer::stops::SharedDecode,
@@ -137,6 +137,7 @@ impl Server {
             sampling_memory: plan.sampling_memory,
             max_positions: model.max_positions,
             storage_limit: plan.storage_limit,
+            fits_recompute: plan.compute.checkpointing() == CheckpointingMethod::Auto,
         };
         Ok(Self { plan, model, source, mesh, engine })
     }

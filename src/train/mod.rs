@@ -7,7 +7,8 @@
 //! - `merge`: periodic merges of the adapter into the base; `variants`: those of LoRA
 //! - `resume`: the start of a run, fresh or from a step; `save`: publishing of steps
 //! - `signals`: requests to stop
-//! - `report`: cost of a run, before it starts; `samples`: its rows as the model sees them
+//! - `report`: cost of a run, before it starts; `samples`: its rows as the model sees them; `recompute`: fitting it
+//!   into memory
 //! - [`metrics`]: metrics of a run; `progress`: what people see of it; `profile`: traces of steps
 
 mod identity;
@@ -17,6 +18,7 @@ pub mod metrics;
 mod output;
 mod profile;
 mod progress;
+mod recompute;
 mod report;
 mod resume;
 pub mod run;

@@ -3,6 +3,7 @@
 use super::Run;
 use crate::{
     Result,
+    comm::FreeMemory,
     console::count,
     device,
     lora::targets,
@@ -15,9 +16,7 @@ impl Run {
     pub fn plan(&self) -> Result<Plan> {
         let ((base, adapter), options) = (self.plans()?, self.options());
         let train = &self.config.train;
-        let longest = self.dataset.summary().longest_row;
-        let rows = train.micro_batch_size.min(self.dataset.rows());
-        let batch = MicroBatch { tokens: rows * longest, longest };
+        let batch = self.largest_batch();
         let micro_batches = self.micro_batches();
         let traffic = Traffic {
             spec: &self.spec,
@@ -31,7 +30,7 @@ impl Run {
         let travels = |layer| {
             let rows = self.spec.moe_of(layer).map_or(0, |moe| moe.top_k * batch.tokens);
             let elsewhere = rows * (experts_over - 1) / experts_over;
-            traffic.all_to_all(RoutedRows { received: elsewhere, sent: elsewhere })
+            traffic.all_to_all(layer, RoutedRows { received: elsewhere, sent: elsewhere })
         };
         Ok(Plan {
             frozen: self.spec.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum(),
@@ -42,13 +41,21 @@ impl Run {
             first_step: traffic.step(micro_batches, false),
             step: traffic.step(micro_batches, true),
             all_to_all: micro_batches * (0..self.spec.layers.len()).map(travels).sum::<usize>(),
-            flops_per_token: flops_per_token(&self.spec, &self.sites, &self.shapes, longest),
+            flops_per_token: flops_per_token(&self.spec, &self.sites, &self.shapes, batch.longest),
         })
     }
 
-    /// The resolved configuration, mesh, data and cost of the run, compared with the memory of a rank's `device`.
-    pub fn report(&self, device: Option<device::Memory>) -> Result<String> {
-        let (data, plan) = (self.dataset.summary(), self.plan()?);
+    /// The largest possible micro-batch.
+    pub(super) fn largest_batch(&self) -> MicroBatch {
+        let longest = self.dataset.summary().longest_row;
+        let rows = self.config.train.micro_batch_size.min(self.dataset.rows());
+        MicroBatch { tokens: rows * longest, longest }
+    }
+
+    /// The resolved configuration, mesh, data and cost of the run, compared with the memory of a rank's `device` and
+    /// with what is `free` for each.
+    pub fn report(&self, device: Option<device::Memory>, free: &FreeMemory) -> Result<String> {
+        let (data, plan, recompute) = (self.dataset.summary(), self.plan()?, self.report_recompute(free)?);
         let room = device.map_or_else(String::new, |memory| {
             let device::Memory { free, total } = memory;
             let (used, needed) = (memory.used(), plan.memory.on_device());
@@ -59,7 +66,7 @@ impl Run {
         });
         Ok(format!(
             "{}\n{}\ndata: {}, {} dropped as too long; {} of at most {}, {}, {} with loss\nsteps: {} of {}\n\
-             {plan}{room}",
+             {plan}{recompute}{room}",
             self.config.to_yaml(),
             self.mesh.table(),
             count(data.samples, "sample"),

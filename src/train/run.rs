@@ -38,6 +38,7 @@ use crate::{
         transformer::Transformer,
     },
     optim::{Optimizer, Schedule, Settings},
+    plan::recompute::Choice,
     session::Session,
     shard::ProcessGroups,
     trace::{self, Category},
@@ -85,6 +86,8 @@ pub struct Run {
     /// `{output_dir}/weights/{run_id}`
     pub(super) run_dir: PathBuf,
     pub(super) start: Start,
+    /// What backward recomputes, if the configuration leaves that open and the memory is known.
+    pub(super) choice: Option<Choice>,
     /// Held by rank 0 as long as the run lasts.
     pub(super) lock: Option<OutputLock>,
     debug: bool,
@@ -201,6 +204,7 @@ impl Run {
             total_steps,
             run_dir,
             start: Start::Fresh,
+            choice: None,
             lock: None,
             debug: false,
         })
@@ -246,7 +250,8 @@ impl Run {
         let options = Options::new(&train.compute, &self.spec, model.merge_qkv && !lora.unfuse_for_lora);
         // A step of one micro-batch accumulates nothing, so no full gradient is kept.
         let reduce = if self.micro_batches() == 1 { ReduceGradients::MicroBatch } else { options.reduce };
-        Options { reduce, debug: self.debug, ..options }
+        let checkpointing = self.choice.map_or(options.checkpointing, |choice| choice.recompute);
+        Options { checkpointing, reduce, debug: self.debug, ..options }
     }
 
     /// Micro-batches of a whole step.

@@ -72,6 +72,7 @@ pub fn options(output_dir: PathBuf, gather: Duration) -> EngineOptions {
         sampling_memory: None,
         max_positions: None,
         storage_limit: None,
+        fits_recompute: false,
     }
 }
 

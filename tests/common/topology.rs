@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use std::{collections::BTreeMap, path::Path, rc::Rc};
 use tch::{Device, Tensor};
 use xorl_dist::{
-    comm::{CommError, Communicator, Operation, Parts, Pending, Received, Reduce, World},
+    comm::{CommError, Communicator, Operation, Parts, Pending, Received, Reduce, World, of_tightest},
     config::{self, CheckpointingMethod, QuantFormat, ReduceGradients, TrainArgs},
     device::DeviceChoice,
     dtype::DType,
@@ -21,6 +21,7 @@ use xorl_dist::{
         RopeSpec,
         base_plan::{BasePlan, Options, all_projections},
         quantized::{Quantization, StepNoise},
+        recompute::Recompute,
         transformer::{Batch, Transformer},
     },
     optim::{Optimizer, Schedule, Settings},
@@ -51,6 +52,8 @@ pub struct Case {
     pub micro_batch_rows: usize,
     pub vocab_chunk_rows: usize,
     pub checkpointing: CheckpointingMethod,
+    /// So many layers have it, the others the next lighter method.
+    pub recomputed_layers: usize,
     pub merge: bool,
     pub reduce: ReduceGradients,
     pub targets: Vec<String>,
@@ -118,6 +121,7 @@ impl Case {
             micro_batch_rows: ROWS,
             vocab_chunk_rows: VOCAB,
             checkpointing: CheckpointingMethod::NoRecompute,
+            recomputed_layers: usize::MAX,
             merge: true,
             reduce: ReduceGradients::Step,
             targets: split(),
@@ -157,7 +161,7 @@ impl Case {
             slots: self.slots,
             vocab_chunk_rows: self.vocab_chunk_rows,
             loss_chunk_tokens: 7,
-            checkpointing: self.checkpointing,
+            checkpointing: Recompute::first(self.recomputed_layers, self.checkpointing),
             reduce: self.reduce,
             ..Options::default()
         }
@@ -477,7 +481,10 @@ fn train(world: &World, case: &Case) -> Value {
         let mut expected = traffic.step(count, step > 0);
         if let Some(lone) = &mut lone {
             let own = choices(lone, &trainer.session.adapter, &batches);
-            let bytes: usize = routed(&groups, &own).into_iter().map(|rows| traffic.all_to_all(rows)).sum();
+            // The first layer has no experts.
+            let layers = (1..spec.layers.len()).cycle();
+            let rows = layers.zip(routed(&groups, &own));
+            let bytes: usize = rows.map(|(layer, rows)| traffic.all_to_all(layer, rows)).sum();
             expected.insert((Operation::AllToAll, "expert".into()), bytes as u64);
         }
         let before = world.ledger().totals();
@@ -498,12 +505,14 @@ fn train(world: &World, case: &Case) -> Value {
         let squares = pieces.map(|piece| piece.gradient.square().sum(None).double_value(&[]));
         norms.push(squares.sum::<f64>().sqrt());
     }
+    // Ranks that see unlike memory, each its own.
+    let free = of_tightest(&*trainer.world, &format!("of rank {rank}"), Some(1000 - rank as u64)).unwrap();
     let adapter: Vec<Value> =
         trainer.session.adapter.whole().unwrap().into_iter().map(|(p, v)| json!([p.name, v])).collect();
     let received: BTreeMap<&str, u64> = received.iter().map(|((op, _), bytes)| (op.name(), *bytes)).collect();
     json!({
         "initial": initial, "steps": reports, "adapter": adapter, "received": received, "norms": norms,
-        "shares_memory": trainer.model.shares_memory()
+        "shares_memory": trainer.model.shares_memory(), "free": free
     })
 }
 

@@ -92,6 +92,8 @@ pub struct EngineOptions {
     pub max_positions: Option<usize>,
     /// Bytes that `output_dir` may have after a save; `None`: any.
     pub storage_limit: Option<u64>,
+    /// Recompute is chosen by the memory that is free.
+    pub fits_recompute: bool,
 }
 
 /// Runs the engine over the ranks of `groups`. `decode`: the text of tokens, which rank 0 needs for stop texts. `front`
@@ -110,7 +112,7 @@ pub fn serve<T: Send + 'static>(
 ) -> Result<Option<T>> {
     let watcher = world.watcher();
     let mut models = Models::new(model, groups, &options);
-    let room = Room::new(&models, &options)?;
+    let room = Room::new(&mut models, &options)?;
     models.open_cache(room.pages as usize);
     // Commands have deadlines; the wait for one has none.
     watcher.step(0);
@@ -120,6 +122,9 @@ pub fn serve<T: Send + 'static>(
         }
         Commands::Sender(commands) => {
             spill::clear(&options.output_dir).map_err(|error| Error::Failure(error.to_string()))?;
+            if options.fits_recompute {
+                tracing::info!("{}", models.told_of_recompute());
+            }
             tracing::info!("{}", room.told(options.defaults.rank, options.max_tokens_per_pass));
             tracing::info!("{}", room.told_of_sampling());
             let (handle, requests) = EngineHandle::new(options.max_waiting);

@@ -20,6 +20,7 @@ use crate::{
     loss::{BySegment, NamedLoss, TokenLoss},
     model::{
         base_plan::all_projections,
+        recompute::Recompute,
         transformer::{Batch, Transformer},
     },
     ops::cpu::values,
@@ -91,6 +92,17 @@ impl Models {
 
     pub fn model(&self) -> &Transformer {
         &self.model
+    }
+
+    /// Has backward recompute `recompute` from now on.
+    pub fn set_recompute(&mut self, recompute: Recompute) {
+        self.model.set_recompute(recompute);
+    }
+
+    /// What backward recomputes, for people.
+    pub fn told_of_recompute(&self) -> String {
+        let layers = self.model.spec().layers.len();
+        format!("recompute: {}", self.model.options().checkpointing.told(layers))
     }
 
     /// Settings that all adapters have in common.
