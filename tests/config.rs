@@ -273,7 +273,7 @@ fn names_of_other_trainers_are_met_with_their_equivalents() {
              lora_target_linear lora_modules_to_save peft_use_rslora num_epochs learning_rate lr_scheduler warmup_steps \
              warmup_ratio bf16 fp16 tf32 gradient_checkpointing flash_attention saves_per_epoch evals_per_epoch \
              logging_steps load_in_4bit load_in_8bit strict special_tokens chat_template deepspeed fsdp fsdp_config \
-             resume_from_checkpoint auto_resume_from_checkpoints early_stopping_patience group_by_length \
+             resume_from_checkpoint auto_resume_from_checkpoints group_by_length \
              cosine_min_lr_ratio neftune_noise_alpha hub_model_id model_type tokenizer_type trust_remote_code",
             "",
         ),
@@ -282,7 +282,7 @@ fn names_of_other_trainers_are_met_with_their_equivalents() {
             "model_name_or_path adapter_name_or_path stage do_train finetuning_type lora_target dataset dataset_dir \
              template cutoff_len max_samples overwrite_cache preprocessing_num_workers overwrite_output_dir plot_loss \
              save_only_model per_device_train_batch_size lr_scheduler_type ddp_timeout val_size eval_strategy \
-             eval_steps quantization_bit packing neat_packing mask_history train_on_prompt pure_bf16 flash_attn \
+             quantization_bit packing neat_packing mask_history train_on_prompt pure_bf16 flash_attn \
              enable_liger_kernel use_unsloth report_to additional_target create_new_adapter pissa_init",
             "",
         ),

@@ -10,7 +10,7 @@ use super::{
     steps,
 };
 use crate::{
-    config::Optimizer,
+    config::{MetricForBest, Optimizer},
     data::schedule::DataCursor,
     lora::LoraShapes,
     model::quantized::{self, Quantization},
@@ -80,10 +80,32 @@ pub struct TrainerState {
     /// Merges of adapters into the base so far. Where there is one, the base is the step's `model/`.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub merges: u64,
+    /// Evaluations so far, in runs with such.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evaluations: Option<EvaluationState>,
     #[serde(flatten)]
     pub adapter: AdapterState,
     pub schedule: Schedule,
     pub data: DataIdentity,
+}
+
+/// Evaluations of a run, as the choice of the best step and early stopping go on from them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EvaluationState {
+    pub metric: MetricForBest,
+    /// [`crate::data::Dataset::validation_fingerprint`]: values on other data are not compared.
+    pub data: String,
+    /// The best step with its value; `None` as long as no value was finite.
+    pub best: Option<BestStep>,
+    /// Evaluations in a row that were not better.
+    pub since: usize,
+}
+
+/// The step of a run with the lowest value.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BestStep {
+    pub step: usize,
+    pub value: f64,
 }
 
 fn is_zero<T: Default + PartialEq>(number: &T) -> bool {
@@ -337,6 +359,7 @@ mod tests {
             seed: 42,
             lora_dropout: 0.0,
             merges: 0,
+            evaluations: None,
             adapter: AdapterState {
                 world,
                 shards: world,

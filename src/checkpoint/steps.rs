@@ -13,6 +13,8 @@ use std::{
 };
 
 const LATEST: &str = "latest";
+/// The text file that names the step with the best evaluation.
+const BEST: &str = "best";
 /// The folder of the runs in an output directory.
 const WEIGHTS: &str = "weights";
 
@@ -51,13 +53,13 @@ pub fn newest_whole(run: &Path) -> (Option<PathBuf>, Vec<CheckpointError>) {
 }
 
 /// The steps to remove so that the `limit` newest up to `newest` stay. `newest` has just been published, and stays; so
-/// does `resumed`, the step that the run resumed from. Steps beyond `newest` are damaged ones from before a resume:
-/// they neither count nor go, and are replaced when the run reaches them.
-pub fn surplus(steps: &[usize], limit: usize, newest: usize, resumed: Option<usize>) -> Vec<usize> {
+/// do `others`: the step that the run resumed from, and the best. Steps beyond `newest` are damaged ones from before a
+/// resume: they neither count nor go, and are replaced when the run reaches them.
+pub fn surplus(steps: &[usize], limit: usize, newest: usize, others: &[usize]) -> Vec<usize> {
     let mut own: Vec<usize> = steps.iter().copied().filter(|&step| step <= newest).collect();
     own.sort_unstable_by(|a, b| b.cmp(a));
     let rest = own.into_iter().skip(limit.max(1));
-    rest.filter(|&step| step != newest && Some(step) != resumed).collect()
+    rest.filter(|step| *step != newest && !others.contains(step)).collect()
 }
 
 /// Removes all steps later than `after`, or all steps if that is `None`.
@@ -67,37 +69,87 @@ pub fn withdraw_later(run: &Path, after: Option<usize>) -> Result<(), Checkpoint
     if later.is_empty() {
         return Ok(());
     }
-    // `latest` changes before the steps go, so it never names a removed one.
+    // `latest` and `best` change before the steps go, so they never name a removed one.
+    if named(run, BEST).and_then(|path| number(&path)).is_some_and(|best| later.contains(&best)) {
+        set_best(run, None)?;
+    }
     match after.filter(|&step| directory(run, step).is_dir()) {
         Some(step) => set_latest(run, step)?,
-        None => {
-            let path = run.join(LATEST);
-            if path.exists() {
-                fs::remove_file(&path).map_err(io(&path))?;
-            }
-        }
+        None => remove(&run.join(LATEST))?,
     }
     later.into_iter().rev().try_for_each(|step| withdraw(&directory(run, step)))
 }
 
 /// Replaces the text file that names the newest step.
 pub(super) fn set_latest(run: &Path, step: usize) -> Result<(), CheckpointError> {
-    let (latest, hidden) = (run.join(LATEST), run.join(format!(".{LATEST}.tmp")));
+    name(run, LATEST, step)
+}
+
+/// Has `best` of `run` name the step with the best evaluation; `None`: there is none, and no such file. Writes nothing
+/// where that is so already.
+pub fn set_best(run: &Path, step: Option<usize>) -> Result<(), CheckpointError> {
+    match step {
+        None => remove(&run.join(BEST)),
+        Some(step) if named(run, BEST) == Some(directory(run, step)) => Ok(()),
+        Some(step) => name(run, BEST, step),
+    }
+}
+
+/// The step of `run` with the best evaluation, if there is one.
+pub fn best(run: &Path) -> Option<PathBuf> {
+    named(run, BEST).filter(|step| step.is_dir())
+}
+
+/// Replaces the text file `file` of `run`, which names a step.
+fn name(run: &Path, file: &str, step: usize) -> Result<(), CheckpointError> {
+    let (path, hidden) = (run.join(file), run.join(format!(".{file}.tmp")));
     fs::write(&hidden, format!("step_{step}\n")).map_err(io(&hidden))?;
     sync(&hidden)?;
-    fs::rename(&hidden, &latest).map_err(io(&latest))?;
+    fs::rename(&hidden, &path).map_err(io(&path))?;
     sync(run)
 }
 
-/// The adapter directory that `path` stands for: itself, the newest step of a run directory (or of its `latest`), or
-/// that of the only run of an output directory.
+/// The step that the text file `file` of `run` names.
+fn named(run: &Path, file: &str) -> Option<PathBuf> {
+    let step = fs::read_to_string(run.join(file)).ok().map(|name| run.join(name.trim()));
+    step.filter(|step| number(step).is_some())
+}
+
+fn remove(file: &Path) -> Result<(), CheckpointError> {
+    if file.exists() { fs::remove_file(file).map_err(io(file)) } else { Ok(()) }
+}
+
+/// The adapter directory that `path` stands for: itself, the newest step of a run directory (or of its `latest`), its
+/// best step behind `best`, or the newest step of the only run of an output directory. The log tells a step that `path`
+/// does not name itself.
 ///
 /// # Errors
 /// A line that names `path`, and says what would be right.
 pub fn adapter_at(path: &Path) -> Result<PathBuf, String> {
+    let step = step_at(path)?;
+    let best = step.parent().and_then(best).filter(|best| *best != step);
+    match best.as_deref().and_then(Path::file_name) {
+        _ if step == path => {}
+        None => tracing::info!("{}: {} is taken", path.display(), step.display()),
+        Some(best) => tracing::info!(
+            "{}: {} is taken, the newest; {} was better when the run evaluated: name {} for it",
+            path.display(),
+            step.display(),
+            best.display(),
+            step.with_file_name(BEST).display(),
+        ),
+    }
+    Ok(step)
+}
+
+fn step_at(path: &Path) -> Result<PathBuf, String> {
     let fault = |words: String| Err(format!("{}: {words}", path.display()));
     if path.join(CONFIG_FILE).is_file() {
         return Ok(path.to_owned());
+    }
+    if let (true, Some(run)) = (path.is_file() && path.ends_with(BEST), path.parent()) {
+        return best(run)
+            .map_or_else(|| fault("the step that it names is gone; name another, or the run".into()), Ok);
     }
     let run = match path.file_name() {
         Some(name) if name == LATEST => path.parent().unwrap_or(path),
@@ -148,8 +200,7 @@ pub fn base_of(adapter: &Path) -> Result<PathBuf, String> {
 
 /// The step that `latest` of `run` names, else its newest.
 fn newest(run: &Path) -> Option<PathBuf> {
-    let named = fs::read_to_string(run.join(LATEST)).ok().map(|name| run.join(name.trim()));
-    let named = named.filter(|step| number(step).is_some() && step.is_dir());
+    let named = named(run, LATEST).filter(|step| step.is_dir());
     named.or_else(|| published(run).last().map(|&step| directory(run, step)))
 }
 
@@ -189,6 +240,13 @@ mod tests {
         for path in [&run, &run.join("latest"), &output.path().to_owned()] {
             assert_eq!(at(path), Ok(run.join("step_2")), "{path:?}");
         }
+        set_best(&run, Some(10)).unwrap();
+        assert_eq!((at(&run.join("best")), best(&run)), (Ok(run.join("step_10")), Some(run.join("step_10"))));
+        assert_eq!(at(&run), Ok(run.join("step_2")), "the newest");
+        set_best(&run, Some(7)).unwrap();
+        assert!(at(&run.join("best")).unwrap_err().contains("is gone") && best(&run).is_none());
+        set_best(&run, None).unwrap();
+        assert!(at(&run.join("best")).unwrap_err().contains("no such folder"));
         fs::create_dir_all(output.path().join("weights/other/step_1")).unwrap();
         let error = at(output.path()).unwrap_err();
         assert!(error.contains("several runs") && error.contains("weights/other"), "{error}");
@@ -229,26 +287,31 @@ mod tests {
     #[test]
     fn surplus_steps_by_case() {
         let steps = [5, 10, 15, 20];
-        for (limit, newest, resumed, gone) in [
-            (2, 20, None, vec![10, 5]),
-            (1, 20, None, vec![15, 10, 5]),
-            (9, 20, None, vec![]),
-            (2, 20, Some(5), vec![10]),
-            (2, 20, Some(20), vec![10, 5]),
+        for (limit, newest, others, gone) in [
+            (2, 20, &[][..], vec![10, 5]),
+            (1, 20, &[], vec![15, 10, 5]),
+            (9, 20, &[], vec![]),
+            (2, 20, &[5], vec![10]),
+            (2, 20, &[20], vec![10, 5]),
+            (1, 20, &[10, 5], vec![15]),
             // 20 is a damaged one from before a resume: neither counted nor touched.
-            (1, 15, Some(10), vec![5]),
-            (2, 10, None, vec![]),
+            (1, 15, &[10], vec![5]),
+            (2, 10, &[], vec![]),
         ] {
-            assert_eq!(surplus(&steps, limit, newest, resumed), gone, "{limit} {newest} {resumed:?}");
+            assert_eq!(surplus(&steps, limit, newest, others), gone, "{limit} {newest} {others:?}");
         }
     }
 
     #[test]
     fn later_steps_go_and_latest_never_names_one_that_is_gone() {
         let run = run_of(&[5, 10, 15]);
+        set_best(run.path(), Some(15)).unwrap();
         withdraw_later(run.path(), Some(10)).unwrap();
         assert_eq!((published(run.path()), latest(run.path())), (vec![5, 10], Some("step_10\n".into())));
+        assert_eq!(best(run.path()), None);
+        set_best(run.path(), Some(5)).unwrap();
         withdraw_later(run.path(), Some(10)).unwrap();
+        assert_eq!(best(run.path()), Some(directory(run.path(), 5)));
         withdraw_later(run.path(), None).unwrap();
         assert_eq!((published(run.path()), latest(run.path())), (vec![], None));
         assert_eq!(fs::read_dir(run.path()).unwrap().count(), 0, "nothing hidden is left");
@@ -259,14 +322,15 @@ mod tests {
         fn the_newest_and_the_resumed_step_stay(
             steps in prop::collection::btree_set(0usize..30, 1..12), limit in 1usize..6,
             newest in any::<prop::sample::Index>(), resumed in any::<prop::sample::Index>(),
+            best in any::<prop::sample::Index>(),
         ) {
             let steps: Vec<usize> = steps.into_iter().collect();
-            let (newest, resumed) = (*newest.get(&steps), *resumed.get(&steps));
-            let gone = surplus(&steps, limit, newest, Some(resumed));
-            prop_assert!(!gone.contains(&newest) && !gone.contains(&resumed));
+            let [newest, resumed, best] = [newest, resumed, best].map(|index| *index.get(&steps));
+            let gone = surplus(&steps, limit, newest, &[resumed, best]);
+            prop_assert!([newest, resumed, best].iter().all(|step| !gone.contains(step)));
             let own = steps.iter().filter(|&&step| step <= newest).count();
             let left = own - gone.len();
-            prop_assert!(left >= limit.min(own) && left <= limit + 1);
+            prop_assert!(left >= limit.min(own) && left <= limit + 2);
             prop_assert!(gone.iter().all(|step| *step < newest));
         }
     }

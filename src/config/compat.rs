@@ -64,7 +64,6 @@ const PYTHON: &str = "it tunes the Python runtime, which is not used";
 pub(super) const TOPOLOGY: &str = "only data parallelism (replicate × shard) is built";
 const TEXT_ONLY: &str = "only text models are built";
 const LOCAL_DATA: &str = "data is read from local files as they are";
-const NO_EVALUATION: &str = "evaluation during training is not built";
 const ONE_DECAY: &str = "weight decay applies to the whole adapter";
 
 /// xorl's other fields of `run.yaml`.
@@ -90,7 +89,7 @@ const ACCEPTED_WITH_WARNING: &[Accepted] = &[
     hint("data.sample_packing_mp_start_method", LOADER),
     hint("data.num_dataset_shards_to_save", "the prepared data is one file"),
     hint("data.is_preprocess", "data is prepared at the start of the run"),
-    hint("data.eval_sample_packing", NO_EVALUATION),
+    hint("data.eval_sample_packing", "validation is packed as sample_packing_method says"),
     hint("train.enable_reentrant", MEMORY),
     hint("train.recompute_modules", MEMORY),
     hint("train.moe_checkpoint_method", MEMORY),
@@ -141,8 +140,6 @@ const REFUSED: &[Refused] = &[
     refused("model.train_router", &["false"], "the router is part of the frozen base"),
     refused("model.foundation", &["{}", "null"], TEXT_ONLY),
     refused("model.encoders", &["{}", "null"], TEXT_ONLY),
-    refused("data.test_datasets", &["[]", "null"], NO_EVALUATION),
-    refused("data.val_set_size", &["null", "0"], NO_EVALUATION),
     refused("data.push_dataset_to_hub", &["null"], LOCAL_DATA),
     refused("data.hf_use_auth_token", &["null", "false"], LOCAL_DATA),
     refused("data.skip_prepare_dataset", &["false", "null"], "dataset_prepared_path reuses prepared data"),

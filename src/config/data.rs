@@ -52,6 +52,11 @@ section! {
     pub struct DataArgs {
         /// Data sets to train on, at least one.
         datasets: Vec<DatasetArgs> = Vec::new() => NonEmpty;
+        /// Samples of `datasets` that validate and are never trained on, drawn by `train.seed`: a share below 1, or
+        /// their number. Equal samples, and all rows of a chat, are on one side. null or 0: none.
+        val_set_size: Option<f64> = None => NonNegative;
+        /// Data sets to validate on, listed as `datasets` are, in place of `val_set_size`. null: none.
+        test_datasets: Option<Vec<DatasetArgs>> = None;
         /// Samples longer than this are dropped with a warning (tokens). null: no limit besides the packing
         /// length.
         max_seq_len: Option<usize> = None => OneOrMore;
@@ -76,6 +81,25 @@ section! {
         /// chat: train `all` assistant turns, or the `last` one of each chat. A turn that the chat template renders
         /// differently when messages follow it becomes a row of its own.
         turns: Turns = Turns::All;
+    }
+}
+
+impl DataArgs {
+    /// True if there is something to validate on.
+    pub fn validates(&self) -> bool {
+        self.val_set_size.is_some_and(|size| size > 0.0) || !self.validation_sets().is_empty()
+    }
+
+    /// The data sets of `test_datasets`.
+    pub fn validation_sets(&self) -> &[DatasetArgs] {
+        self.test_datasets.as_deref().unwrap_or_default()
+    }
+
+    /// The problem of a `val_set_size` that is neither a share nor a number of samples.
+    pub(super) fn split_problem(&self) -> Option<Problem> {
+        let size = self.val_set_size.filter(|&size| size >= 1.0 && size.fract() != 0.0)?;
+        let words = format!("{size:?} is neither a share below 1 nor a whole number of samples");
+        Some(Problem::Conflict(words))
     }
 }
 

@@ -16,8 +16,8 @@ enum Means {
 
 use Means::{Is, Needless, Not};
 
-const NO_EVAL: &str =
-    "there is no evaluation during training; the generate command gives losses of held-out chats";
+const EVAL_STEPS: &str = " (a number of steps; 0: after each epoch)";
+const VALIDATES: &str = "data.val_set_size or data.test_datasets name what is evaluated on";
 const NO_QUANTIZED: &str = "lora.enable_qlora quantizes the base, in the format that lora.quant_format names";
 const KERNELS: &str = "kernels are chosen by the device";
 const SHARDED: &str =
@@ -94,7 +94,7 @@ const FOREIGN: &[(&str, Means)] = &[
     ("fp16", Not(MIXED)),
     ("float16", Not(MIXED)),
     ("tf32", Needless(MIXED)),
-    ("bf16_full_eval", Needless(NO_EVAL)),
+    ("bf16_full_eval", Needless("evaluations compute in the dtype of training")),
     ("load_in_4bit", Is("lora.enable_qlora", " (with quant_format: nf4)")),
     ("load_in_8bit", Not(NO_QUANTIZED)),
     ("quantization_bit", Not(NO_QUANTIZED)),
@@ -151,7 +151,7 @@ const FOREIGN: &[(&str, Means)] = &[
     ("neat_packing", Is("data.sample_packing_method", "; packed documents never attend to each other")),
     ("padding_free", Is("data.sample_packing_method", "; packed documents never attend to each other")),
     ("packing_strategy", Is("data.sample_packing_method", ": sequential, multipack or none")),
-    ("eval_packing", Needless(NO_EVAL)),
+    ("eval_packing", Needless("validation is packed as data.sample_packing_method says")),
     ("pad_to_sequence_len", Is("data.pad_to_multiple_of", " (a number of tokens, or null)")),
     ("group_by_length", Is("data.sample_packing_method", "; packs need no grouping by length")),
     ("curriculum_sampling", Is("data.shuffle_merged_datasets", ": false keeps the order of the file")),
@@ -163,22 +163,19 @@ const FOREIGN: &[(&str, Means)] = &[
     ("completion_only_loss", Is("data.train_on_inputs", " (false, the default, is completion_only_loss)")),
     ("roles_to_train", Not("loss is on the assistant's turns, or with data.train_on_inputs on all")),
     ("train_on_eos", Needless("the end of each turn is trained as the chat template writes it")),
-    ("val_size", Not(NO_EVAL)),
-    ("test_size", Not(NO_EVAL)),
-    ("eval_dataset", Not(NO_EVAL)),
-    ("eval_steps", Not(NO_EVAL)),
-    ("eval_strategy", Not(NO_EVAL)),
-    ("evaluation_strategy", Not(NO_EVAL)),
-    ("evals_per_epoch", Not(NO_EVAL)),
-    ("eval_on_start", Not(NO_EVAL)),
-    ("do_eval", Not(NO_EVAL)),
-    ("do_predict", Not(NO_EVAL)),
-    ("eval_batch_size", Not(NO_EVAL)),
-    ("per_device_eval_batch_size", Not(NO_EVAL)),
-    ("early_stopping_patience", Not(NO_EVAL)),
-    ("load_best_model_at_end", Not(NO_EVAL)),
-    ("metric_for_best_model", Not(NO_EVAL)),
-    ("predict_with_generate", Not(NO_EVAL)),
+    ("val_size", Is("data.val_set_size", "")),
+    ("test_size", Is("data.val_set_size", "")),
+    ("eval_dataset", Is("data.test_datasets", ", a list of {path: …, type: …}")),
+    ("eval_strategy", Is("train.eval_steps", EVAL_STEPS)),
+    ("evaluation_strategy", Is("train.eval_steps", EVAL_STEPS)),
+    ("evals_per_epoch", Is("train.eval_steps", EVAL_STEPS)),
+    ("do_eval", Needless(VALIDATES)),
+    ("do_predict", Not("the command eval tells loss, perplexity and exact match of an adapter")),
+    ("eval_batch_size", Is("train.micro_batch_size", ", of evaluations too")),
+    ("per_device_eval_batch_size", Is("train.micro_batch_size", ", of evaluations too")),
+    ("load_best_model_at_end", Is("train.metric_for_best", "; weights/{run_id}/best names the best step")),
+    ("metric_for_best_model", Is("train.metric_for_best", ": eval_loss or eval_perplexity")),
+    ("predict_with_generate", Not("the command eval --exact-match compares greedy answers")),
     // The run.
     ("do_train", Needless(STAGE)),
     ("stage", Needless(STAGE)),

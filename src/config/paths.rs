@@ -60,9 +60,12 @@ pub(super) fn of_model<'a>(section: &str, model: &'a ModelArgs) -> Vec<NamedPath
 /// The paths of `run.yaml`.
 pub(super) fn of_run(config: &RunConfig) -> Vec<NamedPath<'_>> {
     let RunConfig { model, data, lora, .. } = config;
-    let sets = data.datasets.iter().enumerate().filter(|(_, set)| !set.is_dummy());
-    let sets = sets.filter_map(|(i, set)| {
-        NamedPath::new(format!("data.datasets[{i}].path"), Some(&set.path), Kind::Data)
+    let lists = [("datasets", &data.datasets[..]), ("test_datasets", data.validation_sets())];
+    let sets = lists.into_iter().flat_map(|(list, sets)| {
+        let read = sets.iter().enumerate().filter(|(_, set)| !set.is_dummy());
+        read.filter_map(move |(i, set)| {
+            NamedPath::new(format!("data.{list}[{i}].path"), Some(&set.path), Kind::Data)
+        })
     });
     let adapter = NamedPath::new("lora.adapter_path", lora.adapter_path.as_deref(), Kind::Adapter);
     of_model("model", model).into_iter().chain(adapter).chain(sets).collect()
@@ -115,6 +118,8 @@ fn of_file(path: &Path, kind: Kind) -> Option<String> {
     match kind {
         Kind::Data | Kind::Keys => None,
         Kind::ModelConfig if ending == "json" => None,
+        // Files of a run's folder that name a step.
+        Kind::Adapter if path.ends_with("latest") || path.ends_with("best") => None,
         _ if ending == "gguf" => {
             Some("GGUF is not read; give the Hugging Face directory that it was made from".into())
         }

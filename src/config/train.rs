@@ -17,6 +17,14 @@ choices! {
         Cosine = "cosine",
     }
 
+    /// Result of an evaluation that says which step is best: the lowest.
+    pub enum MetricForBest {
+        /// Mean loss of a validation token.
+        EvalLoss = "eval_loss",
+        /// Its exponential.
+        EvalPerplexity = "eval_perplexity",
+    }
+
     /// Display of steps.
     pub enum LogFormat {
         /// A bar on a terminal, elsewhere a line every 10 s.
@@ -133,8 +141,20 @@ section! {
         save_steps: usize = 0;
         /// Save every this many epochs. 0: not by epochs.
         save_epochs: usize = 1;
-        /// Published steps that are kept; older ones are deleted, but never the one resumed from. null: all.
+        /// Published steps that are kept; older ones are deleted, but never the one resumed from or the best. null:
+        /// all.
         save_total_limit: Option<usize> = Some(3) => OneOrMore;
+        /// Evaluate on `data.val_set_size` or `data.test_datasets` every this many steps, and after the last. null or
+        /// 0: after each epoch.
+        eval_steps: Option<usize> = None;
+        /// Evaluate before the first step too: row 0 of metrics.jsonl. It counts neither for the best step nor for
+        /// `early_stopping_patience`.
+        eval_on_start: bool = false;
+        /// Result of evaluations by which a step is best (`eval_loss` or `eval_perplexity`, the lowest). The best step
+        /// is saved, kept beyond `save_total_limit`, and named by `weights/{run_id}/best`. null: none is.
+        metric_for_best: Option<MetricForBest> = Some(MetricForBest::EvalLoss);
+        /// End after this many evaluations in a row that were not better than the best. null: make all steps.
+        early_stopping_patience: Option<usize> = None => OneOrMore;
         /// Step directory to resume from, or `auto`: the newest whole one of this run_id, if any. null: start
         /// anew, which is refused where this run_id has steps.
         load_checkpoint_path: Option<LoadCheckpoint> = None;
@@ -150,6 +170,18 @@ section! {
         comm_timeout_s: usize = 600 => OneOrMore;
         /// Must stay false: metrics go to metrics.jsonl.
         use_wandb: bool = false;
+    }
+}
+
+impl TrainArgs {
+    /// The first field that is about evaluations and was given a meaning.
+    pub(super) fn evaluates(&self) -> Option<&'static [&'static str]> {
+        let asked: [(bool, &'static [&'static str]); 3] = [
+            (self.eval_steps.is_some_and(|steps| steps > 0), &["train.eval_steps"]),
+            (self.eval_on_start, &["train.eval_on_start"]),
+            (self.early_stopping_patience.is_some(), &["train.early_stopping_patience"]),
+        ];
+        asked.into_iter().find(|(is_asked, _)| *is_asked).map(|(_, field)| field)
     }
 }
 

@@ -39,6 +39,7 @@ pub(super) fn broken_of_run(config: &RunConfig) -> Vec<Broken> {
         broken.extend(problem.map(|problem| (fields, problem)));
     };
     found(&["model.model_path", "model.config_path"], model.missing());
+    found(&["data.val_set_size"], data.split_problem());
     found(&["train.adam_epsilon"], train::epsilon_problem(train.adam_epsilon));
     found(&["train.muon_ns_steps"], train.rule.ns_steps_problem());
     found(&["train.ulysses_parallel_size"], train.compute.sequence_problem());
@@ -72,6 +73,23 @@ pub(super) fn broken_of_run(config: &RunConfig) -> Vec<Broken> {
     rule(
         train.lr_warmup_ratio > 0.0 && train.lr_warmup_steps.is_some(),
         &["train.lr_warmup_steps", "train.lr_warmup_ratio"],
+        Problem::Conflict(words.into()),
+    );
+    let words = "names what validates, and so does data.test_datasets; remove one of them";
+    rule(
+        data.val_set_size.is_some_and(|size| size > 0.0) && !data.validation_sets().is_empty(),
+        &["data.val_set_size", "data.test_datasets"],
+        Problem::Conflict(words.into()),
+    );
+    let words = "there is nothing to evaluate on: set data.val_set_size or data.test_datasets, or remove it";
+    if let Some(field) = train.evaluates() {
+        rule(!data.validates(), field, Problem::Conflict(words.into()));
+    }
+    let words =
+        "needs train.metric_for_best, by which an evaluation is better: set it, or remove one of them";
+    rule(
+        train.early_stopping_patience.is_some() && train.metric_for_best.is_none(),
+        &["train.early_stopping_patience", "train.metric_for_best"],
         Problem::Conflict(words.into()),
     );
     let reason = "not built; metrics go to metrics.jsonl in output_dir";

@@ -7,7 +7,7 @@ use super::{
     notes::Notes,
     order,
     pack::pack,
-    prepared, source,
+    prepared, source, split,
     store::RowStore,
     tokenized::{Sample, parse_tokenized},
     tokenizer::Encoded,
@@ -20,6 +20,7 @@ use crate::{
 };
 use sha2::{Digest, Sha256};
 use std::{
+    collections::BTreeSet,
     fs::File,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
@@ -59,6 +60,7 @@ pub struct Summary {
 pub struct Dataset {
     store: RowStore,
     summary: Summary,
+    validation: Option<Prepared>,
     fingerprint: String,
     seed: u64,
     shuffle: bool,
@@ -66,10 +68,16 @@ pub struct Dataset {
     order: Mutex<Option<(usize, Arc<[usize]>)>>,
 }
 
+/// Rows with their counts.
+type Prepared = (RowStore, Summary);
+
 /// Everything besides the files that rows depend on.
+#[derive(Clone, Copy)]
 struct Recipe<'a> {
     args: &'a DataArgs,
-    text: Option<(Tokenizer, ChatTemplate)>,
+    /// Data sets before the first of `args`.
+    earlier: usize,
+    text: Option<&'a (Tokenizer, ChatTemplate)>,
     vocab_size: usize,
     pad_id: i64,
     seed: u64,
@@ -108,7 +116,8 @@ impl Dataset {
         if args.datasets.is_empty() {
             return Err(DataError::NoDatasets);
         }
-        let text = match args.datasets.iter().find(|entry| is_chat(entry)) {
+        let all = || args.datasets.iter().chain(args.validation_sets());
+        let text = match all().find(|entry| is_chat(entry)) {
             None => None,
             Some(entry) => {
                 let dir = tokenizer_dir.ok_or_else(|| DataError::NoTokenizer { path: entry.path.clone() })?;
@@ -124,7 +133,7 @@ impl Dataset {
                 Some((Tokenizer::load(dir)?, template))
             }
         };
-        for entry in args.datasets.iter().filter(|entry| !is_dummy(entry)) {
+        for entry in all().filter(|entry| !is_dummy(entry)) {
             let left_out = source::left_out(&entry.path);
             if !left_out.is_empty() {
                 let names = first_of(&left_out);
@@ -134,22 +143,22 @@ impl Dataset {
                 );
             }
         }
-        let recipe = Recipe { args, text, vocab_size, pad_id, seed, inputs };
-        let (store, summary) = match &args.dataset_prepared_path {
-            None => recipe.build()?,
-            Some(folder) => recipe.prepared(folder)?,
-        };
-        if summary.dropped > 0 {
-            let (limit, field) = limit(args);
-            tracing::warn!(
-                "dropped {} of {} samples: longer than {limit} tokens ({field})",
-                summary.dropped,
-                summary.samples + summary.dropped
-            );
-        }
-        for (entry, remark) in &summary.remarks {
-            let path = args.datasets.get(*entry).map(|entry| entry.path.display().to_string());
-            tracing::warn!("{}: {remark}", path.unwrap_or_default());
+        let recipe = Recipe { args, earlier: 0, text: text.as_ref(), vocab_size, pad_id, seed, inputs };
+        let ((store, summary), mut validation) = recipe.rows()?;
+        warn_of(args, &summary);
+        if !args.validation_sets().is_empty() {
+            // In the order of the files.
+            let own = DataArgs {
+                datasets: args.validation_sets().to_vec(),
+                test_datasets: None,
+                shuffle_merged_datasets: false,
+                shuffle_before_merging_datasets: false,
+                ..args.clone()
+            };
+            let recipe = Recipe { args: &own, earlier: args.datasets.len(), ..recipe };
+            let (rows, _) = recipe.rows()?;
+            warn_of(&own, &rows.1);
+            validation = Some(rows);
         }
         let mut hash = Sha256::new();
         hash.update(store.digest());
@@ -157,7 +166,7 @@ impl Dataset {
         hash.update([u8::from(args.shuffle_merged_datasets)]);
         let fingerprint = format!("{:x}", hash.finalize());
         let shuffle = args.shuffle_merged_datasets;
-        Ok(Self { store, summary, fingerprint, seed, shuffle, order: Mutex::new(None) })
+        Ok(Self { store, summary, validation, fingerprint, seed, shuffle, order: Mutex::new(None) })
     }
 
     /// Rows of an epoch.
@@ -175,6 +184,29 @@ impl Dataset {
     /// Counts for the user.
     pub fn summary(&self) -> &Summary {
         &self.summary
+    }
+
+    /// Rows that validate.
+    pub fn validation_rows(&self) -> usize {
+        self.validation.as_ref().map_or(0, |(store, _)| store.rows())
+    }
+
+    /// The row at `index` of those that validate, always in the same order.
+    pub fn validation_row(&self, index: usize) -> Result<Row, DataError> {
+        let row = self.validation.as_ref().and_then(|(store, _)| store.row(index));
+        row.ok_or_else(|| DataError::DataCursor { epoch: 0, position: index, rows: self.validation_rows() })
+    }
+
+    /// Counts of the rows that validate.
+    pub fn validation_summary(&self) -> Option<&Summary> {
+        self.validation.as_ref().map(|(_, summary)| summary)
+    }
+
+    /// A hash of the rows that validate, empty where there are none.
+    pub fn validation_fingerprint(&self) -> String {
+        let digest =
+            |(store, _): &Prepared| store.digest().iter().map(|byte| format!("{byte:02x}")).collect();
+        self.validation.as_ref().map(digest).unwrap_or_default()
     }
 
     /// A hash of all rows and their order in all epochs: equal on ranks, and before and after a resume, exactly
@@ -198,19 +230,46 @@ impl Dataset {
 }
 
 impl Recipe<'_> {
+    /// The rows to train on, and those of them that `val_set_size` takes away.
+    fn rows(&self) -> Result<(Prepared, Option<Prepared>), DataError> {
+        match &self.args.dataset_prepared_path {
+            None => self.build(),
+            Some(folder) => self.prepared(folder),
+        }
+    }
+
+    /// The share or number of samples that validate.
+    fn val_set_size(&self) -> Option<f64> {
+        self.args.val_set_size.filter(|&size| size > 0.0 && self.earlier == 0)
+    }
+
     /// The rows of an earlier run with the same inputs, otherwise rows built now and kept there.
-    fn prepared(&self, folder: &Path) -> Result<(RowStore, Summary), DataError> {
-        let path = prepared::file(folder, &self.key()?);
-        match prepared::read(&path) {
-            Ok(Some(found)) => return Ok(found),
-            Ok(None) => {}
-            Err(reason) => tracing::warn!("{}: damaged ({reason}); preparing the data again", path.display()),
+    fn prepared(&self, folder: &Path) -> Result<(Prepared, Option<Prepared>), DataError> {
+        let key = self.key()?;
+        let [path, beside] = [key.clone(), key + "-validation"].map(|key| prepared::file(folder, &key));
+        let found = |path: &Path| {
+            prepared::read(path).unwrap_or_else(|reason| {
+                tracing::warn!("{}: damaged ({reason}); preparing the data again", path.display());
+                None
+            })
+        };
+        match (found(&path), self.val_set_size()) {
+            (Some(rows), None) => return Ok((rows, None)),
+            (Some(rows), Some(_)) => {
+                if let Some(validation) = found(&beside) {
+                    return Ok((rows, Some(validation)));
+                }
+            }
+            (None, _) => {}
         }
-        let (rows, summary) = self.build()?;
-        if let Err(error) = prepared::write(&path, &rows, &summary) {
-            tracing::warn!("{}: could not keep the prepared data: {error}", path.display());
+        let (rows, validation) = self.build()?;
+        let all = [Some((&path, &rows)), validation.as_ref().map(|rows| (&beside, rows))];
+        for (path, (store, summary)) in all.into_iter().flatten() {
+            if let Err(error) = prepared::write(path, store, summary) {
+                tracing::warn!("{}: could not keep the prepared data: {error}", path.display());
+            }
         }
-        Ok((rows, summary))
+        Ok((rows, validation))
     }
 
     /// SHA-256 over all that the rows depend on.
@@ -234,7 +293,13 @@ impl Recipe<'_> {
             self.inputs,
         );
         hash.update(options);
-        if let Some((tokenizer, template)) = &self.text {
+        if let Some(size) = self.val_set_size() {
+            hash.update(format!("validation {size:?}"));
+        }
+        if self.earlier > 0 {
+            hash.update(format!("behind {} data sets", self.earlier));
+        }
+        if let Some((tokenizer, template)) = self.text {
             hash.update(tokenizer.digest());
             template.hash_into(&mut hash);
         }
@@ -252,8 +317,9 @@ impl Recipe<'_> {
         Ok(format!("{:x}", hash.finalize()))
     }
 
-    fn build(&self) -> Result<(RowStore, Summary), DataError> {
+    fn build(&self) -> Result<(Prepared, Option<Prepared>), DataError> {
         let (mut samples, mut sizes, mut dropped) = (RowStore::default(), Vec::new(), 0);
+        let mut records = Vec::new();
         let (mut remarks, (limit, field)) = (Vec::new(), limit(self.args));
         for (index, entry) in self.args.datasets.iter().enumerate() {
             let (before, mut notes) = (samples.rows(), Notes::default());
@@ -262,10 +328,10 @@ impl Recipe<'_> {
                 if let Some(input) = required {
                     return Err(DataError::DummyInput { input });
                 }
-                self.add_dummy(index, entry, &mut samples)?;
+                self.add_dummy(index, entry, &mut samples, &mut records)?;
                 0
             } else {
-                self.add_files(entry, limit, &mut samples, &mut notes)?
+                self.add_files(entry, limit, &mut samples, &mut records, &mut notes)?
             };
             if samples.rows() == before && dropped_here == 0 {
                 let remedy =
@@ -289,17 +355,35 @@ impl Recipe<'_> {
             return Err(DataError::AllDropped { samples: dropped, limit, field });
         }
         let (each, merged) = (self.args.shuffle_before_merging_datasets, self.args.shuffle_merged_datasets);
-        let order = order::sample_order(self.seed, &sizes, each, merged);
-        let (store, padding_tokens) = self.pack(&samples, &order)?;
+        let mut order = order::sample_order(self.seed, &sizes, each, merged);
+        let mut validation = None;
+        if let Some(size) = self.val_set_size() {
+            let different = records.iter().collect::<BTreeSet<_>>().len();
+            let refused = DataError::Split { size, records: different };
+            let Some(drawn) = split::validating(self.seed, &records, size) else { return Err(refused) };
+            order.retain(|&sample| !drawn[sample]);
+            let own: Vec<usize> = (0..samples.rows()).filter(|&sample| drawn[sample]).collect();
+            let (store, summary) = self.counted(&samples, &own)?;
+            if summary.valid_tokens == 0 {
+                return Err(refused);
+            }
+            validation = Some((store, summary));
+        }
+        let (store, summary) = self.counted(&samples, &order)?;
+        Ok(((store, Summary { dropped, remarks, ..summary }), validation))
+    }
+
+    /// Rows of the samples in `order`, with their counts.
+    fn counted(&self, samples: &RowStore, order: &[usize]) -> Result<Prepared, DataError> {
+        let (store, padding_tokens) = self.pack(samples, order)?;
         let summary = Summary {
-            samples: samples.rows(),
-            dropped,
+            samples: order.len(),
             rows: store.rows(),
             tokens: store.arrays()[0].len(),
             padding_tokens,
             valid_tokens: store.valid_tokens(),
             longest_row: (0..store.rows()).map(|row| store.row_length(row)).max().unwrap_or(0),
-            remarks,
+            ..Summary::default()
         };
         Ok((store, summary))
     }
@@ -334,6 +418,7 @@ impl Recipe<'_> {
         entry: &DatasetArgs,
         limit: usize,
         samples: &mut RowStore,
+        records: &mut Vec<u64>,
         notes: &mut Notes,
     ) -> Result<usize, DataError> {
         let mut dropped = 0;
@@ -352,11 +437,13 @@ impl Recipe<'_> {
                         self.encode_chat(line, notes)?
                     }
                 };
+                let record = split::record(&found);
                 for sample in found {
                     if sample.tokens.len() > limit {
                         dropped += 1;
                     } else {
                         samples.push_sample(&sample);
+                        records.push(record);
                     }
                 }
                 Ok(())
@@ -368,7 +455,7 @@ impl Recipe<'_> {
     /// The rows of a chat as tokens; labels are on what the assistant said, or everywhere if `train_on_inputs`.
     fn encode_chat(&self, line: &[u8], notes: &mut Notes) -> Result<Vec<Sample>, LineProblem> {
         let chat = parse_chat(line, notes)?;
-        let Some((tokenizer, template)) = &self.text else {
+        let Some((tokenizer, template)) = self.text else {
             return Err(LineProblem::Tokenize("no tokenizer was given".into()));
         };
         for (index, message) in chat.messages.iter().enumerate() {
@@ -408,7 +495,13 @@ impl Recipe<'_> {
         Ok(Sample::whole(tokens, labels))
     }
 
-    fn add_dummy(&self, index: usize, entry: &DatasetArgs, samples: &mut RowStore) -> Result<(), DataError> {
+    fn add_dummy(
+        &self,
+        index: usize,
+        entry: &DatasetArgs,
+        samples: &mut RowStore,
+        records: &mut Vec<u64>,
+    ) -> Result<(), DataError> {
         let pack = self.args.sample_packing_sequence_len;
         let length = self.args.max_seq_len.map_or(pack, |max| match self.args.sample_packing_method {
             PackingMethod::None => max,
@@ -417,14 +510,31 @@ impl Recipe<'_> {
         if length == 0 || self.vocab_size == 0 {
             return Err(DataError::DummyShape { path: entry.path.clone() });
         }
-        let stream = Stream::new(self.seed, &format!("data.dummy.{index}"));
+        let stream = Stream::new(self.seed, &format!("data.dummy.{}", self.earlier + index));
         for sample in 0..entry.num_samples.unwrap_or(DUMMY_SAMPLES) {
             let id = |at: usize| stream.below((sample * length + at) as u64, self.vocab_size as u64) as u32;
             let tokens: Vec<u32> = (0..length).map(id).collect();
             samples.begin_row();
             samples.push_labelled(&tokens, tokens.iter().map(|&token| i64::from(token)));
+            records.push(records.len() as u64);
         }
         Ok(())
+    }
+}
+
+/// Tells what the user may not expect of the rows of `args`.
+fn warn_of(args: &DataArgs, summary: &Summary) {
+    if summary.dropped > 0 {
+        let (limit, field) = limit(args);
+        tracing::warn!(
+            "dropped {} of {} samples: longer than {limit} tokens ({field})",
+            summary.dropped,
+            summary.samples + summary.dropped
+        );
+    }
+    for (entry, remark) in &summary.remarks {
+        let path = args.datasets.get(*entry).map(|entry| entry.path.display().to_string());
+        tracing::warn!("{}: {remark}", path.unwrap_or_default());
     }
 }
 

@@ -19,6 +19,11 @@ pub enum DataError {
     Empty { path: PathBuf, remedy: &'static str },
     #[error("all {samples} samples are longer than {limit} tokens: raise {field} or shorten the data")]
     AllDropped { samples: usize, limit: usize, field: &'static str },
+    #[error(
+        "data.val_set_size: {size} of {records} different samples leaves none to train or none with a loss to validate; \
+         choose another size, or give data.test_datasets"
+    )]
+    Split { size: f64, records: usize },
     #[error("{}: `dummy` needs a vocabulary of at least 1 and samples of at least 1 token", path.display())]
     DummyShape { path: PathBuf },
     #[error("`dummy` has no {input}, which train.loss_fn reads; give rows of type tokenized")]

@@ -22,6 +22,7 @@ mod prompt;
 pub mod schedule;
 mod source;
 mod special_tokens;
+mod split;
 mod store;
 mod tokenized;
 mod tokenizer;

@@ -19,7 +19,7 @@ pub struct Identity {
     config: String,
     /// [`quantized::digest`]
     model: String,
-    /// [`crate::data::Dataset::fingerprint`]
+    /// [`crate::data::Dataset::fingerprint`], and that of the rows that validate.
     data: String,
 }
 
@@ -57,7 +57,7 @@ impl Run {
     }
 
     fn identity(&self) -> Result<Identity> {
-        let data = self.dataset.fingerprint().to_owned();
+        let data = self.dataset.fingerprint().to_owned() + &self.dataset.validation_fingerprint();
         Ok(Identity::new(self.config.to_yaml(), self.base_digest()?, data))
     }
 }

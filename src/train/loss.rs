@@ -68,6 +68,16 @@ impl RowLoss {
     }
 }
 
+impl RowLoss {
+    /// `rows` that validate, flat: with their cross-entropy, whatever the loss of the run.
+    pub fn evaluated(&self, rows: &[Row], pad: i64, device: Device) -> Result<MicroBatch> {
+        if self.loss.is_plain() {
+            return self.micro_batch(rows, pad, None, device);
+        }
+        Ok(batch(rows, pad, device).into())
+    }
+}
+
 impl Run {
     /// Keys of the tokens of this rank's `rows` of a step, by micro-batch, where the adapter has a dropout. `all`: the
     /// step's rows by their places in the epoch.

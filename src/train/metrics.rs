@@ -1,7 +1,8 @@
-//! Metrics of a run: `metrics.jsonl` (a line a step), progress on a terminal or in lines, and `training_metrics.json`
-//! at the end. Rank 0 writes; the other ranks hold a [`Metrics`] that does nothing.
+//! Metrics of a run: `metrics.jsonl` (a line a step, with the evaluation after it if there was one; row 0 is an
+//! evaluation before the first step), progress on a terminal or in lines, and `training_metrics.json` at the end.
+//! Rank 0 writes; the other ranks hold a [`Metrics`] that does nothing.
 
-use super::{StepReport, progress::Progress};
+use super::{Evaluation, StepReport, progress::Progress};
 use crate::{
     comm::{Ledger, Operation, Received},
     config::LogFormat,
@@ -9,7 +10,7 @@ use crate::{
     error::{Error, Result},
     model::router_load::RouterReport,
 };
-use serde_json::json;
+use serde_json::{Map, Value, json};
 use std::{
     collections::BTreeMap,
     fs::File,
@@ -39,6 +40,8 @@ pub struct StepMetrics<'a> {
     pub device_memory_bytes: Option<u64>,
     /// Bytes that this rank's collectives have received in the step.
     pub received: Received,
+    /// The evaluation after the step, whose time and bytes are none of the step's.
+    pub evaluation: Option<Evaluation>,
 }
 
 /// Rank 0's files in output_dir and its lines on stdout; nothing on other ranks.
@@ -57,6 +60,26 @@ pub struct Metrics {
 struct History {
     losses: Vec<Option<f64>>,
     grad_norms: Vec<Option<f64>>,
+    /// Steps that were evaluated, 0 before the first, with the keys of their rows.
+    evaluations: Vec<Value>,
+}
+
+/// Keys of an evaluation in the row of its step.
+const EVALUATION: [&str; 3] = ["eval_loss", "eval_perplexity", "eval_tokens"];
+
+/// Adds `evaluation` to the `row` of its step.
+fn add(row: &mut Map<String, Value>, evaluation: &Evaluation) {
+    let Evaluation { loss, tokens, seconds } = *evaluation;
+    let values = [json!(loss), json!(evaluation.perplexity()), json!(tokens)];
+    row.extend(EVALUATION.map(str::to_owned).into_iter().zip(values));
+    row.insert("eval_seconds".into(), json!(seconds));
+}
+
+/// The step and the results of an evaluated `row`, for the summary.
+fn results(row: &Value) -> Option<Value> {
+    let results = EVALUATION.map(|key| (key.to_owned(), row[key].clone())).into_iter();
+    let all = [("step".to_owned(), row["step"].clone())].into_iter().chain(results);
+    row.get("eval_tokens").map(|_| all.collect::<Map<_, _>>().into())
 }
 
 impl Metrics {
@@ -104,11 +127,30 @@ impl Metrics {
         synced.map_err(|error| fault(&self.output.join(METRICS_FILE), &error))
     }
 
+    /// Adds the evaluation before the first step, as row 0.
+    pub fn before_first_step(&mut self, evaluation: &Evaluation) -> Result<()> {
+        let mut row = Map::from_iter([("step".to_owned(), json!(0))]);
+        add(&mut row, evaluation);
+        self.write(row.into())
+    }
+
+    /// Writes a row, with what the summary needs of its evaluation.
+    fn write(&mut self, row: Value) -> Result<()> {
+        let Some(file) = &mut self.file else { return Ok(()) };
+        // A kill leaves whole lines, as each is one write.
+        file.write_all(format!("{row}\n").as_bytes())
+            .map_err(|error| fault(&self.output.join(METRICS_FILE), &error))?;
+        self.history.evaluations.extend(results(&row));
+        Ok(())
+    }
+
     /// Adds a step.
     pub fn step(&mut self, step: &StepMetrics) -> Result<()> {
-        let Some(file) = &mut self.file else { return Ok(()) };
+        if self.file.is_none() {
+            return Ok(());
+        }
         let StepMetrics { step: number, epoch, report, seconds, peak_rss_bytes: peak, .. } = *step;
-        let mut comm = serde_json::Map::new();
+        let mut comm = Map::new();
         for ((operation, group), bytes) in &step.received {
             comm.insert(format!("{}/{group}", operation.name()), (*bytes).into());
         }
@@ -127,9 +169,10 @@ impl Metrics {
             line["router"] =
                 json!({"max_over_mean": max_over_mean, "entropy": entropy, "aux_loss": aux_loss});
         }
-        // A kill leaves whole lines, as each is one write.
-        file.write_all(format!("{line}\n").as_bytes())
-            .map_err(|error| fault(&self.output.join(METRICS_FILE), &error))?;
+        if let (Some(evaluation), Some(row)) = (&step.evaluation, line.as_object_mut()) {
+            add(row, evaluation);
+        }
+        self.write(line)?;
         match report.loss {
             None => tracing::warn!("step {number} has no valid token: nothing was updated"),
             Some(_) if !report.non_finite.is_empty() => {
@@ -162,31 +205,36 @@ impl Metrics {
             return Ok(());
         }
         drop(self.progress);
-        let History { losses, grad_norms } = self.history;
+        let History { losses, grad_norms, evaluations } = self.history;
         let last = losses.iter().flatten().last();
-        let summary = json!({"global_step": self.done, "total_train_steps": self.total_steps,
+        let mut summary = json!({"global_step": self.done, "total_train_steps": self.total_steps,
             "final_loss": last, "loss_history": losses, "grad_norm_history": grad_norms});
+        if !evaluations.is_empty() {
+            summary["evaluations"] = evaluations.into();
+        }
         let path = self.output.join(SUMMARY_FILE);
         std::fs::write(&path, summary.to_string()).map_err(|error| fault(&path, &error))
     }
 }
 
-/// Reads the lines of `text` up to `step`: their length in bytes, the last step among them (0: none), and their
-/// history. A torn or foreign line ends them.
+/// Reads the lines of `text` up to `step`: their length in bytes, the last step among them (0: none, or the evaluation
+/// before the first), and their history. A torn or foreign line ends them.
 fn lines_up_to(step: usize, text: &[u8]) -> (usize, usize, History) {
-    let (mut length, mut last, mut history) = (0, 0, History::default());
+    let (mut length, mut last, mut history) = (0, None, History::default());
     for line in text.split_inclusive(|&byte| byte == b'\n') {
-        let Ok(json) = serde_json::from_slice::<serde_json::Value>(line) else { break };
+        let Ok(json) = serde_json::from_slice::<Value>(line) else { break };
         let number = json["step"].as_u64().and_then(|number| usize::try_from(number).ok());
-        match number.filter(|&number| number > last && number <= step && line.ends_with(b"\n")) {
-            Some(number) => last = number,
-            None => break,
-        }
+        let is_next = |&number: &usize| Some(number) > last && number <= step && line.ends_with(b"\n");
+        let Some(number) = number.filter(is_next) else { break };
+        last = Some(number);
         length += line.len();
-        history.losses.push(json["loss"].as_f64());
-        history.grad_norms.push(json["loss"].as_f64().and(json["grad_norm"].as_f64()));
+        history.evaluations.extend(results(&json));
+        if number > 0 {
+            history.losses.push(json["loss"].as_f64());
+            history.grad_norms.push(json["loss"].as_f64().and(json["grad_norm"].as_f64()));
+        }
     }
-    (length, last, history)
+    (length, last.unwrap_or(0), history)
 }
 
 /// Opens `path` for writing behind its first `length` bytes; the rest is cut off.
@@ -235,6 +283,9 @@ mod tests {
             (lines(1..=2) + line(3).trim_end(), lines(1..=2), vec![0.5, 1.0]),
             (lines(1..=1) + "\0\0\n" + &line(3), lines(1..=1), vec![0.5]),
             (lines(1..=2) + &line(1), lines(1..=2), vec![0.5, 1.0]),
+            // The evaluation before the first step.
+            (line(0) + &lines(1..=4), lines(0..=3), vec![0.5, 1.0, 1.5]),
+            (line(0) + &line(0), line(0), vec![]),
             ("{\"step\":\"x\"}\n".into(), String::new(), vec![]),
             (String::new(), String::new(), vec![]),
         ] {
@@ -270,6 +321,10 @@ mod tests {
                 let received = Received::new();
                 let report = &report;
                 let (seconds, phases) = (1.0, BTreeMap::new());
+                let evaluation = (step % 2 == 0).then_some(Evaluation { loss: 1.0, tokens: 3, seconds });
+                if step == 1 {
+                    metrics.before_first_step(&Evaluation { loss: 2.0, tokens: 3, seconds }).unwrap();
+                }
                 metrics
                     .step(&StepMetrics {
                         step,
@@ -280,6 +335,7 @@ mod tests {
                         peak_rss_bytes: 0,
                         device_memory_bytes: None,
                         received,
+                        evaluation,
                     })
                     .unwrap();
             }
@@ -288,11 +344,17 @@ mod tests {
         write(None, 1..=3);
         write(Some(2), 3..=4);
         let text = std::fs::read_to_string(output.path().join(METRICS_FILE)).unwrap();
-        let steps = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
-        assert_eq!(steps.map(|line| line["step"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2, 3, 4]);
+        let steps = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let rows: Vec<Value> = steps.collect();
+        let told = |row: &Value| (row["step"].as_u64().unwrap(), row["eval_loss"].as_f64());
+        let expected = [(0, Some(2.0)), (1, None), (2, Some(1.0)), (3, None), (4, Some(1.0))];
+        assert_eq!(rows.iter().map(told).collect::<Vec<_>>(), expected);
+        assert_eq!(rows[2]["eval_perplexity"], 1f64.exp());
         let summary = std::fs::read_to_string(output.path().join(SUMMARY_FILE)).unwrap();
-        let summary: serde_json::Value = serde_json::from_str(&summary).unwrap();
+        let summary: Value = serde_json::from_str(&summary).unwrap();
         assert_eq!(summary["global_step"], 4);
+        let evaluated = summary["evaluations"].as_array().unwrap();
+        assert_eq!(evaluated.iter().map(told).collect::<Vec<_>>(), [expected[0], expected[2], expected[4]]);
         for history in ["loss_history", "grad_norm_history"] {
             assert_eq!(summary[history].as_array().unwrap().len(), 4, "{history}");
         }

@@ -2,6 +2,7 @@
 //!
 //! - [`step`]: one step, as the algorithm reads
 //! - [`run`]: the run around it
+//! - `evaluate`: the loss of rows that validate; `best`: the best step by it, and early stopping
 //! - `loss`: the loss of a run's rows; `identity`: all ranks run the same
 //! - `output`: the output directory, for one process at a time
 //! - `merge`: periodic merges of the adapter into the base; `variants`: those of LoRA
@@ -11,6 +12,8 @@
 //!   into memory
 //! - [`metrics`]: metrics of a run; `progress`: what people see of it; `profile`: traces of steps
 
+mod best;
+mod evaluate;
 mod identity;
 mod loss;
 mod merge;
@@ -28,6 +31,7 @@ mod signals;
 pub mod step;
 mod variants;
 
+pub use evaluate::Evaluation;
 pub use identity::Identity;
 pub use output::take_output;
 pub use run::{Ended, Run};

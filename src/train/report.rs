@@ -47,8 +47,11 @@ impl Run {
 
     /// The largest possible micro-batch.
     pub(super) fn largest_batch(&self) -> MicroBatch {
-        let longest = self.dataset.summary().longest_row;
-        let rows = self.config.train.micro_batch_size.min(self.dataset.rows());
+        // Validation keeps less than a step does, but its rows may be longer.
+        let of_validation = self.dataset.validation_summary().map_or(0, |counts| counts.longest_row);
+        let longest = self.dataset.summary().longest_row.max(of_validation);
+        let most = self.dataset.rows().max(self.dataset.validation_rows());
+        let rows = self.config.train.micro_batch_size.min(most);
         MicroBatch { tokens: rows * longest, longest }
     }
 
@@ -64,8 +67,19 @@ impl Run {
                 "memory of rank 0's device: {total} bytes, {used} in use; a rank needs {needed} bytes of it, {fits}\n"
             )
         });
+        let validation = self.dataset.validation_summary().map_or_else(String::new, |counts| {
+            format!(
+                "validation: {}, {} dropped as too long; {} of at most {}, {}, {} with loss\n",
+                count(counts.samples, "sample"),
+                counts.dropped,
+                count(counts.rows, "row"),
+                count(counts.longest_row, "token"),
+                count(counts.tokens, "token"),
+                counts.valid_tokens,
+            )
+        });
         Ok(format!(
-            "{}\n{}\ndata: {}, {} dropped as too long; {} of at most {}, {}, {} with loss\nsteps: {} of {}\n\
+            "{}\n{}\ndata: {}, {} dropped as too long; {} of at most {}, {}, {} with loss\n{validation}steps: {} of {}\n\
              {plan}{recompute}{room}",
             self.config.to_yaml(),
             self.mesh.table(),

@@ -6,6 +6,8 @@
 
 use super::{
     MicroBatch, StopSignals, Trainer,
+    best::Best,
+    evaluate::{Evaluated, Evaluation},
     loss::RowLoss,
     merge::Merger,
     metrics::{Metrics, StepMetrics, peak_rss_bytes, received_since},
@@ -77,7 +79,7 @@ pub struct Run {
     pub(super) shapes: LoraShapes,
     pub(super) source: Box<dyn WeightSource>,
     pub(super) dataset: Arc<Dataset>,
-    loss: RowLoss,
+    pub(super) loss: RowLoss,
     /// The token that fills packs.
     pub(super) pad_id: i64,
     pub(super) batches: BatchSchedule,
@@ -97,7 +99,7 @@ impl Run {
     /// Reads configuration, model headers and data for one of `world` ranks. Enters no collective and writes
     /// nothing. Warnings go to the log.
     pub fn prepare(path: &Path, overrides: &[Override], world: usize) -> Result<Self> {
-        Self::from_config(load(path, overrides)?, world)
+        Self::from_config(load(path, overrides)?, world).inspect(warn_of_steps)
     }
 
     /// As [`Run::prepare`], for a run that starts now: steps in its way are told before minutes go into reading data.
@@ -105,10 +107,10 @@ impl Run {
         let loaded = load(path, overrides)?;
         let train = &loaded.config.train;
         not_occupied(train, &run_dir(train))?;
-        Self::from_config(loaded, world)
+        Self::from_config(loaded, world).inspect(warn_of_steps)
     }
 
-    fn from_config(loaded: Loaded, world: usize) -> Result<Self> {
+    pub(super) fn from_config(loaded: Loaded, world: usize) -> Result<Self> {
         let mut config = loaded.config;
         let refused = |field: &str, why: &str| Error::Input(format!("{}: {why}", loaded.places.of(field)));
         let mesh = Mesh::new(world, MeshSizes::from(&config.train.compute))?;
@@ -187,7 +189,6 @@ impl Run {
             Some(_) => BatchSchedule { epochs: usize::MAX, ..batches },
             None => batches,
         };
-        warn_of_steps(&config, &batches, total_steps);
         let run_dir = run_dir(train);
         Ok(Self {
             config,
@@ -332,15 +333,21 @@ impl Run {
         let mut metrics = if rank == 0 { self.begin_output()? } else { Metrics::silent() };
         let mut saver = Saver::new(&self, rank, first)?;
         let mut merger = Merger::new(&self);
+        let mut best = Best::new(&self, rank);
         let traces = train.output_dir.join("trace").join(&train.run_id);
         let mut profile = Profile::new(train.profile_steps, &traces, &trainer)?;
         let loader = Loader::start(self.dataset.clone(), self.step_plans(rank), LOADER_AHEAD)?;
         let clock = trainer.model.clock.clone();
+        if train.eval_on_start && self.resumed().is_none() {
+            let evaluated = self.evaluate_trained(&mut trainer, stop, 0)?;
+            metrics.before_first_step(&evaluated.evaluation)?;
+        }
         let mut steps = loader.zip(self.step_rows());
         clock.take();
         let mut skipped = Skipped::new(self.resumed().is_some());
         let mut begin = Instant::now();
-        loop {
+        // A run that has stopped early has no step left.
+        while !best.is_over() {
             profile.before_step();
             let tracing_step = trace::span(Category::Step, "step");
             let waiting = (clock.phase("data"), watcher.slow("data"));
@@ -361,12 +368,13 @@ impl Run {
             let mut agreed =
                 [peak_rss_bytes() as f64, f64::from(u8::from(stop.asked())), used.unwrap_or_default() as f64];
             trainer.world.all_reduce_host(&mut agreed, Reduce::Max)?;
-            let (peak, stopping) = (agreed[0] as u64, agreed[1] > 0.0);
-            let done = rows.step + 1;
-            // A signal from here on is answered by the next step.
-            stop.at((done + 1).min(self.total_steps));
+            let (peak, mut stopping) = (agreed[0] as u64, agreed[1] > 0.0);
+            let (done, last) = (rows.step + 1, rows.step + 1 == self.total_steps);
+            let evaluates = self.evaluates_after(done, step_rows.ends_epoch(), last);
+            // A signal from here on is answered by the next step; during an evaluation, by this one.
+            stop.at(if evaluates { done } else { (done + 1).min(self.total_steps) });
             drop(tracing_step.with("step", done));
-            metrics.step(&StepMetrics {
+            let mut row = StepMetrics {
                 step: done,
                 epoch: rows.epoch,
                 report: &report,
@@ -375,31 +383,50 @@ impl Run {
                 peak_rss_bytes: peak,
                 device_memory_bytes: used.map(|_| agreed[2] as u64),
                 received: received_since(&received, world.ledger()),
-            })?;
-            let every = |n: usize, count: usize| n > 0 && count.is_multiple_of(n);
-            let ends_epoch = step_rows.ends_epoch() && every(train.save_epochs, step_rows.epoch + 1);
-            let last = done == self.total_steps;
-            profile.after_step(done, last || stopping)?;
-            begin = Instant::now();
+                evaluation: None,
+            };
             if let Err(why) = skipped.count(&report, train.max_skipped_steps, last) {
+                metrics.step(&row)?;
                 metrics.sync()?;
                 // Every rank has the same report; one says so.
                 return Err(if rank == 0 { Error::Failure(why) } else { Error::Elsewhere { code: 1 } });
             }
-            if merger.is_due(done, last) && skipped.learned() {
+            let mut merge = |trainer: &mut Trainer, ends: bool| {
+                if !merger.is_due(done, ends) || !skipped.learned() {
+                    return Ok(false);
+                }
                 let _merging = (trace::span(Category::Phase, "merge"), watcher.slow("merge"));
-                merger.merge(&mut trainer, done)?;
-                // As that of a save, the time belongs to no step.
-                clock.take();
-                begin = Instant::now();
+                merger.merge(trainer, done).map(|()| true)
+            };
+            let merged = merge(&mut trainer, last)?;
+            let mut is_best = false;
+            if evaluates {
+                let evaluated = self.evaluate_trained(&mut trainer, stop, done)?;
+                stop.at((done + 1).min(self.total_steps));
+                stopping |= evaluated.stopping;
+                is_best = skipped.learned() && best.weigh(done, &evaluated.evaluation);
+                row.evaluation = Some(evaluated.evaluation);
             }
-            let due = every(train.save_steps, done) || ends_epoch || last;
+            metrics.step(&row)?;
+            let ends = last || best.is_over();
+            if ends && !merged {
+                // Early stopping makes this step the last.
+                merge(&mut trainer, ends)?;
+            }
+            profile.after_step(done, ends || stopping)?;
+            // As that of a save, the time of a merge or an evaluation belongs to no step.
+            clock.take();
+            begin = Instant::now();
+            let every = |n: usize, count: usize| n > 0 && count.is_multiple_of(n);
+            let ends_epoch = step_rows.ends_epoch() && every(train.save_epochs, step_rows.epoch + 1);
+            let due = every(train.save_steps, done) || ends_epoch || ends || is_best;
             if (due && skipped.learned()) || stopping {
                 let _saving = (trace::span(Category::Phase, "save"), watcher.slow("save"));
                 metrics.sync()?;
                 saver.save(
                     &trainer,
                     &merger,
+                    &best,
                     Progress { step: done, epoch: rows.epoch, position: step_rows.next },
                 )?;
                 stop.saved(done);
@@ -410,7 +437,7 @@ impl Run {
                 clock.take();
                 begin = Instant::now();
             }
-            if stopping && !last {
+            if stopping && !ends {
                 if rank == 0 {
                     drop(metrics);
                     let of = self.total_steps;
@@ -425,13 +452,31 @@ impl Run {
         let _ending = watcher.slow("end");
         metrics.finish()?;
         if rank == 0 {
-            tracing::info!("{}", self.farewell());
+            if best.is_over() {
+                tracing::info!("stopped early: {}", best.ending());
+            }
+            tracing::info!("{}", self.farewell(&best));
         }
         Ok(Ended::Done)
     }
 
-    /// The place of the adapter, and the command to try it.
-    fn farewell(&self) -> String {
+    /// An evaluation of what is trained, after `step` or before the first (0). Collective.
+    fn evaluate_trained(&self, trainer: &mut Trainer, stop: &StopSignals, step: usize) -> Result<Evaluated> {
+        let _evaluating = trace::span(Category::Phase, "evaluate");
+        let Trainer { model, session, world, .. } = trainer;
+        let evaluated = self.evaluate(model, &mut [&mut session.adapter], &**world, Some(stop))?;
+        if world.rank() == 0 {
+            let Evaluation { loss, tokens, seconds } = evaluated.evaluation;
+            let (perplexity, tokens) = (evaluated.evaluation.perplexity(), count(tokens as usize, "token"));
+            tracing::info!(
+                "step {step}: eval_loss {loss:.4}, eval_perplexity {perplexity:.3} over {tokens}, {seconds:.1} s"
+            );
+        }
+        Ok(evaluated)
+    }
+
+    /// The place of the adapter, that of the best one, and the command to try it.
+    fn farewell(&self, best: &Best) -> String {
         let (run, step) = (self.run_dir.display(), steps::published(&self.run_dir).last().copied());
         let adapter = step.map_or_else(|| run.to_string(), |step| format!("{run}/step_{step}"));
         let has_base = Path::new(&adapter).join(base::FOLDER).is_dir();
@@ -440,7 +485,10 @@ impl Run {
                 "done: the adapter is {adapter}; its base has random weights, which are not saved"
             );
         }
-        format!("done: the adapter is {adapter}; try: xorl-dist generate --adapter {run} --chat 'Hello'")
+        let best = best.told().map_or_else(String::new, |best| format!("; {run}/best is {best}"));
+        format!(
+            "done: the adapter is {adapter}{best}; try: xorl-dist generate --adapter {run} --chat 'Hello'"
+        )
     }
 
     /// Begins the files of output_dir on rank 0, and removes the steps that the user wants overwritten.
@@ -450,6 +498,8 @@ impl Run {
             steps::withdraw_later(&self.run_dir, resumed)?;
         }
         publish::recover(&self.run_dir)?;
+        let best = self.resumed().and_then(|resumed| resumed.state.evaluations.as_ref()?.best);
+        steps::set_best(&self.run_dir, best.map(|best| best.step))?;
         let output = &self.config.train.output_dir;
         std::fs::write(output.join("config.yaml"), self.config.to_yaml())
             .map_err(|error| Error::Failure(format!("{}: {error}", output.display())))?;
@@ -514,8 +564,8 @@ fn load(path: &Path, overrides: &[Override]) -> Result<Loaded> {
 }
 
 /// Warns of an epoch of very few steps, and of a warm-up as long as the run.
-fn warn_of_steps(config: &RunConfig, batches: &BatchSchedule, total_steps: usize) {
-    let (train, data) = (&config.train, &config.data);
+fn warn_of_steps(Run { config, batches, total_steps, .. }: &Run) {
+    let (train, data, total_steps) = (&config.train, &config.data, *total_steps);
     let of_epoch = batches.steps_per_epoch();
     if (1..FEW_STEPS).contains(&of_epoch) {
         let shorter = match data.sample_packing_method {

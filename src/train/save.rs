@@ -2,7 +2,7 @@
 //! pieces, rank 0 publishes and prunes. After each part all ranks agree to go on: a save that fails on one rank ends
 //! all with that rank's error, and earlier steps are untouched.
 
-use super::{Run, Trainer, merge::Merger};
+use super::{Run, Trainer, best::Best, merge::Merger};
 use crate::{
     checkpoint::{
         self, CheckpointError, FolderWriter, TrainerState,
@@ -98,13 +98,19 @@ impl<'a> Saver<'a> {
     }
 
     /// Publishes the run as it stands. Collective.
-    pub(super) fn save(&mut self, trainer: &Trainer, merger: &Merger, at: Progress) -> Result<()> {
+    pub(super) fn save(
+        &mut self,
+        trainer: &Trainer,
+        merger: &Merger,
+        best: &Best,
+        at: Progress,
+    ) -> Result<()> {
         let world = &*trainer.world;
         let whole = trainer.session.adapter.whole()?;
         let (run, rank, merges) = (self.run, self.rank, merger.done());
         // All ranks know which base is in the last step, and write a new one together.
         let new_base = (merges != self.merges).then(|| merged_files(run, merger.plan()));
-        let saved = Saved { at, merges, new_base: new_base.as_ref() };
+        let saved = Saved { at, merges, best, new_base: new_base.as_ref() };
         let opened = match rank {
             0 => check_finite(&whole, at.step).and_then(|()| self.begin(trainer, whole, saved)).map(Some),
             _ => Ok(None),
@@ -130,12 +136,13 @@ impl<'a> Saver<'a> {
         &self,
         trainer: &Trainer,
         whole: Vec<(Parameter, Vec<f32>)>,
-        Saved { at, merges, new_base }: Saved,
+        saved: Saved,
     ) -> Result<FolderWriter> {
+        let Saved { at, merges, new_base, .. } = saved;
         let run = self.run;
         let mut writer = FolderWriter::of_step(&run.run_dir, at.step)?;
         // The state is written last: it has the digest of the base.
-        let state = self.state(trainer, at, merges);
+        let state = self.state(trainer, saved);
         adapter_store::open_state(&mut writer, &state.adapter, |_| Ok(()))?;
 
         let saves_base = merges > 0 || !run.config.lora.save_lora_only;
@@ -173,7 +180,7 @@ impl<'a> Saver<'a> {
         Ok(writer)
     }
 
-    fn state(&self, trainer: &Trainer, at: Progress, merges: u64) -> TrainerState {
+    fn state(&self, trainer: &Trainer, Saved { at, merges, best, .. }: Saved) -> TrainerState {
         let Run { config, mesh, dataset, batches, shapes, .. } = self.run;
         let (train, packed) = (&config.train, self.run.spec.quantization.as_ref());
         TrainerState {
@@ -187,6 +194,7 @@ impl<'a> Saver<'a> {
             seed: train.seed,
             lora_dropout: config.lora.lora_dropout,
             merges,
+            evaluations: best.state().cloned(),
             adapter: AdapterState {
                 pissa: config.lora.init_lora_weights == InitLoraWeights::Pissa,
                 ..adapter_store::state_of(&trainer.session, shapes, mesh, &self.base, packed)
@@ -204,17 +212,19 @@ impl<'a> Saver<'a> {
                 stored_base::open(&folder.join(checkpoint::base::FOLDER), &mut self.run.spec.clone())?;
             self.base = quantized::digest(&written, self.run.spec.quantization.as_ref())?;
         }
-        self.state(trainer, saved.at, saved.merges).write(folder)?;
+        self.state(trainer, saved).write(folder)?;
         let published = writer.publish(&mut self.known)?;
         tracing::info!("saved {}", published.display());
         let model = published.join(checkpoint::base::FOLDER);
         if model.is_dir() {
             self.model = Some(model);
         }
+        let (run_dir, best) = (&self.run.run_dir, saved.best.step().map(|best| best.step));
+        steps::set_best(run_dir, best)?;
         if let Some(limit) = self.run.config.train.save_total_limit {
-            let run_dir = &self.run.run_dir;
             let resumed = self.run.resumed().map(|resumed| resumed.state.step);
-            for step in steps::surplus(&steps::published(run_dir), limit, step, resumed) {
+            let others: Vec<usize> = resumed.into_iter().chain(best).collect();
+            for step in steps::surplus(&steps::published(run_dir), limit, step, &others) {
                 // The run goes on with a step too many.
                 match withdraw(&steps::directory(run_dir, step)) {
                     Ok(()) => tracing::info!("removed step {step}: train.save_total_limit is {limit}"),
@@ -231,6 +241,7 @@ impl<'a> Saver<'a> {
 struct Saved<'a> {
     at: Progress,
     merges: u64,
+    best: &'a Best,
     /// Files of a base that no step has yet.
     new_base: Option<&'a ModelFiles>,
 }

@@ -6,6 +6,7 @@
 use crate::{
     comm::{Communicator, Reduce},
     console::first_of,
+    lora::Adapter,
     loss::{CrossEntropy, LogProbs, LossValues, TokenLoss},
     model::{
         quantized::StepNoise,
@@ -38,6 +39,21 @@ impl MicroBatch {
     /// With a `loss` of these rows that counts `valid` targets.
     pub fn with_loss(batch: Batch, loss: Box<dyn TokenLoss>, valid: usize) -> Self {
         Self { batch, valid, loss: Some(loss) }
+    }
+
+    /// Σ of its loss values under `adapters`, without any gradient, and the targets that it counts, on this rank.
+    /// Collective.
+    ///
+    /// # Errors
+    /// A gather fails.
+    pub fn evaluate(
+        &self,
+        model: &mut Transformer,
+        adapters: &mut [&mut Adapter],
+    ) -> Result<(f64, usize), ShardError> {
+        let plain = CrossEntropy { scale: 1.0 };
+        let loss = self.loss.as_deref().unwrap_or(&plain);
+        Ok((model.evaluate(&self.batch, adapters, loss)?.sum, self.valid))
     }
 }
 

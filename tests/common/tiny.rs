@@ -116,6 +116,7 @@ impl TinyRun {
             let of_the_machine = [
                 "tokens_per_second",
                 "step_seconds",
+                "eval_seconds",
                 "phase_seconds",
                 "peak_rss_bytes",
                 "device_memory_bytes",
