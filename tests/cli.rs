@@ -6,6 +6,7 @@ use std::process::{Command as Process, Output};
 use xorl_dist::cli::{
     self, Command, Common, Invocation,
     check::Check,
+    eval::Eval,
     generate::{DtypeChoice, Generate, Prompt, Sampling},
     merge::{Merge, MergedDtype, Onto},
     serve::Serve,
@@ -182,6 +183,29 @@ fn merge_takes_an_adapter_and_what_it_is_added_to() {
 }
 
 #[test]
+fn eval_takes_a_run_or_a_model_and_data() {
+    let parsed = |line| match parse(line).unwrap() {
+        Invocation::Command(Command::Eval(eval), common) => (*eval, common.overrides),
+        other => panic!("{other:?}"),
+    };
+    let plain = Eval { config: Some("run.yaml".into()), ..Eval::default() };
+    let overrides = vec![given("train.micro_batch_size", &["4"])];
+    assert_eq!(parsed("eval --config run.yaml --train.micro_batch_size 4"), (plain, overrides));
+    let all = Eval {
+        model: Some("m".into()),
+        adapter: Some("a".into()),
+        data: Some("d.jsonl".into()),
+        kind: Some("chat".into()),
+        exact_match: true,
+        json: true,
+        dtype: DtypeChoice::Float32,
+        ..Eval::default()
+    };
+    let line = "eval --model m --adapter a --data d.jsonl --type chat --exact-match --json --dtype float32";
+    assert_eq!(parsed(line), (all, vec![]));
+}
+
+#[test]
 fn what_is_no_command_is_refused_in_one_line() {
     for (line, words) in [
         ("", "no run was named"),
@@ -213,6 +237,10 @@ fn what_is_no_command_is_refused_in_one_line() {
         ("generate --model m --chat a --temperature 1 --top-p 0", "above 0 and at most 1"),
         ("generate --model m --chat a --temperature 1 --top-k 0", "at least 1"),
         ("generate --model m --chat a --stop=", "not empty"),
+        ("eval", "give --config, --model or --adapter"),
+        ("eval --model m", "--data is missing"),
+        ("eval --config run.yaml --type chat", "--data"),
+        ("eval --config run.yaml --dtype float32", "--dtype goes without --config"),
         ("merge --model m", "--adapter <DIR>"),
         ("merge --adapter a --onto original", "--onto original goes with --model"),
         ("merge --adapter a --dtype float16", "possible values: base, float32, bfloat16"),

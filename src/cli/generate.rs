@@ -15,7 +15,7 @@ pub struct Generate {
     #[arg(long, value_name = "DIR", required_unless_present = "adapter")]
     pub model: Option<PathBuf>,
     /// PEFT adapter directory, such as a published step; the directory of a run (weights/run, or its output_dir) is its
-    /// newest step
+    /// newest step, weights/run/best its best
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
     #[command(flatten)]

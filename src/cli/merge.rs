@@ -46,7 +46,7 @@ pub struct Merge {
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
     /// PEFT adapter directory, such as a published step; the directory of a run (weights/run, or its output_dir) is its
-    /// newest step
+    /// newest step, weights/run/best its best
     #[arg(long, value_name = "DIR")]
     pub adapter: PathBuf,
     /// Folder to make; when absent the adapter's with -merged behind its name

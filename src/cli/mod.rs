@@ -1,10 +1,12 @@
-//! The command line: `train` (default), `check`, `generate`, `merge`, `serve`, and `--section.field value` overrides.
+//! The command line: `train` (default), `check`, `eval`, `generate`, `merge`, `serve`, and `--section.field value`
+//! overrides.
 //!
 //! [`parse`] is a pure function from arguments to an [`Invocation`]; [`run`] carries one out. A command is a file with
 //! one type: clap parses its fields, and its `Runnable` runs it. A new one also gets its `mod` line and its line in
 //! `commands!` here.
 
 pub mod check;
+pub mod eval;
 pub mod generate;
 pub mod merge;
 mod ranks;
@@ -117,6 +119,7 @@ macro_rules! commands {
 commands! {
     train::Train,
     check::Check,
+    eval::Eval,
     generate::Generate,
     merge::Merge,
     serve::Serve,

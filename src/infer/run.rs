@@ -46,7 +46,7 @@ use tch::Device;
 pub struct Request {
     /// HF model directory; `None`: the base that the adapter names.
     pub model_dir: Option<PathBuf>,
-    /// PEFT adapter directory, or that of a run: its newest step.
+    /// PEFT adapter directory, or that of a run: its newest step, with `/best` behind it its best.
     pub adapter_dir: Option<PathBuf>,
     pub prompts: Prompts,
     /// Message of the system before a chat.
@@ -386,11 +386,11 @@ fn warn_of_settings(hf: &HfModel, directory: &Path, choice: &Choice) {
 ///
 /// # Errors
 /// It is another base than `adapter` was trained on, and merges have changed that one.
-fn quantization_of(
+pub fn quantization_of(
     trained: &TrainedBase,
     adapter: &Path,
     directory: &Path,
-    source: &SafetensorsSource,
+    source: &dyn WeightSource,
 ) -> Result<Option<Quantization>> {
     if trained.merges == 0 && trained.quantization.is_none() {
         return Ok(None);

@@ -3,6 +3,7 @@
 //! - [`step`]: one step, as the algorithm reads
 //! - [`run`]: the run around it
 //! - `evaluate`: the loss of rows that validate; `best`: the best step by it, and early stopping
+//! - `held_out`: the command `eval`
 //! - `loss`: the loss of a run's rows; `identity`: all ranks run the same
 //! - `output`: the output directory, for one process at a time
 //! - `merge`: periodic merges of the adapter into the base; `variants`: those of LoRA
@@ -14,6 +15,7 @@
 
 mod best;
 mod evaluate;
+mod held_out;
 mod identity;
 mod loss;
 mod merge;
@@ -32,6 +34,7 @@ pub mod step;
 mod variants;
 
 pub use evaluate::Evaluation;
+pub use held_out::{EvalRequest, HeldOut};
 pub use identity::Identity;
 pub use output::take_output;
 pub use run::{Ended, Run};
