@@ -77,6 +77,9 @@ pub struct TrainerState {
     /// `lora.lora_dropout`; 0 in steps that do not say.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub lora_dropout: f64,
+    /// SHA-256 of the adapter of the reference, where the loss compares with a base with an adapter.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reference: Option<String>,
     /// Merges of adapters into the base so far. Where there is one, the base is the step's `model/`.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub merges: u64,
@@ -358,6 +361,7 @@ mod tests {
             global_batch_size: 5,
             seed: 42,
             lora_dropout: 0.0,
+            reference: None,
             merges: 0,
             evaluations: None,
             adapter: AdapterState {

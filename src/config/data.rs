@@ -32,6 +32,8 @@ choices! {
         Tokenized = "tokenized",
         /// `messages`, rendered by the model's chat template.
         Chat = "chat",
+        /// A prompt with a `chosen` and a `rejected` answer.
+        Preference = "preference",
     }
 }
 

@@ -41,7 +41,7 @@ const SAVED: &str = "a save is synchronous and has the adapter and the training 
 const SEEDED: &str = "train.seed seeds everything";
 const DECAY: &str = "train.lr_decay_style, lr_min and lr_decay_ratio shape the decay";
 const MIXED: &str = "train.enable_mixed_precision: true computes in bf16, false in fp32";
-const OTHER_LOSS: &str = "train.loss_fn names the loss: cross-entropy or one of policies";
+const OTHER_LOSS: &str = "train.loss_fn names the loss: cross-entropy, one of policies or one of pairs";
 
 /// Names anywhere in a file but within `data.datasets`, in lower case.
 const FOREIGN: &[(&str, Means)] = &[
@@ -179,12 +179,15 @@ const FOREIGN: &[(&str, Means)] = &[
     // The run.
     ("do_train", Needless(STAGE)),
     ("stage", Needless(STAGE)),
-    ("rl", Not(OTHER_LOSS)),
+    ("rl", Is("train.loss_fn", " (dpo or simpo)")),
     ("loss", Not(OTHER_LOSS)),
-    ("loss_type", Not(OTHER_LOSS)),
+    ("loss_type", Is("train.loss_fn_params", ", {loss_type: …} of dpo")),
     ("label_smoothing_factor", Not(OTHER_LOSS)),
-    ("pref_beta", Not(OTHER_LOSS)),
-    ("pref_loss", Not(OTHER_LOSS)),
+    ("pref_beta", Is("train.loss_fn_params", ", {beta: …} of dpo and simpo")),
+    ("beta", Is("train.loss_fn_params", ", {beta: …} of dpo and simpo")),
+    ("rl_beta", Is("train.loss_fn_params", ", {beta: …} of dpo and simpo")),
+    ("simpo_gamma", Is("train.loss_fn_params", ", {simpo_gamma: …}")),
+    ("pref_loss", Is("train.loss_fn", " (dpo or simpo)")),
     ("neftune_noise_alpha", Not("no noise is added to embeddings")),
     ("overwrite_output_dir", Is("train.overwrite", "")),
     ("run_name", Is("train.run_id", "")),

@@ -7,7 +7,7 @@ use super::{
     notes::Notes,
     order,
     pack::pack,
-    prepared, source, split,
+    preference, prepared, source, split,
     store::RowStore,
     tokenized::{Sample, parse_tokenized},
     tokenizer::Encoded,
@@ -436,6 +436,21 @@ impl Recipe<'_> {
                         }
                         self.encode_chat(line, notes)?
                     }
+                    DatasetType::Preference => {
+                        let row = source::parse_object(line)?;
+                        let mut pair = Sample::default();
+                        for half in preference::halves(&row)? {
+                            let mut all = half["prompt"].as_array().cloned().unwrap_or_default();
+                            all.extend(half["completion"].as_array().cloned().unwrap_or_default());
+                            let line = serde_json::json!({"messages": all}).to_string();
+                            for sample in self.encode_chat(line.as_bytes(), notes)? {
+                                pair.documents.push(sample.tokens.len());
+                                pair.tokens.extend(sample.tokens);
+                                pair.labels.extend(sample.labels);
+                            }
+                        }
+                        vec![pair]
+                    }
                 };
                 let record = split::record(&found);
                 for sample in found {
@@ -555,7 +570,7 @@ fn is_dummy(entry: &DatasetArgs) -> bool {
 }
 
 fn is_chat(entry: &DatasetArgs) -> bool {
-    entry.kind == DatasetType::Chat && !is_dummy(entry)
+    entry.kind != DatasetType::Tokenized && !is_dummy(entry)
 }
 
 fn hash_file(path: PathBuf) -> Result<[u8; 32], DataError> {

@@ -17,6 +17,7 @@ mod messages;
 mod notes;
 pub mod order;
 mod pack;
+mod preference;
 mod prepared;
 mod prompt;
 pub mod schedule;

@@ -23,4 +23,6 @@ pub enum LossError {
     ManyTargets { loss: &'static str, k: usize },
     #[error("{loss}: {targets} targets are no multiple of the {k} of a token")]
     Targets { loss: &'static str, targets: usize, k: usize },
+    #[error("a loss of pairs needs two answers a pair, got {answers} in all")]
+    OddAnswers { answers: usize },
 }

@@ -30,6 +30,9 @@ pub(super) enum Formula {
 const NAMES: &str =
     "cross_entropy (causallm_loss), importance_sampling, ppo, cispo, dro, gspo, policy_loss, drgrpo";
 
+/// Requests of a server are cut anywhere, so that both answers of a pair may be in different passes.
+const PAIRS_ELSEWHERE: &str = "pairs of answers are for runs with data of type preference; on the server forward_backward_custom computes it";
+
 impl Formula {
     /// The loss `name` with `given` parameters.
     pub fn new(name: &str, given: &BTreeMap<String, Param>) -> Result<Self, LossError> {
@@ -57,6 +60,8 @@ impl Formula {
                 let reason = "a traced loss is not run on the server; forward_backward_custom computes it on the client";
                 return refused("custom", reason);
             }
+            "dpo" => return refused("dpo", PAIRS_ELSEWHERE),
+            "simpo" => return refused("simpo", PAIRS_ELSEWHERE),
             _ => return Err(LossError::Unknown { name: name.into(), known: NAMES.into() }),
         };
         let mut params = Params::new(loss.name(), given);

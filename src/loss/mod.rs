@@ -12,6 +12,7 @@
 //!
 //! A loss is pure: it knows no model, no ranks and no files. [`NamedLoss`] makes one from its name, its parameters and
 //! inputs by token. Adding one is its formula in `policy.rs`, and its name, parameters and inputs in `formula.rs`.
+//! [`Pairs`] is a loss over pairs of answers, which [`Preference`] names.
 
 mod cross_entropy;
 mod error;
@@ -21,6 +22,7 @@ mod inputs;
 mod named;
 mod params;
 mod policy;
+mod preference;
 mod report;
 mod segments;
 mod sequence;
@@ -32,6 +34,7 @@ pub use error::LossError;
 pub use head::{HOST_ROWS, HeadPass};
 pub use inputs::{Absent, Input, Sequence};
 pub use named::NamedLoss;
+pub use preference::{PAIR_LOSSES, Pairs, Preference, Rewards};
 pub use segments::BySegment;
 pub use targets::Targets;
 pub use top::TopPass;

@@ -42,6 +42,24 @@ impl<'a> Params<'a> {
         }
     }
 
+    /// A finite number above 0.
+    pub fn positive(&mut self, param: &'static str, default: f64) -> Result<f64, LossError> {
+        match self.take(param) {
+            None => Ok(default),
+            Some(&Param::Number(number)) if number.is_finite() && number > 0.0 => Ok(number),
+            Some(other) => Err(self.wrong(param, "a number above 0", other)),
+        }
+    }
+
+    /// A number of at least 0 and below ½, by default 0.
+    pub fn below_half(&mut self, param: &'static str) -> Result<f64, LossError> {
+        match self.take(param) {
+            None => Ok(0.0),
+            Some(&Param::Number(number)) if (0.0..0.5).contains(&number) => Ok(number),
+            Some(other) => Err(self.wrong(param, "a number of at least 0 and below 0.5", other)),
+        }
+    }
+
     /// Thresholds `low` and `high`, not in the wrong order.
     pub fn range(
         &mut self,

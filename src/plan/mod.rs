@@ -10,7 +10,7 @@ pub mod traffic;
 
 pub use adapter::AdapterMemory;
 pub use memory::{Memory, MicroBatch};
-pub use traffic::{RoutedRows, Traffic};
+pub use traffic::{Reference, RoutedRows, Traffic};
 
 use crate::{comm::Received, console::count};
 use std::{collections::BTreeMap, fmt};

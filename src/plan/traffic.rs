@@ -36,6 +36,17 @@ pub struct Traffic<'a> {
     /// Copies of the base.
     pub replicas: usize,
     pub optimizer: config::Optimizer,
+    /// The model of a forward before each micro-batch, with which the loss compares.
+    pub reference: Option<Reference>,
+}
+
+/// What a loss compares with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reference {
+    /// The base alone.
+    Base,
+    /// The base with a frozen adapter as large as the trained one.
+    WithAdapter,
 }
 
 impl Traffic<'_> {
@@ -47,8 +58,14 @@ impl Traffic<'_> {
         let AdapterPlan { dense: adapter, experts: expert_adapter, .. } = self.adapter;
         let passes = || (0..micro_batches).map(|i| (warm || i > 0, i > 0));
         let both = |base, adapter, (warm_base, warm_adapter)| {
-            let slots = self.options.slots;
-            both_passes(base, slots, warm_base) + both_passes(adapter, slots, warm_adapter)
+            let (slots, again) = (self.options.slots, self.reference.is_some());
+            let frozen = match self.reference {
+                Some(Reference::WithAdapter) => forward_over(adapter, slots, warm_base),
+                _ => 0,
+            };
+            passes_over(base, slots, warm_base, again)
+                + passes_over(adapter, slots, warm_adapter, false)
+                + frozen
         };
         let dense: usize =
             passes().map(|warm| both(layers, adapter, warm) + self.vocab_and_norm(warm.0)).sum();
@@ -79,12 +96,13 @@ impl Traffic<'_> {
     ///
     /// Dispatch sends the rows of x with their weights, and in backward those of dy. Combine sends those of y, and in
     /// backward those of dx with the gradients of the weights. A recompute dispatches x and weights again, without
-    /// combine.
+    /// combine. A pass of the reference has the forward's.
     pub fn all_to_all(&self, layer: usize, rows: RoutedRows) -> usize {
         let row = self.spec.hidden_size * self.options.compute.size();
         let weight = size_of::<f32>();
         let again = if self.options.checkpointing.of(layer).keeps_mlp() { 0 } else { row + weight };
-        rows.received * (row + weight + again + row) + rows.sent * (row + row + weight)
+        let (received, sent) = if self.reference.is_some() { (row + weight, row) } else { (0, 0) };
+        rows.received * (row + weight + again + row + received) + rows.sent * (row + row + weight + sent)
     }
 
     /// Bytes received by the gathers of vocabulary and final norm for one micro-batch. `warm`: their slots hold the
@@ -98,7 +116,8 @@ impl Traffic<'_> {
         } else {
             // The embedding's chunks, then the head's: each overwrites the one before.
             let tied = if vocab.len() == embedding_chunks { 2 } else { 1 };
-            tied * vocab.iter().map(received).sum::<usize>()
+            let passes = if self.reference.is_some() { 2 } else { 1 };
+            passes * tied * vocab.iter().map(received).sum::<usize>()
         };
         vocab + if warm { 0 } else { received(final_norm) }
     }
@@ -121,20 +140,35 @@ impl Traffic<'_> {
     }
 }
 
-/// Bytes received by one forward and one backward over a pool of `slots` slots.
-fn both_passes(layouts: &[RegionLayout], slots: usize, warm: bool) -> usize {
+/// Bytes received by one forward and one backward over a pool of `slots` slots. `again`: another forward comes before.
+fn passes_over(layouts: &[RegionLayout], slots: usize, warm: bool, again: bool) -> usize {
     let slots = slots.clamp(1, layouts.len().max(1));
     let of_slot = |slot: usize| {
         // Units without bytes are not gathered: their slot keeps its unit.
         let mut units = layouts.iter().skip(slot).step_by(slots).map(received).filter(|bytes| *bytes > 0);
         let first = units.next()?;
         let (mut all, mut last) = (first, first);
+        let mut is_alone = true;
         for bytes in units {
-            (all, last) = (all + bytes, bytes);
+            (all, last, is_alone) = (all + bytes, bytes, false);
         }
-        Some(2 * all - last - if warm { first } else { 0 })
+        // The other forward ends with the last unit in the slot, so that the next one gathers all of several.
+        let other = if again && !is_alone { all } else { 0 };
+        Some(2 * all - last + other - if warm { first } else { 0 })
     };
     (0..slots).filter_map(of_slot).sum()
+}
+
+/// Bytes received by one forward of several over a pool of `slots` slots.
+fn forward_over(layouts: &[RegionLayout], slots: usize, warm: bool) -> usize {
+    let slots = slots.clamp(1, layouts.len().max(1));
+    let of_slot = |slot: usize| {
+        let units = layouts.iter().skip(slot).step_by(slots).map(received).filter(|bytes| *bytes > 0);
+        let (count, all) = units.fold((0, 0), |(count, all), bytes| (count + 1, all + bytes));
+        // A lone unit stays in its slot.
+        if warm && count == 1 { 0 } else { all }
+    };
+    (0..slots).map(of_slot).sum()
 }
 
 fn received(layout: &RegionLayout) -> usize {
@@ -159,14 +193,16 @@ mod tests {
     }
 
     /// Simulation of the slots, unit by unit.
-    fn simulated(layouts: &[RegionLayout], slots: usize, passes: usize) -> Vec<usize> {
+    fn simulated(layouts: &[RegionLayout], slots: usize, passes: usize, again: bool) -> Vec<usize> {
         let slots = slots.clamp(1, layouts.len());
         let mut held = vec![None; slots];
         let mut ask = |unit: usize| {
             let bytes = received(&layouts[unit]);
             if bytes == 0 || held[unit % slots].replace(unit) == Some(unit) { 0 } else { bytes }
         };
-        let mut pass = || (0..layouts.len()).chain((0..layouts.len()).rev()).map(&mut ask).sum();
+        let forward = || 0..layouts.len();
+        let other = || forward().take(if again { layouts.len() } else { 0 });
+        let mut pass = || other().chain(forward()).chain(forward().rev()).map(&mut ask).sum();
         (0..passes).map(|_| pass()).collect()
     }
 
@@ -175,9 +211,15 @@ mod tests {
         for (count, empty) in [(1, None), (5, None), (6, None), (6, Some(5)), (6, Some(0)), (7, Some(3))] {
             let layouts = units(count, empty);
             for slots in 1..9 {
-                let [cold, warm] = [false, true].map(|warm| both_passes(&layouts, slots, warm));
-                let seen = simulated(&layouts, slots, 3);
-                assert_eq!(seen, [cold, warm, warm], "{count} units, {empty:?} empty, {slots} slots");
+                for again in [false, true] {
+                    let [cold, warm] = [false, true].map(|warm| passes_over(&layouts, slots, warm, again));
+                    let seen = simulated(&layouts, slots, 3, again);
+                    assert_eq!(
+                        seen,
+                        [cold, warm, warm],
+                        "{count} units, {empty:?} empty, {slots} slots, {again}"
+                    );
+                }
             }
         }
     }

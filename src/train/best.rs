@@ -108,7 +108,7 @@ mod tests {
     }
 
     fn weigh(best: &mut Best, step: usize, loss: f64) -> bool {
-        best.weigh(step, &Evaluation { loss, tokens: 1, seconds: 0.0 })
+        best.weigh(step, &Evaluation { loss, tokens: 1, rewards: None, seconds: 0.0 })
     }
 
     #[test]

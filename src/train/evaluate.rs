@@ -4,11 +4,12 @@
 //! ones: the ranks gather the same layers in the same order. Weights, random numbers and the order of training are left
 //! as they are.
 
-use super::{MicroBatch, Run, StopSignals, run::deal};
+use super::{Run, StopSignals, reference::ReferenceModel, run::deal};
 use crate::{
     comm::{Communicator, Reduce},
     error::{Error, Result},
     lora::Adapter,
+    loss::Rewards,
     model::transformer::Transformer,
 };
 use std::time::Instant;
@@ -16,10 +17,12 @@ use std::time::Instant;
 /// Result of an evaluation, the same on every rank but for the time.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Evaluation {
-    /// Mean cross-entropy of a token that has a target, in nats.
+    /// Mean cross-entropy of a token that has a target, in nats; mean loss of a pair in a run with a loss over such.
     pub loss: f64,
-    /// Tokens that have a target, over all ranks.
+    /// Tokens that have a target, or pairs, over all ranks.
     pub tokens: u64,
+    /// Rewards of the pairs, of a loss over such.
+    pub rewards: Option<Rewards>,
     /// Seconds of this rank.
     pub seconds: f64,
 }
@@ -49,7 +52,8 @@ impl Run {
         self.dataset.validation_rows() > 0 && (due || last)
     }
 
-    /// The loss of the rows that validate under `adapters`, on all ranks of `world`. Slots are empty afterwards: the
+    /// The loss of the rows that validate under `adapters`, on all ranks of `world`; `reference`: of a loss that
+    /// compares with one. Slots are empty afterwards: the
     /// next step gathers as much as the first. Collective.
     ///
     /// # Errors
@@ -60,29 +64,41 @@ impl Run {
         adapters: &mut [&mut Adapter],
         world: &dyn Communicator,
         stop: Option<&StopSignals>,
+        mut reference: Option<&mut ReferenceModel>,
     ) -> Result<Evaluated> {
         let (begin, device) = (Instant::now(), model.device().tensors());
         let (rows, micro) = (self.dataset.validation_rows(), self.config.train.micro_batch_size);
-        let (mut sum, mut tokens) = (0.0, 0);
+        let (mut sum, mut tokens, mut rewards) = (0.0, 0, None::<Rewards>);
         for own in deal(&self.mesh, world.rank(), 0..rows, micro) {
             let rows = own.into_iter().map(|index| self.dataset.validation_row(index));
             let rows = rows.collect::<Result<Vec<_>, _>>()?;
-            let micro_batch: MicroBatch = self.loss.evaluated(&rows, self.pad_id, device)?;
-            let (loss, valid) = micro_batch.evaluate(model, adapters)?;
+            let compared = reference.as_mut().map(|reference| reference.log_probs(model, &rows, self.pad_id));
+            let micro_batch =
+                self.loss.evaluated(&rows, self.pad_id, compared.transpose()?.as_ref(), device)?;
+            let (loss, valid, own) = micro_batch.evaluate(model, adapters)?;
             sum += loss;
             tokens += valid;
+            if let Some(own) = own {
+                rewards.get_or_insert_default().add(&own);
+            }
+        }
+        if let Some(rewards) = &mut rewards {
+            let mut sums = rewards.sums();
+            world.all_reduce_host(&mut sums, Reduce::Sum)?;
+            *rewards = Rewards::of(sums);
         }
         let asked = stop.is_some_and(StopSignals::asked);
         let mut all = [sum, tokens as f64, f64::from(u8::from(asked))];
         world.all_reduce_host(&mut all, Reduce::Sum)?;
         model.forget_gathered()?;
         adapters.iter_mut().try_for_each(|adapter| adapter.regions_mut().invalidate())?;
+        reference.map_or(Ok(()), ReferenceModel::forget_gathered)?;
         let [sum, tokens, asked] = all;
         if tokens == 0.0 {
             return Err(Error::Failure("no row that validates has a token with a loss (a bug)".into()));
         }
         let seconds = begin.elapsed().as_secs_f64();
-        let evaluation = Evaluation { loss: sum / tokens, tokens: tokens as u64, seconds };
+        let evaluation = Evaluation { loss: sum / tokens, tokens: tokens as u64, rewards, seconds };
         Ok(Evaluated { evaluation, stopping: asked > 0.0 })
     }
 }

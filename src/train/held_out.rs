@@ -124,8 +124,14 @@ impl HeldOut {
             // The step has the one base that its adapter belongs to.
             model.model_path = Some(steps::base_of(adapter).map_err(Error::Input)?);
         }
-        let place = loaded.places.of("data").to_string();
+        let (place, of_loss) =
+            (loaded.places.of("data").to_string(), loaded.places.of("train.loss_fn").to_string());
         let mut run = Run::from_config(loaded, world)?;
+        if run.loss.is_of_pairs() {
+            return Err(Error::Input(format!(
+                "{of_loss}: eval gives losses of tokens, not of pairs; data.val_set_size evaluates pairs during training"
+            )));
+        }
         if run.dataset.validation_rows() == 0 {
             return Err(Error::Input(format!(
                 "{place}: nothing to evaluate on: set data.test_datasets or data.val_set_size, or give --data FILE"
@@ -210,7 +216,7 @@ impl HeldOut {
         groups: &ProcessGroups,
     ) -> Result<Scores> {
         let adapters = &mut adapter.iter_mut().map(|adapter| &mut **adapter).collect::<Vec<_>>()[..];
-        let evaluation = self.run.evaluate(model, adapters, &*groups.world, None)?.evaluation;
+        let evaluation = self.run.evaluate(model, adapters, &*groups.world, None, None)?.evaluation;
         let Some(tokenizer) = &self.tokenizer else { return Ok(Scores { evaluation, exact_match: None }) };
         let requests: Vec<SampleRequest> = self.answers.iter().map(|answer| self.request(answer)).collect();
         let decode = tokenizer.clone();
@@ -372,7 +378,7 @@ mod tests {
     #[test]
     fn a_table_and_json_say_the_same() {
         let scores = |loss, matched| Scores {
-            evaluation: Evaluation { loss, tokens: 30, seconds: 1.0 },
+            evaluation: Evaluation { loss, tokens: 30, rewards: None, seconds: 1.0 },
             exact_match: Some(ExactMatch { matched, of: 4 }),
         };
         let outcome = Outcome {

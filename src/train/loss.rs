@@ -6,16 +6,24 @@ use crate::{
     data::{Row, RowInput, Shifted, StepRows},
     error::{Error, Result},
     lora,
-    loss::{Absent, LossError, NamedLoss, Sequence},
+    loss::{Absent, LossError, NamedLoss, PAIR_LOSSES, Pairs, Preference, Sequence},
     model::transformer::Batch,
 };
 use std::ops::Range;
-use tch::Device;
+use tch::{Device, Tensor};
 
 /// The loss of a run.
 pub(super) struct RowLoss {
-    loss: NamedLoss,
+    kind: Kind,
     inputs: Vec<RowInput>,
+}
+
+/// The two kinds of losses.
+enum Kind {
+    /// Over tokens or sequences.
+    Named(NamedLoss),
+    /// Over pairs of answers: neighbouring documents of a row.
+    Pairs(Preference),
 }
 
 impl RowLoss {
@@ -29,11 +37,26 @@ impl RowLoss {
             };
             Error::Input(format!("{}: {error}", places.of(field)))
         };
-        let loss = NamedLoss::new(&train.loss_fn, train.loss_fn_params.clone()).map_err(wrong)?;
+        let (name, params) = (&train.loss_fn, &train.loss_fn_params);
+        if PAIR_LOSSES.contains(&name.as_str()) {
+            let loss = Preference::new(name, params).map_err(wrong)?;
+            return Ok(Self { kind: Kind::Pairs(loss), inputs: Vec::new() });
+        }
+        let loss = NamedLoss::new(name, params.clone()).map_err(wrong)?;
         let inputs = loss.inputs().map_err(wrong)?.into_iter();
         let inputs =
             inputs.map(|input| RowInput { name: input.name, required: input.absent == Absent::Refused });
-        Ok(Self { loss, inputs: inputs.collect() })
+        Ok(Self { kind: Kind::Named(loss), inputs: inputs.collect() })
+    }
+
+    /// True for a loss over pairs of answers.
+    pub fn is_of_pairs(&self) -> bool {
+        matches!(self.kind, Kind::Pairs(_))
+    }
+
+    /// True if a pass of the reference comes before each micro-batch.
+    pub fn reads_reference(&self) -> bool {
+        matches!(self.kind, Kind::Pairs(loss) if loss.reads_reference())
     }
 
     /// The numbers by token that it reads.
@@ -42,11 +65,13 @@ impl RowLoss {
     }
 
     /// A micro-batch of `rows`, flat, with its loss; `pad` fills packs. `keys`: those of its tokens, for dropout.
+    /// `reference` `[tokens, 1]`: log-probabilities of the targets under the reference, where the loss reads them.
     pub fn micro_batch(
         &self,
         rows: &[Row],
         pad: i64,
         keys: Option<Vec<u64>>,
+        reference: Option<&Tensor>,
         device: Device,
     ) -> Result<MicroBatch> {
         let batch = batch(rows, pad, device);
@@ -54,27 +79,40 @@ impl RowLoss {
             Some(keys) => batch.with_token_keys(&keys),
             None => batch,
         };
-        if self.loss.is_plain() && rows.iter().all(|row| row.inputs.is_empty()) {
+        let wrong = |error: LossError| Error::Failure(format!("rows that were checked: {error} (a bug)"));
+        let documents: Vec<Shifted> = rows.iter().flat_map(Row::shifted).collect();
+        let loss = match &self.kind {
+            Kind::Named(loss) => loss,
+            Kind::Pairs(loss) => {
+                let targets = documents.iter().map(|document| &document.targets[..]);
+                let pairs = Pairs::new(*loss, targets, reference).map_err(wrong)?;
+                return Ok(MicroBatch::of_pairs(batch, pairs));
+            }
+        };
+        if loss.is_plain() && rows.iter().all(|row| row.inputs.is_empty()) {
             return Ok(batch.into());
         }
-        let documents: Vec<Shifted> = rows.iter().flat_map(Row::shifted).collect();
         let sequences = documents.iter();
         let sequences: Vec<Sequence> =
             sequences.map(|Shifted { targets, inputs }| Sequence { targets, k: 1, inputs }).collect();
-        let wrong = |error: LossError| Error::Failure(format!("rows that were checked: {error} (a bug)"));
-        let valid = sequences.iter().map(|sequence| self.loss.valid(sequence)).sum::<Result<u64, _>>();
-        let loss = self.loss.over(&sequences, 1.0, device).map_err(wrong)?;
+        let valid = sequences.iter().map(|sequence| loss.valid(sequence)).sum::<Result<u64, _>>();
+        let loss = loss.over(&sequences, 1.0, device).map_err(wrong)?;
         Ok(MicroBatch::with_loss(batch, loss, valid.map_err(wrong)? as usize))
     }
-}
 
-impl RowLoss {
-    /// `rows` that validate, flat: with their cross-entropy, whatever the loss of the run.
-    pub fn evaluated(&self, rows: &[Row], pad: i64, device: Device) -> Result<MicroBatch> {
-        if self.loss.is_plain() {
-            return self.micro_batch(rows, pad, None, device);
+    /// `rows` that validate, flat: with a loss over pairs, or with their cross-entropy, whatever other loss the run
+    /// has. `reference`: as of [`micro_batch`](Self::micro_batch).
+    pub fn evaluated(
+        &self,
+        rows: &[Row],
+        pad: i64,
+        reference: Option<&Tensor>,
+        device: Device,
+    ) -> Result<MicroBatch> {
+        match &self.kind {
+            Kind::Named(loss) if !loss.is_plain() => Ok(batch(rows, pad, device).into()),
+            _ => self.micro_batch(rows, pad, None, reference, device),
         }
-        Ok(batch(rows, pad, device).into())
     }
 }
 
@@ -100,7 +138,8 @@ impl Run {
     }
 }
 
-fn batch(rows: &[Row], pad: i64, device: Device) -> Batch {
+/// A batch of `rows`, flat; `pad` fills packs.
+pub(super) fn batch(rows: &[Row], pad: i64, device: Device) -> Batch {
     let ids: Vec<i64> = rows.iter().flat_map(|row| row.input_ids.iter().copied()).collect();
     let labels: Vec<i64> = rows.iter().flat_map(|row| row.labels.iter().copied()).collect();
     let lengths: Vec<usize> = rows.iter().flat_map(|row| row.document_lengths.iter().copied()).collect();

@@ -8,6 +8,7 @@ use crate::{
     config::LogFormat,
     console::first_of,
     error::{Error, Result},
+    loss::Rewards,
     model::router_load::RouterReport,
 };
 use serde_json::{Map, Value, json};
@@ -69,10 +70,13 @@ const EVALUATION: [&str; 3] = ["eval_loss", "eval_perplexity", "eval_tokens"];
 
 /// Adds `evaluation` to the `row` of its step.
 fn add(row: &mut Map<String, Value>, evaluation: &Evaluation) {
-    let Evaluation { loss, tokens, seconds } = *evaluation;
+    let Evaluation { loss, tokens, rewards, seconds } = *evaluation;
     let values = [json!(loss), json!(evaluation.perplexity()), json!(tokens)];
     row.extend(EVALUATION.map(str::to_owned).into_iter().zip(values));
     row.insert("eval_seconds".into(), json!(seconds));
+    for (name, mean) in rewards.iter().flat_map(Rewards::means) {
+        row.insert(format!("eval_{name}"), json!(mean));
+    }
 }
 
 /// The step and the results of an evaluated `row`, for the summary.
@@ -169,6 +173,9 @@ impl Metrics {
             line["router"] =
                 json!({"max_over_mean": max_over_mean, "entropy": entropy, "aux_loss": aux_loss});
         }
+        for (name, mean) in report.rewards.iter().flat_map(Rewards::means) {
+            line[name] = mean.into();
+        }
         if let (Some(evaluation), Some(row)) = (&step.evaluation, line.as_object_mut()) {
             add(row, evaluation);
         }
@@ -180,7 +187,7 @@ impl Metrics {
             }
             Some(loss) => {
                 let peak = step.device_memory_bytes.unwrap_or(peak) as f64 / 1e9;
-                let told = [
+                let mut told = vec![
                     format!("loss={loss:.4}"),
                     format!("grad_norm={:.4}", report.grad_norm),
                     format!("lr={:.3e}", report.lr),
@@ -188,6 +195,11 @@ impl Metrics {
                     format!("time={seconds:.3}"),
                     format!("peak_mem={peak:.2}GB"),
                 ];
+                for (name, mean) in report.rewards.iter().flat_map(Rewards::means) {
+                    if let Some(name @ ("margins" | "accuracies")) = name.strip_prefix("rewards/") {
+                        told.insert(1, format!("{name}={mean:.3}"));
+                    }
+                }
                 if let Some(progress) = &mut self.progress {
                     progress.step(number, &told);
                 }
@@ -313,6 +325,7 @@ mod tests {
             total_tokens: 4,
             padding_tokens: 0,
             router: None,
+            rewards: None,
             non_finite: Vec::new(),
         };
         let write = |resumed: Option<usize>, steps: std::ops::RangeInclusive<usize>| {
@@ -321,9 +334,12 @@ mod tests {
                 let received = Received::new();
                 let report = &report;
                 let (seconds, phases) = (1.0, BTreeMap::new());
-                let evaluation = (step % 2 == 0).then_some(Evaluation { loss: 1.0, tokens: 3, seconds });
+                let evaluation =
+                    (step % 2 == 0).then_some(Evaluation { loss: 1.0, tokens: 3, rewards: None, seconds });
                 if step == 1 {
-                    metrics.before_first_step(&Evaluation { loss: 2.0, tokens: 3, seconds }).unwrap();
+                    metrics
+                        .before_first_step(&Evaluation { loss: 2.0, tokens: 3, rewards: None, seconds })
+                        .unwrap();
                 }
                 metrics
                     .step(&StepMetrics {

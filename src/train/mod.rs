@@ -24,6 +24,7 @@ mod output;
 mod profile;
 mod progress;
 mod recompute;
+mod reference;
 mod report;
 mod resume;
 pub mod run;

@@ -2,12 +2,7 @@
 
 use super::Run;
 use crate::{
-    Result,
-    comm::FreeMemory,
-    config::CheckpointingMethod,
-    model::base_plan::Options,
-    optim::Settings,
-    plan::{Memory, recompute::Ways},
+    Result, comm::FreeMemory, config::CheckpointingMethod, model::base_plan::Options, plan::recompute::Ways,
 };
 
 impl Run {
@@ -53,11 +48,7 @@ impl Run {
     /// Bytes of a rank for each way to recompute, where its tensors are `on_device` or on the host.
     fn ways(&self, on_device: bool) -> Result<Ways> {
         let ((base, adapter), options) = (self.plans()?, self.options());
-        let (optimizer, batch) = (Settings::from(&self.config.train), self.largest_batch());
-        let memory = |checkpointing| {
-            let options = Options { checkpointing, ..options };
-            Memory::new(&self.spec, &base, &adapter, &options, &optimizer, batch)
-        };
+        let memory = |checkpointing| self.memory(&base, &adapter, &Options { checkpointing, ..options });
         Ok(Ways::new(self.spec.layers.len(), on_device, memory))
     }
 }

@@ -6,9 +6,12 @@ use crate::{
     comm::FreeMemory,
     console::count,
     device,
-    lora::targets,
+    lora::{AdapterPlan, targets},
+    model::base_plan::{BasePlan, Options},
     optim::Settings,
-    plan::{Memory, MicroBatch, Plan, RoutedRows, Traffic, compute::flops_per_token},
+    plan::{
+        AdapterMemory, Memory, MicroBatch, Plan, Reference, RoutedRows, Traffic, compute::flops_per_token,
+    },
 };
 
 impl Run {
@@ -25,6 +28,7 @@ impl Run {
             adapter: &adapter,
             replicas: self.mesh.replicate(),
             optimizer: train.optimizer,
+            reference: self.planned_reference(),
         };
         let experts_over = self.mesh.expert();
         let travels = |layer| {
@@ -37,7 +41,7 @@ impl Run {
             trainable: targets::parameters_by_name(&self.sites, &self.shapes),
             batch,
             micro_batches,
-            memory: Memory::new(&self.spec, &base, &adapter, &options, &Settings::from(train), batch),
+            memory: self.memory(&base, &adapter, &options),
             first_step: traffic.step(micro_batches, false),
             step: traffic.step(micro_batches, true),
             all_to_all: micro_batches * (0..self.spec.layers.len()).map(travels).sum::<usize>(),
@@ -45,8 +49,18 @@ impl Run {
         })
     }
 
+    /// Memory of a rank that trains `adapter` on `base` with `options`.
+    pub(super) fn memory(&self, base: &BasePlan, adapter: &AdapterPlan, options: &Options) -> Memory {
+        let settings = Settings::from(&self.config.train);
+        let mut memory = Memory::new(&self.spec, base, adapter, options, &settings, self.largest_batch());
+        if self.planned_reference() == Some(Reference::WithAdapter) {
+            memory.adapter += AdapterMemory::new(adapter, options, &settings).frozen();
+        }
+        memory
+    }
+
     /// The largest possible micro-batch.
-    pub(super) fn largest_batch(&self) -> MicroBatch {
+    fn largest_batch(&self) -> MicroBatch {
         // Validation keeps less than a step does, but its rows may be longer.
         let of_validation = self.dataset.validation_summary().map_or(0, |counts| counts.longest_row);
         let longest = self.dataset.summary().longest_row.max(of_validation);

@@ -147,6 +147,7 @@ impl Run {
             let place = self.places.of("lora.adapter_path");
             let values = self.starting_adapter(&path);
             let values = values.map_err(|error| Error::Input(format!("{place}: {error}")))?;
+            self.take_reference(&path, Some(&values))?;
             self.start = Start::Adapter(values);
         }
         Ok(())
@@ -187,6 +188,16 @@ impl Run {
         let own = Cut { regions: &regions, shards: self.mesh.block() };
         let names = Settings::from(&self.config.train).rule().state_names();
         let pieces = read_pieces(path, &state.adapter, own, rank % self.mesh.block(), names)?;
+        if let Some(adapter) = self.config.lora.adapter_path.clone() {
+            let place = self.places.of("lora.adapter_path");
+            let taken = self.take_reference(&adapter, None);
+            taken.map_err(|error| Error::Input(format!("{place}: {error}")))?;
+        }
+        if state.reference.as_ref() != self.reference.as_ref().map(|adapter| &adapter.digest) {
+            let reason =
+                "its loss compares with another reference; give the lora.adapter_path that it began with";
+            return Err(unfit(reason.into()).into());
+        }
         if state.merges > 0 {
             self.source = Box::new(stored_base::open(&path.join(base::FOLDER), &mut self.spec)?);
         }

@@ -13,6 +13,7 @@ use super::{
     metrics::{Metrics, StepMetrics, peak_rss_bytes, received_since},
     output::{may_become_folder, run_dir},
     profile::Profile,
+    reference::{self, ReferenceAdapter, ReferenceModel},
     resume::{Start, not_occupied},
     save::{Progress, Saver},
     step::Skipped,
@@ -30,6 +31,7 @@ use crate::{
     device::Memory,
     error::{Error, Result, agree},
     lora::{self, AdapterPlan, LoraShapes, Site, targets},
+    loss::Rewards,
     mesh::{Mesh, MeshSizes},
     model::{
         ModelSpec,
@@ -90,6 +92,7 @@ pub struct Run {
     pub(super) start: Start,
     /// What backward recomputes, if the configuration leaves that open and the memory is known.
     pub(super) choice: Option<Choice>,
+    pub(super) reference: Option<ReferenceAdapter>,
     /// Held by rank 0 as long as the run lasts.
     pub(super) lock: Option<OutputLock>,
     debug: bool,
@@ -168,6 +171,9 @@ impl Run {
         let tokenizer = config.model.tokenizer();
         let train = &config.train;
         let loss = RowLoss::new(train, &loaded.places)?;
+        if let Some((field, why)) = reference::refusal(&config.lora).filter(|_| loss.reads_reference()) {
+            return Err(refused(field, why));
+        }
         let (vocabulary, data) = (spec.vocab_size, &config.data);
         let dataset =
             Dataset::open_with_inputs(data, Some(&tokenizer), vocabulary, pad, train.seed, loss.inputs())?;
@@ -206,6 +212,7 @@ impl Run {
             run_dir,
             start: Start::Fresh,
             choice: None,
+            reference: None,
             lock: None,
             debug: false,
         })
@@ -325,6 +332,7 @@ impl Run {
         let schedule = Schedule::of_run(&self.config, self.total_steps);
         let name = train.run_id.clone();
         let session = Session { name, adapter, optimizer, max_grad_norm: train.max_grad_norm };
+        let mut reference = ReferenceModel::new(&self, &model, &session.adapter)?;
         let mut trainer = Trainer { model, session, schedule, world: groups.world, noise };
 
         // Nothing is written or removed before every rank is ready to train.
@@ -339,7 +347,7 @@ impl Run {
         let loader = Loader::start(self.dataset.clone(), self.step_plans(rank), LOADER_AHEAD)?;
         let clock = trainer.model.clock.clone();
         if train.eval_on_start && self.resumed().is_none() {
-            let evaluated = self.evaluate_trained(&mut trainer, stop, 0)?;
+            let evaluated = self.evaluate_trained(&mut trainer, reference.as_mut(), stop, 0)?;
             metrics.before_first_step(&evaluated.evaluation)?;
         }
         let mut steps = loader.zip(self.step_rows());
@@ -354,13 +362,16 @@ impl Run {
             let Some((rows, step_rows)) = steps.next() else { break };
             let rows = rows?;
             let received = world.ledger().totals();
-            let batches = rows
-                .micro_batches
-                .iter()
-                .zip(self.token_keys(&rows, step_rows.rows.clone(), rank))
-                .map(|(own, keys)| self.loss.micro_batch(own, self.pad_id, keys, device.tensors()));
-            let batches = batches.collect::<Result<Vec<MicroBatch>>>()?;
+            let keys = self.token_keys(&rows, step_rows.rows.clone(), rank);
+            let micro_batches = rows.micro_batches.iter().zip(keys);
             drop(waiting);
+            let batches = micro_batches.map(|(own, keys)| {
+                let log_probs =
+                    |model: &mut ReferenceModel| model.log_probs(&mut trainer.model, own, self.pad_id);
+                let reference = reference.as_mut().map(log_probs).transpose()?;
+                self.loss.micro_batch(own, self.pad_id, keys, reference.as_ref(), device.tensors())
+            });
+            let batches = batches.collect::<Result<Vec<MicroBatch>>>()?;
             watcher.step(rows.step + 1);
             stop.at(rows.step + 1);
             let report = trainer.step(&batches, rows.step)?;
@@ -401,7 +412,7 @@ impl Run {
             let merged = merge(&mut trainer, last)?;
             let mut is_best = false;
             if evaluates {
-                let evaluated = self.evaluate_trained(&mut trainer, stop, done)?;
+                let evaluated = self.evaluate_trained(&mut trainer, reference.as_mut(), stop, done)?;
                 stop.at((done + 1).min(self.total_steps));
                 stopping |= evaluated.stopping;
                 is_best = skipped.learned() && best.weigh(done, &evaluated.evaluation);
@@ -433,6 +444,7 @@ impl Run {
                 // A resumed process gathers everything anew. So does this one, and both report the same bytes.
                 trainer.model.forget_gathered()?;
                 trainer.session.adapter.regions_mut().refresh()?;
+                reference.as_mut().map_or(Ok(()), ReferenceModel::forget_gathered)?;
                 // The time of a save belongs to no step.
                 clock.take();
                 begin = Instant::now();
@@ -461,16 +473,29 @@ impl Run {
     }
 
     /// An evaluation of what is trained, after `step` or before the first (0). Collective.
-    fn evaluate_trained(&self, trainer: &mut Trainer, stop: &StopSignals, step: usize) -> Result<Evaluated> {
+    fn evaluate_trained(
+        &self,
+        trainer: &mut Trainer,
+        reference: Option<&mut ReferenceModel>,
+        stop: &StopSignals,
+        step: usize,
+    ) -> Result<Evaluated> {
         let _evaluating = trace::span(Category::Phase, "evaluate");
         let Trainer { model, session, world, .. } = trainer;
-        let evaluated = self.evaluate(model, &mut [&mut session.adapter], &**world, Some(stop))?;
+        let evaluated = self.evaluate(model, &mut [&mut session.adapter], &**world, Some(stop), reference)?;
         if world.rank() == 0 {
-            let Evaluation { loss, tokens, seconds } = evaluated.evaluation;
-            let (perplexity, tokens) = (evaluated.evaluation.perplexity(), count(tokens as usize, "token"));
-            tracing::info!(
-                "step {step}: eval_loss {loss:.4}, eval_perplexity {perplexity:.3} over {tokens}, {seconds:.1} s"
-            );
+            let Evaluation { loss, tokens, rewards, seconds } = evaluated.evaluation;
+            let counted = |noun| count(tokens as usize, noun);
+            let told = match rewards {
+                None => {
+                    let perplexity = evaluated.evaluation.perplexity();
+                    format!("eval_perplexity {perplexity:.3} over {}", counted("token"))
+                }
+                Some(Rewards { pairs, accuracy, .. }) => {
+                    format!("{:.0} % of {} in the right order", 100.0 * accuracy / pairs, counted("pair"))
+                }
+            };
+            tracing::info!("step {step}: eval_loss {loss:.4}, {told}, {seconds:.1} s");
         }
         Ok(evaluated)
     }

@@ -193,6 +193,7 @@ impl<'a> Saver<'a> {
             global_batch_size: batches.global_batch,
             seed: train.seed,
             lora_dropout: config.lora.lora_dropout,
+            reference: self.run.reference.as_ref().map(|adapter| adapter.digest.clone()),
             merges,
             evaluations: best.state().cloned(),
             adapter: AdapterState {

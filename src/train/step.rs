@@ -7,7 +7,7 @@ use crate::{
     comm::{Communicator, Reduce},
     console::first_of,
     lora::Adapter,
-    loss::{CrossEntropy, LogProbs, LossValues, TokenLoss},
+    loss::{CrossEntropy, LogProbs, LossValues, Pairs, Rewards, TokenLoss},
     model::{
         quantized::StepNoise,
         router_load::RouterReport,
@@ -18,31 +18,63 @@ use crate::{
     shard::ShardError,
 };
 use std::rc::Rc;
+use tch::Tensor;
 
 /// The rows of one forward and backward, with their loss.
 pub struct MicroBatch {
     batch: Batch,
-    /// Targets that the loss of the step is divided by.
+    /// Targets that the loss of the step is divided by; pairs of a loss over such.
     valid: usize,
+    loss: RowsLoss,
+}
+
+/// The loss of a micro-batch.
+enum RowsLoss {
+    /// Cross-entropy over all targets.
+    Plain,
+    Of(Box<dyn TokenLoss>),
+    Pairs(Pairs),
+}
+
+impl RowsLoss {
     /// `None`: cross-entropy over all targets.
-    loss: Option<Box<dyn TokenLoss>>,
+    fn given(&self) -> Option<&dyn TokenLoss> {
+        match self {
+            Self::Plain => None,
+            Self::Of(loss) => Some(&**loss),
+            Self::Pairs(pairs) => Some(pairs),
+        }
+    }
+
+    /// The rewards of its pairs with `log_probs` `[tokens, 1]`, of a loss over such.
+    fn rewards(&self, log_probs: &Tensor) -> Option<Rewards> {
+        match self {
+            Self::Plain | Self::Of(_) => None,
+            Self::Pairs(pairs) => Some(pairs.rewards(log_probs)),
+        }
+    }
 }
 
 impl From<Batch> for MicroBatch {
     /// With cross-entropy over all targets.
     fn from(batch: Batch) -> Self {
-        Self { valid: batch.valid_tokens(), batch, loss: None }
+        Self { valid: batch.valid_tokens(), batch, loss: RowsLoss::Plain }
     }
 }
 
 impl MicroBatch {
     /// With a `loss` of these rows that counts `valid` targets.
     pub fn with_loss(batch: Batch, loss: Box<dyn TokenLoss>, valid: usize) -> Self {
-        Self { batch, valid, loss: Some(loss) }
+        Self { batch, valid, loss: RowsLoss::Of(loss) }
     }
 
-    /// Σ of its loss values under `adapters`, without any gradient, and the targets that it counts, on this rank.
-    /// Collective.
+    /// With a loss over the pairs of its rows.
+    pub fn of_pairs(batch: Batch, pairs: Pairs) -> Self {
+        Self { batch, valid: pairs.len(), loss: RowsLoss::Pairs(pairs) }
+    }
+
+    /// Σ of its loss values under `adapters`, without any gradient, the targets or pairs that it counts, and rewards
+    /// of a loss over pairs, on this rank. Collective.
     ///
     /// # Errors
     /// A gather fails.
@@ -50,10 +82,11 @@ impl MicroBatch {
         &self,
         model: &mut Transformer,
         adapters: &mut [&mut Adapter],
-    ) -> Result<(f64, usize), ShardError> {
+    ) -> Result<(f64, usize, Option<Rewards>), ShardError> {
         let plain = CrossEntropy { scale: 1.0 };
-        let loss = self.loss.as_deref().unwrap_or(&plain);
-        Ok((model.evaluate(&self.batch, adapters, loss)?.sum, self.valid))
+        let loss = self.loss.given().unwrap_or(&plain);
+        let done = model.evaluate(&self.batch, adapters, loss)?;
+        Ok((done.sum, self.valid, self.loss.rewards(&done.log_probs)))
     }
 }
 
@@ -82,7 +115,8 @@ pub struct StepReport {
     /// Global L2 norm before clipping.
     pub grad_norm: f64,
     pub lr: f64,
-    /// Targets that the loss was divided by: those with a weight or an advantage that is not 0.
+    /// Targets that the loss was divided by: those with a weight or an advantage that is not 0; of a loss over pairs,
+    /// the pairs.
     pub valid_tokens: u64,
     /// All tokens that were computed.
     pub total_tokens: u64,
@@ -90,6 +124,8 @@ pub struct StepReport {
     pub padding_tokens: u64,
     /// Router statistics, in a model with experts.
     pub router: Option<RouterReport>,
+    /// Rewards of the pairs, of a loss over such.
+    pub rewards: Option<Rewards>,
     /// Parameters whose gradient was not finite. Not empty: no rank updated anything.
     pub non_finite: Vec<String>,
 }
@@ -161,6 +197,7 @@ impl Trainer {
             total_tokens: total as u64,
             padding_tokens: padding as u64,
             router: None,
+            rewards: None,
             non_finite: Vec::new(),
         };
         if valid == 0.0 {
@@ -170,8 +207,9 @@ impl Trainer {
         self.model.noise = self.noise.map(|noise| StepNoise { step, ..noise });
         let loss = self.accumulate(micro_batches, 1.0 / valid);
         self.model.noise = None;
-        let loss = loss?;
+        let (loss, rewards) = loss?;
         report.loss = Some(self.reduce(loss)? / valid);
+        report.rewards = self.all_rewards(micro_batches, rewards)?;
         report.router = self.router_report()?;
         let update = self.update(report.lr)?;
         (report.grad_norm, report.non_finite) = (update.grad_norm, update.non_finite);
@@ -190,18 +228,37 @@ impl Trainer {
         Ok(counts)
     }
 
-    /// Forward and backward of every micro-batch: Σ loss values of this rank, and gradients of `factor` times the loss.
-    fn accumulate(&mut self, micro_batches: &[MicroBatch], factor: f64) -> Result<f64, ShardError> {
+    /// Forward and backward of every micro-batch: Σ loss values and rewards of this rank, and gradients of `factor`
+    /// times the loss.
+    fn accumulate(
+        &mut self,
+        micro_batches: &[MicroBatch],
+        factor: f64,
+    ) -> Result<(f64, Rewards), ShardError> {
         let adapter = &mut self.session.adapter;
         adapter.regions_mut().zero_gradients();
-        let mut sum = 0.0;
+        let (mut sum, mut rewards) = (0.0, Rewards::default());
         let plain = CrossEntropy { scale: factor };
         for MicroBatch { batch, loss, .. } in micro_batches {
-            let scaled = loss.as_deref().map(|loss| Scaled { loss, factor });
-            let loss: &dyn TokenLoss = scaled.as_ref().map_or(&plain, |scaled| scaled);
-            sum += self.model.forward_backward(batch, &mut [&mut *adapter], loss)?.sum;
+            let scaled = loss.given().map(|loss| Scaled { loss, factor });
+            let given: &dyn TokenLoss = scaled.as_ref().map_or(&plain, |scaled| scaled);
+            let done = self.model.forward_backward(batch, &mut [&mut *adapter], given)?;
+            sum += done.sum;
+            if let Some(own) = loss.rewards(&done.log_probs) {
+                rewards.add(&own);
+            }
         }
-        Ok(sum)
+        Ok((sum, rewards))
+    }
+
+    /// The rewards of all ranks' pairs, of a loss over such.
+    fn all_rewards(&self, micro_batches: &[MicroBatch], own: Rewards) -> Result<Option<Rewards>, ShardError> {
+        if !micro_batches.iter().any(|micro| matches!(micro.loss, RowsLoss::Pairs(_))) {
+            return Ok(None);
+        }
+        let mut sums = own.sums();
+        self.world.all_reduce_host(&mut sums, Reduce::Sum)?;
+        Ok(Some(Rewards::of(sums)))
     }
 
     /// Sums gradients and loss over all ranks.
@@ -245,6 +302,7 @@ mod tests {
             total_tokens: 0,
             padding_tokens: 0,
             router: None,
+            rewards: None,
             non_finite: non_finite.iter().map(|name| name.to_string()).collect(),
         }
     }

@@ -467,6 +467,7 @@ fn train(world: &World, case: &Case) -> Value {
         adapter: &adapter,
         replicas: case.replicas,
         optimizer: case.optimizer,
+        reference: None,
     };
     let mut received = Received::new();
     let mut reports = Vec::new();
