@@ -24,6 +24,7 @@
 //! - [`device`]: the device of a rank: driver, streams, memory, run-time compiler; memory of the host
 //! - [`mesh`]: ranks to axes and every divisibility rule: pure
 //! - [`config`]: typed `run.yaml` and `server.yaml`, defaults, validation
+//! - [`hub`]: models of the Hugging Face hub: ids, downloads, the cache
 //! - [`console`]: text for people: counted nouns, short lists, whole lines on stderr, the bar below them
 //! - [`clock`]: seconds by phase of a step
 //! - [`trace`]: spans of phases, operations and collectives, for Chrome's trace viewer
@@ -48,6 +49,7 @@ pub mod data;
 pub mod device;
 pub mod dtype;
 pub mod error;
+pub mod hub;
 pub mod infer;
 pub mod json;
 pub mod lfs;

@@ -18,12 +18,11 @@ use xorl_dist::{
     checkpoint::{
         CheckpointError,
         adapter_config::harmless_fields,
-        base::BaseFiles,
         peft::{AdapterFolder, StoredAdapter},
         state::Accumulated,
     },
     comm::World,
-    config::TrainArgs,
+    config::{BaseFiles, TrainArgs},
     lora::Adapter,
     model::{
         base_plan::{Options, all_projections},

@@ -123,7 +123,7 @@ fn a_path_that_leads_nowhere_is_named_as_what_it_is() {
         (
             "model.model_path",
             "HuggingFaceTB/SmolLM2-135M",
-            &["hub id", "hf download HuggingFaceTB/SmolLM2-135M"],
+            &["no such folder here", "no such model in the cache"],
         ),
         ("model.model_path", &weights, &["a file", "did you mean its folder"]),
         ("model.model_path", &gguf, &["GGUF is not read"]),

@@ -31,7 +31,7 @@ fn defaults_are_the_documented_ones() {
     assert_eq!(config.storage_limit, Some(ByteSize(10 << 40)));
     assert_eq!((config.model_ids.len(), config.api_keys_file.clone()), (0, None));
     assert_eq!(config.base_model(), "m");
-    assert_eq!(config.model.tokenizer(), PathBuf::from("m"));
+    assert_eq!(config.model.files().unwrap().tokenizer, PathBuf::from("m"));
     // The fields that a run has too have a run's defaults.
     assert_eq!(config.compute, RunConfig::default().train.compute);
     assert_eq!(config.seed, RunConfig::default().train.seed);

@@ -17,14 +17,13 @@ use std::{
 };
 use xorl_dist::{
     checkpoint::{
-        base::BaseFiles,
         pieces::{GRADIENT, Pieces, read_pieces},
         reshard::Cut,
         saves,
         state::{Accumulated, AdapterState},
     },
     comm::World,
-    config::{ReduceGradients, TrainArgs},
+    config::{BaseFiles, ReduceGradients, TrainArgs},
     dtype::DType,
     error::Error,
     lora::{LoraShape, LoraShapes, targets::resolve},

@@ -35,6 +35,9 @@ pub struct AdapterConfig {
     pub rank_pattern: Map<String, Value>,
     pub alpha_pattern: Map<String, Value>,
     pub base_model_name_or_path: Option<String>,
+    /// Revision of a base on a hub.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
 }
 
 /// A regular expression over whole names, or ends of names.
@@ -86,6 +89,7 @@ const FIELDS: &[(&str, Rule)] = &[
     ("rank_pattern", Computed),
     ("alpha_pattern", Computed),
     ("base_model_name_or_path", Computed),
+    ("revision", Computed),
     ("peft_type", Only(&["\"LORA\""], "only LoRA is built: merge it with PEFT's merge_and_unload")),
     ("task_type", Only(&["\"CAUSAL_LM\""], "only CAUSAL_LM is trained here")),
     ("init_lora_weights", Only(&["true", "false", "\"gaussian\"", "\"orthogonal\""], CONVERT)),
@@ -109,7 +113,6 @@ const FIELDS: &[(&str, Rule)] = &[
     ("auto_mapping", Harmless("names of the base's Python classes")),
     ("peft_version", Harmless("the version that wrote the file")),
     ("inference_mode", Harmless("says whether PEFT freezes the adapter after loading")),
-    ("revision", Harmless("the base's version on a hub; a run reads its base from model.model_path")),
     ("lora_dropout", Harmless("acts while PEFT trains; a run has lora.lora_dropout")),
     ("megatron_core", Harmless("a module's name, read with megatron_config alone")),
     ("loftq_config", Harmless(OF_INIT)),
@@ -173,6 +176,7 @@ pub fn read_config(directory: &Path) -> Result<AdapterConfig, CheckpointError> {
         rank_pattern: file.field("rank_pattern", Map::new())?,
         alpha_pattern: file.field("alpha_pattern", Map::new())?,
         base_model_name_or_path: file.field("base_model_name_or_path", None)?,
+        revision: file.field("revision", None)?,
     };
     config.check().map_err(|reason| CheckpointError::Format { path: file.path, reason })?;
     Ok(config)

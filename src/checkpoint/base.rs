@@ -6,7 +6,10 @@ use super::{
     CheckpointError, config_json, io,
     model_files::{INDEX, ModelFiles, fault},
 };
-use crate::weights::{WeightSource, weight_files};
+use crate::{
+    config::BaseFiles,
+    weights::{WeightSource, weight_files},
+};
 use std::{
     collections::BTreeMap,
     fs,
@@ -18,17 +21,6 @@ pub const FOLDER: &str = "model";
 pub(super) const CONFIG: &str = "config.json";
 /// Small files that belong to an HF model: configs, tokenizer, chat template.
 const SIDE_FILES: &[&str] = &["json", "txt", "model", "jinja"];
-
-/// Sources of the base's files.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct BaseFiles {
-    /// HF directory of the weights; `None`: they are random and have no file.
-    pub weights: Option<PathBuf>,
-    /// The config.json, or its directory.
-    pub config: PathBuf,
-    /// Directory of the tokenizer.
-    pub tokenizer: PathBuf,
-}
 
 impl BaseFiles {
     /// Name and present path of every file but the weights that exists.

@@ -2,12 +2,11 @@
 //! one after another, in parts, so that no more than a part is in memory. Several ranks write different tensors.
 
 use super::{
-    CheckpointError, FolderWriter,
-    base::BaseFiles,
-    config_json, io,
+    CheckpointError, FolderWriter, config_json, io,
     model_files::{FileTensor, ModelFiles, ModelWriter, fault},
 };
 use crate::{
+    config::BaseFiles,
     dtype::DType,
     lora::{LoraShapes, MergePlan, Site, Survival, merge},
     quant::{Format, Grid},

@@ -12,6 +12,7 @@ use super::{
 use crate::{
     config::ExportFormat,
     console::first_of,
+    hub::HubId,
     lora::{Factor, LoraShape, LoraShapes, MoeNames, Site, targets::Projection},
 };
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
@@ -97,6 +98,9 @@ impl AdapterConfig {
         parameters.extend(experts::parameters(&groups));
         let ranks = patterns.iter().filter(|(_, shape)| shape.rank != common.rank);
         let alphas = patterns.iter().filter(|(_, shape)| shape.alpha != common.alpha);
+        // PEFT has the revision of a hub's model in a field of its own.
+        let id = base.as_deref().and_then(HubId::parse).filter(|id| id.revision.is_some());
+        let (base, revision) = id.map_or((base, None), |id| (Some(id.name), id.revision));
         Self {
             r: common.rank,
             lora_alpha: common.alpha,
@@ -111,6 +115,7 @@ impl AdapterConfig {
             rank_pattern: ranks.map(|(pattern, shape)| (pattern.clone(), shape.rank.into())).collect(),
             alpha_pattern: alphas.map(|(pattern, shape)| (pattern.clone(), shape.alpha.into())).collect(),
             base_model_name_or_path: base,
+            revision,
         }
     }
 }

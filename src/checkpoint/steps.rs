@@ -3,10 +3,11 @@
 
 use super::{
     CheckpointError,
-    adapter_config::{CONFIG_FILE, read_config},
+    adapter_config::{AdapterConfig, CONFIG_FILE, read_config},
     base, io,
     publish::{sync, verify, withdraw},
 };
+use crate::hub::{self, HubId};
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -190,12 +191,30 @@ pub fn base_of(adapter: &Path) -> Result<PathBuf, String> {
     }
     let place = format!("{}: base_model_name_or_path", adapter.join(CONFIG_FILE).display());
     let config = read_config(adapter).map_err(|error| error.to_string())?;
+    if let Some(id) = id_of(&config) {
+        return hub::cached(&id, true)
+            .map_err(|error| format!("{place} is {id}: {error}; or give --model DIR"));
+    }
     let base = config.base_model_name_or_path.map(PathBuf::from);
     let base = base.ok_or_else(|| format!("{place} names no model; give --model DIR"))?;
     if base.is_dir() {
         return Ok(base);
     }
     Err(format!("{place} is {}, which is no folder here; give --model DIR", base.display()))
+}
+
+/// The id of the base of the adapter in `adapter`, if it is a model of the hub.
+pub fn base_id(adapter: &Path) -> Option<HubId> {
+    let own = adapter.join(base::FOLDER).join(base::CONFIG);
+    if own.is_file() { None } else { id_of(&read_config(adapter).ok()?) }
+}
+
+fn id_of(config: &AdapterConfig) -> Option<HubId> {
+    let id = HubId::of_path(Path::new(config.base_model_name_or_path.as_deref()?))?;
+    Some(match &config.revision {
+        Some(revision) => id.at(revision),
+        None => id,
+    })
 }
 
 /// The step that `latest` of `run` names, else its newest.

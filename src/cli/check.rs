@@ -1,6 +1,6 @@
 //! The command `check`.
 
-use super::{Common, Fields, RUN_FIELDS, Runnable, at_least_one, ranks::on_all_ranks};
+use super::{Common, Fields, RUN_FIELDS, Runnable, at_least_one, models, ranks::on_all_ranks};
 use crate::{
     comm::FreeMemory,
     config,
@@ -38,12 +38,14 @@ impl Runnable for Check {
     const USAGE: &'static str = "check --config <FILE> [--ranks <N>] [--show-samples <N>]";
     const FIELDS: Option<Fields> = Some(RUN_FIELDS);
 
-    /// Finds the faults of a run before its first step, or prints its cost. Writes nothing but to stdout.
+    /// Finds the faults of a run before its first step, or prints its cost. Writes nothing but to stdout, and a
+    /// model of the hub into its cache.
     fn run(&self, common: &Common) -> Result<ExitCode> {
         on_all_ranks(
             common.device,
             false,
             |world| {
+                models::fetch(world, || models::of_run(&self.config, &common.overrides))?;
                 let ranks = self.ranks.unwrap_or(world.size());
                 let run = Run::prepare(&self.config, &common.overrides, ranks);
                 let mut run = run.map_err(|error| self.of_server().unwrap_or(error))?;

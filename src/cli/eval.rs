@@ -1,6 +1,11 @@
 //! The command `eval`.
 
-use super::{Common, Fields, RUN_FIELDS, Runnable, generate::DtypeChoice, ranks::on_all_ranks};
+use super::{
+    Common, Fields, RUN_FIELDS, Runnable,
+    generate::DtypeChoice,
+    models::{self, Named},
+    ranks::on_all_ranks,
+};
 use crate::{
     dtype::DType,
     error::{Error, Result, agree},
@@ -63,6 +68,7 @@ impl Runnable for Eval {
             common.device,
             common.debug,
             |world| {
+                models::fetch(world, || self.models(common))?;
                 let everyone = world.group("world", 0);
                 let held_out = HeldOut::prepare(&self.request(common), world.size());
                 let held_out = agree(&*everyone, held_out)?;
@@ -81,6 +87,15 @@ impl Runnable for Eval {
 }
 
 impl Eval {
+    /// The models of the hub that these arguments name.
+    fn models(&self, common: &Common) -> Vec<Named> {
+        let Some(config) = &self.config else {
+            return models::of_adapter(self.model.as_deref(), self.adapter.as_deref());
+        };
+        let given = models::of_adapter(self.model.as_deref(), None);
+        given.into_iter().chain(models::of_run(config, &common.overrides)).collect()
+    }
+
     /// The request that these arguments make.
     pub fn request(&self, common: &Common) -> EvalRequest {
         EvalRequest {

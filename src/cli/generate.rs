@@ -1,6 +1,6 @@
 //! The command `generate`.
 
-use super::{Common, Fields, Runnable, at_least_one, ranks::on_all_ranks};
+use super::{Common, Fields, Runnable, at_least_one, models, ranks::on_all_ranks};
 use crate::{
     dtype::DType,
     error::{Error, Result},
@@ -11,7 +11,8 @@ use std::{path::PathBuf, process::ExitCode};
 /// Continue prompts with a model and an adapter; also sharded over the ranks of mpirun
 #[derive(Clone, Debug, PartialEq, clap::Args)]
 pub struct Generate {
-    /// HF model directory; when absent the base that the adapter names
+    /// HF model directory, or model of the hub (owner/name, or owner/name@revision); when absent the base that the adapter
+    /// names
     #[arg(long, value_name = "DIR", required_unless_present = "adapter")]
     pub model: Option<PathBuf>,
     /// PEFT adapter directory, such as a published step; the directory of a run (weights/run, or its output_dir) is its
@@ -124,7 +125,11 @@ impl Runnable for Generate {
             false,
             |world| match (self.prompt.interactive, world.size()) {
                 (true, 2..) => Err(Error::Input("--interactive takes one rank; leave mpirun out".into())),
-                _ => Generation::prepare(self.request()),
+                _ => {
+                    let (model, adapter) = (self.model.as_deref(), self.adapter.as_deref());
+                    models::fetch(world, || models::of_adapter(model, adapter))?;
+                    Generation::prepare(self.request())
+                }
             },
             |generation, world| generation.execute(world).map(|()| ExitCode::SUCCESS),
         )

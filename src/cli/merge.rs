@@ -1,10 +1,9 @@
 //! The command `merge`.
 
-use super::{Common, Fields, Runnable, ranks::on_all_ranks};
+use super::{Common, Fields, Runnable, models, ranks::on_all_ranks};
 use crate::{
     checkpoint::{
-        CheckpointError,
-        base::{self, BaseFiles},
+        CheckpointError, base,
         merged::Merged,
         model_files::SHARD_BYTES,
         peft::{AdapterFolder, StoredAdapter},
@@ -13,10 +12,12 @@ use crate::{
         steps,
     },
     comm::World,
+    config::BaseFiles,
     console::count,
     device::DeviceChoice,
     dtype::DType,
     error::{Error, Result, agree},
+    hub,
     lora::{Survival, merge::MUCH_LOST},
     model::{
         base_plan::all_projections,
@@ -42,7 +43,8 @@ const WORST: usize = 5;
 /// the work
 #[derive(Clone, Debug, PartialEq, clap::Args)]
 pub struct Merge {
-    /// HF model directory; when absent the base that the adapter names
+    /// HF model directory, or model of the hub (owner/name, or owner/name@revision); when absent the base that the adapter
+    /// names
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
     /// PEFT adapter directory, such as a published step; the directory of a run (weights/run, or its output_dir) is its
@@ -100,7 +102,10 @@ impl Runnable for Merge {
         on_all_ranks(
             DeviceChoice::Cpu,
             common.debug,
-            |_| self.prepare(),
+            |world| {
+                models::fetch(world, || models::of_adapter(self.model.as_deref(), Some(&self.adapter)))?;
+                self.prepare()
+            },
             |merge, world| merge.execute(world).map(|()| ExitCode::SUCCESS),
         )
     }
@@ -157,10 +162,14 @@ impl Merge {
     fn base(&self, adapter: &Path) -> Result<(PathBuf, &'static str)> {
         const TRAINED: &str = "the base that it was trained on";
         let own = adapter.join(base::FOLDER);
+        let place = |model: &Path| {
+            let place = hub::locate(model, true);
+            place.map_err(|error| Error::Input(format!("--model: {}: {error}", model.display())))
+        };
         match (&self.model, self.onto) {
-            (Some(model), Onto::Original) => Ok((model.clone(), "the original base")),
+            (Some(model), Onto::Original) => Ok((place(model)?, "the original base")),
             _ if own.is_dir() => Ok((own, TRAINED)),
-            (Some(model), Onto::Trained) => Ok((model.clone(), TRAINED)),
+            (Some(model), Onto::Trained) => Ok((place(model)?, TRAINED)),
             (None, _) => Ok((steps::base_of(adapter).map_err(Error::Input)?, TRAINED)),
         }
     }

@@ -9,6 +9,7 @@ pub mod check;
 pub mod eval;
 pub mod generate;
 pub mod merge;
+mod models;
 mod ranks;
 pub mod serve;
 pub mod train;

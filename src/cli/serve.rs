@@ -1,6 +1,6 @@
 //! The command `serve`.
 
-use super::{Common, Fields, Runnable, ranks::on_all_ranks, train::STOPPED};
+use super::{Common, Fields, Runnable, models, ranks::on_all_ranks, train::STOPPED};
 use crate::{
     config,
     error::{Result, agree},
@@ -19,8 +19,7 @@ pub struct Serve {
 
 impl Runnable for Serve {
     const USAGE: &'static str = "serve --config <FILE>";
-    const FIELDS: Option<Fields> =
-        Some(Fields { usage: "[--server.field <VALUE>]...", help: config::server_help });
+    const FIELDS: Option<Fields> = Some(Fields { usage: "[--server.field <VALUE>]...", help: config::server_help });
 
     /// Serves until a signal asks for the end; then all adapters are saved.
     fn run(&self, common: &Common) -> Result<ExitCode> {
@@ -28,6 +27,8 @@ impl Runnable for Serve {
             common.device,
             common.debug,
             |world| {
+                // Before signals are listened to: one ends a download at once.
+                models::fetch(world, || models::of_server(&self.config, &common.overrides))?;
                 let stop = StopSignals::listen(Program::Server, world)?;
                 let everyone = world.group("world", 0);
                 let start = Start::read(&self.config, &common.overrides, world.size(), common.debug);

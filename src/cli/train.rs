@@ -1,6 +1,6 @@
 //! The command `train`.
 
-use super::{Common, Fields, RUN_FIELDS, Runnable, check::Check, ranks::on_all_ranks};
+use super::{Common, Fields, RUN_FIELDS, Runnable, check::Check, models, ranks::on_all_ranks};
 use crate::{
     comm::FreeMemory,
     error::{Result, agree},
@@ -34,6 +34,8 @@ impl Runnable for Train {
             common.device,
             common.debug,
             |world| {
+                // Before signals are listened to: one ends a download at once.
+                models::fetch(world, || models::of_run(&self.config, &common.overrides))?;
                 let stop = StopSignals::listen(Program::Run, world)?;
                 let everyone = world.group("world", 0);
                 let run = Run::prepare_to_train(&self.config, &common.overrides, world.size());

@@ -223,7 +223,7 @@ impl World {
     /// # Errors
     /// A device is required and cannot be used. The error is on one rank at least; the caller ends the other ranks.
     pub fn use_device(&mut self, choice: DeviceChoice) -> Result<(), CommError> {
-        let local_rank = self.mpi.as_ref().map_or(0, mpi::Runtime::local_rank);
+        let local_rank = self.local_rank();
         let own = device::visible(choice).and_then(|devices| {
             if self.mpi.is_none() || devices.is_empty() {
                 return Ok(devices);
@@ -278,6 +278,11 @@ impl World {
 
     pub fn size(&self) -> usize {
         self.mpi.as_ref().map_or(1, mpi::Runtime::size)
+    }
+
+    /// The rank of this process among those of its host.
+    pub fn local_rank(&self) -> usize {
+        self.mpi.as_ref().map_or(0, mpi::Runtime::local_rank)
     }
 
     /// Returns true if the launcher passes SIGTERM and SIGINT on and leaves this rank time to act on them.

@@ -30,7 +30,8 @@ const ONE_RATE: &str =
 const FROZEN: &str = "all but the adapter is frozen";
 const TOKENIZER: &str =
     "tokenizer, special tokens and chat template are those of model.tokenizer_path, as they are";
-const LOCAL: &str = "nothing is downloaded or uploaded";
+const NO_UPLOAD: &str = "nothing is uploaded; hf upload takes a step's folder";
+const TOKEN: &str = "the environment's HF_TOKEN is the hub's token";
 const FOUND: &str = "it is read from the model's config.json";
 const STAGE: &str = "the command says what is done: train, check or generate";
 const PEFT_ONLY: &str = "the step's adapter_config.json has it";
@@ -77,14 +78,13 @@ const FOREIGN: &[(&str, Means)] = &[
     ("is_llama_derived_model", Needless(FOUND)),
     ("rope_scaling", Needless(FOUND)),
     ("rope_theta", Needless(FOUND)),
-    ("model_revision", Not(LOCAL)),
-    ("revision", Not(LOCAL)),
+    ("model_revision", Is("model.revision", "")),
     ("trust_remote_code", Needless("no code of a model is run")),
-    ("hub_model_id", Not(LOCAL)),
-    ("hub_strategy", Not(LOCAL)),
-    ("hub_token", Not(LOCAL)),
-    ("hf_hub_token", Not(LOCAL)),
-    ("push_to_hub", Not(LOCAL)),
+    ("hub_model_id", Not(NO_UPLOAD)),
+    ("hub_strategy", Not(NO_UPLOAD)),
+    ("hub_token", Needless(TOKEN)),
+    ("hf_hub_token", Needless(TOKEN)),
+    ("push_to_hub", Not(NO_UPLOAD)),
     ("torch_dtype", Is("train.enable_mixed_precision", " (true computes in bf16, false in fp32)")),
     ("dtype", Is("train.enable_mixed_precision", " (true computes in bf16, false in fp32)")),
     ("bf16", Is("train.enable_mixed_precision", "")),

@@ -37,7 +37,7 @@ pub use help::{help, reference, schema_table, server_help, server_reference, ser
 pub use load::{Loaded, Override, load, load_server, load_server_yaml, load_with_paths, load_yaml};
 pub use lora::{ExportFormat, InitLoraWeights, LoraArgs, NoiseArgs, QuantArgs, QuantFormat};
 pub use loss::Param;
-pub use model::ModelArgs;
+pub use model::{BaseFiles, HubModel, ModelArgs, NoFiles};
 pub use nearest::misspelt;
 pub use optimizer::{MuonAdjustLr, Optimizer, OptimizerArgs, OptimizerDtype};
 pub use section::FieldInfo;

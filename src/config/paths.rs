@@ -4,6 +4,7 @@
 use super::error::{ConfigError, FieldLocations, Problem};
 use super::nearest::misspelt;
 use super::{ModelArgs, RunConfig};
+use crate::hub::HubId;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
@@ -86,6 +87,10 @@ fn fault(path: &Path, kind: Kind) -> Option<String> {
     if path.exists() {
         return of_file(path, kind);
     }
+    // The hub says whether it has it.
+    if kind.may_be_of_hub() && HubId::of_path(path).is_some() {
+        return None;
+    }
     let text = path.to_string_lossy();
     Some(match absent(&text, kind) {
         Some(words) => words,
@@ -147,39 +152,31 @@ fn absent(text: &str, kind: Kind) -> Option<String> {
             _ => format!("a glob, which is not expanded; name {}", kind.expected()),
         });
     }
-    let may_be_hub_id = kind != Kind::Keys && is_hub_id(text);
+    let may_be_hub_id = kind != Kind::Keys && HubId::of_path(Path::new(text)).is_some();
     may_be_hub_id.then(|| match kind {
         Kind::Data => format!(
             "no such file or folder; if it is a Hugging Face hub id, save it as JSON lines first: python -c \
              'from datasets import load_dataset as l; l(\"{text}\", split=\"train\").to_json(\"train.jsonl\")'"
         ),
         _ => format!(
-            "no such folder; if it is a Hugging Face hub id, download it first and name the folder: \
+            "no such folder; if it is an adapter of the Hugging Face hub, download it first and name the folder: \
              hf download {text} --local-dir {}",
             text.rsplit('/').next().unwrap_or(text)
         ),
     })
 }
 
-/// True for `owner/name`, where there is no folder `owner`.
-fn is_hub_id(text: &str) -> bool {
-    let word = |word: &str| {
-        word.starts_with(|c: char| c.is_ascii_alphanumeric())
-            && word.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
-    };
-    let file = [".jsonl", ".json", ".parquet", ".csv", ".txt", ".gz"].iter().any(|end| text.ends_with(end));
-    match text.split_once('/') {
-        Some((owner, name)) => word(owner) && word(name) && !file && !Path::new(owner).exists(),
-        None => false,
-    }
-}
-
 impl Kind {
+    /// True for a thing that is downloaded if it has a hub id.
+    fn may_be_of_hub(self) -> bool {
+        matches!(self, Self::Model | Self::ModelConfig | Self::Tokenizer)
+    }
+
     fn expected(self) -> &'static str {
         match self {
-            Self::Model => "an HF model directory (config.json, safetensors)",
-            Self::ModelConfig => "an HF config.json or its directory",
-            Self::Tokenizer => "a directory with tokenizer.json",
+            Self::Model => "an HF model directory (config.json, safetensors) or a hub id, owner/name",
+            Self::ModelConfig => "an HF config.json, its directory or a hub id, owner/name",
+            Self::Tokenizer => "a directory with tokenizer.json or a hub id, owner/name",
             Self::Data => "a .jsonl file or a folder of them",
             Self::Adapter => "a PEFT adapter directory, such as a published step",
             Self::Keys => "a file with the hashes of API keys",
@@ -193,21 +190,6 @@ impl Kind {
             Self::Data => "data",
             Self::Adapter => "an adapter",
             Self::Keys => "a file of keys",
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_hub_id_is_told_from_a_path() {
-        for id in ["HuggingFaceTB/SmolLM2-135M", "tatsu-lab/alpaca", "a/b.c_d"] {
-            assert!(is_hub_id(id), "{id}");
-        }
-        for path in ["./a/b", "/a/b", "a/b/c", "a", "src/nothing", "a/rows.jsonl", "../a/b", "a b/c"] {
-            assert!(!is_hub_id(path), "{path}");
         }
     }
 }

@@ -104,8 +104,7 @@ section! {
 impl ServerConfig {
     /// The name of the base model that clients are told.
     pub fn base_model(&self) -> String {
-        let path = || self.model.hf_config().display().to_string();
-        self.base_model_name.clone().unwrap_or_else(path)
+        self.base_model_name.clone().unwrap_or_else(|| self.model.name())
     }
 
     /// The learning rate of an update that gives none.
@@ -155,6 +154,7 @@ impl ConfigFile for ServerConfig {
             broken.extend(problem.map(|problem| (fields, problem)));
         };
         rule(&["server.model_path", "server.config_path"], self.model.missing());
+        rule(&["server.revision"], self.model.revision_problem());
         let open = !is_loopback(&self.api_host) && self.api_keys_file.is_none();
         let words = "lets other machines in, which needs api_keys_file; or leave it at 127.0.0.1";
         rule(

@@ -40,6 +40,7 @@ pub(super) fn broken_of_run(config: &RunConfig) -> Vec<Broken> {
     };
     found(&["model.model_path", "model.config_path"], model.missing());
     found(&["data.val_set_size"], data.split_problem());
+    found(&["model.revision"], model.revision_problem());
     found(&["train.adam_epsilon"], train::epsilon_problem(train.adam_epsilon));
     found(&["train.muon_ns_steps"], train.rule.ns_steps_problem());
     found(&["train.ulysses_parallel_size"], train.compute.sequence_problem());

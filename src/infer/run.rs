@@ -19,6 +19,7 @@ use crate::{
     data::{Chat, ChatTemplate, Prompt, Reference, Tokenizer},
     dtype::DType,
     error::{Error, Result},
+    hub,
     lora::Adapter,
     loss::CrossEntropy,
     model::{
@@ -44,7 +45,7 @@ use tch::Device;
 /// A request to generate.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request {
-    /// HF model directory; `None`: the base that the adapter names.
+    /// HF model directory, or a model of the hub; `None`: the base that the adapter names.
     pub model_dir: Option<PathBuf>,
     /// PEFT adapter directory, or that of a run: its newest step, with `/best` behind it its best.
     pub adapter_dir: Option<PathBuf>,
@@ -95,7 +96,8 @@ impl Generation {
         let adapter =
             request.adapter_dir.as_deref().map(steps::adapter_at).transpose().map_err(Error::Input)?;
         let directory = &match &request.model_dir {
-            Some(directory) => directory.clone(),
+            Some(directory) => hub::locate(directory, true)
+                .map_err(|error| Error::Input(format!("--model: {}: {error}", directory.display())))?,
             None => base_of(adapter.as_deref())?,
         };
         let hf = HfModel::open(directory)?;

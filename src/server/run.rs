@@ -5,9 +5,8 @@ use super::{
     store::Base,
 };
 use crate::{
-    checkpoint::base::BaseFiles,
     comm::World,
-    config::{CheckpointingMethod, ComputeArgs, ModelArgs, QuantArgs},
+    config::{BaseFiles, CheckpointingMethod, ComputeArgs, ModelArgs, QuantArgs},
     data::Tokenizer,
     error::{Error, Result},
     infer::stops::SharedDecode,
@@ -82,6 +81,7 @@ pub struct ServerPlan {
 /// A server whose model is read and validated.
 pub struct Server {
     plan: ServerPlan,
+    files: BaseFiles,
     model: HfModel,
     source: Box<dyn WeightSource>,
     mesh: Mesh,
@@ -94,7 +94,9 @@ impl Server {
         // In server.yaml the fields of the mesh stand at the top.
         let of_server = |error: MeshError| Error::Input(error.to_string().replace("train.", ""));
         let mesh = Mesh::new(world, MeshSizes::from(&plan.compute)).map_err(of_server)?;
-        let mut model = HfModel::open(&plan.model.hf_config())?;
+        let files = plan.model.files();
+        let files = files.map_err(|error| Error::Input(format!("{}: {error}", error.key)))?;
+        let mut model = HfModel::open(&files.config)?;
         let experts = model.spec.moe().map(|moe| moe.experts);
         if experts.is_none() && mesh.expert() > 1 {
             let why = "expert_parallel_size: this model has no experts to divide; leave it at 1";
@@ -102,7 +104,7 @@ impl Server {
         }
         mesh.experts_of(0, experts.unwrap_or_default()).map_err(of_server)?;
         let spec = &mut model.spec;
-        let source: Box<dyn WeightSource> = match &plan.model.model_path {
+        let source: Box<dyn WeightSource> = match &files.weights {
             Some(directory) => Box::new(stored_base::open(directory, spec)?),
             None => Box::new(RandomSource::new(spec.tensors(), spec.initializer_range, plan.seed)),
         };
@@ -120,15 +122,10 @@ impl Server {
         let ServerPlan { hybrid, b_init_std, max_rank, rank, optimizer, .. } = plan;
         // Clients of both wires are told rank and alpha alone, and scale by their ratio.
         let use_rslora = false;
-        let files = BaseFiles {
-            weights: plan.model.model_path.clone(),
-            config: plan.model.hf_config(),
-            tokenizer: plan.model.tokenizer(),
-        };
-        let name = files.config.display().to_string();
+        let name = plan.model.name();
         let engine = EngineOptions {
             defaults: AdapterDefaults { targets, use_rslora, hybrid, b_init_std, max_rank, rank, optimizer },
-            base: Base { name, digest, quantization, files, seed: plan.seed },
+            base: Base { name, digest, quantization, files: files.clone(), seed: plan.seed },
             max_tokens_per_pass: plan.max_tokens_per_pass,
             max_waiting: plan.max_waiting,
             gather: plan.gather,
@@ -139,7 +136,7 @@ impl Server {
             storage_limit: plan.storage_limit,
             fits_recompute: plan.compute.checkpointing() == CheckpointingMethod::Auto,
         };
-        Ok(Self { plan, model, source, mesh, engine })
+        Ok(Self { plan, files, model, source, mesh, engine })
     }
 
     /// The base as its configuration describes it.
@@ -159,7 +156,7 @@ impl Server {
         world: &World,
         front: impl FnOnce(Arc<EngineHandle>) -> T + Send + 'static,
     ) -> Result<Option<T>> {
-        let Self { plan, model: HfModel { spec, .. }, source, mesh, engine } = self;
+        let Self { plan, files, model: HfModel { spec, .. }, source, mesh, engine } = self;
         let (groups, watcher) = (ProcessGroups::new(world, mesh), world.watcher());
         watcher.set_timeout(plan.comm_timeout);
         watcher.set_output(&plan.output_dir);
@@ -182,7 +179,7 @@ impl Server {
         let mut model = Transformer::new(spec, options, &groups)?;
         model.load(source.as_ref())?;
         groups.open(has_experts)?;
-        let decode = if world.rank() == 0 { decode(&plan.model.tokenizer()) } else { None };
+        let decode = if world.rank() == 0 { decode(&files.tokenizer) } else { None };
         groups.world.barrier()?;
         engine::serve(world, groups, model, engine, decode, front)
     }

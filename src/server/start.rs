@@ -70,14 +70,15 @@ pub fn settings(config: &ServerConfig, model: &HfModel) -> Result<Settings> {
     let absolute = |path: PathBuf| {
         std::path::absolute(&path).map_err(|error| Error::Input(format!("{}: {error}", path.display())))
     };
-    let path = config.model.hf_config();
+    let files = config.model.files();
+    let files = files.map_err(|error| Error::Input(format!("{}: {error}", error.key)))?;
     let names = config.model_ids.iter().map(ModelId::new).collect::<Result<Vec<_>, _>>();
     Ok(Settings {
         base_model: config.base_model(),
-        other_names: vec![path.display().to_string(), absolute(path)?.display().to_string()],
+        other_names: vec![config.model.name(), absolute(files.config)?.display().to_string()],
         api_host: config.api_host.clone(),
         architecture: model.architecture.clone(),
-        tokenizer: absolute(config.model.tokenizer())?,
+        tokenizer: absolute(files.tokenizer)?,
         output_dir: config.output_dir.clone(),
         vocab_size: model.spec.vocab_size,
         end_token_ids: model.end_token_ids.clone(),

@@ -7,7 +7,6 @@ use crate::{
     checkpoint::{
         FolderWriter,
         adapter_store::{self, Reader, Stored},
-        base::BaseFiles,
         peft::{AdapterFolder, StoredAdapter},
         pieces::write_pieces,
         publish::{KnownHashes, publish_together},
@@ -15,7 +14,7 @@ use crate::{
         state::{Accumulated, AdapterState},
     },
     comm::Communicator,
-    config::ExportFormat,
+    config::{BaseFiles, ExportFormat},
     error::{Error, Result, broadcast_from_root},
     lora::{LoraShapes, Parameter, Site, targets::Projection},
     model::quantized::Quantization,

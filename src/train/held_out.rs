@@ -137,7 +137,7 @@ impl HeldOut {
                 "{place}: nothing to evaluate on: set data.test_datasets or data.val_set_size, or give --data FILE"
             )));
         }
-        let directory = run.config.model.model_path.clone();
+        let directory = run.files.weights.clone();
         if let (Some(adapter), Some(trained), Some(directory), None) =
             (&adapter, &trained, &directory, &request.config)
         {
@@ -153,8 +153,8 @@ impl HeldOut {
         let adapter = adapter.map(read).transpose()?;
         let (mut tokenizer, mut answers, mut end_token_ids) = (None, Vec::new(), Vec::new());
         if request.exact_match {
-            tokenizer = Some(Arc::new(Tokenizer::load(&run.config.model.tokenizer())?));
-            end_token_ids = HfModel::open(&run.config.model.hf_config())?.end_token_ids;
+            tokenizer = Some(Arc::new(Tokenizer::load(&run.files.tokenizer)?));
+            end_token_ids = HfModel::open(&run.files.config)?.end_token_ids;
             for index in 0..run.dataset.validation_rows() {
                 answers.extend(answers_of(&run.dataset.validation_row(index)?, &end_token_ids));
             }

@@ -22,7 +22,10 @@ use super::{
 use crate::{
     checkpoint::{base, output::OutputLock, publish, steps},
     comm::{Reduce, World},
-    config::{FieldLocations, InitLoraWeights, Loaded, Override, PackingMethod, ReduceGradients, RunConfig},
+    config::{
+        BaseFiles, FieldLocations, InitLoraWeights, Loaded, Override, PackingMethod, ReduceGradients,
+        RunConfig,
+    },
     console::count,
     data::{
         Dataset, Loader, ROWS_PER_GROUP, StepPlan,
@@ -80,6 +83,7 @@ pub struct Run {
     /// Ranks and scales of the sites: the configuration's, or those of the adapter that the run starts from.
     pub(super) shapes: LoraShapes,
     pub(super) source: Box<dyn WeightSource>,
+    pub(super) files: BaseFiles,
     pub(super) dataset: Arc<Dataset>,
     pub(super) loss: RowLoss,
     /// The token that fills packs.
@@ -117,7 +121,9 @@ impl Run {
         let mut config = loaded.config;
         let refused = |field: &str, why: &str| Error::Input(format!("{}: {why}", loaded.places.of(field)));
         let mesh = Mesh::new(world, MeshSizes::from(&config.train.compute))?;
-        let hf = HfModel::open(&config.model.hf_config())?;
+        let files = config.model.files();
+        let files = files.map_err(|error| refused(&format!("model.{}", error.key), &error.to_string()))?;
+        let hf = HfModel::open(&files.config)?;
         let pad = hf.padding();
         let mut spec = hf.spec;
         let experts = spec.moe().map(|moe| moe.experts);
@@ -128,7 +134,7 @@ impl Run {
             ));
         }
         mesh.experts_of(0, experts.unwrap_or_default())?;
-        let source: Box<dyn WeightSource> = match &config.model.model_path {
+        let source: Box<dyn WeightSource> = match &files.weights {
             Some(directory) => Box::new(stored_base::open(directory, &mut spec)?),
             None => Box::new(RandomSource::new(spec.tensors(), spec.initializer_range, config.train.seed)),
         };
@@ -168,15 +174,20 @@ impl Run {
             let data = &mut config.data;
             data.sample_packing_sequence_len = data.sample_packing_sequence_len.min(longest);
         }
-        let tokenizer = config.model.tokenizer();
         let train = &config.train;
         let loss = RowLoss::new(train, &loaded.places)?;
         if let Some((field, why)) = reference::refusal(&config.lora).filter(|_| loss.reads_reference()) {
             return Err(refused(field, why));
         }
         let (vocabulary, data) = (spec.vocab_size, &config.data);
-        let dataset =
-            Dataset::open_with_inputs(data, Some(&tokenizer), vocabulary, pad, train.seed, loss.inputs())?;
+        let dataset = Dataset::open_with_inputs(
+            data,
+            Some(&files.tokenizer),
+            vocabulary,
+            pad,
+            train.seed,
+            loss.inputs(),
+        )?;
         let factors = [train.micro_batch_size, train.gradient_accumulation_steps, mesh.data_parallel()];
         let default_batch = || factors.into_iter().try_fold(1, usize::checked_mul);
         let global_batch = train.global_batch_size.or_else(default_batch).ok_or_else(|| {
@@ -204,6 +215,7 @@ impl Run {
             sites,
             shapes,
             source,
+            files,
             dataset: Arc::new(dataset),
             loss,
             pad_id: pad,

@@ -14,8 +14,8 @@ const MARKS: [&str; 2] = ["⟦", "⟧"];
 impl Run {
     /// The first `rows` rows of the run as text; as token ids where there is no tokenizer.
     pub fn samples(&self, rows: usize) -> Result<String> {
-        let folder = self.config.model.tokenizer();
-        let tokenizer = Tokenizer::load(&folder).ok();
+        let folder = &self.files.tokenizer;
+        let tokenizer = Tokenizer::load(folder).ok();
         let mut text = match &tokenizer {
             Some(_) => String::new(),
             None => format!("no tokenizer in {}: token ids\n", folder.display()),

@@ -7,7 +7,6 @@ use crate::{
     checkpoint::{
         self, CheckpointError, FolderWriter, TrainerState,
         adapter_store::{self, Export},
-        base::BaseFiles,
         model_files::{FileTensor, ModelFiles, SHARD_BYTES},
         pieces::write_pieces,
         publish::{KnownHashes, publish_together, withdraw},
@@ -147,12 +146,7 @@ impl<'a> Saver<'a> {
 
         let saves_base = merges > 0 || !run.config.lora.save_lora_only;
         if saves_base {
-            let model = &run.config.model;
-            let files = BaseFiles {
-                weights: model.model_path.clone(),
-                tokenizer: model.tokenizer(),
-                config: model.hf_config(),
-            };
+            let files = &run.files;
             match (new_base, &self.model) {
                 (Some(new), _) => files.write_around(writer.directory(), new)?,
                 (None, Some(model)) if merges > 0 && !model.is_dir() => {
@@ -163,15 +157,14 @@ impl<'a> Saver<'a> {
             }
             write_note(&writer.directory().join(checkpoint::base::FOLDER), merges > 0)?;
         }
-        let model_path = run.config.model.model_path.clone();
         let own = || steps::directory(&run.run_dir, at.step).join(checkpoint::base::FOLDER);
-        let base = match model_path {
+        let own = || own().display().to_string();
+        let base = match run.config.model.weights_name() {
             // The step is the only place of a merged base, and of a random one.
             _ if merges > 0 => Some(own()),
             None if saves_base => Some(own()),
             other => other,
         };
-        let base = base.map(|path| path.display().to_string());
         let lora = &run.config.lora;
         let (format, dropout) = (lora.lora_export_format, lora.lora_dropout);
         let (sites, shapes, subtracted) = (&run.sites[..], &run.shapes, self.subtracted.as_ref());

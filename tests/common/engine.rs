@@ -15,8 +15,7 @@ use std::{
 };
 use tempfile::TempDir;
 use xorl_dist::{
-    checkpoint::base::BaseFiles,
-    config::TrainArgs,
+    config::{BaseFiles, TrainArgs},
     dtype::DType,
     loss::NamedLoss,
     model::hf_config::HfModel,
