@@ -167,3 +167,7 @@ if [ "$(readlink "$link" 2>/dev/null || true)" != "$target" ]; then
     *) say "to have xorl-dist on PATH:  export PATH=\"$BIN_DIR:\$PATH\"" ;;
   esac
 fi
+
+# --- completions and manual pages; the pages once the program is built
+. launch/lib.sh
+install_completions "$target"

@@ -11,8 +11,8 @@ use std::{path::PathBuf, process::ExitCode};
 /// Continue prompts with a model and an adapter; also sharded over the ranks of mpirun
 #[derive(Clone, Debug, PartialEq, clap::Args)]
 pub struct Generate {
-    /// HF model directory, or model of the hub (owner/name, or owner/name@revision); when absent the base that the adapter
-    /// names
+    /// HF model directory, or model of the hub (owner/name, or owner/name@revision); when absent the base that the
+    /// adapter names
     #[arg(long, value_name = "DIR", required_unless_present = "adapter")]
     pub model: Option<PathBuf>,
     /// PEFT adapter directory, such as a published step; the directory of a run (weights/run, or its output_dir) is its

@@ -43,8 +43,8 @@ const WORST: usize = 5;
 /// the work
 #[derive(Clone, Debug, PartialEq, clap::Args)]
 pub struct Merge {
-    /// HF model directory, or model of the hub (owner/name, or owner/name@revision); when absent the base that the adapter
-    /// names
+    /// HF model directory, or model of the hub (owner/name, or owner/name@revision); when absent the base that the
+    /// adapter names
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
     /// PEFT adapter directory, such as a published step; the directory of a run (weights/run, or its output_dir) is its

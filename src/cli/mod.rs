@@ -1,13 +1,15 @@
-//! The command line: `train` (default), `check`, `eval`, `generate`, `merge`, `serve`, and `--section.field value`
-//! overrides.
+//! The command line: `train` (default), `check`, `eval`, `generate`, `merge`, `serve`, `completions`, `man`, and
+//! `--section.field value` overrides.
 //!
 //! [`parse`] is a pure function from arguments to an [`Invocation`]; [`run`] carries one out. A command is a file with
 //! one type: clap parses its fields, and its `Runnable` runs it. A new one also gets its `mod` line and its line in
 //! `commands!` here.
 
 pub mod check;
+pub mod completions;
 pub mod eval;
 pub mod generate;
+pub mod man;
 pub mod merge;
 mod models;
 mod ranks;
@@ -16,11 +18,11 @@ pub mod train;
 mod version;
 
 use crate::buffers;
-use crate::config::{self, Override};
+use crate::config::{self, FieldInfo, Override};
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
 use clap::error::ErrorKind;
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{Arg, CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
@@ -57,10 +59,13 @@ struct Fields {
     usage: &'static str,
     /// All fields, for the long help.
     help: fn() -> String,
+    /// Each field with its section.
+    schema: fn() -> Vec<(&'static str, FieldInfo)>,
 }
 
 /// The fields of `run.yaml`.
-const RUN_FIELDS: Fields = Fields { usage: "[--section.field <VALUE>]...", help: config::help };
+const RUN_FIELDS: Fields =
+    Fields { usage: "[--section.field <VALUE>]...", help: config::help, schema: config::schema };
 
 /// Options of every command.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -124,6 +129,8 @@ commands! {
     generate::Generate,
     merge::Merge,
     serve::Serve,
+    completions::Completions,
+    man::Man,
 }
 
 /// A parsed command line.
@@ -238,6 +245,24 @@ fn parser() -> clap::Command {
     let parser = with(RUN_FIELDS)(Cli::command().override_usage(usage));
     let taking = COMMANDS.iter().filter_map(|known| Some((known.name, known.fields?)));
     taking.fold(parser, |parser, (name, fields)| parser.mut_subcommand(name, with(fields)))
+}
+
+/// The clap command with every field of a configuration as an option of the commands that take it. These are not
+/// clap's to parse ([`split_overrides`]), but a shell completes them.
+fn parser_with_fields() -> clap::Command {
+    let with = |fields: Fields| {
+        move |command: clap::Command| {
+            let option = |(section, field): (&str, FieldInfo)| {
+                let name = format!("{section}.{}", field.key);
+                let meaning = field.meaning.split(". ").next().unwrap_or_default().to_owned();
+                Arg::new(name.clone()).long(name).value_name("VALUE").help(meaning)
+            };
+            command.args((fields.schema)().into_iter().map(option))
+        }
+    };
+    let taking = COMMANDS.iter().filter_map(|known| Some((known.name, known.fields?)));
+    taking
+        .fold(with(RUN_FIELDS)(parser()), |parser, (name, fields)| parser.mut_subcommand(name, with(fields)))
 }
 
 /// Takes `--section.field value…` and `--section.field=value` out of the arguments, up to a command that takes no

@@ -12,10 +12,9 @@ use tracing::subscriber::{NoSubscriber, with_default};
 /// Time in which the watchdog ends a process that it was asked to end.
 const TOLD: Duration = Duration::from_secs(5);
 
-/// Joins the ranks and has each `prepare`, which writes nothing but models of the hub into their cache. If all could, each
-/// `execute`s. A fault in preparing
-/// ends all ranks with one line. A rank that fails later prints its line and ends the others. Ranks compute on the
-/// device of `choice`. `debug`: every rank logs at level debug.
+/// Joins the ranks and has each `prepare`, which writes nothing but models of the hub into their cache. If all could,
+/// each `execute`s. A fault in preparing ends all ranks with one line. A rank that fails later prints its line and ends
+/// the others. Ranks compute on the device of `choice`. `debug`: every rank logs at level debug.
 pub(super) fn on_all_ranks<P>(
     choice: DeviceChoice,
     debug: bool,

@@ -19,7 +19,11 @@ pub struct Serve {
 
 impl Runnable for Serve {
     const USAGE: &'static str = "serve --config <FILE>";
-    const FIELDS: Option<Fields> = Some(Fields { usage: "[--server.field <VALUE>]...", help: config::server_help });
+    const FIELDS: Option<Fields> = Some(Fields {
+        usage: "[--server.field <VALUE>]...",
+        help: config::server_help,
+        schema: config::server_schema,
+    });
 
     /// Serves until a signal asks for the end; then all adapters are saved.
     fn run(&self, common: &Common) -> Result<ExitCode> {

@@ -1,5 +1,5 @@
-//! The layout of `huggingface_hub`'s cache: `refs/REVISION` holds a commit, `snapshots/COMMIT` links to the files, which
-//! are `blobs/ETAG`.
+//! The layout of `huggingface_hub`'s cache: `refs/REVISION` holds a commit, `snapshots/COMMIT` links to the files,
+//! which are `blobs/ETAG`.
 
 use super::{HubError, HubId, io};
 use hf_hub::{Cache, Repo, RepoType};

@@ -1,4 +1,4 @@
-//! What the environment says of hub and cache, by the names and rules of `huggingface_hub`.
+//! Hub, cache and token as the environment names them, by the variables and rules of `huggingface_hub`.
 
 use super::{HubError, HubId, cache::Repository};
 use std::path::{Path, PathBuf};

@@ -206,6 +206,18 @@ fn answer(
         let body = json!({"id": NAME, "sha": COMMIT, "private": false, "siblings": siblings}).to_string();
         return plain("200 OK", &[("Content-Type", "application/json")], &body);
     }
+    // Python asks for sizes and hashes of all files, we for those of single ones.
+    if path == format!("/api/models/{NAME}/tree/{COMMIT}") {
+        let entry = |(name, bytes): (&String, &Vec<u8>)| {
+            let (hash, size) = (sha256(bytes), bytes.len());
+            let lfs = name
+                .ends_with(".safetensors")
+                .then(|| json!({"oid": hash, "size": size, "pointerSize": 134}));
+            json!({"type": "file", "path": name, "size": size, "oid": hash[..40], "lfs": lfs})
+        };
+        let body = json!(files.iter().map(entry).collect::<Vec<_>>()).to_string();
+        return plain("200 OK", &[("Content-Type", "application/json")], &body);
+    }
     if let Some(etag) = path.strip_prefix("/store/") {
         let bytes = files.values().find(|bytes| sha256(bytes) == etag).unwrap();
         return part(bytes, state, range);
