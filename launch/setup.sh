@@ -14,6 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 TORCH=2.13.0
 SMOLLM2=0.1.2
 XORL_CLIENT=0.1.0
+TENSORBOARD=2.21.0
 BIN_DIR=${XORL_BIN_DIR:-$HOME/.local/bin}
 
 quickstart=1 tests=1
@@ -132,6 +133,8 @@ if [ $tests = 1 ]; then
   pip_once oracle "$(hash_of tests/oracle/requirements.txt)" -r tests/oracle/requirements.txt
   # It imports little of what it depends on, and that the oracle has.
   pip_once xorl-client "$XORL_CLIENT" --no-deps "xorl-client==$XORL_CLIENT"
+  # Of what TensorBoard depends on, reading its files needs two small packages.
+  pip_once tensorboard "$TENSORBOARD" --no-deps "tensorboard==$TENSORBOARD" protobuf==7.36.2 absl-py==2.5.1
 fi
 
 # --- a venv for each client of the server that the tests drive: their packages exclude each other

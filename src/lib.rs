@@ -4,6 +4,7 @@
 //!
 //! - [`cli`]: the commands and the command line
 //! - [`server`]: the server: requests, wires, engine
+//! - [`report`]: runs as they stand on disk: state and metrics, and the page that shows them
 //! - [`train`]: the step (count, accumulate, reduce, update), the loop, metrics, progress, signals
 //! - [`infer`]: sampling: requests and their books (pure), steps over a paged KV cache, generation
 //! - [`plan`]: bytes, FLOPs and traffic of a configuration before it runs: pure
@@ -24,6 +25,7 @@
 //! - [`device`]: the device of a rank: driver, streams, memory, run-time compiler; memory of the host
 //! - [`mesh`]: ranks to axes and every divisibility rule: pure
 //! - [`config`]: typed `run.yaml` and `server.yaml`, defaults, validation
+//! - [`page`]: style, curves and nodes of the pages for browsers
 //! - [`hub`]: models of the Hugging Face hub: ids, downloads, the cache
 //! - [`console`]: text for people: counted nouns, short lists, whole lines on stderr, the bar below them
 //! - [`clock`]: seconds by phase of a step
@@ -59,8 +61,10 @@ pub mod mesh;
 pub mod model;
 pub mod ops;
 pub mod optim;
+pub mod page;
 pub mod plan;
 pub mod quant;
+pub mod report;
 pub mod rng;
 pub mod server;
 pub mod session;

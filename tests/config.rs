@@ -272,7 +272,7 @@ fn names_of_other_trainers_are_met_with_their_equivalents() {
             "base_model sequence_len sample_packing pad_to_sequence_len adapter lora_r \
              lora_target_linear lora_modules_to_save peft_use_rslora num_epochs learning_rate lr_scheduler warmup_steps \
              warmup_ratio bf16 fp16 tf32 gradient_checkpointing flash_attention saves_per_epoch evals_per_epoch \
-             logging_steps load_in_4bit load_in_8bit strict special_tokens chat_template deepspeed fsdp fsdp_config \
+             load_in_4bit load_in_8bit strict special_tokens chat_template deepspeed fsdp fsdp_config \
              resume_from_checkpoint auto_resume_from_checkpoints group_by_length \
              cosine_min_lr_ratio neftune_noise_alpha hub_model_id model_type tokenizer_type trust_remote_code",
             "",

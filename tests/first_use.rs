@@ -74,8 +74,9 @@ fn a_mistake_in_a_field_is_one_line_with_place_and_remedy() {
         (train, "  warmup_ratio: 0.1", "train.warmup_ratio", &["warmup_ratio is train.lr_warmup_ratio here"]),
         (train, "  warmup_steps: 3", "train.warmup_steps", &["warmup_steps is train.lr_warmup_steps here"]),
         (train, "  bf16: true", "train.bf16", &["bf16 is train.enable_mixed_precision here"]),
-        (train, "  logging_steps: 1", "train.logging_steps", &["not needed", "metrics.jsonl"]),
-        (train, "  report_to: wandb", "train.report_to", &["not built", "metrics.jsonl"]),
+        (train, "  plot_loss: true", "train.plot_loss", &["not needed", "metrics.jsonl"]),
+        (train, "  report_to: wandb", "train.report_to", &["is train.use_tensorboard here", "metrics.jsonl"]),
+        (train, "  wandb_entity: me", "train.wandb_entity", &["not built", "metrics.jsonl"]),
         (
             train,
             "  gradient_checkpointing: true",

@@ -10,6 +10,10 @@ use std::{
 
 const LOCK_FILE: &str = ".lock";
 const TOKEN: &str = ".shared-";
+/// Opens the line of the lock file that says why a run failed.
+const FAILED: &str = "failed: ";
+/// Time in which a process that only looks at a lock has let it go.
+const LOOKED_WITHIN: Duration = Duration::from_millis(100);
 /// Time in which a network file system shows a new file.
 const SEEN_WITHIN: Duration = Duration::from_secs(10);
 
@@ -33,7 +37,14 @@ impl OutputLock {
             .truncate(false)
             .open(&path)
             .map_err(io(&path))?;
-        match file.try_lock() {
+        let locked = file.try_lock().or_else(|error| match error {
+            TryLockError::WouldBlock => {
+                std::thread::sleep(LOOKED_WITHIN);
+                file.try_lock()
+            }
+            error => Err(error),
+        });
+        match locked {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
                 let mut holder = String::new();
@@ -52,6 +63,40 @@ impl OutputLock {
         let _ = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| file.write_all(holder.as_bytes()));
         Ok(Self { _file: file })
     }
+}
+
+/// The lock of an output directory, seen from outside.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Lock {
+    /// A process has it, on this host or on one that shares a file system with locks.
+    Held { holder: String },
+    /// No process has it. `failure`: the reason that the last one left.
+    Free { failure: Option<String> },
+}
+
+/// Looks at the lock of `output`, also where nothing can be written.
+pub fn look(output: &Path) -> Lock {
+    let Ok(mut file) = File::open(output.join(LOCK_FILE)) else { return Lock::Free { failure: None } };
+    let mut text = String::new();
+    let _ = file.read_to_string(&mut text);
+    let mut lines = text.lines();
+    // A shared lock, for a moment: two that look are not in each other's way.
+    match file.try_lock_shared() {
+        Err(TryLockError::WouldBlock) => {
+            Lock::Held { holder: lines.next().unwrap_or("another run").to_owned() }
+        }
+        Ok(()) | Err(TryLockError::Error(_)) => {
+            Lock::Free { failure: lines.find_map(|line| line.strip_prefix(FAILED)).map(str::to_owned) }
+        }
+    }
+}
+
+/// Leaves the reason why a run in `output` failed, for [`look`], until the next one locks it.
+pub fn note_failure(output: &Path, reason: &str) {
+    // The reason was printed; without this line only lists of runs know less.
+    let file = OpenOptions::new().append(true).open(output.join(LOCK_FILE));
+    let reason = reason.lines().next().unwrap_or_default();
+    let _ = file.and_then(|mut file| file.write_all(format!("{FAILED}{reason}\n").as_bytes()));
 }
 
 /// A file by which other ranks recognise the writer's directory; removed when dropped.

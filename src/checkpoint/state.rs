@@ -214,6 +214,13 @@ impl TrainerState {
     }
 }
 
+/// The steps made and those of the whole run, as the training state of the folder `step` says. Nothing is checked.
+pub fn progress_of(step: &Path) -> Option<(usize, usize)> {
+    let json: Value = serde_json::from_slice(&fs::read(step.join(STATE_FILE)).ok()?).ok()?;
+    let count = |key: &str| json[key].as_u64().and_then(|count| usize::try_from(count).ok());
+    Some((count("step")?, count("total_steps")?))
+}
+
 impl AdapterState {
     /// Writes `trainer_state.json` into `folder`, a save that belongs to no run.
     pub fn write(&self, folder: &Path) -> Result<(), CheckpointError> {

@@ -17,7 +17,7 @@ const LATEST: &str = "latest";
 /// The text file that names the step with the best evaluation.
 const BEST: &str = "best";
 /// The folder of the runs in an output directory.
-const WEIGHTS: &str = "weights";
+pub const WEIGHTS: &str = "weights";
 
 /// The directory of step `step` of `run`.
 pub fn directory(run: &Path, step: usize) -> PathBuf {

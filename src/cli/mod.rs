@@ -1,5 +1,5 @@
-//! The command line: `train` (default), `check`, `eval`, `generate`, `merge`, `serve`, `completions`, `man`, and
-//! `--section.field value` overrides.
+//! The command line: `train` (default), `check`, `eval`, `generate`, `merge`, `serve`, `runs`, `report`, `completions`,
+//! `man`, and `--section.field value` overrides.
 //!
 //! [`parse`] is a pure function from arguments to an [`Invocation`]; [`run`] carries one out. A command is a file with
 //! one type: clap parses its fields, and its `Runnable` runs it. A new one also gets its `mod` line and its line in
@@ -13,6 +13,8 @@ pub mod man;
 pub mod merge;
 mod models;
 mod ranks;
+pub mod report;
+pub mod runs;
 pub mod serve;
 pub mod train;
 mod version;
@@ -129,6 +131,8 @@ commands! {
     generate::Generate,
     merge::Merge,
     serve::Serve,
+    runs::Runs,
+    report::Report,
     completions::Completions,
     man::Man,
 }

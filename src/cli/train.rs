@@ -2,6 +2,7 @@
 
 use super::{Common, Fields, RUN_FIELDS, Runnable, check::Check, models, ranks::on_all_ranks};
 use crate::{
+    checkpoint::output::note_failure,
     comm::FreeMemory,
     error::{Result, agree},
     train::{Ended, Program, Run, StopSignals},
@@ -51,10 +52,17 @@ impl Runnable for Train {
                     tracing::info!("{}", run.summary());
                     run.tell_recompute();
                 }
-                Ok(match run.execute(world, &stop)? {
-                    Ended::Done => ExitCode::SUCCESS,
-                    Ended::Stopped => ExitCode::from(STOPPED),
-                })
+                let output = run.output().to_owned();
+                match run.execute(world, &stop) {
+                    Ok(Ended::Done) => Ok(ExitCode::SUCCESS),
+                    Ok(Ended::Stopped) => Ok(ExitCode::from(STOPPED)),
+                    Err(error) => {
+                        if world.rank() == 0 {
+                            note_failure(&output, &error.to_string());
+                        }
+                        Err(error)
+                    }
+                }
             },
         )
     }

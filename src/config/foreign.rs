@@ -22,8 +22,11 @@ const NO_QUANTIZED: &str = "lora.enable_qlora quantizes the base, in the format 
 const KERNELS: &str = "kernels are chosen by the device";
 const SHARDED: &str =
     "the base is always sharded over all ranks; train.data_parallel_shard_size says over how many";
-const LOGGED: &str = "every step is in metrics.jsonl of train.output_dir";
-const TRACKERS: &str = "metrics are in metrics.jsonl of train.output_dir; trackers such as W&B are not fed";
+const LOGGED: &str = "it is in metrics.jsonl of train.output_dir";
+const TRACKERS: &str = "metrics are in metrics.jsonl of train.output_dir, and TensorBoard's files with \
+                        train.use_tensorboard; trackers such as W&B are not fed";
+const TENSORBOARD: &str =
+    " (true), for tensorboard; other trackers are not fed, and metrics.jsonl is always written";
 const PLAIN_LORA: &str = "only plain LoRA is trained";
 const ONE_RATE: &str =
     "all layers have one learning rate, train.lr; that of B is train.loraplus_lr_ratio times it";
@@ -272,24 +275,22 @@ const FOREIGN: &[(&str, Means)] = &[
     ("checkpointer", Is("model.model_path", " and train.output_dir")),
     ("save_adapter_weights_only", Is("lora.save_lora_only", "")),
     ("merge_lora", Not("an adapter is saved beside the base; xorl-dist merge makes one model of them")),
-    ("logging_steps", Needless(LOGGED)),
-    ("logging_strategy", Needless(LOGGED)),
-    ("logging_first_step", Needless(LOGGED)),
-    ("logging_dir", Needless(LOGGED)),
-    ("log_every_n_steps", Needless(LOGGED)),
+    ("logging_strategy", Is("train.logging_steps", "")),
+    ("logging_first_step", Needless("the first step is always logged")),
+    ("logging_dir", Needless("metrics and TensorBoard's files are in train.output_dir")),
+    ("log_every_n_steps", Is("train.logging_steps", "")),
     ("log_peak_memory_stats", Needless(LOGGED)),
     ("log_level", Needless("the environment's RUST_LOG says it")),
     ("include_tokens_per_second", Needless(LOGGED)),
     ("include_num_input_tokens_seen", Needless(LOGGED)),
     ("plot_loss", Needless(LOGGED)),
     ("disable_tqdm", Is("train.log_format", ": structured")),
-    ("report_to", Not(TRACKERS)),
-    ("metric_logger", Not(TRACKERS)),
+    ("report_to", Is("train.use_tensorboard", TENSORBOARD)),
+    ("metric_logger", Is("train.use_tensorboard", TENSORBOARD)),
     ("wandb_entity", Not(TRACKERS)),
     ("wandb_mode", Not(TRACKERS)),
     ("wandb_run_id", Not(TRACKERS)),
     ("wandb_log_model", Not(TRACKERS)),
-    ("use_tensorboard", Not(TRACKERS)),
     ("mlflow_experiment_name", Not(TRACKERS)),
     ("comet_project_name", Not(TRACKERS)),
     ("profiler", Is("train.profile_steps", " (steps to trace)")),

@@ -29,7 +29,7 @@ choices! {
     pub enum LogFormat {
         /// A bar on a terminal, elsewhere a line every 10 s.
         ProgressBar = "progress_bar",
-        /// One `key=value` line a step.
+        /// One `key=value` line for every line of metrics.jsonl.
         Structured = "structured",
     }
 }
@@ -161,8 +161,14 @@ section! {
         /// anew, which is refused where this run_id has steps.
         load_checkpoint_path: Option<LoadCheckpoint> = None;
         /// A bar where stderr is a terminal (elsewhere a line at the first and last step and every 10 s), or one
-        /// structured line a step.
+        /// structured line for every line of metrics.jsonl.
         log_format: LogFormat = LogFormat::ProgressBar;
+        /// Write a line of metrics.jsonl every this many steps; the first, the last and saved steps have one always. As
+        /// in transformers, its loss is the mean of its steps, learning rate and norm those of the last; tokens, bytes
+        /// and seconds are sums, and `steps` says of how many steps.
+        logging_steps: usize = 1 => OneOrMore;
+        /// Write the lines of metrics.jsonl as scalars for TensorBoard, too: `{output_dir}/tensorboard/{run_id}`.
+        use_tensorboard: bool = false;
         /// Trace this many steps, after two that warm up, into `{output_dir}/trace/{run_id}/rank_{N}.json`
         /// (chrome://tracing, Perfetto) with a table of times beside it. An earlier trace of this run_id is removed.
         /// 0: none.

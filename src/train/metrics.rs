@@ -1,11 +1,12 @@
-//! Metrics of a run: `metrics.jsonl` (a line a step, with the evaluation after it if there was one; row 0 is an
-//! evaluation before the first step), progress on a terminal or in lines, and `training_metrics.json` at the end.
-//! Rank 0 writes; the other ranks hold a [`Metrics`] that does nothing.
+//! Metrics of a run: `metrics.jsonl` (a line for every `train.logging_steps` steps, with the evaluation after the last
+//! of them if there was one; line 0 is an evaluation before the first step), TensorBoard's files beside it, progress on
+//! a terminal or in lines, and `training_metrics.json` at the end. Rank 0 writes; the other ranks hold a [`Metrics`]
+//! that does nothing.
 
-use super::{Evaluation, StepReport, progress::Progress};
+use super::{Evaluation, StepReport, progress::Progress, tensorboard::EventFile};
 use crate::{
     comm::{Ledger, Operation, Received},
-    config::LogFormat,
+    config::{LogFormat, TrainArgs},
     console::first_of,
     error::{Error, Result},
     loss::Rewards,
@@ -15,11 +16,11 @@ use serde_json::{Map, Value, json};
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::{Seek, SeekFrom, Write},
+    io::{ErrorKind, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
 };
 
-/// The file with a line a step.
+/// The file with the lines of steps.
 pub const METRICS_FILE: &str = "metrics.jsonl";
 /// The run in one object, written at its end.
 pub const SUMMARY_FILE: &str = "training_metrics.json";
@@ -41,7 +42,7 @@ pub struct StepMetrics<'a> {
     pub device_memory_bytes: Option<u64>,
     /// Bytes that this rank's collectives have received in the step.
     pub received: Received,
-    /// The evaluation after the step, whose time and bytes are none of the step's.
+    /// The evaluation after the step.
     pub evaluation: Option<Evaluation>,
 }
 
@@ -49,41 +50,158 @@ pub struct StepMetrics<'a> {
 pub struct Metrics {
     output: PathBuf,
     file: Option<File>,
+    events: Option<EventFile>,
     total_steps: usize,
     progress: Option<Progress>,
+    /// A line comes every this many steps.
+    every: usize,
+    /// Steps since the last line.
+    window: Window,
     /// Steps made.
     done: usize,
     history: History,
 }
 
-/// Values by step; `None` for a step without one.
+/// The places and the pace of a run's metrics.
+#[derive(Clone, Debug)]
+pub struct Logging {
+    pub format: LogFormat,
+    /// Steps of a line, at least 1.
+    pub every: usize,
+    /// Folder of TensorBoard's files. `None`: none are written.
+    pub tensorboard: Option<PathBuf>,
+}
+
+impl From<&TrainArgs> for Logging {
+    fn from(train: &TrainArgs) -> Self {
+        let folder = || train.output_dir.join("tensorboard").join(&train.run_id);
+        Self {
+            format: train.log_format,
+            every: train.logging_steps,
+            tensorboard: train.use_tensorboard.then(folder),
+        }
+    }
+}
+
+/// Values by line; `None` for a line without one.
 #[derive(Debug, Default, PartialEq)]
 struct History {
     losses: Vec<Option<f64>>,
     grad_norms: Vec<Option<f64>>,
-    /// Steps that were evaluated, 0 before the first, with the keys of their rows.
+    /// Steps that were evaluated, 0 before the first, with the keys of their lines.
     evaluations: Vec<Value>,
 }
 
-/// Keys of an evaluation in the row of its step.
+/// Keys of an evaluation in the line of its step.
 const EVALUATION: [&str; 3] = ["eval_loss", "eval_perplexity", "eval_tokens"];
 
-/// Adds `evaluation` to the `row` of its step.
-fn add(row: &mut Map<String, Value>, evaluation: &Evaluation) {
+/// Adds `evaluation` to the `line` of its step.
+fn add(line: &mut Map<String, Value>, evaluation: &Evaluation) {
     let Evaluation { loss, tokens, rewards, seconds } = *evaluation;
     let values = [json!(loss), json!(evaluation.perplexity()), json!(tokens)];
-    row.extend(EVALUATION.map(str::to_owned).into_iter().zip(values));
-    row.insert("eval_seconds".into(), json!(seconds));
+    line.extend(EVALUATION.map(str::to_owned).into_iter().zip(values));
+    line.insert("eval_seconds".into(), json!(seconds));
     for (name, mean) in rewards.iter().flat_map(Rewards::means) {
-        row.insert(format!("eval_{name}"), json!(mean));
+        line.insert(format!("eval_{name}"), json!(mean));
     }
 }
 
-/// The step and the results of an evaluated `row`, for the summary.
-fn results(row: &Value) -> Option<Value> {
-    let results = EVALUATION.map(|key| (key.to_owned(), row[key].clone())).into_iter();
-    let all = [("step".to_owned(), row["step"].clone())].into_iter().chain(results);
-    row.get("eval_tokens").map(|_| all.collect::<Map<_, _>>().into())
+/// The step and the results of an evaluated `line`, for the summary.
+fn results(line: &Value) -> Option<Value> {
+    let results = EVALUATION.map(|key| (key.to_owned(), line[key].clone())).into_iter();
+    let all = [("step".to_owned(), line["step"].clone())].into_iter().chain(results);
+    line.get("eval_tokens").map(|_| all.collect::<Map<_, _>>().into())
+}
+
+/// Sums over the steps since the last line.
+#[derive(Default)]
+struct Window {
+    steps: usize,
+    losses: Vec<f64>,
+    tokens: u64,
+    tokens_total: u64,
+    tokens_padding: u64,
+    seconds: f64,
+    phases: BTreeMap<&'static str, f64>,
+    received: Received,
+    /// The values that are those of the last step.
+    last: Option<Map<String, Value>>,
+}
+
+impl Window {
+    fn add(&mut self, step: &StepMetrics) {
+        let StepMetrics { report, .. } = step;
+        self.steps += 1;
+        self.losses.extend(report.loss.filter(|loss| loss.is_finite()));
+        self.tokens += report.valid_tokens;
+        self.tokens_total += report.total_tokens;
+        self.tokens_padding += report.padding_tokens;
+        self.seconds += step.seconds;
+        for (phase, seconds) in &step.phases {
+            *self.phases.entry(phase).or_default() += seconds;
+        }
+        for (key, bytes) in &step.received {
+            *self.received.entry(key.clone()).or_default() += bytes;
+        }
+        let mut last = Map::from_iter(
+            [
+                ("step", json!(step.step)),
+                ("epoch", json!(step.epoch)),
+                ("grad_norm", json!(report.grad_norm)),
+                ("lr", json!(report.lr)),
+                ("peak_rss_bytes", json!(step.peak_rss_bytes)),
+            ]
+            .map(|(key, value)| (key.to_owned(), value)),
+        );
+        if let Some(bytes) = step.device_memory_bytes {
+            last.insert("device_memory_bytes".into(), bytes.into());
+        }
+        if let Some(RouterReport { max_over_mean, entropy, aux_loss }) = report.router {
+            let router = json!({"max_over_mean": max_over_mean, "entropy": entropy, "aux_loss": aux_loss});
+            last.insert("router".into(), router);
+        }
+        let rewards = report.rewards.iter().flat_map(Rewards::means);
+        last.extend(rewards.map(|(name, mean)| (name.to_owned(), mean.into())));
+        if let Some(evaluation) = &step.evaluation {
+            add(&mut last, evaluation);
+        }
+        self.last = Some(last);
+    }
+
+    /// Mean of the losses.
+    fn loss(&self) -> Option<f64> {
+        (!self.losses.is_empty()).then(|| self.losses.iter().sum::<f64>() / self.losses.len() as f64)
+    }
+
+    /// Tokens by second. Padding is computed too, and teaches nothing.
+    fn rate(&self) -> f64 {
+        (self.tokens_total - self.tokens_padding) as f64 / self.seconds
+    }
+
+    /// The line of a run of `total_steps`; `None` without a step.
+    fn line(&self, total_steps: usize) -> Option<Value> {
+        let last = self.last.as_ref()?;
+        let mut comm = Map::new();
+        for ((operation, group), bytes) in &self.received {
+            comm.insert(format!("{}/{group}", operation.name()), (*bytes).into());
+        }
+        let mut line = json!({
+            "step": last["step"], "epoch": last["epoch"], "loss": self.loss(), "grad_norm": last["grad_norm"],
+            "lr": last["lr"], "tokens": self.tokens, "tokens_total": self.tokens_total,
+            "tokens_padding": self.tokens_padding, "tokens_per_second": self.rate(), "step_seconds": self.seconds,
+            "phase_seconds": self.phases, "peak_rss_bytes": last["peak_rss_bytes"], "comm_bytes": comm,
+            "total_steps": total_steps,
+        });
+        for (key, value) in last {
+            if line.get(key).is_none() {
+                line[key] = value.clone();
+            }
+        }
+        if self.steps > 1 {
+            line["steps"] = self.steps.into();
+        }
+        Some(line)
+    }
 }
 
 impl Metrics {
@@ -92,20 +210,23 @@ impl Metrics {
         Self {
             output: PathBuf::new(),
             file: None,
+            events: None,
             total_steps: 0,
             progress: None,
+            every: 1,
+            window: Window::default(),
             done: 0,
             history: History::default(),
         }
     }
 
     /// Begins `metrics.jsonl` in `output` for a run of `total_steps`. A resumed run appends behind the line of step
-    /// `resumed`; later lines are cut off.
+    /// `resumed`; later lines are cut off. The summary of an earlier run goes.
     pub fn open(
         output: &Path,
         total_steps: usize,
         resumed: Option<usize>,
-        format: LogFormat,
+        logging: &Logging,
     ) -> Result<Self> {
         let path = output.join(METRICS_FILE);
         let (file, history) = match resumed {
@@ -120,79 +241,63 @@ impl Metrics {
             }
         };
         let file = file.map_err(|error| fault(&path, &error))?;
+        let summary = output.join(SUMMARY_FILE);
+        if let Err(error) = std::fs::remove_file(&summary)
+            && error.kind() != ErrorKind::NotFound
+        {
+            return Err(fault(&summary, &error));
+        }
+        let first = resumed.map_or(0, |step| step + 1);
+        let begin = |folder: &PathBuf| EventFile::begin(folder, first).map_err(|error| fault(folder, &error));
+        let events = logging.tensorboard.as_ref().map(begin).transpose()?;
         let (output, done) = (output.to_owned(), resumed.unwrap_or(0));
-        let progress = Some(Progress::new(total_steps, done, format));
-        Ok(Self { output, file: Some(file), total_steps, progress, done, history })
+        let progress = Some(Progress::new(total_steps, done, logging.format));
+        let (every, window) = (logging.every.max(1), Window::default());
+        Ok(Self { output, file: Some(file), events, total_steps, progress, every, window, done, history })
     }
 
-    /// Brings all lines to the disk, so that they are there before a step is published.
-    pub fn sync(&self) -> Result<()> {
+    /// Brings all steps to the disk, so that their lines are there before a step is published: a resume goes on behind
+    /// them.
+    pub fn sync(&mut self) -> Result<()> {
+        self.write_line()?;
         let synced = self.file.as_ref().map_or(Ok(()), File::sync_data);
         synced.map_err(|error| fault(&self.output.join(METRICS_FILE), &error))
     }
 
-    /// Adds the evaluation before the first step, as row 0.
+    /// Adds the evaluation before the first step, as line 0.
     pub fn before_first_step(&mut self, evaluation: &Evaluation) -> Result<()> {
-        let mut row = Map::from_iter([("step".to_owned(), json!(0))]);
-        add(&mut row, evaluation);
-        self.write(row.into())
+        let mut line = Map::from_iter([("step".to_owned(), json!(0))]);
+        add(&mut line, evaluation);
+        self.write(&line.into())
     }
 
-    /// Writes a row, with what the summary needs of its evaluation.
-    fn write(&mut self, row: Value) -> Result<()> {
-        let Some(file) = &mut self.file else { return Ok(()) };
-        // A kill leaves whole lines, as each is one write.
-        file.write_all(format!("{row}\n").as_bytes())
-            .map_err(|error| fault(&self.output.join(METRICS_FILE), &error))?;
-        self.history.evaluations.extend(results(&row));
-        Ok(())
-    }
-
-    /// Adds a step.
+    /// Adds a step. The first and the last have a line, every one at which `train.logging_steps` ends, and those that
+    /// are evaluated.
     pub fn step(&mut self, step: &StepMetrics) -> Result<()> {
         if self.file.is_none() {
             return Ok(());
         }
-        let StepMetrics { step: number, epoch, report, seconds, peak_rss_bytes: peak, .. } = *step;
-        let mut comm = Map::new();
-        for ((operation, group), bytes) in &step.received {
-            comm.insert(format!("{}/{group}", operation.name()), (*bytes).into());
-        }
-        // Padding is computed too, and teaches nothing.
-        let rate = (report.total_tokens - report.padding_tokens) as f64 / seconds;
-        let mut line = json!({
-            "step": number, "epoch": epoch, "loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr,
-            "tokens": report.valid_tokens, "tokens_total": report.total_tokens,
-            "tokens_padding": report.padding_tokens, "tokens_per_second": rate,
-            "step_seconds": seconds, "phase_seconds": step.phases, "peak_rss_bytes": peak, "comm_bytes": comm,
-        });
-        if let Some(bytes) = step.device_memory_bytes {
-            line["device_memory_bytes"] = bytes.into();
-        }
-        if let Some(RouterReport { max_over_mean, entropy, aux_loss }) = report.router {
-            line["router"] =
-                json!({"max_over_mean": max_over_mean, "entropy": entropy, "aux_loss": aux_loss});
-        }
-        for (name, mean) in report.rewards.iter().flat_map(Rewards::means) {
-            line[name] = mean.into();
-        }
-        if let (Some(evaluation), Some(row)) = (&step.evaluation, line.as_object_mut()) {
-            add(row, evaluation);
-        }
-        self.write(line)?;
-        match report.loss {
-            None => tracing::warn!("step {number} has no valid token: nothing was updated"),
-            Some(_) if !report.non_finite.is_empty() => {
+        let StepMetrics { step: number, report, peak_rss_bytes: peak, .. } = *step;
+        self.window.add(step);
+        let is_logged = number == 1
+            || number == self.total_steps
+            || number.is_multiple_of(self.every)
+            || step.evaluation.is_some();
+        match self.window.loss() {
+            _ if report.loss.is_none() => {
+                tracing::warn!("step {number} has no valid token: nothing was updated");
+            }
+            _ if !report.non_finite.is_empty() => {
                 tracing::warn!("step {number} was skipped, not finite: {}", first_of(&report.non_finite));
             }
-            Some(loss) => {
+            loss => {
                 let peak = step.device_memory_bytes.unwrap_or(peak) as f64 / 1e9;
                 let mut told = vec![
-                    format!("loss={loss:.4}"),
+                    format!("loss={:.4}", loss.unwrap_or(f64::NAN)),
                     format!("grad_norm={:.4}", report.grad_norm),
                     format!("lr={:.3e}", report.lr),
-                    format!("tokens_per_sec={rate:.0}"),
-                    format!("time={seconds:.3}"),
+                    format!("tokens_per_sec={:.0}", self.window.rate()),
+                    format!("time={:.3}", self.window.seconds),
                     format!("peak_mem={peak:.2}GB"),
                 ];
                 for (name, mean) in report.rewards.iter().flat_map(Rewards::means) {
@@ -201,18 +306,37 @@ impl Metrics {
                     }
                 }
                 if let Some(progress) = &mut self.progress {
-                    progress.step(number, &told);
+                    progress.step(number, &told, is_logged);
                 }
             }
         }
         self.done = number;
-        self.history.losses.push(report.loss);
-        self.history.grad_norms.push(report.loss.map(|_| report.grad_norm));
-        Ok(())
+        if is_logged { self.write_line() } else { Ok(()) }
+    }
+
+    /// Writes the line of the steps since the last one, if there are any.
+    fn write_line(&mut self) -> Result<()> {
+        let window = std::mem::take(&mut self.window);
+        let Some(line) = window.line(self.total_steps) else { return Ok(()) };
+        self.history.losses.push(window.loss());
+        self.history.grad_norms.push(window.loss().and(line["grad_norm"].as_f64()));
+        self.write(&line)
+    }
+
+    /// Adds a line to metrics.jsonl and to TensorBoard's file.
+    fn write(&mut self, line: &Value) -> Result<()> {
+        let Some(file) = &mut self.file else { return Ok(()) };
+        // A kill leaves whole lines, as each is one write.
+        file.write_all(format!("{line}\n").as_bytes())
+            .map_err(|error| fault(&self.output.join(METRICS_FILE), &error))?;
+        self.history.evaluations.extend(results(line));
+        let Some(events) = &mut self.events else { return Ok(()) };
+        events.add(line).map_err(|error| fault(&self.output.join("tensorboard"), &error))
     }
 
     /// Writes `training_metrics.json`.
-    pub fn finish(self) -> Result<()> {
+    pub fn finish(mut self) -> Result<()> {
+        self.write_line()?;
         if self.file.is_none() {
             return Ok(());
         }
@@ -302,7 +426,7 @@ mod tests {
             (String::new(), String::new(), vec![]),
         ] {
             std::fs::write(&path, &text).unwrap();
-            let metrics = Metrics::open(output.path(), 9, Some(3), LogFormat::Structured).unwrap();
+            let metrics = Metrics::open(output.path(), 9, Some(3), &logging(1)).unwrap();
             assert_eq!(std::fs::read_to_string(&path).unwrap(), kept, "{text}");
             assert_eq!(
                 metrics.history.losses.iter().flatten().copied().collect::<Vec<_>>(),
@@ -310,62 +434,74 @@ mod tests {
                 "{text}"
             );
         }
-        Metrics::open(output.path(), 9, None, LogFormat::Structured).unwrap();
+        Metrics::open(output.path(), 9, None, &logging(1)).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "");
+    }
+
+    fn logging(every: usize) -> Logging {
+        Logging { format: LogFormat::Structured, every, tensorboard: None }
+    }
+
+    fn report(loss: Option<f64>) -> StepReport {
+        StepReport {
+            loss,
+            grad_norm: 0.0,
+            lr: 0.1,
+            valid_tokens: 3,
+            total_tokens: 4,
+            padding_tokens: 1,
+            router: None,
+            rewards: None,
+            non_finite: Vec::new(),
+        }
+    }
+
+    fn evaluation(loss: f64) -> Evaluation {
+        Evaluation { loss, tokens: 3, rewards: None, seconds: 1.0 }
+    }
+
+    fn step(step: usize, report: &StepReport) -> StepMetrics<'_> {
+        StepMetrics {
+            step,
+            epoch: 0,
+            report,
+            seconds: 0.5,
+            phases: BTreeMap::from([("forward", 0.25)]),
+            peak_rss_bytes: step as u64,
+            device_memory_bytes: None,
+            received: Received::from([((Operation::AllGather, "shard".to_owned()), 10)]),
+            evaluation: None,
+        }
+    }
+
+    fn lines(output: &Path) -> Vec<Value> {
+        let text = std::fs::read_to_string(output.join(METRICS_FILE)).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
     #[test]
     fn a_resumed_run_goes_on_in_the_same_file() {
         let output = tempfile::tempdir().unwrap();
-        let report = StepReport {
-            loss: None,
-            grad_norm: 0.0,
-            lr: 0.1,
-            valid_tokens: 0,
-            total_tokens: 4,
-            padding_tokens: 0,
-            router: None,
-            rewards: None,
-            non_finite: Vec::new(),
-        };
+        let report = report(None);
         let write = |resumed: Option<usize>, steps: std::ops::RangeInclusive<usize>| {
-            let mut metrics = Metrics::open(output.path(), 4, resumed, LogFormat::Structured).unwrap();
-            for step in steps {
-                let received = Received::new();
-                let report = &report;
-                let (seconds, phases) = (1.0, BTreeMap::new());
-                let evaluation =
-                    (step % 2 == 0).then_some(Evaluation { loss: 1.0, tokens: 3, rewards: None, seconds });
-                if step == 1 {
-                    metrics
-                        .before_first_step(&Evaluation { loss: 2.0, tokens: 3, rewards: None, seconds })
-                        .unwrap();
+            let mut metrics = Metrics::open(output.path(), 4, resumed, &logging(1)).unwrap();
+            assert!(!output.path().join(SUMMARY_FILE).exists(), "the summary of an earlier run");
+            for number in steps {
+                if number == 1 {
+                    metrics.before_first_step(&evaluation(2.0)).unwrap();
                 }
-                metrics
-                    .step(&StepMetrics {
-                        step,
-                        epoch: 0,
-                        report,
-                        seconds,
-                        phases,
-                        peak_rss_bytes: 0,
-                        device_memory_bytes: None,
-                        received,
-                        evaluation,
-                    })
-                    .unwrap();
+                let evaluation = (number % 2 == 0).then(|| evaluation(1.0));
+                metrics.step(&StepMetrics { evaluation, ..step(number, &report) }).unwrap();
             }
             metrics.finish().unwrap();
         };
         write(None, 1..=3);
         write(Some(2), 3..=4);
-        let text = std::fs::read_to_string(output.path().join(METRICS_FILE)).unwrap();
-        let steps = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-        let rows: Vec<Value> = steps.collect();
-        let told = |row: &Value| (row["step"].as_u64().unwrap(), row["eval_loss"].as_f64());
+        let lines = lines(output.path());
+        let told = |line: &Value| (line["step"].as_u64().unwrap(), line["eval_loss"].as_f64());
         let expected = [(0, Some(2.0)), (1, None), (2, Some(1.0)), (3, None), (4, Some(1.0))];
-        assert_eq!(rows.iter().map(told).collect::<Vec<_>>(), expected);
-        assert_eq!(rows[2]["eval_perplexity"], 1f64.exp());
+        assert_eq!(lines.iter().map(told).collect::<Vec<_>>(), expected);
+        assert_eq!(lines[2]["eval_perplexity"], 1f64.exp());
         let summary = std::fs::read_to_string(output.path().join(SUMMARY_FILE)).unwrap();
         let summary: Value = serde_json::from_str(&summary).unwrap();
         assert_eq!(summary["global_step"], 4);
@@ -374,5 +510,31 @@ mod tests {
         for history in ["loss_history", "grad_norm_history"] {
             assert_eq!(summary[history].as_array().unwrap().len(), 4, "{history}");
         }
+    }
+
+    #[test]
+    fn a_line_has_the_mean_loss_and_the_sums_of_its_steps() {
+        let output = tempfile::tempdir().unwrap();
+        let mut metrics = Metrics::open(output.path(), 11, None, &logging(4)).unwrap();
+        for number in 1..=11 {
+            let loss = (number != 3).then_some(number as f64);
+            metrics.step(&step(number, &report(loss))).unwrap();
+            if number == 6 {
+                // A step is published.
+                metrics.sync().unwrap();
+            }
+        }
+        metrics.finish().unwrap();
+        let lines = lines(output.path());
+        let of = |key: &str| lines.iter().map(|line| line[key].clone()).collect::<Vec<_>>();
+        assert_eq!(of("step"), [1, 4, 6, 8, 11]);
+        assert_eq!(of("steps"), [Value::Null, json!(3), json!(2), json!(2), json!(3)]);
+        assert_eq!(of("loss"), [1.0, 3.0, 5.5, 7.5, 10.0]);
+        assert_eq!(of("tokens"), [3, 9, 6, 6, 9]);
+        assert_eq!(of("step_seconds"), [0.5, 1.5, 1.0, 1.0, 1.5]);
+        assert_eq!(of("tokens_per_second"), [6.0; 5]);
+        assert_eq!(of("peak_rss_bytes"), [1, 4, 6, 8, 11]);
+        assert_eq!(lines[1]["phase_seconds"]["forward"], 0.75);
+        assert_eq!(lines[1]["comm_bytes"]["all_gather/shard"], 30);
     }
 }

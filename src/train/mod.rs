@@ -10,8 +10,9 @@
 //! - `resume`: the start of a run, fresh or from a step; `save`: publishing of steps
 //! - `signals`: requests to stop
 //! - `report`: cost of a run, before it starts; `samples`: its rows as the model sees them; `recompute`: fitting it
-//!   into memory
-//! - [`metrics`]: metrics of a run; `progress`: what people see of it; `profile`: traces of steps
+//!   into memory; `reference`: the model that a loss over pairs compares with
+//! - [`metrics`]: metrics of a run; `tensorboard`: files of them; `progress`: what people see of it; `profile`: traces
+//!   of steps
 
 mod best;
 mod evaluate;
@@ -32,6 +33,7 @@ mod samples;
 mod save;
 mod signals;
 pub mod step;
+mod tensorboard;
 mod variants;
 
 pub use evaluate::Evaluation;

@@ -1,5 +1,6 @@
 //! The output directory of a run or a server: made and locked by rank 0, and seen by all ranks.
 
+use super::Run;
 use crate::{
     checkpoint::output::{OutputLock, SharedToken},
     comm::Communicator,
@@ -7,6 +8,13 @@ use crate::{
     error::{Error, Result, agree, broadcast_from_root},
 };
 use std::path::{Path, PathBuf};
+
+impl Run {
+    /// The output directory.
+    pub fn output(&self) -> &Path {
+        &self.config.train.output_dir
+    }
+}
 
 /// The steps of a run.
 pub(super) fn run_dir(train: &TrainArgs) -> PathBuf {

@@ -20,7 +20,8 @@ pub(super) struct Progress {
 
 enum Display {
     Bar,
-    EveryStep,
+    /// A line for every step that is logged.
+    Lines,
     /// The first and the last step, and one every [`BETWEEN_LINES`]; the last line came then.
     NowAndThen(Option<Instant>),
 }
@@ -31,7 +32,7 @@ impl Progress {
         let display = match format {
             LogFormat::ProgressBar if console::shows_bar() => Display::Bar,
             LogFormat::ProgressBar => Display::NowAndThen(None),
-            LogFormat::Structured => Display::EveryStep,
+            LogFormat::Structured => Display::Lines,
         };
         let progress = Self { total, before, begin: Instant::now(), display };
         if matches!(progress.display, Display::Bar) {
@@ -40,11 +41,12 @@ impl Progress {
         progress
     }
 
-    /// Shows step `done`, and `told` of it.
-    pub fn step(&mut self, done: usize, told: &[String]) {
+    /// Shows step `done`, and `told` of it. `is_logged`: metrics.jsonl has a line for it.
+    pub fn step(&mut self, done: usize, told: &[String], is_logged: bool) {
         match &mut self.display {
             Display::Bar => return console::draw(self.bar(done, told)),
-            Display::EveryStep => {}
+            Display::Lines if !is_logged => return,
+            Display::Lines => {}
             Display::NowAndThen(last) => {
                 if last.is_some_and(|last| last.elapsed() < BETWEEN_LINES) && done < self.total {
                     return;
@@ -147,7 +149,7 @@ mod tests {
     #[test]
     fn the_time_that_is_left_is_at_the_pace_of_this_process() {
         let begin = Instant::now() - Duration::from_secs(20);
-        let progress = Progress { total: 300, before: 290, begin, display: Display::EveryStep };
+        let progress = Progress { total: 300, before: 290, begin, display: Display::Lines };
         assert_eq!(progress.left(290), None);
         let left = progress.left(292).unwrap().as_secs_f64();
         assert!((left - 80.0).abs() < 1.0, "{left}: 8 steps of 10 s");

@@ -10,7 +10,7 @@ use super::{
     evaluate::{Evaluated, Evaluation},
     loss::RowLoss,
     merge::Merger,
-    metrics::{Metrics, StepMetrics, peak_rss_bytes, received_since},
+    metrics::{Logging, Metrics, StepMetrics, peak_rss_bytes, received_since},
     output::{may_become_folder, run_dir},
     profile::Profile,
     reference::{self, ReferenceAdapter, ReferenceModel},
@@ -540,7 +540,7 @@ impl Run {
         let output = &self.config.train.output_dir;
         std::fs::write(output.join("config.yaml"), self.config.to_yaml())
             .map_err(|error| Error::Failure(format!("{}: {error}", output.display())))?;
-        Metrics::open(output, self.total_steps, resumed, self.config.train.log_format)
+        Metrics::open(output, self.total_steps, resumed, &Logging::from(&self.config.train))
     }
 
     /// The rows of every step that is left.

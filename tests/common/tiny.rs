@@ -109,7 +109,7 @@ impl TinyRun {
         fs::write(to.join("metrics.jsonl"), kept + "{\"step\": 1").unwrap();
     }
 
-    /// Every metric but times and memory, a line a step.
+    /// Every metric but times, memory and the length of the run, a line a step.
     pub fn story(&self, out: &str) -> Vec<Value> {
         let mut lines = metrics(&self.at(out));
         for line in &mut lines {
@@ -120,6 +120,8 @@ impl TinyRun {
                 "phase_seconds",
                 "peak_rss_bytes",
                 "device_memory_bytes",
+                // A run that goes on may be longer.
+                "total_steps",
             ];
             for field in of_the_machine {
                 line.as_object_mut().unwrap().remove(field);

@@ -15,6 +15,36 @@ use tempfile::TempDir;
 /// Time for an answer of the browser, or for a change of the page.
 const LIMIT: Duration = Duration::from_secs(30);
 
+/// The lowest contrast of a text in the page that is seen, with that text: WCAG's ratio, over the ground that is
+/// behind it.
+const CONTRAST: &str = r"
+(() => {
+  const context = new OffscreenCanvas(1, 1).getContext('2d', { willReadFrequently: true });
+  // Colours over each other, as the browser paints them.
+  const paint = (colours) => {
+    context.clearRect(0, 0, 1, 1);
+    for (const colour of colours) { context.fillStyle = colour; context.fillRect(0, 0, 1, 1); }
+    return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);
+  };
+  const light = (rgb) => rgb.map((value) => value / 255)
+    .map((value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, value, i) => sum + value * [0.2126, 0.7152, 0.0722][i], 0);
+  let lowest = [99, ''];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const node = walker.currentNode.parentElement;
+    if (!walker.currentNode.data.trim() || !node.checkVisibility() || node.closest('.hidden, .skip, script, noscript, dialog:not([open])')) continue;
+    const grounds = [];
+    for (let above = node; above; above = above.parentElement) grounds.unshift(getComputedStyle(above).backgroundColor);
+    const style = getComputedStyle(node);
+    const ink = node.namespaceURI.endsWith('svg') ? style.fill : style.color;
+    const [a, b] = [light(paint([...grounds, ink])), light(paint(grounds))].sort((a, b) => b - a);
+    const contrast = (a + 0.05) / (b + 0.05);
+    if (contrast < lowest[0]) lowest = [contrast, walker.currentNode.data.trim()];
+  }
+  return lowest;
+})()";
+
 /// A browser with one page. It is killed when dropped.
 pub struct Browser {
     child: Child,
@@ -141,9 +171,62 @@ impl Browser {
         self.call("Input.dispatchKeyEvent", press);
     }
 
+    /// The lowest contrast of a text in the page, with that text.
+    pub fn lowest_contrast(&mut self) -> Value {
+        self.value(CONTRAST)
+    }
+
+    /// Checks the tree that screen readers get: one of each of `landmarks`, and a name for everything that takes focus.
+    /// Nodes with a name.
+    pub fn named_nodes(&mut self, landmarks: &[&str]) -> usize {
+        let tree = self.call("Accessibility.getFullAXTree", json!({}));
+        let nodes: Vec<&Value> =
+            tree["nodes"].as_array().unwrap().iter().filter(|node| node["ignored"] == false).collect();
+        let role = |node: &Value| node["role"]["value"].as_str().unwrap_or_default().to_owned();
+        let roles: Vec<String> = nodes.iter().map(|node| role(node)).collect();
+        for landmark in landmarks {
+            assert_eq!(roles.iter().filter(|role| role == landmark).count(), 1, "{landmark}");
+        }
+        let mut named = 0;
+        for node in &nodes {
+            let takes_focus = node["properties"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .any(|property| property["name"] == "focusable" && property["value"]["value"] == true);
+            let role = role(node);
+            if takes_focus || ["table", "heading", "region"].contains(&&*role) {
+                assert!(!node["name"]["value"].as_str().unwrap_or_default().is_empty(), "no name: {node}");
+                named += 1;
+            }
+        }
+        named
+    }
+
+    /// A picture of the whole page, as a PNG file.
+    pub fn screenshot(&mut self) -> Vec<u8> {
+        let answer = self.call("Page.captureScreenshot", json!({"captureBeyondViewport": true}));
+        from_base64(answer["data"].as_str().unwrap())
+    }
+
     pub fn write(&mut self, text: &str) {
         self.call("Input.insertText", json!({"text": text}));
     }
+}
+
+/// The bytes of a text in base64.
+fn from_base64(text: &str) -> Vec<u8> {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let digits: Vec<u32> = text
+        .bytes()
+        .filter_map(|byte| DIGITS.iter().position(|digit| *digit == byte))
+        .map(|digit| digit as u32)
+        .collect();
+    let bytes = |part: &[u32]| {
+        let word = (0..4).fold(0, |word, i| word << 6 | part.get(i).copied().unwrap_or(0));
+        word.to_be_bytes()[1..part.len()].to_vec()
+    };
+    digits.chunks(4).flat_map(bytes).collect()
 }
 
 impl Drop for Browser {

@@ -1,6 +1,7 @@
 //! The page at `/`: the call that feeds it, its files, and the page itself in headless Chromium.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
+#[allow(dead_code, reason = "other tests use more of it")]
 mod browser;
 #[path = "../common/mod.rs"]
 mod common;
@@ -136,6 +137,7 @@ fn the_files_of_the_page_need_no_key_and_load_nothing_from_elsewhere() {
         ("/page/page.js", "text/javascript; charset=utf-8"),
         ("/page/curves.js", "text/javascript; charset=utf-8"),
         ("/page/nodes.js", "text/javascript; charset=utf-8"),
+        ("/page/theme.js", "text/javascript; charset=utf-8"),
         ("/page/try.js", "text/javascript; charset=utf-8"),
         ("/page/icon.svg", "image/svg+xml"),
     ] {
@@ -217,36 +219,6 @@ fn forward_backward_of(model: &str, seq_id: u64) -> Value {
     body
 }
 
-/// The lowest contrast of a text in the page that is seen, with that text: WCAG's ratio, over the ground that is
-/// behind it.
-const CONTRAST: &str = r"
-(() => {
-  const context = new OffscreenCanvas(1, 1).getContext('2d', { willReadFrequently: true });
-  // Colours over each other, as the browser paints them.
-  const paint = (colours) => {
-    context.clearRect(0, 0, 1, 1);
-    for (const colour of colours) { context.fillStyle = colour; context.fillRect(0, 0, 1, 1); }
-    return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);
-  };
-  const light = (rgb) => rgb.map((value) => value / 255)
-    .map((value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4))
-    .reduce((sum, value, i) => sum + value * [0.2126, 0.7152, 0.0722][i], 0);
-  let lowest = [99, ''];
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (walker.nextNode()) {
-    const node = walker.currentNode.parentElement;
-    if (!walker.currentNode.data.trim() || !node.checkVisibility() || node.closest('.hidden, .skip, script, noscript, dialog:not([open])')) continue;
-    const grounds = [];
-    for (let above = node; above; above = above.parentElement) grounds.unshift(getComputedStyle(above).backgroundColor);
-    const style = getComputedStyle(node);
-    const ink = node.namespaceURI.endsWith('svg') ? style.fill : style.color;
-    const [a, b] = [light(paint([...grounds, ink])), light(paint(grounds))].sort((a, b) => b - a);
-    const contrast = (a + 0.05) / (b + 0.05);
-    if (contrast < lowest[0]) lowest = [contrast, walker.currentNode.data.trim()];
-  }
-  return lowest;
-})()";
-
 #[test]
 fn browser_the_page_is_read_in_light_and_dark() {
     let server = Server::start();
@@ -258,7 +230,7 @@ fn browser_the_page_is_read_in_light_and_dark() {
         browser.prefer(scheme);
         open(&server, &mut browser);
         browser.wait(&format!("{POINTS} === 2"));
-        let lowest = browser.value(CONTRAST);
+        let lowest = browser.lowest_contrast();
         assert!((4.5..22.0).contains(&lowest[0].as_f64().unwrap()), "{scheme}: {lowest}");
         grounds.push(browser.text(ground));
     }
@@ -342,33 +314,7 @@ fn browser_the_page_is_used_by_keyboard_and_screen_reader() {
     browser.press("ArrowLeft");
     let read = browser.text("document.activeElement.getAttribute('aria-valuetext')");
     assert_eq!(read, "0.5 at update 1");
-    named_nodes(&mut browser);
-}
-
-/// Checks the tree that screen readers get: its landmarks, and a name for everything that takes focus.
-fn named_nodes(browser: &mut Browser) {
-    let tree = browser.call("Accessibility.getFullAXTree", json!({}));
-    let nodes: Vec<&Value> =
-        tree["nodes"].as_array().unwrap().iter().filter(|node| node["ignored"] == false).collect();
-    let role = |node: &Value| node["role"]["value"].as_str().unwrap_or_default().to_owned();
-    let roles: Vec<String> = nodes.iter().map(|node| role(node)).collect();
-    for landmark in ["banner", "main", "contentinfo", "status"] {
-        assert_eq!(roles.iter().filter(|role| *role == landmark).count(), 1, "{landmark}");
-    }
-    let mut named = 0;
-    for node in &nodes {
-        let takes_focus = node["properties"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .any(|property| property["name"] == "focusable" && property["value"]["value"] == true);
-        let role = role(node);
-        if takes_focus || ["table", "heading", "region"].contains(&&*role) {
-            assert!(!node["name"]["value"].as_str().unwrap_or_default().is_empty(), "no name: {node}");
-            named += 1;
-        }
-    }
-    assert!(named > 20, "{named}");
+    assert!(browser.named_nodes(&["banner", "main", "contentinfo", "status"]) > 20);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The page at `/`: files of the program, sent without a key. What the page shows, it asks for with one.
 
+use crate::page;
 use axum::{
     body::Body,
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
@@ -45,13 +46,14 @@ impl File {
     }
 }
 
-static FILES: LazyLock<[File; 7]> = LazyLock::new(|| {
+static FILES: LazyLock<[File; 8]> = LazyLock::new(|| {
     [
         File::new("/", "text/html; charset=utf-8", include_str!("../page/index.html")),
-        File::new("/page/style.css", "text/css; charset=utf-8", include_str!("../page/style.css")),
+        File::new("/page/style.css", "text/css; charset=utf-8", page::STYLE),
         File::new("/page/page.js", SCRIPT, include_str!("../page/page.js")),
-        File::new("/page/curves.js", SCRIPT, include_str!("../page/curves.js")),
-        File::new("/page/nodes.js", SCRIPT, include_str!("../page/nodes.js")),
+        File::new("/page/curves.js", SCRIPT, page::CURVES),
+        File::new("/page/nodes.js", SCRIPT, page::NODES),
+        File::new("/page/theme.js", SCRIPT, page::THEME),
         File::new("/page/try.js", SCRIPT, include_str!("../page/try.js")),
         File::new("/page/icon.svg", "image/svg+xml", include_str!("../page/icon.svg")),
     ]

@@ -3,6 +3,7 @@
 
 import { Plot, spark } from './curves.js';
 import { ago, bytes, compact, count, draw, duration, keyed, make, number, plain, put } from './nodes.js';
+import { chooseTheme, keep, recalled } from './theme.js';
 import { Trial } from './try.js';
 
 const POLL = 2000;          // milliseconds between two overviews
@@ -14,15 +15,6 @@ const CHECKPOINTS = 100;    // checkpoints in the list
 
 const $ = (id) => document.getElementById(id);
 const state = { key: recalled('sessionStorage', 'xorl-key'), selected: null, overview: null, failures: 0, lists: 0 };
-
-// Storage that a browser may refuse: what is kept there is then forgotten with the page.
-function recalled(storage, name) {
-  try { return window[storage].getItem(name); } catch { return null; }
-}
-
-function keep(storage, name, value) {
-  try { window[storage].setItem(name, value); } catch { /* See above. */ }
-}
 
 // Tells screen readers what has changed, in passing.
 function announce(text) {
@@ -333,20 +325,8 @@ async function poll() {
   if (!document.hidden) timer = setTimeout(poll, state.selected === asked ? pause : 0);
 }
 
-function theme(name) {
-  if (name === 'auto') delete document.documentElement.dataset.theme; else document.documentElement.dataset.theme = name;
-  keep('localStorage', 'xorl-theme', name);
-}
-
 function begin() {
-  const chosen = document.querySelector(`input[name="theme"][value="${recalled('localStorage', 'xorl-theme') ?? 'auto'}"]`);
-  if (chosen) {
-    chosen.checked = true;
-    theme(chosen.value);
-  }
-  for (const input of document.querySelectorAll('input[name="theme"]')) {
-    input.addEventListener('change', () => theme(input.value));
-  }
+  chooseTheme();
   $('adapter-rows').addEventListener('click', (event) => {
     const pick = event.target.closest('.pick');
     if (!pick) return;
