@@ -202,7 +202,7 @@ const CASES: &[Case] = &[
     }),
     (
         "a fault of every line",
-        &["rows.jsonl:1", "`input_ids`, found `text`; 29 more lines are wrong too"],
+        &["rows.jsonl:1", "`input_ids`, found `text`; type text reads `text`; 29 more lines are wrong too"],
         |w| {
             w.write("rows.jsonl", &"{\"text\": \"a\"}\n".repeat(30));
         },
@@ -219,7 +219,7 @@ const CASES: &[Case] = &[
     ("a model folder whose name is misspelt", &["run.yaml:2", "did you mean model?"], |w| {
         w.edit("run.yaml", "model_path: model", "model_path: modle")
     }),
-    ("a table", &["rows.csv: a table (CSV)", "csv.DictReader"], |w| {
+    ("a table of other columns", &["rows.csv:2", "`input_ids`, found `question`, `answer`"], |w| {
         w.write("rows.csv", "question,answer\n1,2\n");
         w.edit("run.yaml", "rows.jsonl", "rows.csv");
     }),

@@ -64,7 +64,7 @@ fn write(dir: &Path, name: &str, lines: &[&str]) -> PathBuf {
 /// A chat a row, in the order of the file.
 fn chats(path: &Path) -> DataArgs {
     DataArgs {
-        datasets: vec![DatasetArgs { path: path.into(), kind: DatasetType::Chat, num_samples: None }],
+        datasets: vec![DatasetArgs { path: path.into(), kind: DatasetType::Chat, ..DatasetArgs::default() }],
         sample_packing_method: PackingMethod::None,
         shuffle_merged_datasets: false,
         shuffle_before_merging_datasets: false,

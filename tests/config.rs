@@ -129,16 +129,11 @@ fn broken_files_are_refused_at_the_right_place() {
         ("data:\n  datasets: [{path: dummy}]\n".into(), "run.yaml:1: model.model_path:", "missing:"),
         ("model:\n  model_path: m\ndata:\n".into(), "run.yaml:3: data.datasets:", "missing: at least one"),
         (data("datasets: []"), "run.yaml:4: data.datasets:", "a non-empty list of data sets"),
-        (
-            data("datasets:\n- path: a.jsonl"),
-            "run.yaml:5: data.datasets[0].type:",
-            "missing: tokenized or chat",
-        ),
         (data("datasets:\n- type: chat"), "run.yaml:5: data.datasets[0].path:", "missing:"),
         (
-            data("datasets:\n- {path: dummy}\n- path: a.jsonl\n  type: text"),
+            data("datasets:\n- {path: dummy}\n- path: a.jsonl\n  type: texts"),
             "run.yaml:7: data.datasets[1].type:",
-            "expected tokenized or chat, got \"text\"",
+            "expected auto, tokenized, chat, alpaca, completion, text or preference, got \"texts\"",
         ),
         (
             data("datasets:\n- path: a.jsonl\n  type: chat\n  num_sample: 3"),
@@ -146,9 +141,19 @@ fn broken_files_are_refused_at_the_right_place() {
             "unknown field; did you mean num_samples?",
         ),
         (
-            data("datasets:\n- path: a.jsonl\n  type: chat\n  num_samples: 3"),
-            "run.yaml:7: data.datasets[0].num_samples:",
-            "only dummy data",
+            data("datasets:\n- path: a.jsonl\n  columns: {promt: a}"),
+            "run.yaml:6: data.datasets[0].columns:",
+            "promt is no field of a type; those are messages, tools,",
+        ),
+        (
+            data("datasets:\n- path: a.jsonl\n  type: text\n  roles: {user: [human]}"),
+            "run.yaml:7: data.datasets[0].roles:",
+            "type text has no messages",
+        ),
+        (
+            data("datasets:\n- path: dummy\n  split: train"),
+            "run.yaml:6: data.datasets[0].split:",
+            "dummy data has no files",
         ),
         (
             data("datasets: [{path: s3://b/x, type: chat}]"),
@@ -156,9 +161,9 @@ fn broken_files_are_refused_at_the_right_place() {
             "local files only",
         ),
         (
-            data("datasets: [{path: d, type: chat, split: test}]"),
+            data("datasets: [{path: d, type: chat, split: 'train[:10%]'}]"),
             "run.yaml:4: data.datasets[0].split:",
-            "refused",
+            "a split is a name alone",
         ),
         // Contradictions.
         (
@@ -246,7 +251,6 @@ fn all_errors_are_told_in_the_order_of_the_file() {
         // No missing model_path: that is what `modle` was for.
         ("run.yaml:1: modle: ", "did you mean model?"),
         ("run.yaml:5: data.datasets[0].kind: ", "unknown field"),
-        ("run.yaml:5: data.datasets[0].type: ", "missing"),
         ("run.yaml:6: data.datasets[1].path: ", "missing"),
         ("run.yaml:7: data.pad_to_multiple_of: ", "sample_packing_method is none"),
         // No rule compares lr_min with a learning rate that was not read.
@@ -335,16 +339,27 @@ fn names_of_other_trainers_are_met_with_their_equivalents() {
     // Of data sets.
     for (entry, words) in [
         (
-            "path: a, type: chat, field_messages: m",
-            "datasets[0].field_messages: unknown field; field_messages is not built",
+            "path: a, type: chat, message_field_role: m",
+            "datasets[0].message_field_role: unknown field; message_field_role is message_property_mappings here: {role",
         ),
         ("path: a, type: chat, conversation: c", "conversation is not needed: the model's own chat template"),
         ("file_name: a, type: chat", "file_name is path here"),
-        ("path: a, type: chat_template", "chat is its name here"),
-        ("path: a, type: alpaca", "write each row as messages"),
+        ("path: a, max_samples: 3", "max_samples is num_samples here"),
+        ("path: a, type: json", "the format is seen from the file; type says what a row holds"),
     ] {
         let error = load(&with("data", &format!("datasets: [{{{entry}}}]")), &[]).unwrap_err();
         assert!(error.contains(words), "{error}");
+    }
+    // Names that are taken as they are.
+    for (name, kind) in [
+        ("sharegpt", DatasetType::Chat),
+        ("chat_template", DatasetType::Chat),
+        ("prompt_completion", DatasetType::Completion),
+        ("pretrain", DatasetType::Text),
+    ] {
+        let text = with("data", &format!("datasets: [{{path: a, type: {name}, field_messages: m}}]"));
+        let data = load(&text, &[]).unwrap().config.data;
+        assert_eq!((data.datasets[0].kind, data.datasets[0].columns["messages"].as_str()), (kind, "m"));
     }
 }
 
@@ -394,11 +409,7 @@ fn defaults_are_the_documented_ones() {
     let expected = RunConfig {
         model: config::ModelArgs { model_path: Some("m".into()), ..Default::default() },
         data: config::DataArgs {
-            datasets: vec![DatasetArgs {
-                path: "dummy".into(),
-                kind: DatasetType::Tokenized,
-                num_samples: None,
-            }],
+            datasets: vec![DatasetArgs { path: "dummy".into(), ..Default::default() }],
             ..Default::default()
         },
         ..Default::default()
@@ -484,7 +495,7 @@ fn broken_flags_are_named() {
         ("trian.lr 1", "--trian.lr: unknown section; did you mean train?"),
         ("train.lora_rank 1", "--train.lora_rank: unknown field; did you mean lora.lora_rank?"),
         ("train.ep_outside", "--train.ep_outside: true is refused: experts are divided over ranks"),
-        ("data.datasets [{\"path\":\"a\"}]", "--data.datasets[0].type: missing: tokenized or chat"),
+        ("data.datasets [{\"type\":\"chat\"}]", "--data.datasets[0].path: missing: a file, a folder, a glob"),
         ("data.datasets x", "--data.datasets: expected a non-empty list of data sets"),
     ] {
         let error = load(MINIMAL, &[flag]).expect_err(flag);
@@ -584,7 +595,7 @@ fn a_resolved_configuration_reads_back_the_same() {
 fn serde_agrees_with_the_loader() {
     let config = resolved(MINIMAL, &["train.load_checkpoint_path auto", "lora.lora_target_modules a b"]);
     let json = serde_json::to_value(&config).unwrap();
-    assert_eq!(json["data"]["datasets"][0]["type"], "tokenized");
+    assert_eq!(json["data"]["datasets"][0]["type"], "auto");
     assert_eq!(json["train"]["lr_decay_style"], "constant");
     assert_eq!(serde_json::from_value::<RunConfig>(json).unwrap(), config);
 }

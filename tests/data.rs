@@ -8,7 +8,7 @@ use std::{
 };
 use tempfile::TempDir;
 use xorl_dist::{
-    config::{DataArgs, DatasetArgs, DatasetType, PackingMethod},
+    config::{DataArgs, DatasetArgs, DatasetType, PackingMethod, SampleBy},
     data::{
         DataError, Dataset, Loader, Row, StepPlan,
         schedule::{self, BatchSplit},
@@ -22,7 +22,7 @@ fn write(dir: &Path, name: &str, lines: &[&str]) -> PathBuf {
 }
 
 fn entry(path: impl Into<PathBuf>, kind: DatasetType) -> DatasetArgs {
-    DatasetArgs { path: path.into(), kind, num_samples: None }
+    DatasetArgs { path: path.into(), kind, ..DatasetArgs::default() }
 }
 
 /// A sample a row in the order of the files.
@@ -127,26 +127,55 @@ fn data_that_cannot_be_used_say_why() {
     assert!(open(&missing).contains("none.jsonl: No such file"), "{}", open(&missing));
     std::fs::create_dir(dir.path().join("empty")).unwrap();
     let empty = plain(vec![entry(dir.path().join("empty"), DatasetType::Tokenized)]);
-    assert!(open(&empty).ends_with("empty: the folder holds no .jsonl file"));
-    for name in ["a.JSONL", "b.json", "c.ndjson", "d.jsonl.gz", "README.md", ".hidden"] {
+    let none = "empty: the folder holds no file of data (jsonl, json, parquet, arrow, csv, tsv, txt)";
+    assert!(open(&empty).ends_with(none), "{}", open(&empty));
+    for name in ["a.JSONL", "b.xlsx", "c.bin", "d.jsonl.bz2", "README.md", ".hidden"] {
         std::fs::write(dir.path().join("empty").join(name), "{}").unwrap();
     }
     let said = open(&empty);
-    assert!(said.ends_with("no .jsonl file; it has a.JSONL, b.json, c.ndjson and 1 more"), "{said}");
-    for (bytes, words) in [
-        (&b"\x1f\x8b\x08\0"[..], "that gzip packed; unpack it with `gunzip`"),
-        (b"\x28\xb5\x2f\xfd", "zstd"),
-        (b"PAR1", "a parquet file; one row a line is wanted (jsonl)"),
-        (b"\xff\xfe{\0", "text in UTF-16; write it in UTF-8"),
-        (b"{\0\"\0", "UTF-16"),
-        (b"[{\"input_ids\": [1]}]", "a JSON list; one row a line is wanted (jsonl)"),
-        (b"\xef\xbb\xbf\n [\n  {", "a JSON list"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    assert!(said.ends_with(&format!("{none}; it has a.JSONL, b.xlsx, c.bin and 1 more")), "{said}");
+    for (name, bytes, words) in [
+        ("a", &b"PK\x03\x04"[..], "a zip archive; unpack it"),
+        ("a", b"BZh9", "bunzip2"),
+        ("a", b"\xff\xfe{\0", "text in UTF-16; write it in UTF-8"),
+        ("a", b"{\0\"\0", "UTF-16"),
+        ("a", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("a.parquet", b"hello", "by its name a parquet file, but it does not begin like one"),
+        ("a.arrow", b"", "by its name an arrow file, but it is empty"),
+        ("a.jsonl.gz", b"{}", "by its name a packed file, but it does not begin like one"),
+        (
+            "a.json",
+            b"[{\"input_ids\": [1]},\n {\"input_ids\": [1, 2",
+            "the row that begins at line 2; it is cut",
+        ),
+        ("a.json", b"[{\"input_ids\": [1]}\n", "the list of rows has no end (line 2)"),
+        ("a.json", b"[{\"input_ids\": [1]}\n{}]", "not valid JSON at line 2: expected `,` or `]`"),
+        ("a.json", b"[{\"input_ids\": [1]}] x", "expected the end of the file"),
+        ("a.json", b"[{\"input_ids\": [1]},\n {\"input_ids\": 3}]", "a.json:2: input_ids: expected a list"),
+        ("a.json", b"{\n\"input_ids\":\n[1, }", "the row that begins at line 1; it is cut"),
+        (
+            "a.csv",
+            b"input_ids,labels\n\"[1, 2]\",\"[1, 2]\"\n1,2,3\n",
+            "a.csv:3: 3 cells where the header has 2",
+        ),
+        (
+            "a.csv",
+            b"input_ids\n\"[1, 2\"\n",
+            "a.csv:2: input_ids: not valid JSON, as which a cell holds a list",
+        ),
+        ("a.csv", b"input_ids,input_ids\n", "the header names the column `input_ids` twice"),
+        ("a.csv", b"ids\n\"[1, 2]\"\n", "a.csv:2: expected field `input_ids`, found `ids`"),
+        (
+            "a.txt",
+            b"one\ntwo \xff\n",
+            "a.txt:1: expected field `input_ids`, found `text`; type text reads `text`",
+        ),
     ] {
-        let path = dir.path().join("foreign");
+        let path = dir.path().join(name);
         std::fs::write(&path, bytes).unwrap();
         let said = open(&plain(vec![entry(&path, DatasetType::Tokenized)]));
-        assert!(said.contains("foreign: ") && said.contains(words), "{said}");
+        assert!(said.contains(&format!("{name}:")) && said.contains(words), "{said}");
+        std::fs::remove_file(&path).unwrap();
     }
     let chat = plain(vec![entry(dir.path().join("data.jsonl"), DatasetType::Chat)]);
     assert!(open(&chat).contains("set model.tokenizer_path"));
@@ -165,6 +194,242 @@ fn data_that_cannot_be_used_say_why() {
     ));
     let none = plain(vec![DatasetArgs { num_samples: Some(0), ..entry("dummy", DatasetType::Tokenized) }]);
     assert!(open(&none).contains("expected at least one sample, found none; set its num_samples"));
+}
+
+/// A folder with the byte-level test tokenizer and a chat template.
+fn tokenizer_dir() -> TempDir {
+    let (dir, chat) = (TempDir::new().unwrap(), at("tests/data/chat"));
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(chat.join("byte_level").join(file), dir.path().join(file)).unwrap();
+    }
+    std::fs::copy(chat.join("templates/qwen25.jinja"), dir.path().join("chat_template.jinja")).unwrap();
+    dir
+}
+
+fn at(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+/// Writes `lines` in the forms of JSON, and packed, into `dir`.
+fn write_forms(dir: &Path, lines: &str) {
+    let rows: Vec<serde_json::Value> =
+        lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let write = |name: &str, bytes: &[u8]| std::fs::write(dir.join(name), bytes).unwrap();
+    write("list.json", json!(rows).to_string().as_bytes());
+    write("pretty.json", serde_json::to_string_pretty(&rows).unwrap().as_bytes());
+    write(
+        "wrapped.json",
+        serde_json::to_string_pretty(&json!({"version": 1, "data": rows})).unwrap().as_bytes(),
+    );
+    let objects: Vec<String> = rows.iter().map(|row| serde_json::to_string_pretty(row).unwrap()).collect();
+    write("objects.json", objects.join("\n").as_bytes());
+    write("lines.json", lines.as_bytes());
+    write("marked.jsonl", format!("\u{feff}\r\n{}", lines.replace('\n', "\r\n\r\n")).as_bytes());
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+    std::io::Write::write_all(&mut gzip, lines.as_bytes()).unwrap();
+    write("packed.jsonl.gz", &gzip.finish().unwrap());
+    write("packed.jsonl.zst", &zstd::encode_all(lines.as_bytes(), 3).unwrap());
+    write("packed.json.zst", &zstd::encode_all(json!(rows).to_string().as_bytes(), 3).unwrap());
+}
+
+#[test]
+fn the_same_rows_in_every_format_give_the_same_tokens() {
+    let (tokenizer, mut compared) = (tokenizer_dir(), 0);
+    for kind in ["chat", "alpaca", "completion", "text", "tokenized"] {
+        let folder = at("tests/fixtures/data").join(kind);
+        let rows = |path: &Path| {
+            let args = plain(vec![entry(path, DatasetType::Auto)]);
+            let dataset = Dataset::open(&args, Some(tokenizer.path()), 1000, 0, 1);
+            let dataset = dataset.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            assert_eq!(dataset.types(), [kind], "{}", path.display());
+            all_rows(&dataset, 0)
+        };
+        let right = rows(&folder.join("rows.jsonl"));
+        assert_eq!(right.len(), if kind == "alpaca" || kind == "completion" { 2 } else { 3 });
+        let made = TempDir::new().unwrap();
+        write_forms(made.path(), &std::fs::read_to_string(folder.join("rows.jsonl")).unwrap());
+        for entry in
+            [folder.as_path(), made.path()].into_iter().flat_map(|dir| std::fs::read_dir(dir).unwrap())
+        {
+            let path = entry.unwrap().path();
+            assert_eq!(rows(&path), right, "{}", path.display());
+            compared += 1;
+        }
+    }
+    assert!(compared >= 75, "{compared} files");
+}
+
+#[test]
+fn cut_and_damaged_files_are_one_line_each() {
+    let dir = TempDir::new().unwrap();
+    let fixtures = at("tests/fixtures/data");
+    write_forms(dir.path(), &std::fs::read_to_string(fixtures.join("tokenized/rows.jsonl")).unwrap());
+    for name in
+        ["snappy.parquet", "zstd.parquet", "brotli.parquet", "file.arrow", "lz4.arrow", "stream.arrow"]
+    {
+        std::fs::copy(fixtures.join("chat").join(name), dir.path().join(name)).unwrap();
+    }
+    let tokenizer = tokenizer_dir();
+    let open = |path: &Path| {
+        let args = plain(vec![entry(path, DatasetType::Auto)]);
+        Dataset::open(&args, Some(tokenizer.path()), 1000, 0, 1)
+            .map(|_| ())
+            .map_err(|error| error.to_string())
+    };
+    let names = [
+        "packed.jsonl.gz",
+        "packed.jsonl.zst",
+        "snappy.parquet",
+        "zstd.parquet",
+        "brotli.parquet",
+        "file.arrow",
+        "lz4.arrow",
+        "stream.arrow",
+    ];
+    for name in names {
+        let path = dir.path().join(name);
+        let whole = std::fs::read(&path).unwrap();
+        for cut in [whole.len() / 2, whole.len() - 3] {
+            std::fs::write(&path, &whole[..cut]).unwrap();
+            // Behind the rows of an arrow file, and the last frame of a stream, nothing is lost.
+            match open(&path) {
+                Ok(()) => assert!(name.ends_with(".arrow") && cut > whole.len() / 2, "{name}: {cut}"),
+                Err(said) => assert!(
+                    said.contains(&format!("{name}: "))
+                        && said.contains("cut or damaged")
+                        && !said.contains('\n'),
+                    "{said}"
+                ),
+            }
+        }
+        // Arrow's reader asks for as much memory as a damaged header says.
+        if name.ends_with(".arrow") {
+            continue;
+        }
+        // A changed byte is told, or changes a text; it never is a panic.
+        for at in (8..whole.len()).step_by(41) {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 0x55;
+            std::fs::write(&path, &bytes).unwrap();
+            if let Err(said) = open(&path) {
+                assert!(said.contains(name), "{name} at {at}: {said}");
+            }
+        }
+    }
+}
+
+#[test]
+fn folders_splits_and_globs_give_the_files_that_they_say() {
+    let tokenizer = tokenizer_dir();
+    let saved = at("tests/fixtures/data/chat");
+    let rows = |dataset: DatasetArgs| {
+        let args = plain(vec![dataset]);
+        let dataset = Dataset::open(&args, Some(tokenizer.path()), 1000, 0, 1);
+        dataset.map(|dataset| dataset.rows()).map_err(|error| error.to_string())
+    };
+    let split = |path: &Path, split: Option<&str>| {
+        let chosen = split.map(str::to_owned);
+        rows(DatasetArgs { split: chosen, ..entry(path, DatasetType::Auto) })
+    };
+    assert_eq!(split(&saved.join("saved"), None), Ok(3));
+    assert_eq!(split(&saved.join("dict"), None), Ok(3));
+    assert_eq!(split(&saved.join("dict"), Some("test")), Ok(1));
+    let said = split(&saved.join("dict"), Some("dev")).unwrap_err();
+    assert!(said.ends_with("dict: no split dev; set split to one of: train, test"), "{said}");
+    assert_eq!(rows(entry(saved.join("*.arrow"), DatasetType::Chat)), Ok(9));
+    let said = rows(entry(saved.join("*.orc"), DatasetType::Chat)).unwrap_err();
+    assert!(said.ends_with("*.orc: no file matches this glob"), "{said}");
+
+    let dir = TempDir::new().unwrap();
+    let line = r#"{"input_ids": [1, 2]}"#;
+    write(dir.path(), "train-00.jsonl", &[line, line]);
+    write(dir.path(), "train-01.jsonl", &[line]);
+    write(dir.path(), "test-00.jsonl", &[line]);
+    assert_eq!(split(dir.path(), None), Ok(4));
+    assert_eq!(split(dir.path(), Some("train")), Ok(3));
+    assert!(split(dir.path(), Some("dev")).unwrap_err().contains("neither a folder nor a file of split dev"));
+}
+
+#[test]
+fn weights_and_caps_choose_the_samples_of_an_epoch() {
+    let dir = TempDir::new().unwrap();
+    let path = numbered(&dir, "n.jsonl", 0..40);
+    let ids = |dataset: DatasetArgs, seed| {
+        let dataset = Dataset::open(&plain(vec![dataset]), None, 1000, 0, seed).unwrap();
+        let ids: Vec<i64> = all_rows(&dataset, 0).iter().map(|row| row.input_ids[0]).collect();
+        (ids, dataset.summary().clone())
+    };
+    let tokenized = || entry(&path, DatasetType::Tokenized);
+    assert_eq!(ids(DatasetArgs { num_samples: Some(5), ..tokenized() }, 1).0, [0, 1, 2, 3, 4]);
+    let (half, summary) = ids(DatasetArgs { weight: 0.5, ..tokenized() }, 1);
+    assert!(half.len() == 20 && half.is_sorted() && half.windows(2).all(|two| two[0] != two[1]), "{half:?}");
+    assert_eq!((summary.samples, summary.sources[0].samples), (20, 40));
+    assert_ne!(half, ids(DatasetArgs { weight: 0.5, ..tokenized() }, 2).0);
+    let (more, _) = ids(DatasetArgs { weight: 2.5, ..tokenized() }, 1);
+    assert_eq!(more.len(), 100);
+    assert!((0..40).all(|id| matches!(more.iter().filter(|&&other| other == id).count(), 2 | 3)));
+}
+
+#[test]
+fn long_texts_are_cut_and_samples_without_a_loss_are_named() {
+    let (dir, tokenizer) = (TempDir::new().unwrap(), tokenizer_dir());
+    let open = |name: &str, text: &str, args: &dyn Fn(PathBuf) -> DataArgs| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        Dataset::open(&args(path), Some(tokenizer.path()), 1000, 0, 1).map_err(|error| error.to_string())
+    };
+    let short =
+        |path: PathBuf| DataArgs { max_seq_len: Some(7), ..plain(vec![entry(path, DatasetType::Auto)]) };
+    let cut = open("a.txt", "abcdefghijklmnopqrstuvwxyz 0123456789\n\nab\n", &short).unwrap();
+    let whole = open("a.txt", "abcdefghijklmnopqrstuvwxyz 0123456789\n", &|path| {
+        plain(vec![entry(path, DatasetType::Text)])
+    });
+    let whole = whole.unwrap().row_at(0, 0).unwrap().input_ids;
+    let rows = all_rows(&cut, 0);
+    let ids: Vec<i64> = rows[..rows.len() - 1].iter().flat_map(|row| row.input_ids.clone()).collect();
+    assert_eq!(ids, whole);
+    assert!(rows.iter().all(|row| row.input_ids.len() <= 7 && row.labels == row.input_ids));
+    let said = &cut.summary().remarks;
+    assert!(
+        matches!(&said[..], [(0, said)] if said.ends_with(": 1 text longer than a sample may be")),
+        "{said:?}"
+    );
+
+    let document = |path: PathBuf| {
+        plain(vec![DatasetArgs { sample_by: SampleBy::Document, ..entry(path, DatasetType::Auto) }])
+    };
+    assert_eq!(open("b.txt", "one\n\ntwo\n", &document).unwrap().rows(), 1);
+    let auto = |path: PathBuf| plain(vec![entry(path, DatasetType::Auto)]);
+    let said = open("c.txt", "one\n", &|path| {
+        let columns = [("text".to_owned(), "body".to_owned())].into();
+        plain(vec![DatasetArgs { columns, ..entry(path, DatasetType::Text) }])
+    });
+    assert!(
+        said.unwrap_err()
+            .ends_with("c.txt:1: expected field `body`, found `text`; columns of the data set names it")
+    );
+    let said = open("d.jsonl", r#"{"question": "a", "answer": "b"}"#, &auto).unwrap_err();
+    assert!(said.contains("d.jsonl:1: no type fits a row of `question`, `answer`; chat reads"), "{said}");
+    let masked = "{\"input_ids\": [1, 2]}\n{\"input_ids\": [1, 2], \"labels\": [-100, -100]}\n";
+    let said = open("e.jsonl", masked, &auto).unwrap().summary().remarks[0].1.clone();
+    assert!(
+        said.starts_with("1 of 2 samples have no token with a loss, the first at ")
+            && said.ends_with("e.jsonl:2"),
+        "{said}"
+    );
+}
+
+#[test]
+fn processes_that_prepare_the_same_data_get_the_same_rows() {
+    let dir = TempDir::new().unwrap();
+    let path = numbered(&dir, "n.jsonl", 0..3000);
+    let args = DataArgs { datasets: vec![entry(path, DatasetType::Tokenized)], ..DataArgs::default() };
+    let prints: Vec<String> = std::thread::scope(|scope| {
+        let open = || Dataset::open(&args, None, 4000, 0, 1).unwrap().fingerprint().to_owned();
+        let threads: Vec<_> = (0..4).map(|_| scope.spawn(open)).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    assert!(prints.iter().all(|print| *print == prints[0]));
 }
 
 #[test]

@@ -121,6 +121,8 @@ fn mpi_python_pairs_train_as_in_trl() {
     runs.oracle(&["check".to_owned(), folder].into_iter().chain(exports).collect::<Vec<_>>());
     the_base_is_the_reference_of_a_fresh_adapter(&runs);
     pairs_stay_together_in_packs(&runs);
+    pairs_that_validate_are_compared_too(&runs);
+    other_rows_and_another_base_are_refused(&runs);
 }
 
 /// A resume is bit-identical, and refused where the reference is another one.
@@ -153,7 +155,7 @@ fn the_base_is_the_reference_of_a_fresh_adapter(runs: &Runs) {
     let start = runs.at("still/weights/run/step_1").display().to_string();
     let given = runs.run(&config, 1, "given", &["--lora.adapter_path", &start]);
     close(&given, &fresh, "loss", 1e-6);
-    let free = runs.run(&config, 1, "free", &["--train.loss_fn_params", "{reference_free: true}"]);
+    let free = runs.run(&config, 1, "free", &["--train.loss_fn_params", "{\"reference_free\": true}"]);
     assert!((number(&free[0], "loss") - 2f64.ln()).abs() > 1e-3, "{}", free[0]);
 }
 
@@ -170,3 +172,39 @@ fn pairs_stay_together_in_packs(runs: &Runs) {
 
 #[test]
 fn mpi_python_other_data_and_merges_are_refused() {}
+
+/// The loss of pairs that validate before the first step is that of a model equal to its reference; 2 ranks agree.
+fn pairs_that_validate_are_compared_too(runs: &Runs) {
+    let config = runs.config("dpo", &json!({}), false);
+    let validates = ["--data.val_set_size", "5", "--train.eval_on_start", "true"];
+    let one = runs.run(&config, 1, "validates", &validates);
+    assert!((number(&one[0], "eval_loss") - 2f64.ln()).abs() < 1e-6, "{}", one[0]);
+    let last = one.last().unwrap();
+    assert_eq!(number(last, "eval_tokens"), 5.0);
+    assert!(number(last, "eval_rewards/margins") != 0.0, "{last}");
+    let two = runs.run(&config, 2, "validates-2", &validates);
+    let apart = number(two.last().unwrap(), "eval_loss") - number(last, "eval_loss");
+    assert!(apart.abs() < 1e-5, "{apart}");
+}
+
+fn other_rows_and_another_base_are_refused(runs: &Runs) {
+    let config = runs.config("dpo", &json!({}), false);
+    let out = runs.at("refused");
+    let refused = |more: &[&str], words: &str| {
+        let fixed = ["--config", &config, "--train.output_dir", out.to_str().unwrap()];
+        let line = failed(&xorl(1, &[&fixed, more].concat()), 2);
+        assert!(line.contains(words), "{line}");
+    };
+    let plain = ["--train.loss_fn", "cross_entropy", "--train.loss_fn_params", "null"];
+    refused(
+        &plain,
+        "its rows are of type preference: train.loss_fn dpo and simpo read rows of type preference",
+    );
+    refused(&["--lora.merge_lora_interval", "5"], "lora.merge_lora_interval: a merge changes the base");
+    refused(&["--lora.init_lora_weights", "pissa"], "lora.init_lora_weights: pissa takes the start");
+    refused(
+        &["--train.loss_fn_params", "{\"loss_type\": \"kto\"}"],
+        "expected sigmoid | sigmoid_norm | hinge | ipo | robust",
+    );
+    assert!(!out.exists());
+}

@@ -50,7 +50,7 @@ fn tokenizer_dir_of(base: &str, dir: &Path, config: &Value, files: &Value) {
 /// A row for each row of the file, in its order.
 fn rows_of(path: &Path, kind: DatasetType) -> DataArgs {
     DataArgs {
-        datasets: vec![DatasetArgs { path: path.into(), kind, num_samples: None }],
+        datasets: vec![DatasetArgs { path: path.into(), kind, ..DatasetArgs::default() }],
         sample_packing_method: PackingMethod::None,
         shuffle_merged_datasets: false,
         shuffle_before_merging_datasets: false,
@@ -136,6 +136,48 @@ fn our_chats(cases: &Value, folder: &Path) -> Vec<Result<Value, String>> {
     list(cases).iter().map(one).collect()
 }
 
+/// A tokenizer folder for rows of all types; `begun` has a tokenizer that sets `<s>` before a text.
+fn typed_dir(folder: &Path, name: &str) -> PathBuf {
+    let dir = folder.join("types").join(name);
+    tokenizer_dir(&dir, &json!({}), &json!({}));
+    let path = dir.join("tokenizer.json");
+    let mut tokenizer = read_json(&path);
+    if name == "begun" {
+        let tokens = list(&tokenizer["added_tokens"]);
+        let id = tokens.iter().find(|token| token["content"] == "<s>").unwrap()["id"].clone();
+        let first = json!({"SpecialToken": {"id": "<s>", "type_id": 0}});
+        let text = |id: &str, kind: u8| json!({"Sequence": {"id": id, "type_id": kind}});
+        tokenizer["post_processor"] = json!({
+            "type": "TemplateProcessing", "single": [first, text("A", 0)],
+            "pair": [first, text("A", 0), first, text("B", 1)],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [id], "tokens": ["<s>"]}},
+        });
+    }
+    std::fs::write(path, tokenizer.to_string()).unwrap();
+    dir
+}
+
+/// Rows of each type, by its name or as the fields of the row tell.
+fn our_types(cases: &Value, dir: &Path) -> Vec<Result<Value, String>> {
+    let one = |case: &Value| {
+        if let Some(template) = case["template"].as_str() {
+            let source = tables().join("chat/templates").join(template).with_extension("jinja");
+            std::fs::copy(source, dir.join("chat_template.jinja")).unwrap();
+        }
+        let path = dir.join("data.jsonl");
+        std::fs::write(&path, case["row"].to_string()).unwrap();
+        let mut entry = case.get("entry").cloned().unwrap_or_else(|| json!({}));
+        entry["path"] = json!(path);
+        entry["type"] = case["type"].clone();
+        let entry: DatasetArgs = serde_json::from_value(entry).unwrap();
+        let args = DataArgs { datasets: vec![entry], ..rows_of(&path, DatasetType::Auto) };
+        let dataset = Dataset::open(&args, Some(dir), 1000, 0, 1).map_err(|error| error.to_string())?;
+        let row = dataset.row_at(0, 0).unwrap();
+        Ok(json!({"ids": row.input_ids, "mask": mask(&row)}))
+    };
+    list(cases).iter().map(one).collect()
+}
+
 fn our_tokenized(cases: &Value, folder: &Path) -> Value {
     let one = |case: &Value| {
         let (rows, _) = open(folder, &case["row"].to_string(), DatasetType::Tokenized, Turns::All, 256)
@@ -155,6 +197,11 @@ fn python_tables_of_rows_tokenizers_and_templates_equal_transformers() {
     let chats = our_chats(&cases["chats"], folder.path());
     let tokenized = our_tokenized(&cases["tokenized"], folder.path());
     std::fs::write(folder.path().join("ours.json"), tokenized.to_string()).unwrap();
+    let type_cases = read_json(&tables().join("rows/types.json"));
+    let types = ["plain", "begun"].map(|name| {
+        let dir = typed_dir(folder.path(), name);
+        (format!("types of {name}"), our_types(&type_cases, &dir))
+    });
 
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/oracle/rows.py");
     let status = Command::new(python()).arg(script).arg(folder.path()).env("HF_HUB_OFFLINE", "1").status();
@@ -200,6 +247,12 @@ fn python_tables_of_rows_tokenizers_and_templates_equal_transformers() {
     for ((ours, right), case) in chats.iter().zip(list(&right["chats"])).zip(list(&cases["chats"])) {
         let plain = |row: &Value| json!({"ids": row["ids"], "mask": row["mask"]});
         compare(case["name"].to_string(), ours, &list(right).iter().map(plain).collect());
+    }
+    for (name, ours) in &types {
+        for ((ours, right), case) in ours.iter().zip(list(&right[name])).zip(list(&type_cases)) {
+            let right = json!({"ids": right["ids"], "mask": right["mask"]});
+            compare(format!("{name}: {}", case["name"]), ours, &right);
+        }
     }
     for (losses, case) in list(&right["tokenized"]).iter().zip(list(&cases["tokenized"])) {
         let [ours, right] = ["ours", "right"].map(|whose| losses[whose].as_f64().unwrap());

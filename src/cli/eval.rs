@@ -29,7 +29,7 @@ pub struct Eval {
     /// Rows to evaluate on; when absent those that validate in the run of --config
     #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,
-    /// Type of --data as in data.datasets; told by its first line when absent
+    /// Type of --data as in data.datasets; told by its first row when absent
     #[arg(long = "type", value_name = "TYPE", requires = "data")]
     pub kind: Option<String>,
     /// Also answer each sample greedily, and count the answers that are its last turn

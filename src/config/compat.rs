@@ -163,11 +163,14 @@ const REFUSED: &[Refused] = &[
     refused("lora.lora_b_init_seed", &["0"], "B is drawn from train.seed"),
     refused("distill.enable_distillation", &["false"], "distillation is not built"),
     refused("data.datasets.name", &["null"], LOCAL_DATA),
-    refused("data.datasets.split", &["null", "train"], LOCAL_DATA),
     refused("data.datasets.revision", &["null"], LOCAL_DATA),
     refused("data.datasets.trust_remote_code", &["null", "false"], LOCAL_DATA),
-    refused("data.datasets.data_files", &["null"], "path names a .jsonl file or a folder of them"),
-    refused("data.datasets.ds_type", &["null", "json"], "data is read from .jsonl files"),
+    refused("data.datasets.data_files", &["null"], "path names a file, a folder or a glob"),
+    refused(
+        "data.datasets.ds_type",
+        &["null", "json", "jsonl", "parquet", "arrow", "csv", "text"],
+        "a file's format is seen from its first bytes",
+    ),
     refused("data.datasets.shards", &["null"], LOCAL_DATA),
     refused("data.datasets.shards_idx", &["null"], LOCAL_DATA),
     refused("data.datasets.preprocess_shards", &["null"], LOCAL_DATA),
@@ -178,9 +181,6 @@ const REFUSED: &[Refused] = &[
 pub(super) const NO_RECOMPUTE_BEFORE: &str = "not built; use recompute_full_layer, selective or no_recompute";
 pub(super) const NO_SIGNED_REDUCTION: &str =
     "signs that each rank gives would make the result depend on the number of ranks; use signsgd";
-const AS_MESSAGES: &str = "not built; write each row as messages with role and content, of type chat";
-const AS_TOKENS: &str = "not built; tokenize it into rows with input_ids, of type tokenized";
-
 /// Values of xorl's for fields of this program that are not built.
 const UNBUILT_VALUES: &[Unbuilt] = &[
     Unbuilt { field: "train.optimizer", value: "distsignsgd", reason: NO_SIGNED_REDUCTION },
@@ -194,19 +194,10 @@ const UNBUILT_VALUES: &[Unbuilt] = &[
         value: "recompute_before_dispatch",
         reason: NO_RECOMPUTE_BEFORE,
     },
-    Unbuilt { field: "data.datasets.type", value: "chat_template", reason: "chat is its name here" },
-    Unbuilt { field: "data.datasets.type", value: "messages", reason: "chat is its name here" },
-    Unbuilt { field: "data.datasets.type", value: "conversational", reason: "chat is its name here" },
-    Unbuilt { field: "data.datasets.type", value: "sharegpt", reason: AS_MESSAGES },
-    Unbuilt { field: "data.datasets.type", value: "alpaca", reason: AS_MESSAGES },
-    Unbuilt { field: "data.datasets.type", value: "instruct", reason: AS_MESSAGES },
-    Unbuilt { field: "data.datasets.type", value: "prompt_completion", reason: AS_MESSAGES },
-    Unbuilt { field: "data.datasets.type", value: "completion", reason: AS_TOKENS },
-    Unbuilt { field: "data.datasets.type", value: "pretrain", reason: AS_TOKENS },
     Unbuilt {
         field: "data.datasets.type",
         value: "json",
-        reason: "chat or tokenized says what a line holds",
+        reason: "the format is seen from the file; type says what a row holds",
     },
 ];
 

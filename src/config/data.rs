@@ -5,6 +5,7 @@ use super::error::{Issue, Issues, Problem};
 use super::section::{Section, section};
 use super::source::{Kind, Node};
 use super::value::{Description, ListItem, Rule, Value, choices};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 choices! {
@@ -28,26 +29,107 @@ choices! {
 
     /// Content of a data file.
     pub enum DatasetType {
+        /// The type that the fields of the first row tell.
+        Auto = "auto",
         /// `input_ids` and `labels`.
         Tokenized = "tokenized",
-        /// `messages`, rendered by the model's chat template.
+        /// `messages` or `conversations`, rendered by the model's chat template.
         Chat = "chat",
+        /// `instruction`, `input` and `output`, rendered as a chat.
+        Alpaca = "alpaca",
+        /// `prompt` and `completion`: texts as they are, or messages.
+        Completion = "completion",
+        /// `text` as it is.
+        Text = "text",
         /// A prompt with a `chosen` and a `rejected` answer.
         Preference = "preference",
+    }
+
+    /// A sample of a file of plain text.
+    pub enum SampleBy {
+        /// Every line that is not blank.
+        Line = "line",
+        /// The whole file.
+        Document = "document",
     }
 }
 
 section! {
     /// One entry of `data.datasets`.
     pub struct DatasetArgs {
-        /// A .jsonl file, a folder of them, or `dummy` (random token ids).
+        /// A file, a folder, a glob (`data/*.parquet`), a folder of datasets' `save_to_disk`, or `dummy` (random
+        /// token ids). Formats: jsonl, json, parquet, arrow, csv, tsv, txt; those of text also as .gz and .zst.
         path: PathBuf = PathBuf::new();
-        /// `tokenized` (input_ids, labels) or `chat` (messages); `dummy` is always tokenized.
-        kind as "type": DatasetType = DatasetType::Tokenized;
-        /// `dummy` only: number of samples.
+        /// Content of a row. By default what the fields of the first one tell. `chat`: messages, also as ShareGPT's
+        /// conversations; `alpaca`: instruction, input, output; `completion`: prompt, completion; `text`: text;
+        /// `tokenized`: input_ids, labels; `preference`: prompt, chosen, rejected. `dummy` is always tokenized.
+        kind as "type": DatasetType = DatasetType::Auto;
+        /// Split of a folder: its subfolder, or the files named after it. null: all files; `train` of a folder that
+        /// `save_to_disk` wrote with splits.
+        split: Option<String> = None;
+        /// At most this many rows, from the start. `dummy`: number of samples.
         num_samples: Option<usize> = None => OneOrMore;
+        /// Times that each sample stands in an epoch: 2 twice, 0.5 a random half of them, 1.5 all and a random half
+        /// again.
+        weight: f64 = 1.0 => Positive;
+        /// Names in the file of the fields that the type reads: {prompt: question, completion: answer}.
+        columns: BTreeMap<String, String> = BTreeMap::new();
+        /// chat: names in the file of a message's fields: {role: from, content: value}.
+        message_property_mappings: BTreeMap<String, String> = BTreeMap::new();
+        /// chat: names in the file of the roles: {user: [human], assistant: [gpt, model]}.
+        roles: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        /// txt: a sample is a line, or the whole file (`document`).
+        sample_by: SampleBy = SampleBy::Line;
     }
 }
+
+/// Names of other trainers, and of xorl, for types.
+const TYPES: [(&str, &str); 8] = [
+    ("chat_template", "chat"),
+    ("messages", "chat"),
+    ("conversational", "chat"),
+    ("sharegpt", "chat"),
+    ("openai", "chat"),
+    ("prompt_completion", "completion"),
+    ("pretrain", "text"),
+    ("instruct", "alpaca"),
+];
+
+/// Fields of axolotl's that name one column, with its name here.
+const COLUMNS: [(&str, &str); 7] = [
+    ("field_messages", "messages"),
+    ("field_tools", "tools"),
+    ("field_system", "system"),
+    ("field_instruction", "instruction"),
+    ("field_input", "input"),
+    ("field_output", "output"),
+    ("field", "text"),
+];
+
+/// Fields of rows that `columns` may name.
+const NAMED: [&str; 21] = [
+    "messages",
+    "tools",
+    "system",
+    "instruction",
+    "input",
+    "output",
+    "prompt",
+    "completion",
+    "chosen",
+    "rejected",
+    "text",
+    "input_ids",
+    "labels",
+    "attention_mask",
+    "loss_mask",
+    "assistant_masks",
+    "completion_mask",
+    "position_ids",
+    "weights",
+    "advantages",
+    "logprobs",
+];
 
 section! {
     /// Section `data`: the data sets, and the forming of rows.
@@ -78,7 +160,7 @@ section! {
         dataset_prepared_path: Option<PathBuf> = None;
         /// Drop the last, smaller step of an epoch.
         dataloader_drop_last: bool = false;
-        /// chat: loss on every token, not on assistant turns only.
+        /// Loss on every token, not on assistant turns and completions only.
         train_on_inputs: bool = false;
         /// chat: train `all` assistant turns, or the `last` one of each chat. A turn that the chat template renders
         /// differently when messages follow it becomes a row of its own.
@@ -114,23 +196,66 @@ impl DatasetArgs {
     /// The first rule between fields that is broken, with the field that it stands at.
     fn conflict(&self, given: impl Fn(&str) -> bool) -> Option<(&'static str, Problem)> {
         if !given("path") {
-            let needed = "a .jsonl file, a folder of them, or dummy";
+            let needed = "a file, a folder, a glob, or dummy";
             return Some(("path", Problem::Missing { needed }));
         }
-        match (self.is_dummy(), given("type")) {
-            (false, false) => return Some(("type", Problem::Missing { needed: "tokenized or chat" })),
-            (true, true) if self.kind != DatasetType::Tokenized => {
+        if self.is_dummy() {
+            if given("type") && !matches!(self.kind, DatasetType::Tokenized | DatasetType::Auto) {
                 return Some(("type", Problem::Conflict("dummy data is tokenized; leave type out".into())));
             }
-            _ => {}
+            let others = [
+                ("split", self.split.is_some()),
+                ("columns", !self.columns.is_empty()),
+                ("message_property_mappings", !self.message_property_mappings.is_empty()),
+                ("roles", !self.roles.is_empty()),
+                ("sample_by", self.sample_by != SampleBy::Line),
+            ];
+            let (other, _) = others.into_iter().find(|(_, is_given)| *is_given)?;
+            return Some((other, Problem::Conflict("dummy data has no files; leave it out".into())));
         }
-        if !self.is_dummy() && self.num_samples.is_some() {
-            let words = "only dummy data takes num_samples; limit a real run with train.max_steps";
-            return Some(("num_samples", Problem::Conflict(words.into())));
+        if let Some(name) = self.columns.keys().find(|name| !NAMED.contains(&name.as_str())) {
+            let words = format!("{name} is no field of a type; those are {}", NAMED.join(", "));
+            return Some(("columns", Problem::Conflict(words)));
+        }
+        if self.split.as_ref().is_some_and(|split| split.contains(['[', '/', '+'])) {
+            let words = "a split is a name alone; num_samples takes rows from the start";
+            return Some(("split", Problem::Conflict(words.into())));
+        }
+        let is_chat = matches!(
+            self.kind,
+            DatasetType::Chat | DatasetType::Completion | DatasetType::Preference | DatasetType::Auto
+        );
+        for (field, is_given) in [
+            ("message_property_mappings", !self.message_property_mappings.is_empty()),
+            ("roles", !self.roles.is_empty()),
+        ] {
+            if is_given && !is_chat {
+                let words = format!("type {} has no messages; remove one of them", self.kind.write());
+                return Some((field, Problem::Conflict(words)));
+            }
         }
         let (scheme, _) = self.path.to_str()?.split_once("://")?;
         let value = format!("a {scheme} address");
         Some(("path", Problem::Refused { value, reason: "data is read from local files only" }))
+    }
+
+    /// Sets the field `key`; `false` where there is none. Names of axolotl's stand for a column.
+    fn set_field(&mut self, key: &str, node: &Node) -> Result<bool, Issues> {
+        if let Some((_, column)) = COLUMNS.iter().find(|(name, _)| *name == key) {
+            if !node.is_null() {
+                self.columns.insert((*column).to_owned(), String::read(node, Rule::Any)?);
+            }
+            return Ok(true);
+        }
+        if key == "type"
+            && let Some(text) = node.text()
+        {
+            let known = TYPES.iter().find(|(name, _)| *name == text);
+            let name = known.map_or(text, |(_, ours)| ours);
+            return self
+                .set(key, &Node { line: node.line, kind: Kind::Scalar { text: name.into(), quoted: true } });
+        }
+        self.set(key, node)
     }
 }
 
@@ -151,7 +276,7 @@ impl Value for DatasetArgs {
         let (mut dataset, mut issues) = (Self::default(), Issues::new());
         for entry in entries {
             let within = |issue: Issue| issue.inside(&format!(".{}", entry.key), entry.line);
-            match dataset.set(&entry.key, &entry.value) {
+            match dataset.set_field(&entry.key, &entry.value) {
                 Ok(true) => {}
                 Ok(false) => {
                     let judged = compat::check_dataset_field(&entry.key, &entry.value);
@@ -177,4 +302,61 @@ impl Value for DatasetArgs {
         // JSON is YAML's flow form.
         serde_json::to_string(self).unwrap_or_default()
     }
+}
+
+/// Texts by name.
+impl Value for BTreeMap<String, String> {
+    fn describe(_: Rule) -> Description {
+        Description { short: "map of names".into(), phrase: "a mapping of names, {role: from}".into() }
+    }
+
+    fn read(node: &Node, rule: Rule) -> Result<Self, Issues> {
+        named(node, Self::describe(rule), |value| String::read(value, rule))
+    }
+
+    fn write(&self) -> String {
+        serde_json::to_string(self).unwrap_or_default()
+    }
+}
+
+/// Lists of texts by name.
+impl Value for BTreeMap<String, Vec<String>> {
+    fn describe(_: Rule) -> Description {
+        Description {
+            short: "map of lists of names".into(),
+            phrase: "a mapping of lists of names, {assistant: [gpt]}".into(),
+        }
+    }
+
+    fn read(node: &Node, rule: Rule) -> Result<Self, Issues> {
+        named(node, Self::describe(rule), |value| Vec::read(value, rule))
+    }
+
+    fn write(&self) -> String {
+        serde_json::to_string(self).unwrap_or_default()
+    }
+}
+
+/// A mapping whose values `read` reads.
+fn named<T>(
+    node: &Node,
+    expected: Description,
+    read: impl Fn(&Node) -> Result<T, Issues>,
+) -> Result<BTreeMap<String, T>, Issues> {
+    let entries = match &node.kind {
+        Kind::Map(entries) => entries,
+        _ if node.is_null() => return Ok(BTreeMap::new()),
+        _ => return Err(vec![Issue::expected(expected.phrase, node.shown())]),
+    };
+    let (mut values, mut issues) = (BTreeMap::new(), Issues::new());
+    for entry in entries {
+        match read(&entry.value) {
+            Ok(value) => drop(values.insert(entry.key.clone(), value)),
+            Err(wrong) => {
+                let place = format!(".{}", entry.key);
+                issues.extend(wrong.into_iter().map(|issue| issue.inside(&place, entry.line)));
+            }
+        }
+    }
+    if issues.is_empty() { Ok(values) } else { Err(issues) }
 }

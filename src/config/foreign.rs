@@ -38,7 +38,7 @@ const TOKEN: &str = "the environment's HF_TOKEN is the hub's token";
 const FOUND: &str = "it is read from the model's config.json";
 const STAGE: &str = "the command says what is done: train, check or generate";
 const PEFT_ONLY: &str = "the step's adapter_config.json has it";
-const CACHE: &str = "one loader thread a rank prepares rows; data.dataset_prepared_path keeps them";
+const CACHE: &str = "all cores of a host prepare the rows; data.dataset_prepared_path keeps them";
 const NO_SEQUENCE: &str =
     "a sequence is not divided over ranks; shorten it by data.sample_packing_sequence_len";
 const SAVED: &str = "a save is synchronous and has the adapter and the training state";
@@ -130,13 +130,16 @@ const FOREIGN: &[(&str, Means)] = &[
     ("train_file", Is("data.datasets", ", a list of {path: …, type: …}")),
     ("train_dataset", Is("data.datasets", ", a list of {path: …, type: …}")),
     ("dataset_dir", Is("data.datasets", ", a list of {path: …, type: …}")),
-    ("pretraining_dataset", Not("rows are chats or token ids; list them in data.datasets")),
-    ("dataset_text_field", Not("rows are chats (messages) or token ids (input_ids), see data.datasets")),
+    ("pretraining_dataset", Is("data.datasets", ", with type: text")),
+    ("dataset_text_field", Is("data.datasets", ": columns of a data set, {text: NAME}")),
     ("dataset_kwargs", Not("data.datasets has path and type of each data set")),
-    ("streaming", Needless("all rows are read at the start")),
-    ("mix_strategy", Not("data sets are put together and shuffled; repeat an entry to weight it")),
-    ("interleave_probs", Not("data sets are put together and shuffled; repeat an entry to weight it")),
-    ("max_samples", Not("all rows are read; cut the file, or limit the run with train.max_steps")),
+    ("streaming", Needless("rows are prepared on disk, so that data of any size fit")),
+    ("mix_strategy", Not("data sets are put together and shuffled; weight of an entry repeats its samples")),
+    (
+        "interleave_probs",
+        Not("data sets are put together and shuffled; weight of an entry repeats its samples"),
+    ),
+    ("max_samples", Is("data.datasets", ": num_samples of a data set")),
     ("overwrite_cache", Needless("data.dataset_prepared_path notices changed inputs")),
     ("preprocessing_num_workers", Needless(CACHE)),
     ("dataset_processes", Needless(CACHE)),
@@ -363,8 +366,6 @@ const FOREIGN: &[(&str, Means)] = &[
 ];
 
 const TEMPLATED: &str = "the model's own chat template renders the messages";
-const COLUMNS: &str = "a chat's row has messages with role and content; rename its fields in the file";
-
 /// Names within an entry of `data.datasets`.
 const FOREIGN_OF_DATASETS: &[(&str, Means)] = &[
     ("data_path", Is("path", "")),
@@ -372,28 +373,25 @@ const FOREIGN_OF_DATASETS: &[(&str, Means)] = &[
     ("file", Is("path", "")),
     ("file_name", Is("path", "")),
     ("dataset", Is("path", "")),
-    ("formatting", Is("type", ": tokenized or chat")),
-    ("format", Is("type", ": tokenized or chat")),
+    ("formatting", Is("type", ": chat, alpaca, completion, text or tokenized")),
+    ("format", Is("type", ": chat, alpaca, completion, text or tokenized")),
     ("conversation", Needless(TEMPLATED)),
     ("conversation_style", Needless(TEMPLATED)),
     ("chat_template", Needless(TEMPLATED)),
     ("chat_template_jinja", Not(TEMPLATED)),
-    ("columns", Not(COLUMNS)),
-    ("tags", Not(COLUMNS)),
-    ("field_messages", Not(COLUMNS)),
-    ("conversation_column", Not(COLUMNS)),
-    ("message_field_role", Not(COLUMNS)),
-    ("message_field_content", Not(COLUMNS)),
-    ("message_property_mappings", Not(COLUMNS)),
-    ("field_instruction", Not(COLUMNS)),
-    ("field_output", Not(COLUMNS)),
-    ("roles", Not(COLUMNS)),
+    ("tags", Is("message_property_mappings", " and roles")),
+    ("conversation_column", Is("columns", ": {messages: NAME}")),
+    ("column_map", Is("columns", "")),
+    ("text_column", Is("columns", ": {text: NAME}")),
+    ("message_field_role", Is("message_property_mappings", ": {role: NAME}")),
+    ("message_field_content", Is("message_property_mappings", ": {content: NAME}")),
+    ("sampling_ratio", Is("weight", "")),
     ("roles_to_train", Not("loss is on the assistant's turns, or with data.train_on_inputs on all")),
     ("train_on_eos", Needless("the end of each turn is trained as the chat template writes it")),
     ("train_on_input", Is("data.train_on_inputs", ", for all data sets")),
     ("train_on_inputs", Is("data.train_on_inputs", ", for all data sets")),
     ("packed", Is("data.sample_packing_method", ", for all data sets")),
-    ("max_samples", Not("all rows are read; cut the file, or limit the run with train.max_steps")),
+    ("max_samples", Is("num_samples", "")),
 ];
 
 /// A foreign name, spelt as it stands in its list.

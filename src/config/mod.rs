@@ -31,7 +31,7 @@ mod value;
 
 pub use bytes::{ByteSize, ByteSizeError};
 pub use compute::{CheckpointingMethod, ComputeArgs, ReduceGradients};
-pub use data::{DataArgs, DatasetArgs, DatasetType, PackingMethod, Turns};
+pub use data::{DataArgs, DatasetArgs, DatasetType, PackingMethod, SampleBy, Turns};
 pub use error::{ConfigError, FieldLocations, Place, Problem};
 pub use help::{help, reference, schema_table, server_help, server_reference, server_schema_table};
 pub use load::{Loaded, Override, load, load_server, load_server_yaml, load_with_paths, load_yaml};

@@ -92,6 +92,9 @@ fn fault(path: &Path, kind: Kind) -> Option<String> {
         return None;
     }
     let text = path.to_string_lossy();
+    if kind == Kind::Data && glob::glob(&text).is_ok_and(|mut files| files.next().is_some()) {
+        return None;
+    }
     Some(match absent(&text, kind) {
         Some(words) => words,
         None => {
@@ -146,17 +149,16 @@ fn absent(text: &str, kind: Kind) -> Option<String> {
     }
     if text.contains(['*', '?', '[']) {
         return Some(match kind {
-            Kind::Data => {
-                "a glob, which is not expanded; name the folder, or each file as an entry of its own".into()
-            }
+            Kind::Data => "no file matches this glob".into(),
             _ => format!("a glob, which is not expanded; name {}", kind.expected()),
         });
     }
     let may_be_hub_id = kind != Kind::Keys && HubId::of_path(Path::new(text)).is_some();
     may_be_hub_id.then(|| match kind {
         Kind::Data => format!(
-            "no such file or folder; if it is a Hugging Face hub id, save it as JSON lines first: python -c \
-             'from datasets import load_dataset as l; l(\"{text}\", split=\"train\").to_json(\"train.jsonl\")'"
+            "no such file or folder; if it is a Hugging Face hub id, download its files first and name their folder: \
+             hf download {text} --repo-type dataset --local-dir {}",
+            text.rsplit('/').next().unwrap_or(text)
         ),
         _ => format!(
             "no such folder; if it is an adapter of the Hugging Face hub, download it first and name the folder: \
@@ -177,7 +179,7 @@ impl Kind {
             Self::Model => "an HF model directory (config.json, safetensors) or a hub id, owner/name",
             Self::ModelConfig => "an HF config.json, its directory or a hub id, owner/name",
             Self::Tokenizer => "a directory with tokenizer.json or a hub id, owner/name",
-            Self::Data => "a .jsonl file or a folder of them",
+            Self::Data => "a data file, a folder of them or a glob",
             Self::Adapter => "a PEFT adapter directory, such as a published step",
             Self::Keys => "a file with the hashes of API keys",
         }

@@ -104,8 +104,9 @@ section! {
         /// `drgrpo`. Rows of type tokenized give its inputs beside `input_ids`. `dpo` and `simpo` read rows of type
         /// preference; dpo compares with the base, or with the adapter of `lora.adapter_path` on it.
         loss_fn: String = "cross_entropy".into();
-        /// Parameters of the loss by name; of dpo `beta` (0.1), `loss_type` (sigmoid, sigmoid_norm, hinge, ipo, robust),
-        /// `label_smoothing` and `reference_free`, of simpo `beta`, `simpo_gamma` (0.5) and `label_smoothing`. null: none.
+        /// Parameters of the loss by name; of dpo `beta` (0.1), `loss_type` (sigmoid, sigmoid_norm, hinge, ipo or
+        /// robust), `label_smoothing` and `reference_free`, of simpo `beta`, `simpo_gamma` (0.5) and `label_smoothing`.
+        /// null: none.
         loss_fn_params: BTreeMap<String, Param> = BTreeMap::new();
         /// `adamw` (decoupled decay, fp32 moments), `anyprecision_adamw` (moments in `optimizer_dtype`), `sgd`,
         /// `signsgd` (steps along the sign of the gradient) or `muon` (orthogonal steps of every A and B).

@@ -1,5 +1,6 @@
 //! Errors of data, tokenizers and templates: one line each, with the place and what would be right.
 
+use super::formats::Place;
 use std::path::{Path, PathBuf};
 
 /// Why data could not be opened or read.
@@ -7,14 +8,24 @@ use std::path::{Path, PathBuf};
 pub enum DataError {
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: std::io::Error },
+    #[error(
+        "{}: {source}; data are prepared there: free some room, or set TMPDIR or data.dataset_prepared_path to a folder \
+         that has it", path.display()
+    )]
+    Temporary { path: PathBuf, source: std::io::Error },
     #[error("{}", lines(path, first, *more))]
-    Lines { path: PathBuf, first: Vec<(usize, LineProblem)>, more: usize },
+    Lines { path: PathBuf, first: Vec<(Place, LineProblem)>, more: usize },
+    #[error(
+        "{}: its rows are of type {kind}: train.loss_fn dpo and simpo read rows of type preference, other losses all \
+         other types", path.display()
+    )]
+    OfAnotherLoss { path: PathBuf, kind: String },
     #[error("data.datasets: expected at least one entry")]
     NoDatasets,
-    #[error("{}: the folder holds no .jsonl file{found}", path.display())]
+    #[error("{}: the folder holds no file of data (jsonl, json, parquet, arrow, csv, tsv, txt){found}", path.display())]
     NoFiles { path: PathBuf, found: String },
     #[error("{}: {problem}", path.display())]
-    Foreign { path: PathBuf, problem: &'static str },
+    Foreign { path: PathBuf, problem: String },
     #[error("{}: expected at least one sample, found none; {remedy}", path.display())]
     Empty { path: PathBuf, remedy: &'static str },
     #[error("all {samples} samples are longer than {limit} tokens: raise {field} or shorten the data")]
@@ -30,7 +41,7 @@ pub enum DataError {
     DummyInput { input: &'static str },
     #[error("padding id {pad_id} is not in the model's vocabulary of {vocab_size}")]
     PadId { pad_id: i64, vocab_size: usize },
-    #[error("{}: type chat needs a tokenizer and its chat template: set model.tokenizer_path", path.display())]
+    #[error("{}: all types but tokenized need a tokenizer: set model.tokenizer_path", path.display())]
     NoTokenizer { path: PathBuf },
     #[error("{}: {problem}", path.display())]
     Tokenizer { path: PathBuf, problem: String },
@@ -57,14 +68,15 @@ pub enum DataError {
 /// The remedy for a data file without a row.
 pub(super) const ONE_ROW_A_LINE: &str = "write a JSON object in each line, as configs/README.md shows";
 
-/// A line for each of the `first` faults of a file; the last of them counts the lines that are wrong as well.
-fn lines(path: &Path, first: &[(usize, LineProblem)], more: usize) -> String {
+/// A line for each of the `first` faults of a file; the last of them counts the records that are wrong as well.
+fn lines(path: &Path, first: &[(Place, LineProblem)], more: usize) -> String {
     let mut told: Vec<String> =
-        first.iter().map(|(line, problem)| format!("{}:{line}: {problem}", path.display())).collect();
+        first.iter().map(|(place, problem)| format!("{}:{place}: {problem}", path.display())).collect();
     if let Some(last) = told.last_mut().filter(|_| more > 0) {
+        let of = if matches!(first[0].0, Place::Line(_)) { "line" } else { "row" };
         *last += &format!(
             "; {} wrong too",
-            if more == 1 { "1 more line is".into() } else { format!("{more} more lines are") }
+            if more == 1 { format!("1 more {of} is") } else { format!("{more} more {of}s are") }
         );
     }
     told.join("\n")
@@ -75,6 +87,20 @@ fn lines(path: &Path, first: &[(usize, LineProblem)], more: usize) -> String {
 pub enum LineProblem {
     #[error("not valid JSON at column {column}: {problem}")]
     Json { column: usize, problem: String },
+    #[error("not UTF-8 at byte {byte}; write the file in UTF-8, as `iconv -t UTF-8` does")]
+    NotUtf8 { byte: usize },
+    #[error(
+        "{cells} cells where the header has {columns}; put cells with delimiters or line breaks in quotes"
+    )]
+    Ragged { cells: usize, columns: usize },
+    #[error("{field}: not valid JSON, as which a cell holds a list: {problem}")]
+    Cell { field: String, problem: String },
+    #[error(
+        "no type fits a row of {found}; chat reads `messages` or `conversations`, completion `prompt` and `completion`, \
+         alpaca `instruction` and `output`, text `text`, tokenized `input_ids`; set type, and name other fields by \
+         columns: {example}"
+    )]
+    NoType { found: String, example: String },
     #[error("expected field `{field}`, found {found}{hint}")]
     Missing { field: String, found: String, hint: &'static str },
     #[error("{field}: {reason}")]
@@ -95,6 +121,13 @@ pub enum LineProblem {
     NoTokens,
     #[error("{0}")]
     Template(String),
+    #[error("an answer of the pair has no token with a loss: is it empty, or not the assistant's?")]
+    NoAnswer,
+    #[error(
+        "an answer of the pair makes {answers} rows, because the chat template renders its turns otherwise when others \
+         follow; give one answer each, with all before it in the prompt"
+    )]
+    Answers { answers: usize },
     #[error(
         "messages[{message}]: its tokens cannot be found in the rendered text, because the chat template cannot \
          render a probe in its place ({problem}); mark answers with {{% generation %}} in the template"
@@ -109,6 +142,8 @@ pub enum LineProblem {
         "the template captures a {{% generation %}} block (in a macro, set or filter), so its place is not known"
     )]
     CapturedGeneration,
+    #[error("the tokenizer names no eos_token, which ends a text; set it in tokenizer_config.json")]
+    NoEos,
     #[error("the tokenizer cannot encode the text: {0}")]
     Tokenize(String),
 }
@@ -127,14 +162,29 @@ impl LineProblem {
         object: &serde_json::Map<String, serde_json::Value>,
         hint: &'static str,
     ) -> Self {
-        const MOST: usize = 8;
-        let mut found: Vec<String> = object.keys().take(MOST).map(|key| format!("`{key}`")).collect();
-        if object.len() > MOST {
-            found.push(format!("and {} more", object.len() - MOST));
-        }
-        let found = if found.is_empty() { "none".into() } else { found.join(", ") };
-        Self::Missing { field: field.into(), found: one_line(found), hint }
+        Self::Missing { field: field.into(), found: keys(object), hint }
     }
+
+    /// A row that no type fits.
+    pub(super) fn no_type(object: &serde_json::Map<String, serde_json::Value>) -> Self {
+        let mut names = object.keys().filter(|key| key.chars().all(|c| c.is_alphanumeric() || c == '_'));
+        let example = match (names.next(), names.next()) {
+            (Some(prompt), Some(completion)) => format!("{{prompt: {prompt}, completion: {completion}}}"),
+            (Some(text), None) => format!("{{text: {text}}}"),
+            _ => "{text: NAME}".into(),
+        };
+        Self::NoType { found: keys(object), example }
+    }
+}
+
+/// The fields of an object, for people.
+fn keys(object: &serde_json::Map<String, serde_json::Value>) -> String {
+    const MOST: usize = 8;
+    let mut found: Vec<String> = object.keys().take(MOST).map(|key| format!("`{key}`")).collect();
+    if object.len() > MOST {
+        found.push(format!("and {} more", object.len() - MOST));
+    }
+    one_line(if found.is_empty() { "none".into() } else { found.join(", ") })
 }
 
 /// Folds a foreign message into one line.

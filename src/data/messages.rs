@@ -1,12 +1,9 @@
 //! A `chat` line: its messages, and which of them are trained.
 
-use super::{
-    Chat, LineProblem, integers,
-    notes::Notes,
-    source::{parse_object, wrong},
-};
+use super::{Chat, LineProblem, integers, notes::Notes, source::wrong};
 use crate::config::misspelt;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
 
 /// Fields of a message that say whether it is trained, with the value that means no.
 const SWITCHES: [(&str, bool); 7] = [
@@ -31,7 +28,7 @@ const MEDIA: &str = "not read: the models here take text alone";
 const TO_TEMPLATE: &str =
     "not handed to the chat template; write its value into the template or the messages";
 
-const REFUSED: [(&str, &str); 19] = [
+const REFUSED: [(&str, &str); 18] = [
     ("chosen", PAIRS),
     ("rejected", PAIRS),
     ("completion", PAIRS),
@@ -44,7 +41,6 @@ const REFUSED: [(&str, &str); 19] = [
     ("chat_template_kwargs", TO_TEMPLATE),
     ("chat_template", TO_TEMPLATE),
     ("documents", TO_TEMPLATE),
-    ("system", "not read: write it as a first message of role system"),
     ("functions", "not read: write them as `tools`"),
     ("function_call", "not read: write it as `tool_calls` of a message"),
     ("weight", "weights of rows are not built; give messages a weight of 0 or 1"),
@@ -56,14 +52,105 @@ const REFUSED: [(&str, &str); 19] = [
 /// Fields of a row that change nothing: an option of the service that made the answers.
 const HARMLESS: [&str; 1] = ["parallel_tool_calls"];
 
-/// Reads a line: `messages`, each with a `role`, and `content` that is a string, a list of parts or null (or absent
-/// beside `tool_calls`); optional `tools`. All fields of a message reach the template.
-pub(crate) fn parse_chat(line: &[u8], notes: &mut Notes) -> Result<Chat, LineProblem> {
-    let mut object = parse_object(&integers::quoted(line)?)?;
-    let messages = match object.get("messages") {
-        Some(Value::Array(messages)) => messages,
-        Some(other) => return Err(wrong("messages", "a list of messages", other)),
-        None => return Err(missing(&object)),
+/// Fields that hold the messages, the first that a row has.
+const LISTS: [&str; 3] = ["messages", "conversations", "conversation"];
+
+/// Roles of ShareGPT's messages, which have `from` and `value`.
+const ROLES: [(&str, &str); 9] = [
+    ("human", "user"),
+    ("gpt", "assistant"),
+    ("chatgpt", "assistant"),
+    ("bing", "assistant"),
+    ("bard", "assistant"),
+    ("model", "assistant"),
+    ("bot", "assistant"),
+    ("observation", "tool"),
+    ("function_response", "tool"),
+];
+
+/// Names of a data set's messages.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mapping<'a> {
+    /// Our field of a message to the file's.
+    pub properties: &'a BTreeMap<String, String>,
+    /// Our role to the file's.
+    pub roles: &'a BTreeMap<String, Vec<String>>,
+}
+
+impl Mapping<'_> {
+    /// No names but those of `messages` and ShareGPT.
+    pub fn none() -> Mapping<'static> {
+        static PROPERTIES: BTreeMap<String, String> = BTreeMap::new();
+        static ROLES: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        Mapping { properties: &PROPERTIES, roles: &ROLES }
+    }
+
+    /// Gives message `index` the fields and the role that templates know.
+    fn apply(self, index: usize, message: &mut Value) -> Result<(), LineProblem> {
+        let Value::Object(fields) = message else { return Ok(()) };
+        for (ours, theirs) in self.properties {
+            if let Some(value) = (ours != theirs).then(|| fields.swap_remove(theirs)).flatten() {
+                fields.insert(ours.clone(), value);
+            }
+        }
+        let is_sharegpt = !fields.contains_key("role") && fields.contains_key("from");
+        if is_sharegpt {
+            for (ours, theirs) in [("role", "from"), ("content", "value")] {
+                if let Some(value) = fields.swap_remove(theirs) {
+                    fields.insert(ours.into(), value);
+                }
+            }
+        }
+        let Some(role) = fields.get("role").and_then(Value::as_str) else { return Ok(()) };
+        let named = self.roles.iter().find(|(_, theirs)| theirs.iter().any(|name| name == role));
+        let known = || ROLES.iter().find(|(theirs, _)| is_sharegpt && *theirs == role).map(|found| found.1);
+        if let Some(ours) = named.map(|found| found.0.as_str()).or_else(known) {
+            fields.insert("role".into(), ours.into());
+        } else if is_sharegpt && role == "function_call" {
+            call(index, fields)?;
+        }
+        Ok(())
+    }
+}
+
+/// Makes ShareGPT's `function_call`, whose text is `{"name": …, "arguments": …}`, a call of a tool.
+fn call(index: usize, fields: &mut Map<String, Value>) -> Result<(), LineProblem> {
+    let content = fields.get("content").cloned().unwrap_or_default();
+    let function = match &content {
+        Value::String(text) => {
+            serde_json::from_slice(&integers::quoted(text.as_bytes())?).unwrap_or_default()
+        }
+        other => other.clone(),
+    };
+    if !function["name"].is_string() {
+        let field = format!("messages[{index}].content");
+        return Err(wrong(&field, "a call as JSON, {\"name\": …, \"arguments\": …}", &content));
+    }
+    fields.insert("role".into(), "assistant".into());
+    fields.insert("content".into(), "".into());
+    fields.insert("tool_calls".into(), json!([{ "type": "function", "function": function }]));
+    Ok(())
+}
+
+/// Reads a line of `messages`; see [`chat_of`].
+#[cfg(test)]
+fn parse_chat(line: &[u8], notes: &mut Notes) -> Result<Chat, LineProblem> {
+    chat_of(super::source::parse_object(&integers::quoted(line)?)?, Mapping::none(), notes)
+}
+
+/// The chat of a row: `messages` (or `conversations`), each with a `role`, and `content` that is a string, a list of
+/// parts or null (or absent beside `tool_calls`); optional `tools`, also as JSON in a string, and `system`, a first
+/// message. Messages with `from` and `value` are ShareGPT's. All fields of a message reach the template.
+pub(crate) fn chat_of(
+    mut object: Map<String, Value>,
+    mapping: Mapping,
+    notes: &mut Notes,
+) -> Result<Chat, LineProblem> {
+    let name = LISTS.into_iter().find(|name| object.contains_key(*name));
+    let mut messages = match name.map(|name| (name, object.swap_remove(name))) {
+        Some((_, Some(Value::Array(messages)))) => messages,
+        Some((name, Some(other))) => return Err(wrong(name, "a list of messages", &other)),
+        _ => return Err(LineProblem::missing("messages", &object, hint(&object, "messages"))),
     };
     if messages.is_empty() {
         return Err(LineProblem::Type {
@@ -72,31 +159,62 @@ pub(crate) fn parse_chat(line: &[u8], notes: &mut Notes) -> Result<Chat, LinePro
             found: "none".into(),
         });
     }
-    for (index, message) in messages.iter().enumerate() {
+    for (index, message) in messages.iter_mut().enumerate() {
+        mapping.apply(index, message)?;
         check_message(index, message)?;
     }
-    match object.get("tools") {
-        None | Some(Value::Null | Value::Array(_)) => {}
-        Some(other) => return Err(wrong("tools", "a list of tools", other)),
+    let tools = tools(object.swap_remove("tools").unwrap_or_default())?;
+    if let Some(system) = object.swap_remove("system").filter(|system| !system.is_null() && system != "") {
+        if !system.is_string() {
+            return Err(wrong("system", "a text", &system));
+        }
+        if messages[0]["role"] == "system" {
+            return Err(LineProblem::Contradiction {
+                one: "system is given".into(),
+                other: "messages[0] is of role system".into(),
+            });
+        }
+        messages.insert(0, json!({ "role": "system", "content": system }));
     }
-    let known = [&["messages", "tools"][..], &HARMLESS].concat();
-    notes.count_fields(&object, &known, &REFUSED)?;
-    let tools = object.swap_remove("tools").filter(|tools| !tools.is_null());
-    let Some(Value::Array(messages)) = object.swap_remove("messages") else { return Err(missing(&object)) };
+    notes.count_fields(&object, &HARMLESS, &REFUSED)?;
     Ok(Chat { messages, tools })
 }
 
-/// A row without `messages`, with the fields that it has.
-fn missing(row: &Map<String, Value>) -> LineProblem {
-    let has = |field: &str| row.contains_key(field);
-    let hint = if has("input_ids") {
+/// The tools of a chat.
+fn tools(tools: Value) -> Result<Option<Value>, LineProblem> {
+    match tools {
+        Value::Null => Ok(None),
+        Value::String(text) if text.trim().is_empty() => Ok(None),
+        Value::String(text) if text.trim_start().starts_with('[') => {
+            let parsed = serde_json::from_slice(&integers::quoted(text.as_bytes())?);
+            let problem = |error: serde_json::Error| error.to_string();
+            parsed
+                .map(Some)
+                .map_err(|error| LineProblem::Cell { field: "tools".into(), problem: problem(error) })
+        }
+        Value::Array(_) => Ok(Some(tools)),
+        other => Err(wrong("tools", "a list of tools", &other)),
+    }
+}
+
+/// The type that reads a row in which `field` is missing.
+pub(super) fn hint(row: &Map<String, Value>, field: &str) -> &'static str {
+    let has = |name: &str| name != field && row.get(name).is_some_and(|value| !value.is_null());
+    if has("input_ids") {
         "; type tokenized reads `input_ids`"
-    } else if ["conversations", "conversation", "text", "instruction", "prompt"].into_iter().any(has) {
-        "; write each row as {\"messages\": [{\"role\": \"user\", \"content\": …}, {\"role\": \"assistant\", …}]}"
+    } else if has("messages") {
+        "; type chat reads `messages`"
+    } else if has("conversations") {
+        "; type chat reads `conversations`"
+    } else if has("prompt") && has("completion") {
+        "; type completion reads `prompt` and `completion`"
+    } else if has("instruction") && has("output") {
+        "; type alpaca reads `instruction` and `output`"
+    } else if has("text") {
+        "; type text reads `text`"
     } else {
         ""
-    };
-    LineProblem::missing("messages", row, hint)
+    }
 }
 
 fn check_message(index: usize, message: &Value) -> Result<(), LineProblem> {
@@ -185,6 +303,14 @@ pub(crate) fn clear_switches(message: &mut Value) {
     }
 }
 
+/// Switches the losses of the assistant's messages off.
+pub(super) fn switch_off(messages: &mut [Value]) {
+    for message in messages.iter_mut().filter(|message| message["role"] == "assistant") {
+        clear_switches(message);
+        message["train"] = json!(false);
+    }
+}
+
 /// True for a message that the assistant says nothing in, though it has fields of `unnamed`, which the template leaves
 /// out: calls of tools, for one.
 pub(crate) fn is_emptied(message: &Value, unnamed: &[&String]) -> bool {
@@ -228,7 +354,10 @@ mod tests {
                 r#"{"input_ids": [1]}"#,
                 "expected field `messages`, found `input_ids`; type tokenized reads `input_ids`",
             ),
-            (r#"{"text": "a", "id": 1}"#, "expected field `messages`, found `text`, `id`; write each row as"),
+            (
+                r#"{"text": "a", "id": 1}"#,
+                "expected field `messages`, found `text`, `id`; type text reads `text`",
+            ),
             (r#"{"messages": {}}"#, "messages: expected a list of messages, got an object"),
             (r#"{"messages": []}"#, "messages: expected at least one message, got none"),
             (r#"{"messages": ["x"]}"#, "messages[0]: expected an object with role and content, got \"x\""),
@@ -261,8 +390,8 @@ mod tests {
             ),
             (r#"{"messages": [{"role": "user", "content": "x"}], "images": ["a"]}"#, "images: not read"),
             (
-                r#"{"messages": [{"role": "user", "content": "x"}], "system": "a"}"#,
-                "system: not read: write it",
+                r#"{"messages": [{"role": "system", "content": "x"}], "system": "a"}"#,
+                "system is given, but messages[0] is of role system",
             ),
             (
                 r#"{"messages": [{"role": "user", "content": "x"}], "chosen": "a"}"#,
@@ -299,6 +428,43 @@ mod tests {
             assert_eq!(is_trained(0, &message), Ok(true), "{message}");
         }
         assert_eq!(is_trained(0, &json!({"role": "user", "content": "x"})), Ok(false));
+    }
+
+    #[test]
+    fn messages_of_other_forms_become_those_that_templates_know() {
+        let parsed = |line: Value, mapping: Mapping| {
+            chat_of(line.as_object().unwrap().clone(), mapping, &mut Notes::default())
+        };
+        let sharegpt = json!({"system": "s", "tools": "[{\"name\": \"f\"}]", "conversations": [
+            {"from": "human", "value": "a", "weight": null},
+            {"from": "function_call", "value": "{\"name\": \"f\", \"arguments\": {\"x\": 1}}"},
+            {"from": "observation", "value": "1"},
+            {"from": "gpt", "value": "b"},
+        ]});
+        let chat = parsed(sharegpt, Mapping::none()).unwrap();
+        assert_eq!(chat.tools, Some(json!([{"name": "f"}])));
+        let expected = json!([
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": "a", "weight": null},
+            {"role": "assistant", "content": "",
+             "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]},
+            {"role": "tool", "content": "1"},
+            {"role": "assistant", "content": "b"},
+        ]);
+        assert_eq!(json!(chat.messages), expected);
+
+        let properties = [("role", "who"), ("content", "says")].map(|(a, b)| (a.to_owned(), b.to_owned()));
+        let roles =
+            [("user".to_owned(), vec!["me".to_owned()]), ("assistant".to_owned(), vec!["it".to_owned()])];
+        let (properties, roles) = (properties.into(), roles.into());
+        let line = json!({"messages": [{"who": "me", "says": "a"}, {"who": "it", "says": "b"}]});
+        let chat = parsed(line, Mapping { properties: &properties, roles: &roles }).unwrap();
+        let expected = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]);
+        assert_eq!(json!(chat.messages), expected);
+
+        let call = json!({"conversations": [{"from": "function_call", "value": "f(1)"}]});
+        let error = parsed(call, Mapping::none()).unwrap_err().to_string();
+        assert!(error.starts_with("messages[0].content: expected a call as JSON"), "{error}");
     }
 
     proptest! {

@@ -1,17 +1,22 @@
 //! From data files to rows of token ids, in an order that depends on (seed, epoch, position) alone.
 //!
-//! [`Dataset::open`] reads the sources, renders chats with the model's own template, tokenises and packs; the
-//! result is the same on every rank. [`order`] and [`schedule`] say, as pure functions, which rows a step takes and
-//! which of them a rank computes; [`Loader`] brings them ahead of the trainer. [`ChatTemplate`] and [`Tokenizer`]
-//! also serve generation.
+//! [`Dataset::open`] reads the sources (`files` and `formats`: records of any format; `kinds`: their types), renders
+//! chats with the model's own template, tokenises and packs; the result is a file that all ranks of a host map.
+//! [`order`] and [`schedule`] say, as pure functions, which rows a step takes and which of them a rank computes;
+//! [`Loader`] brings them ahead of the trainer. [`ChatTemplate`] and [`Tokenizer`] also serve generation.
 
+mod build;
 mod chat_template;
 mod dataset;
+mod encode;
 mod error;
+mod files;
+mod formats;
 mod integers;
 mod jinja;
 mod jinja_methods;
 mod jinja_values;
+mod kinds;
 mod loader;
 mod messages;
 mod notes;
@@ -24,6 +29,7 @@ pub mod schedule;
 mod source;
 mod special_tokens;
 mod split;
+mod spool;
 mod store;
 mod tokenized;
 mod tokenizer;
@@ -32,8 +38,9 @@ mod tokenizer_keys;
 mod turns;
 
 pub use chat_template::{Chat, ChatTemplate, Clock};
-pub use dataset::{Dataset, Summary, TRAINING_CLOCK};
+pub use dataset::{Dataset, SourceSummary, Summary, TRAINING_CLOCK};
 pub use error::{DataError, LineProblem};
+pub use formats::Place;
 pub use loader::{Loader, StepPlan, StepRows};
 pub(crate) use notes::Notes;
 pub use pack::pack;
@@ -56,6 +63,15 @@ pub struct RowInput {
     pub name: &'static str,
     /// Every row has to give it.
     pub required: bool,
+}
+
+/// Needs of a loss beside tokens and labels.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RowNeeds {
+    /// Numbers for each token. Only rows of type tokenized can give them.
+    pub inputs: Vec<RowInput>,
+    /// Rows are pairs of answers: of type preference, and no others are.
+    pub pairs: bool,
 }
 
 /// One row: a sample, or a pack of documents, formed before and independently of the world.

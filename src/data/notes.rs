@@ -25,6 +25,13 @@ pub(crate) struct Notes {
     own_rows: usize,
     /// Assistant messages whose thoughts the template leaves out.
     lost_thoughts: usize,
+    /// Samples that are no chats, those of them without a token to learn, and the place of the first of these.
+    samples: usize,
+    silent_samples: usize,
+    first_silent: Option<String>,
+    /// Texts that are longer than a sample may be, and the samples that they became.
+    long_texts: usize,
+    pieces: usize,
 }
 
 /// Roles of messages that an answer follows, in the templates of known families.
@@ -81,6 +88,53 @@ impl Notes {
         }
     }
 
+    /// Counts a sample that is no chat.
+    pub fn count_sample(&mut self) {
+        self.samples += 1;
+    }
+
+    /// Counts a sample without a token to learn.
+    pub fn count_silent(&mut self, place: impl FnOnce() -> String) {
+        self.silent_samples += 1;
+        self.first_silent.get_or_insert_with(place);
+    }
+
+    /// Counts a text that became several samples.
+    pub fn count_pieces(&mut self, pieces: usize) {
+        self.long_texts += 1;
+        self.pieces += pieces;
+    }
+
+    /// Adds the counts of `other`, whose rows follow.
+    pub fn merge(&mut self, other: Self) {
+        let counts = [
+            (&mut self.fields, other.fields),
+            (&mut self.message_fields, other.message_fields),
+            (&mut self.roles, other.roles),
+        ];
+        for (ours, theirs) in counts {
+            for (name, number) in theirs {
+                *ours.entry(name).or_default() += number;
+            }
+        }
+        for (ours, theirs) in [
+            (&mut self.emptied, other.emptied),
+            (&mut self.padding_tokens, other.padding_tokens),
+            (&mut self.padded_rows, other.padded_rows),
+            (&mut self.chats, other.chats),
+            (&mut self.silent_chats, other.silent_chats),
+            (&mut self.own_rows, other.own_rows),
+            (&mut self.lost_thoughts, other.lost_thoughts),
+            (&mut self.samples, other.samples),
+            (&mut self.silent_samples, other.silent_samples),
+            (&mut self.long_texts, other.long_texts),
+            (&mut self.pieces, other.pieces),
+        ] {
+            *ours += theirs;
+        }
+        self.first_silent = self.first_silent.take().or(other.first_silent);
+    }
+
     /// Roles that have no loss although an answer may stand under them, with their messages.
     pub fn foreign_roles(&self) -> Option<String> {
         (!self.roles.is_empty()).then(|| counted(&self.roles, "message"))
@@ -126,6 +180,14 @@ impl Notes {
         if self.lost_thoughts > 0 {
             let messages = count(self.lost_thoughts, "message");
             lines.push(format!("thoughts before </think> in {messages} are left out by the chat template"));
+        }
+        if let Some(place) = &self.first_silent {
+            let (silent, samples) = (self.silent_samples, count(self.samples, "sample"));
+            lines.push(format!("{silent} of {samples} have no token with a loss, the first at {place}"));
+        }
+        if self.long_texts > 0 {
+            let (texts, pieces) = (count(self.long_texts, "text"), count(self.pieces, "sample"));
+            lines.push(format!("cut into {pieces}: {texts} longer than a sample may be"));
         }
         lines
     }

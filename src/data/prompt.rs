@@ -4,7 +4,8 @@
 use super::{
     Chat, ChatTemplate, DataError, IGNORE_INDEX, LineProblem, Tokenizer,
     error::ONE_ROW_A_LINE,
-    messages::{clear_switches, parse_chat},
+    integers,
+    messages::{Mapping, chat_of, clear_switches},
     notes::Notes,
     source, turns,
 };
@@ -44,7 +45,7 @@ impl Prompt {
         Self::of_chat(chat, tokenizer, template, vocab_size).map_err(DataError::Render)
     }
 
-    /// Every chat of a jsonl file. One that ends with an assistant message is continued before that message, which
+    /// Every chat of a data file. One that ends with an assistant message is continued before that message, which
     /// becomes the reference.
     pub fn chats(
         path: &Path,
@@ -53,13 +54,10 @@ impl Prompt {
         vocab_size: usize,
     ) -> Result<Vec<Self>, DataError> {
         let mut prompts = Vec::new();
-        source::for_each_line(path, |line| {
-            prompts.push(Self::of_chat(
-                parse_chat(line, &mut Notes::default())?,
-                tokenizer,
-                template,
-                vocab_size,
-            )?);
+        source::for_each_record(path, |record| {
+            let fields = record.fields(integers::quoted)?;
+            let chat = chat_of(fields, Mapping::none(), &mut Notes::default())?;
+            prompts.push(Self::of_chat(chat, tokenizer, template, vocab_size)?);
             Ok(())
         })?;
         if prompts.is_empty() {

@@ -1,116 +1,129 @@
-//! Data files: which there are, their lines, and checks that all kinds of lines share. Nothing here trusts its input.
+//! The sources of a run, records of data files with their faults, and checks that all kinds of rows share. Nothing here
+//! trusts its input.
 
-use super::{DataError, LineProblem, integers};
-use crate::{console::first_of, lfs};
+use super::{
+    DataError, LineProblem, files,
+    formats::{self, Place, Record},
+    integers, kinds,
+};
+use crate::config::{DatasetArgs, DatasetType, SampleBy};
 use serde_json::{Map, Value};
 use std::{
-    fs::File,
-    io::{BufRead, BufReader},
+    ops::ControlFlow,
     path::{Path, PathBuf},
 };
 
-/// The files of a dataset: `path` itself, or the .jsonl files of the folder (not of its subfolders) by name.
-pub(crate) fn files(path: &Path) -> Result<Vec<PathBuf>, DataError> {
-    let io = |source| DataError::Io { path: path.into(), source };
-    if !std::fs::metadata(path).map_err(io)?.is_dir() {
-        return Ok(vec![path.into()]);
-    }
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(path).map_err(io)? {
-        let file = entry.map_err(io)?.path();
-        if file.extension().is_some_and(|extension| extension == "jsonl") && file.is_file() {
-            files.push(file);
+/// An entry of `data.datasets` with its files.
+#[derive(Debug)]
+pub(super) struct Source {
+    /// Its place in `data.datasets`.
+    pub index: usize,
+    /// Its type, never `auto`.
+    pub kind: DatasetType,
+    /// A chat template renders its rows.
+    pub has_chats: bool,
+    /// None of random data.
+    pub files: Vec<PathBuf>,
+}
+
+impl Source {
+    /// Finds the files of `entry`, and its type by the first row where it is not given.
+    pub fn of(index: usize, entry: &DatasetArgs) -> Result<Self, DataError> {
+        if entry.is_dummy() {
+            return Ok(Self { index, kind: DatasetType::Tokenized, has_chats: false, files: Vec::new() });
         }
+        let files::Files { paths: files, remark } = files::files(&entry.path, entry.split.as_deref())?;
+        if let Some(remark) = remark {
+            tracing::warn!("{}: {remark}", entry.path.display());
+        }
+        let mut source = Self { index, kind: entry.kind, has_chats: false, files };
+        source.has_chats = match entry.kind {
+            DatasetType::Chat | DatasetType::Alpaca => true,
+            DatasetType::Tokenized | DatasetType::Text => false,
+            DatasetType::Auto | DatasetType::Completion | DatasetType::Preference => source.look(entry)?,
+        };
+        Ok(source)
     }
-    if files.is_empty() {
-        let found = Some(left_out(path)).filter(|names| !names.is_empty());
-        let found = found.map(|names| format!("; it has {}", first_of(&names))).unwrap_or_default();
-        return Err(DataError::NoFiles { path: path.into(), found });
+
+    /// Looks at the first row: sets the type where it is not given. True for a row that a chat template renders.
+    fn look(&mut self, entry: &DatasetArgs) -> Result<bool, DataError> {
+        let whole = entry.sample_by == SampleBy::Document;
+        for path in &self.files {
+            let Some((place, record)) = first_record(path, whole)? else { continue };
+            let fault = |problem| {
+                let (path, first) = (path.clone(), vec![(place, problem)]);
+                DataError::Lines { path, first, more: 0 }
+            };
+            let fields = kinds::fields(&record, entry, self.kind).map_err(fault)?;
+            if self.kind == DatasetType::Auto {
+                let (kind, field) = kinds::detect(&fields).map_err(fault)?;
+                self.kind = kind;
+                let (shown, name) = (entry.path.display(), kinds::name(kind));
+                tracing::info!("{shown}: type {name}, as its field `{field}` tells");
+            }
+            let is_chat = match self.kind {
+                DatasetType::Completion => kinds::is_of_messages(&fields),
+                DatasetType::Preference => kinds::has_messages(&fields).map_err(fault)?,
+                kind => matches!(kind, DatasetType::Chat | DatasetType::Alpaca),
+            };
+            return Ok(is_chat);
+        }
+        // Without a row it has no type; it is refused as empty.
+        self.kind = DatasetType::Tokenized;
+        Ok(false)
     }
-    files.sort();
-    Ok(files)
 }
 
-/// Files of the folder `path` that [`files`] does not read, by name: those that are not hidden and no text about it.
-pub(crate) fn left_out(path: &Path) -> Vec<String> {
-    let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
-    let name = |entry: std::fs::DirEntry| {
-        let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
-        let ending = path.extension().unwrap_or_default();
-        (path.is_file() && !name.starts_with('.') && ending != "jsonl" && ending != "md").then_some(name)
-    };
-    let mut names: Vec<String> = entries.filter_map(name).collect();
-    names.sort();
-    names
-}
-
-/// The first bytes of files in other formats, and what to do with them.
-const FOREIGN: [(&[u8], &str); 7] = [
-    (b"\x1f\x8b", "a file that gzip packed; unpack it with `gunzip`"),
-    (b"\x28\xb5\x2f\xfd", "a file that zstd packed; unpack it with `unzstd`"),
-    (b"PK\x03\x04", "a zip archive; unpack it"),
-    (
-        b"PAR1",
-        "a parquet file; one row a line is wanted (jsonl): write it with pandas' to_json(orient=\"records\", lines=True)",
-    ),
-    (b"\xff\xfe", UTF_16),
-    (b"\xfe\xff", UTF_16),
-    (b"{\0", UTF_16),
-];
-const UTF_16: &str = "text in UTF-16; write it in UTF-8, as `iconv -f UTF-16 -t UTF-8` does";
-const CSV: &str = "a table (CSV); one JSON row a line is wanted (jsonl): python3 -c 'import csv, json, sys; \
-    [print(json.dumps({\"messages\": [{\"role\": \"user\", \"content\": row[\"question\"]}, {\"role\": \"assistant\", \
-    \"content\": row[\"answer\"]}]})) for row in csv.DictReader(sys.stdin)]' < data.csv > data.jsonl, with the names of \
-    your columns";
-const ARRAY: &str = "a JSON list; one row a line is wanted (jsonl), as `jq -c '.[]'` writes it";
-
-/// Tells a file that begins with `start` and is no jsonl by what it is, a table by its name.
-fn foreign(path: &Path, start: &[u8]) -> Option<&'static str> {
-    let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default().to_ascii_lowercase();
-    if matches!(ending.as_str(), "csv" | "tsv") && !start.trim_ascii_start().starts_with(b"{") {
-        return Some(CSV);
-    }
-    let text = start.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(start);
-    let known = FOREIGN.iter().find(|(magic, _)| start.starts_with(magic)).map(|(_, what)| *what);
-    if lfs::is_pointer(start) { Some(lfs::REMEDY) } else { known }
-        .or_else(|| text.trim_ascii_start().starts_with(b"[").then_some(ARRAY))
-}
-
-/// Different faults of a file that are told; the other lines that are wrong are counted.
+/// Different faults of a file that are told; the other records that are wrong are counted.
 const FAULTS_TOLD: usize = 3;
 
-/// Calls `visit` with every line that is not blank, also behind one that is wrong. What it finds wrong becomes one
-/// error, which names the file and its first different faults with their lines.
-pub(crate) fn for_each_line(
+/// The faults of a file's records.
+#[derive(Debug, Default)]
+pub(super) struct Faults {
+    first: Vec<(Place, LineProblem)>,
+    more: usize,
+}
+
+impl Faults {
+    pub fn add(&mut self, place: Place, problem: LineProblem) {
+        let is_told = self.first.iter().any(|(_, told)| *told == problem);
+        if is_told || self.first.len() == FAULTS_TOLD {
+            self.more += 1;
+        } else {
+            self.first.push((place, problem));
+        }
+    }
+
+    /// One error, which names the file and its first different faults with their places.
+    pub fn of(self, path: &Path) -> Result<(), DataError> {
+        let Self { first, more } = self;
+        if first.is_empty() { Ok(()) } else { Err(DataError::Lines { path: path.into(), first, more }) }
+    }
+}
+
+/// Calls `visit` with every record of a file, also behind one that is wrong. All that is wrong becomes one error.
+pub(super) fn for_each_record(
     path: &Path,
-    mut visit: impl FnMut(&[u8]) -> Result<(), LineProblem>,
+    mut visit: impl FnMut(Record) -> Result<(), LineProblem>,
 ) -> Result<(), DataError> {
-    let io = |source| DataError::Io { path: path.into(), source };
-    let mut reader = BufReader::with_capacity(1 << 20, File::open(path).map_err(io)?);
-    if let Some(problem) = foreign(path, reader.fill_buf().map_err(io)?) {
-        return Err(DataError::Foreign { path: path.into(), problem });
-    }
-    let (mut buffer, mut first, mut more) = (Vec::new(), Vec::<(usize, LineProblem)>::new(), 0);
-    for line in 1.. {
-        buffer.clear();
-        if reader.read_until(b'\n', &mut buffer).map_err(io)? == 0 {
-            break;
+    let mut faults = Faults::default();
+    formats::read(path, false, &mut |place, found| {
+        if let Err(problem) = found.and_then(&mut visit) {
+            faults.add(place, problem);
         }
-        let text = if line == 1 { buffer.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(&buffer) } else { &buffer };
-        let text = text.trim_ascii();
-        if text.is_empty() {
-            continue;
-        }
-        if let Err(problem) = visit(text) {
-            let is_told = first.iter().any(|(_, told)| *told == problem);
-            if is_told || first.len() == FAULTS_TOLD {
-                more += 1;
-            } else {
-                first.push((line, problem));
-            }
-        }
-    }
-    if first.is_empty() { Ok(()) } else { Err(DataError::Lines { path: path.into(), first, more }) }
+        ControlFlow::Continue(())
+    })?;
+    faults.of(path)
+}
+
+/// The first record of a file that is one, with its place.
+pub(super) fn first_record(path: &Path, whole: bool) -> Result<Option<(Place, Record)>, DataError> {
+    let mut first = None;
+    formats::read(path, whole, &mut |place, found| {
+        first = found.ok().map(|record| (place, record));
+        if first.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })?;
+    Ok(first)
 }
 
 /// Checks ids against the vocabulary; an empty list is an error too.

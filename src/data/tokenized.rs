@@ -1,7 +1,7 @@
 //! A `tokenized` line: token ids, their labels and masks, and the documents that they make.
 
 use super::{
-    IGNORE_INDEX, LineProblem, RowInput,
+    IGNORE_INDEX, LineProblem, RowInput, messages,
     notes::Notes,
     source::{check_tokens, in_vocabulary, parse_object, wrong},
 };
@@ -19,9 +19,28 @@ pub(crate) struct Sample {
 }
 
 impl Sample {
+    /// Tokens with loss: labels behind the first token of each document.
+    pub fn valid_tokens(&self) -> usize {
+        let (mut at, mut valid) = (0, 0);
+        for &length in &self.documents {
+            let labels = self.labels[at..at + length].iter().skip(1);
+            valid += labels.filter(|&&label| label != IGNORE_INDEX).count();
+            at += length;
+        }
+        valid
+    }
+
     /// A sample of one document.
     pub fn whole(tokens: Vec<u32>, labels: Vec<i64>) -> Self {
         Self { documents: vec![tokens.len()], tokens, labels, inputs: Vec::new() }
+    }
+
+    /// A sample of the documents of both, without inputs of a loss.
+    pub fn followed_by(mut self, other: Self) -> Self {
+        self.tokens.extend(other.tokens);
+        self.labels.extend(other.labels);
+        self.documents.extend(other.documents);
+        Self { inputs: Vec::new(), ..self }
     }
 }
 
@@ -83,38 +102,47 @@ const REFUSED: [(&str, &str); 31] = [
     ("prompt_attention_mask", PAIRS),
 ];
 
-/// Reads a line. Without `labels` (or with null) every token is trained: labels are the input ids.
-///
-/// - `attention_mask` 0 is padding at either end, and dropped.
-/// - `loss_mask`, `assistant_masks`, `completion_mask`: a token with 0 has no label.
-/// - `position_ids`: a document begins where they start again at 0.
-/// - `inputs` of the loss: a number for each token.
+/// Reads a line; see [`tokenized_of`].
 pub(crate) fn parse_tokenized(
     line: &[u8],
     vocab_size: usize,
     inputs: &[RowInput],
     notes: &mut Notes,
 ) -> Result<Sample, LineProblem> {
-    let object = parse_object(line)?;
-    let ids = integers(&object, "input_ids")?.ok_or_else(|| missing(&object, "input_ids"))?;
+    tokenized_of(&parse_object(line)?, vocab_size, inputs, notes)
+}
+
+/// Reads a row. Without `labels` (or with null) every token is trained: labels are the input ids.
+///
+/// - `attention_mask` 0 is padding at either end, and dropped.
+/// - `loss_mask`, `assistant_masks`, `completion_mask`: a token with 0 has no label.
+/// - `position_ids`: a document begins where they start again at 0.
+/// - `inputs` of the loss: a number for each token.
+pub(super) fn tokenized_of(
+    object: &Map<String, Value>,
+    vocab_size: usize,
+    inputs: &[RowInput],
+    notes: &mut Notes,
+) -> Result<Sample, LineProblem> {
+    let ids = integers(object, "input_ids")?.ok_or_else(|| missing(object, "input_ids"))?;
     let mut tokens = check_tokens(&ids, vocab_size, "input_ids")?;
-    let mut labels = labels(&object, &ids, vocab_size)?;
+    let mut labels = labels(object, &ids, vocab_size)?;
     for field in LOSS_MASKS {
-        mask_labels(&object, field, &ids, &mut labels)?;
+        mask_labels(object, field, &ids, &mut labels)?;
     }
     let mut given = Vec::new();
     for input in inputs {
-        given.extend(numbers(&object, input, ids.len())?);
+        given.extend(numbers(object, input, ids.len())?);
     }
-    let kept = match flags(&object, "attention_mask", ids.len())? {
+    let kept = match flags(object, "attention_mask", ids.len())? {
         Some(mask) => kept(&mask)?,
         None => 0..ids.len(),
     };
-    let documents = match aligned(&object, "position_ids", ids.len())? {
+    let documents = match aligned(object, "position_ids", ids.len())? {
         Some(positions) => documents(&positions[kept.clone()], kept.start)?,
         None => vec![kept.len()],
     };
-    if let Some(types) = aligned(&object, "token_type_ids", ids.len())?
+    if let Some(types) = aligned(object, "token_type_ids", ids.len())?
         && let Some(index) = types.iter().position(|&kind| kind != 0)
     {
         let reason = "not read: the models here know no segments, which are all 0 for one text";
@@ -123,7 +151,7 @@ pub(crate) fn parse_tokenized(
     let read = ["input_ids", "labels", "attention_mask", "position_ids", "token_type_ids"];
     let names: Vec<&str> = inputs.iter().map(|input| input.name).collect();
     let known = [&read[..], &LOSS_MASKS, &HARMLESS, &names].concat();
-    notes.count_fields(&object, &known, &REFUSED)?;
+    notes.count_fields(object, &known, &REFUSED)?;
     notes.count_padding(ids.len() - kept.len());
     tokens.truncate(kept.end);
     labels.truncate(kept.end);
@@ -137,8 +165,7 @@ pub(crate) fn parse_tokenized(
 
 /// A missing field, with those that are there and the type that reads them.
 fn missing(object: &Map<String, Value>, field: &str) -> LineProblem {
-    let hint = if object.contains_key("messages") { "; type chat reads `messages`" } else { "" };
-    LineProblem::missing(field, object, hint)
+    LineProblem::missing(field, object, messages::hint(object, field))
 }
 
 fn labels(object: &Map<String, Value>, ids: &[i64], vocab_size: usize) -> Result<Vec<i64>, LineProblem> {

@@ -106,12 +106,21 @@ impl Tokenizer {
 
     /// As [`Tokenizer::encode`], with the byte range of each token.
     pub(super) fn encode_with_offsets(&self, text: &str) -> Result<Encoded, LineProblem> {
-        let encoding =
-            self.inner.encode(text, false).map_err(|error| LineProblem::Tokenize(one_line(error)))?;
+        self.encoded(text, false)
+    }
+
+    fn encoded(&self, text: &str, with_special: bool) -> Result<Encoded, LineProblem> {
+        let encoding = self.inner.encode(text, with_special);
+        let encoding = encoding.map_err(|error| LineProblem::Tokenize(one_line(error)))?;
         Ok(Encoded {
             ids: encoding.get_ids().iter().map(|&id| i64::from(id)).collect(),
             offsets: encoding.get_offsets().iter().map(|&(start, end)| start..end).collect(),
         })
+    }
+
+    /// As [`Tokenizer::encode_with_offsets`], with the special tokens that the tokenizer sets around a text.
+    pub(super) fn encode_whole(&self, text: &str) -> Result<Encoded, LineProblem> {
+        self.encoded(text, true)
     }
 
     /// The text of `ids`; special tokens are left out if `skip_special_tokens`, unknown ids always.

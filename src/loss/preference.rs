@@ -129,8 +129,8 @@ pub struct Pairs {
 
 impl Pairs {
     /// Pairs of neighbouring documents, each given by its targets `[tokens]`, negative where absent: a chosen answer,
-    /// the rejected one, and so on. Documents without a target, as padding is, belong to none. `reference` `[tokens, 1]`:
-    /// log q of the targets of all documents.
+    /// the rejected one, and so on. Documents without a target, as padding is, belong to none. `reference`
+    /// `[tokens, 1]`: log q of the targets of all documents.
     ///
     /// # Errors
     /// [`LossError::OddAnswers`]: an answer has no other; [`LossError::MissingInput`]: there is no reference.

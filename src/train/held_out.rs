@@ -30,7 +30,6 @@ use crate::{
 use serde_json::{Value, json};
 use std::{
     fmt::Write as _,
-    io::Read,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -257,10 +256,7 @@ impl EvalRequest {
             overrides.push(Override { field: field.into(), values });
         };
         if let Some(data) = &self.data {
-            let kind = match &self.kind {
-                Some(kind) => kind.clone(),
-                None => kind_of(data).to_owned(),
-            };
+            let kind = self.kind.as_deref().unwrap_or("auto");
             set("data.test_datasets", json!([{"path": data, "type": kind}]));
             set("data.val_set_size", json!("null"));
         }
@@ -290,14 +286,6 @@ impl EvalRequest {
         });
         Ok(config::load_yaml(Path::new("eval"), &made.to_string(), &overrides)?)
     }
-}
-
-/// The type of the rows in `data`, by its first bytes.
-fn kind_of(data: &Path) -> &'static str {
-    let mut start = Vec::new();
-    let read = std::fs::File::open(data).and_then(|file| file.take(4096).read_to_end(&mut start));
-    let is_tokenized = read.is_ok() && String::from_utf8_lossy(&start).contains("\"input_ids\"");
-    if is_tokenized { "tokenized" } else { "chat" }
 }
 
 /// The last answer of each document of `row`: its last run of labels, up to a token of `ends`.

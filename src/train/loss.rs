@@ -3,7 +3,7 @@
 use super::{MicroBatch, Run, run::deal};
 use crate::{
     config::{FieldLocations, TrainArgs},
-    data::{Row, RowInput, Shifted, StepRows},
+    data::{Row, RowInput, RowNeeds, Shifted, StepRows},
     error::{Error, Result},
     lora,
     loss::{Absent, LossError, NamedLoss, PAIR_LOSSES, Pairs, Preference, Sequence},
@@ -15,7 +15,7 @@ use tch::{Device, Tensor};
 /// The loss of a run.
 pub(super) struct RowLoss {
     kind: Kind,
-    inputs: Vec<RowInput>,
+    needs: RowNeeds,
 }
 
 /// The two kinds of losses.
@@ -40,13 +40,16 @@ impl RowLoss {
         let (name, params) = (&train.loss_fn, &train.loss_fn_params);
         if PAIR_LOSSES.contains(&name.as_str()) {
             let loss = Preference::new(name, params).map_err(wrong)?;
-            return Ok(Self { kind: Kind::Pairs(loss), inputs: Vec::new() });
+            return Ok(Self {
+                kind: Kind::Pairs(loss),
+                needs: RowNeeds { pairs: true, ..RowNeeds::default() },
+            });
         }
         let loss = NamedLoss::new(name, params.clone()).map_err(wrong)?;
         let inputs = loss.inputs().map_err(wrong)?.into_iter();
         let inputs =
             inputs.map(|input| RowInput { name: input.name, required: input.absent == Absent::Refused });
-        Ok(Self { kind: Kind::Named(loss), inputs: inputs.collect() })
+        Ok(Self { kind: Kind::Named(loss), needs: RowNeeds { inputs: inputs.collect(), pairs: false } })
     }
 
     /// True for a loss over pairs of answers.
@@ -59,9 +62,9 @@ impl RowLoss {
         matches!(self.kind, Kind::Pairs(loss) if loss.reads_reference())
     }
 
-    /// The numbers by token that it reads.
-    pub fn inputs(&self) -> &[RowInput] {
-        &self.inputs
+    /// Its needs of rows.
+    pub fn needs(&self) -> &RowNeeds {
+        &self.needs
     }
 
     /// A micro-batch of `rows`, flat, with its loss; `pad` fills packs. `keys`: those of its tokens, for dropout.

@@ -4,7 +4,9 @@ use super::Run;
 use crate::{
     Result,
     comm::FreeMemory,
+    config::{DatasetArgs, DatasetType},
     console::count,
+    data::SourceSummary,
     device,
     lora::{AdapterPlan, targets},
     model::base_plan::{BasePlan, Options},
@@ -93,10 +95,11 @@ impl Run {
             )
         });
         Ok(format!(
-            "{}\n{}\ndata: {}, {} dropped as too long; {} of at most {}, {}, {} with loss\n{validation}steps: {} of {}\n\
+            "{}\n{}\n{}data: {}, {} dropped as too long; {} of at most {}, {}, {} with loss\n{validation}steps: {} of {}\n\
              {plan}{recompute}{room}",
             self.config.to_yaml(),
             self.mesh.table(),
+            self.sources(),
             count(data.samples, "sample"),
             data.dropped,
             count(data.rows, "row"),
@@ -106,5 +109,30 @@ impl Run {
             self.total_steps,
             count(self.batches.global_batch, "row"),
         ))
+    }
+
+    /// A line for each data set, where there are several or its type was told by its rows.
+    fn sources(&self) -> String {
+        let (entries, types) = (&self.config.data.datasets, self.dataset.types());
+        let counts = &self.dataset.summary().sources;
+        if entries.iter().all(|entry| entry.kind != DatasetType::Auto || entry.is_dummy()) && counts.len() < 2
+        {
+            return String::new();
+        }
+        let line = |((entry, kind), counts): ((&DatasetArgs, &String), &SourceSummary)| {
+            let weight = match entry.weight {
+                1.0 => String::new(),
+                weight => format!(", each {weight} times in an epoch"),
+            };
+            format!(
+                "data of {} ({kind}): {}, {} dropped as too long; {}, {} with loss{weight}\n",
+                entry.path.display(),
+                count(counts.samples, "sample"),
+                counts.dropped,
+                count(counts.tokens, "token"),
+                counts.valid_tokens,
+            )
+        };
+        entries.iter().zip(types).zip(counts).map(line).collect()
     }
 }

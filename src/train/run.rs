@@ -180,14 +180,8 @@ impl Run {
             return Err(refused(field, why));
         }
         let (vocabulary, data) = (spec.vocab_size, &config.data);
-        let dataset = Dataset::open_with_inputs(
-            data,
-            Some(&files.tokenizer),
-            vocabulary,
-            pad,
-            train.seed,
-            loss.inputs(),
-        )?;
+        let dataset =
+            Dataset::open_for(data, Some(&files.tokenizer), vocabulary, pad, train.seed, loss.needs())?;
         let factors = [train.micro_batch_size, train.gradient_accumulation_steps, mesh.data_parallel()];
         let default_batch = || factors.into_iter().try_fold(1, usize::checked_mul);
         let global_batch = train.global_batch_size.or_else(default_batch).ok_or_else(|| {

@@ -119,6 +119,48 @@ def losses(table, ours):
     return found
 
 
+ALPACA = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n{}### Response:\n"
+)
+
+
+def alpaca(row):
+    """As axolotl's AlpacaPrompter and torchtune's alpaca_dataset write it."""
+    row = {"instruction": row.get("question"), "output": row.get("answer"), **row}
+    given = row.get("input")
+    context = ", paired with an input that provides further context" if given else ""
+    prompt = ALPACA.format(context, row["instruction"], f"### Input:\n{given}\n\n" if given else "")
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    return [*system, {"role": "user", "content": prompt}, {"role": "assistant", "content": row["output"]}]
+
+
+def typed(case, tokenizer):
+    """Ids and trained tokens of a row of any type: chats by the template, texts as TRL's SFTTrainer does it."""
+    row = {**case["row"]}
+    for ours, theirs in case.get("entry", {}).get("columns", {}).items():
+        row[ours] = row.pop(theirs)
+    if "template" not in case:
+        prompt, rest = ("", row["text"]) if "text" in row else (row["prompt"], row["completion"])
+        rest += "" if rest.endswith(tokenizer.eos_token) else tokenizer.eos_token
+        before = tokenizer(prompt)["input_ids"] if prompt else []
+        ids = tokenizer(prompt + rest)["input_ids"]
+        assert ids[: len(before)] == before
+        return {"ids": ids, "mask": [0] * len(before) + [1] * (len(ids) - len(before))}
+    messages, tools = case.get("messages") or alpaca(row), case.get("tools")
+    template = (DATA / "chat" / "templates" / f"{case['template']}.jinja").read_text()
+
+    def text(messages, prompt=False):
+        return tokenizer.apply_chat_template(
+            messages, tools, chat_template=template, add_generation_prompt=prompt, tokenize=False
+        )
+
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    trained = case.get("trained", answers)
+    spans = [(len(text(messages[:i], True)), len(text(messages[: i + 1]))) for i in trained]
+    return encoded(tokenizer, text(messages), spans)
+
+
 def classes():
     """Tokenizer classes that do not take tokenizer.json as it is."""
     backend = transformers.TokenizersBackend
@@ -147,6 +189,10 @@ def main(folder):
             right["expressions"].append({"error": f"{type(error).__name__}: {error}"})
     for case in cases["chats"]:
         right["chats"].append([encoded(plain, text, spans) for text, spans in rows(case, plain)])
+    types = json.loads((DATA / "rows" / "types.json").read_text())
+    for name in ["plain", "begun"]:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "types" / name)
+        right[f"types of {name}"] = [typed(case, tokenizer) for case in types]
     right["tokenized"] = losses(cases["tokenized"], json.loads((folder / "ours.json").read_text()))
     (folder / "right.json").write_text(json.dumps(right, ensure_ascii=False))
 

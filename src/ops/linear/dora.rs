@@ -2,8 +2,8 @@
 //! each output and n = ‖W + s·B·A‖ of its row, which counts as a constant in backward.
 //!
 //! z = x·Wᵀ + h·Bᵀ is what the layer computes without magnitudes, by any backend. m, n and c are fp32 whatever z is, as
-//! in PEFT: c lies near 1, and bf16 has no number between 1 and 1.007. Backward: dz = c ⊙ dy, which goes on as there, and
-//! dm = Σ over rows of dy ⊙ z / n; z is computed again for it.
+//! in PEFT: c lies near 1, and bf16 has no number between 1 and 1.007. Backward: dz = c ⊙ dy, which goes on as there,
+//! and dm = Σ over rows of dy ⊙ z / n; z is computed again for it.
 
 use super::{
     Backend, BoundAdapter, GroupedLinear, Linear, LoraHiddenGrad, Part, columns, rows_of, with_columns,

@@ -1,0 +1,180 @@
+//! Tables of columns: parquet files, and arrow files and streams as HF datasets writes them.
+//!
+//! A null stands for an absent field, for arrow gives each struct all fields of its column. A message's `content` alone
+//! stays null, as JSON has it beside `tool_calls`.
+
+use super::{Fault, Place, Record, Visit};
+use crate::data::error::one_line;
+use arrow_array::{Array, ArrayRef, ArrowPrimitiveType, RecordBatch, cast::AsArray, types::*};
+use arrow_ipc::reader::{FileReader, StreamReader};
+use arrow_schema::{ArrowError, DataType};
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use serde_json::{Map, Number, Value};
+use std::{fs::File, io::Read, panic::AssertUnwindSafe};
+
+/// Rows that are decoded at a time.
+const ROWS: usize = 1024;
+
+/// The one field that stays where it is null.
+const KEPT_NULL: &str = "content";
+
+pub(super) fn parquet(file: File, visit: &mut Visit) -> Result<(), Fault> {
+    let opened = guarded("parquet", || {
+        let builder = ParquetRecordBatchReaderBuilder::try_new(file)?;
+        builder.with_batch_size(ROWS).build()
+    })?;
+    batches("parquet", opened, visit)
+}
+
+pub(super) fn arrow_file(file: File, visit: &mut Visit) -> Result<(), Fault> {
+    batches("arrow", guarded("arrow", || FileReader::try_new_buffered(file, None))?, visit)
+}
+
+pub(super) fn arrow_stream(reader: impl Read, visit: &mut Visit) -> Result<(), Fault> {
+    batches("arrow", guarded("arrow", || StreamReader::try_new(reader, None))?, visit)
+}
+
+/// The result of a reader. Damaged files make some readers panic.
+fn guarded<T, E: std::fmt::Display>(format: &str, read: impl FnOnce() -> Result<T, E>) -> Result<T, Fault> {
+    let broken = |why: String| {
+        Fault::Broken(format!(
+            "not a whole {format} file ({why}); it is cut or damaged: copy or write it again"
+        ))
+    };
+    match std::panic::catch_unwind(AssertUnwindSafe(read)) {
+        Ok(read) => read.map_err(|error| broken(one_line(error))),
+        Err(_) => Err(broken("its reader failed".into())),
+    }
+}
+
+fn batches(
+    format: &str,
+    mut reader: impl Iterator<Item = Result<RecordBatch, ArrowError>>,
+    visit: &mut Visit,
+) -> Result<(), Fault> {
+    let mut row = 0;
+    loop {
+        let read = guarded(format, || {
+            let Some(batch) = reader.next().transpose()? else { return Ok(None) };
+            Ok::<_, ArrowError>(Some(rows(&batch)))
+        });
+        let read = read.map_err(|fault| match fault {
+            Fault::Broken(problem) if row > 0 => Fault::Broken(format!("{problem} (behind row {row})")),
+            fault => fault,
+        });
+        let Some(rows) = read? else { return Ok(()) };
+        for fields in rows {
+            row += 1;
+            if visit(Place::Row(row), Ok(Record::Fields(fields))).is_break() {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// The rows of a batch.
+fn rows(batch: &RecordBatch) -> Vec<Map<String, Value>> {
+    let mut rows = vec![Map::new(); batch.num_rows()];
+    for (field, column) in batch.schema().fields().iter().zip(batch.columns()) {
+        fill(field.name(), column, &mut rows);
+    }
+    rows
+}
+
+/// Sets a field of each object.
+fn fill(name: &str, column: &ArrayRef, objects: &mut [Map<String, Value>]) {
+    for (object, value) in objects.iter_mut().zip(values(column)) {
+        if !value.is_null() || name == KEPT_NULL {
+            object.insert(name.to_owned(), value);
+        }
+    }
+}
+
+/// All values of an array. One that JSON does not have is an object that names its type.
+fn values(array: &ArrayRef) -> Vec<Value> {
+    match array.data_type() {
+        DataType::Null => vec![Value::Null; array.len()],
+        DataType::Boolean => array.as_boolean().iter().map(Value::from).collect(),
+        DataType::Int8 => numbers::<Int8Type>(array, Number::from),
+        DataType::Int16 => numbers::<Int16Type>(array, Number::from),
+        DataType::Int32 => numbers::<Int32Type>(array, Number::from),
+        DataType::Int64 => numbers::<Int64Type>(array, Number::from),
+        DataType::UInt8 => numbers::<UInt8Type>(array, Number::from),
+        DataType::UInt16 => numbers::<UInt16Type>(array, Number::from),
+        DataType::UInt32 => numbers::<UInt32Type>(array, Number::from),
+        DataType::UInt64 => numbers::<UInt64Type>(array, Number::from),
+        DataType::Float32 => floats::<Float32Type>(array),
+        DataType::Float64 => floats::<Float64Type>(array),
+        DataType::Utf8 => array.as_string::<i32>().iter().map(Value::from).collect(),
+        DataType::LargeUtf8 => array.as_string::<i64>().iter().map(Value::from).collect(),
+        DataType::Utf8View => array.as_string_view().iter().map(Value::from).collect(),
+        DataType::List(_) => {
+            let list = array.as_list::<i32>();
+            lists(array, list.values(), |row| list.value_offsets()[row] as usize)
+        }
+        DataType::LargeList(_) => {
+            let list = array.as_list::<i64>();
+            lists(array, list.values(), |row| list.value_offsets()[row] as usize)
+        }
+        DataType::FixedSizeList(_, length) => {
+            let list = array.as_fixed_size_list();
+            let first = list.value_offset(0) as usize;
+            lists(array, list.values(), |row| first + row * (*length).max(0) as usize)
+        }
+        DataType::Struct(fields) => {
+            let (structs, mut objects) = (array.as_struct(), vec![Map::new(); array.len()]);
+            for (field, column) in fields.iter().zip(structs.columns()) {
+                fill(field.name(), column, &mut objects);
+            }
+            let value = |(row, object)| if array.is_null(row) { Value::Null } else { Value::Object(object) };
+            objects.into_iter().enumerate().map(value).collect()
+        }
+        DataType::Dictionary(..) => {
+            let dictionary = array.as_any_dictionary();
+            if dictionary.values().is_empty() {
+                return vec![Value::Null; array.len()];
+            }
+            let of_keys = values(dictionary.values());
+            let keys = dictionary.normalized_keys();
+            let value = |(row, key): (usize, usize)| {
+                if array.is_null(row) { Value::Null } else { of_keys.get(key).cloned().unwrap_or_default() }
+            };
+            keys.into_iter().enumerate().map(value).collect()
+        }
+        other => {
+            let named = Map::from_iter([("arrow type".to_owned(), Value::from(other.to_string()))]);
+            let value = |row| if array.is_null(row) { Value::Null } else { Value::Object(named.clone()) };
+            (0..array.len()).map(value).collect()
+        }
+    }
+}
+
+fn numbers<T: ArrowPrimitiveType>(array: &ArrayRef, number: impl Fn(T::Native) -> Number) -> Vec<Value> {
+    let value = |value: Option<T::Native>| value.map_or(Value::Null, |value| Value::Number(number(value)));
+    array.as_primitive::<T>().iter().map(value).collect()
+}
+
+fn floats<T: ArrowPrimitiveType>(array: &ArrayRef) -> Vec<Value>
+where
+    T::Native: Into<f64>,
+{
+    // NaN is what tables of numbers write for a gap.
+    let value =
+        |value: Option<T::Native>| value.map_or(Value::Null, |value| Value::from(Into::<f64>::into(value)));
+    array.as_primitive::<T>().iter().map(value).collect()
+}
+
+/// Lists of `items`, each from its own `start` to the next one's.
+fn lists(array: &ArrayRef, items: &ArrayRef, start: impl Fn(usize) -> usize) -> Vec<Value> {
+    if array.is_empty() {
+        return Vec::new();
+    }
+    let first = start(0);
+    let used = items.slice(first, start(array.len()).saturating_sub(first));
+    let mut items = values(&used).into_iter();
+    let list = |row: usize| {
+        let own: Vec<Value> = items.by_ref().take(start(row + 1) - start(row)).collect();
+        if array.is_null(row) { Value::Null } else { Value::Array(own) }
+    };
+    (0..array.len()).map(list).collect()
+}
