@@ -305,7 +305,7 @@ fn mpi_quick_blocks_run_as_printed_and_leave_what_is_said() {
     let latest = fs::read_to_string(first.join("weights/run/latest")).unwrap();
     let tree = of_language(&blocks, "text").into_iter().find(|block| block.text.contains("outputs/first"));
     for line in tree.unwrap().text.lines() {
-        let line = line.replace("step_24", latest.trim());
+        let line = line.replace("step_23", latest.trim());
         let mut names = line.split("   ").next().unwrap().split_whitespace().map(PathBuf::from);
         let whole = names.next().unwrap();
         assert!(at(whole.to_str().unwrap()).exists(), "{}", whole.display());
@@ -323,12 +323,28 @@ fn mpi_quick_blocks_run_as_printed_and_leave_what_is_said() {
     fs::write(at("own.jsonl"), &rows.text).unwrap();
     let config = fs::read_to_string(at("run.yaml")).unwrap();
     fs::write(at("own.yaml"), config.replace("launch/quickstart/data/train.jsonl", "own.jsonl")).unwrap();
-    let output = shell("xorl-dist check --config own.yaml");
+    let output = shell("xorl-dist check --config own.yaml --data.val_set_size null");
     assert!(
-        output.status.success() && text(&output).contains("data: 3 samples, 0 dropped"),
+        output.status.success() && text(&output).contains("data: 1 sample, 0 dropped"),
         "{}",
         text(&output)
     );
+
+    // A reader whose data are Alpaca's, as parquet, changes the path alone.
+    let rows = root().join("tests/fixtures/data/alpaca/snappy.parquet");
+    fs::copy(rows, at("alpaca.parquet")).unwrap();
+    let own =
+        |text: &str| text.replace("outputs/first", "outputs/own").replace("outputs/merged", "outputs/one");
+    let config = own(&config.replace("launch/quickstart/data/train.jsonl", "alpaca.parquet"));
+    fs::write(at("run.yaml"), config).unwrap();
+    let first = quick.iter().find(|block| block.text.contains("xorl-dist eval")).unwrap();
+    let output = shell(&format!("set -euo pipefail\n{}", own(&first.text)));
+    assert!(output.status.success(), "{}", text(&output));
+    let said = text(&output);
+    assert!(said.contains("type alpaca, as its field `instruction` tells"), "{said}");
+    for made in ["outputs/own/weights/run/latest", "outputs/one/model.safetensors", "report.html"] {
+        assert!(at(made).is_file(), "{made}");
+    }
 }
 
 /// Clones what is committed and runs the README in it, as someone does who has only the repository. Command lines that
