@@ -33,7 +33,7 @@ use crate::{
     },
     device::Memory,
     error::{Error, Result, agree},
-    lora::{self, AdapterPlan, LoraShapes, Site, targets},
+    lora::{self, AdapterPlan, LoraShapes, Site, pissa::Values, targets},
     loss::Rewards,
     mesh::{Mesh, MeshSizes},
     model::{
@@ -286,64 +286,12 @@ impl Run {
         let (groups, watcher) = (ProcessGroups::new(world, self.mesh), world.watcher());
         watcher.set_timeout(Duration::from_secs(self.config.train.comm_timeout_s as u64));
         watcher.set_output(&self.config.train.output_dir);
-        let (lora, train) = (&self.config.lora, &self.config.train);
-        let device = world.device();
-        if let Some(reason) =
-            self.spec.quantization.as_ref().and_then(|_| Quantization::refusal(device.tensors()))
-        {
-            return Err(Error::Input(format!("{}: {reason}", self.places.of("lora.enable_qlora"))));
-        }
-        let noise = lora.noise.alpha().filter(|_| self.spec.quantization.is_some());
-        let noise = noise.map(|alpha| StepNoise { seed: train.seed, step: 0, alpha: alpha as f32 });
-        if noise.is_some() && device.tensors() != Device::Cpu {
-            let reason = "quantisation noise is added on CPUs alone; give --device cpu, or leave it out";
-            return Err(Error::Input(format!("{}: {reason}", self.places.of("lora.enable_aqn"))));
-        }
-        let mut model = Transformer::new(self.spec.clone(), self.options(), &groups)?;
-        model.load(self.source.as_ref())?;
-        groups.open(self.spec.moe().is_some())?;
-        tracing::info!("rank {} read {} bytes of the base", world.rank(), self.source.bytes_read());
-        let mut adapter = model.new_adapter(&self.sites, self.shapes.clone());
-        adapter.set_dropout(lora.lora_dropout, train.seed);
-        let first = match &self.start {
-            _ if lora.init_lora_weights == InitLoraWeights::Default => None,
-            Start::Resumed(resumed) => {
-                Some(agree(&*groups.world, self.singular_vectors_of_step(&resumed.path))?)
-            }
-            Start::Fresh | Start::Adapter(_) => Some(self.singular_vectors(&*groups.world)?),
-        };
-        if let Some(first) = &first {
-            self.subtract(&mut model, first)?;
-        }
-        let mut optimizer = Optimizer::new(&Settings::from(train), adapter.pieces());
-        // Values are dropped once they are in place: they are as large as the adapter and its moments.
-        match &mut self.start {
-            Start::Fresh => match &first {
-                Some(first) => adapter.set(|parameter, range| first[&parameter.name][range].to_vec())?,
-                None => {
-                    adapter.init(train.seed, lora.lora_b_init_std)?;
-                    if self.shapes.use_dora() {
-                        let norms = model.row_norms(&mut adapter)?;
-                        adapter
-                            .set_some(|parameter, range| Some(norms.get(&parameter.name)?[range].to_vec()))?;
-                    }
-                }
-            },
-            Start::Adapter(values) => {
-                let values = std::mem::take(values);
-                adapter.set(|parameter, range| values[&parameter.name][range].to_vec())?;
-            }
-            Start::Resumed(resumed) => resumed.restore(&mut adapter, &mut optimizer)?,
-        }
-        let schedule = Schedule::of_run(&self.config, self.total_steps);
-        let name = train.run_id.clone();
-        let session = Session { name, adapter, optimizer, max_grad_norm: train.max_grad_norm };
-        let mut reference = ReferenceModel::new(&self, &model, &session.adapter)?;
-        let mut trainer = Trainer { model, session, schedule, world: groups.world, noise };
+        let (device, rank) = (world.device(), world.rank());
+        let (mut trainer, mut reference, first) = self.build(world, groups)?;
+        let train = &self.config.train;
 
         // Nothing is written or removed before every rank is ready to train.
         trainer.world.barrier()?;
-        let rank = world.rank();
         let mut metrics = if rank == 0 { self.begin_output()? } else { Metrics::silent() };
         let mut saver = Saver::new(&self, rank, first)?;
         let mut merger = Merger::new(&self);
@@ -476,6 +424,69 @@ impl Run {
             tracing::info!("{}", self.farewell(&best));
         }
         Ok(Ended::Done)
+    }
+
+    /// This rank's part of the model with the session to train, the reference of the loss, and what PiSSA took from the
+    /// base. Collective.
+    fn build(
+        &mut self,
+        world: &World,
+        groups: ProcessGroups,
+    ) -> Result<(Trainer, Option<ReferenceModel>, Option<Values>)> {
+        let (lora, train) = (&self.config.lora, &self.config.train);
+        let device = world.device();
+        if let Some(reason) =
+            self.spec.quantization.as_ref().and_then(|_| Quantization::refusal(device.tensors()))
+        {
+            return Err(Error::Input(format!("{}: {reason}", self.places.of("lora.enable_qlora"))));
+        }
+        let noise = lora.noise.alpha().filter(|_| self.spec.quantization.is_some());
+        let noise = noise.map(|alpha| StepNoise { seed: train.seed, step: 0, alpha: alpha as f32 });
+        if noise.is_some() && device.tensors() != Device::Cpu {
+            let reason = "quantisation noise is added on CPUs alone; give --device cpu, or leave it out";
+            return Err(Error::Input(format!("{}: {reason}", self.places.of("lora.enable_aqn"))));
+        }
+        let mut model = Transformer::new(self.spec.clone(), self.options(), &groups)?;
+        model.load(self.source.as_ref())?;
+        groups.open(self.spec.moe().is_some())?;
+        tracing::info!("rank {} read {} bytes of the base", world.rank(), self.source.bytes_read());
+        let mut adapter = model.new_adapter(&self.sites, self.shapes.clone());
+        adapter.set_dropout(lora.lora_dropout, train.seed);
+        let first = match &self.start {
+            _ if lora.init_lora_weights == InitLoraWeights::Default => None,
+            Start::Resumed(resumed) => {
+                Some(agree(&*groups.world, self.singular_vectors_of_step(&resumed.path))?)
+            }
+            Start::Fresh | Start::Adapter(_) => Some(self.singular_vectors(&*groups.world)?),
+        };
+        if let Some(first) = &first {
+            self.subtract(&mut model, first)?;
+        }
+        let mut optimizer = Optimizer::new(&Settings::from(train), adapter.pieces());
+        // Values are dropped once they are in place: they are as large as the adapter and its moments.
+        match &mut self.start {
+            Start::Fresh => match &first {
+                Some(first) => adapter.set(|parameter, range| first[&parameter.name][range].to_vec())?,
+                None => {
+                    adapter.init(train.seed, lora.lora_b_init_std)?;
+                    if self.shapes.use_dora() {
+                        let norms = model.row_norms(&mut adapter)?;
+                        adapter
+                            .set_some(|parameter, range| Some(norms.get(&parameter.name)?[range].to_vec()))?;
+                    }
+                }
+            },
+            Start::Adapter(values) => {
+                let values = std::mem::take(values);
+                adapter.set(|parameter, range| values[&parameter.name][range].to_vec())?;
+            }
+            Start::Resumed(resumed) => resumed.restore(&mut adapter, &mut optimizer)?,
+        }
+        let schedule = Schedule::of_run(&self.config, self.total_steps);
+        let name = train.run_id.clone();
+        let session = Session { name, adapter, optimizer, max_grad_norm: train.max_grad_norm };
+        let reference = ReferenceModel::new(self, &model, &session.adapter)?;
+        Ok((Trainer { model, session, schedule, world: groups.world, noise }, reference, first))
     }
 
     /// An evaluation of what is trained, after `step` or before the first (0). Collective.
