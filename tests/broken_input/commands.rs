@@ -1,0 +1,107 @@
+//! The command line: what is named and what is not there.
+
+use super::{Case, case};
+
+pub const CASES: &[Case] = &[
+    case("no command", &["no run was named", "xorl-dist --config run.yaml"], |_| {}).of(&[]),
+    case(
+        "a run without --config",
+        &["unrecognized subcommand 'run.yaml'", "write --config run.yaml"],
+        |_| {},
+    )
+    .of(&["run.yaml"]),
+    case(
+        "a flag that is misspelt",
+        &["--train.max_step:", "unknown field", "did you mean train.max_steps?"],
+        |_| {},
+    )
+    .of(&["--config", "run.yaml", "--train.max_step", "3"]),
+    case("a GPU by its number", &["'cuda:1'", "'--device <DEVICE>'", "write --device cuda"], |_| {})
+        .of(&["--config", "run.yaml", "--device", "cuda:1"]),
+    case(
+        "check of a server",
+        &["server.yaml is of a server, not of a run", "xorl-dist serve --config server.yaml"],
+        |w| w.server(""),
+    )
+    .of(&["check", "--config", "server.yaml"]),
+    case(
+        "generate without a prompt",
+        &["required arguments were not provided", "--chat <TEXT>|--prompt <TEXT>"],
+        |_| {},
+    )
+    .of(&["generate", "--model", "model"]),
+    case(
+        "generate without a tokenizer",
+        &["model: no tokenizer.json", "copy it here with tokenizer_config.json"],
+        |_| {},
+    )
+    .of(&["generate", "--model", "model", "--prompt", "a"]),
+    case(
+        "generate with an adapter that is none",
+        &["model: expected a PEFT adapter (adapter_config.json) or the steps of a run, found neither"],
+        |_| {},
+    )
+    .of(&["generate", "--adapter", "model", "--prompt", "a"]),
+    case(
+        "generate with a base that has moved",
+        &[
+            "step_1/adapter_config.json: base_model_name_or_path is model",
+            "no folder here",
+            "give --model DIR",
+        ],
+        |w| {
+            w.trained();
+            w.rename("model", "moved");
+        },
+    )
+    .of(&["generate", "--adapter", "out", "--prompt", "a"]),
+    case(
+        "generate with one of two runs",
+        &["out: several runs are in it", "name one of out/weights/run, out/weights/second"],
+        |w| {
+            w.trained();
+            w.copy("out/weights/run", "out/weights/second");
+        },
+    )
+    .of(&["generate", "--adapter", "out", "--prompt", "a"]),
+    case(
+        "merge into a folder that is there",
+        &["model exists already", "nothing is replaced", "give another --out, or remove it"],
+        |w| w.trained(),
+    )
+    .of(&["merge", "--adapter", "out", "--out", "model"]),
+    case(
+        "merge onto another base",
+        &["step_1 was trained on another base than model", "--onto original"],
+        |w| {
+            w.trained();
+            w.change_base();
+        },
+    )
+    .of(&["merge", "--adapter", "out"]),
+    case("eval of nothing", &["give --config, --model or --adapter"], |_| {}).of(&["eval"]),
+    case(
+        "eval of a run that validates nothing",
+        &[
+            "run.yaml:3: data: nothing to evaluate on",
+            "set data.test_datasets or data.val_set_size, or give --data FILE",
+        ],
+        |_| {},
+    )
+    .of(&["eval", "--config", "run.yaml"]),
+    case(
+        "eval of rows of no type",
+        &[
+            "t.jsonl:1: no type fits a row of `q`, `a`",
+            "name other fields by columns: {prompt: q, completion: a}",
+        ],
+        |w| w.write("t.jsonl", r#"{"q": "a", "a": "b"}"#),
+    )
+    .of(&["eval", "--model", "model", "--data", "t.jsonl"]),
+    case(
+        "report of a folder without runs",
+        &["model: no run is in it", "expected metrics.jsonl, or weights/RUN_ID/step_N"],
+        |_| {},
+    )
+    .of(&["report", "model"]),
+];
