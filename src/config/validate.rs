@@ -150,7 +150,7 @@ pub(super) fn broken_of_run(config: &RunConfig) -> Vec<Broken> {
     for (is_broken, fields, words) in conflicts {
         rule(lora.use_dora && is_broken, fields, Problem::Conflict(words.into()));
     }
-    let words = "rises the learning rate after merges that start the optimizer anew: set lora.merge_lora_interval and \
+    let words = "raises the learning rate after merges that start the optimizer anew: set lora.merge_lora_interval and \
                  lora.reset_optimizer_on_merge, or remove it";
     rule(
         lora.merge_warmup_steps > 0 && !(lora.merge_lora_interval > 0 && lora.reset_optimizer_on_merge),

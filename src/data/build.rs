@@ -5,7 +5,7 @@ use super::{
     DataError, LineProblem, RowInput,
     dataset::{SourceSummary, Summary},
     encode::Encoder,
-    error::ONE_ROW_A_LINE,
+    error::NO_ROWS,
     formats::{self, Found, Place},
     notes::Notes,
     order,
@@ -98,8 +98,7 @@ impl Recipe<'_> {
             };
             let Outcome { summary, notes } = outcome;
             if summary.samples == 0 && summary.dropped == 0 {
-                let remedy =
-                    if entry.is_dummy() { "set its num_samples to at least 1" } else { ONE_ROW_A_LINE };
+                let remedy = if entry.is_dummy() { "set its num_samples to at least 1" } else { NO_ROWS };
                 return Err(DataError::Empty { path: entry.path.clone(), remedy });
             }
             if summary.samples > 0 && summary.valid_tokens == 0 {

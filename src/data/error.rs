@@ -65,8 +65,8 @@ pub enum DataError {
     LoaderDied(String),
 }
 
-/// The remedy for a data file without a row.
-pub(super) const ONE_ROW_A_LINE: &str = "write a JSON object in each line, as configs/README.md shows";
+/// The remedy for a data set without a row.
+pub(super) const NO_ROWS: &str = "give it rows, as configs/README.md shows";
 
 /// A line for each of the `first` faults of a file; the last of them counts the records that are wrong as well.
 fn lines(path: &Path, first: &[(Place, LineProblem)], more: usize) -> String {

@@ -3,7 +3,7 @@
 
 use super::{
     Chat, ChatTemplate, DataError, IGNORE_INDEX, LineProblem, Tokenizer,
-    error::ONE_ROW_A_LINE,
+    error::NO_ROWS,
     integers,
     messages::{Mapping, chat_of, clear_switches},
     notes::Notes,
@@ -61,7 +61,7 @@ impl Prompt {
             Ok(())
         })?;
         if prompts.is_empty() {
-            return Err(DataError::Empty { path: path.into(), remedy: ONE_ROW_A_LINE });
+            return Err(DataError::Empty { path: path.into(), remedy: NO_ROWS });
         }
         Ok(prompts)
     }

@@ -35,7 +35,11 @@ impl RowLoss {
                 LossError::Unknown { .. } | LossError::Refused { .. } => "train.loss_fn",
                 _ => "train.loss_fn_params",
             };
-            Error::Input(format!("{}: {error}", places.of(field)))
+            let pairs = match &error {
+                LossError::Unknown { .. } => format!(", {}", PAIR_LOSSES.join(", ")),
+                _ => String::new(),
+            };
+            Error::Input(format!("{}: {error}{pairs}", places.of(field)))
         };
         let (name, params) = (&train.loss_fn, &train.loss_fn_params);
         if PAIR_LOSSES.contains(&name.as_str()) {
