@@ -69,13 +69,17 @@ ROWS = {
 }
 
 
+def cell(value):
+    """A value as tables of text hold it: lists and objects as JSON."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
+
+
 def write(kind, rows, out):
     out.mkdir(parents=True)
     (out / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     columns = list({name: None for row in rows for name in row})
     table = pyarrow.table({name: [row.get(name) for row in rows] for name in columns})
     pyarrow.parquet.write_table(table, out / "snappy.parquet")
-    cell = lambda value: json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
     frame = pandas.DataFrame([{name: cell(row.get(name)) for name in columns} for row in rows])
     frame.to_csv(out / "rows.csv", index=False)
     frame.to_csv(out / "rows.tsv", index=False, sep="\t")
