@@ -76,7 +76,7 @@ section! {
         columns: BTreeMap<String, String> = BTreeMap::new();
         /// chat: names in the file of a message's fields: {role: from, content: value}.
         message_property_mappings: BTreeMap<String, String> = BTreeMap::new();
-        /// chat: names in the file of the roles: {user: [human], assistant: [gpt, model]}.
+        /// chat: names in the file of the roles: `{user: [human], assistant: [gpt, model]}`.
         roles: BTreeMap<String, Vec<String>> = BTreeMap::new();
         /// txt: a sample is a line, or the whole file (`document`).
         sample_by: SampleBy = SampleBy::Line;

@@ -56,7 +56,7 @@ pub fn reference() -> String {
     reference_of::<RunConfig>()
 }
 
-/// [`reference`] of `server.yaml`, which `configs/server/README.md` holds.
+/// [`reference()`] of `server.yaml`, which `configs/server/README.md` holds.
 pub fn server_reference() -> String {
     reference_of::<ServerConfig>()
 }
