@@ -428,12 +428,16 @@ unsafe fn block<M: Vectors, const N: usize>(
     // SAFETY: the caller promises the rows of a, b and c that the loops below go through, each N vectors of LANES wide,
     // and the instructions of `M`.
     unsafe {
-        let zeros = [M::Number::ZERO; LANES];
-        let start = |r: usize, n: usize| {
-            M::load(if add { c.add(r * stride + n * LANES).cast_const() } else { zeros.as_ptr() })
-        };
-        let mut sums: [[M::Vector; N]; VECTOR_ROWS] =
-            std::array::from_fn(|r| std::array::from_fn(|n| start(r, n)));
+        // Plain loops: an array that `from_fn` makes, or `into_iter` takes apart, goes through memory and loses the CPU's
+        // instructions wherever the compiler does not inline it.
+        let mut sums = [[M::load([M::Number::ZERO; LANES].as_ptr()); N]; VECTOR_ROWS];
+        if add {
+            for (r, sums) in sums.iter_mut().enumerate() {
+                for (n, sum) in sums.iter_mut().enumerate() {
+                    *sum = M::load(c.add(r * stride + n * LANES).cast_const());
+                }
+            }
+        }
         let a_first = a.units.as_ptr().add(row * a.row);
         for k in 0..sum {
             let b = b.add(k * stride);
@@ -445,8 +449,8 @@ unsafe fn block<M: Vectors, const N: usize>(
                 }
             }
         }
-        for (r, sums) in sums.into_iter().enumerate() {
-            for (n, sum) in sums.into_iter().enumerate() {
+        for (r, sums) in sums.iter().enumerate() {
+            for (n, &sum) in sums.iter().enumerate() {
                 M::store(sum, c.add(r * stride + n * LANES));
             }
         }
