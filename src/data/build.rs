@@ -57,7 +57,7 @@ struct Chunk<T> {
 /// Samples of each record, or its problem, and what is to be said of them.
 type Encoded = (Vec<(Place, Result<Vec<Sample>, LineProblem>)>, Notes);
 
-/// What came of a source.
+/// Counts of a source's samples, and remarks on them.
 #[derive(Default)]
 struct Outcome {
     summary: SourceSummary,
@@ -252,6 +252,7 @@ impl Recipe<'_> {
         let mut outcome = Outcome::default();
         let (mut waiting, mut next) = (BTreeMap::new(), 0);
         let (mut faults, mut of_file) = (Faults::default(), 0);
+        let splits = self.val_set_size().is_some();
         for chunk in chunks {
             waiting.insert(chunk.number, chunk);
             while let Some(Chunk { file, content, .. }) = waiting.remove(&next) {
@@ -266,7 +267,8 @@ impl Recipe<'_> {
                     match found {
                         Err(problem) => faults.add(place, problem),
                         Ok(samples) => {
-                            let record = split::record(&samples);
+                            // Only a split reads the hash.
+                            let record = if splits { split::record(&samples) } else { 0 };
                             for sample in samples {
                                 let at = || format!("{}:{place}", source.files[file].display());
                                 outcome.add(sample, record, self.encoder.limit, source, at, spool)?;
