@@ -6,7 +6,7 @@ use crate::{
     comm::FreeMemory,
     config::{DatasetArgs, DatasetType},
     console::count,
-    data::SourceSummary,
+    data::{SourceSummary, Summary},
     device,
     lora::{AdapterPlan, targets},
     model::base_plan::{BasePlan, Options},
@@ -74,7 +74,7 @@ impl Run {
     /// The resolved configuration, mesh, data and cost of the run, compared with the memory of a rank's `device` and
     /// with what is `free` for each.
     pub fn report(&self, device: Option<device::Memory>, free: &FreeMemory) -> Result<String> {
-        let (data, plan, recompute) = (self.dataset.summary(), self.plan()?, self.report_recompute(free)?);
+        let (plan, recompute) = (self.plan()?, self.report_recompute(free)?);
         let room = device.map_or_else(String::new, |memory| {
             let device::Memory { free, total } = memory;
             let (used, needed) = (memory.used(), plan.memory.on_device());
@@ -83,29 +83,15 @@ impl Run {
                 "memory of rank 0's device: {total} bytes, {used} in use; a rank needs {needed} bytes of it, {fits}\n"
             )
         });
-        let validation = self.dataset.validation_summary().map_or_else(String::new, |counts| {
-            format!(
-                "validation: {}, {} dropped as too long; {} of at most {}, {}, {} with loss\n",
-                count(counts.samples, "sample"),
-                counts.dropped,
-                count(counts.rows, "row"),
-                count(counts.longest_row, "token"),
-                count(counts.tokens, "token"),
-                counts.valid_tokens,
-            )
-        });
+        let validation = self.dataset.validation_summary();
+        let validation =
+            validation.map_or_else(String::new, |counts| format!("validation: {}\n", told(counts)));
         Ok(format!(
-            "{}\n{}\n{}data: {}, {} dropped as too long; {} of at most {}, {}, {} with loss\n{validation}steps: {} of {}\n\
-             {plan}{recompute}{room}",
+            "{}\n{}\n{}data: {}\n{validation}steps: {} of {}\n{plan}{recompute}{room}",
             self.config.to_yaml(),
             self.mesh.table(),
             self.sources(),
-            count(data.samples, "sample"),
-            data.dropped,
-            count(data.rows, "row"),
-            count(data.longest_row, "token"),
-            count(data.tokens, "token"),
-            data.valid_tokens,
+            told(self.dataset.summary()),
             self.total_steps,
             count(self.batches.global_batch, "row"),
         ))
@@ -135,4 +121,17 @@ impl Run {
         };
         entries.iter().zip(types).zip(counts).map(line).collect()
     }
+}
+
+/// Counts of rows in words.
+fn told(counts: &Summary) -> String {
+    format!(
+        "{}, {} dropped as too long; {} of at most {}, {}, {} with loss",
+        count(counts.samples, "sample"),
+        counts.dropped,
+        count(counts.rows, "row"),
+        count(counts.longest_row, "token"),
+        count(counts.tokens, "token"),
+        counts.valid_tokens,
+    )
 }
