@@ -53,7 +53,7 @@ fn said(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// What `eval --json` prints.
+/// The JSON that `eval --json` prints.
 fn scores(ranks: usize, arguments: &[&str]) -> Value {
     let output = xorl(ranks, &[&["eval", "--json"], arguments].concat());
     succeeded(&output);

@@ -51,7 +51,7 @@ pub struct HubModel {
 pub struct NoFiles {
     /// Name of the field in its section.
     pub key: &'static str,
-    /// What a field names.
+    /// The path or hub id that the field names.
     pub path: PathBuf,
     pub error: HubError,
 }

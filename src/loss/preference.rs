@@ -35,7 +35,7 @@ pub struct Preference {
     label_smoothing: f64,
     /// Scores are means over tokens.
     of_means: bool,
-    /// What d has to exceed, γ/β.
+    /// γ/β, which d has to exceed.
     margin: f64,
     reads_reference: bool,
 }

@@ -40,7 +40,7 @@ pub struct Traffic<'a> {
     pub reference: Option<Reference>,
 }
 
-/// What a loss compares with.
+/// The model that a loss compares with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reference {
     /// The base alone.

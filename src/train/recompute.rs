@@ -27,7 +27,7 @@ impl Run {
         }
     }
 
-    /// What backward recomputes, with the bytes of each way and those that are free: lines of a report.
+    /// The chosen recompute, with the bytes of each way and those that are free: lines of a report.
     pub(super) fn report_recompute(&self, memory: &FreeMemory) -> Result<String> {
         let mut text = self.ways(memory.on_device)?.to_string();
         if let Some(free) = memory.bytes {

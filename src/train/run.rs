@@ -94,7 +94,7 @@ pub struct Run {
     /// `{output_dir}/weights/{run_id}`
     pub(super) run_dir: PathBuf,
     pub(super) start: Start,
-    /// What backward recomputes, if the configuration leaves that open and the memory is known.
+    /// The chosen recompute, if the configuration leaves it open and the memory is known.
     pub(super) choice: Option<Choice>,
     pub(super) reference: Option<ReferenceAdapter>,
     /// Held by rank 0 as long as the run lasts.

@@ -1,4 +1,4 @@
-//! What validates, and losses.
+//! Rows that validate, and losses.
 
 use super::{Case, case};
 

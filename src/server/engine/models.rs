@@ -99,7 +99,7 @@ impl Models {
         self.model.set_recompute(recompute);
     }
 
-    /// What backward recomputes, for people.
+    /// Recompute in backward, for people.
     pub fn told_of_recompute(&self) -> String {
         let layers = self.model.spec().layers.len();
         format!("recompute: {}", self.model.options().checkpointing.told(layers))

@@ -42,7 +42,7 @@ impl Room {
     /// The room that `options` say, or that there is: of the memory that is free now, what a pass leaves on the
     /// tightest rank. Collective, after all have loaded the base.
     ///
-    /// Where the configuration leaves recompute open, it is chosen here.
+    /// Recompute is chosen here if the configuration leaves it open.
     pub fn new(models: &mut Models, options: &EngineOptions) -> Result<Self> {
         let (spec, tokens) = (options.defaults.spec(), options.max_tokens_per_pass);
         let free = FreeMemory::of_ranks(&*models.groups().world, &models.groups().device)?;
