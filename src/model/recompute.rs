@@ -4,8 +4,8 @@
 use crate::config::CheckpointingMethod::{self, Auto, NoRecompute, RecomputeFullLayer, Selective};
 use serde::{Deserialize, Serialize};
 
-/// Recompute of the layers in backward. The first layers do, as their activations live longest: while they are recomputed, those
-/// of the layers behind them are free already.
+/// Recompute of the layers in backward. The first layers do, as their activations live longest: while they are
+/// recomputed, those of the layers behind them are free already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Recompute {
     /// The method of the first layers.

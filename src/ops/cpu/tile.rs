@@ -428,8 +428,8 @@ unsafe fn block<M: Vectors, const N: usize>(
     // SAFETY: the caller promises the rows of a, b and c that the loops below go through, each N vectors of LANES wide,
     // and the instructions of `M`.
     unsafe {
-        // Plain loops: an array that `from_fn` makes, or `into_iter` takes apart, goes through memory and loses the CPU's
-        // instructions wherever the compiler does not inline it.
+        // Plain loops: an array that `from_fn` makes, or `into_iter` takes apart, goes through memory and loses the
+        // CPU's instructions wherever the compiler does not inline it.
         let mut sums = [[M::load([M::Number::ZERO; LANES].as_ptr()); N]; VECTOR_ROWS];
         if add {
             for (r, sums) in sums.iter_mut().enumerate() {
