@@ -121,7 +121,7 @@ fn data_that_cannot_be_used_say_why() {
     assert!(open(&plain(vec![])).contains("data.datasets: expected at least one entry"));
     assert!(
         open(&tokenized(&dir, &["", " "]))
-            .contains("data.jsonl: expected at least one sample, found none; write a JSON")
+            .contains("data.jsonl: expected at least one sample, found none; give it rows")
     );
     let missing = plain(vec![entry(dir.path().join("none.jsonl"), DatasetType::Tokenized)]);
     assert!(open(&missing).contains("none.jsonl: No such file"), "{}", open(&missing));
