@@ -24,6 +24,16 @@ pub fn count(number: usize, noun: &str) -> String {
     format!("{number} {noun}{plural}")
 }
 
+/// Bytes in words: `35.2 MB`, where 1 MB is 1,000,000 bytes.
+pub fn size(bytes: u64) -> String {
+    match bytes {
+        0..1000 => format!("{bytes} bytes"),
+        1000..1_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
+        _ => format!("{:.2} GB", bytes as f64 / 1e9),
+    }
+}
+
 /// The first three of `names`, and the number of the others: `a, b, c and 2 more`.
 pub fn first_of<T: AsRef<str>>(names: &[T]) -> String {
     const SHOWN: usize = 3;

@@ -10,6 +10,7 @@ use crate::{
     config::BaseFiles,
     weights::{WeightSource, weight_files},
 };
+use fail::fail_point;
 use std::{
     collections::BTreeMap,
     fs,
@@ -105,6 +106,7 @@ fn link_or_copy(from: &Path, to: &Path) -> Result<(), CheckpointError> {
     // The target of a link in HF's cache, as the link is relative.
     let real = from.canonicalize().map_err(io(from))?;
     if fs::hard_link(&real, to).is_ok() {
+        fail_point!("base.linked");
         return Ok(());
     }
     fs::copy(&real, to).map(|_| ()).map_err(io(to))

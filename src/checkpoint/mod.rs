@@ -8,14 +8,18 @@
 //! - [`base`]: the base in HF layout; [`model_files`]: its weights, `packed_files` if they are packed; `config_json`:
 //!   what config.json says of them; [`merged`]: those with an adapter added
 //! - [`publish`]: a folder becomes visible whole or not at all; [`steps`]: those of a run; [`saves`]: those of a server
+//! - [`contents`]: what the files of a whole folder say, checked against each other
 //! - [`output`]: the lock on the output directory
+//! - [`failpoints`]: instants at which tests kill a rank
 
 pub mod adapter_config;
 mod adapter_file;
 pub mod adapter_store;
 pub mod base;
 mod config_json;
+pub mod contents;
 mod experts;
+pub mod failpoints;
 pub mod merged;
 pub mod model_files;
 pub mod output;

@@ -11,6 +11,7 @@ use crate::{
     quant::{Format, Grid},
     weights::{SourceError, TensorMeta, WeightSource},
 };
+use fail::fail_point;
 use serde_json::{Map, Value, json};
 use std::{
     collections::BTreeMap,
@@ -173,6 +174,7 @@ impl ModelFiles {
             let text = serde_json::to_string_pretty(&index).unwrap_or_default();
             fs::write(&path, text + "\n").map_err(io(&path))?;
         }
+        fail_point!("model.created");
         Ok(())
     }
 
@@ -280,7 +282,10 @@ impl ModelWriter<'_> {
 
     /// Waits until what this process wrote is on the disk.
     pub fn sync(&self) -> Result<(), CheckpointError> {
-        self.files.iter().try_for_each(|(path, file)| file.sync_data().map_err(io(path)))
+        fail_point!("model.written");
+        self.files.iter().try_for_each(|(path, file)| file.sync_data().map_err(io(path)))?;
+        fail_point!("model.synced");
+        Ok(())
     }
 }
 

@@ -15,6 +15,7 @@ use crate::{
     hub::HubId,
     lora::{Factor, LoraShape, LoraShapes, MoeNames, Site, targets::Projection},
 };
+use fail::fail_point;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::Value;
 use std::{
@@ -145,6 +146,7 @@ pub fn write(
     let path = directory.join(CONFIG_FILE);
     let text = serde_json::to_string_pretty(&json).unwrap_or_default();
     std::fs::write(&path, text + "\n").map_err(io(&path))?;
+    fail_point!("adapter.config_written");
 
     let path = directory.join(WEIGHTS_FILE);
     let tensors = tensors(adapters, format);
@@ -164,6 +166,7 @@ pub fn write(
     };
     let bytes = safetensors::serialize(views, Some(metadata)).map_err(fault)?;
     std::fs::write(&path, bytes).map_err(io(&path))?;
+    fail_point!("adapter.values_written");
     check_written(&path, adapters, format)
 }
 

@@ -11,6 +11,7 @@ use super::{
     state::{AdapterState, FOLDER},
 };
 use crate::shard::FlatRegion;
+use fail::fail_point;
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use std::{
@@ -47,7 +48,7 @@ impl Pieces {
         Self(own.regions.iter().map(zeros).collect())
     }
 
-    fn iter(&self) -> impl Iterator<Item = (&str, &str, &Vec<f32>)> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&str, &str, &Vec<f32>)> {
         self.0.iter().flat_map(|(region, tensors)| {
             tensors.iter().map(move |(tensor, values)| (region.as_str(), tensor.as_str(), values))
         })
@@ -70,8 +71,12 @@ pub fn write_pieces(step: &Path, rank: usize, world: usize, pieces: &Pieces) -> 
         views.insert(key(region, tensor), view.map_err(|error| format(error.to_string()))?);
     }
     let bytes = safetensors::serialize(views, None).map_err(|error| format(error.to_string()))?;
+    fail_point!("pieces.begun");
     fs::write(&path, bytes).map_err(io(&path))?;
-    sync(&path)
+    fail_point!("pieces.written");
+    sync(&path)?;
+    fail_point!("pieces.synced");
+    Ok(())
 }
 
 /// Reads the pieces that shard `shard` of `own` owns after a resume from `step`, whose state is `state`: the master and
@@ -93,6 +98,7 @@ pub fn read_pieces(
         let from_here: Vec<&Move> = moves.iter().filter(|part| part.shard == stored).collect();
         if !from_here.is_empty() {
             PiecesFile::open(step, stored, state)?.copy(&from_here, &mut pieces)?;
+            fail_point!("load.pieces");
         }
     }
     Ok(pieces)

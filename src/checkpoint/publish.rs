@@ -8,11 +8,16 @@
 
 use super::{CheckpointError, io, steps};
 use crate::comm::{CommError, Communicator};
-use serde::{Deserialize, Serialize};
+use fail::fail_point;
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{Error as _, MapAccess, Visitor},
+};
 use sha2::{Digest, Sha256};
 use std::{
     collections::{BTreeMap, HashMap},
     ffi::OsStr,
+    fmt,
     fs::{self, File, Metadata},
     io::Read,
     os::unix::{ffi::OsStrExt, fs::MetadataExt},
@@ -36,9 +41,36 @@ struct Listed {
 }
 
 /// The files of a folder, by their path in it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(transparent)]
 pub struct Manifest(BTreeMap<String, Listed>);
+
+impl<'de> Deserialize<'de> for Manifest {
+    /// Refuses a name that is there twice: a flipped bit may turn the name of one shard into that of another, and with
+    /// the last entry alone the first file would be missed by nobody.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Files;
+        impl<'de> Visitor<'de> for Files {
+            type Value = Manifest;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("an object of files")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Manifest, A::Error> {
+                let mut files = BTreeMap::new();
+                while let Some((name, listed)) = entries.next_entry::<String, Listed>()? {
+                    if files.contains_key(&name) {
+                        return Err(A::Error::custom(format!("{name} is there twice")));
+                    }
+                    files.insert(name, listed);
+                }
+                Ok(Manifest(files))
+            }
+        }
+        deserializer.deserialize_map(Files)
+    }
+}
 
 impl Manifest {
     /// Reads the manifest of `step`. [`verify`] compares the files with it.
@@ -139,6 +171,7 @@ impl FolderWriter {
         recover(parent)?;
         let hidden = parent.join(format!("{HIDDEN}{name}-{}", std::process::id()));
         fs::create_dir(&hidden).map_err(io(&hidden))?;
+        fail_point!("publish.begun");
         Ok(Self { folder: folder.to_owned(), step: None, hidden, expected: Vec::new(), replaces: true })
     }
 
@@ -160,6 +193,7 @@ impl FolderWriter {
             }
             made => made.map_err(io(&hidden))?,
         }
+        fail_point!("publish.begun");
         Ok(Self { folder: folder.to_owned(), step: None, hidden, expected: Vec::new(), replaces: false })
     }
 
@@ -177,14 +211,18 @@ impl FolderWriter {
     pub fn publish(self, known: &mut KnownHashes) -> Result<PathBuf, CheckpointError> {
         let mut manifest = Manifest::default();
         list(&self.hidden, &self.hidden, &mut manifest, known)?;
+        fail_point!("publish.listed");
         if let Some(absent) = self.expected.iter().find(|file| !manifest.lists(file)) {
             return Err(io(&self.hidden.join(absent))(std::io::ErrorKind::NotFound.into()));
         }
         let path = self.hidden.join(MANIFEST);
         let text = serde_json::to_string_pretty(&manifest).unwrap_or_default();
         fs::write(&path, text + "\n").map_err(io(&path))?;
+        fail_point!("publish.manifest_written");
         sync(&path)?;
+        fail_point!("publish.manifest_synced");
         sync(&self.hidden)?;
+        fail_point!("publish.hidden_synced");
         let (parent, name) = split(&self.folder)?;
         let replaced = parent.join(format!("{REPLACED}{name}"));
         let replaces = self.folder.exists();
@@ -193,6 +231,7 @@ impl FolderWriter {
         }
         if replaces {
             fs::rename(&self.folder, &replaced).map_err(io(&self.folder))?;
+            fail_point!("publish.replaced_away");
         }
         if let Err(error) = fs::rename(&self.hidden, &self.folder) {
             if replaces {
@@ -200,9 +239,12 @@ impl FolderWriter {
             }
             return Err(io(&self.folder)(error));
         }
+        fail_point!("publish.renamed");
         sync(parent)?;
+        fail_point!("publish.parent_synced");
         if replaces {
             remove(&replaced)?;
+            fail_point!("publish.replaced_removed");
         }
         if let Some((run, step)) = &self.step {
             steps::set_latest(run, *step)?;
@@ -272,9 +314,14 @@ pub fn withdraw(folder: &Path) -> Result<(), CheckpointError> {
             remove(left)?;
         }
     }
+    fail_point!("withdraw.begun");
     fs::rename(folder, &hidden).map_err(io(folder))?;
+    fail_point!("withdraw.renamed");
     sync(parent)?;
-    remove(&hidden)
+    fail_point!("withdraw.synced");
+    remove(&hidden)?;
+    fail_point!("withdraw.removed");
+    Ok(())
 }
 
 /// Tidies `parent` up after killed processes: folders that they were replacing come back, and what was not published
@@ -286,9 +333,12 @@ pub fn recover(parent: &Path) -> Result<(), CheckpointError> {
         let back = name.strip_prefix(REPLACED).map(|name| parent.join(name)).filter(|back| !back.exists());
         if let Some(back) = back {
             fs::rename(&path, &back).map_err(io(&back))?;
+            fail_point!("recover.renamed");
             sync(parent)?;
         } else if name.starts_with(HIDDEN) {
+            fail_point!("recover.begun");
             let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            fail_point!("recover.removed");
             if let Err(error) = removed {
                 tracing::warn!("{}: an abandoned directory that cannot be removed: {error}", path.display());
             }
@@ -310,9 +360,10 @@ fn split(folder: &Path) -> Result<(&Path, &str), CheckpointError> {
 }
 
 /// Creates `folder` with those above it, on the disk when this returns.
-pub(super) fn create_folder(folder: &Path) -> Result<(), CheckpointError> {
+pub fn create_folder(folder: &Path) -> Result<(), CheckpointError> {
     let absent: Vec<&Path> = folder.ancestors().take_while(|above| !above.is_dir()).collect();
     fs::create_dir_all(folder).map_err(io(folder))?;
+    fail_point!("folder.created");
     absent.iter().filter_map(|new| new.parent()).filter(|above| above.is_dir()).try_for_each(sync)
 }
 
@@ -337,6 +388,7 @@ fn list(
             list(root, &path, manifest, known)?;
         } else {
             sync(&path)?;
+            fail_point!("publish.file_synced");
             let name = path.strip_prefix(root).unwrap_or(&path).to_string_lossy().into_owned();
             manifest.0.insert(name, known.listed(&path)?);
         }
@@ -368,21 +420,28 @@ fn sha256(path: &Path) -> std::io::Result<String> {
 /// [`CheckpointError::Damaged`] with the first thing that is wrong.
 pub fn verify(step: &Path) -> Result<(), CheckpointError> {
     let damaged = |reason: String| CheckpointError::Damaged { path: step.to_owned(), reason };
-    for (name, expected) in &Manifest::read(step)?.0 {
+    let manifest = Manifest::read(step)?;
+    if manifest.0.is_empty() {
+        return Err(damaged(format!("{MANIFEST} lists no file")));
+    }
+    for (name, expected) in &manifest.0 {
         if !Path::new(name).components().all(|part| matches!(part, Component::Normal(_))) {
             return Err(damaged(format!("{MANIFEST} lists {name}, which is not in the step")));
         }
         let path = step.join(name);
-        let data = fs::metadata(&path).map_err(|error| damaged(format!("{name}: {error}")))?;
+        let listed = |error| damaged(format!("{name}: {error} ({MANIFEST} lists it)"));
+        let data = fs::metadata(&path).map_err(listed)?;
         // The size comes first: it is cheap to compare, and a device file has no end.
         if !data.is_file() || data.size() != expected.size {
             let (found, size) = (data.size(), expected.size);
-            return Err(damaged(format!("{name} has {found} bytes, {size} were published")));
+            return Err(damaged(format!("{name} has {found} bytes, {size} were published by {MANIFEST}")));
         }
         if sha256(&path).map_err(|error| damaged(format!("{name}: {error}")))? != expected.sha256 {
-            return Err(damaged(format!("{name} is not the file that was published (SHA-256 differs)")));
+            let words = "is not the file that was published";
+            return Err(damaged(format!("{name} {words} (SHA-256 differs from {MANIFEST})")));
         }
     }
+    fail_point!("load.verified");
     Ok(())
 }
 
@@ -519,6 +578,31 @@ mod tests {
         fs::hard_link(&base, writer.directory().join("base")).unwrap();
         verify(&writer.publish(&mut known).unwrap()).unwrap();
         assert!(verify(&steps::directory(run.path(), 1)).is_err(), "the link's contents are gone");
+    }
+
+    #[test]
+    fn any_flipped_bit_of_a_manifest_is_noticed() {
+        let run = tempfile::tempdir().unwrap();
+        let writer = FolderWriter::of_step(run.path(), 1).unwrap();
+        // A bit apart: the name of one may become that of the other.
+        for name in ["0-of-2", "1-of-2", "A", "a"] {
+            fs::write(writer.directory().join(name), name).unwrap();
+        }
+        let step = writer.publish(&mut KnownHashes::default()).unwrap();
+        let path = step.join(MANIFEST);
+        let whole = fs::read(&path).unwrap();
+        for at in 0..whole.len() {
+            for bit in 0..8 {
+                let mut flipped = whole.clone();
+                flipped[at] ^= 1 << bit;
+                fs::write(&path, &flipped).unwrap();
+                let text = String::from_utf8_lossy(&flipped).into_owned();
+                let error = verify(&step).expect_err(&format!("byte {at}, bit {bit}: {text}"));
+                assert!(error.to_string().contains(MANIFEST), "{error}");
+            }
+        }
+        fs::write(&path, "{}").unwrap();
+        assert!(verify(&step).unwrap_err().to_string().contains("lists no file"));
     }
 
     proptest! {

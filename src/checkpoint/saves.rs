@@ -12,6 +12,7 @@ use super::{
     state,
 };
 use crate::lora::LoraShape;
+use fail::fail_point;
 use serde_json::Value;
 use std::{
     collections::HashSet,
@@ -90,7 +91,10 @@ pub fn rename(folder: &Path, new: &Path) -> Result<(), CheckpointError> {
     let parents = [&directory, new].map(|path| path.parent().unwrap_or(Path::new("")).to_owned());
     create_folder(&parents[1])?;
     fs::rename(&directory, new).map_err(io(new))?;
-    parents.iter().try_for_each(|parent| sync(parent))
+    fail_point!("rename.renamed");
+    parents.iter().try_for_each(|parent| sync(parent))?;
+    fail_point!("rename.synced");
+    Ok(())
 }
 
 /// Checks that the directory `folder` is a save, and has nothing in it that the save has not listed: with it, other
@@ -168,6 +172,7 @@ pub fn link(from: &Path, to: &Path, metadata: &Value) -> Result<(), CheckpointEr
         fs::create_dir_all(folder)
             .and_then(|()| fs::hard_link(from.join(file), &target))
             .map_err(io(&target))?;
+        fail_point!("link.linked");
     }
     write_metadata(&writer, metadata)?;
     writer.publish(&mut KnownHashes::default()).map(drop)
@@ -179,7 +184,9 @@ pub fn write_metadata(writer: &FolderWriter, metadata: &Value) -> Result<(), Che
         return Ok(());
     }
     let path = writer.directory().join(METADATA);
-    fs::write(&path, metadata.to_string() + "\n").map_err(io(&path))
+    fs::write(&path, metadata.to_string() + "\n").map_err(io(&path))?;
+    fail_point!("metadata.written");
+    Ok(())
 }
 
 /// The saves in `root`: names, sorted, and folders. Folders without a manifest are none.

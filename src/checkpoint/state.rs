@@ -18,6 +18,7 @@ use crate::{
     shard::FlatRegion,
     weights::{SourceError, WeightSource},
 };
+use fail::fail_point;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::{collections::BTreeMap, fs, path::Path};
@@ -210,6 +211,7 @@ impl TrainerState {
             return Err(format("global_batch_size is 0".into()));
         }
         state.adapter.check(&manifest).map_err(format)?;
+        fail_point!("load.state");
         Ok(state)
     }
 }
@@ -267,6 +269,20 @@ impl AdapterState {
     }
 }
 
+/// The adapter in the state of the whole step or save `folder`, after all checks of a resume or a load; `None`: it has
+/// no training state.
+///
+/// # Errors
+/// Those of [`TrainerState::read`] for a step, of [`AdapterState::read`] for a save.
+pub(super) fn checked(folder: &Path) -> Result<Option<AdapterState>, CheckpointError> {
+    match read_json(folder, &Manifest::read(folder)?)? {
+        Some(json) if json.get("run_id").is_some() => {
+            TrainerState::read(folder).map(|state| Some(state.adapter))
+        }
+        _ => AdapterState::read(folder),
+    }
+}
+
 /// True if the folder that has `manifest` has training state.
 pub fn is_in(manifest: &Manifest) -> bool {
     manifest.lists(STATE_FILE)
@@ -275,7 +291,9 @@ pub fn is_in(manifest: &Manifest) -> bool {
 fn write_json(json: &Value, folder: &Path) -> Result<(), CheckpointError> {
     let path = folder.join(STATE_FILE);
     let text = serde_json::to_string_pretty(json).unwrap_or_default();
-    fs::write(&path, text + "\n").map_err(io(&path))
+    fs::write(&path, text + "\n").map_err(io(&path))?;
+    fail_point!("state.written");
+    Ok(())
 }
 
 /// The JSON of the state of `folder`, brought to the present format; `None`: it has none.

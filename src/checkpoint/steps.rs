@@ -8,6 +8,7 @@ use super::{
     publish::{sync, verify, withdraw},
 };
 use crate::hub::{self, HubId};
+use fail::fail_point;
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -105,9 +106,14 @@ pub fn best(run: &Path) -> Option<PathBuf> {
 fn name(run: &Path, file: &str, step: usize) -> Result<(), CheckpointError> {
     let (path, hidden) = (run.join(file), run.join(format!(".{file}.tmp")));
     fs::write(&hidden, format!("step_{step}\n")).map_err(io(&hidden))?;
+    fail_point!("name.written");
     sync(&hidden)?;
+    fail_point!("name.synced");
     fs::rename(&hidden, &path).map_err(io(&path))?;
-    sync(run)
+    fail_point!("name.renamed");
+    sync(run)?;
+    fail_point!("name.run_synced");
+    Ok(())
 }
 
 /// The step that the text file `file` of `run` names.

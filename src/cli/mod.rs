@@ -1,5 +1,5 @@
-//! The command line: `train` (default), `check`, `eval`, `generate`, `merge`, `serve`, `runs`, `report`, `completions`,
-//! `man`, and `--section.field value` overrides.
+//! The command line: `train` (default), `check`, `eval`, `generate`, `merge`, `serve`, `runs`, `verify`, `report`,
+//! `completions`, `man`, and `--section.field value` overrides.
 //!
 //! [`parse`] is a pure function from arguments to an [`Invocation`]; [`run`] carries one out. A command is a file with
 //! one type: clap parses its fields, and its `Runnable` runs it. A new one also gets its `mod` line and its line in
@@ -17,9 +17,12 @@ pub mod report;
 pub mod runs;
 pub mod serve;
 pub mod train;
+pub mod verify;
 mod version;
 
 use crate::buffers;
+use crate::checkpoint::failpoints;
+use crate::comm;
 use crate::config::{self, FieldInfo, Override};
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
@@ -132,6 +135,7 @@ commands! {
     merge::Merge,
     serve::Serve,
     runs::Runs,
+    verify::Verify,
     report::Report,
     completions::Completions,
     man::Man,
@@ -225,6 +229,7 @@ pub fn parse(args: impl IntoIterator<Item = impl Into<OsString>>) -> Result<Invo
 /// The reason why it was not carried out; [`Error::exit_code`] is the exit code of the rank.
 pub fn run(invocation: Invocation) -> Result<ExitCode> {
     buffers::return_large_blocks();
+    failpoints::arm(comm::launched_rank().unwrap_or(0));
     match invocation {
         Invocation::Command(command, common) => command.run(&common),
         Invocation::Help(text) => Ok(print(&text)),

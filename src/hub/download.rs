@@ -5,11 +5,11 @@ use super::{
     HubError, HubId,
     cache::{INDEX, Repository, SINGLE, is_commit, make_parent, missing, shards},
     io,
-    progress::{Progress, size},
+    progress::Progress,
     remote::{Remote, RemoteFile},
     settings::Settings,
 };
-use crate::console::first_of;
+use crate::console::{first_of, size};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::{

@@ -1,6 +1,6 @@
 //! A download for people: the bar on a terminal, elsewhere a line now and then.
 
-use crate::console;
+use crate::console::{self, size};
 use std::time::{Duration, Instant};
 
 /// Time between two draws of the bar, and between two lines.
@@ -68,16 +68,6 @@ fn bar(width: usize, name: &str, [done, total]: [u64; 2], pace: f64) -> String {
     }
     text.truncate(room);
     text
-}
-
-/// Bytes in words: `35.2 MB`, where 1 MB is 1,000,000 bytes, as the hub counts.
-pub(super) fn size(bytes: u64) -> String {
-    match bytes {
-        0..1000 => format!("{bytes} bytes"),
-        1000..1_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
-        1_000_000..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
-        _ => format!("{:.2} GB", bytes as f64 / 1e9),
-    }
 }
 
 #[cfg(test)]

@@ -250,6 +250,8 @@ impl Metrics {
         let first = resumed.map_or(0, |step| step + 1);
         let begin = |folder: &PathBuf| EventFile::begin(folder, first).map_err(|error| fault(folder, &error));
         let events = logging.tensorboard.as_ref().map(begin).transpose()?;
+        // The names of the files have to be on the disk, too, before a step is published.
+        File::open(output).and_then(|folder| folder.sync_all()).map_err(|error| fault(output, &error))?;
         let (output, done) = (output.to_owned(), resumed.unwrap_or(0));
         let progress = Some(Progress::new(total_steps, done, logging.format));
         let (every, window) = (logging.every.max(1), Window::default());
@@ -261,7 +263,9 @@ impl Metrics {
     pub fn sync(&mut self) -> Result<()> {
         self.write_line()?;
         let synced = self.file.as_ref().map_or(Ok(()), File::sync_data);
-        synced.map_err(|error| fault(&self.output.join(METRICS_FILE), &error))
+        synced.map_err(|error| fault(&self.output.join(METRICS_FILE), &error))?;
+        let synced = self.events.as_ref().map_or(Ok(()), EventFile::sync);
+        synced.map_err(|error| fault(&self.output.join("tensorboard"), &error))
     }
 
     /// Adds the evaluation before the first step, as line 0.

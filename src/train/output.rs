@@ -2,7 +2,10 @@
 
 use super::Run;
 use crate::{
-    checkpoint::output::{OutputLock, SharedToken},
+    checkpoint::{
+        output::{OutputLock, SharedToken},
+        publish::create_folder,
+    },
     comm::Communicator,
     config::TrainArgs,
     error::{Error, Result, agree, broadcast_from_root},
@@ -47,7 +50,7 @@ pub fn take_output(
     // A directory that cannot be written is a user error, as nothing was written yet.
     let input = |error: &dyn std::fmt::Display| Error::Input(format!("{place}: {error}"));
     let take = || {
-        std::fs::create_dir_all(output).map_err(|error| input(&format!("{}: {error}", output.display())))?;
+        create_folder(output).map_err(|error| input(&error))?;
         let lock = held.map_or_else(|| OutputLock::take(output), Ok).map_err(|error| input(&error))?;
         let token = SharedToken::put(output).map_err(|error| input(&error))?;
         Ok(Some((lock, token)))

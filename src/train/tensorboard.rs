@@ -76,7 +76,15 @@ impl EventFile {
         file.write(Event { file_version: Some(VERSION.into()), ..Event::default() })?;
         let session_log = Some(SessionLog { status: START });
         file.write(Event { step: first as i64, session_log, ..Event::default() })?;
+        for made in [Some(folder), folder.parent()].into_iter().flatten() {
+            File::open(made)?.sync_all()?;
+        }
         Ok(file)
+    }
+
+    /// Waits until all lines are on the disk.
+    pub fn sync(&self) -> io::Result<()> {
+        self.0.sync_data()
     }
 
     /// Adds a line of metrics.jsonl.

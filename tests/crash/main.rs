@@ -1,0 +1,11 @@
+//! Durability: a rank that is killed at any instant of a save or a load leaves whole steps, and a resume ends where the
+//! run that nobody killed ends; a flipped bit is found.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod flips;
+mod kills;
+mod matrix;
+mod saves;
+mod story;
