@@ -12,6 +12,10 @@
 #   ci/long.sh topologies      experts in every topology of up to 4 ranks, in every way to compute, against one rank
 #   ci/long.sh memory          what check says of SmolLM2's memory, nine shapes, beside what its ranks take
 #   ci/long.sh watchdog        a rank of 4 killed, and a rank stopped, at 20 moments each
+#   ci/long.sh crashes         a rank killed at every failpoint of saves, loads and merges, on each rank of worlds 1 and 2
+#   ci/long.sh kills           [N]: SIGKILLs at random times of one rank or of all, worlds 1 and 2 (100)
+#   ci/long.sh power_cut       the power cut after every call to the file system of recorded runs, 1 and 2 ranks, in a
+#                              model of a disk that keeps what fsync promised; options may follow, as --resumes 100
 #   ci/long.sh hosts           two hosts (network namespaces) against one; and their cable cut (root, Open MPI)
 #   ci/long.sh mpich           the tests of several ranks built and run with MPICH (Debian's, installed beside Open MPI)
 #   ci/long.sh same_bits       BEFORE AFTER: two builds train the same models; results are compared bit for bit; --quick
@@ -79,6 +83,21 @@ case "${1:-}" in
     launch/setup.sh --no-tests
     export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
     exec cargo test --quiet --test watchdog -- --ignored --nocapture --test-threads 1
+    ;;
+  crashes | kills)
+    launch/setup.sh --no-tests
+    export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+    test=mpi_every_instant_on_every_rank
+    [ "$1" = crashes ] || test=mpi_kills_at_random_times
+    XORL_KILLS=${2:-100} exec cargo test --quiet --test crash -- --ignored --nocapture "$test"
+    ;;
+  power_cut)
+    shift
+    launch/setup.sh --no-tests
+    command -v strace >/dev/null || apt-get install -y -qq strace >/dev/null
+    cargo build --release --quiet
+    binary=${CARGO_TARGET_DIR:-target}/release/xorl-dist
+    for ranks in 1 2; do python3 ci/power_cut.py --binary "$binary" --ranks "$ranks" "$@"; done
     ;;
   hosts)
     launch/setup.sh --no-tests

@@ -1,0 +1,469 @@
+"""Cuts the power of a run after every call to the file system, in a model of one that keeps only what fsync promised.
+
+A run of a tiny model with saves, merges, pruned steps and event files is recorded with strace. After each call that
+changes a file or a folder below its output_dir, states of the disk are made in which the power was lost there:
+
+- least: data and entries of folders are as at their last fsync
+- names: all entries are on the disk, data are as at their last fsync, or empty
+- all: everything has reached the disk
+- mixed: each folder has some of its changes since its last fsync, in their order; each file has its old data, its new,
+  a part of them, none, or zeros for some
+
+In each state every published step has to be whole (manifest, sizes, SHA-256), the newest at least as new as the last
+one that the run said to have saved, `latest` the name of a whole one, and metrics.jsonl has the lines up to it. From a
+sample of the different states the run is resumed; it has to end as the recorded one, bit for bit.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+STEPS = 8
+CALLS = (
+    "open,openat,creat,write,writev,pwrite64,pwritev,pwritev2,ftruncate,truncate,fallocate,fsync,fdatasync,sync,syncfs,"
+    "sync_file_range,rename,renameat,renameat2,mkdir,mkdirat,unlink,unlinkat,rmdir,link,linkat,symlink,symlinkat,"
+    "copy_file_range,sendfile"
+)
+# Of the machine, and of the length of a run that goes on.
+OF_THE_MACHINE = ["tokens_per_second", "step_seconds", "phase_seconds", "peak_rss_bytes"]
+
+
+def make_run(folder: Path) -> list[str]:
+    """Writes a tiny model's config, rows and run.yaml; the arguments of the run."""
+    model = {
+        "model_type": "qwen3", "vocab_size": 503, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0, "initializer_range": 0.15, "tie_word_embeddings": False,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(model))
+    draw = random.Random(11)
+    rows = [[draw.randrange(503) for _ in range(5 + i % 9)] for i in range(30)]
+    lines = [json.dumps({"input_ids": ids, "labels": ids}) + "\n" for ids in rows]
+    (folder / "rows.jsonl").write_text("".join(lines))
+    config = {
+        "model": {"config_path": str(folder)},
+        "data": {
+            "datasets": [{"path": str(folder / "rows.jsonl"), "type": "tokenized"}],
+            "sample_packing_method": "none",
+        },
+        "train": {
+            "output_dir": str(folder / "out"), "max_steps": STEPS, "micro_batch_size": 2, "global_batch_size": 4,
+            "save_steps": 1, "save_total_limit": 2, "lr": 5e-3, "enable_mixed_precision": False,
+            "use_tensorboard": True, "load_checkpoint_path": "auto",
+        },
+        "lora": {
+            "lora_rank": 4, "lora_alpha": 8, "merge_lora_interval": 3, "lora_target_modules": ["q_proj", "o_proj"],
+        },
+    }  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(config))
+    return ["--config", str(folder / "run.json"), "--device", "cpu"]
+
+
+class Node:
+    """A file or a folder, as programs see it and as it is on the disk."""
+
+    def __init__(self, is_folder: bool):
+        self.is_folder = is_folder
+        self.entries: dict[str, Node] = {}
+        self.stored: dict[str, Node] = {}
+        # Changes of the entries since the last fsync: {name: node or None} each.
+        self.changes: list[dict[str, Node | None]] = []
+        self.data = b""
+        self.synced: bytes | None = None
+
+    def set(self, changed: dict) -> None:
+        self.changes.append(changed)
+        for name, node in changed.items():
+            if node is None:
+                self.entries.pop(name, None)
+            else:
+                self.entries[name] = node
+
+    def sync(self, data: bytes | None = None) -> None:
+        if self.is_folder:
+            self.stored, self.changes = dict(self.entries), []
+        else:
+            self.synced = self.data if data is None else data
+
+
+class Disk:
+    """The folder `root` and what is below."""
+
+    def __init__(self, root: str):
+        self.root = root
+        self.top = Node(True)
+
+    def find(self, path: str) -> Node | None:
+        if path == self.root:
+            return self.top
+        if not path.startswith(self.root + "/"):
+            return None
+        node = self.top
+        for name in path[len(self.root) + 1 :].split("/"):
+            if name in ("", "."):
+                continue
+            if not node.is_folder or name not in node.entries:
+                return None
+            node = node.entries[name]
+        return node
+
+    def place(self, path: str) -> tuple[Node | None, str]:
+        folder, name = os.path.split(path.rstrip("/"))
+        return self.find(folder), name
+
+
+def text_of(quoted: str) -> bytes:
+    """The bytes of a string that strace has printed, in hexadecimal or not."""
+    out, at = bytearray(), 0
+    raw = quoted.encode("latin-1")
+    plain = {b"n": b"\n", b"t": b"\t", b"r": b"\r", b"v": b"\v", b"f": b"\f", b'"': b'"', b"\\": b"\\"}
+    if raw and raw.replace(b"\\x", b"").isalnum() and raw.startswith(b"\\x") and len(raw) == 4 * raw.count(b"\\x"):
+        return bytes.fromhex(raw.replace(b"\\x", b"").decode())
+    while at < len(raw):
+        if raw[at : at + 2] == b"\\x":
+            out += bytes.fromhex(raw[at + 2 : at + 4].decode())
+            at += 4
+        elif raw[at : at + 1] == b"\\":
+            out += plain[raw[at + 1 : at + 2]]
+            at += 2
+        else:
+            out += raw[at : at + 1]
+            at += 1
+    return bytes(out)
+
+
+STRING = re.compile(r'"((?:[^"\\]|\\.)*)"(\.\.\.)?')
+AT = re.compile(r"^(?:AT_FDCWD|\d+)<([^>]*)>")
+
+
+def calls(trace: Path):
+    """The calls of a trace in the order of their ends: name, arguments, result. Of fsync also its beginning."""
+    begun: dict[str, str] = {}
+    with trace.open(encoding="latin-1") as lines:
+        for line in lines:
+            process, rest = line.rstrip("\n").split(None, 1)
+            if rest.endswith("<unfinished ...>"):
+                begun[process] = rest[: -len("<unfinished ...>")].rstrip()
+                name, _, arguments = begun[process].partition("(")
+                if name in ("fsync", "fdatasync"):
+                    yield "begin", arguments, process
+                continue
+            resumed = re.match(r"<\.\.\. \w+ resumed>(.*)$", rest)
+            if resumed:
+                rest = begun.pop(process, "") + resumed.group(1)
+            call = re.match(r"^(\w+)\((.*)\)\s+= (-?\d+)", rest)
+            if call and int(call.group(3)) >= 0:
+                yield call.group(1), call.group(2), process
+
+
+def strings(arguments: str) -> list[bytes]:
+    found = STRING.findall(arguments)
+    if any(cut for _, cut in found):
+        sys.exit("power_cut.py: strace has cut a string short")
+    return [text_of(text) for text, _ in found]
+
+
+def folder_of(arguments: str) -> str:
+    at = AT.match(arguments.strip())
+    return text_of(at.group(1)).decode() if at else ""
+
+
+def path_in(folder: str, name: bytes) -> str:
+    return os.path.normpath(os.path.join(folder or "/", name.decode()))
+
+
+class Replay:
+    """Carries the calls of a trace out on a disk."""
+
+    def __init__(self, root: str):
+        self.disk = Disk(root)
+        self.waiting: dict[str, tuple[Node, bytes]] = {}
+        self.saved: int | None = None
+
+    def apply(self, call: str, arguments: str, process: str) -> bool:
+        """True if the disk may now be another than before."""
+        disk = self.disk
+        if call in ("write", "writev", "pwrite64", "pwritev", "pwritev2"):
+            path = folder_of(arguments)
+            data = b"".join(strings(arguments[arguments.index(">") :]))
+            for step in re.findall(rb"saved \S*step_(\d+)", data):
+                self.saved = int(step)
+            node = disk.find(path)
+            if node is None:
+                return False
+            at = len(node.data)
+            if call.startswith("pw"):
+                at = int(arguments.rsplit(",", 1)[1])
+            node.data = node.data[:at].ljust(at, b"\0") + data + node.data[at + len(data) :]
+            return True
+        if call in ("begin", "fsync", "fdatasync"):
+            node = disk.find(folder_of(arguments))
+            if call == "begin":
+                if node is not None:
+                    self.waiting[process] = (node, node.data)
+                return False
+            begun = self.waiting.pop(process, None)
+            if node is None:
+                return False
+            node.sync(begun[1] if begun and begun[0] is node else None)
+            return True
+        if call in ("open", "openat", "creat"):
+            if call == "creat":
+                sys.exit("power_cut.py: creat is not modelled")
+            flags = arguments.rsplit('"', 1)[1]
+            path = path_in(folder_of(arguments), strings(arguments)[0])
+            node = disk.find(path)
+            if node is not None and "O_TRUNC" in flags:
+                node.data = b""
+                return True
+            folder, name = disk.place(path)
+            if node is None and folder is not None and "O_CREAT" in flags:
+                folder.set({name: Node(False)})
+                return True
+            return False
+        if call == "ftruncate":
+            node = disk.find(folder_of(arguments))
+            if node is None:
+                return False
+            size = int(arguments.rsplit(",", 1)[1])
+            node.data = node.data[:size].ljust(size, b"\0")
+            return True
+        if call in ("mkdir", "mkdirat"):
+            folder, name = disk.place(path_in(folder_of(arguments), strings(arguments)[0]))
+            if folder is None:
+                return False
+            folder.set({name: Node(True)})
+            return True
+        if call in ("unlink", "unlinkat", "rmdir"):
+            folder, name = disk.place(path_in(folder_of(arguments), strings(arguments)[0]))
+            if folder is None:
+                return False
+            folder.set({name: None})
+            return True
+        if call in ("rename", "renameat", "renameat2", "link", "linkat"):
+            behind = arguments.split('", ', 1)[1]
+            old, new = strings(arguments)
+            old, new = path_in(folder_of(arguments), old), path_in(folder_of(behind), new)
+            (source, old_name), (target, new_name) = disk.place(old), disk.place(new)
+            if target is None:
+                return False
+            if source is None or old_name not in source.entries:
+                # A link to a file of the base, which has long been on the disk.
+                node = Node(False)
+                node.data = node.synced = Path(old).read_bytes()
+            else:
+                node = source.entries[old_name]
+            if call.startswith("link"):
+                target.set({new_name: node})
+            elif source is target:
+                target.set({old_name: None, new_name: node})
+            else:
+                source.set({old_name: None})
+                target.set({new_name: node})
+            return True
+        # Of other calls none may touch the folder.
+        if disk.root in text_of(arguments.replace('"', "")).decode("latin-1"):
+            sys.exit(f"power_cut.py: {call} is not modelled")
+        return False
+
+
+def left_of(old: bytes, new: bytes, draw: random.Random) -> list[bytes]:
+    """Contents that a cut may leave of a file that was `old` at its last fsync. What was appended to stays."""
+    kept = len(old) if new.startswith(old) else 0
+    part = draw.randint(kept, len(new))
+    return [old, new, new[:part], new[:kept], new[:part].ljust(len(new), b"\0")]
+
+
+def state_of(node: Node, policy: str, draw: random.Random, path: str = "", out: dict | None = None) -> dict:
+    """Files below `node` after a cut, by path; None for a folder."""
+    out = {} if out is None else out
+    entries = dict(node.stored)
+    count = {"least": 0, "mixed": draw.randint(0, len(node.changes))}.get(policy, len(node.changes))
+    for changed in node.changes[:count]:
+        for name, child in changed.items():
+            if child is None:
+                entries.pop(name, None)
+            else:
+                entries[name] = child
+    for name, child in entries.items():
+        place = f"{path}{name}"
+        if child.is_folder:
+            out[place] = None
+            state_of(child, policy, draw, place + "/", out)
+        elif policy == "all" or child.data is child.synced:
+            out[place] = child.data
+        else:
+            old = child.synced if child.synced is not None else b""
+            out[place] = draw.choice(left_of(old, child.data, draw)) if policy == "mixed" else old
+    return out
+
+
+HASHES: dict[int, tuple[bytes, str]] = {}
+
+
+def sha256(data: bytes) -> str:
+    """The hash, remembered as long as the bytes are."""
+    known = HASHES.get(id(data))
+    if known is None or known[0] is not data:
+        known = HASHES[id(data)] = (data, hashlib.sha256(data).hexdigest())
+    return known[1]
+
+
+def fault_of(state: dict, step: str) -> str | None:
+    """The reason why the folder `step` of a state is not whole."""
+    text = state.get(f"{step}/manifest.json")
+    if text is None:
+        return f"{step} has no manifest.json"
+    try:
+        manifest = json.loads(text)
+    except ValueError as error:
+        return f"{step}/manifest.json: {error}"
+    for name, listed in manifest.items():
+        data = state.get(f"{step}/{name}")
+        if data is None or len(data) != listed["size"] or sha256(data) != listed["sha256"]:
+            return f"{step}/{name} is not the file that was published"
+    return None
+
+
+RUN = "out/weights/run"
+
+
+def check(state: dict, saved: int | None) -> list[str]:
+    """Promises that the state breaks. `saved`: the step that the run had said to have saved."""
+    names = (re.fullmatch(rf"{RUN}/step_(\d+)", path) for path in state)
+    steps = sorted(int(name.group(1)) for name in names if name)
+    faults = [fault for step in steps if (fault := fault_of(state, f"{RUN}/step_{step}"))]
+    if saved is not None and (not steps or steps[-1] < saved):
+        faults.append(f"step {saved} was saved, the newest is {steps[-1] if steps else 'none'}")
+    latest = state.get(f"{RUN}/latest")
+    if latest is None and saved is not None:
+        faults.append("latest is missing")
+    if latest is not None and latest.decode("latin-1") not in [f"step_{step}\n" for step in steps]:
+        faults.append(f"latest is {latest!r}, the steps are {steps}")
+    lines = state.get("out/metrics.jsonl") or b""
+    known = []
+    for line in lines.splitlines():
+        try:
+            known.append(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            break
+    if steps and known[: steps[-1]] != list(range(1, steps[-1] + 1)):
+        faults.append(f"step {steps[-1]} is there, metrics.jsonl has {known}")
+    return faults
+
+
+def digest(state: dict) -> str:
+    own = hashlib.sha256()
+    for path, data in sorted(state.items()):
+        own.update(f"{path}\0{'folder' if data is None else sha256(data)}\0".encode())
+    return own.hexdigest()
+
+
+def story(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in OF_THE_MACHINE} for line in lines]
+
+
+def steps_of(out: Path) -> dict[str, bytes]:
+    """The files of the last two steps."""
+    found = {}
+    for step in (STEPS - 1, STEPS):
+        folder = out / "weights/run" / f"step_{step}"
+        found |= {str(path.relative_to(out)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--binary", type=Path, required=True, help="xorl-dist")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks of the recorded run")
+    parser.add_argument("--resumes", type=int, default=40, help="states to resume from")
+    parser.add_argument("--mixed", type=int, default=4, help="mixed states after each call")
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="power-cut-")).resolve()
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_rmaps_base_oversubscribe": "1",
+    }  # fmt: skip
+    ranks = ["mpirun", "-n", str(arguments.ranks)] if arguments.ranks > 1 else []
+    command = [*ranks, str(arguments.binary.resolve()), *make_run(folder)]
+    trace, out = folder.with_suffix(".trace"), folder / "out"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    strace = ["strace", "-f", "-y", "-xx", "-s", "1000000000", "-e", f"trace={CALLS}", "-e", "signal=none"]
+    done = subprocess.run([*strace, "-o", str(trace), *command], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"power_cut.py: the recorded run failed: {done.stderr[-2000:]}")
+    expected = story(out), steps_of(out)
+
+    begin = time.monotonic()
+    replay, draw = Replay(str(folder)), random.Random(arguments.seed)
+    for name, data in before.items():
+        node = Node(False)
+        node.data = node.synced = data
+        replay.disk.top.set({name: node})
+    replay.disk.top.sync()
+    count, tried, faults, states = 0, 0, [], {}
+    for call in calls(trace):
+        if not replay.apply(*call):
+            continue
+        count += 1
+        for policy in ["least", "names", "all"] + ["mixed"] * arguments.mixed:
+            state = state_of(replay.disk.top, policy, draw)
+            tried += 1
+            own = f"{digest(state)} {replay.saved}"
+            if own in states:
+                continue
+            found = check(state, replay.saved)
+            faults += [f"after call {count} ({call[0]}), {policy}: {fault}" for fault in found]
+            # Bytes are shared with the replay: a state costs its paths alone.
+            states[own] = (count, policy, replay.saved, state)
+    size = trace.stat().st_size
+    print(f"{count} calls of {size / 1e6:.0f} MB of trace, {tried} cuts, {len(states)} different states of the disk")
+    present = {str(path.relative_to(folder)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    modelled = {path: data for path, data in state_of(replay.disk.top, "all", draw).items() if data is not None}
+    modelled = {path: data for path, data in modelled.items() if path.startswith("out/")}
+    if modelled != present:
+        wrong = [path for path in {*modelled, *present} if modelled.get(path) != present.get(path)]
+        sys.exit(f"power_cut.py: the model differs from the disk: {sorted(wrong)[:9]}")
+    print(f"checked in {time.monotonic() - begin:.0f} s: {len(faults)} broken promises; the model ends as the disk")
+    for fault in faults[:20]:
+        print(f"  {fault}")
+
+    sample = sorted(draw.sample(sorted(states), min(arguments.resumes, len(states))), key=lambda own: states[own][0])
+    failed = 0
+    for own in sample:
+        number, policy, saved, state = states[own]
+        shutil.rmtree(out, ignore_errors=True)
+        for path, data in sorted(state.items()):
+            if path.startswith("out"):
+                place = folder / path
+                place.mkdir(parents=True) if data is None else place.write_bytes(data)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        wrong = None
+        if done.returncode:
+            wrong = done.stderr.strip().splitlines()[-1:]
+        elif (story(out), steps_of(out)) != expected:
+            wrong = "it ended otherwise than the recorded run"
+        elif subprocess.run([command[len(ranks)], "verify", str(out)], capture_output=True).returncode:
+            wrong = "verify finds damage"
+        if wrong:
+            failed += 1
+            print(f"  after call {number}, {policy}, step {saved} saved: {wrong}")
+    print(f"{len(sample)} states resumed: {len(sample) - failed} ended as the recorded run, bit for bit")
+    shutil.rmtree(folder)
+    trace.unlink()
+    sys.exit(1 if faults or failed else 0)
+
+
+if __name__ == "__main__":
+    main()
