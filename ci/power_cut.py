@@ -24,7 +24,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 STEPS = 8
@@ -79,6 +78,8 @@ class Node:
         self.changes: list[dict[str, Node | None]] = []
         self.data = b""
         self.synced: bytes | None = None
+        # Bytes at the beginning that no call has touched since the last fsync: a cut leaves them alone.
+        self.intact = 0
 
     def set(self, changed: dict) -> None:
         self.changes.append(changed)
@@ -93,6 +94,7 @@ class Node:
             self.stored, self.changes = dict(self.entries), []
         else:
             self.synced = self.data if data is None else data
+            self.intact = len(self.synced)
 
 
 class Disk:
@@ -146,7 +148,8 @@ AT = re.compile(r"^(?:AT_FDCWD|\d+)<([^>]*)>")
 
 
 def calls(trace: Path):
-    """The calls of a trace in the order of their ends: name, arguments, result. Of fsync also its beginning."""
+    """The calls of a trace that did not fail, in the order of their ends: name, arguments, thread. Of fsync also the
+    beginning, as `begin`: data that are written meanwhile may not be on the disk."""
     begun: dict[str, str] = {}
     with trace.open(encoding="latin-1") as lines:
         for line in lines:
@@ -204,6 +207,7 @@ class Replay:
             if call.startswith("pw"):
                 at = int(arguments.rsplit(",", 1)[1])
             node.data = node.data[:at].ljust(at, b"\0") + data + node.data[at + len(data) :]
+            node.intact = min(node.intact, at)
             return True
         if call in ("begin", "fsync", "fdatasync"):
             node = disk.find(folder_of(arguments))
@@ -223,7 +227,7 @@ class Replay:
             path = path_in(folder_of(arguments), strings(arguments)[0])
             node = disk.find(path)
             if node is not None and "O_TRUNC" in flags:
-                node.data = b""
+                node.data, node.intact = b"", 0
                 return True
             folder, name = disk.place(path)
             if node is None and folder is not None and "O_CREAT" in flags:
@@ -236,6 +240,7 @@ class Replay:
                 return False
             size = int(arguments.rsplit(",", 1)[1])
             node.data = node.data[:size].ljust(size, b"\0")
+            node.intact = min(node.intact, size)
             return True
         if call in ("mkdir", "mkdirat"):
             folder, name = disk.place(path_in(folder_of(arguments), strings(arguments)[0]))
@@ -259,7 +264,8 @@ class Replay:
             if source is None or old_name not in source.entries:
                 # A link to a file of the base, which has long been on the disk.
                 node = Node(False)
-                node.data = node.synced = Path(old).read_bytes()
+                node.data = Path(old).read_bytes()
+                node.sync()
             else:
                 node = source.entries[old_name]
             if call.startswith("link"):
@@ -276,11 +282,11 @@ class Replay:
         return False
 
 
-def left_of(old: bytes, new: bytes, draw: random.Random) -> list[bytes]:
-    """Contents that a cut may leave of a file that was `old` at its last fsync. What was appended to stays."""
-    kept = len(old) if new.startswith(old) else 0
+def left_of(node: Node, draw: random.Random) -> list[bytes]:
+    """Contents that a cut may leave of a file."""
+    new, kept = node.data, node.intact
     part = draw.randint(kept, len(new))
-    return [old, new, new[:part], new[:kept], new[:part].ljust(len(new), b"\0")]
+    return [node.synced or b"", new, new[:part], new[:kept], new[:part].ljust(len(new), b"\0")]
 
 
 def state_of(node: Node, policy: str, draw: random.Random, path: str = "", out: dict | None = None) -> dict:
@@ -302,8 +308,7 @@ def state_of(node: Node, policy: str, draw: random.Random, path: str = "", out: 
         elif policy == "all" or child.data is child.synced:
             out[place] = child.data
         else:
-            old = child.synced if child.synced is not None else b""
-            out[place] = draw.choice(left_of(old, child.data, draw)) if policy == "mixed" else old
+            out[place] = draw.choice(left_of(child, draw)) if policy == "mixed" else child.synced or b""
     return out
 
 
@@ -382,11 +387,72 @@ def steps_of(out: Path) -> dict[str, bytes]:
     return found
 
 
+def present(folder: Path) -> dict[str, bytes | None]:
+    """Files below `folder`, by path; None for a folder."""
+    below = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
+    return {name: None if path.is_dir() else path.read_bytes() for name, path in below.items()}
+
+
+def put(state: dict, folder: Path) -> None:
+    """Makes output_dir what it is in a state."""
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    for path, data in sorted(state.items()):
+        if path.split("/")[0] == "out":
+            place = folder / path
+            place.mkdir() if data is None else place.write_bytes(data)
+
+
+class Recording:
+    """A run that was recorded from its first call to its last, and all cuts of it."""
+
+    def __init__(self, folder: Path, command: list[str], environment: dict, mixed: int, draw: random.Random):
+        trace = folder.with_suffix(".trace")
+        replay = Replay(str(folder))
+        # All that was there before is on the disk.
+        for path, data in sorted(present(folder).items()):
+            parent, name = replay.disk.place(f"{folder}/{path}")
+            parent.set({name: Node(data is None)})
+            if data is not None:
+                parent.entries[name].data = data
+                parent.entries[name].sync()
+        nodes = [replay.disk.top]
+        for node in nodes:
+            node.sync()
+            nodes += [child for child in node.entries.values() if child.is_folder]
+        steps = [int(path.name[5:]) for path in (folder / RUN).glob("step_*")]
+        replay.saved = max(steps, default=None)
+
+        strace = ["strace", "-f", "-y", "-xx", "-s", "1000000000", "-e", f"trace={CALLS}", "-e", "signal=none"]
+        done = subprocess.run([*strace, "-o", str(trace), *command], env=environment, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"power_cut.py: the recorded run failed: {done.stderr[-2000:]}")
+        self.calls, self.cuts, self.faults, self.states = 0, 0, [], {}
+        for call in calls(trace):
+            if not replay.apply(*call):
+                continue
+            self.calls += 1
+            for policy in ["least", "names", "all"] + ["mixed"] * mixed:
+                state = state_of(replay.disk.top, policy, draw)
+                self.cuts += 1
+                own = f"{digest(state)} {replay.saved}"
+                if own in self.states:
+                    continue
+                faults = check(state, replay.saved)
+                self.faults += [f"after call {self.calls} ({call[0]}), {policy}: {fault}" for fault in faults]
+                # Bytes are shared with the replay: a state costs its paths alone.
+                self.states[own] = (self.calls, policy, replay.saved, state)
+        modelled, found = state_of(replay.disk.top, "all", draw), present(folder)
+        if modelled != found:
+            wrong = [path for path in {*modelled, *found} if modelled.get(path) != found.get(path)]
+            sys.exit(f"power_cut.py: the model differs from the disk: {sorted(wrong)[:9]}")
+        trace.unlink()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--binary", type=Path, required=True, help="xorl-dist")
     parser.add_argument("--ranks", type=int, default=1, help="ranks of the recorded run")
-    parser.add_argument("--resumes", type=int, default=40, help="states to resume from")
+    parser.add_argument("--resumes", type=int, default=40, help="states to resume from, of each recorded run")
     parser.add_argument("--mixed", type=int, default=4, help="mixed states after each call")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
@@ -395,74 +461,46 @@ def main() -> None:
         "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_rmaps_base_oversubscribe": "1",
     }  # fmt: skip
+    binary = str(arguments.binary.resolve())
     ranks = ["mpirun", "-n", str(arguments.ranks)] if arguments.ranks > 1 else []
-    command = [*ranks, str(arguments.binary.resolve()), *make_run(folder)]
-    trace, out = folder.with_suffix(".trace"), folder / "out"
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    strace = ["strace", "-f", "-y", "-xx", "-s", "1000000000", "-e", f"trace={CALLS}", "-e", "signal=none"]
-    done = subprocess.run([*strace, "-o", str(trace), *command], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"power_cut.py: the recorded run failed: {done.stderr[-2000:]}")
-    expected = story(out), steps_of(out)
-
-    begin = time.monotonic()
-    replay, draw = Replay(str(folder)), random.Random(arguments.seed)
-    for name, data in before.items():
-        node = Node(False)
-        node.data = node.synced = data
-        replay.disk.top.set({name: node})
-    replay.disk.top.sync()
-    count, tried, faults, states = 0, 0, [], {}
-    for call in calls(trace):
-        if not replay.apply(*call):
-            continue
-        count += 1
-        for policy in ["least", "names", "all"] + ["mixed"] * arguments.mixed:
-            state = state_of(replay.disk.top, policy, draw)
-            tried += 1
-            own = f"{digest(state)} {replay.saved}"
-            if own in states:
-                continue
-            found = check(state, replay.saved)
-            faults += [f"after call {count} ({call[0]}), {policy}: {fault}" for fault in found]
-            # Bytes are shared with the replay: a state costs its paths alone.
-            states[own] = (count, policy, replay.saved, state)
-    size = trace.stat().st_size
-    print(f"{count} calls of {size / 1e6:.0f} MB of trace, {tried} cuts, {len(states)} different states of the disk")
-    present = {str(path.relative_to(folder)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    modelled = {path: data for path, data in state_of(replay.disk.top, "all", draw).items() if data is not None}
-    modelled = {path: data for path, data in modelled.items() if path.startswith("out/")}
-    if modelled != present:
-        wrong = [path for path in {*modelled, *present} if modelled.get(path) != present.get(path)]
-        sys.exit(f"power_cut.py: the model differs from the disk: {sorted(wrong)[:9]}")
-    print(f"checked in {time.monotonic() - begin:.0f} s: {len(faults)} broken promises; the model ends as the disk")
-    for fault in faults[:20]:
-        print(f"  {fault}")
-
-    sample = sorted(draw.sample(sorted(states), min(arguments.resumes, len(states))), key=lambda own: states[own][0])
-    failed = 0
-    for own in sample:
-        number, policy, saved, state = states[own]
-        shutil.rmtree(out, ignore_errors=True)
-        for path, data in sorted(state.items()):
-            if path.startswith("out"):
-                place = folder / path
-                place.mkdir(parents=True) if data is None else place.write_bytes(data)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        wrong = None
-        if done.returncode:
-            wrong = done.stderr.strip().splitlines()[-1:]
-        elif (story(out), steps_of(out)) != expected:
-            wrong = "it ended otherwise than the recorded run"
-        elif subprocess.run([command[len(ranks)], "verify", str(out)], capture_output=True).returncode:
-            wrong = "verify finds damage"
-        if wrong:
-            failed += 1
-            print(f"  after call {number}, {policy}, step {saved} saved: {wrong}")
-    print(f"{len(sample)} states resumed: {len(sample) - failed} ended as the recorded run, bit for bit")
+    command = [*ranks, binary, *make_run(folder)]
+    draw, out = random.Random(arguments.seed), folder / "out"
+    broken, expected, start = 0, None, None
+    for name in ("a run", "one resumed after a cut"):
+        if start is not None:
+            put(start, folder)
+        recording = Recording(folder, command, environment, arguments.mixed, draw)
+        expected = expected or (story(out), steps_of(out))
+        if (story(out), steps_of(out)) != expected:
+            recording.faults.append("it ended otherwise than the run that was not cut")
+        print(
+            f"{arguments.ranks} ranks, {name}: {recording.calls} calls, {recording.cuts} cuts, {len(recording.states)} "
+            f"different states of the disk: {len(recording.faults)} broken promises"
+        )
+        for fault in recording.faults[:20]:
+            print(f"  {fault}")
+        states = sorted(recording.states.values(), key=lambda cut: cut[0])
+        # The next is recorded from the middle of this one.
+        start = next(cut[3] for cut in states[len(states) // 2 :] if cut[1] == "mixed")
+        sample = sorted(draw.sample(range(len(states)), min(arguments.resumes, len(states))))
+        failed = 0
+        for number, policy, saved, state in (states[place] for place in sample):
+            put(state, folder)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            wrong = None
+            if done.returncode:
+                wrong = done.stderr.strip().splitlines()[-1:]
+            elif (story(out), steps_of(out)) != expected:
+                wrong = "it ended otherwise than the run that was not cut"
+            elif subprocess.run([binary, "verify", str(out)], capture_output=True).returncode:
+                wrong = "verify finds damage"
+            if wrong:
+                failed += 1
+                print(f"  after call {number}, {policy}, step {saved} saved: {wrong}")
+        print(f"  {len(sample)} states resumed: {len(sample) - failed} ended as the run that was not cut, bit for bit")
+        broken += failed + len(recording.faults)
     shutil.rmtree(folder)
-    trace.unlink()
-    sys.exit(1 if faults or failed else 0)
+    sys.exit(1 if broken else 0)
 
 
 if __name__ == "__main__":

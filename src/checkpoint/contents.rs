@@ -49,7 +49,7 @@ pub fn check(folder: &Path) -> Result<Contents, CheckpointError> {
     };
     if let Some(state) = state::checked(folder)? {
         check_tiles(&state).map_err(damaged)?;
-        let (regions, pieces) = whole_pieces(folder, &state)?;
+        let (regions, pieces) = whole_pieces(folder, &manifest, &state)?;
         let found = check_pieces(&state, &regions, &pieces, adapter.as_ref());
         found.map_err(|reason| damaged(format!("{}: {reason}", state::FOLDER)))?;
     }
@@ -162,15 +162,30 @@ fn check_tiles(state: &AdapterState) -> Result<(), String> {
 }
 
 /// The pieces of all ranks put together, and the regions that they are of: each one piece.
-fn whole_pieces(folder: &Path, state: &AdapterState) -> Result<(Vec<FlatRegion>, Pieces), CheckpointError> {
+fn whole_pieces(
+    folder: &Path,
+    manifest: &Manifest,
+    state: &AdapterState,
+) -> Result<(Vec<FlatRegion>, Pieces), CheckpointError> {
+    let gradient = state.accumulated.map(|_| GRADIENT);
+    let names: Vec<&str> = optim::state_names(state.optimizer.kind).iter().copied().chain(gradient).collect();
+    // A file may claim any size: memory is taken only for what the files can hold.
+    let stored: u64 = state.piece_files().map(|file| manifest.size(&file)).sum();
+    let each = (state.shards * size_of::<f32>()).saturating_mul(1 + names.len()) as u64;
+    let needed = state
+        .regions
+        .iter()
+        .fold(0u64, |sum, region| sum.saturating_add((region.piece as u64).saturating_mul(each)));
+    if needed > stored {
+        let reason = format!("its shards are {needed} bytes, and the files with them have {stored}");
+        return Err(CheckpointError::Damaged { path: folder.to_owned(), reason });
+    }
     let whole = |region: &FlatRegion| FlatRegion {
         piece: region.piece * state.shards,
         expert_groups: 1,
         ..region.clone()
     };
     let regions: Vec<FlatRegion> = state.regions.iter().map(whole).collect();
-    let gradient = state.accumulated.map(|_| GRADIENT);
-    let names: Vec<&str> = optim::state_names(state.optimizer.kind).iter().copied().chain(gradient).collect();
     let pieces = read_pieces(folder, state, Cut { regions: &regions, shards: 1 }, 0, &names)?;
     Ok((regions, pieces))
 }

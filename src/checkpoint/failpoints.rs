@@ -2,6 +2,7 @@
 //! `fail_point!` marks them in the code. Only in builds of tests it is code at all: the dev-dependency on `fail` turns
 //! its feature on.
 
+use crate::console;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The variable that names the instant: `name:nth:rank`. The process of that rank is killed when it is there for the
@@ -81,8 +82,10 @@ pub fn arm(rank: usize) {
         return;
     }
     let passed = AtomicUsize::new(0);
+    let said = format!("killed at {name} by {VARIABLE}");
     let kill = move || {
         if passed.fetch_add(1, Ordering::Relaxed) + 1 == nth {
+            console::say(&said);
             // SAFETY: raise(2) takes any number; SIGKILL ends the process, which no handler sees.
             unsafe { libc::raise(libc::SIGKILL) };
         }

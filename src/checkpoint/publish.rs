@@ -95,6 +95,11 @@ impl Manifest {
         self.0.keys().map(String::as_str)
     }
 
+    /// Bytes of `file`; 0 if the step does not have it.
+    pub fn size(&self, file: &str) -> u64 {
+        self.0.get(file).map_or(0, |listed| listed.size)
+    }
+
     /// Bytes of the files.
     pub fn bytes(&self) -> u64 {
         self.0.values().map(|listed| listed.size).sum()

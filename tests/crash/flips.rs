@@ -148,6 +148,7 @@ fn verify_names_each_step_and_what_is_wrong_with_it() {
         ("config", inside(&run, "adapter_config.json", with("\"r\": 4", "\"r\": 5")), "says rank 5"),
         (state, inside(&run, state, with("\"step\": 3", "\"step\": 4")), "the state of step 4"),
         (state, inside(&run, state, with("\"first\": 0", "\"first\": 16")), "share elements of region"),
+        (state, inside(&run, state, with("\"piece\": ", "\"piece\": 99999999")), "the files with them have"),
     ] {
         assert!(reason.contains(words), "{file}: {words} in {reason}");
     }
