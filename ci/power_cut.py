@@ -53,7 +53,7 @@ def make_run(folder: Path) -> list[str]:
             "sample_packing_method": "none",
         },
         "train": {
-            "output_dir": str(folder / "out"), "max_steps": STEPS, "micro_batch_size": 2, "global_batch_size": 4,
+            "output_dir": "out", "max_steps": STEPS, "micro_batch_size": 2, "global_batch_size": 4,
             "save_steps": 1, "save_total_limit": 2, "lr": 5e-3, "enable_mixed_precision": False,
             "use_tensorboard": True, "load_checkpoint_path": "auto",
         },
@@ -186,7 +186,9 @@ class Recording:
         replay.saved = max(steps, default=None)
 
         strace = ["strace", "-f", "-y", "-xx", "-s", "1000000000", "-e", f"trace={CALLS}", "-e", "signal=none"]
-        done = subprocess.run([*strace, "-o", str(trace), *command], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [*strace, "-o", str(trace), *command], env=environment, cwd=folder, capture_output=True, text=True
+        )
         if done.returncode:
             sys.exit(f"power_cut.py: the recorded run failed: {done.stderr[-2000:]}")
         self.calls, self.cuts, self.faults, self.states = 0, 0, [], {}
@@ -249,7 +251,7 @@ def main() -> None:
         failed = 0
         for number, policy, saved, state in (states[place] for place in sample):
             put(state, folder)
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
             wrong = None
             if done.returncode:
                 wrong = done.stderr.strip().splitlines()[-1:]

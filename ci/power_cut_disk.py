@@ -127,11 +127,11 @@ def folder_of(arguments: str) -> str:
 
 
 def path_in(folder: str, name: bytes) -> str:
-    return os.path.normpath(os.path.join(folder or "/", name.decode()))
+    return os.path.normpath(os.path.join(folder, name.decode()))
 
 
 class Replay:
-    """Carries the calls of a trace out on a disk."""
+    """Carries the calls of a trace out on a disk, whose root is the current folder of the program."""
 
     def __init__(self, root: str, without: str | None):
         self.disk = Disk(root)
@@ -175,7 +175,7 @@ class Replay:
             if call == "creat":
                 sys.exit("power_cut.py: creat is not modelled")
             flags = arguments.rsplit('"', 1)[1]
-            path = path_in(folder_of(arguments), strings(arguments)[0])
+            path = path_in(folder_of(arguments) or disk.root, strings(arguments)[0])
             node = disk.find(path)
             if node is not None and "O_TRUNC" in flags:
                 node.data, node.intact = b"", 0
@@ -194,13 +194,13 @@ class Replay:
             node.intact = min(node.intact, size)
             return True
         if call in ("mkdir", "mkdirat"):
-            folder, name = disk.place(path_in(folder_of(arguments), strings(arguments)[0]))
+            folder, name = disk.place(path_in(folder_of(arguments) or disk.root, strings(arguments)[0]))
             if folder is None:
                 return False
             folder.set({name: Node(True)})
             return True
         if call in ("unlink", "unlinkat", "rmdir"):
-            folder, name = disk.place(path_in(folder_of(arguments), strings(arguments)[0]))
+            folder, name = disk.place(path_in(folder_of(arguments) or disk.root, strings(arguments)[0]))
             if folder is None:
                 return False
             folder.set({name: None})
@@ -208,7 +208,8 @@ class Replay:
         if call in ("rename", "renameat", "renameat2", "link", "linkat"):
             behind = arguments.split('", ', 1)[1]
             old, new = strings(arguments)
-            old, new = path_in(folder_of(arguments), old), path_in(folder_of(behind), new)
+            old = path_in(folder_of(arguments) or disk.root, old)
+            new = path_in(folder_of(behind) or disk.root, new)
             (source, old_name), (target, new_name) = disk.place(old), disk.place(new)
             if target is None:
                 return False

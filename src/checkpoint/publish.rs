@@ -366,10 +366,12 @@ fn split(folder: &Path) -> Result<(&Path, &str), CheckpointError> {
 
 /// Creates `folder` with those above it, on the disk when this returns.
 pub fn create_folder(folder: &Path) -> Result<(), CheckpointError> {
-    let absent: Vec<&Path> = folder.ancestors().take_while(|above| !above.is_dir()).collect();
+    // The last part of a relative path is in the current directory.
+    let here = |path: &Path| if path.as_os_str().is_empty() { PathBuf::from(".") } else { path.to_owned() };
+    let absent: Vec<&Path> = folder.ancestors().take_while(|above| !here(above).is_dir()).collect();
     fs::create_dir_all(folder).map_err(io(folder))?;
     fail_point!("folder.created");
-    absent.iter().filter_map(|new| new.parent()).filter(|above| above.is_dir()).try_for_each(sync)
+    absent.iter().filter_map(|new| new.parent()).try_for_each(|above| sync(&here(above)))
 }
 
 /// Removes a hidden directory, perhaps at the same time as another process.

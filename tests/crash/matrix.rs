@@ -95,7 +95,7 @@ fn mpi_every_instant_on_every_rank() {
         let all = all_kills(ranks, 3).into_iter();
         kill_at_each(ranks, &all.filter(|(name, nth, _)| *nth == 1 || !is_once(name)).collect::<Vec<_>>());
     }
-    merge_killed_at(&["publish.begun", "base.linked", "model.created", "model.written", "model.synced"]);
+    merge_killed_at(&["publish.begun", "model.created", "model.written", "model.synced"]);
     let publishing: Vec<&str> = OF_RUNS.iter().copied().filter(|name| name.starts_with("publish.")).collect();
     merge_killed_at(&publishing);
 }
