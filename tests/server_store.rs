@@ -17,6 +17,7 @@ use std::{
 };
 use xorl_dist::{
     checkpoint::{
+        contents,
         pieces::{GRADIENT, Pieces, read_pieces},
         reshard::Cut,
         saves,
@@ -326,6 +327,9 @@ fn travels(from: Case, to: &[Case]) {
     let plain = out.join("sampler_weights/policy/plain");
     assert!(!saves::describe(&plain).unwrap().has_optimizer && !plain.join("training_state").exists());
     assert_eq!(adapter(&full), adapter(&plain));
+    for save in [&full, &plain, &out.join("full_weights/policy/merged")] {
+        contents::check(save).unwrap();
+    }
     // A save whose files have changed, and one of another optimizer.
     for name in ["hurt", "sgd"] {
         common::tiny::copy_tree(&full, &out.join(name));
