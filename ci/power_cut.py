@@ -210,6 +210,8 @@ class Recording:
         if modelled != found:
             wrong = [path for path in {*modelled, *found} if modelled.get(path) != found.get(path)]
             sys.exit(f"power_cut.py: the model differs from the disk: {sorted(wrong)[:9]}")
+        if replay.saved != STEPS:
+            sys.exit(f"power_cut.py: of {STEPS} steps the log has last said to have saved {replay.saved}")
         trace.unlink()
 
 
