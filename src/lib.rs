@@ -26,7 +26,7 @@
 //! - [`mesh`]: ranks to axes and every divisibility rule: pure
 //! - [`config`]: typed `run.yaml` and `server.yaml`, defaults, validation
 //! - [`page`]: style, curves and nodes of the pages for browsers
-//! - [`hub`]: models of the Hugging Face hub: ids, downloads, the cache
+//! - [`hub`]: models and data sets of the Hugging Face hub: ids, downloads, the cache
 //! - [`console`]: text for people: counted nouns, short lists, whole lines on stderr, the bar below them
 //! - [`clock`]: seconds by phase of a step
 //! - [`trace`]: spans of phases, operations and collectives, for Chrome's trace viewer

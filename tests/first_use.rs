@@ -136,7 +136,7 @@ fn a_path_that_leads_nowhere_is_named_as_what_it_is() {
         ("model.tokenizer_path", &weights, &["a file", "tokenizer.json"]),
         ("lora.adapter_path", "nowhere", &["no such folder", "PEFT adapter"]),
         ("lora.adapter_path", &weights, &["a file", "PEFT adapter"]),
-        ("data", "tatsu-lab/alpaca", &["hub id", "hf download tatsu-lab/alpaca --repo-type dataset"]),
+        ("data", "tatsu-lab/alpaca", &["no such file or folder here", "no such data set in the cache"]),
         ("data", "data/*.jsonl", &["no file matches this glob"]),
         ("data", "nowhere.jsonl", &["no such file or folder"]),
     ];

@@ -293,7 +293,7 @@ fn folders_without_a_tokenizer_are_named_as_what_they_are() {
     std::fs::write(at("file"), "x").unwrap();
     assert!(load(&at("file")).contains("file: a file; set model.tokenizer_path"));
     std::fs::create_dir(at("empty")).unwrap();
-    assert!(load(&at("empty")).contains("empty: no tokenizer.json; set model.tokenizer_path"));
+    assert!(load(&at("empty")).contains("empty: no tokenizer.json; copy it here"));
     for (name, form) in [
         ("sentencepiece", "tokenizer.model"),
         ("xlm", "sentencepiece.bpe.model"),

@@ -1,12 +1,7 @@
 //! The command `check`.
 
 use super::{Common, Fields, RUN_FIELDS, Runnable, at_least_one, models, ranks::on_all_ranks};
-use crate::{
-    comm::FreeMemory,
-    config,
-    error::{Error, Result},
-    train::Run,
-};
+use crate::{comm::FreeMemory, error::Result, train::Run};
 use std::{path::PathBuf, process::ExitCode};
 
 /// Validate config, model and data without training; print the resolved run, mesh, memory and traffic
@@ -23,17 +18,6 @@ pub struct Check {
     pub show_samples: Option<usize>,
 }
 
-impl Check {
-    /// The error for a file that is no run's but a server's.
-    fn of_server(&self) -> Option<Error> {
-        config::load_server(&self.config, &[]).ok()?;
-        let file = self.config.display();
-        Some(Error::Input(format!(
-            "{file} is of a server, not of a run: xorl-dist serve --config {file} checks it and starts"
-        )))
-    }
-}
-
 impl Runnable for Check {
     const USAGE: &'static str = "check --config <FILE> [--ranks <N>] [--show-samples <N>]";
     const FIELDS: Option<Fields> = Some(RUN_FIELDS);
@@ -47,8 +31,7 @@ impl Runnable for Check {
             |world| {
                 models::fetch(world, || models::of_run(&self.config, &common.overrides))?;
                 let ranks = self.ranks.unwrap_or(world.size());
-                let run = Run::prepare(&self.config, &common.overrides, ranks);
-                let mut run = run.map_err(|error| self.of_server().unwrap_or(error))?;
+                let mut run = Run::prepare(&self.config, &common.overrides, ranks)?;
                 run.start_afresh()?;
                 run.foresee()?;
                 Ok(run)

@@ -87,13 +87,17 @@ impl Runnable for Eval {
 }
 
 impl Eval {
-    /// The models of the hub that these arguments name.
+    /// The models and data sets of the hub that these arguments name.
     fn models(&self, common: &Common) -> Vec<Named> {
+        let data = self.data.as_deref().and_then(models::of_data_flag);
         let Some(config) = &self.config else {
-            return models::of_adapter(self.model.as_deref(), self.adapter.as_deref());
+            return models::of_adapter(self.model.as_deref(), self.adapter.as_deref())
+                .into_iter()
+                .chain(data)
+                .collect();
         };
-        let given = models::of_adapter(self.model.as_deref(), None);
-        given.into_iter().chain(models::of_run(config, &common.overrides)).collect()
+        let given = models::of_adapter(self.model.as_deref(), None).into_iter().chain(data);
+        given.chain(models::of_run(config, &common.overrides)).collect()
     }
 
     /// The request that these arguments make.

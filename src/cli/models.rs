@@ -1,27 +1,29 @@
-//! Models of the hub that a command names: in the cache of every host before the ranks read them.
+//! Models and data sets of the hub that a command names: in the cache of every host before the ranks read them.
 
 use crate::{
     checkpoint::steps,
     comm::World,
-    config::{self, HubModel, ModelArgs, Override},
+    config::{self, DataArgs, HubModel, ModelArgs, Override},
     error::{Error, Result, agree, broadcast_from_root},
-    hub::{self, HubError, HubId, Pinned},
+    hub::{self, HubError, HubId, Pinned, Subset, Wanted},
 };
 use std::path::Path;
 
-/// A model of the hub, and the field or flag that names it.
+/// A repository of the hub, and the field or flag that names it.
 pub(super) struct Named {
     place: String,
     id: HubId,
-    /// Its weights are read.
-    weights: bool,
+    wanted: Wanted,
 }
 
-/// The models of a run. None of a configuration that is refused: whoever prepares the run says why.
+/// The models and data sets of a run. None of a configuration that is refused: whoever prepares the run says why.
 pub(super) fn of_run(path: &Path, overrides: &[Override]) -> Vec<Named> {
     let loaded = config::load_with_paths(path, overrides).ok();
-    let named =
-        loaded.map(|loaded| of_model(&loaded.config.model, |key| loaded.places.of(&format!("model.{key}"))));
+    let named = loaded.map(|loaded| {
+        let mut named = of_model(&loaded.config.model, |key| loaded.places.of(&format!("model.{key}")));
+        named.extend(of_data(&loaded.config.data, |field| loaded.places.of(field)));
+        named
+    });
     named.unwrap_or_default()
 }
 
@@ -35,12 +37,33 @@ pub(super) fn of_server(path: &Path, overrides: &[Override]) -> Vec<Named> {
 
 fn of_model(model: &ModelArgs, place: impl Fn(&str) -> config::Place) -> Vec<Named> {
     let of_hub = model.of_hub().into_iter();
-    of_hub.map(|HubModel { key, id, weights }| Named { place: place(key).to_string(), id, weights }).collect()
+    let named = |HubModel { key, id, weights }| Named {
+        place: place(key).to_string(),
+        id,
+        wanted: Wanted::Model { weights },
+    };
+    of_hub.map(named).collect()
+}
+
+fn of_data(data: &DataArgs, place: impl Fn(&str) -> config::Place) -> Vec<Named> {
+    let lists = [("datasets", &data.datasets[..]), ("test_datasets", data.validation_sets())];
+    let sets = lists.into_iter().flat_map(|(list, sets)| sets.iter().enumerate().map(move |of| (list, of)));
+    let named = sets.filter(|(_, (_, set))| !set.is_dummy()).filter_map(|(list, (index, set))| {
+        let place = place(&format!("data.{list}[{index}].path")).to_string();
+        Some(Named { place, id: HubId::of_data(&set.path)?, wanted: Wanted::Rows(set.subset()) })
+    });
+    named.collect()
+}
+
+/// The data set of `--data`.
+pub(super) fn of_data_flag(data: &Path) -> Option<Named> {
+    let id = HubId::of_data(data)?;
+    Some(Named { place: "--data".into(), id, wanted: Wanted::Rows(Subset::default()) })
 }
 
 /// The model of `--model`, else the base that `adapter` names.
 pub(super) fn of_adapter(model: Option<&Path>, adapter: Option<&Path>) -> Vec<Named> {
-    let named = |place: String, id| Named { place, id, weights: true };
+    let named = |place: String, id| Named { place, id, wanted: Wanted::Model { weights: true } };
     let given = match (model, adapter.map(steps::adapter_at)) {
         (Some(model), _) => HubId::of_path(model).map(|id| named("--model".into(), id)),
         (None, Some(Ok(adapter))) => {
@@ -52,7 +75,7 @@ pub(super) fn of_adapter(model: Option<&Path>, adapter: Option<&Path>) -> Vec<Na
     given.into_iter().collect()
 }
 
-/// Downloads the models that `named` gives on rank 0, once on each host, by its first rank. Collective.
+/// Downloads what `named` gives on rank 0, once on each host, by its first rank. Collective.
 ///
 /// # Errors
 /// That of the first rank that has one, and [`Error::Elsewhere`] on the others.
@@ -64,7 +87,7 @@ pub(super) fn fetch(world: &World, named: impl FnOnce() -> Vec<Named>) -> Result
     let own = if is_root { pinned(named()).and_then(|pinned| written(&pinned)) } else { Ok(String::new()) };
     let text = broadcast_from_root(&*everyone, &agree(&*everyone, own)?)?;
     let pinned: Vec<(String, Pinned)> = serde_json::from_str(&text)
-        .map_err(|error| Error::Failure(format!("names of models did not arrive: {error}")))?;
+        .map_err(|error| Error::Failure(format!("names of repositories did not arrive: {error}")))?;
     if pinned.is_empty() {
         return Ok(());
     }
@@ -77,14 +100,14 @@ pub(super) fn fetch(world: &World, named: impl FnOnce() -> Vec<Named>) -> Result
     agree(&*everyone, own)
 }
 
-/// The models at commits, those that are wanted twice once.
+/// The repositories at commits, those that are wanted twice once.
 fn pinned(named: Vec<Named>) -> Result<Vec<(String, Pinned)>> {
     let mut all: Vec<(String, Pinned)> = Vec::new();
-    for Named { place, id, weights } in named {
-        if all.iter().any(|(_, known)| known.id == id && known.weights >= weights) {
+    for Named { place, id, wanted } in named {
+        if all.iter().any(|(_, known)| known.id == id && known.wanted.covers(&wanted)) {
             continue;
         }
-        let pinned = hub::pin(&id, weights).map_err(|error| failure(&place, &id, &error))?;
+        let pinned = hub::pin(&id, &wanted).map_err(|error| failure(&place, &id, &error))?;
         all.push((place, pinned));
     }
     Ok(all)

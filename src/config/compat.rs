@@ -162,8 +162,7 @@ const REFUSED: &[Refused] = &[
     refused("lora.lora_target_manifest", &["null"], "name the targets in lora_target_modules"),
     refused("lora.lora_b_init_seed", &["0"], "B is drawn from train.seed"),
     refused("distill.enable_distillation", &["false"], "distillation is not built"),
-    refused("data.datasets.name", &["null"], LOCAL_DATA),
-    refused("data.datasets.revision", &["null"], LOCAL_DATA),
+    refused("data.datasets.revision", &["null"], "write it behind the id: path: owner/name@revision"),
     refused("data.datasets.trust_remote_code", &["null", "false"], LOCAL_DATA),
     refused("data.datasets.data_files", &["null"], "path names a file, a folder or a glob"),
     refused(

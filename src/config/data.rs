@@ -5,6 +5,7 @@ use super::error::{Issue, Issues, Problem};
 use super::section::{Section, section};
 use super::source::{Kind, Node};
 use super::value::{Description, ListItem, Rule, Value, choices};
+use crate::hub::{self, HubId, Subset};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -57,16 +58,19 @@ choices! {
 section! {
     /// One entry of `data.datasets`.
     pub struct DatasetArgs {
-        /// A file, a folder, a glob (`data/*.parquet`), a folder of datasets' `save_to_disk`, or `dummy` (random
-        /// token ids). Formats: jsonl, json, parquet, arrow, csv, tsv, txt; those of text also as .gz and .zst.
+        /// A file, a folder, a glob (`data/*.parquet`), a folder of datasets' `save_to_disk`, a data set of the Hugging
+        /// Face hub (`tatsu-lab/alpaca`, `tatsu-lab/alpaca@main`), downloaded once into the hub's cache, or `dummy`
+        /// (random token ids). Formats: jsonl, json, parquet, arrow, csv, tsv, txt; those of text also as .gz and .zst.
         path: PathBuf = PathBuf::new();
         /// Content of a row. By default what the fields of the first one tell. `chat`: messages, also as ShareGPT's
         /// conversations; `alpaca`: instruction, input, output; `completion`: prompt, completion; `text`: text;
         /// `tokenized`: input_ids, labels; `preference`: prompt, chosen, rejected. `dummy` is always tokenized.
         kind as "type": DatasetType = DatasetType::Auto;
-        /// Split of a folder: its subfolder, or the files named after it. null: all files; `train` of a folder that
-        /// `save_to_disk` wrote with splits.
+        /// Split of a folder: its subfolder, or the files named after it. null: all files; `train` of a data set of the
+        /// hub, and of a folder that `save_to_disk` wrote with splits.
         split: Option<String> = None;
+        /// Configuration of a data set of the hub, as `configs` of its README.md names it. null: the one by default.
+        name: Option<String> = None;
         /// At most this many rows, from the start. `dummy`: number of samples.
         num_samples: Option<usize> = None => OneOrMore;
         /// Times that each sample stands in an epoch: 2 twice, 0.5 a random half of them, 1.5 all and a random half
@@ -193,10 +197,15 @@ impl DatasetArgs {
         self.path == Path::new("dummy")
     }
 
+    /// The part of a data set of the hub that is read.
+    pub fn subset(&self) -> Subset {
+        Subset { name: self.name.clone(), split: self.split.clone() }
+    }
+
     /// The first rule between fields that is broken, with the field that it stands at.
     fn conflict(&self, given: impl Fn(&str) -> bool) -> Option<(&'static str, Problem)> {
         if !given("path") {
-            let needed = "a file, a folder, a glob, or dummy";
+            let needed = "a file, a folder, a glob, a data set of the hub, or dummy";
             return Some(("path", Problem::Missing { needed }));
         }
         if self.is_dummy() {
@@ -205,6 +214,7 @@ impl DatasetArgs {
             }
             let others = [
                 ("split", self.split.is_some()),
+                ("name", self.name.is_some()),
                 ("columns", !self.columns.is_empty()),
                 ("message_property_mappings", !self.message_property_mappings.is_empty()),
                 ("roles", !self.roles.is_empty()),
@@ -234,9 +244,15 @@ impl DatasetArgs {
                 return Some((field, Problem::Conflict(words)));
             }
         }
-        let (scheme, _) = self.path.to_str()?.split_once("://")?;
+        let address = self.path.to_str()?;
+        let (scheme, _) = address.split_once("://")?;
+        if HubId::of_address(address).is_some() {
+            return Some(("path", Problem::Conflict(hub::address_words(address))));
+        }
         let value = format!("a {scheme} address");
-        Some(("path", Problem::Refused { value, reason: "data is read from local files only" }))
+        let reason =
+            "data is read from local files only, and from the hub by its id, owner/name; copy it here";
+        Some(("path", Problem::Refused { value, reason }))
     }
 
     /// Sets the field `key`; `false` where there is none. Names of axolotl's stand for a column.

@@ -121,6 +121,9 @@ pub enum ConfigError {
     /// The name says neither YAML nor JSON.
     #[error("{}: expected a .yaml, .yml or .json file", .path.display())]
     Extension { path: PathBuf },
+    /// The configuration of the other program.
+    #[error("{}", kind_words(.path, *.is_server))]
+    Kind { path: PathBuf, is_server: bool },
     /// Not YAML, or not a mapping of sections.
     #[error("{}:{line}: {message}", .path.display())]
     Syntax { path: PathBuf, line: usize, message: String },
@@ -142,13 +145,40 @@ impl ConfigError {
         }
     }
 
+    /// The same with the names by which the user gave flags: pairs of field and name.
+    pub fn with_flags(self, names: &[(&str, &str)]) -> Self {
+        match self {
+            Self::Field { place: Place::Flag { field }, problem } => {
+                let given =
+                    names.iter().find(|(ours, _)| *ours == field).map(|(_, given)| (*given).to_owned());
+                Self::Field { place: Place::Flag { field: given.unwrap_or(field) }, problem }
+            }
+            Self::Several(faults) => {
+                Self::Several(faults.into_iter().map(|fault| fault.with_flags(names)).collect())
+            }
+            other => other,
+        }
+    }
+
     /// The line of the file; a flag is behind all of them.
     fn line(&self) -> usize {
         match self {
             Self::Syntax { line, .. } | Self::Field { place: Place::File { line, .. }, .. } => *line,
             Self::Field { place: Place::Flag { .. }, .. } => usize::MAX,
-            Self::Read { .. } | Self::Extension { .. } | Self::Several(_) => 0,
+            Self::Read { .. } | Self::Extension { .. } | Self::Kind { .. } | Self::Several(_) => 0,
         }
+    }
+}
+
+fn kind_words(path: &Path, is_server: bool) -> String {
+    let file = path.display();
+    if is_server {
+        format!("{file} is of a server, not of a run: xorl-dist serve --config {file} checks it and starts")
+    } else {
+        format!(
+            "{file} is of a run, not of a server: xorl-dist --config {file} trains it; configs/server/README.md has \
+             the fields of a server"
+        )
     }
 }
 

@@ -99,7 +99,7 @@ const FOREIGN: &[(&str, Means)] = &[
     ("tf32", Needless(MIXED)),
     ("bf16_full_eval", Needless("evaluations compute in the dtype of training")),
     ("load_in_4bit", Is("lora.enable_qlora", " (with quant_format: nf4)")),
-    ("load_in_8bit", Not(NO_QUANTIZED)),
+    ("load_in_8bit", Is("lora.enable_qlora", " (with quant_format: block_fp8)")),
     ("quantization_bit", Not(NO_QUANTIZED)),
     ("quantization_method", Is("lora.quant_format", "")),
     ("quantization_config", Not(NO_QUANTIZED)),

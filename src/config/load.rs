@@ -3,7 +3,7 @@
 
 use super::compat::Verdict;
 use super::error::{ConfigError, FieldLocations, Issue, Place, Problem};
-use super::file::ConfigFile;
+use super::file::{self, ConfigFile};
 use super::nearest::Hint;
 use super::source::{self, Document, Entry, Kind, Node, SyntaxError};
 use super::{RunConfig, ServerConfig, paths, validate};
@@ -43,6 +43,14 @@ pub fn load(path: &Path, overrides: &[Override]) -> Result<Loaded, ConfigError> 
 /// As [`load`], with a problem for each such path.
 pub fn load_with_paths(path: &Path, overrides: &[Override]) -> Result<Loaded, ConfigError> {
     resolve(path, read(path)?, overrides, true)
+}
+
+/// [`load_with_paths`] for YAML text that is already read; `name` stands for the file in messages.
+///
+/// # Errors
+/// As [`load_with_paths`].
+pub fn load_yaml_with_paths(name: &Path, text: &str, overrides: &[Override]) -> Result<Loaded, ConfigError> {
+    resolve(name, source::parse_yaml(text), overrides, true)
 }
 
 /// Like [`load`] for YAML text that is already read; `name` stands for the file in messages.
@@ -154,6 +162,9 @@ impl<C: ConfigFile> Loader<'_, C> {
             };
             return Err(self.syntax(root.line, format!("{expected}, got {}", root.shown())));
         };
+        if is_of_the_other_kind::<C>(&entries) {
+            return Err(ConfigError::Kind { path: self.path.to_owned(), is_server: !C::IS_FLAT });
+        }
         if C::IS_FLAT {
             C::SECTIONS.iter().take(1).for_each(|section| self.entries(section, &entries, overrides));
             return Ok(());
@@ -228,6 +239,17 @@ impl<C: ConfigFile> Loader<'_, C> {
             Err(problem) => self.fault(place, problem),
         }
     }
+}
+
+/// True for a file of a server's fields that is read as a run's, and the other way round.
+fn is_of_the_other_kind<C: ConfigFile>(entries: &[Entry]) -> bool {
+    let is_of_run = |entry: &Entry| RunConfig::SECTIONS.contains(&entry.key.as_str());
+    let of_server = file::names::<ServerConfig>();
+    let known =
+        [ServerConfig::COMPAT.accepted_names(), ServerConfig::COMPAT.refused_names(), of_server].concat();
+    let is_of_server = |entry: &Entry| known.contains(&format!("server.{}", entry.key));
+    let is_other: &dyn Fn(&Entry) -> bool = if C::IS_FLAT { &is_of_run } else { &is_of_server };
+    !entries.is_empty() && entries.iter().all(is_other)
 }
 
 /// True for this program's sections and for those that only xorl has.

@@ -175,6 +175,6 @@ pub(super) fn targets_problem(targets: Option<&[String]>) -> Option<Problem> {
 
 /// The problem of `enable_lora`, if it is false.
 pub(super) fn enabled_problem(enabled: bool) -> Option<Problem> {
-    let reason = "the base is frozen by design, so nothing would be trained";
+    let reason = "the base is frozen by design, so nothing would be trained; leave it out";
     (!enabled).then(|| Problem::Refused { value: "false".into(), reason })
 }

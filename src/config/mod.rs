@@ -34,7 +34,9 @@ pub use compute::{CheckpointingMethod, ComputeArgs, ReduceGradients};
 pub use data::{DataArgs, DatasetArgs, DatasetType, PackingMethod, SampleBy, Turns};
 pub use error::{ConfigError, FieldLocations, Place, Problem};
 pub use help::{help, reference, schema_table, server_help, server_reference, server_schema_table};
-pub use load::{Loaded, Override, load, load_server, load_server_yaml, load_with_paths, load_yaml};
+pub use load::{
+    Loaded, Override, load, load_server, load_server_yaml, load_with_paths, load_yaml, load_yaml_with_paths,
+};
 pub use lora::{ExportFormat, InitLoraWeights, LoraArgs, NoiseArgs, QuantArgs, QuantFormat};
 pub use loss::Param;
 pub use model::{BaseFiles, HubModel, ModelArgs, NoFiles};

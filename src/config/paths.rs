@@ -4,7 +4,7 @@
 use super::error::{ConfigError, FieldLocations, Problem};
 use super::nearest::misspelt;
 use super::{ModelArgs, RunConfig};
-use crate::hub::HubId;
+use crate::hub::{self, HubId};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
@@ -99,7 +99,7 @@ fn fault(path: &Path, kind: Kind) -> Option<String> {
         Some(words) => words,
         None => {
             let absent = match kind {
-                Kind::Data => "no such file or folder".into(),
+                Kind::Data => format!("no such file or folder; expected {}", kind.expected()),
                 Kind::Keys => format!("no such file; expected {}", kind.expected()),
                 _ => format!("no such folder; expected {}", kind.expected()),
             };
@@ -145,7 +145,12 @@ fn absent(text: &str, kind: Kind) -> Option<String> {
         return Some("no such path; ~ is not expanded here, write the path in full".into());
     }
     if let Some((scheme, _)) = text.split_once("://") {
-        return Some(format!("a {scheme} address; {} is read from local files only", kind.thing()));
+        return Some(match kind {
+            Kind::Adapter | Kind::Keys => {
+                format!("a {scheme} address; {} is read from local files only", kind.thing())
+            }
+            _ => hub::address_words(text),
+        });
     }
     if text.contains(['*', '?', '[']) {
         return Some(match kind {
@@ -153,25 +158,20 @@ fn absent(text: &str, kind: Kind) -> Option<String> {
             _ => format!("a glob, which is not expanded; name {}", kind.expected()),
         });
     }
-    let may_be_hub_id = kind != Kind::Keys && HubId::of_path(Path::new(text)).is_some();
-    may_be_hub_id.then(|| match kind {
-        Kind::Data => format!(
-            "no such file or folder; if it is a Hugging Face hub id, download its files first and name their folder: \
-             hf download {text} --repo-type dataset --local-dir {}",
-            text.rsplit('/').next().unwrap_or(text)
-        ),
-        _ => format!(
+    let may_be_hub_id = kind == Kind::Adapter && HubId::of_path(Path::new(text)).is_some();
+    may_be_hub_id.then(|| {
+        format!(
             "no such folder; if it is an adapter of the Hugging Face hub, download it first and name the folder: \
              hf download {text} --local-dir {}",
             text.rsplit('/').next().unwrap_or(text)
-        ),
+        )
     })
 }
 
 impl Kind {
     /// True for a thing that is downloaded if it has a hub id.
     fn may_be_of_hub(self) -> bool {
-        matches!(self, Self::Model | Self::ModelConfig | Self::Tokenizer)
+        matches!(self, Self::Model | Self::ModelConfig | Self::Tokenizer | Self::Data)
     }
 
     fn expected(self) -> &'static str {
@@ -179,7 +179,7 @@ impl Kind {
             Self::Model => "an HF model directory (config.json, safetensors) or a hub id, owner/name",
             Self::ModelConfig => "an HF config.json, its directory or a hub id, owner/name",
             Self::Tokenizer => "a directory with tokenizer.json or a hub id, owner/name",
-            Self::Data => "a data file, a folder of them or a glob",
+            Self::Data => "a data file, a folder of them, a glob or a hub id, owner/name",
             Self::Adapter => "a PEFT adapter directory, such as a published step",
             Self::Keys => "a file with the hashes of API keys",
         }

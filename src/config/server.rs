@@ -107,6 +107,25 @@ impl ServerConfig {
         self.base_model_name.clone().unwrap_or_else(|| self.model.name())
     }
 
+    /// The problem of an `api_host` that is more than an address.
+    fn host_problem(&self) -> Option<Problem> {
+        let text = self.api_host.split_once("://").map_or(&*self.api_host, |(_, rest)| rest);
+        let host = text.split('/').next().unwrap_or_default();
+        let (host, port) = match host.rsplit_once(':') {
+            Some((host, port)) if !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit()) => {
+                (host, Some(port))
+            }
+            _ => (host, None),
+        };
+        let is_ip = self.api_host.parse::<IpAddr>().is_ok();
+        let is_alone = is_ip || host == self.api_host;
+        let port = port.map_or_else(String::new, |port| format!(", and api_port: {port}"));
+        (!is_alone).then(|| {
+            let words = format!("{:?} is not an address alone; write api_host: {host}{port}", self.api_host);
+            Problem::Conflict(words)
+        })
+    }
+
     /// The learning rate of an update that gives none.
     pub fn default_lr(&self) -> f64 {
         if self.optimizer == Optimizer::Muon { self.rule.muon_lr } else { self.lr }
@@ -155,7 +174,9 @@ impl ConfigFile for ServerConfig {
         };
         rule(&["server.model_path", "server.config_path"], self.model.missing());
         rule(&["server.revision"], self.model.revision_problem());
-        let open = !is_loopback(&self.api_host) && self.api_keys_file.is_none();
+        rule(&["server.api_host"], self.host_problem());
+        let open =
+            self.host_problem().is_none() && !is_loopback(&self.api_host) && self.api_keys_file.is_none();
         let words = "lets other machines in, which needs api_keys_file; or leave it at 127.0.0.1";
         rule(
             &["server.api_host", "server.api_keys_file"],
@@ -197,6 +218,25 @@ impl ConfigFile for ServerConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_host_is_an_address_alone() {
+        let said = |host: &str| {
+            let config = ServerConfig { api_host: host.into(), ..ServerConfig::default() };
+            config.host_problem().map(|problem| problem.to_string())
+        };
+        for host in ["127.0.0.1", "::1", "[::1]", "fe80::1:22", "localhost", "0.0.0.0", "node-7.cluster"] {
+            assert_eq!(said(host), None, "{host}");
+        }
+        for (host, words) in [
+            ("http://127.0.0.1", "write api_host: 127.0.0.1"),
+            ("https://localhost:80/v1", "write api_host: localhost, and api_port: 80"),
+            ("0.0.0.0:5555", "write api_host: 0.0.0.0, and api_port: 5555"),
+            ("[::1]:5555", "write api_host: [::1], and api_port: 5555"),
+        ] {
+            assert!(said(host).is_some_and(|said| said.ends_with(words)), "{host}: {:?}", said(host));
+        }
+    }
 
     #[test]
     fn addresses_of_this_machine_alone_are_told_from_others() {

@@ -105,8 +105,12 @@ impl ChatTemplate {
         }
         let special_tokens = SpecialTokens::load(dir)?.texts();
 
-        let invalid =
-            |path: PathBuf| move |error: Error| DataError::Template { path, problem: describe(&error) };
+        let invalid = |path: PathBuf| {
+            move |error: Error| {
+                let problem = format!("{}; mend it, or copy the model's file again", describe(&error));
+                DataError::Template { path, problem }
+            }
+        };
         let mut env = jinja::environment(clock).map_err(invalid(dir.into()))?;
         let mut sources = BTreeMap::new();
         let mut marks_generation = false;

@@ -1,6 +1,7 @@
 //! Errors of data, tokenizers and templates: one line each, with the place and what would be right.
 
 use super::formats::Place;
+use crate::hub::HubError;
 use std::path::{Path, PathBuf};
 
 /// Why data could not be opened or read.
@@ -24,6 +25,8 @@ pub enum DataError {
     NoDatasets,
     #[error("{}: the folder holds no file of data (jsonl, json, parquet, arrow, csv, tsv, txt){found}", path.display())]
     NoFiles { path: PathBuf, found: String },
+    #[error("{}: {error}", path.display())]
+    Hub { path: PathBuf, error: HubError },
     #[error("{}: {problem}", path.display())]
     Foreign { path: PathBuf, problem: String },
     #[error("{}: expected at least one sample, found none; {remedy}", path.display())]
@@ -85,7 +88,7 @@ fn lines(path: &Path, first: &[(Place, LineProblem)], more: usize) -> String {
 /// Fault of one line of a data file.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LineProblem {
-    #[error("not valid JSON at column {column}: {problem}")]
+    #[error("not valid JSON at column {column}: {problem}; write the row as one JSON object")]
     Json { column: usize, problem: String },
     #[error("not UTF-8 at byte {byte}; write the file in UTF-8, as `iconv -t UTF-8` does")]
     NotUtf8 { byte: usize },
@@ -109,7 +112,10 @@ pub enum LineProblem {
     Contradiction { one: String, other: String },
     #[error("{field}: expected {expected}, got {found}")]
     Type { field: String, expected: &'static str, found: String },
-    #[error("{field}: token id {value} is not in the model's vocabulary of {vocab_size}")]
+    #[error(
+        "{field}: token id {value} is not in the model's vocabulary of {vocab_size}; tokenize with the model's own \
+         tokenizer"
+    )]
     Vocabulary { field: String, value: i64, vocab_size: usize },
     #[error("{field}: expected {tokens} values like input_ids, got {values}")]
     Length { field: &'static str, values: usize, tokens: usize },
@@ -151,7 +157,10 @@ pub enum LineProblem {
 impl DataError {
     /// True for a user error (exit code 2), false for a failure (1).
     pub fn is_input(&self) -> bool {
-        !matches!(self, Self::DataCursor { .. } | Self::LoaderDied(_))
+        match self {
+            Self::Hub { error, .. } => error.is_input(),
+            _ => !matches!(self, Self::DataCursor { .. } | Self::LoaderDied(_)),
+        }
     }
 }
 
@@ -163,6 +172,11 @@ impl LineProblem {
         hint: &'static str,
     ) -> Self {
         Self::Missing { field: field.into(), found: keys(object), hint }
+    }
+
+    /// A field that is there without a value.
+    pub(super) fn null(field: &str, expected: &'static str) -> Self {
+        Self::Type { field: field.into(), expected, found: "null; write one, or leave the row out".into() }
     }
 
     /// A row that no type fits.

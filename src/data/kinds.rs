@@ -154,7 +154,8 @@ pub(super) fn row(
 fn text<'a>(row: &'a Fields, field: &str) -> Result<&'a str, LineProblem> {
     match row.get(field) {
         Some(Value::String(text)) => Ok(text),
-        None | Some(Value::Null) => Err(LineProblem::missing(field, row, messages::hint(row, field))),
+        None => Err(LineProblem::missing(field, row, messages::hint(row, field))),
+        Some(Value::Null) => Err(LineProblem::null(field, "a text")),
         Some(other) => Err(wrong(field, "a text", other)),
     }
 }
@@ -193,8 +194,10 @@ fn completion(
     notes: &mut Notes,
 ) -> Result<Row, LineProblem> {
     for field in ["prompt", "completion"] {
-        if row.get(field).is_none_or(Value::is_null) {
-            return Err(LineProblem::missing(field, &row, messages::hint(&row, field)));
+        match row.get(field) {
+            None => return Err(LineProblem::missing(field, &row, messages::hint(&row, field))),
+            Some(Value::Null) => return Err(LineProblem::null(field, "a text or messages")),
+            Some(_) => {}
         }
         // Tables of text hold messages as JSON.
         if row[field].as_str().is_some_and(|text| text.starts_with("[{")) {

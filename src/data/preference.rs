@@ -17,7 +17,8 @@ const HINT: &str =
 /// - Answers that begin with the same messages hold the prompt themselves, whatever `prompt` says.
 pub(super) fn halves(row: &Map<String, Value>) -> Result<[Map<String, Value>; 2], LineProblem> {
     let answer = |field: &str| match row.get(field) {
-        None | Some(Value::Null) => Err(LineProblem::missing(field, row, HINT)),
+        None => Err(LineProblem::missing(field, row, HINT)),
+        Some(Value::Null) => Err(LineProblem::null(field, "a text, a message or a list of messages")),
         Some(value @ (Value::String(_) | Value::Object(_) | Value::Array(_))) => Ok(value),
         Some(other) => Err(wrong(field, "a text, a message or a list of messages", other)),
     };

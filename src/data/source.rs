@@ -6,7 +6,10 @@ use super::{
     formats::{self, Place, Record},
     integers, kinds,
 };
-use crate::config::{DatasetArgs, DatasetType, SampleBy};
+use crate::{
+    config::{DatasetArgs, DatasetType, SampleBy},
+    hub::{self, HubId},
+};
 use serde_json::{Map, Value};
 use std::{
     ops::ControlFlow,
@@ -32,7 +35,7 @@ impl Source {
         if entry.is_dummy() {
             return Ok(Self { index, kind: DatasetType::Tokenized, has_chats: false, files: Vec::new() });
         }
-        let files::Files { paths: files, remark } = files::files(&entry.path, entry.split.as_deref())?;
+        let files::Files { paths: files, remark } = files_of(entry)?;
         if let Some(remark) = remark {
             tracing::warn!("{}: {remark}", entry.path.display());
         }
@@ -72,6 +75,22 @@ impl Source {
         self.kind = DatasetType::Tokenized;
         Ok(false)
     }
+}
+
+/// The files of an entry; of a data set of the hub those in its cache.
+fn files_of(entry: &DatasetArgs) -> Result<files::Files, DataError> {
+    let Some(id) = HubId::of_data(&entry.path) else {
+        return match &entry.name {
+            Some(name) => Err(DataError::Foreign {
+                path: entry.path.clone(),
+                problem: format!("a path here, which has no configurations; remove name: {name}"),
+            }),
+            None => files::files(&entry.path, entry.split.as_deref()),
+        };
+    };
+    let paths = hub::cached_rows(&id, &entry.subset());
+    let paths = paths.map_err(|error| DataError::Hub { path: entry.path.clone(), error })?;
+    Ok(files::Files { paths, remark: None })
 }
 
 /// Different faults of a file that are told; the other records that are wrong are counted.

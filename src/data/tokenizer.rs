@@ -57,8 +57,9 @@ impl Tokenizer {
             return Err(problem(remedy.into()));
         }
         let parsed = |bytes: &[u8]| {
-            tokenizers::Tokenizer::from_bytes(bytes)
-                .map_err(|error| problem(format!("not a tokenizer: {}", one_line(error))))
+            tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| {
+                problem(format!("not a tokenizer: {}; copy the model's file again", one_line(error)))
+            })
         };
         let mut inner = parsed(&bytes)?;
         let present = inner.get_added_tokens_decoder().into_iter().collect();
@@ -185,8 +186,8 @@ pub(super) fn without_tokenizer(dir: &Path) -> Option<DataError> {
              T.from_pretrained('{shown}').save_pretrained('{shown}')\""
         )
     } else {
-        "no tokenizer.json; set model.tokenizer_path to the folder that has it, or copy it here with \
-         tokenizer_config.json and chat_template.jinja"
+        "no tokenizer.json; copy it here with tokenizer_config.json and chat_template.jinja, or, for a run, set \
+         model.tokenizer_path to the folder that has it"
             .into()
     };
     Some(DataError::TokenizerFolder { dir: dir.into(), problem })

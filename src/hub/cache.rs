@@ -1,7 +1,10 @@
 //! The layout of `huggingface_hub`'s cache: `refs/REVISION` holds a commit, `snapshots/COMMIT` links to the files,
 //! which are `blobs/ETAG`.
 
-use super::{HubError, HubId, io};
+use super::{
+    HubError, HubId, Kind, io,
+    rows::{Subset, choose},
+};
 use hf_hub::{Cache, Repo, RepoType};
 use std::{
     fs,
@@ -11,6 +14,10 @@ use std::{
 
 pub(super) const CONFIG: &str = "config.json";
 pub(super) const SINGLE: &str = "model.safetensors";
+pub(super) const README: &str = "README.md";
+/// Folder of a repository with a list of each commit's files (`COMMIT.json`). A snapshot has those alone that were
+/// wanted, so it does not tell whether a split is whole. `huggingface_hub` looks at no such folder.
+const LISTS: &str = ".xorl-dist";
 pub(super) const INDEX: &str = "model.safetensors.index.json";
 
 /// A repository in the cache, at a revision.
@@ -24,7 +31,11 @@ pub(super) struct Repository {
 
 impl Repository {
     pub fn new(cache: &Path, id: &HubId) -> Self {
-        let repo = Repo::with_revision(id.name.clone(), RepoType::Model, id.revision().to_owned());
+        let kind = match id.kind {
+            Kind::Model => RepoType::Model,
+            Kind::DataSet => RepoType::Dataset,
+        };
+        let repo = Repo::with_revision(id.name.clone(), kind, id.revision().to_owned());
         let name = repo.folder_name();
         Self {
             folder: cache.join(&name),
@@ -56,6 +67,32 @@ impl Repository {
         self.layout.pointer_path(commit)
     }
 
+    /// Notes the names of all `files` of `commit`.
+    pub fn set_files(&self, commit: &str, files: &[String]) -> Result<(), HubError> {
+        let path = self.list(commit);
+        make_parent(&path)?;
+        // Several processes may write it, all of them the same.
+        let own = path.with_extension(format!("{}.tmp", std::process::id()));
+        let text = serde_json::to_string(files).unwrap_or_default();
+        fs::write(&own, text).and_then(|()| fs::rename(&own, &path)).map_err(io(&path))
+    }
+
+    fn list(&self, commit: &str) -> PathBuf {
+        self.folder.join(LISTS).join(format!("{commit}.json"))
+    }
+
+    /// The files of `subset` of a data set at `commit`, also those that the cache lacks. Where their names were not
+    /// noted, they are those of the snapshot.
+    pub fn rows(&self, commit: &str, subset: &Subset) -> Result<Vec<PathBuf>, HubError> {
+        let folder = self.snapshot(commit);
+        let noted = fs::read_to_string(self.list(commit)).ok();
+        let noted: Option<Vec<String>> = noted.and_then(|text| serde_json::from_str(&text).ok());
+        let files = noted.unwrap_or_else(|| files_in(&folder));
+        let readme = fs::read_to_string(folder.join(README)).ok();
+        let chosen = choose(&files, readme.as_deref(), subset)?;
+        Ok(chosen.into_iter().map(|file| folder.join(file)).collect())
+    }
+
     pub fn blob(&self, etag: &str) -> PathBuf {
         self.folder.join("blobs").join(etag)
     }
@@ -80,6 +117,19 @@ impl Repository {
         // Some file systems have no links.
         linked.or_else(|_| fs::copy(self.blob(etag), &pointer).map(|_| ())).map_err(io(&pointer))
     }
+}
+
+/// Names of all files below `folder`.
+fn files_in(folder: &Path) -> Vec<String> {
+    let mut files = Vec::new();
+    let mut folders = vec![String::new()];
+    while let Some(below) = folders.pop() {
+        for entry in fs::read_dir(folder.join(&below)).into_iter().flatten().flatten() {
+            let name = format!("{below}{}", entry.file_name().to_string_lossy());
+            if entry.path().is_dir() { folders.push(name + "/") } else { files.push(name) }
+        }
+    }
+    files
 }
 
 /// Makes the folder of a file.

@@ -1,12 +1,13 @@
-//! A model from the hub into the cache. A file is downloaded beside its place, goes on where an earlier download ended,
-//! and gets its name once its size and, if it is a large one, its sha256 are right.
+//! A model or data set from the hub into the cache. A file is downloaded beside its place, goes on where an earlier
+//! download ended, and gets its name once its size and, if it is a large one, its sha256 are right.
 
 use super::{
     HubError, HubId,
-    cache::{INDEX, Repository, SINGLE, is_commit, make_parent, missing, shards},
+    cache::{INDEX, README, Repository, SINGLE, is_commit, make_parent, missing, shards},
     io,
     progress::Progress,
     remote::{Remote, RemoteFile},
+    rows::{Subset, choose},
     settings::Settings,
 };
 use crate::console::{first_of, size};
@@ -49,40 +50,71 @@ const SMALL: &[&str] = &[
     "vocab.txt",
 ];
 
-/// A model at a commit, with the names of its files.
+/// The files of a repository that are wanted.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Wanted {
+    /// Config and tokenizer of a model, and its weights.
+    Model { weights: bool },
+    /// Rows of a data set.
+    Rows(Subset),
+}
+
+impl Wanted {
+    /// True if the files of `other` are among these.
+    pub fn covers(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Model { weights: ours }, Self::Model { weights: theirs }) => ours >= theirs,
+            _ => self == other,
+        }
+    }
+
+    /// True if the cache has them.
+    fn are_in(&self, repository: &Repository, commit: &str) -> bool {
+        match self {
+            Self::Model { weights } => !weights || missing(&repository.snapshot(commit)).is_empty(),
+            Self::Rows(subset) => {
+                repository.rows(commit, subset).is_ok_and(|files| files.iter().all(|file| file.is_file()))
+            }
+        }
+    }
+}
+
+/// A repository at a commit, with the names of its files.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Pinned {
     pub id: HubId,
     pub commit: String,
-    /// Weights are wanted, beside config and tokenizer.
-    pub weights: bool,
+    pub wanted: Wanted,
     /// `None`: the cache has all, or no request may be made.
     files: Option<Vec<String>>,
 }
 
-/// Asks the hub for the commit of a model's revision, and for the names of its files. Where no request may be made, or
-/// the hub is not reached, the cache has to know the commit.
+/// Asks the hub for the commit of a repository's revision, and for the names of its files. Where no request may be
+/// made, or the hub is not reached, the cache has to know the commit.
 ///
 /// # Errors
-/// The model is absent or not to be read; [`HubError::NotCached`].
-pub fn pin(id: &HubId, weights: bool) -> Result<Pinned, HubError> {
+/// The repository is absent or not to be read; [`HubError::NotCached`].
+pub fn pin(id: &HubId, wanted: &Wanted) -> Result<Pinned, HubError> {
     let settings = Settings::from_env()?;
     let repository = settings.repository(id);
     let known = repository.commit().filter(|commit| repository.snapshot(commit).is_dir());
-    let pinned = |commit, files| Pinned { id: id.clone(), commit, weights, files };
+    let pinned = |commit, files| Pinned { id: id.clone(), commit, wanted: wanted.clone(), files };
     if settings.offline.is_some() {
-        return known.map(|commit| pinned(commit, None)).ok_or_else(|| settings.not_cached());
+        return known.map(|commit| pinned(commit, None)).ok_or_else(|| settings.not_cached(id));
     }
-    let is_whole = |commit: &String| missing(&repository.snapshot(commit)).is_empty();
-    let whole = known.filter(|commit| !weights || is_whole(commit));
-    if let Some(commit) = whole.as_ref().filter(|_| weights && is_commit(id.revision())) {
+    let whole = known.filter(|commit| wanted.are_in(&repository, commit));
+    // Files beside the weights are not known to be whole.
+    let is_known = is_commit(id.revision()) && *wanted != (Wanted::Model { weights: false });
+    if let Some(commit) = whole.as_ref().filter(|_| is_known) {
         return Ok(pinned(commit.clone(), None));
     }
-    // With a model at hand a hub that is not reached is asked once.
+    // With the files at hand a hub that is not reached is asked once.
     let attempts = if whole.is_some() { 1 } else { ATTEMPTS };
     match retried(attempts, || Remote::new(&settings, id).revision()) {
         Ok(revision) => {
-            check_weights(&revision.files, weights)?;
+            if let Wanted::Model { weights } = wanted {
+                check_weights(&revision.files, *weights)?;
+            }
             Ok(pinned(revision.commit, Some(revision.files)))
         }
         Err(error @ HubError::Unreachable { .. }) => {
@@ -97,7 +129,7 @@ pub fn pin(id: &HubId, weights: bool) -> Result<Pinned, HubError> {
     }
 }
 
-/// Downloads what the cache lacks of a pinned model, one process at a time. `is_shown`: with progress on stderr.
+/// Downloads what the cache lacks of a pinned repository, one process at a time. `is_shown`: with progress on stderr.
 ///
 /// # Errors
 /// The hub cannot be reached, or sends other files than it says; the disk is full.
@@ -107,9 +139,16 @@ pub fn fetch(pinned: &Pinned, is_shown: bool) -> Result<(), HubError> {
     if let Some(files) = &pinned.files {
         let remote = Remote::new(&settings, &pinned.id);
         let fetcher = Fetcher { settings: &settings, repository: &repository, remote, pinned, is_shown };
+        let weights = match &pinned.wanted {
+            Wanted::Model { weights } => *weights,
+            Wanted::Rows(subset) => {
+                fetcher.fetch_rows(files, subset)?;
+                return repository.set_commit(&pinned.commit);
+            }
+        };
         let has = |name: &&str| files.iter().any(|file| file == name);
         let mut wanted: Vec<&str> = SMALL.iter().copied().filter(has).collect();
-        let is_sharded = pinned.weights && !has(&SINGLE);
+        let is_sharded = weights && !has(&SINGLE);
         wanted.extend(is_sharded.then_some(INDEX));
         fetcher.fetch(&wanted)?;
         let shards = if is_sharded {
@@ -118,10 +157,10 @@ pub fn fetch(pinned: &Pinned, is_shown: bool) -> Result<(), HubError> {
         } else {
             Vec::new()
         };
-        let weights = shards.iter().map(String::as_str).filter(|name| has(name) && is_below(name));
-        let mut weights: Vec<&str> = weights.collect();
-        weights.extend((pinned.weights && !is_sharded).then_some(SINGLE));
-        fetcher.fetch(&weights)?;
+        let listed = shards.iter().map(String::as_str).filter(|name| has(name) && is_below(name));
+        let mut listed: Vec<&str> = listed.collect();
+        listed.extend((weights && !is_sharded).then_some(SINGLE));
+        fetcher.fetch(&listed)?;
     }
     repository.set_commit(&pinned.commit)
 }
@@ -172,6 +211,18 @@ struct Fetcher<'a> {
 }
 
 impl Fetcher<'_> {
+    /// Downloads the rows of `subset` of a data set with these `files`.
+    fn fetch_rows(&self, files: &[String], subset: &Subset) -> Result<(), HubError> {
+        let commit = &self.pinned.commit;
+        let readme = files.iter().any(|file| file == README);
+        self.fetch(if readme { &[README] } else { &[] })?;
+        let files: Vec<String> = files.iter().filter(|file| is_below(file)).cloned().collect();
+        self.repository.set_files(commit, &files)?;
+        let readme = fs::read_to_string(self.repository.snapshot(commit).join(README)).ok();
+        let chosen = choose(&files, readme.as_deref(), subset)?;
+        self.fetch(&chosen.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
     /// Downloads those of the files `names` that the snapshot lacks.
     fn fetch(&self, names: &[&str]) -> Result<(), HubError> {
         let commit = &self.pinned.commit;

@@ -1,6 +1,6 @@
-//! Models of the Hugging Face hub, by their ids: downloaded into the cache that Python's `huggingface_hub` uses, and
-//! found there. [`pin`] and [`fetch`] use the network; [`cached`] reads the cache alone, so that a rank finds without a
-//! request what one rank of its host has downloaded.
+//! Models and data sets of the Hugging Face hub, by their ids: downloaded into the cache that Python's
+//! `huggingface_hub` uses, and found there. [`pin`] and [`fetch`] use the network; [`cached`] and [`cached_rows`] read
+//! the cache alone, so that a rank finds without a request what one rank of its host has downloaded.
 //!
 //! The environment is `huggingface_hub`'s: `HF_ENDPOINT`, `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN`, `HF_HUB_OFFLINE`.
 
@@ -8,9 +8,11 @@ mod cache;
 mod download;
 mod progress;
 mod remote;
+mod rows;
 mod settings;
 
-pub use download::{Pinned, fetch, pin};
+pub use download::{Pinned, Wanted, fetch, pin};
+pub use rows::{Subset, choose};
 
 use settings::Settings;
 use std::{
@@ -18,8 +20,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Endings of files, which no model's name has.
-const FILES: [&str; 12] = [
+/// Endings of files, which no repository's name has.
+const FILES: [&str; 15] = [
     ".jsonl",
     ".json",
     ".parquet",
@@ -32,7 +34,27 @@ const FILES: [&str; 12] = [
     ".bin",
     ".pt",
     ".arrow",
+    ".tsv",
+    ".ndjson",
+    ".zst",
 ];
+
+/// Kind of a repository.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+pub enum Kind {
+    #[default]
+    Model,
+    DataSet,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Model => "model",
+            Self::DataSet => "data set",
+        })
+    }
+}
 
 /// The id of a repository: `owner/name`, or `owner/name@revision`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -41,10 +63,11 @@ pub struct HubId {
     pub name: String,
     /// Branch, tag or commit, where one is named.
     pub revision: Option<String>,
+    pub kind: Kind,
 }
 
 impl HubId {
-    /// Reads an id; `None` for a text that has not its form.
+    /// Reads the id of a model; `None` for a text that has not its form.
     pub fn parse(text: &str) -> Option<Self> {
         let word = |word: &str| {
             word.starts_with(|c: char| c.is_ascii_alphanumeric())
@@ -57,15 +80,48 @@ impl HubId {
         let (owner, model) = name.split_once('/')?;
         let is_name = word(owner) && word(model) && !FILES.iter().any(|ending| model.ends_with(ending));
         let is_id = is_name && revision.is_none_or(is_revision);
-        is_id.then(|| Self { name: name.to_owned(), revision: revision.map(str::to_owned) })
+        is_id.then(|| Self {
+            name: name.to_owned(),
+            revision: revision.map(str::to_owned),
+            kind: Kind::Model,
+        })
     }
 
-    /// The id that `path` is. `None` where there is such a path here, or a folder of the owner's name, in which a path
-    /// is misspelt.
+    /// The id of a model that `path` is. `None` where there is such a path here, or a folder of the owner's name, in
+    /// which a path is misspelt.
     pub fn of_path(path: &Path) -> Option<Self> {
         let id = Self::parse(path.to_str()?)?;
         let owner = id.name.split('/').next()?;
         (!path.exists() && !Path::new(owner).exists()).then_some(id)
+    }
+
+    /// The id of a data set that `path` is, as [`HubId::of_path`].
+    pub fn of_data(path: &Path) -> Option<Self> {
+        Self::of_path(path).map(|id| Self { kind: Kind::DataSet, ..id })
+    }
+
+    /// Its path in addresses of the hub.
+    fn path(&self) -> String {
+        match self.kind {
+            Kind::Model => self.name.clone(),
+            Kind::DataSet => format!("datasets/{}", self.name),
+        }
+    }
+
+    /// The id in an address of the hub's pages (`https://huggingface.co/owner/name/tree/main`).
+    pub fn of_address(address: &str) -> Option<Self> {
+        let (_, rest) = address.split_once("://")?;
+        let (host, path) = rest.split_once('/')?;
+        if !["huggingface.co", "www.huggingface.co", "hf.co"].contains(&host) {
+            return None;
+        }
+        let path = path.split(['?', '#']).next()?.trim_start_matches("datasets/");
+        let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
+        let id = Self::parse(&parts.get(..2)?.join("/"))?;
+        match parts.get(2..) {
+            Some(["tree" | "blob" | "resolve", revision, ..]) if *revision != "main" => Some(id.at(revision)),
+            _ => Some(id),
+        }
     }
 
     /// The same repository at `revision`.
@@ -98,6 +154,26 @@ pub fn is_revision(text: &str) -> bool {
     text.split('/').all(part)
 }
 
+/// The remedy for an address in the place of a folder or file.
+pub fn address_words(address: &str) -> String {
+    match HubId::of_address(address) {
+        Some(id) => format!("an address; name it by its hub id, {id}"),
+        None => {
+            let scheme = address.split("://").next().unwrap_or_default();
+            format!("a {scheme} address is not read; name a local path, or a hub id, owner/name")
+        }
+    }
+}
+
+/// The fault of a model's `path` that is not there.
+pub fn absent_words(path: &Path) -> String {
+    let text = path.to_string_lossy();
+    if text.contains("://") {
+        return address_words(&text);
+    }
+    "no such folder; expected an HF model directory (config.json, safetensors) or a hub id, owner/name".into()
+}
+
 /// The folder that `path` names: itself, or that of the model whose id it is, with `weights` or without.
 ///
 /// # Errors
@@ -114,7 +190,7 @@ pub fn cached(id: &HubId, weights: bool) -> Result<PathBuf, HubError> {
     let settings = Settings::from_env()?;
     let repository = settings.repository(id);
     let folder = repository.commit().map(|commit| repository.snapshot(&commit));
-    let folder = folder.filter(|folder| folder.is_dir()).ok_or_else(|| settings.not_cached())?;
+    let folder = folder.filter(|folder| folder.is_dir()).ok_or_else(|| settings.not_cached(id))?;
     let missing = if weights { cache::missing(&folder) } else { Vec::new() };
     if missing.is_empty() {
         return Ok(folder);
@@ -122,39 +198,68 @@ pub fn cached(id: &HubId, weights: bool) -> Result<PathBuf, HubError> {
     Err(HubError::Missing { folder, files: crate::console::first_of(&missing), offline: settings.offline })
 }
 
-/// Errors of a model on the hub or in its cache. The caller names the model.
+/// The files of a data set's rows in the cache, in the order of reading. Makes no request.
+///
+/// # Errors
+/// [`HubError::NotCached`], [`HubError::Missing`] if some of the files are absent, or those of [`choose`].
+pub fn cached_rows(id: &HubId, subset: &Subset) -> Result<Vec<PathBuf>, HubError> {
+    let settings = Settings::from_env()?;
+    let repository = settings.repository(id);
+    let commit = repository.commit().filter(|commit| repository.snapshot(commit).is_dir());
+    let commit = commit.ok_or_else(|| settings.not_cached(id))?;
+    let folder = repository.snapshot(&commit);
+    let paths = repository.rows(&commit, subset)?;
+    let missing: Vec<String> =
+        paths.iter().filter(|path| !path.is_file()).map(|path| name_in(&folder, path)).collect();
+    if missing.is_empty() {
+        return Ok(paths);
+    }
+    Err(HubError::Missing { folder, files: crate::console::first_of(&missing), offline: settings.offline })
+}
+
+fn name_in(folder: &Path, path: &Path) -> String {
+    path.strip_prefix(folder).unwrap_or(path).display().to_string()
+}
+
+/// Errors of a model or data set on the hub or in its cache. The caller names it.
 #[derive(Debug, thiserror::Error)]
 pub enum HubError {
     /// The cache has no such revision, and no request may be made, or was.
-    #[error("no such folder here, and no such model in the cache {}{}", cache.display(), offline_words(.offline, cache))]
-    NotCached { cache: PathBuf, offline: Option<&'static str> },
+    #[error(
+        "{}, and no such {kind} in the cache {}{}",
+        here(*.kind), cache.display(), offline_words(.offline, *.kind, cache)
+    )]
+    NotCached { kind: Kind, cache: PathBuf, offline: Option<&'static str> },
     /// A download into the cache was not finished.
     #[error("{} lacks {files}{}", folder.display(), rest_words(.offline))]
     Missing { folder: PathBuf, files: String, offline: Option<&'static str> },
     /// The hub knows no such repository, or does not admit it.
     #[error(
-        "no such folder here, and no such model on {endpoint}, or a private one: check the name; a private one needs \
-         {}", if *has_token { "a token that may read it, in HF_TOKEN" } else { "HF_TOKEN" }
+        "{}, and no such {kind} on {endpoint}, or a private one: check the name; a private one needs {}",
+        here(*.kind), if *has_token { "a token that may read it, in HF_TOKEN" } else { "HF_TOKEN" }
     )]
-    Absent { endpoint: String, has_token: bool },
+    Absent { kind: Kind, endpoint: String, has_token: bool },
     #[error(
-        "{endpoint} has the model, but no revision {revision} of it; name a branch, tag or commit, or none for main"
+        "{endpoint} has the {kind}, but no revision {revision} of it; name a branch, tag or commit, or none for main"
     )]
-    Revision { endpoint: String, revision: String },
+    Revision { kind: Kind, endpoint: String, revision: String },
     /// The owner gives access on request.
     #[error(
         "it is gated: accept its terms at {page}, then {}",
         if *has_token { "give the token of that account in HF_TOKEN" } else { "set HF_TOKEN to a token of that account" }
     )]
     Gated { page: String, has_token: bool },
-    #[error("{endpoint} does not accept the token: renew HF_TOKEN, or unset it for a public model")]
-    Token { endpoint: String },
+    #[error("{endpoint} does not accept the token: renew HF_TOKEN, or unset it for a public {kind}")]
+    Token { kind: Kind, endpoint: String },
     /// The repository has no weights that are read here.
     #[error(
         "the model has no safetensors (model.safetensors or {}), but {found}; give a model in HF format",
         cache::INDEX
     )]
     NoWeights { found: String },
+    /// A data set without the rows that are asked for.
+    #[error("{problem}")]
+    Rows { problem: String },
     /// A revision of a model that is no model of the hub.
     #[error("a path here, which has no revisions; remove it")]
     NoRevisions,
@@ -187,11 +292,18 @@ pub enum HubError {
     Io { path: PathBuf, error: io::Error },
 }
 
-fn offline_words(offline: &Option<&'static str>, cache: &Path) -> String {
+fn here(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Model => "no such folder here",
+        Kind::DataSet => "no such file or folder here",
+    }
+}
+
+fn offline_words(offline: &Option<&'static str>, kind: Kind, cache: &Path) -> String {
     match offline {
         Some(variable) => format!(
-            ", and {variable} keeps it from being downloaded: unset {variable}, or copy the model's folder from the cache of \
-             another machine into {}",
+            ", and {variable} keeps it from being downloaded: unset {variable}, or copy the {kind}'s folder from the cache \
+             of another machine into {}",
             cache.display()
         ),
         None => String::new(),
@@ -217,6 +329,7 @@ impl HubError {
                 | Self::Gated { .. }
                 | Self::Token { .. }
                 | Self::NoWeights { .. }
+                | Self::Rows { .. }
                 | Self::NoRevisions
                 | Self::NoHome
         )
@@ -261,6 +374,16 @@ mod tests {
             "a/b@x y",
         ] {
             assert_eq!(HubId::of_path(Path::new(path)), None, "{path}");
+        }
+        for (address, id) in [
+            ("https://huggingface.co/Qwen/Qwen2.5-0.5B", Some("Qwen/Qwen2.5-0.5B")),
+            ("https://huggingface.co/Qwen/Qwen2.5-0.5B/tree/v1", Some("Qwen/Qwen2.5-0.5B@v1")),
+            ("https://hf.co/datasets/tatsu-lab/alpaca/blob/main/a.parquet", Some("tatsu-lab/alpaca")),
+            ("https://huggingface.co/gpt2", None),
+            ("https://example.org/a/b", None),
+            ("s3://bucket/a", None),
+        ] {
+            assert_eq!(HubId::of_address(address).map(|id| id.to_string()).as_deref(), id, "{address}");
         }
         assert_eq!(HubId::parse("a/b").map(|id| id.at("x").revision().to_owned()), Some("x".into()));
     }

@@ -1,6 +1,6 @@
 //! Requests to the hub: the files of a revision, what it says of a file, bytes of a file from a position on.
 
-use super::{HubError, HubId, settings::Settings};
+use super::{HubError, HubId, Kind, settings::Settings};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Deserialize;
 use std::{fs, io::Read, path::PathBuf, time::Duration};
@@ -34,7 +34,7 @@ const LINKED_SIZE: &str = "x-linked-size";
 const ERROR_CODE: &str = "x-error-code";
 const ERROR_MESSAGE: &str = "x-error-message";
 
-/// The hub, as one model's id addresses it.
+/// The hub, as one repository's id addresses it.
 pub(super) struct Remote<'a> {
     settings: &'a Settings,
     id: &'a HubId,
@@ -78,7 +78,7 @@ impl<'a> Remote<'a> {
     /// The commit and the files of the revision.
     ///
     /// # Errors
-    /// The model is absent or not to be read, the hub is not reached, or its answer is not understood.
+    /// The repository is absent or not to be read, the hub is not reached, or its answer is not understood.
     pub fn revision(&self) -> Result<Revision, HubError> {
         #[derive(Deserialize)]
         struct Answer {
@@ -92,7 +92,11 @@ impl<'a> Remote<'a> {
         let Settings { endpoint, .. } = self.settings;
         // A slash in a branch's name is none of the path.
         let revision = utf8_percent_encode(self.id.revision(), NAME);
-        let address = format!("{endpoint}/api/models/{}/revision/{revision}", self.id.name);
+        let kind = match self.id.kind {
+            Kind::Model => "models",
+            Kind::DataSet => "datasets",
+        };
+        let address = format!("{endpoint}/api/{kind}/{}/revision/{revision}", self.id.name);
         let mut response = self.send(&address, 0)?;
         self.accepted(&address, &response)?;
         let text = response.body_mut().with_config().limit(ANSWER).read_to_string();
@@ -112,7 +116,7 @@ impl<'a> Remote<'a> {
     /// As [`Remote::revision`].
     pub fn describe(&self, commit: &str, name: &str) -> Result<RemoteFile, HubError> {
         let path = utf8_percent_encode(name, PATH);
-        let own = format!("{}/{}/resolve/{commit}/{path}", self.settings.endpoint, self.id.name);
+        let own = format!("{}/{}/resolve/{commit}/{path}", self.settings.endpoint, self.id.path());
         let mut address = own.clone();
         for _ in 0..REDIRECTS {
             let request = self.agent.head(&address).header(header::ACCEPT_ENCODING, "identity");
@@ -185,19 +189,19 @@ impl<'a> Remote<'a> {
             return Ok(());
         }
         let Settings { endpoint, token, .. } = self.settings;
-        let has_token = token.is_some();
+        let (has_token, kind) = (token.is_some(), self.id.kind);
         let (status, endpoint) = (response.status().as_u16(), endpoint.clone());
         let code = text(response.headers(), ERROR_CODE).unwrap_or_default();
         let message = text(response.headers(), ERROR_MESSAGE).unwrap_or_default();
         Err(match (status, &*code) {
             (401 | 403, "GatedRepo") => {
-                HubError::Gated { page: format!("{endpoint}/{}", self.id.name), has_token }
+                HubError::Gated { page: format!("{endpoint}/{}", self.id.path()), has_token }
             }
             (404, "RevisionNotFound") => {
-                HubError::Revision { endpoint, revision: self.id.revision().to_owned() }
+                HubError::Revision { kind, endpoint, revision: self.id.revision().to_owned() }
             }
-            (401, _) if message.starts_with("Invalid credentials") => HubError::Token { endpoint },
-            (401 | 403 | 404, _) => HubError::Absent { endpoint, has_token },
+            (401, _) if message.starts_with("Invalid credentials") => HubError::Token { kind, endpoint },
+            (401 | 403 | 404, _) => HubError::Absent { kind, endpoint, has_token },
             _ => HubError::Status { address: address.to_owned(), status },
         })
     }

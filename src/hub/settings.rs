@@ -68,9 +68,9 @@ impl Settings {
         Repository::new(&self.cache, id)
     }
 
-    /// The error of a model that the cache has not.
-    pub fn not_cached(&self) -> HubError {
-        HubError::NotCached { cache: self.cache.clone(), offline: self.offline }
+    /// The error of a repository that the cache has not.
+    pub fn not_cached(&self, id: &HubId) -> HubError {
+        HubError::NotCached { kind: id.kind, cache: self.cache.clone(), offline: self.offline }
     }
 }
 

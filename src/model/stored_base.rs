@@ -39,7 +39,10 @@ pub fn open(directory: &Path, spec: &mut ModelSpec) -> Result<SafetensorsSource,
             spec.tie_word_embeddings = false;
         }
     }
-    validate(&source, &spec.tensors())?;
+    validate(&source, &spec.tensors()).map_err(|error| match error {
+        SourceError::Mismatch(faults) => SourceError::Unfit { path: directory.to_owned(), faults },
+        error => error,
+    })?;
     Ok(source)
 }
 

@@ -39,6 +39,13 @@ use tch::Device;
 /// Tokens that an answer may have beyond those of its reference: the same text in other tokens.
 const MORE_TOKENS: usize = 16;
 
+/// Fields that flags of the command set, and their names there.
+const FLAGS: [(&str, &str); 3] = [
+    ("data.test_datasets[0].path", "data"),
+    ("data.test_datasets[0].type", "type"),
+    ("model.model_path", "model"),
+];
+
 /// A request to evaluate.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct EvalRequest {
@@ -264,7 +271,7 @@ impl EvalRequest {
             if let Some(model) = &self.model {
                 set("model.model_path", json!(model));
             }
-            return Ok(config::load_with_paths(config, &overrides)?);
+            return Ok(config::load_with_paths(config, &overrides).map_err(|error| error.with_flags(&FLAGS))?);
         }
         let model = match (&self.model, &self.adapter) {
             (Some(model), _) => model.clone(),
@@ -284,7 +291,8 @@ impl EvalRequest {
             "data": {"datasets": [{"path": "dummy", "num_samples": 1}], "sample_packing_method": "none"},
             "train": {"enable_mixed_precision": compute == DType::Bf16},
         });
-        Ok(config::load_yaml(Path::new("eval"), &made.to_string(), &overrides)?)
+        let loaded = config::load_yaml_with_paths(Path::new("eval"), &made.to_string(), &overrides);
+        Ok(loaded.map_err(|error| error.with_flags(&FLAGS))?)
     }
 }
 

@@ -50,6 +50,10 @@ pub fn weight_files(directory: &Path) -> Result<WeightFiles, SourceError> {
     }
     if index.is_file() {
         let files = shards_of(directory, &index)?;
+        if let Some(absent) = files.iter().find(|file| !file.exists()) {
+            let file = absent.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            return Err(SourceError::NoShard { index, file });
+        }
         return Ok(WeightFiles { files, index: Some(index), unread_index: None });
     }
     match foreign_file(directory) {

@@ -133,7 +133,10 @@ pub trait WeightSource {
 pub enum SourceError {
     #[error("{path}: {error}")]
     Io { path: PathBuf, error: std::io::Error },
-    #[error("{path}: neither model.safetensors nor model.safetensors.index.json is there")]
+    #[error(
+        "{path}: neither model.safetensors nor model.safetensors.index.json is there; give a folder that has the weights, \
+         too, as save_pretrained writes it"
+    )]
     NoWeights { path: PathBuf },
     #[error("{path}: {found} is there and no model.safetensors: {remedy}")]
     Foreign { path: PathBuf, found: String, remedy: &'static str },
@@ -144,7 +147,9 @@ pub enum SourceError {
     AdapterInside { path: PathBuf },
     #[error("{path}: {}", lfs::REMEDY)]
     LfsPointer { path: PathBuf },
-    #[error("{path}: not a safetensors file: {reason}")]
+    #[error("{index}: lists {file}, which is not there; copy or download it into the same folder")]
+    NoShard { index: PathBuf, file: String },
+    #[error("{path}: not a whole safetensors file: {reason}; copy or download it again")]
     Format { path: PathBuf, reason: String },
     #[error("{path}: {reason}")]
     Index { path: PathBuf, reason: String },
@@ -169,6 +174,9 @@ pub enum SourceError {
     Quant { name: String, error: QuantError },
     #[error("the model's tensors do not fit its config: {0}")]
     Mismatch(String),
+    /// [`SourceError::Mismatch`] of a folder's tensors.
+    #[error("{path}: its tensors do not fit its config.json: {faults}; take both of one model")]
+    Unfit { path: PathBuf, faults: String },
     #[error("tensors {stored} and {name} of the model are one weight under two names; keep one")]
     Twice { stored: String, name: String },
     #[error(

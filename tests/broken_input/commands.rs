@@ -19,6 +19,18 @@ pub const CASES: &[Case] = &[
     case("a GPU by its number", &["'cuda:1'", "'--device <DEVICE>'", "write --device cuda"], |_| {})
         .of(&["--config", "run.yaml", "--device", "cuda:1"]),
     case(
+        "a run of a server's file",
+        &["server.yaml is of a server, not of a run", "xorl-dist serve --config server.yaml"],
+        |w| w.server(""),
+    )
+    .of(&["--config", "server.yaml"]),
+    case(
+        "a server of a run's file",
+        &["run.yaml is of a run, not of a server", "xorl-dist --config run.yaml"],
+        |_| {},
+    )
+    .of(&["serve", "--config", "run.yaml"]),
+    case(
         "check of a server",
         &["server.yaml is of a server, not of a run", "xorl-dist serve --config server.yaml"],
         |w| w.server(""),
@@ -36,6 +48,18 @@ pub const CASES: &[Case] = &[
         |_| {},
     )
     .of(&["generate", "--model", "model", "--prompt", "a"]),
+    case(
+        "generate with the address of a model's page",
+        &["https://huggingface.co/a/b: an address", "name it by its hub id, a/b"],
+        |_| {},
+    )
+    .of(&["generate", "--model", "https://huggingface.co/a/b", "--prompt", "a"]),
+    case(
+        "generate with a model that is not there",
+        &["modle: no such folder", "expected an HF model directory"],
+        |_| {},
+    )
+    .of(&["generate", "--model", "modle", "--prompt", "a"]),
     case(
         "generate with an adapter that is none",
         &["model: expected a PEFT adapter (adapter_config.json) or the steps of a run, found neither"],
@@ -79,6 +103,14 @@ pub const CASES: &[Case] = &[
         },
     )
     .of(&["merge", "--adapter", "out"]),
+    case("eval of a type that is none", &["--type: expected auto, tokenized", "got \"chats\""], |_| {})
+        .of(&["eval", "--model", "model", "--data", "rows.jsonl", "--type", "chats"]),
+    case(
+        "eval of a file whose name is misspelt",
+        &["--data: row.jsonl: no such file or folder", "did you mean rows.jsonl?"],
+        |_| {},
+    )
+    .of(&["eval", "--model", "model", "--data", "row.jsonl"]),
     case("eval of nothing", &["give --config, --model or --adapter"], |_| {}).of(&["eval"]),
     case(
         "eval of a run that validates nothing",

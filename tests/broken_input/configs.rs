@@ -62,6 +62,16 @@ pub const CASES: &[Case] = &[
         },
     ),
     case(
+        "full fine-tuning",
+        &["run.yaml:12: lora.enable_lora:", "the base is frozen by design", "leave it out"],
+        |w| w.edit("run.yaml", "lora_rank: 2", "enable_lora: false"),
+    ),
+    case(
+        "bitsandbytes' 8 bits",
+        &["run.yaml:12: lora.load_in_8bit:", "is lora.enable_qlora here", "quant_format: block_fp8"],
+        |w| w.add("lora", "load_in_8bit: true"),
+    ),
+    case(
         "axolotl's name of the model",
         &["run.yaml:2: model.base_model:", "is model.model_path here"],
         |w| w.set("model_path: model", "base_model: model"),

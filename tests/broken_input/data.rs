@@ -10,6 +10,44 @@ pub const CASES: &[Case] = &[
         w.write("rows.jsonl", "{\"input_ids\": [\"a\"]}\n")
     }),
     case(
+        "a line that is no JSON",
+        &["rows.jsonl:3: not valid JSON", "write the row as one JSON object"],
+        |w| w.write("rows.jsonl", "{\"input_ids\": [1, 2]}\n\n{\"input_ids\": [1,\n"),
+    ),
+    case(
+        "a line without tokens",
+        &["rows.jsonl:1:", "`input_ids`, found `ids`", "name the field by columns"],
+        |w| w.write("rows.jsonl", "{\"ids\": [1]}\n"),
+    ),
+    case(
+        "a token beyond the vocabulary",
+        &["rows.jsonl:2: input_ids[1]: token id 64", "tokenize with the model's own tokenizer"],
+        |w| w.write("rows.jsonl", "{\"input_ids\": [1]}\n{\"input_ids\": [1, 64]}\n"),
+    ),
+    case(
+        "a file that is not there",
+        &["run.yaml:5:", "rows.jsonl: no such file or folder", "expected a data file, a folder of them"],
+        |w| w.remove("rows.jsonl"),
+    ),
+    case(
+        "a table of other columns",
+        &["rows.csv:2:", "`input_ids`, found `question`, `answer`; set type to that of the rows"],
+        |w| {
+            w.write("rows.csv", "question,answer\n1,2\n");
+            w.edit("run.yaml", "rows.jsonl", "rows.csv");
+        },
+    ),
+    case(
+        "an answer that is null",
+        &["t.jsonl:1: output: expected a text, got null", "leave the row out"],
+        |w| w.rows("alpaca", "t.jsonl", r#"{"instruction": "a", "output": null}"#),
+    ),
+    case(
+        "the address of a data set's page",
+        &["run.yaml:5: data.datasets[0].path:", "name it by its hub id, tatsu-lab/alpaca"],
+        |w| w.set("rows.jsonl", "https://huggingface.co/datasets/tatsu-lab/alpaca"),
+    ),
+    case(
         "a fault of every line",
         &["rows.jsonl:1", "`input_ids`, found `text`; type text reads `text`; 29 more lines are wrong too"],
         |w| {
@@ -98,9 +136,9 @@ pub const CASES: &[Case] = &[
     case(
         "a data set of the hub",
         &[
-            "run.yaml:5: data.datasets[0].path:",
-            "no such file or folder",
-            "hf download tatsu-lab/alpaca --repo-type dataset",
+            "run.yaml:5: data.datasets[0].path: tatsu-lab/alpaca:",
+            "no such file or folder here, and no such data set in the cache",
+            "unset HF_HUB_OFFLINE",
         ],
         |w| w.set("rows.jsonl", "tatsu-lab/alpaca"),
     ),

@@ -1,5 +1,5 @@
 //! Whatever a user gets wrong in a config, a model, a tokenizer, data, an adapter, a resume, a server or a command:
-//! exit code 2, one line that names place, cause and remedy (in `untold.rs` place and cause), and nothing written. The
+//! exit code 2, one line that names place, cause and remedy, and nothing written. The
 //! tables are in the files beside; nothing in them gets so far that a step is trained or a port listened on.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
@@ -13,7 +13,6 @@ mod evaluation;
 mod mesh;
 mod models;
 mod server;
-mod untold;
 mod workplace;
 
 use std::{collections::BTreeSet, sync::Mutex, thread};
@@ -83,13 +82,11 @@ fn python_broken_input_is_named_in_one_line_and_nothing_is_written() {
         mesh::CASES,
         commands::CASES,
         server::CASES,
-        untold::CASES,
     ]
     .into_iter()
     .flatten()
     .collect();
-    let told = cases.len() - untold::CASES.len();
-    assert!(told >= 120, "{told} mistakes with a remedy");
+    assert!(cases.len() >= 140, "{} mistakes", cases.len());
     let (left, wrong) = (Mutex::new(cases.iter()), Mutex::new(Vec::new()));
     let work = || {
         loop {

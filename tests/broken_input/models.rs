@@ -23,6 +23,72 @@ pub const CASES: &[Case] = &[
         &["model/config.json", "hidden_size", "expected a positive integer"],
         |w| w.set_model("hidden_size", json!("big")),
     ),
+    case(
+        "a model config that is no JSON",
+        &["model/config.json: not JSON", "copy the model's file again"],
+        |w| w.write("model/config.json", "{"),
+    ),
+    case(
+        "a folder without a config",
+        &["model: has no config.json", "give the folder of a model in HF format"],
+        |w| w.remove("model/config.json"),
+    ),
+    case(
+        "a field that may change the maths",
+        &["model/config.json: logit_softcap:", "take it out if"],
+        |w| w.set_model("logit_softcap", json!(30)),
+    ),
+    case("no weights", &["model: neither model.safetensors", "give a folder that has the weights"], |w| {
+        w.remove("model/model.safetensors")
+    }),
+    case("weights cut short", &["model/model.safetensors: not a whole", "copy or download it again"], |w| {
+        w.cut("model/model.safetensors", 7)
+    }),
+    case(
+        "a tensor that is missing",
+        &["model: its tensors", "missing: model.norm.weight; take both of one model"],
+        |w| w.change_tensor("model.norm.weight", |_, _| None),
+    ),
+    case(
+        "a tensor under another name",
+        &["model: its tensors", "not read: model.norm.weights; take both of one model"],
+        |w| w.change_tensor("model.norm.weight", |_, shape| Some(("model.norm.weights".into(), shape))),
+    ),
+    case(
+        "a tensor of another shape",
+        &["model: its tensors", "model.norm.weight is [8], expected [16]; take both of one model"],
+        |w| w.change_tensor("model.norm.weight", |name, _| Some((name.into(), vec![8]))),
+    ),
+    case(
+        "an index without its file",
+        &["model.safetensors.index.json: lists model-00001-of-00002.safetensors", "copy or download it"],
+        |w| {
+            w.remove("model/model.safetensors");
+            let map = json!({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}});
+            w.write("model/model.safetensors.index.json", &map.to_string());
+        },
+    ),
+    case(
+        "a broken tokenizer",
+        &["tok/tokenizer.json: not a tokenizer", "copy the model's file again"],
+        |w| {
+            w.chats();
+            w.write("tok/tokenizer.json", "{}");
+        },
+    ),
+    case(
+        "a broken chat template",
+        &["tok/chat_template.jinja: the chat template fails (template line 1)", "mend it, or copy"],
+        |w| {
+            w.chats();
+            w.write("tok/chat_template.jinja", "{% for m in messages %}");
+        },
+    ),
+    case(
+        "the address of a model's page",
+        &["run.yaml:2: model.model_path:", "an address; name it by its hub id, Qwen/Qwen2.5-0.5B"],
+        |w| w.set("model_path: model", "model_path: https://huggingface.co/Qwen/Qwen2.5-0.5B"),
+    ),
     case("chats without a tokenizer", &["model: no tokenizer.json", "set model.tokenizer_path"], |w| {
         w.edit("run.yaml", "rows.jsonl\n      type: tokenized", "chats.jsonl\n      type: chat")
     }),

@@ -22,6 +22,12 @@ pub const CASES: &[Case] = &[
     )
     .of(SERVE),
     case(
+        "a host with its scheme",
+        &["server.yaml:3: api_host:", "is not an address alone; write api_host: 127.0.0.1, and api_port: 80"],
+        |w| w.server("api_host: http://127.0.0.1:80"),
+    )
+    .of(SERVE),
+    case(
         "keys as they are",
         &[
             "server.yaml:3: api_keys_file: keys:1:",

@@ -1,9 +1,10 @@
-//! Models by hub id: downloaded once, checked, found again by us and by Python's huggingface_hub; and mistakes in one
-//! line. The hub is a server in this process.
+//! Models and data sets by hub id: downloaded once, checked, found again by us and by Python's huggingface_hub; and
+//! mistakes in one line. The hub is a server in this process.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 #[path = "../common/mod.rs"]
 mod common;
+mod data_sets;
 mod server;
 
 use common::{failed, python, ranks_of, succeeded, tiny::TinyRun};
@@ -50,7 +51,7 @@ impl Setup {
         let text = fs::read_to_string(run.at("run.yaml")).unwrap();
         let line = format!("config_path: {}", run.at("").display().to_string().trim_end_matches('/'));
         fs::write(run.at("run.yaml"), text.replacen(&line, &format!("model_path: {NAME}"), 1)).unwrap();
-        let hub = Hub::start(files, faults);
+        let hub = Hub::start(files, data_set(&run), faults);
         Self { run, hub }
     }
 
@@ -84,6 +85,24 @@ impl Setup {
         sent.sort_unstable();
         sent
     }
+}
+
+/// Files of a data set whose split `train` has the rows of `run`.
+fn data_set(run: &TinyRun) -> Vec<(String, Vec<u8>)> {
+    let text = fs::read_to_string(run.at("rows.jsonl")).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    let (first, last) = lines.split_at(lines.len() / 2);
+    let readme = "---\nlicense: mit\nconfigs:\n- config_name: main\n  default: true\n  data_files:\n  - split: train\n    \
+                  path: data/train-*\n  - split: test\n    path: data/test-*\n  - split: all\n    path: data/*.jsonl\n\
+                  - config_name: other\n  data_files: data/*.png\n---\n# Rows\n";
+    let files = [
+        ("README.md", readme.to_owned()),
+        ("data/train-00000-of-00002.jsonl", first.join("\n")),
+        ("data/train-00001-of-00002.jsonl", last.join("\n")),
+        ("data/test-00000-of-00001.jsonl", lines[0].to_owned()),
+        ("data/picture.png", "no rows".to_owned()),
+    ];
+    files.map(|(name, text)| (name.to_owned(), text.into_bytes())).into()
 }
 
 /// Has `command` use the hub at `endpoint` and the cache below `home`.
@@ -343,12 +362,15 @@ fn mpi_two_ranks_ask_for_each_file_once() {
         "2",
         "--train.output_dir",
         "out",
+        "--data.datasets",
+        r#"[{"path": "tiny/rows", "type": "tokenized"}]"#,
     ];
     let output = setup.command(2, "cache", &[&short[..], &revision].concat()).output().unwrap();
     succeeded(&output);
     assert_eq!(setup.sent(), ["config.json", "generation_config.json", LARGE]);
     let asked = setup.hub.requests();
-    assert_eq!(asked.iter().filter(|line| line.contains("/api/")).count(), 1, "{asked:?}");
+    assert_eq!(asked.iter().filter(|line| line.contains("/api/")).count(), 2, "{asked:?}");
+    assert_eq!(asked.iter().filter(|line| line.starts_with("GET /datasets/")).count(), 3, "{asked:?}");
     let step = setup.run.at("out/weights/run/step_2");
     let adapter: Value =
         serde_json::from_slice(&fs::read(step.join("adapter_config.json")).unwrap()).unwrap();

@@ -11,6 +11,7 @@ use std::{
 };
 
 pub const NAME: &str = "tiny/model";
+pub const DATA: &str = "tiny/rows";
 pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 /// The file that lies in a store of its own, as large files do.
 pub const LARGE: &str = "model.safetensors";
@@ -71,8 +72,9 @@ struct Answer {
 }
 
 impl Hub {
-    /// Serves the names and bytes of `files` until the process ends.
-    pub fn start(files: Vec<(String, Vec<u8>)>, faults: Faults) -> Self {
+    /// Serves the names and bytes of `files` as those of [`NAME`], and of `data` as those of [`DATA`], until the
+    /// process ends.
+    pub fn start(files: Vec<(String, Vec<u8>)>, data: Vec<(String, Vec<u8>)>, faults: Faults) -> Self {
         let mut files: BTreeMap<String, Vec<u8>> = files.into_iter().collect();
         if faults.shards {
             let weights = files.remove(LARGE).unwrap();
@@ -93,10 +95,12 @@ impl Hub {
         let state = Arc::new(Mutex::new(State { faults, ..State::default() }));
         let hub = Self { endpoint, files: Arc::new(files), state };
         let (files, state, endpoint) = (hub.files.clone(), hub.state.clone(), hub.endpoint.clone());
+        let data = Arc::new(data.into_iter().collect());
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 let (files, state, endpoint) = (files.clone(), state.clone(), endpoint.clone());
-                std::thread::spawn(move || serve(&stream.unwrap(), &files, &state, &endpoint));
+                let data = Arc::clone(&data);
+                std::thread::spawn(move || serve(&stream.unwrap(), [&files, &data], &state, &endpoint));
             }
         });
         hub
@@ -130,7 +134,8 @@ fn sha256(bytes: &[u8]) -> String {
     format!("{:x}", Sha256::digest(bytes))
 }
 
-fn serve(stream: &TcpStream, files: &BTreeMap<String, Vec<u8>>, state: &Mutex<State>, endpoint: &str) {
+/// `files` are those of the model and those of the data set.
+fn serve(stream: &TcpStream, files: [&BTreeMap<String, Vec<u8>>; 2], state: &Mutex<State>, endpoint: &str) {
     let mut lines = BufReader::new(stream).lines().map_while(Result::ok);
     let Some(request) = lines.next() else { return };
     let headers: Vec<String> =
@@ -146,7 +151,12 @@ fn serve(stream: &TcpStream, files: &BTreeMap<String, Vec<u8>>, state: &Mutex<St
     let mut answer = {
         let mut state = state.lock().unwrap();
         state.requests.push(format!("{method} {path}"));
-        answer(path, files, &mut state, endpoint, range, header("authorization").is_some())
+        // A data set has the addresses of a model, one folder below.
+        let [own, api] = [format!("/datasets/{DATA}/"), format!("/api/datasets/{DATA}/")];
+        let of_model =
+            path.replacen(&api, &format!("/api/models/{NAME}/"), 1).replacen(&own, &format!("/{NAME}/"), 1);
+        let files = files[usize::from(of_model != path)];
+        answer(&of_model, files, &mut state, endpoint, range, header("authorization").is_some())
     };
     if method == "HEAD" {
         answer.sent = 0;

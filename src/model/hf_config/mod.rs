@@ -13,7 +13,7 @@ use super::{
 use crate::{
     console::{first_of, shortened},
     dtype::DType,
-    json, lfs,
+    hub, json, lfs,
     weights::SourceError,
 };
 use serde_json::{Map, Value};
@@ -27,7 +27,11 @@ use generation::Generation;
 pub enum ConfigError {
     #[error("{path}: {error}")]
     Io { path: PathBuf, error: std::io::Error },
-    #[error("{path}: not JSON: {problem}")]
+    #[error("{path}: has no config.json; give the folder of a model in HF format")]
+    NoConfig { path: PathBuf },
+    #[error("{path}: {}", hub::absent_words(path))]
+    Absent { path: PathBuf },
+    #[error("{path}: not JSON: {problem}; mend it, or copy the model's file again")]
     Json { path: PathBuf, problem: String },
     #[error("{path}: {}", lfs::REMEDY)]
     LfsPointer { path: PathBuf },
@@ -37,7 +41,10 @@ pub enum ConfigError {
     Missing { path: PathBuf, field: String },
     #[error("{path}: {field}: expected {expected}, got {found}")]
     Value { path: PathBuf, field: String, expected: String, found: String },
-    #[error("{path}: {fields}: not known for {of}; a field that may change the maths is refused")]
+    #[error(
+        "{path}: {fields}: not known for {of}; a field that may change the maths is refused: take it out if the model is \
+         the same without it"
+    )]
     Unknown { path: PathBuf, of: String, fields: String },
     #[error(
         "{path}: its sizes make a model of {parameters:.1e} parameters; at most {MOST_PARAMETERS:e} are read"
@@ -117,7 +124,12 @@ pub struct HfModel {
 impl HfModel {
     /// Reads `path`: a config.json, or a directory that has one.
     pub fn open(path: &Path) -> Result<Self, ConfigError> {
-        let path = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
+        let is_folder = path.is_dir();
+        let path = if is_folder { path.join("config.json") } else { path.to_owned() };
+        if !path.exists() {
+            let folder = path.parent().filter(|_| is_folder).map(Path::to_owned);
+            return Err(folder.map_or(ConfigError::Absent { path }, |path| ConfigError::NoConfig { path }));
+        }
         let mut model = Self::parse(&path, read_object(&path)?)?;
         if let Some(generation) = Generation::read(&path.with_file_name("generation_config.json"))? {
             model.end_token_ids = generation.eos_token_ids;
