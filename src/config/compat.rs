@@ -63,7 +63,7 @@ pub(super) const MEMORY: &str =
 const PYTHON: &str = "it tunes the Python runtime, which is not used";
 pub(super) const TOPOLOGY: &str = "only data parallelism (replicate × shard) is built";
 const TEXT_ONLY: &str = "only text models are built";
-const LOCAL_DATA: &str = "data is read from local files as they are";
+const LOCAL_DATA: &str = "files are read as they are, and no code of a data set is run";
 const ONE_DECAY: &str = "weight decay applies to the whole adapter";
 
 /// xorl's other fields of `run.yaml`.
@@ -140,8 +140,8 @@ const REFUSED: &[Refused] = &[
     refused("model.train_router", &["false"], "the router is part of the frozen base"),
     refused("model.foundation", &["{}", "null"], TEXT_ONLY),
     refused("model.encoders", &["{}", "null"], TEXT_ONLY),
-    refused("data.push_dataset_to_hub", &["null"], LOCAL_DATA),
-    refused("data.hf_use_auth_token", &["null", "false"], LOCAL_DATA),
+    refused("data.push_dataset_to_hub", &["null"], "nothing is uploaded to the hub"),
+    refused("data.hf_use_auth_token", &["null", "false"], "the environment has the hub's token, HF_TOKEN"),
     refused("data.skip_prepare_dataset", &["false", "null"], "dataset_prepared_path reuses prepared data"),
     refused("data.dataset_shard_num", &["null"], LOCAL_DATA),
     refused("data.dataset_shard_idx", &["null"], LOCAL_DATA),

@@ -241,15 +241,18 @@ impl<C: ConfigFile> Loader<'_, C> {
     }
 }
 
-/// True for a file of a server's fields that is read as a run's, and the other way round.
+/// True for a file that is read as a run's and most of whose names are fields of a server, none a section of a run; and
+/// the other way round.
 fn is_of_the_other_kind<C: ConfigFile>(entries: &[Entry]) -> bool {
     let is_of_run = |entry: &Entry| RunConfig::SECTIONS.contains(&entry.key.as_str());
     let of_server = file::names::<ServerConfig>();
     let known =
         [ServerConfig::COMPAT.accepted_names(), ServerConfig::COMPAT.refused_names(), of_server].concat();
     let is_of_server = |entry: &Entry| known.contains(&format!("server.{}", entry.key));
-    let is_other: &dyn Fn(&Entry) -> bool = if C::IS_FLAT { &is_of_run } else { &is_of_server };
-    !entries.is_empty() && entries.iter().all(is_other)
+    let count = |is: &dyn Fn(&Entry) -> bool| entries.iter().filter(|entry| is(entry)).count();
+    let (run, server) = (count(&is_of_run), count(&is_of_server));
+    let (own, other) = if C::IS_FLAT { (server, run) } else { (run, server) };
+    own == 0 && 2 * other > entries.len()
 }
 
 /// True for this program's sections and for those that only xorl has.

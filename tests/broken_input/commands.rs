@@ -24,6 +24,10 @@ pub const CASES: &[Case] = &[
         |w| w.server(""),
     )
     .of(&["--config", "server.yaml"]),
+    case("check of a server's file with a mistake", &["server.yaml is of a server, not of a run"], |w| {
+        w.server("model_ids: [a]\nmax_seq_len: 7")
+    })
+    .of(&["check", "--config", "server.yaml"]),
     case(
         "a server of a run's file",
         &["run.yaml is of a run, not of a server", "xorl-dist --config run.yaml"],
