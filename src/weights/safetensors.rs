@@ -327,7 +327,7 @@ mod tests {
             );
         }
         std::fs::write(path("model.safetensors.index.json"), index("gone.safetensors")).unwrap();
-        assert!(matches!(SafetensorsSource::open(directory.path()), Err(SourceError::Io { .. })));
+        assert!(matches!(SafetensorsSource::open(directory.path()), Err(SourceError::NoShard { .. })));
     }
 
     #[test]
