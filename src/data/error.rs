@@ -71,10 +71,25 @@ pub enum DataError {
 /// The remedy for a data set without a row.
 pub(super) const NO_ROWS: &str = "give it rows, as configs/README.md shows";
 
+/// The remedy in a file for a field of a row that is missing, where the row's other fields tell none.
+fn remedy(problem: &LineProblem) -> &'static str {
+    match problem {
+        LineProblem::Missing { field, hint: "", .. } if field.contains('[') => {
+            "; write it, or name it by message_property_mappings"
+        }
+        LineProblem::Missing { hint: "", .. } => {
+            "; set type to that of the rows, or name the field by columns"
+        }
+        _ => "",
+    }
+}
+
 /// A line for each of the `first` faults of a file; the last of them counts the records that are wrong as well.
 fn lines(path: &Path, first: &[(Place, LineProblem)], more: usize) -> String {
-    let mut told: Vec<String> =
-        first.iter().map(|(place, problem)| format!("{}:{place}: {problem}", path.display())).collect();
+    let line = |(place, problem): &(Place, LineProblem)| {
+        format!("{}:{place}: {problem}{}", path.display(), remedy(problem))
+    };
+    let mut told: Vec<String> = first.iter().map(line).collect();
     if let Some(last) = told.last_mut().filter(|_| more > 0) {
         let of = if matches!(first[0].0, Place::Line(_)) { "line" } else { "row" };
         *last += &format!(

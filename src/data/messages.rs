@@ -213,7 +213,7 @@ pub(super) fn hint(row: &Map<String, Value>, field: &str) -> &'static str {
     } else if has("text") {
         "; type text reads `text`"
     } else {
-        "; set type to that of the rows, or name the field by columns"
+        ""
     }
 }
 
