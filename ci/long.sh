@@ -16,6 +16,10 @@
 #   ci/long.sh kills           [N]: SIGKILLs at random times of one rank or of all, worlds 1 and 2 (100)
 #   ci/long.sh power_cut       the power cut after every call to the file system of recorded runs, 1 and 2 ranks, in a
 #                              model of a disk that keeps what fsync promised; options may follow, as --resumes 100
+#   ci/long.sh signals         10 signals in each phase of a run, on one rank and on two
+#   ci/long.sh full_disk       runs into a small tmpfs that fills up (root)
+#   ci/long.sh stall           what a save keeps a step waiting: SmolLM2, and random values of Qwen2.5-1.5B's shapes; and
+#                              what the agreement after each micro-batch costs
 #   ci/long.sh hosts           two hosts (network namespaces) against one; and their cable cut (root, Open MPI)
 #   ci/long.sh mpich           the tests of several ranks built and run with MPICH (Debian's, installed beside Open MPI)
 #   ci/long.sh same_bits       BEFORE AFTER: two builds train the same models; results are compared bit for bit; --quick
@@ -98,6 +102,24 @@ case "${1:-}" in
     cargo build --release --quiet
     binary=${CARGO_TARGET_DIR:-target}/release/xorl-dist
     for ranks in 1 2; do python3 ci/power_cut.py --binary "$binary" --ranks "$ranks" "$@"; done
+    ;;
+  signals)
+    launch/setup.sh --no-tests
+    export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+    cargo test --quiet --test signals -- --ignored --nocapture ten_signals
+    exec cargo test --quiet --test evaluation -- --ignored --nocapture ten_signals
+    ;;
+  full_disk)
+    launch/setup.sh --no-tests
+    export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+    exec cargo test --quiet --test saving -- --ignored --nocapture a_full_disk
+    ;;
+  stall)
+    shift
+    launch/setup.sh
+    smollm2
+    cargo build --release --quiet
+    exec .venv/bin/python ci/stall.py --binary "${CARGO_TARGET_DIR:-target}/release/xorl-dist" "$@"
     ;;
   hosts)
     launch/setup.sh --no-tests

@@ -15,6 +15,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::{Command, Output},
+    time::Duration,
 };
 use xorl_dist::{
     checkpoint::steps,
@@ -316,22 +317,58 @@ fn mpi_a_run_stops_early_on_all_ranks_and_one_row_suffices() {
     assert_eq!(metrics(&run.at("out")).len(), made + 1);
 }
 
-#[test]
-fn a_signal_during_an_evaluation_is_answered_after_it() {
+/// Sends a signal in the evaluation after step 1, `rounds` times: it is left, and a resume begins with it.
+fn stops_in_an_evaluation(ranks: usize, rounds: usize) {
     let run = TinyRun::new();
-    let test = held_out(&run.at("held_out.jsonl"), 800);
-    let settings = ["--data.test_datasets", &test, "--train.eval_steps", "1", "--train.save_steps", "0"];
-    let settings = [&settings[..], &["--train.metric_for_best", "null"], &AUTO].concat();
-    let mut child = started(run.command(1, "out", &settings));
-    let lines =
-        || fs::read_to_string(run.at("out").join("metrics.jsonl")).unwrap_or_default().lines().count();
-    wait_for("an evaluation", || (lines() >= 1).then_some(()));
-    // Steps take milliseconds here, evaluations most of a second.
-    signal(child.id(), libc::SIGUSR1);
-    let status = child.wait().unwrap();
-    assert_eq!(status.code(), Some(75));
-    let [step] = run.steps("out")[..] else { panic!("{:?}", run.steps("out")) };
-    assert_eq!((step, eval_losses(&run.at("out")).len()), (lines(), lines()));
+    let test = held_out(&run.at("held_out.jsonl"), 400);
+    let settings = "--train.eval_steps 1 --train.save_steps 0 --train.max_steps 3 --train.use_tensorboard true \
+        --train.global_batch_size 4";
+    let settings: Vec<&str> =
+        settings.split_whitespace().chain(["--data.test_datasets", &test]).chain(AUTO).collect();
+    succeeded(&run.run(ranks, "whole", &settings));
+    let course = |out: &str| {
+        let mut lines = run.story(out);
+        lines.iter_mut().for_each(|line| drop(line.as_object_mut().unwrap().remove("comm_bytes")));
+        lines
+    };
+    for round in 0..rounds {
+        let out = format!("out {round}");
+        let child = started(run.command(ranks, &out, &settings));
+        let events = run.at(&out).join("tensorboard/run");
+        wait_for("the run", || fs::read_dir(&events).ok()?.next()?.ok().map(drop));
+        // Steps take milliseconds here, an evaluation most of a second.
+        std::thread::sleep(Duration::from_millis(100 + 13 * round as u64));
+        signal(child.id(), libc::SIGUSR1);
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(75), "{}", said(&output));
+        let text = fs::read_to_string(run.at(&out).join("metrics.jsonl")).unwrap();
+        let made = text.lines().count();
+        assert_eq!(run.steps(&out).last(), Some(&made), "{text}");
+        assert_eq!(eval_losses(&run.at(&out)).len(), made - 1, "{}", said(&output));
+        assert!(said(&output).contains("its evaluation was put off: it is saved"), "{}", said(&output));
+        succeeded(&run.run(ranks, &out, &settings));
+        assert_eq!(course(&out), course("whole"));
+        assert_eq!(
+            steps::best(&run.run_dir(&out)).map(|step| step.file_name().unwrap().to_owned()),
+            steps::best(&run.run_dir("whole")).map(|step| step.file_name().unwrap().to_owned())
+        );
+        assert_eq!(differences(&run.step("whole", 3), &run.step(&out, 3)), Vec::<PathBuf>::new());
+    }
+}
+
+#[test]
+fn mpi_a_signal_leaves_an_evaluation_with_which_a_resume_begins() {
+    [1, 2].into_iter().for_each(|ranks| stops_in_an_evaluation(ranks, 1));
+}
+
+/// Run by `ci/long.sh signals`.
+#[test]
+#[ignore = "takes minutes"]
+fn ten_signals_in_evaluations_stop_one_and_two_ranks() {
+    for ranks in [1, 2] {
+        stops_in_an_evaluation(ranks, 10);
+        println!("evaluation, {ranks} ranks: 10 of 10");
+    }
 }
 
 /// The answer that tests/generate.rs holds to transformers.

@@ -107,11 +107,28 @@ fn mpi_an_adapter_that_is_not_finite_is_not_published() {
 }
 
 /// Ranks whose files may suddenly grow no more: an ordinary error of write(2) instead of a signal.
-fn forgiving(run: &TinyRun, out: &str) -> Command {
-    let mut command = ranks_of(Path::new("bash"), 2);
+fn forgiving(run: &TinyRun, ranks: usize, out: &str, more: &[&str]) -> Command {
+    let mut command = ranks_of(Path::new("bash"), ranks);
     command.args(["-c", "trap '' XFSZ; exec \"$@\"", "--", env!("CARGO_BIN_EXE_xorl-dist")]);
-    command.args(run.arguments(out, &EVERY_STEP));
+    command.args(run.arguments(out, more));
     command
+}
+
+/// Has no file of `process` grow beyond `bytes`.
+fn limit_files(process: u32, bytes: u64) {
+    let limit = libc::rlimit { rlim_cur: bytes, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: prlimit(2) reads `limit`, and writes nothing where the old limit is not asked for.
+    let set = unsafe {
+        libc::prlimit(process as i32, libc::RLIMIT_FSIZE, &limit, std::ptr::null_mut::<libc::rlimit>())
+    };
+    assert_eq!(set, 0);
+}
+
+/// What the run said, and its exit code.
+fn ended(mut child: std::process::Child) -> (String, Option<i32>) {
+    let (mut said, status) = (String::new(), child.wait().unwrap());
+    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    (said, status.code())
 }
 
 #[test]
@@ -119,27 +136,156 @@ fn mpi_a_save_that_fails_on_one_rank_ends_all_with_its_error() {
     let run = TinyRun::new();
     for (rank, file) in [(1, "optimizer-1-of-2.safetensors"), (0, "")] {
         let out = format!("rank {rank}");
-        let mut child = started(forgiving(&run, &out));
+        let child = started(forgiving(&run, 2, &out, &EVERY_STEP));
         wait_for("the first step", || run.steps(&out).contains(&1).then_some(()));
         let process = wait_for("the rank", || rank_process(child.id(), rank));
-        let limit = libc::rlimit { rlim_cur: 100, rlim_max: 100 };
-        // SAFETY: prlimit(2) reads `limit`, and writes nothing where the old limit is not asked for.
-        let set = unsafe {
-            libc::prlimit(process as i32, libc::RLIMIT_FSIZE, &limit, std::ptr::null_mut::<libc::rlimit>())
-        };
-        assert_eq!(set, 0);
-        let (mut said, status) = (String::new(), child.wait().unwrap());
-        child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-        assert_eq!(status.code(), Some(1), "{said}");
+        limit_files(process, 100);
+        let (said, code) = ended(child);
+        assert_eq!(code, Some(1), "{said}");
         let lines: Vec<&str> = said.lines().filter(|line| line.starts_with("error: ")).collect();
         assert_eq!(lines.len(), 1, "{said}");
         assert!(lines[0].starts_with(&format!("error: rank {rank}: ")) && lines[0].contains(file), "{said}");
-        assert!(lines[0].contains("File too large"), "{said}");
+        assert!(lines[0].contains("File too large") && lines[0].contains("ulimit -f"), "{said}");
         for step in run.steps(&out) {
             publish::verify(&run.step(&out, step)).unwrap();
         }
         succeeded(&run.run(2, &out, &[&AUTO[..], &EVERY_STEP].concat()));
         assert_eq!(run.steps(&out), (1..=STEPS).collect::<Vec<_>>());
+    }
+}
+
+/// Enough steps for a fault to come and go while the run is on its way.
+const MANY: [&str; 8] = [
+    "--train.save_steps",
+    "1",
+    "--train.max_steps",
+    "120",
+    "--train.num_train_epochs",
+    "99",
+    "--train.global_batch_size",
+    "4",
+];
+const GOES_ON: [&str; 2] = ["--train.on_save_error", "continue"];
+
+#[test]
+fn mpi_a_run_that_goes_on_after_failed_saves_ends_as_if_they_had_not_failed() {
+    let run = TinyRun::new();
+    let settings = [&MANY[..], &GOES_ON].concat();
+    succeeded(&run.run(1, "whole", &MANY));
+    for ranks in [1, 2] {
+        let (out, away) = (format!("ranks {ranks}"), run.at(&format!("away {ranks}")));
+        let child = started(forgiving(&run, ranks, &out, &settings));
+        wait_for("the second step", || (run.steps(&out).last() >= Some(&2)).then_some(()));
+        // Files of the last rank alone may not grow.
+        let process =
+            if ranks == 1 { child.id() } else { wait_for("the rank", || rank_process(child.id(), 1)) };
+        limit_files(process, 100);
+        std::thread::sleep(Duration::from_millis(60));
+        limit_files(process, libc::RLIM_INFINITY);
+        let before = run.steps(&out).into_iter().last().unwrap();
+        wait_for("the next save", || (run.steps(&out).last() > Some(&before)).then_some(()));
+        // The whole folder is away for a while.
+        fs::rename(run.at(&out), &away).unwrap();
+        std::thread::sleep(Duration::from_millis(60));
+        assert!(!run.at(&out).exists(), "a folder that was removed is not made anew");
+        fs::rename(&away, run.at(&out)).unwrap();
+        let (said, code) = ended(child);
+        assert_eq!(code, Some(0), "{said}");
+        for cause in ["File too large", "it was removed, or its file system is gone"] {
+            let words = |line: &&str| line.contains(" is not saved: ") && line.contains(cause);
+            let told = said.lines().filter(words).filter(|line| line.contains("WARN")).count();
+            assert!(told > 0, "{cause}: {said}");
+        }
+        let steps = run.steps(&out);
+        assert!(steps.len() < 120 && steps.last() == Some(&120), "{steps:?}");
+        steps.iter().for_each(|&step| publish::verify(&run.step(&out, step)).unwrap());
+        assert_eq!(hidden(&run.run_dir(&out)), Vec::<String>::new());
+        let (one, other) = (run.story("whole"), run.story(&out));
+        assert_eq!(one.len(), other.len(), "every line once");
+        if ranks == 1 {
+            assert_eq!(without_bytes(one), without_bytes(other));
+            assert_eq!(differences(&run.step("whole", 120), &run.step(&out, 120)), Vec::<PathBuf>::new());
+        }
+    }
+}
+
+/// Lines without what a run that saves more seldom receives less.
+fn without_bytes(mut lines: Vec<serde_json::Value>) -> Vec<serde_json::Value> {
+    lines.iter_mut().for_each(|line| drop(line.as_object_mut().unwrap().remove("comm_bytes")));
+    lines
+}
+
+#[test]
+fn mpi_a_run_whose_last_save_failed_says_so_and_ends_with_an_error() {
+    let run = TinyRun::new();
+    for ranks in [1, 2] {
+        let out = format!("ranks {ranks}");
+        let child = started(forgiving(&run, ranks, &out, &[&MANY[..], &GOES_ON].concat()));
+        wait_for("the second step", || (run.steps(&out).last() >= Some(&2)).then_some(()));
+        let process =
+            if ranks == 1 { child.id() } else { wait_for("the rank", || rank_process(child.id(), 1)) };
+        limit_files(process, 100);
+        let (said, code) = ended(child);
+        assert_eq!(code, Some(1), "{said}");
+        let errors: Vec<&str> = said.lines().filter(|line| line.starts_with("error: ")).collect();
+        assert!(errors.len() == 1 && errors[0].contains("step 120 is not saved: "), "{said}");
+        let steps = run.steps(&out);
+        assert!(steps.last() < Some(&120), "{steps:?}");
+        steps.iter().for_each(|&step| publish::verify(&run.step(&out, step)).unwrap());
+        assert_eq!(hidden(&run.run_dir(&out)), Vec::<String>::new(), "nothing fills the disk");
+    }
+}
+
+#[test]
+fn mpi_saves_that_training_does_not_wait_for_are_the_same_bytes() {
+    let run = TinyRun::new();
+    let replicas = ["--train.data_parallel_replicate_size", "2"];
+    for (ranks, more) in [(1, &[][..]), (2, &[]), (2, &replicas)] {
+        let [ahead, waits] = ["true", "false"].map(|is_async| {
+            let out = format!("{ranks} {} {is_async}", more.len());
+            let settings = [&EVERY_STEP[..], &["--train.save_async", is_async], more].concat();
+            succeeded(&run.run(ranks, &out, &settings));
+            out
+        });
+        assert_eq!(run.steps(&ahead), (1..=STEPS).collect::<Vec<_>>());
+        for step in 1..=STEPS {
+            let different = differences(&run.step(&ahead, step), &run.step(&waits, step));
+            assert!(different.is_empty(), "{ahead}, step {step}: {different:?}");
+        }
+        assert_eq!(run.story(&ahead), run.story(&waits), "{ahead}");
+    }
+}
+
+/// A disk of 300 kB: it is full after some steps. Run by `ci/long.sh full_disk` as root.
+#[test]
+#[ignore = "mounts a file system"]
+fn a_full_disk_stops_a_run_or_lets_it_go_on() {
+    struct Mounted(PathBuf);
+    impl Drop for Mounted {
+        fn drop(&mut self) {
+            let _ = Command::new("umount").arg(&self.0).status();
+        }
+    }
+    let run = TinyRun::new();
+    for (policy, ranks) in [("stop", 1), ("stop", 2), ("continue", 1), ("continue", 2)] {
+        let out = format!("{policy} {ranks}");
+        fs::create_dir(run.at(&out)).unwrap();
+        let mount =
+            Command::new("mount").args(["-t", "tmpfs", "-o", "size=300k", "none"]).arg(run.at(&out)).status();
+        assert!(mount.unwrap().success(), "mount needs root");
+        let _mounted = Mounted(run.at(&out));
+        let settings = [&MANY[..], &["--train.on_save_error", policy]].concat();
+        let line = failed(&run.run(ranks, &out, &settings), 1);
+        assert!(line.contains("No space left on device") && line.contains("free space there"), "{line}");
+        let steps = run.steps(&out);
+        println!("{out}: {} steps fit; {line}", steps.len());
+        assert!(!steps.is_empty() && steps.last() < Some(&120), "{steps:?}");
+        steps.iter().for_each(|&step| publish::verify(&run.step(&out, step)).unwrap());
+        assert_eq!(hidden(&run.run_dir(&out)), Vec::<String>::new(), "nothing fills the disk");
+        // With fewer steps kept the disk suffices.
+        let fits = [&MANY[..], &AUTO, &["--train.save_total_limit", "1"]].concat();
+        succeeded(&run.run(ranks, &out, &fits));
+        assert_eq!(run.steps(&out).last(), Some(&120));
     }
 }
 

@@ -4,9 +4,20 @@
 
 mod common;
 
-use common::{is_mpich, mpirun, signal, started, succeeded, tiny::TinyRun, tiny::differences, wait_for};
+use common::{
+    is_mpich, mpirun, rank_process, signal, started, succeeded,
+    tiny::{TinyRun, differences},
+    wait_for,
+};
 use serde_json::Value;
-use std::{fs, io::Read, path::Path, process::Command};
+use std::{
+    fs,
+    io::Read,
+    path::Path,
+    process::{Child, Command},
+    time::Duration,
+};
+use xorl_dist::checkpoint::publish;
 
 const LONG: usize = 100;
 /// Long enough to be met while it runs; nothing is saved but where it stops and at its end.
@@ -64,6 +75,172 @@ fn stops_and_goes_on_under(ranks: usize, signals: &[i32], start: impl Fn(&TinyRu
         let different = differences(&run.step("whole", LONG), &run.step(&out, LONG));
         assert!(different.is_empty(), "{different:?}");
     }
+}
+
+/// What the run said, and its exit code.
+fn ended(mut child: Child) -> (String, Option<i32>) {
+    let (mut said, status) = (String::new(), child.wait().unwrap());
+    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    (said, status.code())
+}
+
+/// True if `process` has a handler for SIGUSR1.
+fn listens(process: u32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+    let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+    let caught = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    caught.is_some_and(|mask| mask & (1 << (libc::SIGUSR1 - 1)) != 0)
+}
+
+/// The processes of the ranks that `child` has started, or is.
+fn processes(child: &Child, ranks: usize) -> Vec<u32> {
+    if ranks == 1 {
+        return vec![child.id()];
+    }
+    (0..ranks).map(|rank| wait_for("a rank", || rank_process(child.id(), rank))).collect()
+}
+
+/// A phase of a run in which a signal comes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Phase {
+    Data,
+    Load,
+    /// A micro-batch of a step that is finished, or of one that is dropped.
+    MicroBatch {
+        dropped: bool,
+    },
+    Saving,
+}
+
+/// 150 micro-batches of a row in each step, 75 on each of 2 ranks.
+const LONG_STEPS: [&str; 8] = [
+    "--train.max_steps",
+    "6",
+    "--train.num_train_epochs",
+    "99",
+    "--train.micro_batch_size",
+    "1",
+    "--train.global_batch_size",
+    "150",
+];
+
+/// Sends SIGUSR1 to a run of `ranks` ranks in `phase`, `rounds` times. What was published is whole, and a resume ends as
+/// the run that nobody stopped.
+fn stops_in(phase: Phase, ranks: usize, rounds: usize) {
+    let run = TinyRun::new();
+    // Many values to draw.
+    let model = fs::read_to_string(run.at("config.json")).unwrap().replace("503", "300000");
+    fs::write(run.at("large.json"), model).unwrap();
+    let large = run.at("large.json").display().to_string();
+    let settings: Vec<&str> = match phase {
+        Phase::Data => RUN.to_vec(),
+        Phase::Load => vec!["--model.config_path", &large, "--train.max_steps", "2"],
+        Phase::MicroBatch { dropped: false } => [&LONG_STEPS[..], &["--train.save_steps", "0"]].concat(),
+        Phase::MicroBatch { dropped: true } => {
+            [&LONG_STEPS[..], &["--train.save_steps", "0", "--train.stop_grace_s", "0"]].concat()
+        }
+        Phase::Saving => [&RUN[..], &["--train.save_steps", "1", "--train.max_steps", "40"]].concat(),
+    };
+    let settings = [&settings[..], &["--train.load_checkpoint_path", "auto"]].concat();
+    let is_early = matches!(phase, Phase::Data | Phase::Load);
+    if !is_early {
+        succeeded(&run.run(ranks, "whole", &settings));
+    }
+    let (mut round, mut attempts) = (0, 0);
+    while round < rounds {
+        attempts += 1;
+        assert!(attempts <= 3 * rounds + 3, "{phase:?} was not met");
+        let out = format!("out {attempts}");
+        let child = started(run.command(ranks, &out, &settings));
+        let lines =
+            || fs::read_to_string(run.at(&out).join("metrics.jsonl")).unwrap_or_default().lines().count();
+        match phase {
+            Phase::Data => {
+                let all = processes(&child, ranks);
+                wait_for("handlers", || all.iter().all(|&process| listens(process)).then_some(()));
+            }
+            Phase::Load => wait_for("the lock", || run.at(&out).join(".lock").exists().then_some(())),
+            Phase::MicroBatch { .. } => {
+                wait_for("the second step", || (lines() >= 2).then_some(()));
+                // Somewhere in the third.
+                std::thread::sleep(Duration::from_millis(3 + 7 * (attempts as u64 % 5)));
+            }
+            Phase::Saving => {
+                wait_for("the fifth save", || (run.steps(&out).last() >= Some(&5)).then_some(()));
+                std::thread::sleep(Duration::from_micros(300 * (attempts as u64 % 7)));
+            }
+        }
+        signal(child.id(), libc::SIGUSR1);
+        let (said, code) = ended(child);
+        let forgets = ranks > 1 && code == Some(0) && is_mpich();
+        assert!(code == Some(75) || forgets, "{phase:?}: {code:?} {said}");
+        let steps = run.steps(&out);
+        if is_early {
+            assert!(said.contains("stopping: no step is made yet, and nothing is saved"), "{said}");
+            assert!(steps.is_empty() && lines() == 0, "{steps:?}: {said}");
+            round += 1;
+            continue;
+        }
+        assert!(said.contains(&format!("stopped after step {} of", lines())), "{said}");
+        assert_eq!(steps.last(), Some(&lines()), "{said}");
+        steps.iter().for_each(|&step| publish::verify(&run.step(&out, step)).unwrap());
+        let met = match phase {
+            Phase::MicroBatch { dropped } => said.contains("was dropped (train.stop_grace_s)") == dropped,
+            _ => true,
+        };
+        round += usize::from(met);
+        succeeded(&run.run(ranks, &out, &settings));
+        assert_eq!(course(&run, &out), course(&run, "whole"));
+        let last = *run.steps("whole").last().unwrap();
+        let different = differences(&run.step("whole", last), &run.step(&out, last));
+        assert!(different.is_empty(), "{phase:?}: {different:?}");
+    }
+}
+
+const PHASES: [Phase; 5] = [
+    Phase::Data,
+    Phase::Load,
+    Phase::MicroBatch { dropped: false },
+    Phase::MicroBatch { dropped: true },
+    Phase::Saving,
+];
+
+#[test]
+fn a_signal_in_any_phase_stops_one_process() {
+    PHASES.into_iter().for_each(|phase| stops_in(phase, 1, 1));
+}
+
+#[test]
+fn mpi_a_signal_in_any_phase_stops_all_ranks() {
+    PHASES.into_iter().for_each(|phase| stops_in(phase, 2, 1));
+}
+
+/// Run by `ci/long.sh signals`.
+#[test]
+#[ignore = "takes minutes"]
+fn ten_signals_in_each_phase_stop_one_and_two_ranks() {
+    for phase in PHASES {
+        for ranks in [1, 2] {
+            stops_in(phase, ranks, 10);
+            println!("{phase:?}, {ranks} ranks: 10 of 10");
+        }
+    }
+}
+
+#[test]
+fn a_second_signal_ends_the_process_at_once_and_says_so() {
+    let run = TinyRun::new();
+    let child =
+        started(run.command(1, "out", &[&LONG_STEPS[..], &["--train.global_batch_size", "20000"]].concat()));
+    wait_for("the run", || run.at("out/metrics.jsonl").exists().then_some(()));
+    for number in [libc::SIGUSR1, libc::SIGINT] {
+        signal(child.id(), number);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let (said, code) = ended(child);
+    assert_eq!(code, Some(128 + libc::SIGINT), "{said}");
+    assert!(said.contains("ended at once by a second signal: nothing of this run is saved"), "{said}");
+    assert_eq!(run.steps("out"), Vec::<usize>::new());
 }
 
 #[test]

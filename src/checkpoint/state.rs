@@ -87,6 +87,9 @@ pub struct TrainerState {
     /// Evaluations so far, in runs with such.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub evaluations: Option<EvaluationState>,
+    /// The step is to be evaluated before the next one: a signal came before that was done.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub evaluation_due: bool,
     #[serde(flatten)]
     pub adapter: AdapterState,
     pub schedule: Schedule,
@@ -389,6 +392,7 @@ mod tests {
             reference: None,
             merges: 0,
             evaluations: None,
+            evaluation_due: false,
             adapter: AdapterState {
                 world,
                 shards: world,

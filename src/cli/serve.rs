@@ -1,11 +1,11 @@
 //! The command `serve`.
 
-use super::{Common, Fields, Runnable, models, ranks::on_all_ranks, train::STOPPED};
+use super::{Common, Fields, Runnable, models, ranks::on_all_ranks};
 use crate::{
     config,
     error::{Result, agree},
     server::Start,
-    train::{Program, StopSignals},
+    train::{Program, STOPPED, StopSignals},
 };
 use std::{path::PathBuf, process::ExitCode};
 

@@ -5,12 +5,9 @@ use crate::{
     checkpoint::output::note_failure,
     comm::FreeMemory,
     error::{Result, agree},
-    train::{Ended, Program, Run, StopSignals},
+    train::{Ended, Program, Run, STOPPED, StopSignals},
 };
 use std::{path::PathBuf, process::ExitCode};
-
-/// Exit code of a run or a server that has saved and stopped because a signal asked for it.
-pub(super) const STOPPED: u8 = 75;
 
 /// Train an adapter (the default)
 #[derive(Clone, Debug, PartialEq, clap::Args)]
@@ -35,9 +32,8 @@ impl Runnable for Train {
             common.device,
             common.debug,
             |world| {
-                // Before signals are listened to: one ends a download at once.
-                models::fetch(world, || models::of_run(&self.config, &common.overrides))?;
                 let stop = StopSignals::listen(Program::Run, world)?;
+                models::fetch(world, || models::of_run(&self.config, &common.overrides))?;
                 let everyone = world.group("world", 0);
                 let run = Run::prepare_to_train(&self.config, &common.overrides, world.size());
                 let mut run = agree(&*everyone, run)?;

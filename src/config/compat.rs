@@ -53,7 +53,7 @@ pub(super) const KERNELS: &str = "kernels are chosen by the device";
 const LOADER: &str = "one loader thread per rank feeds the step";
 const ALWAYS_SHARDED: &str =
     "the base is always fully sharded; data_parallel_shard_size sets over how many ranks";
-const SAVING: &str = "a save is synchronous, published atomically and in lora.lora_export_format";
+const SAVING: &str = "a save is published atomically and in lora.lora_export_format";
 const METRICS: &str = "metrics go to metrics.jsonl in output_dir";
 const PROFILING: &str = "profile_steps traces steps, and every step's phase times are in metrics.jsonl";
 pub(super) const NO_PIPELINE: &str = "there are no pipeline stages";
@@ -114,7 +114,6 @@ const ACCEPTED_WITH_WARNING: &[Accepted] = &[
     hint("train.pipeline_parallel_schedule", NO_PIPELINE),
     hint("train.pp_variable_seq_lengths", NO_PIPELINE),
     hint("train.ckpt_manager", SAVING),
-    hint("train.save_async", SAVING),
     hint("train.save_hf_weights", SAVING),
     hint("train.wandb_project", METRICS),
     hint("train.wandb_name", METRICS),

@@ -44,7 +44,7 @@ pub use nearest::misspelt;
 pub use optimizer::{MuonAdjustLr, Optimizer, OptimizerArgs, OptimizerDtype};
 pub use section::FieldInfo;
 pub use server::{ServerConfig, is_model_id};
-pub use train::{LoadCheckpoint, LogFormat, LrDecayStyle, MetricForBest, TrainArgs};
+pub use train::{LoadCheckpoint, LogFormat, LrDecayStyle, MetricForBest, OnSaveError, TrainArgs};
 
 use compat::Compat;
 use file::{Broken, ConfigFile};

@@ -25,6 +25,14 @@ choices! {
         EvalPerplexity = "eval_perplexity",
     }
 
+    /// The course of a run after a step that could not be saved.
+    pub enum OnSaveError {
+        /// It ends with the error.
+        Stop = "stop",
+        /// It goes on, and the next save tries again.
+        Continue = "continue",
+    }
+
     /// Display of steps.
     pub enum LogFormat {
         /// A bar on a terminal, elsewhere a line every 10 s.
@@ -147,6 +155,16 @@ section! {
         /// Published steps that are kept; older ones are deleted, but never the one resumed from or the best. null:
         /// all.
         save_total_limit: Option<usize> = Some(3) => OneOrMore;
+        /// Write saves while training goes on: a save stops it for the copy to host memory alone, and the next save waits
+        /// for the one before. An error shows at the end of a later step. The last save is waited for. A base that merges
+        /// have changed is written before training goes on. false: each save is waited for.
+        save_async: bool = true;
+        /// When a step cannot be saved, as on a full disk: `stop` ends the run with the error; `continue` warns, goes on
+        /// and tries again at the next save, and the run ends with exit code 1 if its last save failed.
+        on_save_error: OnSaveError = OnSaveError::Stop;
+        /// Seconds that a run may take to finish its step after a signal asked it to stop. Where the micro-batches that
+        /// are left would take longer, the step is dropped and the state before it saved.
+        stop_grace_s: usize = 30;
         /// Evaluate on `data.val_set_size` or `data.test_datasets` every this many steps, and after the last. null or
         /// 0: after each epoch.
         eval_steps: Option<usize> = None;

@@ -17,6 +17,8 @@ pub struct AdapterMemory {
     pub gradients: usize,
     /// Copies that a save makes on the host, beside all that.
     pub save: usize,
+    /// The same of a save that training does not wait for.
+    pub save_async: usize,
 }
 
 impl AdapterMemory {
@@ -36,7 +38,7 @@ impl AdapterMemory {
         // Files hold all of it in fp32.
         let stored = (1 + optimizer.rule().state_names().len()) * fp32(copies);
         // A rank's pieces are copied, then serialised. Before that rank 0 does the same with the whole adapter, where
-        // experts are put together once more.
+        // experts are put together once more. If training goes on, both are copied first.
         let of_experts = fp32(regions[1].pieces);
         let whole = (fp32(copies) + of_experts / 2) * regions[0].shards;
         Self {
@@ -45,6 +47,7 @@ impl AdapterMemory {
             optimizer: fp32(copies) + elements * optimizer.state_bytes(),
             gradients: fp32(copies + regions.iter().map(unreduced).sum::<usize>()),
             save: 2 * stored.max(whole),
+            save_async: stored + whole + stored.max(whole),
         }
     }
 

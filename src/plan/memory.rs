@@ -43,7 +43,7 @@ pub struct Memory {
     /// The same on a device, which computes more rows of the head at a time, and all experts of a layer in one GEMM.
     pub device_scratch: usize,
     pub libraries: usize,
-    /// Copies that a save makes on the host, beside all that.
+    /// Copies that a save of a run makes on the host, beside all that, while training goes on.
     pub save: usize,
 }
 
@@ -78,7 +78,7 @@ impl Memory {
             scratch: scratch(HOST_ROWS as usize, layer),
             device_scratch: scratch(usize::MAX, on_device),
             libraries: LIBRARIES,
-            save: adapter.save,
+            save: adapter.save_async,
         }
     }
 

@@ -4,7 +4,7 @@
 //! ones: the ranks gather the same layers in the same order. Weights, random numbers and the order of training are left
 //! as they are.
 
-use super::{Run, StopSignals, reference::ReferenceModel, run::deal};
+use super::{Run, StopSignals, reference::ReferenceModel, run::deal, signals::Asked};
 use crate::{
     comm::{Communicator, Reduce},
     error::{Error, Result},
@@ -34,13 +34,6 @@ impl Evaluation {
     }
 }
 
-/// An evaluation, and the requests to stop that came until its end.
-pub(super) struct Evaluated {
-    pub evaluation: Evaluation,
-    /// A signal to any rank asks the run to stop.
-    pub stopping: bool,
-}
-
 impl Run {
     /// True if an evaluation follows step `done` (1-based): after every `train.eval_steps` steps, without that at the
     /// end of each epoch; and after the `last`.
@@ -53,8 +46,8 @@ impl Run {
     }
 
     /// The loss of the rows that validate under `adapters`, on all ranks of `world`; `reference`: of a loss that
-    /// compares with one. Slots are empty afterwards: the
-    /// next step gathers as much as the first. Collective.
+    /// compares with one. Slots are empty afterwards: the next step gathers as much as the first. `None`: `stop` was
+    /// asked for on some rank before the last micro-batch, and the rest was left. Collective.
     ///
     /// # Errors
     /// A collective fails, or no row validates.
@@ -65,11 +58,18 @@ impl Run {
         world: &dyn Communicator,
         stop: Option<&StopSignals>,
         mut reference: Option<&mut ReferenceModel>,
-    ) -> Result<Evaluated> {
+    ) -> Result<Option<Evaluation>> {
         let (begin, device) = (Instant::now(), model.device().tensors());
         let (rows, micro) = (self.dataset.validation_rows(), self.config.train.micro_batch_size);
         let (mut sum, mut tokens, mut rewards) = (0.0, 0, None::<Rewards>);
+        let mut is_left = false;
         for own in deal(&self.mesh, world.rank(), 0..rows, micro) {
+            if let Some(stop) = stop {
+                is_left = stop.agreed(world, 0.0)?.0 != Asked::No;
+                if is_left {
+                    break;
+                }
+            }
             let rows = own.into_iter().map(|index| self.dataset.validation_row(index));
             let rows = rows.collect::<Result<Vec<_>, _>>()?;
             let compared = reference.as_mut().map(|reference| reference.log_probs(model, &rows, self.pad_id));
@@ -87,18 +87,19 @@ impl Run {
             world.all_reduce_host(&mut sums, Reduce::Sum)?;
             *rewards = Rewards::of(sums);
         }
-        let asked = stop.is_some_and(StopSignals::asked);
-        let mut all = [sum, tokens as f64, f64::from(u8::from(asked))];
+        let mut all = [sum, tokens as f64];
         world.all_reduce_host(&mut all, Reduce::Sum)?;
         model.forget_gathered()?;
         adapters.iter_mut().try_for_each(|adapter| adapter.regions_mut().invalidate())?;
         reference.map_or(Ok(()), ReferenceModel::forget_gathered)?;
-        let [sum, tokens, asked] = all;
+        if is_left {
+            return Ok(None);
+        }
+        let [sum, tokens] = all;
         if tokens == 0.0 {
             return Err(Error::Failure("no row that validates has a token with a loss (a bug)".into()));
         }
         let seconds = begin.elapsed().as_secs_f64();
-        let evaluation = Evaluation { loss: sum / tokens, tokens: tokens as u64, rewards, seconds };
-        Ok(Evaluated { evaluation, stopping: asked > 0.0 })
+        Ok(Some(Evaluation { loss: sum / tokens, tokens: tokens as u64, rewards, seconds }))
     }
 }

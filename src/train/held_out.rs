@@ -222,7 +222,9 @@ impl HeldOut {
         groups: &ProcessGroups,
     ) -> Result<Scores> {
         let adapters = &mut adapter.iter_mut().map(|adapter| &mut **adapter).collect::<Vec<_>>()[..];
-        let evaluation = self.run.evaluate(model, adapters, &*groups.world, None, None)?.evaluation;
+        let evaluation = self.run.evaluate(model, adapters, &*groups.world, None, None)?;
+        let left = || Error::Failure("an evaluation was left that nobody may stop (a bug)".into());
+        let evaluation = evaluation.ok_or_else(left)?;
         let Some(tokenizer) = &self.tokenizer else { return Ok(Scores { evaluation, exact_match: None }) };
         let requests: Vec<SampleRequest> = self.answers.iter().map(|answer| self.request(answer)).collect();
         let decode = tokenizer.clone();

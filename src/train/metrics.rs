@@ -3,10 +3,13 @@
 //! a terminal or in lines, and `training_metrics.json` at the end. Rank 0 writes; the other ranks hold a [`Metrics`]
 //! that does nothing.
 
-use super::{Evaluation, StepReport, progress::Progress, tensorboard::EventFile};
+use super::{
+    Evaluation, StepReport, progress::Progress, records::Records, save::remedy, tensorboard::EventFile,
+};
 use crate::{
+    checkpoint::CheckpointError,
     comm::{Ledger, Operation, Received},
-    config::{LogFormat, TrainArgs},
+    config::{LogFormat, OnSaveError, TrainArgs},
     console::first_of,
     error::{Error, Result},
     loss::Rewards,
@@ -16,7 +19,7 @@ use serde_json::{Map, Value, json};
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::{ErrorKind, Seek, SeekFrom, Write},
+    io::ErrorKind,
     path::{Path, PathBuf},
 };
 
@@ -49,8 +52,12 @@ pub struct StepMetrics<'a> {
 /// Rank 0's files in output_dir and its lines on stdout; nothing on other ranks.
 pub struct Metrics {
     output: PathBuf,
-    file: Option<File>,
+    file: Option<Records>,
     events: Option<EventFile>,
+    /// A line that cannot be written waits for the next.
+    may_wait: bool,
+    /// The user was told of lines that wait.
+    warned: bool,
     total_steps: usize,
     progress: Option<Progress>,
     /// A line comes every this many steps.
@@ -70,6 +77,8 @@ pub struct Logging {
     pub every: usize,
     /// Folder of TensorBoard's files. `None`: none are written.
     pub tensorboard: Option<PathBuf>,
+    /// A line that cannot be written waits for the next one, where the run goes on without a save, too.
+    pub may_wait: bool,
 }
 
 impl From<&TrainArgs> for Logging {
@@ -79,6 +88,7 @@ impl From<&TrainArgs> for Logging {
             format: train.log_format,
             every: train.logging_steps,
             tensorboard: train.use_tensorboard.then(folder),
+            may_wait: train.on_save_error == OnSaveError::Continue,
         }
     }
 }
@@ -211,6 +221,8 @@ impl Metrics {
             output: PathBuf::new(),
             file: None,
             events: None,
+            may_wait: false,
+            warned: false,
             total_steps: 0,
             progress: None,
             every: 1,
@@ -230,7 +242,7 @@ impl Metrics {
     ) -> Result<Self> {
         let path = output.join(METRICS_FILE);
         let (file, history) = match resumed {
-            None => (File::create(&path), History::default()),
+            None => (open_at(&path, 0), History::default()),
             Some(step) => {
                 let text = std::fs::read(&path).unwrap_or_default();
                 let (length, last, history) = lines_up_to(step, &text);
@@ -240,39 +252,92 @@ impl Metrics {
                 (open_at(&path, length), history)
             }
         };
-        let file = file.map_err(|error| fault(&path, &error))?;
+        let file = file.map_err(|error| fault(&path, error))?;
         let summary = output.join(SUMMARY_FILE);
         if let Err(error) = std::fs::remove_file(&summary)
             && error.kind() != ErrorKind::NotFound
         {
-            return Err(fault(&summary, &error));
+            return Err(with_remedy(fault(&summary, error)));
         }
         let first = resumed.map_or(0, |step| step + 1);
-        let begin = |folder: &PathBuf| EventFile::begin(folder, first).map_err(|error| fault(folder, &error));
+        let begin = |folder: &PathBuf| EventFile::begin(folder, first).map_err(|error| fault(folder, error));
         let events = logging.tensorboard.as_ref().map(begin).transpose()?;
         // The names of the files have to be on the disk, too, before a step is published.
-        File::open(output).and_then(|folder| folder.sync_all()).map_err(|error| fault(output, &error))?;
+        File::open(output).and_then(|folder| folder.sync_all()).map_err(|error| fault(output, error))?;
         let (output, done) = (output.to_owned(), resumed.unwrap_or(0));
         let progress = Some(Progress::new(total_steps, done, logging.format));
         let (every, window) = (logging.every.max(1), Window::default());
-        Ok(Self { output, file: Some(file), events, total_steps, progress, every, window, done, history })
+        Ok(Self {
+            output,
+            file: Some(file),
+            events,
+            may_wait: logging.may_wait,
+            warned: false,
+            total_steps,
+            progress,
+            every,
+            window,
+            done,
+            history,
+        })
     }
 
-    /// Brings all steps to the disk, so that their lines are there before a step is published: a resume goes on behind
-    /// them.
+    /// Brings all steps to the disk.
     pub fn sync(&mut self) -> Result<()> {
+        let sync = |(path, file): (PathBuf, File)| file.sync_data().map_err(|error| fault(&path, error));
+        self.lines().and_then(|files| files.into_iter().try_for_each(sync)).map_err(with_remedy)
+    }
+
+    /// metrics.jsonl and TensorBoard's file with the lines of all steps, for a save to bring them to the disk before it
+    /// publishes a step: a resume goes on behind them. None on ranks that do not write.
+    ///
+    /// # Errors
+    /// A line cannot be written.
+    pub fn lines(&mut self) -> Result<Vec<(PathBuf, File)>, CheckpointError> {
         self.write_line()?;
-        let synced = self.file.as_ref().map_or(Ok(()), File::sync_data);
-        synced.map_err(|error| fault(&self.output.join(METRICS_FILE), &error))?;
-        let synced = self.events.as_ref().map_or(Ok(()), EventFile::sync);
-        synced.map_err(|error| fault(&self.output.join("tensorboard"), &error))
+        let (lines, events) = (self.output.join(METRICS_FILE), self.output.join("tensorboard"));
+        let records = self.file.iter_mut().map(|file| (lines.clone(), file));
+        let records = records.chain(self.events.iter_mut().map(|file| (events.clone(), &mut file.0)));
+        let written = records.map(|(path, records)| {
+            let file = records.flush().and_then(|()| records.file().try_clone());
+            file.map_err(|error| fault(&path, error)).map(|file| (path, file))
+        });
+        written.collect()
+    }
+
+    /// Ends the bar, so that lines may follow.
+    pub fn end_progress(&mut self) {
+        self.progress = None;
+    }
+
+    /// Adds to the line of the step that the run resumed from the evaluation that this step still lacked.
+    pub fn evaluated(&mut self, evaluation: &Evaluation) -> Result<()> {
+        let Some(records) = &mut self.file else { return Ok(()) };
+        let path = self.output.join(METRICS_FILE);
+        let text = std::fs::read(&path).map_err(|error| with_remedy(fault(&path, error)))?;
+        let before = text.len().saturating_sub(1);
+        let start = text[..before].iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
+        let step = Map::from_iter([("step".to_owned(), json!(self.done))]);
+        let mut line: Map<String, Value> =
+            serde_json::from_slice(&text[start..]).unwrap_or_else(|_| step.clone());
+        add(&mut line, evaluation);
+        let line = Value::Object(line);
+        let written = records.replace(start as u64, format!("{line}\n").as_bytes());
+        written.map_err(|error| with_remedy(fault(&path, error)))?;
+        self.history.evaluations.extend(results(&line));
+        let mut results = step;
+        add(&mut results, evaluation);
+        let Some(events) = &mut self.events else { return Ok(()) };
+        events
+            .add(&results.into())
+            .map_err(|error| with_remedy(fault(&self.output.join("tensorboard"), error)))
     }
 
     /// Adds the evaluation before the first step, as line 0.
     pub fn before_first_step(&mut self, evaluation: &Evaluation) -> Result<()> {
         let mut line = Map::from_iter([("step".to_owned(), json!(0))]);
         add(&mut line, evaluation);
-        self.write(&line.into())
+        self.write(&line.into()).map_err(with_remedy)
     }
 
     /// Adds a step. The first and the last have a line, every one at which `train.logging_steps` ends, and those that
@@ -315,11 +380,11 @@ impl Metrics {
             }
         }
         self.done = number;
-        if is_logged { self.write_line() } else { Ok(()) }
+        if is_logged { self.write_line().map_err(with_remedy) } else { Ok(()) }
     }
 
     /// Writes the line of the steps since the last one, if there are any.
-    fn write_line(&mut self) -> Result<()> {
+    fn write_line(&mut self) -> Result<(), CheckpointError> {
         let window = std::mem::take(&mut self.window);
         let Some(line) = window.line(self.total_steps) else { return Ok(()) };
         self.history.losses.push(window.loss());
@@ -328,19 +393,32 @@ impl Metrics {
     }
 
     /// Adds a line to metrics.jsonl and to TensorBoard's file.
-    fn write(&mut self, line: &Value) -> Result<()> {
+    fn write(&mut self, line: &Value) -> Result<(), CheckpointError> {
         let Some(file) = &mut self.file else { return Ok(()) };
-        // A kill leaves whole lines, as each is one write.
-        file.write_all(format!("{line}\n").as_bytes())
-            .map_err(|error| fault(&self.output.join(METRICS_FILE), &error))?;
         self.history.evaluations.extend(results(line));
-        let Some(events) = &mut self.events else { return Ok(()) };
-        events.add(line).map_err(|error| fault(&self.output.join("tensorboard"), &error))
+        let path = self.output.join(METRICS_FILE);
+        let mut written = file.add(format!("{line}\n").as_bytes()).map_err(|error| fault(&path, error));
+        if let Some(events) = &mut self.events {
+            let added = events.add(line).map_err(|error| fault(&self.output.join("tensorboard"), error));
+            written = written.and(added);
+        }
+        match written {
+            Err(error) if self.may_wait => {
+                if !std::mem::replace(&mut self.warned, true) {
+                    tracing::warn!("{error}: its lines wait in memory (train.on_save_error: continue)");
+                }
+                Ok(())
+            }
+            written => {
+                self.warned &= written.is_err();
+                written
+            }
+        }
     }
 
     /// Writes `training_metrics.json`.
     pub fn finish(mut self) -> Result<()> {
-        self.write_line()?;
+        self.lines().map_err(with_remedy)?;
         if self.file.is_none() {
             return Ok(());
         }
@@ -353,7 +431,7 @@ impl Metrics {
             summary["evaluations"] = evaluations.into();
         }
         let path = self.output.join(SUMMARY_FILE);
-        std::fs::write(&path, summary.to_string()).map_err(|error| fault(&path, &error))
+        std::fs::write(&path, summary.to_string()).map_err(|error| with_remedy(fault(&path, error)))
     }
 }
 
@@ -378,11 +456,9 @@ fn lines_up_to(step: usize, text: &[u8]) -> (usize, usize, History) {
 }
 
 /// Opens `path` for writing behind its first `length` bytes; the rest is cut off.
-fn open_at(path: &Path, length: usize) -> std::io::Result<File> {
-    let mut file = File::options().write(true).create(true).truncate(false).open(path)?;
-    file.set_len(length as u64)?;
-    file.seek(SeekFrom::End(0))?;
-    Ok(file)
+fn open_at(path: &Path, length: usize) -> std::io::Result<Records> {
+    let file = File::options().write(true).create(true).truncate(false).open(path)?;
+    Records::after(file, length as u64)
 }
 
 /// Bytes that `ledger` has counted since it stood at `before`.
@@ -401,8 +477,18 @@ pub fn peak_rss_bytes() -> u64 {
     line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
 }
 
-fn fault(path: &Path, error: &std::io::Error) -> Error {
-    Error::Failure(format!("{}: {error}", path.display()))
+fn fault(path: &Path, error: std::io::Error) -> CheckpointError {
+    CheckpointError::Io { path: path.to_owned(), error }
+}
+
+/// The error of a file with what to do.
+fn with_remedy(error: CheckpointError) -> Error {
+    match &error {
+        CheckpointError::Io { error: cause, .. } => {
+            Error::Failure(format!("{error}; {}", remedy(cause.kind())))
+        }
+        _ => error.into(),
+    }
 }
 
 #[cfg(test)]
@@ -443,7 +529,7 @@ mod tests {
     }
 
     fn logging(every: usize) -> Logging {
-        Logging { format: LogFormat::Structured, every, tensorboard: None }
+        Logging { format: LogFormat::Structured, every, tensorboard: None, may_wait: false }
     }
 
     fn report(loss: Option<f64>) -> StepReport {

@@ -11,7 +11,7 @@
 //! - `signals`: requests to stop
 //! - `report`: cost of a run, before it starts; `samples`: its rows as the model sees them; `recompute`: fitting it
 //!   into memory; `reference`: the model that a loss over pairs compares with
-//! - [`metrics`]: metrics of a run; `tensorboard`: files of them; `progress`: what people see of it; `profile`: traces
+//! - [`metrics`]: metrics of a run; `tensorboard`: files of them; `records`: how both grow; `progress`: what people see of it; `profile`: traces
 //!   of steps
 
 mod best;
@@ -25,6 +25,7 @@ mod output;
 mod profile;
 mod progress;
 mod recompute;
+mod records;
 mod reference;
 mod report;
 mod resume;
@@ -41,5 +42,5 @@ pub use held_out::{EvalRequest, HeldOut};
 pub use identity::Identity;
 pub use output::take_output;
 pub use run::{Ended, Run};
-pub use signals::{Program, StopSignals};
-pub use step::{MicroBatch, StepReport, Trainer};
+pub use signals::{Program, STOPPED, StopSignals};
+pub use step::{Made, MicroBatch, StepReport, Trainer};

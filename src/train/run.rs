@@ -7,7 +7,7 @@
 use super::{
     MicroBatch, StopSignals, Trainer,
     best::Best,
-    evaluate::{Evaluated, Evaluation},
+    evaluate::Evaluation,
     loss::RowLoss,
     merge::Merger,
     metrics::{Logging, Metrics, StepMetrics, peak_rss_bytes, received_since},
@@ -16,7 +16,8 @@ use super::{
     reference::{self, ReferenceAdapter, ReferenceModel},
     resume::{Start, not_occupied},
     save::{Progress, Saver},
-    step::Skipped,
+    signals::Asked,
+    step::{Made, Skipped},
     variants,
 };
 use crate::{
@@ -52,7 +53,7 @@ use crate::{
     weights::{RandomSource, WeightSource},
 };
 use std::{
-    ops::Range,
+    ops::{ControlFlow, Range},
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -71,6 +72,14 @@ pub enum Ended {
     Done,
     /// A signal asked for it: everything is saved, and the same command with `load_checkpoint_path: auto` goes on.
     Stopped,
+}
+
+/// The state of a run that is to be saved.
+#[derive(Clone, Copy)]
+struct Saving<'a> {
+    trainer: &'a Trainer,
+    merger: &'a Merger,
+    best: &'a Best,
 }
 
 /// Everything that a run needs, read and validated.
@@ -292,21 +301,36 @@ impl Run {
 
         // Nothing is written or removed before every rank is ready to train.
         trainer.world.barrier()?;
+        stop.begin();
         let mut metrics = if rank == 0 { self.begin_output()? } else { Metrics::silent() };
-        let mut saver = Saver::new(&self, rank, first)?;
+        let mut saver = Saver::new(&self, trainer.world.clone(), first, stop.saved())?;
         let mut merger = Merger::new(&self);
         let mut best = Best::new(&self, rank);
         let traces = train.output_dir.join("trace").join(&train.run_id);
         let mut profile = Profile::new(train.profile_steps, &traces, &trainer)?;
         let loader = Loader::start(self.dataset.clone(), self.step_plans(rank), LOADER_AHEAD)?;
         let clock = trainer.model.clock.clone();
-        if train.eval_on_start && self.resumed().is_none() {
-            let evaluated = self.evaluate_trained(&mut trainer, reference.as_mut(), stop, 0)?;
-            metrics.before_first_step(&evaluated.evaluation)?;
+        let mut skipped = Skipped::new(self.resumed().is_some());
+        // The state of the last step boundary.
+        let mut at = self.beginning();
+        if self.evaluates_first() {
+            let Some(evaluation) =
+                self.evaluate_trained(&mut trainer, reference.as_mut(), Some(stop), at.step)?
+            else {
+                return self.stopped(&mut metrics, saver, at, None);
+            };
+            if at.step == 0 {
+                metrics.before_first_step(&evaluation)?;
+            } else {
+                metrics.evaluated(&evaluation)?;
+                if best.weigh(at.step, &evaluation) && saver.has(at.step) && rank == 0 {
+                    steps::set_best(&self.run_dir, Some(at.step))?;
+                }
+            }
         }
+        at.evaluation_due = false;
         let mut steps = loader.zip(self.step_rows());
         clock.take();
-        let mut skipped = Skipped::new(self.resumed().is_some());
         let mut begin = Instant::now();
         // A run that has stopped early has no step left.
         while !best.is_over() {
@@ -328,16 +352,34 @@ impl Run {
             let batches = batches.collect::<Result<Vec<MicroBatch>>>()?;
             watcher.step(rows.step + 1);
             stop.at(rows.step + 1);
-            let report = trainer.step(&batches, rows.step)?;
+            let (everyone, grace) = (trainer.world.clone(), train.stop_grace_s as f64);
+            let drops = |Made { left, seconds }: Made| {
+                let (asked, seconds) = stop.agreed(&*everyone, seconds)?;
+                let drops = asked.drops(left, seconds, grace);
+                Ok(if drops { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+            };
+            let ControlFlow::Continue(report) = trainer.step_unless(&batches, rows.step, drops)? else {
+                drop(tracing_step);
+                profile.after_step(rows.step + 1, true)?;
+                let _saving = watcher.slow("save");
+                let saving = Saving { trainer: &trainer, merger: &merger, best: &best };
+                return self.stopped(&mut metrics, saver, at, Some(saving));
+            };
             let used = device.memory()?.map(Memory::used);
             let mut agreed =
-                [peak_rss_bytes() as f64, f64::from(u8::from(stop.asked())), used.unwrap_or_default() as f64];
+                [peak_rss_bytes() as f64, stop.passed(), used.unwrap_or_default() as f64, saver.unfinished()];
             trainer.world.all_reduce_host(&mut agreed, Reduce::Max)?;
-            let (peak, mut stopping) = (agreed[0] as u64, agreed[1] > 0.0);
+            let (peak, mut stopping) = (agreed[0] as u64, Asked::from(agreed[1]) != Asked::No);
+            saver.poll(agreed[3])?;
             let (done, last) = (rows.step + 1, rows.step + 1 == self.total_steps);
-            let evaluates = self.evaluates_after(done, step_rows.ends_epoch(), last);
+            at = Progress {
+                step: done,
+                epoch: rows.epoch,
+                position: step_rows.next,
+                evaluation_due: self.evaluates_after(done, step_rows.ends_epoch(), last),
+            };
             // A signal from here on is answered by the next step; during an evaluation, by this one.
-            stop.at(if evaluates { done } else { (done + 1).min(self.total_steps) });
+            stop.at(if at.evaluation_due { done } else { (done + 1).min(self.total_steps) });
             drop(tracing_step.with("step", done));
             let mut row = StepMetrics {
                 step: done,
@@ -353,6 +395,7 @@ impl Run {
             if let Err(why) = skipped.count(&report, train.max_skipped_steps, last) {
                 metrics.step(&row)?;
                 metrics.sync()?;
+                saver.finish()?;
                 // Every rank has the same report; one says so.
                 return Err(if rank == 0 { Error::Failure(why) } else { Error::Elsewhere { code: 1 } });
             }
@@ -365,12 +408,17 @@ impl Run {
             };
             let merged = merge(&mut trainer, last)?;
             let mut is_best = false;
-            if evaluates {
-                let evaluated = self.evaluate_trained(&mut trainer, reference.as_mut(), stop, done)?;
+            // A step that a merge may follow, if its evaluation ends the run, is saved after that alone.
+            let finishes = train.early_stopping_patience.is_some() && self.config.lora.merge_at_end;
+            if at.evaluation_due && (!stopping || finishes) {
+                let may_stop = (!finishes).then_some(stop);
+                let evaluated = self.evaluate_trained(&mut trainer, reference.as_mut(), may_stop, done)?;
                 stop.at((done + 1).min(self.total_steps));
-                stopping |= evaluated.stopping;
-                is_best = skipped.learned() && best.weigh(done, &evaluated.evaluation);
-                row.evaluation = Some(evaluated.evaluation);
+                stopping |= evaluated.is_none();
+                at.evaluation_due = evaluated.is_none();
+                is_best =
+                    evaluated.is_some_and(|evaluation| skipped.learned() && best.weigh(done, &evaluation));
+                row.evaluation = evaluated;
             }
             metrics.step(&row)?;
             let ends = last || best.is_over();
@@ -387,14 +435,7 @@ impl Run {
             let due = every(train.save_steps, done) || ends_epoch || ends || is_best;
             if (due && skipped.learned()) || stopping {
                 let _saving = (trace::span(Category::Phase, "save"), watcher.slow("save"));
-                metrics.sync()?;
-                saver.save(
-                    &trainer,
-                    &merger,
-                    &best,
-                    Progress { step: done, epoch: rows.epoch, position: step_rows.next },
-                )?;
-                stop.saved(done);
+                saver.begin(&trainer, &merger, &best, at, metrics.lines())?;
                 // A resumed process gathers everything anew. So does this one, and both report the same bytes.
                 trainer.model.forget_gathered()?;
                 trainer.session.adapter.regions_mut().refresh()?;
@@ -403,20 +444,15 @@ impl Run {
                 clock.take();
                 begin = Instant::now();
             }
-            if stopping && !ends {
-                if rank == 0 {
-                    drop(metrics);
-                    let of = self.total_steps;
-                    tracing::warn!(
-                        "stopped after step {done} of {of}, as a signal asked for: it is saved; \
-                         --train.load_checkpoint_path auto continues"
-                    );
-                }
-                return Ok(Ended::Stopped);
+            if stopping && (!ends || at.evaluation_due) {
+                let _saving = watcher.slow("save");
+                return self.stopped(&mut metrics, saver, at, None);
             }
         }
         let _ending = watcher.slow("end");
+        saver.finish()?;
         metrics.finish()?;
+        saver.last_is_saved()?;
         if rank == 0 {
             if best.is_over() {
                 tracing::info!("stopped early: {}", best.ending());
@@ -489,23 +525,75 @@ impl Run {
         Ok((Trainer { model, session, schedule, world: groups.world, noise }, reference, first))
     }
 
-    /// An evaluation of what is trained, after `step` or before the first (0). Collective.
+    /// The state at which the run begins.
+    fn beginning(&self) -> Progress {
+        let ((step, position), resumed) = (self.standing(), self.resumed());
+        let epoch = resumed.map_or(0, |resumed| resumed.state.epoch);
+        let evaluation_due = resumed.is_some_and(|resumed| resumed.state.evaluation_due);
+        Progress { step, epoch, position, evaluation_due }
+    }
+
+    /// True if an evaluation comes before the first step of this process: `train.eval_on_start`, or one that a signal has
+    /// put off.
+    fn evaluates_first(&self) -> bool {
+        let due = match self.resumed() {
+            Some(resumed) => resumed.state.evaluation_due,
+            None => self.config.train.eval_on_start,
+        };
+        due && self.dataset.validation_rows() > 0
+    }
+
+    /// Ends the run after a signal, with the state `at` of a step boundary published: what is under way, or if `unsaved`,
+    /// a save of its own. Collective.
+    fn stopped(
+        &self,
+        metrics: &mut Metrics,
+        mut saver: Saver,
+        at: Progress,
+        unsaved: Option<Saving>,
+    ) -> Result<Ended> {
+        saver.finish()?;
+        let dropped = unsaved.is_some();
+        if let Some(Saving { trainer, merger, best }) = unsaved.filter(|_| at.step > 0 && !saver.has(at.step))
+        {
+            saver.begin(trainer, merger, best, at, metrics.lines())?;
+            saver.finish()?;
+        }
+        saver.last_is_saved()?;
+        if saver.is_root() {
+            metrics.end_progress();
+            let (Progress { step, evaluation_due, .. }, of) = (at, self.total_steps);
+            let rest = match (dropped, evaluation_due) {
+                (true, _) => format!("; step {} was dropped (train.stop_grace_s)", step + 1),
+                (_, true) => "; its evaluation was put off".to_owned(),
+                _ => String::new(),
+            };
+            let saved = match step {
+                0 => "nothing is saved; the same command starts anew",
+                _ => "it is saved; --train.load_checkpoint_path auto continues",
+            };
+            tracing::warn!("stopped after step {step} of {of}, as a signal asked for{rest}: {saved}");
+        }
+        Ok(Ended::Stopped)
+    }
+
+    /// An evaluation of what is trained, after `step` or before the first (0); `None`: `stop` was asked for. Collective.
     fn evaluate_trained(
         &self,
         trainer: &mut Trainer,
         reference: Option<&mut ReferenceModel>,
-        stop: &StopSignals,
+        stop: Option<&StopSignals>,
         step: usize,
-    ) -> Result<Evaluated> {
+    ) -> Result<Option<Evaluation>> {
         let _evaluating = trace::span(Category::Phase, "evaluate");
         let Trainer { model, session, world, .. } = trainer;
-        let evaluated = self.evaluate(model, &mut [&mut session.adapter], &**world, Some(stop), reference)?;
-        if world.rank() == 0 {
-            let Evaluation { loss, tokens, rewards, seconds } = evaluated.evaluation;
+        let evaluated = self.evaluate(model, &mut [&mut session.adapter], &**world, stop, reference)?;
+        if let Some(evaluation) = evaluated.filter(|_| world.rank() == 0) {
+            let Evaluation { loss, tokens, rewards, seconds } = evaluation;
             let counted = |noun| count(tokens as usize, noun);
             let told = match rewards {
                 None => {
-                    let perplexity = evaluated.evaluation.perplexity();
+                    let perplexity = evaluation.perplexity();
                     format!("eval_perplexity {perplexity:.3} over {}", counted("token"))
                 }
                 Some(Rewards { pairs, accuracy, .. }) => {

@@ -17,7 +17,7 @@ use crate::{
     session::{Session, Update},
     shard::ShardError,
 };
-use std::rc::Rc;
+use std::{convert::Infallible, ops::ControlFlow, rc::Rc, time::Instant};
 use tch::Tensor;
 
 /// The rows of one forward and backward, with their loss.
@@ -107,6 +107,15 @@ impl TokenLoss for Scaled<'_> {
     }
 }
 
+/// Progress of a step after a micro-batch.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Made {
+    /// Micro-batches that are left.
+    pub left: usize,
+    /// Seconds of one on this rank, the mean of those made.
+    pub seconds: f64,
+}
+
 /// Outcome of a step, the same on every rank.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepReport {
@@ -188,6 +197,20 @@ pub struct Trainer {
 impl Trainer {
     /// Makes step `step` (0-based) of `micro_batches`. Every rank passes the same number, some perhaps empty.
     pub fn step(&mut self, micro_batches: &[MicroBatch], step: usize) -> Result<StepReport, ShardError> {
+        match self.step_unless::<Infallible>(micro_batches, step, |_| Ok(ControlFlow::Continue(())))? {
+            ControlFlow::Continue(report) => Ok(report),
+            ControlFlow::Break(never) => match never {},
+        }
+    }
+
+    /// The same, but after each micro-batch with others left `drops` may break off: all is then as before the step. All
+    /// ranks have to decide alike.
+    pub fn step_unless<B>(
+        &mut self,
+        micro_batches: &[MicroBatch],
+        step: usize,
+        drops: impl FnMut(Made) -> Result<ControlFlow<B>, ShardError>,
+    ) -> Result<ControlFlow<B, StepReport>, ShardError> {
         let [valid, total, padding] = self.count(micro_batches)?;
         let mut report = StepReport {
             loss: None,
@@ -202,18 +225,25 @@ impl Trainer {
         };
         if valid == 0.0 {
             // All ranks see the same count and stay out of the collectives of a pass alike.
-            return Ok(report);
+            return Ok(ControlFlow::Continue(report));
         }
         self.model.noise = self.noise.map(|noise| StepNoise { step, ..noise });
-        let loss = self.accumulate(micro_batches, 1.0 / valid);
+        let loss = self.accumulate(micro_batches, 1.0 / valid, drops);
         self.model.noise = None;
-        let (loss, rewards) = loss?;
+        let (loss, rewards) = match loss? {
+            ControlFlow::Continue(loss) => loss,
+            ControlFlow::Break(why) => {
+                self.session.adapter.regions_mut().zero_gradients();
+                self.model.take_router_load();
+                return Ok(ControlFlow::Break(why));
+            }
+        };
         report.loss = Some(self.reduce(loss)? / valid);
         report.rewards = self.all_rewards(micro_batches, rewards)?;
         report.router = self.router_report()?;
         let update = self.update(report.lr)?;
         (report.grad_norm, report.non_finite) = (update.grad_norm, update.non_finite);
-        Ok(report)
+        Ok(ControlFlow::Continue(report))
     }
 
     /// Tokens with loss, all tokens and padding of the step, over all ranks.
@@ -228,18 +258,20 @@ impl Trainer {
         Ok(counts)
     }
 
-    /// Forward and backward of every micro-batch: Σ loss values and rewards of this rank, and gradients of `factor`
-    /// times the loss.
-    fn accumulate(
+    /// Forward and backward of every micro-batch, unless `drops` breaks off: Σ loss values and rewards of this rank, and
+    /// gradients of `factor` times the loss.
+    fn accumulate<B>(
         &mut self,
         micro_batches: &[MicroBatch],
         factor: f64,
-    ) -> Result<(f64, Rewards), ShardError> {
+        mut drops: impl FnMut(Made) -> Result<ControlFlow<B>, ShardError>,
+    ) -> Result<ControlFlow<B, (f64, Rewards)>, ShardError> {
         let adapter = &mut self.session.adapter;
         adapter.regions_mut().zero_gradients();
         let (mut sum, mut rewards) = (0.0, Rewards::default());
         let plain = CrossEntropy { scale: factor };
-        for MicroBatch { batch, loss, .. } in micro_batches {
+        let begin = Instant::now();
+        for (before, MicroBatch { batch, loss, .. }) in micro_batches.iter().enumerate() {
             let scaled = loss.given().map(|loss| Scaled { loss, factor });
             let given: &dyn TokenLoss = scaled.as_ref().map_or(&plain, |scaled| scaled);
             let done = self.model.forward_backward(batch, &mut [&mut *adapter], given)?;
@@ -247,8 +279,15 @@ impl Trainer {
             if let Some(own) = loss.rewards(&done.log_probs) {
                 rewards.add(&own);
             }
+            let left = micro_batches.len() - before - 1;
+            let made = Made { left, seconds: begin.elapsed().as_secs_f64() / (before + 1) as f64 };
+            if left > 0
+                && let ControlFlow::Break(why) = drops(made)?
+            {
+                return Ok(ControlFlow::Break(why));
+            }
         }
-        Ok((sum, rewards))
+        Ok(ControlFlow::Continue((sum, rewards)))
     }
 
     /// The rewards of all ranks' pairs, of a loss over such.

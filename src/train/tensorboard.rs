@@ -3,11 +3,12 @@
 //! A file is a row of records as `tensorflow/core/lib/io/record_writer.h` frames them; a record is an `Event` of
 //! `tensorflow/core/util/event.proto`.
 
+use super::records::Records;
 use prost::Message;
 use serde_json::Value;
 use std::{
     fs::{self, File},
-    io::{self, Write},
+    io,
     path::Path,
     time::SystemTime,
 };
@@ -57,7 +58,7 @@ struct SessionLog {
 }
 
 /// The event file of one process.
-pub(super) struct EventFile(File);
+pub(super) struct EventFile(pub(super) Records);
 
 impl EventFile {
     /// Begins a file in `folder`. Of the files before it TensorBoard drops what they have from step `first` on, as with
@@ -72,7 +73,7 @@ impl EventFile {
         });
         let second = last.max().map_or(now, |last| now.max(last + 1));
         let name = format!("{PREFIX}{second:010}.{}.{}.0", host.trim(), std::process::id());
-        let mut file = Self(File::create_new(folder.join(name))?);
+        let mut file = Self(Records::after(File::create_new(folder.join(name))?, 0)?);
         file.write(Event { file_version: Some(VERSION.into()), ..Event::default() })?;
         let session_log = Some(SessionLog { status: START });
         file.write(Event { step: first as i64, session_log, ..Event::default() })?;
@@ -82,11 +83,6 @@ impl EventFile {
         Ok(file)
     }
 
-    /// Waits until all lines are on the disk.
-    pub fn sync(&self) -> io::Result<()> {
-        self.0.sync_data()
-    }
-
     /// Adds a line of metrics.jsonl.
     pub fn add(&mut self, line: &Value) -> io::Result<()> {
         let scalar = |(tag, value): (String, f64)| Scalar { tag, simple_value: Some(value as f32) };
@@ -94,10 +90,9 @@ impl EventFile {
         self.write(Event { step: line["step"].as_i64().unwrap_or(0), summary, ..Event::default() })
     }
 
-    /// A kill leaves whole records, as each is one write.
     fn write(&mut self, event: Event) -> io::Result<()> {
         let wall_time = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs_f64();
-        self.0.write_all(&record(&Event { wall_time, ..event }.encode_to_vec()))
+        self.0.add(&record(&Event { wall_time, ..event }.encode_to_vec()))
     }
 }
 
