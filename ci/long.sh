@@ -18,8 +18,8 @@
 #                              model of a disk that keeps what fsync promised; options may follow, as --resumes 100
 #   ci/long.sh signals         10 signals in each phase of a run, on one rank and on two
 #   ci/long.sh full_disk       runs into a small tmpfs that fills up (root)
-#   ci/long.sh stall           what a save keeps a step waiting: SmolLM2, and random values of Qwen2.5-1.5B's shapes; and
-#                              what the agreement after each micro-batch costs
+#   ci/long.sh stall           what a save keeps a step waiting: SmolLM2, and random values of Qwen2.5-1.5B's shapes;
+#                              and what the agreement after each micro-batch costs
 #   ci/long.sh hosts           two hosts (network namespaces) against one; and their cable cut (root, Open MPI)
 #   ci/long.sh mpich           the tests of several ranks built and run with MPICH (Debian's, installed beside Open MPI)
 #   ci/long.sh same_bits       BEFORE AFTER: two builds train the same models; results are compared bit for bit; --quick

@@ -3,10 +3,10 @@
     stall.py --binary target/release/xorl-dist [--steps 9] [--only smollm2|large|agreement]
 
 - SmolLM2 in bf16, 8 rows of 512 tokens a step: at most 5 % of a step.
-- Random values of Qwen2.5-1.5B's shapes: at most 1.2 times a memcpy of the same bytes into new memory (numpy, the tensors
-  of the step's files one by one), on one rank.
-- The agreement on signals after each micro-batch: the median host all-reduce of 2 ranks, which includes the wait for the
-  slower one.
+- Random values of Qwen2.5-1.5B's shapes: at most 1.2 times a memcpy of the same bytes into new memory (numpy, the
+  tensors of the step's files one by one), on one rank.
+- The agreement on signals after each micro-batch: the median host all-reduce of 2 ranks, which includes the wait for
+  the slower one.
 
 A save follows every second step, and its files are written during the next. Exit code 1 if a limit is passed.
 """

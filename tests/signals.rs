@@ -124,8 +124,8 @@ const LONG_STEPS: [&str; 8] = [
     "150",
 ];
 
-/// Sends SIGUSR1 to a run of `ranks` ranks in `phase`, `rounds` times. What was published is whole, and a resume ends as
-/// the run that nobody stopped.
+/// Sends SIGUSR1 to a run of `ranks` ranks in `phase`, `rounds` times. What was published is whole, and a resume ends
+/// as the run that nobody stopped.
 fn stops_in(phase: Phase, ranks: usize, rounds: usize) {
     let run = TinyRun::new();
     // Many values to draw.

@@ -155,12 +155,12 @@ section! {
         /// Published steps that are kept; older ones are deleted, but never the one resumed from or the best. null:
         /// all.
         save_total_limit: Option<usize> = Some(3) => OneOrMore;
-        /// Write saves while training goes on: a save stops it for the copy to host memory alone, and the next save waits
-        /// for the one before. An error shows at the end of a later step. The last save is waited for. A base that merges
-        /// have changed is written before training goes on. false: each save is waited for.
+        /// Write saves while training goes on: a save stops it for the copy to host memory alone, and the next save
+        /// waits for the one before. An error shows at the end of a later step. The last save is waited for. A base
+        /// that merges have changed is written before training goes on. false: each save is waited for.
         save_async: bool = true;
-        /// When a step cannot be saved, as on a full disk: `stop` ends the run with the error; `continue` warns, goes on
-        /// and tries again at the next save, and the run ends with exit code 1 if its last save failed.
+        /// When a step cannot be saved, as on a full disk: `stop` ends the run with the error; `continue` warns, goes
+        /// on and tries again at the next save, and the run ends with exit code 1 if its last save failed.
         on_save_error: OnSaveError = OnSaveError::Stop;
         /// Seconds that a run may take to finish its step after a signal asked it to stop. Where the micro-batches that
         /// are left would take longer, the step is dropped and the state before it saved.

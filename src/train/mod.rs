@@ -7,12 +7,12 @@
 //! - `loss`: the loss of a run's rows; `identity`: all ranks run the same
 //! - `output`: the output directory, for one process at a time
 //! - `merge`: periodic merges of the adapter into the base; `variants`: those of LoRA
-//! - `resume`: the start of a run, fresh or from a step; `save`: publishing of steps
+//! - `resume`: the start of a run, fresh or from a step; `save`: saves of steps, beside training
 //! - `signals`: requests to stop
 //! - `report`: cost of a run, before it starts; `samples`: its rows as the model sees them; `recompute`: fitting it
 //!   into memory; `reference`: the model that a loss over pairs compares with
-//! - [`metrics`]: metrics of a run; `tensorboard`: files of them; `records`: how both grow; `progress`: what people see of it; `profile`: traces
-//!   of steps
+//! - [`metrics`]: metrics of a run; `tensorboard`: files of them; `records`: how both grow; `progress`: what people see
+//!   of it; `profile`: traces of steps
 
 mod best;
 mod evaluate;

@@ -1,5 +1,5 @@
-//! A file that grows by whole records, also where the disk is full for a while: a record that cannot be written waits for
-//! the next one.
+//! A file that grows by whole records, also where the disk is full for a while: a record that cannot be written waits
+//! for the next one.
 
 use std::{fs::File, io, os::unix::fs::FileExt};
 

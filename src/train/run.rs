@@ -533,8 +533,8 @@ impl Run {
         Progress { step, epoch, position, evaluation_due }
     }
 
-    /// True if an evaluation comes before the first step of this process: `train.eval_on_start`, or one that a signal has
-    /// put off.
+    /// True if an evaluation comes before the first step of this process: `train.eval_on_start`, or one that a signal
+    /// has put off.
     fn evaluates_first(&self) -> bool {
         let due = match self.resumed() {
             Some(resumed) => resumed.state.evaluation_due,
@@ -543,8 +543,8 @@ impl Run {
         due && self.dataset.validation_rows() > 0
     }
 
-    /// Ends the run after a signal, with the state `at` of a step boundary published: what is under way, or if `unsaved`,
-    /// a save of its own. Collective.
+    /// Ends the run after a signal, with the state `at` of a step boundary published: what is under way, or if
+    /// `unsaved`, a save of its own. Collective.
     fn stopped(
         &self,
         metrics: &mut Metrics,
@@ -577,7 +577,8 @@ impl Run {
         Ok(Ended::Stopped)
     }
 
-    /// An evaluation of what is trained, after `step` or before the first (0); `None`: `stop` was asked for. Collective.
+    /// An evaluation of what is trained, after `step` or before the first (0); `None`: `stop` was asked for.
+    /// Collective.
     fn evaluate_trained(
         &self,
         trainer: &mut Trainer,

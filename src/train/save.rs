@@ -185,8 +185,8 @@ impl<'a> Saver<'a> {
         self.published == Some(step)
     }
 
-    /// Begins to save the run as it stands, after the save before is done. With `train.save_async: false` it is done when
-    /// this returns. `lines`: the files of metrics, on rank 0. Collective.
+    /// Begins to save the run as it stands, after the save before is done. With `train.save_async: false` it is done
+    /// when this returns. `lines`: the files of metrics, on rank 0. Collective.
     ///
     /// # Errors
     /// The adapter has NaN or infinities, or a save fails and `train.on_save_error` is stop.

@@ -1,11 +1,11 @@
 //! Signals that ask a run or a server to save and stop: SIGUSR1 under any launcher, SIGTERM and SIGINT where no
-//! launcher acts on them. The handlers only set a flag; the ranks of a run agree on it after each micro-batch and at the
-//! end of each step. A thread prints the reaction to the first signal at once, because a micro-batch may take long.
+//! launcher acts on them. The handlers only set a flag; the ranks of a run agree on it after each micro-batch and at
+//! the end of each step. A thread prints the reaction to the first signal at once, because a micro-batch may take long.
 //!
 //! Before [`StopSignals::begin`] a run has nothing to save: the thread ends the process, and the launcher the others.
 
 use crate::{
-    comm::{CommError, Communicator, Reduce, World},
+    comm::{CommError, Communicator, Reduce, Watcher, World},
     console,
     error::{Error, Result},
 };
@@ -82,8 +82,8 @@ pub(super) enum Asked {
 }
 
 impl Asked {
-    /// True if a step is dropped of which `left` micro-batches are left that take `seconds` each: with them the answer to
-    /// the signal would take longer than `grace` seconds.
+    /// True if a step is dropped of which `left` micro-batches are left that take `seconds` each: with them the answer
+    /// to the signal would take longer than `grace` seconds.
     pub fn drops(self, left: usize, seconds: f64, grace: f64) -> bool {
         match self {
             Self::No => false,
@@ -106,12 +106,13 @@ impl StopSignals {
         let (quits, last) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let (own, first) = (place.clone(), since.clone());
         let (seen, answered, quit) = (last.clone(), asked.clone(), quits.clone());
+        let watcher = world.watcher();
         let answer = move |before: usize| {
             let signal = seen.load(Ordering::Relaxed) as i32;
             if before == 0 {
                 let _ = first.set(Instant::now());
                 answered.store(true, Ordering::Relaxed);
-                own.stop(says, by_hand);
+                own.stop(&watcher, says, by_hand);
             } else if by_hand && signal != SIGUSR1 {
                 quit.store(true, Ordering::Relaxed);
                 console::say(&own.quitting());
@@ -201,16 +202,21 @@ impl From<f64> for Asked {
 
 impl Place {
     /// Says that the process stops. One that has nothing to save ends.
-    fn stop(&self, says: bool, by_hand: bool) {
-        let begun = self.begun.load(Ordering::Relaxed);
-        if says {
-            console::say(&self.stopping(by_hand));
-        } else if !begun {
-            std::thread::sleep(FIRST_SAYS);
+    fn stop(&self, watcher: &Watcher, says: bool, by_hand: bool) {
+        if self.begun.load(Ordering::Relaxed) {
+            if says {
+                console::say(&self.stopping(by_hand));
+            }
+            return;
         }
-        if !begun {
-            low_level::exit(i32::from(STOPPED));
-        }
+        watcher.last_act(|| {
+            if says {
+                console::say(&self.stopping(by_hand));
+            } else {
+                std::thread::sleep(FIRST_SAYS);
+            }
+            low_level::exit(i32::from(STOPPED))
+        })
     }
 
     fn stopping(&self, by_hand: bool) -> String {

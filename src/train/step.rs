@@ -258,8 +258,8 @@ impl Trainer {
         Ok(counts)
     }
 
-    /// Forward and backward of every micro-batch, unless `drops` breaks off: Σ loss values and rewards of this rank, and
-    /// gradients of `factor` times the loss.
+    /// Forward and backward of every micro-batch, unless `drops` breaks off: Σ loss values and rewards of this rank,
+    /// and gradients of `factor` times the loss.
     fn accumulate<B>(
         &mut self,
         micro_batches: &[MicroBatch],
