@@ -8,8 +8,12 @@ mod common;
 use common::{is_mpich, ranks_of};
 use serde_json::{Value, json};
 use std::{
+    io::Write,
+    net::{Ipv4Addr, TcpListener, TcpStream},
     path::Path,
-    process::Output,
+    process::{Command, Output},
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    thread,
     time::{Duration, Instant},
 };
 use xorl_dist::comm::{CommandReceiver, CommandSender, Commands, World};
@@ -46,6 +50,14 @@ fn mpi_worker() {
     let seen = match (case.as_str(), world.commands().unwrap()) {
         ("times", Commands::Sender(sender)) => time_commands(&sender),
         ("times", Commands::Receiver(receiver)) => receive_and_check(&receiver),
+        ("one", Commands::Sender(sender)) => {
+            sender.send(payload(1, LARGE)).unwrap().wait(LIMIT).unwrap();
+            Value::Null
+        }
+        ("one", Commands::Receiver(receiver)) => {
+            assert!(receiver.recv().unwrap().payload == payload(1, LARGE));
+            Value::Null
+        }
         ("death", Commands::Sender(sender)) => loop {
             // The others end this rank.
             sender.send(vec![1; 16 * LARGE]).unwrap();
@@ -71,7 +83,7 @@ fn time_commands(sender: &CommandSender) -> Value {
     let mut milliseconds = Vec::new();
     for sequence in 1..=TIMES as u64 {
         let bytes = payload(sequence, LARGE);
-        std::thread::sleep(PAUSE);
+        thread::sleep(PAUSE);
         let begin = Instant::now();
         let delivery = sender.send(bytes).unwrap();
         delivery.wait(LIMIT).unwrap();
@@ -79,7 +91,7 @@ fn time_commands(sender: &CommandSender) -> Value {
         assert_eq!(delivery.sequence(), sequence);
     }
     let before = cpu_time();
-    std::thread::sleep(IDLE);
+    thread::sleep(IDLE);
     let idle = (cpu_time() - before).as_secs_f64();
     sender.send(Vec::new()).unwrap().wait(LIMIT).unwrap();
     json!({"milliseconds": milliseconds, "idle_cpu_seconds": idle})
@@ -99,10 +111,14 @@ fn receive_and_check(receiver: &CommandReceiver) -> Value {
 }
 
 fn run(case: &str, out: &Path) -> Output {
+    command(case, out).output().unwrap()
+}
+
+fn command(case: &str, out: &Path) -> Command {
     let mut command = ranks_of(&std::env::current_exe().unwrap(), RANKS);
     command.args(["--exact", "mpi_worker", "--nocapture", "--test-threads=1"]);
     command.env("XORL_TEST_COMMANDS", case).env("XORL_TEST_OUT", out).env_remove("RUST_BACKTRACE");
-    command.output().unwrap()
+    command
 }
 
 /// 4 MiB to 3 idle ranks, acknowledged by all, within 20 ms (median).
@@ -155,4 +171,42 @@ fn one_rank_sends_commands_to_nobody() {
         let delivery = sender.send(vec![1; 100]).unwrap();
         assert_eq!((delivery.sequence(), delivery.wait(Duration::ZERO)), (sequence, Ok(())));
     }
+}
+
+/// Strangers connect to the control port as fast as they can, from before it opens until the end.
+#[test]
+fn mpi_strangers_that_flood_the_control_port_end_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let port = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap().local_addr().unwrap().port();
+    let (is_over, made, begin) = (AtomicBool::new(false), AtomicUsize::new(0), Instant::now());
+    let output = thread::scope(|scope| {
+        for bytes in [&b""[..], b"GET / HTTP/1.1\r\n\r\n", b"XC\x01\x01\x05\0\0\0\"Bye\""] {
+            let (is_over, made) = (&is_over, &made);
+            scope.spawn(move || {
+                let mut open = Vec::new();
+                while !is_over.load(Ordering::Relaxed) {
+                    let address = (Ipv4Addr::LOCALHOST, port).into();
+                    let Ok(mut stream) = TcpStream::connect_timeout(&address, Duration::from_millis(200))
+                    else {
+                        thread::sleep(Duration::from_micros(200));
+                        continue;
+                    };
+                    made.fetch_add(1, Ordering::Relaxed);
+                    let _ = stream.write_all(bytes);
+                    open.push(stream);
+                    if open.len() > 200 {
+                        open.clear();
+                    }
+                }
+            });
+        }
+        let output =
+            command("one", folder.path()).env("XORL_CONTROL_PORT", port.to_string()).output().unwrap();
+        is_over.store(true, Ordering::Relaxed);
+        output
+    });
+    common::succeeded(&output);
+    println!("{} connections of strangers in {:?}", made.load(Ordering::Relaxed), begin.elapsed());
+    assert!(made.into_inner() > 0, "the port was never open to them");
+    assert!(begin.elapsed() < LIMIT);
 }

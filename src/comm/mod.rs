@@ -24,6 +24,8 @@ use crate::device::{
 use std::{ops::Range, rc::Rc};
 use tch::{Device, Kind, Tensor};
 
+#[doc(hidden)]
+pub use control::read_stream;
 pub use control::{
     Command, CommandError, CommandReceiver, CommandSender, Commands, Delivery, Slow,
     WINDOW as COMMAND_WINDOW, Watcher,

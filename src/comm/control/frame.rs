@@ -36,8 +36,8 @@ pub(super) enum FrameError {
     Version(u8),
     #[error("a control frame of unknown kind {0}")]
     Kind(u8),
-    #[error("a control frame of {0} bytes, more than {MAX_PAYLOAD}")]
-    Length(usize),
+    #[error("a control frame of {0} bytes, more than {1}")]
+    Length(usize, usize),
     #[error("the first {0} bytes of a control frame and no more")]
     Torn(usize),
     #[error("a control message that cannot be read: {0}")]
@@ -91,7 +91,7 @@ pub(super) fn message(message: &impl Serialize) -> Result<Vec<u8>, FrameError> {
     serde_json::to_writer(&mut frame, message).map_err(|error| FrameError::Message(error.to_string()))?;
     let length = frame.len() - HEADER;
     if length > MAX_PAYLOAD {
-        return Err(FrameError::Length(length));
+        return Err(FrameError::Length(length, MAX_PAYLOAD));
     }
     frame[..HEADER].copy_from_slice(&header(MESSAGE, length));
     Ok(frame)
@@ -112,14 +112,32 @@ fn header(kind: u8, length: usize) -> [u8; HEADER] {
 }
 
 /// Bytes that have arrived, cut into frames. Holds one incomplete frame and the last read at most.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Decoder {
     bytes: Vec<u8>,
     /// Length of the frames that were handed out.
     done: usize,
+    /// Largest payload that is taken (bytes).
+    most: usize,
+}
+
+impl Default for Decoder {
+    fn default() -> Self {
+        Self::of_at_most(MAX_PAYLOAD)
+    }
 }
 
 impl Decoder {
+    /// A decoder that refuses frames with a longer payload than `most` bytes.
+    pub(super) fn of_at_most(most: usize) -> Self {
+        Self { bytes: Vec::new(), done: 0, most: most.min(MAX_PAYLOAD) }
+    }
+
+    /// Takes frames of every length that is valid from now on.
+    pub(super) fn take_all(&mut self) {
+        self.most = MAX_PAYLOAD;
+    }
+
     /// Appends `bytes`, as read.
     pub(super) fn push(&mut self, bytes: &[u8]) {
         self.bytes.drain(..self.done);
@@ -140,7 +158,9 @@ impl Decoder {
         match (kind, [m0, m1]) {
             (_, magic) if magic != MAGIC => return Err(FrameError::Magic(magic)),
             _ if version != VERSION => return Err(FrameError::Version(version)),
-            (MESSAGE | COMMAND_PART, _) if length > MAX_PAYLOAD => return Err(FrameError::Length(length)),
+            (MESSAGE | COMMAND_PART, _) if length > self.most => {
+                return Err(FrameError::Length(length, self.most));
+            }
             (MESSAGE | COMMAND_PART, _) => {}
             _ => return Err(FrameError::Kind(kind)),
         }
@@ -307,7 +327,7 @@ mod tests {
         let text = refused(&of(b"XC", 1, MESSAGE, 3)).unwrap();
         assert!(text.starts_with("a control message that cannot be read: "), "{text}");
         let error = message(&"x".repeat(MAX_PAYLOAD)).unwrap_err();
-        assert_eq!(error, FrameError::Length(MAX_PAYLOAD + 2));
+        assert_eq!(error, FrameError::Length(MAX_PAYLOAD + 2, MAX_PAYLOAD));
     }
 
     #[test]

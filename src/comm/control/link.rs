@@ -23,6 +23,9 @@ use std::{
 /// Most bytes that a link reads or writes before the other links have their turn.
 const TURN: usize = 1 << 18;
 
+/// Largest payload of a frame before a handshake (bytes).
+const OF_STRANGERS: usize = 1 << 12;
+
 /// Why a connection has ended.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum EndCause {
@@ -104,6 +107,16 @@ impl Link {
         stream.set_nonblocking(true)?;
         stream.set_nodelay(true)?;
         Ok(Self { stream, decoder: Decoder::default(), outbox: Outbox::default(), ended: None })
+    }
+
+    /// A link to a process that has not proven yet that it is of this run: it may send small frames alone.
+    pub(super) fn to_stranger(stream: TcpStream) -> io::Result<Self> {
+        Ok(Self { decoder: Decoder::of_at_most(OF_STRANGERS), ..Self::new(stream)? })
+    }
+
+    /// Takes all frames from now on: the process is of this run.
+    pub(super) fn trust(&mut self) {
+        self.decoder.take_all();
     }
 
     /// Descriptor and events for poll(2): none once the connection has ended.

@@ -7,15 +7,18 @@
 //! to `{output_dir}/flight/` when the watchdog ends the run.
 //!
 //! Commands are bytes from rank 0 to all others ([`commands`]). They travel over the same connections in small parts
-//! ([`frame`]), so that a large command does not delay a sign of life. [`rendezvous`] connects the ranks, [`threads`]
-//! are the two kinds of control thread, and [`link`] is one end of a connection.
+//! ([`frame`]), so that a large command does not delay a sign of life. [`rendezvous`] connects the ranks that know
+//! the [`secret`] of the run, [`threads`] are the two kinds of control thread, and [`link`] is one end of a connection.
 
 mod commands;
 mod frame;
+mod gather;
 mod judge;
 mod link;
 mod rendezvous;
+mod secret;
 mod threads;
+mod untrusted;
 
 use super::{CommError, Communicator};
 use crate::device::{DeviceError, Event};
@@ -30,6 +33,7 @@ use std::{
     thread::JoinHandle,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
+pub use untrusted::read_stream;
 
 /// Collectives kept in the flight record of a rank.
 const KEPT: usize = 64;

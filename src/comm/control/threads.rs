@@ -9,6 +9,7 @@ use super::{
     frame::{Assembler, Frame, FrameError, read_message},
     judge::{Peer, PeerName, judge},
     link::{Link, LinkError, Wakeup, wait, wait_writable},
+    secret::{Challenge, Proof},
 };
 use crossbeam::channel::{Receiver, Sender};
 use serde::{Deserialize, Serialize};
@@ -34,9 +35,11 @@ pub(super) const READ: usize = 1 << 16;
 /// Messages of a rank to rank 0.
 #[derive(Serialize, Deserialize)]
 pub(super) enum ToRoot {
+    /// The answer to rank 0's challenge: a proof that this rank knows the run's secret, and its own challenge.
     Hello {
-        token: String,
         name: PeerName,
+        challenge: Challenge,
+        proof: Proof,
     },
     Alive(Status),
     /// The command of this sequence number was received.
@@ -48,7 +51,10 @@ pub(super) enum ToRoot {
 /// Messages of rank 0.
 #[derive(Serialize, Deserialize)]
 pub(super) enum FromRoot {
-    Welcome,
+    /// The first message on a connection.
+    Challenge(Challenge),
+    /// The answer to a rank that has proven itself, with the proof that this is rank 0.
+    Welcome(Proof),
     Alive,
     /// All ranks end, for this reason.
     End(String),
@@ -329,7 +335,7 @@ impl Follower {
                 Frame::Message(json) => match read_message(json)? {
                     FromRoot::End(line) => stop = Some(Stop::End { line, says: false }),
                     FromRoot::Bye => stop = stop.take().or(Some(Stop::Closed)),
-                    FromRoot::Welcome | FromRoot::Alive => {}
+                    FromRoot::Challenge(_) | FromRoot::Welcome(_) | FromRoot::Alive => {}
                 },
             }
             Ok(())
