@@ -102,7 +102,7 @@ impl Manifest {
 
     /// Bytes of the files.
     pub fn bytes(&self) -> u64 {
-        self.0.values().map(|listed| listed.size).sum()
+        self.0.values().map(|listed| listed.size).fold(0, u64::saturating_add)
     }
 
     /// True if `name`, an entry of the folder, is a file of it or leads to one.

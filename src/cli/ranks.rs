@@ -2,7 +2,7 @@
 
 use crate::{
     comm::{Watcher, World},
-    console,
+    console, data,
     device::{self, DeviceChoice},
     error::{Error, Result, agree},
 };
@@ -76,6 +76,9 @@ fn log(world: &World, debug: bool) {
 fn end_on_panic(watcher: Watcher) {
     let default = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
+        if data::is_guarded() {
+            return;
+        }
         if std::env::var_os("RUST_BACKTRACE").is_some() {
             default(panic);
         }

@@ -265,6 +265,12 @@ pub(super) fn read_json(path: &Path) -> Result<Option<Json>, DataError> {
 
 fn describe(error: &Error) -> String {
     let place = error.line().map(|line| format!(" (template line {line})")).unwrap_or_default();
+    if error.kind() == ErrorKind::OutOfFuel {
+        let most = jinja::FUEL;
+        return format!(
+            "the chat template fails{place}: it takes more than {most} steps for this chat, as a loop without end does"
+        );
+    }
     let text = error.detail().map_or_else(|| error.kind().to_string(), str::to_string);
     format!("the chat template fails{place}: {}", one_line(text))
 }
@@ -272,6 +278,20 @@ fn describe(error: &Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_loop_without_end_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        for endless in [
+            "{% for a in range(100000) %}{% for b in range(100000) %}{{ a }}{% endfor %}{% endfor %}",
+            "{% set ns = namespace(x='a') %}{% for a in range(100) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        ] {
+            std::fs::write(folder.path().join("chat_template.jinja"), endless).unwrap();
+            let template = ChatTemplate::load(folder.path()).unwrap();
+            let error = template.render(&Chat::user("a"), true).unwrap_err().to_string();
+            assert!(error.contains("takes more than 16777216 steps for this chat"), "{error}");
+        }
+    }
 
     #[test]
     fn clocks_write_dates_as_c_does() {

@@ -12,6 +12,7 @@ mod encode;
 mod error;
 mod files;
 mod formats;
+mod guard;
 mod integers;
 mod jinja;
 mod jinja_methods;
@@ -36,17 +37,21 @@ mod tokenizer;
 mod tokenizer_class;
 mod tokenizer_keys;
 mod turns;
+mod untrusted;
 
 pub use chat_template::{Chat, ChatTemplate, Clock};
 pub use dataset::{Dataset, SourceSummary, Summary, TRAINING_CLOCK};
 pub use error::{DataError, LineProblem};
 pub use formats::Place;
+pub use guard::is_guarded;
 pub use loader::{Loader, StepPlan, StepRows};
 pub(crate) use notes::Notes;
 pub use pack::pack;
 pub use prompt::{Prompt, Reference};
 pub(crate) use tokenized::{Sample, parse_tokenized};
 pub use tokenizer::{Encoded, Tokenizer};
+#[doc(hidden)]
+pub use untrusted::{RowReader, prepared_rows};
 
 use std::collections::BTreeMap;
 

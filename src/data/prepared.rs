@@ -175,6 +175,11 @@ impl Read {
     }
 }
 
+/// The rows at `path`, as [`read`] gives them.
+pub(super) fn at(path: &Path) -> Result<Option<Prepared>, String> {
+    Ok(read(path)?.map(|read| read.prepared))
+}
+
 /// Rows that were prepared before: `Ok(None)` if there are none, `Err` with the reason if they are damaged.
 fn read(path: &Path) -> Result<Option<Read>, String> {
     match File::open(path) {

@@ -3,14 +3,17 @@
 //! A null stands for an absent field, for arrow gives each struct all fields of its column. A message's `content` alone
 //! stays null, as JSON has it beside `tool_calls`.
 
-use super::{Fault, Place, Record, Visit};
-use crate::data::error::one_line;
+use super::{
+    Fault, Place, Record, START, Visit,
+    arrow_sizes::{check_file, check_stream},
+};
+use crate::data::{error::one_line, guard};
 use arrow_array::{Array, ArrayRef, ArrowPrimitiveType, RecordBatch, cast::AsArray, types::*};
 use arrow_ipc::reader::{FileReader, StreamReader};
 use arrow_schema::{ArrowError, DataType};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde_json::{Map, Number, Value};
-use std::{fs::File, io::Read, panic::AssertUnwindSafe};
+use std::{fs::File, io::BufReader};
 
 /// Rows that are decoded at a time.
 const ROWS: usize = 1024;
@@ -27,10 +30,13 @@ pub(super) fn parquet(file: File, visit: &mut Visit) -> Result<(), Fault> {
 }
 
 pub(super) fn arrow_file(file: File, visit: &mut Visit) -> Result<(), Fault> {
+    guarded("arrow", || check_file(&file))?;
     batches("arrow", guarded("arrow", || FileReader::try_new_buffered(file, None))?, visit)
 }
 
-pub(super) fn arrow_stream(reader: impl Read, visit: &mut Visit) -> Result<(), Fault> {
+pub(super) fn arrow_stream(file: File, visit: &mut Visit) -> Result<(), Fault> {
+    guarded("arrow", || check_stream(&file))?;
+    let reader = BufReader::with_capacity(START, file);
     batches("arrow", guarded("arrow", || StreamReader::try_new(reader, None))?, visit)
 }
 
@@ -41,9 +47,9 @@ fn guarded<T, E: std::fmt::Display>(format: &str, read: impl FnOnce() -> Result<
             "not a whole {format} file ({why}); it is cut or damaged: copy or write it again"
         ))
     };
-    match std::panic::catch_unwind(AssertUnwindSafe(read)) {
-        Ok(read) => read.map_err(|error| broken(one_line(error))),
-        Err(_) => Err(broken("its reader failed".into())),
+    match guard::guarded(read) {
+        Some(read) => read.map_err(|error| broken(one_line(error))),
+        None => Err(broken("its reader failed".into())),
     }
 }
 
@@ -54,19 +60,24 @@ fn batches(
 ) -> Result<(), Fault> {
     let mut row = 0;
     loop {
-        let read = guarded(format, || {
-            let Some(batch) = reader.next().transpose()? else { return Ok(None) };
-            Ok::<_, ArrowError>(Some(rows(&batch)))
-        });
-        let read = read.map_err(|fault| match fault {
-            Fault::Broken(problem) if row > 0 => Fault::Broken(format!("{problem} (behind row {row})")),
-            fault => fault,
-        });
-        let Some(rows) = read? else { return Ok(()) };
-        for fields in rows {
-            row += 1;
-            if visit(Place::Row(row), Ok(Record::Fields(fields))).is_break() {
-                return Ok(());
+        let behind = |row: usize| {
+            move |fault| match fault {
+                Fault::Broken(problem) if row > 0 => Fault::Broken(format!("{problem} (behind row {row})")),
+                fault => fault,
+            }
+        };
+        let read = guarded(format, || reader.next().transpose()).map_err(behind(row));
+        let Some(batch) = read? else { return Ok(()) };
+        // Batches of arrow files may be as large as these.
+        for start in (0..batch.num_rows()).step_by(ROWS) {
+            let some = guarded(format, || {
+                Ok::<_, ArrowError>(rows(&batch.slice(start, ROWS.min(batch.num_rows() - start))))
+            });
+            for fields in some.map_err(behind(row))? {
+                row += 1;
+                if visit(Place::Row(row), Ok(Record::Fields(fields))).is_break() {
+                    return Ok(());
+                }
             }
         }
     }

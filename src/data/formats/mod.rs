@@ -2,6 +2,7 @@
 //! and plain text; forms of text also packed by gzip or zstd. The format is seen from a file's first bytes, and by its
 //! name only where these do not tell. Nothing here trusts its input, and no file of text is read as a whole.
 
+mod arrow_sizes;
 mod columns;
 mod json;
 mod table;
@@ -121,7 +122,7 @@ fn read_file(path: &Path, whole: bool, visit: &mut Visit) -> Result<(), Fault> {
         return columns::arrow_file(File::open(path)?, visit);
     }
     if start.starts_with(&[0xff; 4]) {
-        return columns::arrow_stream(reader, visit);
+        return columns::arrow_stream(File::open(path)?, visit);
     }
     let named = |ending: &str| name.ends_with(&format!(".{ending}"));
     for (ending, format) in [("parquet", "a parquet file"), ("arrow", "an arrow file")] {

@@ -130,7 +130,7 @@ impl PackedMatrix {
             return Err(SourceError::NoMatrix { name: matrix.to_owned(), shape: codes.shape });
         };
         expect(matrix, &codes, Dtype::U8, &[rows, bytes])?;
-        let columns = 2 * bytes;
+        let columns = bytes.saturating_mul(2);
         if columns % nvfp4::GROUP != 0 {
             return Err(fault(matrix, format!("has {columns} columns, no multiple of {}", nvfp4::GROUP)));
         }
