@@ -8,7 +8,11 @@ pub mod openai;
 pub mod sampling;
 mod scalar;
 pub mod tinker;
+mod untrusted;
 pub mod xorl;
+
+#[doc(hidden)]
+pub use untrusted::read_as_all;
 
 use super::{fault::Fault, futures::Body};
 use axum::http::{HeaderMap, StatusCode, header};

@@ -17,9 +17,11 @@ mod models;
 mod prompts;
 mod stream;
 mod tokens;
+mod untrusted;
 mod whole;
 
 pub use fault::{ErrorBody, Refused};
+pub(super) use untrusted::read_as_all;
 
 use super::{
     described::{Described, Shape},

@@ -71,14 +71,21 @@ pub fn of_chat(app: &App, messages: Vec<Message>, tools: Option<Value>) -> Resul
     if messages.is_empty() {
         return Err(Refused::field("messages", "expected at least one message, got none"));
     }
-    let messages = messages.into_iter().enumerate().map(|(index, message)| rendered(index, message));
-    let chat = Chat { messages: messages.collect::<Result<_, _>>()?, tools };
+    let chat = Chat { messages: self::messages(messages)?, tools };
     let text = app.texts.template()?.render(&chat, true);
     let text = text.map_err(|error| Refused::field("messages", error))?;
     let ids = app.texts.encode(&text);
     ids.map_err(|fault| {
         if fault.status.is_server_error() { fault.into() } else { Refused::field("messages", fault.detail) }
     })
+}
+
+/// Messages as chat templates read them.
+///
+/// # Errors
+/// The first that is wrong.
+pub fn messages(messages: Vec<Message>) -> Result<Vec<Value>, Refused> {
+    messages.into_iter().enumerate().map(|(index, message)| rendered(index, message)).collect()
 }
 
 /// A message as chat templates read them: content is a text, and a tool's arguments are an object.

@@ -22,9 +22,11 @@ mod sampled;
 mod sampling;
 mod tensor;
 mod training;
+mod untrusted;
 mod weights;
 
 pub use rows::{Row, described, refusal, results, rows};
+pub(super) use untrusted::read_as_all;
 
 use super::{Answered, check_size};
 use crate::server::{

@@ -169,6 +169,13 @@ impl SampleCall {
         }
     }
 
+    /// True if its prompt and its targets can be read, whatever else it asks for.
+    pub(super) fn reads(self, vocabulary: usize) -> bool {
+        let Ok(prompt) = self.prompt.into_tokens() else { return false };
+        let rows = prompt.len().saturating_sub(1);
+        self.target_prompt_logprobs.is_none_or(|sent| targets(sent, rows, vocabulary).is_ok())
+    }
+
     /// The request, and the layout of its result.
     ///
     /// # Errors

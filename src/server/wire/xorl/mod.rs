@@ -12,9 +12,11 @@ pub(super) mod fields;
 mod passes;
 mod sampling;
 mod sessions;
+mod untrusted;
 mod weights;
 
 pub use fields::object;
+pub(super) use untrusted::read_as_all;
 
 use super::{
     super::{

@@ -102,24 +102,21 @@ fn named_loss(name: Option<String>, params: Option<Params>) -> Result<NamedLoss,
     Ok(NamedLoss { name: name.unwrap_or_else(|| DEFAULT_LOSS.into()), params })
 }
 
-/// Submits a pass; `forward` has no backward.
-pub fn pass(call: &Call) -> Result<Value, Fault> {
-    // Apart from other bodies: it is too large for a track of the field that is being read.
-    let body: PassBody =
-        serde_json::from_slice(call.body).map_err(|error| Fault::user(format!("body: {error}")))?;
-    let backward = call.name == "forward_backward";
-    let model = model_id(body.model_id.as_deref().or(body.session_id.as_deref()))?;
-    let settings = &call.app.settings;
-    let bounds = Bounds { vocab_size: settings.vocab_size, max_tokens: settings.max_tokens };
-    let (data, loss) = match (body.forward_backward_input.or(body.forward_input), body.batches) {
-        (Some(_), Some(_)) => {
-            return Err(Fault::user("body: expected batches or forward_backward_input, got both"));
-        }
-        (None, None) => {
-            return Err(Fault::user(
-                "body: expected forward_backward_input or forward_input with data, or batches with rows of input_ids and labels",
-            ));
-        }
+/// Reads the body of a pass, apart from other bodies: it is too large for a track of the field that is being read.
+pub(super) fn read(body: &[u8]) -> Result<PassBody, Fault> {
+    serde_json::from_slice(body).map_err(|error| Fault::user(format!("body: {error}")))
+}
+
+/// The data of a pass and their loss.
+///
+/// # Errors
+/// They are out of `bounds`, or make no sense.
+pub(super) fn data(body: PassBody, bounds: Bounds) -> Result<(Vec<Datum>, NamedLoss), Fault> {
+    match (body.forward_backward_input.or(body.forward_input), body.batches) {
+        (Some(_), Some(_)) => Err(Fault::user("body: expected batches or forward_backward_input, got both")),
+        (None, None) => Err(Fault::user(
+            "body: expected forward_backward_input or forward_input with data, or batches with rows of input_ids and labels",
+        )),
         (Some(input), None) => {
             if input.routed_experts.is_some() {
                 return Err(Fault::user(
@@ -128,21 +125,33 @@ pub fn pass(call: &Call) -> Result<Value, Fault> {
             }
             let data = input.data.iter().enumerate();
             let data = data.map(|(i, datum)| Ok(vec![datum.datum(&format!("data[{i}]"), bounds)?]));
-            (bounds.gather(data)?, named_loss(input.loss_fn, input.loss_fn_params.or(input.loss_fn_config))?)
+            let loss = named_loss(input.loss_fn, input.loss_fn_params.or(input.loss_fn_config));
+            Ok((bounds.gather(data)?, loss?))
         }
         (None, Some(rows)) => {
             let rows = rows.iter().enumerate();
             let data = rows.map(|(i, row)| of_row(row, &format!("batches[{i}]"), bounds));
-            (bounds.gather(data)?, named_loss(body.loss_fn, body.loss_fn_params.or(body.loss_fn_config))?)
+            let loss = named_loss(body.loss_fn, body.loss_fn_params.or(body.loss_fn_config));
+            Ok((bounds.gather(data)?, loss?))
         }
-    };
+    }
+}
+
+/// Submits a pass; `forward` has no backward.
+pub fn pass(call: &Call) -> Result<Value, Fault> {
+    let body = read(call.body)?;
+    let backward = call.name == "forward_backward";
+    let model = model_id(body.model_id.as_deref().or(body.session_id.as_deref()))?;
+    let (seq_id, settings) = (body.seq_id, &call.app.settings);
+    let bounds = Bounds { vocab_size: settings.vocab_size, max_tokens: settings.max_tokens };
+    let (data, loss) = data(body, bounds)?;
     let shapes = Shapes::of(&data, &loss);
     let task = Task::Pass(Pass { data, loss, backward });
     let render = Box::new(move |reply: &Reply, _| match reply {
         Reply::Passed(pass) => shapes.body(pass),
         other => mismatched(other),
     });
-    call.submit(&model, body.seq_id, task, render)
+    call.submit(&model, seq_id, task, render)
 }
 
 /// The parts of a request that its reply needs.
