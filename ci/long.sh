@@ -38,6 +38,9 @@
 #   ci/long.sh qlora           quantised bases beside bf16 and PEFT + bitsandbytes: a layer, loading, a step of 1.5 B;
 #                              --parts memory: Llama-2-7B's shapes in nf4 on 2 ranks, needs 14 GB of disk
 #   ci/long.sh serve           throughput of the server beside PEFT, itself one adapter after another, and a local run
+#   ci/long.sh fuzz            [TARGET...] [SECONDS]: libFuzzer with AddressSanitizer on the readers of outside bytes, all
+#                              targets or those named, each so long (600)
+#   ci/long.sh advisories      cargo-deny: advisories of the crates, with licences, bans and sources; needs the network
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -236,6 +239,13 @@ case "${1:-}" in
     export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
     mpirun -n 2 "${CARGO_TARGET_DIR:-target}/release/xorl-dist" --config "tests/fixtures/$model/run.yaml"
     cat "outputs/$1/metrics.jsonl"
+    ;;
+  fuzz) shift; exec tests/fuzz/run.sh "$@" ;;
+  advisories)
+    command -v cargo-deny >/dev/null || cargo install --quiet --locked cargo-deny || { echo 'advisories: not run: cargo-deny could not be installed'; exit 1; }
+    cargo deny check licenses bans sources
+    cargo deny fetch db || { echo 'advisories: not run: the database is out of reach'; exit 1; }
+    cargo deny check advisories
     ;;
   *) sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
 esac
