@@ -1,6 +1,6 @@
 """Runs a command and watches it: its lines with their times, the memory of its ranks, a time limit.
 
-Only benches/side_by_side.py calls it.
+Benches and the scripts of ci/ that start ranks use it.
 """
 import os
 import re
@@ -131,6 +131,26 @@ def command_line(pid: int) -> list[str]:
 def pss_bytes(pid: int) -> int:
     found = re.search(r'^Pss:\s+(\d+) kB', read(Path(f'/proc/{pid}/smaps_rollup')), re.MULTILINE)
     return int(found[1]) * 1024 if found else 0
+
+
+def resident_bytes(pid: int) -> int:
+    fields = read(Path(f'/proc/{pid}/statm')).split()
+    return int(fields[1]) * os.sysconf('SC_PAGE_SIZE') if fields else 0
+
+
+def open_files(pid: int) -> int:
+    """Files, sockets and pipes that it has open; 0 where it has ended."""
+    try:
+        return len(os.listdir(f'/proc/{pid}/fd'))
+    except OSError:
+        return 0
+
+
+def growth(values: list[int]) -> tuple[int, float]:
+    """What the values grew by from their second quarter to their last, by medians, and the share of it."""
+    quarter = len(values) // 4
+    before, after = (sorted(part)[len(part) // 2] for part in (values[quarter : 2 * quarter], values[-quarter:]))
+    return after - before, after / before - 1
 
 
 def read(path: Path) -> str:

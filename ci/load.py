@@ -13,7 +13,7 @@ keeps a ledger of what was acknowledged. Checked are:
 - what clients say that sample (load_sampling.py): the same greedy text from a save before and after restarts, ratios of 1 while others
   train, nothing for another tenant, no 5xx but at an end of the server;
 - adapters at the end of their lives, those that went through a stop or kill first, are within 1e-4 of a calm replay of their ledger;
-- resident memory of the ranks is flat after the last start.
+- resident memory and open files of the ranks are flat after the last start.
 
 Exit code 1 and a line each where one does not hold. The last line is JSON.
 """
@@ -42,7 +42,7 @@ from load_life import Life
 from load_sampling import OTHER_KEY, Found, Keeper, Policy
 
 sys.path[:0] = [str(ROOT / "benches")]
-from processes import Process, command_line, descendants, read  # noqa: E402
+from processes import Process, command_line, descendants, growth, open_files, resident_bytes  # noqa: E402
 
 BASE_MODEL = "tiny/llama"
 KEY, TENANT = "tml-test", "lab"
@@ -50,6 +50,8 @@ STEPS_OF_A_LIFE = 12
 # Of a minute's worth of samples, what memory may differ by: allocators keep what they like, and the server 10 000
 # results and as many sessions, some KB each, which a run of minutes does not fill.
 FLAT_BYTES = 32 << 20
+# Clients come and go with their connections.
+FLAT_FILES = 100
 # Between 0 and 1 of the time.
 EVENTS = {0.2: "stop", 0.35: "kill", 0.5: "stop"}
 
@@ -67,7 +69,7 @@ class Server:
         self.generation = 0
         self.is_up = asyncio.Event()
         self.counts = collections.Counter()
-        self.rss = []
+        self.rss, self.files = [], []
         config = {
             "model_path": str(folder / "model"),
             "base_model_name": BASE_MODEL,
@@ -97,7 +99,7 @@ class Server:
             if self.process.process.poll() is not None:
                 self.process.wait()
             await asyncio.sleep(0.05)
-        self.rss = []
+        self.rss, self.files = [], []
         self.generation += 1
         self.is_up.set()
 
@@ -118,15 +120,11 @@ class Server:
 
     async def watch(self):
         while True:
-            found = [resident_bytes(pid) for pid in self.ranks()] if self.is_up.is_set() else []
-            if found:
-                self.rss.append((time.monotonic(), sum(found)))
+            ranks = self.ranks() if self.is_up.is_set() else []
+            if ranks:
+                self.rss.append(sum(map(resident_bytes, ranks)))
+                self.files.append(sum(map(open_files, ranks)))
             await asyncio.sleep(0.5)
-
-
-def resident_bytes(pid):
-    fields = read(Path(f"/proc/{pid}/statm")).split()
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if fields else 0
 
 
 async def client(server, args, index, deadline, lives, failures):
@@ -250,14 +248,6 @@ def folder_of(server, uri):
     return server.output_dir / kind / urllib.parse.quote(model) / name
 
 
-def growth(samples):
-    """Bytes by which memory grew from the second quarter of the samples to the last: medians."""
-    values = [value for _, value in samples]
-    quarter = len(values) // 4
-    middle = [sorted(part)[len(part) // 2] for part in (values[quarter : 2 * quarter], values[-quarter:])]
-    return middle[1] - middle[0]
-
-
 def say(text):
     print(f"load: {text}", file=sys.stderr, flush=True)
 
@@ -284,7 +274,8 @@ async def measure(args, folder):
         clients = [client(server, args, index, deadline, lives, failures) for index in range(args.clients)]
         sampling = [one.turns(deadline, failures) for one in samplers(server, args, found)]
         await asyncio.gather(*clients, *sampling, send_nonsense(server, args, deadline, failures), disturb(server, began, seconds))
-        grown, samples = growth(server.rss) if len(server.rss) >= 8 else 0, len(server.rss)
+        samples = len(server.rss)
+        grown, more_files = (growth(values)[0] if samples >= 8 else 0 for values in (server.rss, server.files))
         watcher.cancel()
         operations = sum(len(life.applied) for life in lives)
         say(f"{len(lives)} adapters, {operations} operations; replaying")
@@ -295,6 +286,8 @@ async def measure(args, folder):
         server.process.stop()
     if grown > FLAT_BYTES and samples > 100:
         failures.append(f"memory of the ranks grew by {grown >> 20} MiB after the last start")
+    if more_files > FLAT_FILES:
+        failures.append(f"{more_files} more files are open than after the last start")
     if found.seeded_that_differ > found.seeded // 100:
         failures.append(f"{found.seeded_that_differ} of {found.seeded} continuations of a seed differ")
     restarted = sum(1 for life in lives if life.restarts)
@@ -304,7 +297,10 @@ async def measure(args, folder):
         "operations": operations,
         "replayed": len(chosen),
         "largest_distance": worst,
+        "memory_bytes": server.rss[-1] if server.rss else 0,
         "memory_growth_bytes": grown,
+        "open_files": server.files[-1] if server.files else 0,
+        "open_files_growth": more_files,
         "counts": dict(server.counts),
         "sampling": dataclasses.asdict(found),
     }

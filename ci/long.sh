@@ -30,6 +30,9 @@
 #   ci/long.sh real_moe        the same with two layers of the shapes of Qwen3-30B-A3B, 64 experts on each rank
 #   ci/long.sh load            [MINUTES]: 64 clients that train and 24 that sample ill-treat a server that is stopped
 #                              twice and killed once (10, and as many to replay what they did)
+#   ci/long.sh soak            [MINUTES]: 2 ranks that save and evaluate, packed rows and single ones: memory and files
+#                              stay flat; then killed again and again (30)
+#   ci/long.sh reshard         interrupted in every topology of up to 4 ranks, and resumed in every other
 #   ci/long.sh examples        [NAME...]: configs/server/examples, each against one server of SmolLM2 on 2 ranks
 #   ci/long.sh cookbook        [NAME...]: tinker-cookbook's sl_loop, killed and resumed, and rl_loop, against a server
 #   ci/long.sh greedy          50 prompts in fp32, base and adapter: text and log-probabilities beside transformers and
@@ -181,6 +184,18 @@ case "${1:-}" in
     cargo build --release --quiet
     export OMPI_MCA_rmaps_base_oversubscribe=1 HF_HUB_OFFLINE=1
     exec .venv/bin/python ci/load.py --binary "${CARGO_TARGET_DIR:-target}/release/xorl-dist" --minutes "${1:-10}"
+    ;;
+  soak)
+    shift
+    launch/setup.sh --no-tests
+    cargo build --release --quiet
+    OMPI_MCA_rmaps_base_oversubscribe=1 exec .venv/bin/python ci/soak.py \
+      --binary "${CARGO_TARGET_DIR:-target}/release/xorl-dist" --minutes "${1:-30}"
+    ;;
+  reshard)
+    launch/setup.sh --no-tests
+    export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+    exec cargo test --quiet --test resume -- --ignored --nocapture every_topology
     ;;
   greedy)
     shift

@@ -150,6 +150,54 @@ fn mpi_experts_resumed_over_other_ranks_are_the_same_run() {
     }
 }
 
+/// Ranks and the ranks that experts go over.
+type Topology = (usize, usize);
+
+/// Interrupted in the middle of the second epoch in each of `topologies` and resumed in each: the rows of every step,
+/// losses, norms and the last adapter are those of one rank. `more` is given to all.
+fn resumes_in_every_other(run: &TinyRun, topologies: &[Topology], more: &[&str]) {
+    let name = |(ranks, over): Topology| format!("{ranks} over {over}");
+    let flags = |(_, over): Topology, first: &[&str]| {
+        let over = ["--train.expert_parallel_size".to_owned(), over.to_string()];
+        let given = [first, more].concat().into_iter().map(str::to_owned);
+        given.chain(over.into_iter().filter(|_| topologies.iter().any(|t| t.1 > 1))).collect::<Vec<_>>()
+    };
+    let start = |topology: Topology, out: &str, first: &[&str]| {
+        let flags = flags(topology, first);
+        succeeded(&run.run(topology.0, out, &flags.iter().map(String::as_str).collect::<Vec<_>>()));
+    };
+    for &from in topologies {
+        start(from, &name(from), &[]);
+        within_tolerance(run, &name(topologies[0]), &name(from));
+    }
+    let mut pairs = 0;
+    for &from in topologies {
+        for &to in topologies {
+            let out = format!("{} to {}", name(from), name(to));
+            run.interrupted(&name(from), &out, 10);
+            start(to, &out, &AUTO);
+            within_tolerance(run, &name(topologies[0]), &out);
+            fs::remove_dir_all(run.at(&out)).unwrap();
+            pairs += 1;
+        }
+    }
+    println!("{pairs} pairs of topologies, {more:?}");
+}
+
+/// ci/long.sh reshard: dense models and experts, rows by themselves and packed.
+#[test]
+#[ignore = "minutes: ci/long.sh reshard"]
+fn mpi_every_topology_resumes_in_every_other() {
+    let dense: Vec<Topology> = (1..=4).map(|ranks| (ranks, 1)).collect();
+    let experts = [(1, 1), (2, 1), (2, 2), (3, 1), (4, 1), (4, 2)];
+    let rows = ["--train.global_batch_size", "4"];
+    let packed = ["--data.sample_packing_method", "sequential", "--data.sample_packing_sequence_len", "20"];
+    for more in [rows.to_vec(), [&rows[..], &packed].concat()] {
+        resumes_in_every_other(&TinyRun::new(), &dense, &more);
+        resumes_in_every_other(&TinyRun::of_experts(), &experts, &more);
+    }
+}
+
 #[test]
 fn stored_batch_rules_unless_another_is_given() {
     let run = TinyRun::new();
