@@ -1,7 +1,10 @@
 //! Errors of data, tokenizers and templates: one line each, with the place and what would be right.
 
 use super::formats::Place;
-use crate::hub::HubError;
+use crate::{
+    config::{DataArgs, FieldLocations},
+    hub::HubError,
+};
 use std::path::{Path, PathBuf};
 
 /// Why data could not be opened or read.
@@ -25,8 +28,9 @@ pub enum DataError {
     NoDatasets,
     #[error("{}: the folder holds no file of data (jsonl, json, parquet, arrow, csv, tsv, txt){found}", path.display())]
     NoFiles { path: PathBuf, found: String },
-    #[error("{}: {error}", path.display())]
-    Hub { path: PathBuf, error: HubError },
+    /// `place` is the field that names the data set, with a colon and a space behind it, or empty.
+    #[error("{place}{}: {error}", path.display())]
+    Hub { place: String, path: PathBuf, error: Box<HubError> },
     #[error("{}: {problem}", path.display())]
     Foreign { path: PathBuf, problem: String },
     #[error("{}: expected at least one sample, found none; {remedy}", path.display())]
@@ -170,6 +174,20 @@ pub enum LineProblem {
 }
 
 impl DataError {
+    /// The same with the place of the field that names a data set of the hub.
+    pub fn placed(self, data: &DataArgs, places: &FieldLocations) -> Self {
+        let (path, error) = match self {
+            Self::Hub { path, error, .. } => (path, error),
+            other => return other,
+        };
+        let lists = [("datasets", &data.datasets[..]), ("test_datasets", data.validation_sets())];
+        let found = lists.iter().find_map(|(list, sets)| {
+            let index = sets.iter().position(|set| set.path == path)?;
+            Some(format!("{}: ", places.of(&format!("data.{list}[{index}].path"))))
+        });
+        Self::Hub { place: found.unwrap_or_default(), path, error }
+    }
+
     /// True for a user error (exit code 2), false for a failure (1).
     pub fn is_input(&self) -> bool {
         match self {

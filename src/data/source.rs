@@ -89,7 +89,9 @@ fn files_of(entry: &DatasetArgs) -> Result<files::Files, DataError> {
         };
     };
     let paths = hub::cached_rows(&id, &entry.subset());
-    let paths = paths.map_err(|error| DataError::Hub { path: entry.path.clone(), error })?;
+    let lacks =
+        |error| DataError::Hub { place: String::new(), path: entry.path.clone(), error: Box::new(error) };
+    let paths = paths.map_err(lacks)?;
     Ok(files::Files { paths, remark: None })
 }
 

@@ -190,7 +190,8 @@ impl Run {
         }
         let (vocabulary, data) = (spec.vocab_size, &config.data);
         let dataset =
-            Dataset::open_for(data, Some(&files.tokenizer), vocabulary, pad, train.seed, loss.needs())?;
+            Dataset::open_for(data, Some(&files.tokenizer), vocabulary, pad, train.seed, loss.needs());
+        let dataset = dataset.map_err(|error| error.placed(data, &loaded.places))?;
         let factors = [train.micro_batch_size, train.gradient_accumulation_steps, mesh.data_parallel()];
         let default_batch = || factors.into_iter().try_fold(1, usize::checked_mul);
         let global_batch = train.global_batch_size.or_else(default_batch).ok_or_else(|| {
