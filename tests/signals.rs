@@ -100,6 +100,12 @@ fn processes(child: &Child, ranks: usize) -> Vec<u32> {
     (0..ranks).map(|rank| wait_for("a rank", || rank_process(child.id(), rank))).collect()
 }
 
+/// Gives `run` its 30 rows so many `times`: a step has no more rows than an epoch.
+fn repeat_rows(run: &TinyRun, times: usize) {
+    let rows = fs::read_to_string(run.at("rows.jsonl")).unwrap();
+    fs::write(run.at("rows.jsonl"), rows.repeat(times)).unwrap();
+}
+
 /// A phase of a run in which a signal comes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Phase {
@@ -132,6 +138,7 @@ fn stops_in(phase: Phase, ranks: usize, rounds: usize) {
     let model = fs::read_to_string(run.at("config.json")).unwrap().replace("503", "300000");
     fs::write(run.at("large.json"), model).unwrap();
     let large = run.at("large.json").display().to_string();
+    repeat_rows(&run, 5);
     let settings: Vec<&str> = match phase {
         Phase::Data => RUN.to_vec(),
         Phase::Load => vec!["--model.config_path", &large, "--train.max_steps", "2"],
@@ -230,6 +237,7 @@ fn ten_signals_in_each_phase_stop_one_and_two_ranks() {
 #[test]
 fn a_second_signal_ends_the_process_at_once_and_says_so() {
     let run = TinyRun::new();
+    repeat_rows(&run, 500);
     let child =
         started(run.command(1, "out", &[&LONG_STEPS[..], &["--train.global_batch_size", "20000"]].concat()));
     wait_for("the run", || run.at("out/metrics.jsonl").exists().then_some(()));

@@ -41,7 +41,7 @@ const PEFT_ONLY: &str = "the step's adapter_config.json has it";
 const CACHE: &str = "all cores of a host prepare the rows; data.dataset_prepared_path keeps them";
 const NO_SEQUENCE: &str =
     "a sequence is not divided over ranks; shorten it by data.sample_packing_sequence_len";
-const SAVED: &str = "a save is synchronous and has the adapter and the training state";
+const SAVED: &str = "a save always has the adapter and the training state";
 const SEEDED: &str = "train.seed seeds everything";
 const DECAY: &str = "train.lr_decay_style, lr_min and lr_decay_ratio shape the decay";
 const MIXED: &str = "train.enable_mixed_precision: true computes in bf16, false in fp32";
@@ -274,7 +274,7 @@ const FOREIGN: &[(&str, Means)] = &[
     ("keep_last_n_checkpoints", Is("train.save_total_limit", "")),
     ("save_safetensors", Needless("adapters are always safetensors")),
     ("save_only_model", Not(SAVED)),
-    ("enable_async_checkpointing", Not(SAVED)),
+    ("enable_async_checkpointing", Is("train.save_async", "")),
     ("checkpointer", Is("model.model_path", " and train.output_dir")),
     ("save_adapter_weights_only", Is("lora.save_lora_only", "")),
     ("merge_lora", Not("an adapter is saved beside the base; xorl-dist merge makes one model of them")),

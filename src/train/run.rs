@@ -452,8 +452,9 @@ impl Run {
         }
         let _ending = watcher.slow("end");
         saver.finish()?;
-        metrics.finish()?;
+        let finished = metrics.finish();
         saver.last_is_saved()?;
+        finished?;
         if rank == 0 {
             if best.is_over() {
                 tracing::info!("stopped early: {}", best.ending());

@@ -134,10 +134,12 @@ pub(super) fn remedy(kind: ErrorKind) -> &'static str {
 
 /// Checks that `output` is still the folder in which the run began its files: one that was removed is not made anew.
 fn still_there(output: &Path) -> Result<(), CheckpointError> {
-    if [METRICS_FILE, "config.yaml"].iter().any(|file| output.join(file).exists()) {
-        return Ok(());
+    match std::fs::metadata(output.join(METRICS_FILE)) {
+        Err(error) if !output.join("config.yaml").exists() => {
+            Err(CheckpointError::Io { path: output.to_owned(), error })
+        }
+        _ => Ok(()),
     }
-    Err(CheckpointError::Io { path: output.to_owned(), error: ErrorKind::NotFound.into() })
 }
 
 impl<'a> Saver<'a> {

@@ -228,8 +228,13 @@ impl Place {
             _ if !self.begun.load(Ordering::Relaxed) => {
                 "stopping: no step is made yet, and nothing is saved".to_owned()
             }
-            0 => format!("stopping: the first step is made and saved, then the run ends{again}"),
-            step => format!("stopping: step {step} is finished and saved, then the run ends{again}"),
+            step => {
+                let step = if step == 0 { "the first step".to_owned() } else { format!("step {step}") };
+                format!(
+                    "stopping: {step} is finished and saved, or dropped where that takes longer than train.stop_grace_s, \
+                     then the run ends{again}"
+                )
+            }
         }
     }
 
@@ -286,11 +291,11 @@ mod tests {
         let place = Place::default();
         assert!(place.stopping(false).contains("no step is made yet, and nothing is saved"));
         place.begun.store(true, Ordering::Relaxed);
-        assert!(place.stopping(false).contains("the first step is made and saved"));
+        assert!(place.stopping(false).contains("the first step is finished and saved"));
         assert!(place.ending().contains("nothing of this run is saved"));
         place.step.store(8, Ordering::Relaxed);
         place.saved.set(5);
-        assert_eq!(place.stopping(false), "stopping: step 8 is finished and saved, then the run ends");
+        assert!(place.stopping(false).starts_with("stopping: step 8 is finished and saved, or dropped"));
         assert!(place.stopping(true).ends_with("; once more (Ctrl-C) ends at once, without saving"));
         assert!(place.ending().contains("nothing after step 5 is saved"));
         assert_eq!(place.quitting(), "ended at once by a second signal: nothing after step 5 is saved");
