@@ -1,8 +1,9 @@
 //! The model's tokenizer: tokenizer.json, and tokens that files beside it add. It writes no special tokens of its own
 //! accord: a chat template does.
 
-use super::{DataError, LineProblem, error::one_line, special_tokens::SpecialTokens};
+use super::{DataError, LineProblem, error::one_line, guard::guarded, special_tokens::SpecialTokens};
 use crate::lfs;
+use serde::de::IgnoredAny;
 use sha2::{Digest, Sha256};
 use std::{ops::Range, path::Path};
 use tokenizers::models::ModelWrapper;
@@ -56,10 +57,15 @@ impl Tokenizer {
             let remedy = "a pointer of Git LFS in place of the file; run `git lfs pull` in the folder";
             return Err(problem(remedy.into()));
         }
-        let parsed = |bytes: &[u8]| {
-            tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| {
+        let parsed = |bytes: &[u8]| match guarded(|| tokenizers::Tokenizer::from_bytes(bytes)) {
+            Some(read) => read.map_err(|error| {
                 problem(format!("not a tokenizer: {}; copy the model's file again", one_line(error)))
-            })
+            }),
+            None => {
+                let fault = serde_json::from_slice::<IgnoredAny>(bytes).map_err(one_line);
+                let why = fault.err().unwrap_or_else(|| "its reader failed".into());
+                Err(problem(format!("not a tokenizer: {why}; it is cut or damaged: copy or write it again")))
+            }
         };
         let mut inner = parsed(&bytes)?;
         let present = inner.get_added_tokens_decoder().into_iter().collect();
@@ -85,7 +91,8 @@ impl Tokenizer {
             tracing::warn!("{}: auto_map: its code is not run, tokenizer.json is used", config.display());
         }
         let missing = tokens.missing(&present);
-        inner.add_tokens(&missing);
+        guarded(|| inner.add_tokens(&missing))
+            .ok_or_else(|| problem("its reader failed at a token that files beside it add".into()))?;
         inner.set_encode_special_tokens(tokens.split);
         for (stated, token) in &tokens.added {
             if let Some(id) = inner.token_to_id(&token.content).filter(|id| id != stated) {
@@ -111,7 +118,7 @@ impl Tokenizer {
     }
 
     fn encoded(&self, text: &str, with_special: bool) -> Result<Encoded, LineProblem> {
-        let encoding = self.inner.encode(text, with_special);
+        let encoding = guarded(|| self.inner.encode(text, with_special)).ok_or_else(failed)?;
         let encoding = encoding.map_err(|error| LineProblem::Tokenize(one_line(error)))?;
         Ok(Encoded {
             ids: encoding.get_ids().iter().map(|&id| i64::from(id)).collect(),
@@ -127,9 +134,10 @@ impl Tokenizer {
     /// The text of `ids`; special tokens are left out if `skip_special_tokens`, unknown ids always.
     pub fn decode(&self, ids: &[i64], skip_special_tokens: bool) -> Result<String, DataError> {
         let ids: Vec<u32> = ids.iter().filter_map(|&id| u32::try_from(id).ok()).collect();
-        self.inner
-            .decode(&ids, skip_special_tokens)
-            .map_err(|error| DataError::Render(LineProblem::Tokenize(one_line(error))))
+        guarded(|| self.inner.decode(&ids, skip_special_tokens))
+            .ok_or_else(failed)
+            .and_then(|text| text.map_err(|error| LineProblem::Tokenize(one_line(error))))
+            .map_err(DataError::Render)
     }
 
     /// One more than the largest token id, added tokens included.
@@ -146,6 +154,11 @@ impl Tokenizer {
     pub(super) fn digest(&self) -> [u8; 32] {
         self.digest
     }
+}
+
+/// The problem of a text at which the tokenizer panicked, as one of a damaged file may.
+fn failed() -> LineProblem {
+    LineProblem::Tokenize("the tokenizer failed; its tokenizer.json may be damaged".into())
 }
 
 /// Files of tokenizers in other forms, which transformers converts.
@@ -205,6 +218,17 @@ fn other_form(dir: &Path) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_that_is_cut_anywhere_is_refused_in_one_line() {
+        let whole = include_str!("../../tests/data/chat/byte_level/tokenizer.json");
+        let folder = tempfile::tempdir().unwrap();
+        for length in (1..whole.len() - 2).step_by(97) {
+            std::fs::write(folder.path().join("tokenizer.json"), &whole.as_bytes()[..length]).unwrap();
+            let error = Tokenizer::load(folder.path()).unwrap_err().to_string();
+            assert!(error.contains("not a tokenizer: ") && !error.contains('\n'), "{length}: {error}");
+        }
+    }
 
     #[test]
     fn a_token_that_straddles_a_border_counts() {
