@@ -12,7 +12,7 @@
 #   ci/long.sh topologies      experts in every topology of up to 4 ranks, in every way to compute, against one rank
 #   ci/long.sh memory          what check says of SmolLM2's memory, nine shapes, beside what its ranks take
 #   ci/long.sh watchdog        a rank of 4 killed, and a rank stopped, at 20 moments each
-#   ci/long.sh crashes         a rank killed at every failpoint of saves, loads and merges, on each rank of worlds 1 and 2
+#   ci/long.sh crashes         a rank killed at every failpoint of saves, loads and merges, each rank of worlds 1 and 2
 #   ci/long.sh kills           [N]: SIGKILLs at random times of one rank or of all, worlds 1 and 2 (100)
 #   ci/long.sh power_cut       the power cut after every call to the file system of recorded runs, 1 and 2 ranks, in a
 #                              model of a disk that keeps what fsync promised; options may follow, as --resumes 100
@@ -41,8 +41,8 @@
 #   ci/long.sh qlora           quantised bases beside bf16 and PEFT + bitsandbytes: a layer, loading, a step of 1.5 B;
 #                              --parts memory: Llama-2-7B's shapes in nf4 on 2 ranks, needs 14 GB of disk
 #   ci/long.sh serve           throughput of the server beside PEFT, itself one adapter after another, and a local run
-#   ci/long.sh fuzz            [TARGET...] [SECONDS]: libFuzzer with AddressSanitizer on the readers of outside bytes, all
-#                              targets or those named, each so long (600)
+#   ci/long.sh fuzz            [TARGET...] [SECONDS]: libFuzzer with AddressSanitizer on the readers of outside bytes,
+#                              all targets or those named, each so long (600)
 #   ci/long.sh advisories      cargo-deny: advisories of the crates, with licences, bans and sources; needs the network
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

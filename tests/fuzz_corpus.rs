@@ -145,8 +145,8 @@ fn changed_inputs_are_read_or_refused() {
     }
 }
 
-/// `XORL_FUZZ_TARGET`, `XORL_FUZZ_SECONDS` and `XORL_FUZZ_SEED` say what, for how long and how; findings go to the folder
-/// `XORL_FUZZ_FOUND`.
+/// `XORL_FUZZ_TARGET`, `XORL_FUZZ_SECONDS` and `XORL_FUZZ_SEED` say what, for how long and how; findings go to the
+/// folder `XORL_FUZZ_FOUND`.
 #[test]
 #[ignore = "as long as it is told: where no time is for the build of ci/long.sh fuzz"]
 fn many_changed_inputs_are_read_or_refused() {

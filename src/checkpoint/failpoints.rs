@@ -1,4 +1,4 @@
-//! Instants of saving and loading at which tests kill a rank (`tests/crash.rs`): before and after what reaches the disk.
+//! Instants of saving and loading at which tests kill a rank (`tests/crash`): before and after what reaches the disk.
 //! `fail_point!` marks them in the code. Only in builds of tests it is code at all: the dev-dependency on `fail` turns
 //! its feature on.
 
@@ -67,8 +67,8 @@ pub const OF_SAVES: &[&str] = &[
     "rename.synced",
 ];
 
-/// Has this process, of rank `rank`, end as by SIGKILL where [`VARIABLE`] says so; nothing in other builds than those of
-/// tests.
+/// Has this process, of rank `rank`, end as by SIGKILL where [`VARIABLE`] says so. In other builds than those of tests
+/// it does nothing.
 pub fn arm(rank: usize) {
     if !fail::has_failpoints() {
         return;

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the fuzz targets with AddressSanitizer and runs them: tests/fuzz/run.sh [TARGET...] [SECONDS]
-# New inputs and findings go to target/fuzz/TARGET and target/fuzz/found; the corpus itself is left alone. The last line of each target
-# has its executions. XORL_FUZZ_NO_BUILD=1 runs what is built.
+# New inputs and findings go to target/fuzz/TARGET and target/fuzz/found; the corpus itself is left alone. The last line
+# of each target has its executions. XORL_FUZZ_NO_BUILD=1 runs what is built.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 

@@ -1,9 +1,9 @@
 //! The secret of a run, and the proofs by which both ends of a connection show that they know it. MPI brings it to all
 //! ranks; no connection carries it.
 //!
-//! Rank 0 sends a challenge, random bytes. The other rank answers with a challenge of its own and HMAC-SHA256 (RFC 2104)
-//! of both and its name under the secret; rank 0 proves itself by another HMAC of the same. An old answer does not fit a
-//! new challenge, and the two proofs differ by their labels, so that neither can be sent back as the other.
+//! Rank 0 sends a challenge, random bytes. The other rank answers with a challenge of its own and HMAC-SHA256 (RFC
+//! 2104) of both and its name under the secret; rank 0 proves itself by another HMAC of the same. An old answer does
+//! not fit a new challenge, and the two proofs differ by their labels, so that neither can be sent back as the other.
 
 use super::judge::PeerName;
 use hmac::{Hmac, Mac};

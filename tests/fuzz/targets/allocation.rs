@@ -64,7 +64,8 @@ unsafe impl GlobalAlloc for Counted {
     }
 }
 
-/// Runs `read` on an input of `bytes`, which may have `free` bytes of memory at a time and some more for each of its own.
+/// Runs `read` on an input of `bytes`, which may have `free` bytes of memory at a time and some more for each of its
+/// own.
 pub fn bounded(free: usize, bytes: usize, read: impl FnOnce()) {
     LEFT.set(Some(free + EACH * bytes));
     read();

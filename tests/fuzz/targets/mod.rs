@@ -1,5 +1,5 @@
-//! Targets of fuzzing: each reads one kind of bytes from outside as the program does. The bytes may be refused; a panic,
-//! an endless loop, a read out of bounds and an allocation far beyond the bytes are findings.
+//! Targets of fuzzing: each reads one kind of bytes from outside as the program does. The bytes may be refused; a
+//! panic, an endless loop, a read out of bounds and an allocation far beyond the bytes are findings.
 //!
 //! `tests/fuzz` runs them on bytes that libFuzzer makes, `tests/fuzz_corpus.rs` on those in `tests/fuzz/corpus`.
 //! Inputs of several files have [`BORDER`] between them.
