@@ -54,6 +54,11 @@ smollm2() {
   .venv/bin/python launch/quickstart/convert_smollm2.py models/smollm2
 }
 
+# One thread a rank; ranks as root and more than cores, which Open MPI allows only when told.
+tests_of_ranks() {
+  export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+}
+
 # A venv target/NAME that sees the packages of .venv, torch among them, and has those of its own that pip is told here.
 client_venv() { # NAME PIP_ARGUMENTS...
   local venv=target/$1 want
@@ -80,23 +85,23 @@ case "${1:-}" in
     ;;
   topologies)
     launch/setup.sh --no-tests
-    export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+    tests_of_ranks
     exec cargo test --quiet --test experts -- --ignored --nocapture every_topology
     ;;
   memory)
     launch/setup.sh
     smollm2
-    export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+    tests_of_ranks
     exec cargo test --quiet --test check -- --ignored --nocapture every_shape
     ;;
   watchdog)
     launch/setup.sh --no-tests
-    export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+    tests_of_ranks
     exec cargo test --quiet --test watchdog -- --ignored --nocapture --test-threads 1
     ;;
   crashes | kills)
     launch/setup.sh --no-tests
-    export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+    tests_of_ranks
     test=mpi_every_instant_on_every_rank
     [ "$1" = crashes ] || test=mpi_kills_at_random_times
     XORL_KILLS=${2:-100} exec cargo test --quiet --test crash -- --ignored --nocapture "$test"
@@ -111,13 +116,13 @@ case "${1:-}" in
     ;;
   signals)
     launch/setup.sh --no-tests
-    export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+    tests_of_ranks
     cargo test --quiet --test signals -- --ignored --nocapture ten_signals
     exec cargo test --quiet --test evaluation -- --ignored --nocapture ten_signals
     ;;
   full_disk)
     launch/setup.sh --no-tests
-    export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+    tests_of_ranks
     exec cargo test --quiet --test saving -- --ignored --nocapture a_full_disk
     ;;
   stall)
@@ -194,7 +199,7 @@ case "${1:-}" in
     ;;
   reshard)
     launch/setup.sh --no-tests
-    export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+    tests_of_ranks
     exec cargo test --quiet --test resume -- --ignored --nocapture every_topology
     ;;
   greedy)
