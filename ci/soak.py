@@ -3,9 +3,9 @@
     soak.py --binary target/release/xorl-dist [--minutes 30] [--ranks 2] [--seed 1]
 
 Half of the time its rows are packed, half of it each sample is a row. Of each half the first two thirds are one life: from its sixth
-minute on, or its second third where that comes later, resident memory of all ranks grows by less than 2 % and no file stays open. Then
-SIGKILL ends all ranks, or one, at random moments; each time the run goes on from its newest step (`load_checkpoint_path: auto`). A last
-life is asked to stop. Checked are, too:
+minute on (in one of less than ten minutes, from its second third on) resident memory of all ranks grows by less than 2 % and no file
+stays open. Then SIGKILL ends all ranks, or one, at random moments; each time the run goes on from its newest step
+(`load_checkpoint_path: auto`). A last life is asked to stop. Checked are, too:
 
 - every life ends as it was ended: killed, or 75 where it was asked;
 - each resumed life begins at the newest step that was published when it was killed;
@@ -103,7 +103,7 @@ class Soak:
         """Watches memory and files of one undisturbed life, and kills it."""
         process = self.start()
         began, memory, files = time.monotonic(), [], []
-        warm = max(WARM_SECONDS, seconds / 3) if seconds > 2 * WARM_SECONDS else seconds / 3
+        warm = WARM_SECONDS if seconds >= 2 * WARM_SECONDS else seconds / 3
         while (spent := time.monotonic() - began) < seconds:
             if process.process.poll() is not None:
                 raise process._failed("it ended by itself", process.process.returncode)
