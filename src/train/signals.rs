@@ -194,7 +194,7 @@ impl StopSignals {
 }
 
 impl From<f64> for Asked {
-    /// Of [`StopSignals::passed`].
+    /// Reads the largest [`StopSignals::passed`] of all ranks.
     fn from(passed: f64) -> Self {
         if passed < 0.0 { Self::No } else { Self::Since(passed) }
     }

@@ -1,4 +1,4 @@
-//! What arrives on a connection, read without one: tests of broken bytes call this.
+//! The bytes of a connection, read without one: tests of broken bytes call this.
 
 use super::{
     frame::{Assembler, Decoder, Frame, FrameError, read_message},
@@ -9,7 +9,7 @@ use super::{
 /// returned.
 ///
 /// # Errors
-/// What is wrong with the first bytes that are refused.
+/// The fault of the first bytes that are refused.
 pub fn read_stream(bytes: &[u8], chunk: usize) -> Result<[usize; 2], String> {
     let (mut decoder, mut assembler) = (Decoder::default(), Assembler::default());
     let (mut messages, mut commands) = (0, 0);

@@ -29,7 +29,7 @@ const FREE_ROWS: u64 = 1 << 20;
 /// Compares the sizes in `file`, of the file format.
 ///
 /// # Errors
-/// What does not fit.
+/// The first size that does not fit.
 pub(super) fn check_file(file: &File) -> Result<(), String> {
     let sizes = Sizes::of(file)?;
     let tail = sizes.length.checked_sub(10).ok_or("it has no footer")?;
@@ -45,7 +45,7 @@ pub(super) fn check_file(file: &File) -> Result<(), String> {
 /// Compares the sizes in `file`, of the stream format.
 ///
 /// # Errors
-/// What does not fit.
+/// The first size that does not fit.
 pub(super) fn check_stream(file: &File) -> Result<(), String> {
     let sizes = Sizes::of(file)?;
     let mut at = 0;
