@@ -45,6 +45,6 @@ pub fn read_as_all(body: &[u8]) -> usize {
         read::<RetrieveFutures>(body).is_some(),
     ]
     .into_iter()
-    .map(usize::from)
-    .sum()
+    .filter(|&takes| takes)
+    .count()
 }
