@@ -46,10 +46,8 @@ fn of_model(model: &ModelArgs, place: impl Fn(&str) -> config::Place) -> Vec<Nam
 }
 
 fn of_data(data: &DataArgs, place: impl Fn(&str) -> config::Place) -> Vec<Named> {
-    let lists = [("datasets", &data.datasets[..]), ("test_datasets", data.validation_sets())];
-    let sets = lists.into_iter().flat_map(|(list, sets)| sets.iter().enumerate().map(move |of| (list, of)));
-    let named = sets.filter(|(_, (_, set))| !set.is_dummy()).filter_map(|(list, (index, set))| {
-        let place = place(&format!("data.{list}[{index}].path")).to_string();
+    let named = data.named_sets().filter(|(_, set)| !set.is_dummy()).filter_map(|(field, set)| {
+        let place = place(&format!("{field}.path")).to_string();
         Some(Named { place, id: HubId::of_data(&set.path)?, wanted: Wanted::Rows(set.subset()) })
     });
     named.collect()

@@ -183,6 +183,14 @@ impl DataArgs {
         self.test_datasets.as_deref().unwrap_or_default()
     }
 
+    /// All data sets with the fields that hold them (`data.datasets[0]`), those of `test_datasets` last.
+    pub fn named_sets(&self) -> impl Iterator<Item = (String, &DatasetArgs)> {
+        let lists = [("datasets", &self.datasets[..]), ("test_datasets", self.validation_sets())];
+        lists.into_iter().flat_map(|(list, sets)| {
+            sets.iter().enumerate().map(move |(i, set)| (format!("data.{list}[{i}]"), set))
+        })
+    }
+
     /// The problem of a `val_set_size` that is neither a share nor a number of samples.
     pub(super) fn split_problem(&self) -> Option<Problem> {
         let size = self.val_set_size.filter(|&size| size >= 1.0 && size.fract() != 0.0)?;

@@ -61,13 +61,9 @@ pub(super) fn of_model<'a>(section: &str, model: &'a ModelArgs) -> Vec<NamedPath
 /// The paths of `run.yaml`.
 pub(super) fn of_run(config: &RunConfig) -> Vec<NamedPath<'_>> {
     let RunConfig { model, data, lora, .. } = config;
-    let lists = [("datasets", &data.datasets[..]), ("test_datasets", data.validation_sets())];
-    let sets = lists.into_iter().flat_map(|(list, sets)| {
-        let read = sets.iter().enumerate().filter(|(_, set)| !set.is_dummy());
-        read.filter_map(move |(i, set)| {
-            NamedPath::new(format!("data.{list}[{i}].path"), Some(&set.path), Kind::Data)
-        })
-    });
+    let read = data.named_sets().filter(|(_, set)| !set.is_dummy());
+    let sets =
+        read.filter_map(|(field, set)| NamedPath::new(format!("{field}.path"), Some(&set.path), Kind::Data));
     let adapter = NamedPath::new("lora.adapter_path", lora.adapter_path.as_deref(), Kind::Adapter);
     of_model("model", model).into_iter().chain(adapter).chain(sets).collect()
 }

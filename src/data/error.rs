@@ -180,11 +180,8 @@ impl DataError {
             Self::Hub { path, error, .. } => (path, error),
             other => return other,
         };
-        let lists = [("datasets", &data.datasets[..]), ("test_datasets", data.validation_sets())];
-        let found = lists.iter().find_map(|(list, sets)| {
-            let index = sets.iter().position(|set| set.path == path)?;
-            Some(format!("{}: ", places.of(&format!("data.{list}[{index}].path"))))
-        });
+        let found = data.named_sets().find(|(_, set)| set.path == path);
+        let found = found.map(|(field, _)| format!("{}: ", places.of(&format!("{field}.path"))));
         Self::Hub { place: found.unwrap_or_default(), path, error }
     }
 
