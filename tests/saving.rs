@@ -5,13 +5,12 @@
 mod common;
 
 use common::{
-    failed, mpirun, rank_process, ranks_of, signal, started, succeeded,
+    ended, failed, mpirun, rank_process, ranks_of, signal, started, succeeded,
     tiny::{STEPS, TinyRun, differences},
     wait_for,
 };
 use std::{
     fs::{self, File},
-    io::Read,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process::Command,
@@ -122,13 +121,6 @@ fn limit_files(process: u32, bytes: u64) {
         libc::prlimit(process as i32, libc::RLIMIT_FSIZE, &limit, std::ptr::null_mut::<libc::rlimit>())
     };
     assert_eq!(set, 0);
-}
-
-/// What the run said, and its exit code.
-fn ended(mut child: std::process::Child) -> (String, Option<i32>) {
-    let (mut said, status) = (String::new(), child.wait().unwrap());
-    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-    (said, status.code())
 }
 
 #[test]

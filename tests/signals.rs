@@ -5,14 +5,13 @@
 mod common;
 
 use common::{
-    is_mpich, mpirun, rank_process, signal, started, succeeded,
+    ended, is_mpich, mpirun, rank_process, signal, started, succeeded,
     tiny::{TinyRun, differences},
     wait_for,
 };
 use serde_json::Value;
 use std::{
     fs,
-    io::Read,
     path::Path,
     process::{Child, Command},
     time::Duration,
@@ -51,16 +50,15 @@ fn stops_and_goes_on_under(ranks: usize, signals: &[i32], start: impl Fn(&TinyRu
     succeeded(&run.run(ranks, "whole", &RUN));
     for &number in signals {
         let out = format!("signal {number}");
-        let mut child = started(start(&run, &out));
+        let child = started(start(&run, &out));
         let lines =
             || fs::read_to_string(run.at(&out).join("metrics.jsonl")).unwrap_or_default().lines().count();
         wait_for("the fifth step", || (lines() >= 5).then_some(()));
         signal(child.id(), number);
-        let (mut said, status) = (String::new(), child.wait().unwrap());
-        child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        let (said, code) = ended(child);
         // MPICH's mpiexec 4.0 forgets its ranks' code now and then when it has passed on a signal.
-        let forgets = ranks > 1 && status.code() == Some(0) && is_mpich();
-        assert!(status.code() == Some(75) || forgets, "signal {number}: {status} {said}");
+        let forgets = ranks > 1 && code == Some(0) && is_mpich();
+        assert!(code == Some(75) || forgets, "signal {number}: {code:?} {said}");
         let [step] = run.steps(&out)[..] else { panic!("not one step: {:?}", run.steps(&out)) };
         assert!((5..LONG).contains(&step) && step == lines(), "step {step} of {} lines", lines());
         assert!(said.contains(&format!("stopped after step {step} of {LONG}")), "{said}");
@@ -75,13 +73,6 @@ fn stops_and_goes_on_under(ranks: usize, signals: &[i32], start: impl Fn(&TinyRu
         let different = differences(&run.step("whole", LONG), &run.step(&out, LONG));
         assert!(different.is_empty(), "{different:?}");
     }
-}
-
-/// What the run said, and its exit code.
-fn ended(mut child: Child) -> (String, Option<i32>) {
-    let (mut said, status) = (String::new(), child.wait().unwrap());
-    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-    (said, status.code())
 }
 
 /// True if `process` has a handler for SIGUSR1.
@@ -281,15 +272,14 @@ fn mpi_term_to_mpirun_alone_saves_nothing_and_tears_nothing() {
         let out = format!("signal {number}");
         let mut launcher = mpirun();
         launcher.args(["-n", "2", env!("CARGO_BIN_EXE_xorl-dist")]).args(run.arguments(&out, &RUN));
-        let mut child = started(launcher);
+        let child = started(launcher);
         let lines =
             || fs::read_to_string(run.at(&out).join("metrics.jsonl")).unwrap_or_default().lines().count();
         wait_for("the fifth step", || (lines() >= 5).then_some(()));
         signal(child.id(), number);
-        let (mut said, status) = (String::new(), child.wait().unwrap());
-        child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-        let failed = !status.success() || is_mpich();
-        assert!(failed && status.code() != Some(75), "{status:?}");
+        let (said, code) = ended(child);
+        let failed = code != Some(0) || is_mpich();
+        assert!(failed && code != Some(75), "{code:?}");
         let told = said.matches("which ends all ranks now: nothing of this run is saved").count();
         assert!(told == 1 || is_mpich(), "{said}");
         assert_eq!(run.steps(&out), Vec::<usize>::new());

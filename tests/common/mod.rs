@@ -168,6 +168,12 @@ pub fn started(mut command: Command) -> Child {
     command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
+/// Waits for the end of such a program: its stderr and its exit code, `None` if a signal ended it.
+pub fn ended(child: Child) -> (String, Option<i32>) {
+    let output = child.wait_with_output().unwrap();
+    (String::from_utf8_lossy(&output.stderr).into_owned(), output.status.code())
+}
+
 /// Sends `signal` to a child that was not waited for.
 pub fn signal(process: u32, signal: i32) {
     // SAFETY: kill(2) takes any numbers; the process is a child of this test that was not waited for.
