@@ -1,12 +1,14 @@
 //! The `xorl-dist` binary: parse, run, turn an error into one line and an exit code.
 
 use std::{process::ExitCode, time::Duration};
-use xorl_dist::{Error, cli, comm, console};
+use xorl_dist::{Error, cli, comm, console, device::torch};
 
 /// Time in which a launcher ends all ranks after one has exited with an error.
 const LAUNCHER_ENDS_RANKS: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {
+    // SAFETY: the program has one thread yet.
+    unsafe { torch::keep_few_products() };
     match cli::parse(std::env::args_os().skip(1)).and_then(cli::run) {
         Ok(code) => code,
         Err(error) => {
