@@ -27,9 +27,9 @@ pub fn directory() -> Option<PathBuf> {
 /// last 1024 of them.
 const COMPILED_PRODUCTS: [&str; 2] = ["ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"];
 
-/// Products that stay compiled. A layer has some dozen shapes, and the next layer the same ones: 64 are as fast as 1024,
-/// 16 take 3 % more of a tiny model's time. Micro-batches of single rows bring new shapes in each step, up to 0.8 MB
-/// each.
+/// Products that stay compiled. A layer has some dozen shapes, and the next layer the same ones: 64 are as fast as
+/// 1024, 16 take 3 % more of a tiny model's time. Micro-batches of single rows bring new shapes in each step, up to
+/// 0.8 MB each.
 const KEPT_PRODUCTS: usize = 64;
 
 /// Bounds the compiled products to [`KEPT_PRODUCTS`], unless the environment has a number.
@@ -70,8 +70,8 @@ pub fn prefer_deterministic() -> Result<(), DeviceError> {
     Ok(())
 }
 
-/// Loads libtorch's CUDA library, which tch does not link: CUDA looks absent until then. Called before the first call of libtorch, and only where a GPU is used: it takes 270 MB of RSS
-/// and up to a second.
+/// Loads libtorch's CUDA library, which tch does not link: CUDA looks absent until then. Called before the first call
+/// of libtorch, and only where a GPU is used: it takes 270 MB of RSS and up to a second.
 ///
 /// # Errors
 /// This libtorch has no such library, or its dependencies are missing.
