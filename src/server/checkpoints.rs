@@ -7,12 +7,18 @@ use super::{
     request::ModelId,
 };
 use crate::{
-    checkpoint::{CheckpointError, publish::MANIFEST, saves},
+    checkpoint::{
+        CheckpointError,
+        publish::{MANIFEST, create_folder},
+        saves,
+    },
     lora::LoraShape,
 };
 use std::{
-    fs, io,
+    fs::{self, File},
+    io::{self, Write},
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
     time::SystemTime,
 };
 
@@ -189,12 +195,29 @@ pub fn to_save(
     }
     if relative != checkpoint.folder() {
         check_free(root, &target, &relative, model)?;
-        let path = inside(root, &note(&checkpoint))?;
-        let io = |error| StoreError::Io { path: relative.clone(), error };
-        fs::create_dir_all(path.parent().unwrap_or(root)).map_err(io)?;
-        fs::write(&path, relative.to_string_lossy().as_bytes()).map_err(io)?;
+        replace(root, &note(&checkpoint), relative.to_string_lossy().as_bytes())?;
     }
     Ok((target, checkpoint))
+}
+
+/// Replaces the file `path` below `root`, whose folder is made. A kill or a power cut leaves the old one or the new
+/// one, and the new one is on the disk when this returns.
+pub(super) fn replace(root: &Path, path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+    let whole = inside(root, path)?;
+    let folder = whole.parent().unwrap_or(root);
+    create_folder(folder).map_err(|error| StoreError::Failed(error.to_string()))?;
+    // Two requests may write one file.
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let hidden = folder.join(format!(".new-{}", whole.file_name().unwrap_or_default().to_string_lossy()));
+    let write = || {
+        let mut file = File::create(&hidden)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&hidden, &whole)?;
+        File::open(folder)?.sync_all()
+    };
+    write().map_err(|error| StoreError::Io { path: path.to_owned(), error })
 }
 
 /// The saved adapters of `model`, newest last.
@@ -255,6 +278,7 @@ pub fn refused(found: &Stored, error: &CheckpointError) -> StoreError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::MetadataExt;
 
     fn model() -> ModelId {
         ModelId::new("policy_v1").unwrap()
@@ -293,6 +317,20 @@ mod tests {
             let folder = to_load(root.path(), path, &model()).unwrap();
             assert_eq!(folder, root.path().canonicalize().unwrap().join("outputs/adapters/two"), "{path}");
         }
+    }
+
+    /// A kill in the middle of it would take a save that is there out of the list.
+    #[test]
+    fn a_note_is_never_written_in_place() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("weights/policy_v1").join(NOTES).join("x");
+        let save = || publish(&to_save(root.path(), "a/x", &model(), Kind::Weights).unwrap().0);
+        save();
+        let first = File::open(&path).unwrap();
+        save();
+        assert_ne!(first.metadata().unwrap().ino(), fs::metadata(&path).unwrap().ino());
+        assert_eq!(ids(root.path()), ["weights/x"]);
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
     }
 
     #[test]

@@ -74,16 +74,11 @@ pub(super) fn read<T: DeserializeOwned>(root: &Path, path: &Path) -> Option<T> {
     serde_json::from_slice(&fs::read(inside(root, path).ok()?).ok()?).ok()
 }
 
-/// Replaces the file `path` below `root`, whose folder is made.
+/// Replaces the file `path` below `root` by `value` as JSON; see [`checkpoints::replace`].
 pub(super) fn write(root: &Path, path: &Path, value: &impl Serialize) -> Result<(), StoreError> {
-    let whole = inside(root, path)?;
-    let io = |error| StoreError::Io { path: path.to_owned(), error };
-    let folder = whole.parent().unwrap_or(root);
-    fs::create_dir_all(folder).map_err(io)?;
-    let name = whole.file_name().unwrap_or_default().to_string_lossy();
-    let hidden = folder.join(format!(".new-{name}"));
-    let text = serde_json::to_vec(value).map_err(|error| io(error.into()))?;
-    fs::write(&hidden, text).and_then(|()| fs::rename(&hidden, &whole)).map_err(io)
+    let text = serde_json::to_vec(value);
+    let text = text.map_err(|error| StoreError::Io { path: path.to_owned(), error: error.into() })?;
+    checkpoints::replace(root, path, &text)
 }
 
 /// The facts about a saved adapter. Of one whose metadata cannot be read, only its label is known.
