@@ -12,7 +12,8 @@
 #   ci/long.sh topologies      experts in every topology of up to 4 ranks, in every way to compute, against one rank
 #   ci/long.sh memory          what check says of SmolLM2's memory, nine shapes, beside what its ranks take
 #   ci/long.sh watchdog        a rank of 4 killed, and a rank stopped, at 20 moments each
-#   ci/long.sh crashes         a rank killed at every failpoint of saves, loads and merges, each rank of worlds 1 and 2
+#   ci/long.sh crashes         a rank killed at every failpoint of saves, loads and merges, each rank of worlds 1 and 2;
+#                              and a server at each of its own
 #   ci/long.sh kills           [N]: SIGKILLs at random times of one rank or of all, worlds 1 and 2 (100)
 #   ci/long.sh power_cut       the power cut after every call to the file system of recorded runs, 1 and 2 ranks, in a
 #                              model of a disk that keeps what fsync promised; options may follow, as --resumes 100
@@ -43,6 +44,8 @@
 #   ci/long.sh serve           throughput of the server beside PEFT, itself one adapter after another, and a local run
 #   ci/long.sh fuzz            [TARGET...] [SECONDS]: libFuzzer with AddressSanitizer on the readers of outside bytes,
 #                              all targets or those named, each so long (600)
+#   ci/long.sh memcheck        [ROOM...]: unit tests of buffers and shared memory, or of rooms named as ops::cpu,
+#                              under Valgrind, which has no AVX-512
 #   ci/long.sh advisories      cargo-deny: advisories of the crates, with licences, bans and sources; needs the network
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -261,6 +264,14 @@ case "${1:-}" in
     cat "outputs/$1/metrics.jsonl"
     ;;
   fuzz) shift; exec tests/fuzz/run.sh "$@" ;;
+  memcheck)
+    shift
+    command -v valgrind >/dev/null || { echo 'memcheck: install valgrind'; exit 1; }
+    launch/setup.sh --no-tests
+    export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='valgrind --quiet --error-exitcode=9 --num-callers=20'
+    [ $# -gt 0 ] || set -- buffers:: comm::shared::
+    OMP_NUM_THREADS=1 exec cargo test --quiet --lib -- --test-threads 1 "$@"
+    ;;
   advisories)
     command -v cargo-deny >/dev/null || cargo install --quiet --locked cargo-deny || { echo 'advisories: not run: cargo-deny could not be installed'; exit 1; }
     cargo deny check licenses bans sources
