@@ -30,7 +30,7 @@ const COMPILED_PRODUCTS: [&str; 2] = ["ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CA
 /// Products that stay compiled. A layer has some dozen shapes, and the next layer the same ones: 64 are as fast as
 /// 1024, 16 take 3 % more of a tiny model's time. Micro-batches of single rows bring new shapes in each step, up to
 /// 0.8 MB each.
-const KEPT_PRODUCTS: usize = 64;
+pub const KEPT_PRODUCTS: usize = 64;
 
 /// Bounds the compiled products to [`KEPT_PRODUCTS`], unless the environment has a number.
 ///
