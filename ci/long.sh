@@ -84,30 +84,30 @@ case "${1:-}" in
   quickstart) exec launch/quickstart.sh ;;
   readme)
     launch/setup.sh --no-tests
-    exec cargo test --quiet --test readme -- --ignored --nocapture
+    exec cargo test --quiet --test all -- --ignored --nocapture readme::
     ;;
   topologies)
     launch/setup.sh --no-tests
     tests_of_ranks
-    exec cargo test --quiet --test experts -- --ignored --nocapture every_topology
+    exec cargo test --quiet --test all -- --ignored --nocapture every_topology_and_way
     ;;
   memory)
     launch/setup.sh
     smollm2
     tests_of_ranks
-    exec cargo test --quiet --test check -- --ignored --nocapture every_shape
+    exec cargo test --quiet --test all -- --ignored --nocapture memory_of_every_shape
     ;;
   watchdog)
     launch/setup.sh --no-tests
     tests_of_ranks
-    exec cargo test --quiet --test watchdog -- --ignored --nocapture --test-threads 1
+    exec cargo test --quiet --test all -- --ignored --nocapture --test-threads 1 watchdog::
     ;;
   crashes | kills)
     launch/setup.sh --no-tests
     tests_of_ranks
     test=mpi_every_instant_on_every_rank
     [ "$1" = crashes ] || test=mpi_kills_at_random_times
-    XORL_KILLS=${2:-100} exec cargo test --quiet --test crash -- --ignored --nocapture "$test"
+    XORL_KILLS=${2:-100} exec cargo test --quiet --test all -- --ignored --nocapture "$test"
     ;;
   power_cut)
     shift
@@ -120,13 +120,12 @@ case "${1:-}" in
   signals)
     launch/setup.sh --no-tests
     tests_of_ranks
-    cargo test --quiet --test signals -- --ignored --nocapture ten_signals
-    exec cargo test --quiet --test evaluation -- --ignored --nocapture ten_signals
+    exec cargo test --quiet --test all -- --ignored --nocapture --test-threads 1 ten_signals
     ;;
   full_disk)
     launch/setup.sh --no-tests
     tests_of_ranks
-    exec cargo test --quiet --test saving -- --ignored --nocapture a_full_disk
+    exec cargo test --quiet --test all -- --ignored --nocapture a_full_disk_stops
     ;;
   stall)
     shift
@@ -137,7 +136,7 @@ case "${1:-}" in
     ;;
   hosts)
     launch/setup.sh --no-tests
-    exec cargo test --quiet --test hosts -- --ignored --nocapture --test-threads 1
+    exec cargo test --quiet --test all -- --ignored --nocapture --test-threads 1 hosts::
     ;;
   mpich)
     launch/setup.sh
@@ -152,7 +151,7 @@ case "${1:-}" in
     cargo build --quiet --bins --examples
     "$CARGO_TARGET_DIR/debug/xorl-dist" --version | grep MPI
     # slurm's srun is Open MPI's here.
-    exec cargo nextest run --profile ci -E 'test(/(^|::)mpi_/) - binary(slurm)'
+    exec cargo nextest run --profile ci -E 'test(/(^|::)mpi_/) - test(/^slurm::/)'
     ;;
   same_bits)
     shift
@@ -203,7 +202,7 @@ case "${1:-}" in
   reshard)
     launch/setup.sh --no-tests
     tests_of_ranks
-    exec cargo test --quiet --test resume -- --ignored --nocapture every_topology
+    exec cargo test --quiet --test all -- --ignored --nocapture every_topology_resumes
     ;;
   greedy)
     shift

@@ -33,10 +33,5 @@ python3 launch/quickstart/make_data.py target/quickstart-data
 diff -rq launch/quickstart/data target/quickstart-data
 
 say 'Tests'
-if cargo nextest --version >/dev/null 2>&1; then
-  cargo test --doc --quiet
-  cargo nextest run --profile ci
-else
-  # Without nextest's groups, tests that start mpirun must not run beside each other.
-  cargo test --no-fail-fast -- --test-threads 1
-fi
+cargo test --doc --quiet
+cargo nextest run --profile ci

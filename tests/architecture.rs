@@ -1,5 +1,4 @@
 //! The map in `src/lib.rs` names every room, and a room imports only rooms below it.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 use std::{
     collections::BTreeSet,

@@ -1,10 +1,7 @@
 //! Chats against transformers: texts, token ids, assistant masks and decoding, on templates with the constructs of
 //! Llama 3, Qwen2.5, Qwen3, Mistral and SmolLM2, with a byte-level and a sentencepiece-like tokenizer.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::python;
+use crate::common::python;
 use serde_json::{Value, json};
 use std::{
     path::{Path, PathBuf},

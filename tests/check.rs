@@ -1,10 +1,7 @@
 //! `check` tells what a run would find wrong and what it would cost, without training and without writing anything;
 //! what it says of memory is what a run then takes.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{failed, succeeded, xorl};
+use crate::common::{failed, succeeded, xorl};
 use serde_json::Value;
 use std::{
     fs,

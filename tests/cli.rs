@@ -1,5 +1,4 @@
 //! The command line as a user meets it: what parses to what, what is refused, and the frozen help.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 use std::path::Path;
 use std::process::{Command as Process, Output};

@@ -1,11 +1,8 @@
 //! Real clients, unmodified, against the server on one and two ranks: `xorl-client`, and `tinker` as it is and as it
 //! last spoke JSON. Every public method works or is refused with a text, in both worlds alike; adapters that clients
 //! train alone, interleaved and together end as PEFT alone ends, also on experts divided over ranks and over NCCL.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{
+use crate::common::{
     client_python, is_mpich, python,
     serving::{Serving, command_on},
     stand_in,

@@ -1,11 +1,8 @@
 //! Commands of rank 0 reach ranks that sleep within milliseconds; a rank that dies meanwhile ends all.
 //!
 //! Each test starts this binary under mpirun; its ranks run [`mpi_worker`].
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{is_mpich, ranks_of};
+use crate::common::{is_mpich, ranks_of};
 use serde_json::{Value, json};
 use std::{
     io::Write,
@@ -116,7 +113,7 @@ fn run(case: &str, out: &Path) -> Output {
 
 fn command(case: &str, out: &Path) -> Command {
     let mut command = ranks_of(&std::env::current_exe().unwrap(), RANKS);
-    command.args(["--exact", "mpi_worker", "--nocapture", "--test-threads=1"]);
+    command.args(["--exact", "commands::mpi_worker", "--nocapture", "--test-threads=1"]);
     command.env("XORL_TEST_COMMANDS", case).env("XORL_TEST_OUT", out).env_remove("RUST_BACKTRACE");
     command
 }
@@ -125,7 +122,7 @@ fn command(case: &str, out: &Path) -> Command {
 #[test]
 fn mpi_a_large_command_reaches_idle_ranks_in_20_ms() {
     let folder = tempfile::tempdir().unwrap();
-    common::succeeded(&run("times", folder.path()));
+    crate::common::succeeded(&run("times", folder.path()));
     let seen: Vec<Value> = (0..RANKS)
         .map(|rank| std::fs::read_to_string(folder.path().join(format!("{rank}.json"))).unwrap())
         .map(|text| serde_json::from_str(&text).unwrap())
@@ -205,7 +202,7 @@ fn mpi_strangers_that_flood_the_control_port_end_nothing() {
         is_over.store(true, Ordering::Relaxed);
         output
     });
-    common::succeeded(&output);
+    crate::common::succeeded(&output);
     println!("{} connections of strangers in {:?}", made.load(Ordering::Relaxed), begin.elapsed());
     assert!(made.into_inner() > 0, "the port was never open to them");
     assert!(begin.elapsed() < LIMIT);

@@ -1,8 +1,5 @@
 //! `run.yaml` as a user meets it: every shipped file loads, broken ones are refused in one line at the right
 //! place, the command line wins, and what is written reads back.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
-
-mod common;
 
 use proptest::prelude::*;
 use std::path::{Path, PathBuf};
@@ -380,7 +377,7 @@ fn python_fields_of_peft_and_transformers_are_met_without_misleading() {
     let script = "import dataclasses, json, peft, transformers\n\
                   names = lambda c: [f.name for f in dataclasses.fields(c)]\n\
                   print(json.dumps([names(peft.LoraConfig), names(transformers.TrainingArguments)]))";
-    let output = std::process::Command::new(common::python()).args(["-c", script]).output().unwrap();
+    let output = std::process::Command::new(crate::common::python()).args(["-c", script]).output().unwrap();
     assert!(output.status.success(), "{output:?}");
     let [lora, training]: [Vec<String>; 2] = serde_json::from_slice(&output.stdout).unwrap();
     let told = |section: &str, name: &str| load(&with(section, &format!("{name}: 1")), &[]).err();

@@ -1,5 +1,4 @@
 //! libtorch's CUDA library on a machine without a GPU: it is loaded, and reports the missing driver itself.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 use tch::{Device, Kind, Tensor};
 use xorl_dist::device::torch;

@@ -1,5 +1,4 @@
 //! The data room through its front door: files in, rows out, with packing, order, the cache and the loader.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 use serde_json::json;
 use std::{

@@ -1,9 +1,6 @@
 //! `--debug` and `launch/debug.sh`: what is said, and that a value that is not finite is found where it arises.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{failed, succeeded, tiny::TinyRun};
+use crate::common::{failed, succeeded, tiny::TinyRun};
 use std::{path::Path, process::Command};
 
 fn debug(run: &TinyRun, ranks: &str, more: &[&str]) -> std::process::Output {
@@ -62,6 +59,6 @@ fn mpi_a_run_that_is_looked_at_computes_the_same() {
     }
     let losses = |out: &str| run.story(out).iter().map(|line| line["loss"].clone()).collect::<Vec<_>>();
     assert_eq!(losses("plain"), losses("looked at"));
-    let [plain, looked] = ["plain", "looked at"].map(|out| common::tiny::adapter(&run.step(out, 4)));
+    let [plain, looked] = ["plain", "looked at"].map(|out| crate::common::tiny::adapter(&run.step(out, 4)));
     assert!(plain == looked);
 }

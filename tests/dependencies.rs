@@ -1,6 +1,5 @@
 //! The crates of the program keep the rules of `deny.toml`: licences, banned crates, sources. cargo-deny, which takes
 //! minutes to build, reads the same file in `ci/long.sh advisories`.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 use serde_json::Value;
 use std::{collections::BTreeSet, path::Path, process::Command};

@@ -1,10 +1,7 @@
 //! The engine of the server: adapters that are trained together, interleaved and alone end alike, as the local trainer
 //! does; a refusal changes nothing.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{
+use crate::common::{
     engine::{
         B_STD, Client, MAX_TOKENS, Seen, adapter, data_of, id, model_folder, pass, passed, passes, received,
         step_of, stepped,
@@ -439,7 +436,7 @@ fn mpi_worker() {
     let mut model = Transformer::new(quantised_spec(case.moe, case.quant), options, &groups).unwrap();
     load(&mut model, Data::Random);
     let output_dir = std::env::var("XORL_TEST_OUT").unwrap().into();
-    let mut engine = common::engine::options(output_dir, GATHER);
+    let mut engine = crate::common::engine::options(output_dir, GATHER);
     engine.defaults.max_rank = Some(64);
     let seen = engine::serve(&world, groups, model, engine, None, move |handle| {
         let client = Client(handle);
@@ -460,7 +457,7 @@ fn mpi_worker() {
 
 fn run(case: &Case) -> Value {
     let folder = tempfile::tempdir().unwrap();
-    run_workers(case.world, case, folder.path(), |command| {
+    run_workers("engine::mpi_worker", case.world, case, folder.path(), |command| {
         if case.stand_in {
             stand_in(command, folder.path());
         }

@@ -1,10 +1,7 @@
 //! The life of adapters on the server: those that leave memory and come back are the same to the bit, what has no room
 //! is refused and loses nothing, and numbers that are not finite leave an adapter as it was.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{
+use crate::common::{
     engine::{Client, Seen, adapter, data_of, id, pass, passed, passes, received, step_of, stepped},
     run_workers,
     topology::{Data, load, spec},
@@ -532,7 +529,7 @@ fn mpi_worker() {
         adapter_memory: case.memory,
         storage_limit: case.storage,
         fits_recompute: true,
-        ..common::engine::options(output(), Duration::from_millis(20))
+        ..crate::common::engine::options(output(), Duration::from_millis(20))
     };
     let seen = engine::serve(&world, groups, model, engine, None, move |handle| {
         let client = Client(handle);
@@ -558,7 +555,7 @@ fn mpi_worker() {
 fn run(case: &Case) -> Value {
     let folder = tempfile::tempdir().unwrap();
     // glibc then gives every block of this size back to the system when it is freed, so that RSS is what is in use.
-    run_workers(case.world, case, folder.path(), |command| {
+    run_workers("engine_life::mpi_worker", case.world, case, folder.path(), |command| {
         command.env("MALLOC_MMAP_THRESHOLD_", "65536");
     });
     let file: &Path = &folder.path().join("0.json");

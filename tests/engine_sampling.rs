@@ -1,10 +1,7 @@
 //! Sampling in the server's engine: what is sampled is what a pass computes, samplers keep their values, and training
 //! and sampling leave each other alone.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{
+use crate::common::{
     engine::{Client, Seen, adapter, data_of, id, pass, passed, passes, received, step_of, stepped},
     run_workers,
     topology::{Data, VOCAB, load, spec},
@@ -557,7 +554,7 @@ fn mpi_worker() {
     let engine = EngineOptions {
         adapter_memory: case.memory,
         max_positions: Some(POSITIONS),
-        ..common::engine::options(output(), Duration::from_millis(2))
+        ..crate::common::engine::options(output(), Duration::from_millis(2))
     };
     let served = engine::serve(&world, groups, model, engine, None, move |handle| {
         let client = Client(handle);
@@ -578,7 +575,7 @@ fn mpi_worker() {
 
 fn run(case: &Case) {
     let folder = tempfile::tempdir().unwrap();
-    run_workers(case.world, case, folder.path(), |_| ());
+    run_workers("engine_sampling::mpi_worker", case.world, case, folder.path(), |_| ());
     assert!(folder.path().join("done").exists());
 }
 

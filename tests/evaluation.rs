@@ -1,10 +1,7 @@
 //! Evaluation during training and by the command `eval`: the loss is PEFT's in any topology, rows that validate are
 //! never trained on, training stays as it is to the bit, and the best step is kept over prunes and resumes.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{
+use crate::common::{
     failed, metrics, python, signal, started, succeeded,
     tiny::{STEPS, TinyRun, differences},
     wait_for, xorl,
@@ -26,7 +23,7 @@ use xorl_dist::{
 
 const AUTO: [&str; 2] = ["--train.load_checkpoint_path", "auto"];
 
-/// `number` rows of token ids below 503 that [`common::make_rows`] has not, the first two tokens of each without a
+/// `number` rows of token ids below 503 that [`crate::common::make_rows`] has not, the first two tokens of each without a
 /// label.
 fn held_out(path: &Path, number: u64) -> String {
     let row = |i: u64| {

@@ -1,21 +1,13 @@
 //! Experts over ranks train what one rank with all experts trains, in every topology; and a rank that does its part
 //! wrong is noticed.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::topology::{self, Case, Data, Fault, difference, equals, equals_one_rank, fused, names, run};
+use crate::common::topology::{Case, Data, Fault, difference, equals, equals_one_rank, fused, names, run};
 use serde_json::Value;
 use std::collections::HashMap;
 use xorl_dist::config::{
     CheckpointingMethod::{NoRecompute, RecomputeFullLayer, Selective},
     ReduceGradients::{MicroBatch, Step},
 };
-
-#[test]
-fn mpi_worker() {
-    topology::worker();
-}
 
 /// Every mesh of up to four ranks: world, replicas, ranks that the experts are divided over.
 const MESHES: [[usize; 3]; 13] = [

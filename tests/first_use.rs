@@ -1,10 +1,7 @@
 //! The program as a newcomer meets it: mistakes are told in a line with place and remedy, what is printed fits a
 //! terminal of 80 columns, and the end of a run says what to do next.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{failed, metrics, mpirun, succeeded, tiny::TinyRun, xorl};
+use crate::common::{failed, metrics, mpirun, succeeded, tiny::TinyRun, xorl};
 use serde_json::{Value, json};
 use std::{
     fs,

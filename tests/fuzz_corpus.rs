@@ -1,9 +1,8 @@
 //! Inputs of the fuzz targets, kept ones and those that were findings once: each is read or refused, without a panic
 //! and within bounds of time and memory. `ci/long.sh fuzz` makes new ones.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 #[path = "fuzz/targets/mod.rs"]
-mod targets;
+pub mod targets;
 
 use std::{
     collections::BTreeSet,
@@ -12,10 +11,7 @@ use std::{
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
-use targets::{Counted, TARGETS, Target};
-
-#[global_allocator]
-static ALLOCATOR: Counted = Counted;
+use targets::{TARGETS, Target};
 
 /// Time for an input in a debug build on a busy machine.
 const LONGEST: Duration = Duration::from_secs(10);

@@ -1,10 +1,7 @@
 //! `xorl-dist generate` continues as transformers does, with an adapter that PEFT made, on one rank and sharded over
 //! several, whatever else is in the batch.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{failed, python, ranks_of, stand_in, succeeded, xorl};
+use crate::common::{failed, python, ranks_of, stand_in, succeeded, xorl};
 use safetensors::{Dtype, tensor::TensorView};
 use serde_json::{Value, json};
 use std::{

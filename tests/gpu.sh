@@ -98,7 +98,7 @@ Y
 }
 # The pass over the head with 1 and 3 targets a token, against fp64.
 losses_on_one() {
-  XORL_TEST_DEVICE=cuda cargo test --release --quiet --test losses the_pass_on_a_device >"$out/losses.log" 2>&1 ||
+  XORL_TEST_DEVICE=cuda cargo test --release --quiet --test all the_pass_on_a_device >"$out/losses.log" 2>&1 ||
     { tail -20 "$out/losses.log" >&2; return 1; }
   echo 'equal: fp32 to 1e-5, bf16 to 5e-2 of fp64' >"$out/said"
 }
@@ -319,7 +319,7 @@ P
 
 # Three adapters and rows without one in a pass, dense and experts.
 mixed_pass() {
-  XORL_TEST_DEVICE=cuda cargo test --release --quiet --test mixed -- --ignored --nocapture gpu_ >"$out/mixed.log" 2>&1 ||
+  XORL_TEST_DEVICE=cuda cargo test --release --quiet --test all -- --ignored --nocapture gpu_adapters >"$out/mixed.log" 2>&1 ||
     { cat "$out/mixed.log" >&2; return 1; }
   echo 'losses, log-probabilities and gradients within 1e-5' >"$out/said"
 }

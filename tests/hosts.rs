@@ -1,10 +1,7 @@
 //! Ranks on two hosts train what they train on one, and notice when the network between them is gone. The hosts are
 //! network namespaces with names and addresses of their own; that takes root and Open MPI: `ci/long.sh hosts`.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{rank_process, started, succeeded, tiny::TinyRun, wait_for};
+use crate::common::{rank_process, started, succeeded, tiny::TinyRun, wait_for};
 use std::{
     fs,
     io::Read,
@@ -112,7 +109,7 @@ fn mpi_gathers_cross_the_network_once_for_a_host() {
     succeeded(&run.run(4, "one", &short));
     assert_eq!(run.story("two"), run.story("one"), "every metric but times and memory");
     let received = |operation: &str| -> f64 {
-        let lines = common::metrics(&run.at("two"));
+        let lines = crate::common::metrics(&run.at("two"));
         lines.iter().map(|line| line["comm_bytes"][operation].as_f64().unwrap()).sum()
     };
     // A rank receives 3 of 4 pieces, two of which are of the other host: once for both ranks. A gradient's pieces come

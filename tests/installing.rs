@@ -1,9 +1,6 @@
 //! The program as it is installed: completions that a shell uses, manual pages, the release tarball.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{failed, succeeded};
+use crate::common::{failed, succeeded};
 use std::{
     fs,
     path::{Path, PathBuf},

@@ -2,11 +2,8 @@
 //! device.
 //!
 //! `XORL_TEST_DEVICE=cuda` runs the pass on the first GPU instead of the CPU: `tests/gpu.sh` does.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{
+use crate::common::{
     failed, metrics, python, succeeded,
     tiny::TinyRun,
     topology::{Case, Data, VOCAB, load, spec},

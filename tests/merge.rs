@@ -1,9 +1,6 @@
 //! `xorl-dist merge`: a merged model is base and adapter, says what rounding lost, and is there whole or not at all.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{
+use crate::common::{
     failed, python, ranks_of, succeeded,
     tiny::{TinyRun, differences},
     xorl,

@@ -1,9 +1,6 @@
 //! Rows of several adapters in one pass over the base: each adapter gets what it gets alone.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{
+use crate::common::{
     relative, run_workers, stand_in,
     topology::{Data, load, row, spec},
 };
@@ -193,7 +190,7 @@ fn mpi_worker() {
 /// Runs a case on its ranks; the losses of the adapters and of the rows without.
 fn run(case: &Case) -> Vec<f64> {
     let directory = tempfile::tempdir().unwrap();
-    run_workers(case.world, case, directory.path(), |command| {
+    run_workers("mixed::mpi_worker", case.world, case, directory.path(), |command| {
         if case.stand_in {
             stand_in(command, directory.path());
         }

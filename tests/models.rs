@@ -1,11 +1,8 @@
 //! Every model configuration and checkpoint computes what transformers makes of it, or is refused in a line that names
 //! the reason: the fields of every family's config class, changed and absent; rope types and their spellings; names,
 //! files and formats of weights. tests/oracle/models.py makes the cases and their right values.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::python;
+use crate::common::python;
 use serde_json::{Map, Value};
 use std::{
     io::Write,

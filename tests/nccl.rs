@@ -1,11 +1,8 @@
 //! The way over NCCL without a GPU: a library of ours stands in for CUDA's driver and NCCL (tests/stand_in), tensors
 //! stay in host memory, operations are those of devices. All else is what runs on GPUs: the communicator, its streams
 //! and events, the trainer, the watchdog.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{
+use crate::common::{
     failed, is_mpich, relative, stand_in, succeeded,
     tiny::{TinyRun, adapter},
     topology::{self, Case, compare, equals_one_rank, run_all},
@@ -20,11 +17,6 @@ use std::{
 use xorl_dist::config::{
     CheckpointingMethod::RecomputeFullLayer, QuantFormat::Nf4, ReduceGradients::MicroBatch,
 };
-
-#[test]
-fn mpi_worker() {
-    topology::worker();
-}
 
 fn over_nccl() -> Case {
     Case { stand_in: true, world: 2, micro_batch_rows: 2, ..Case::one() }
@@ -100,7 +92,7 @@ fn ended(output: &Output) -> String {
 /// Losses of a run, and its last adapter.
 fn story(run: &TinyRun, out: &str) -> (Vec<f64>, BTreeMap<String, Vec<f32>>) {
     let losses = run.story(out).iter().map(|line| line["loss"].as_f64().unwrap()).collect();
-    (losses, adapter(&run.step(out, common::tiny::STEPS)))
+    (losses, adapter(&run.step(out, crate::common::tiny::STEPS)))
 }
 
 fn near(a: &[f64], b: &[f64]) -> bool {
@@ -120,7 +112,7 @@ fn mpi_the_program_trains_saves_and_resumes() {
         let apart = relative(values, &expected.1[name]);
         assert!(apart <= 1e-4, "{name}: {apart} apart");
     }
-    let line = common::metrics(&seen.run.at("out")).remove(0);
+    let line = crate::common::metrics(&seen.run.at("out")).remove(0);
     assert_eq!(line["device_memory_bytes"].as_u64(), Some(1 << 30), "what the stand-in says is used");
 
     // The same steps again from the tenth, to the bit.
@@ -276,7 +268,7 @@ fn mpi_devices_that_cannot_be_had_are_refused_in_one_line() {
     assert!(line.contains("no GPU that may be used; see CUDA_VISIBLE_DEVICES"), "{line}");
 
     // A launcher that counts the ranks of a host otherwise than MPI.
-    let mut command = common::ranks_of(Path::new("env"), 2);
+    let mut command = crate::common::ranks_of(Path::new("env"), 2);
     command.arg("OMPI_COMM_WORLD_LOCAL_RANK=3").arg(env!("CARGO_BIN_EXE_xorl-dist"));
     command.args(run.arguments("out", &["--device", "stand-in"]));
     command.env("LD_LIBRARY_PATH", libraries).env("XORL_STAND_IN", run.at(""));

@@ -1,5 +1,4 @@
 //! Our kernels for GPUs compile for those that libtorch is built for, by the compiler that torch's wheel brings.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 use xorl_dist::{
     device::{DeviceError, kernels::compile},

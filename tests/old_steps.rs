@@ -2,11 +2,8 @@
 //!
 //! The steps of tests/fixtures/steps were written by the build of commit 61338af, whose training state has format 2;
 //! make.py there says how. Beside each lie the metrics and the adapter of the run that was not stopped.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{
+use crate::common::{
     metrics, ranks_of, relative, succeeded,
     tiny::{adapter, copy_tree, differences},
 };

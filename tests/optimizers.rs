@@ -1,10 +1,7 @@
 //! Optimizers make the steps of their references in Python: masters and named state, for several settings, in fp32, on
 //! one rank and on two, whose border cuts a matrix.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{python, relative, run_workers};
+use crate::common::{python, relative, run_workers};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::{
@@ -241,7 +238,7 @@ fn mpi_python_optimizers_make_the_steps_of_their_references() {
     let cases = cases();
     let theirs = theirs(&cases);
     let folder = tempfile::tempdir().unwrap();
-    run_workers(2, &(), folder.path(), |_| {});
+    run_workers("optimizers::mpi_worker", 2, &(), folder.path(), |_| {});
     let of_rank = |rank: usize| -> Vec<Piece> {
         let text = std::fs::read_to_string(folder.path().join(format!("{rank}.json"))).unwrap();
         serde_json::from_str(&text).unwrap()

@@ -1,10 +1,7 @@
 //! Every family computes what transformers and PEFT compute, in fp32: logits, LoRA gradients, and 20 AdamW steps
 //! with clipping. tests/oracle/reference.py writes the truth, from models that it makes.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{floats, python, relative};
+use crate::common::{floats, python, relative};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use std::{collections::HashMap, path::Path, process::Command};

@@ -1,10 +1,7 @@
 //! Checkpoints that tools have quantised train as the same in plain numbers; what was trained on packed numbers is
 //! merged into them, continues on them, and is a model that transformers reads.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{metrics, python, succeeded, xorl};
+use crate::common::{metrics, python, succeeded, xorl};
 use serde_json::{Value, json};
 use std::{
     collections::BTreeMap,

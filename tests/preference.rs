@@ -1,9 +1,6 @@
 //! Losses over pairs of answers: what TRL trains, in any world and after a resume; pairs stay together in packs.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{failed, metrics, python, succeeded, xorl};
+use crate::common::{failed, metrics, python, succeeded, xorl};
 use serde_json::{Value, json};
 use std::{
     path::{Path, PathBuf},

@@ -1,9 +1,6 @@
 //! `train.profile_steps`: the trace of every rank holds what the metrics say, nests, and changes nothing.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{
+use crate::common::{
     metrics, succeeded,
     tiny::{TinyRun, differences},
 };
@@ -183,6 +180,6 @@ fn a_trace_that_cannot_be_written_ends_the_run_with_one_line() {
     fs::create_dir_all(run.at("out")).unwrap();
     fs::write(run.at("out").join("trace"), "").unwrap();
     let output = run.run(1, "out", &["--train.profile_steps", "1"]);
-    let line = common::failed(&output, 1);
+    let line = crate::common::failed(&output, 1);
     assert!(line.contains("out/trace/run: cannot write the trace"), "{line}");
 }

@@ -1,11 +1,8 @@
 //! Packed formats give the bytes of the tools that made them: bitsandbytes' nf4, torch's float8_e4m3fn, torchao's
 //! nvfp4. Checkpoints that these tools write are read as they read them, and handed out packed without another
 //! rounding.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::python;
+use crate::common::python;
 use half::bf16;
 use safetensors::SafeTensors;
 use std::{collections::BTreeSet, path::Path, process::Command};

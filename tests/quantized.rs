@@ -1,12 +1,9 @@
 //! Every topology trains on a quantised base what one rank trains on it, and receives its packed bytes.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{
+use crate::common::{
     succeeded,
     tiny::TinyRun,
-    topology::{self, Case, compare, quantised_spec, run_all},
+    topology::{Case, compare, quantised_spec, run_all},
 };
 use xorl_dist::{
     config::{
@@ -19,11 +16,6 @@ use xorl_dist::{
 };
 
 const FORMATS: [QuantFormat; 3] = [Nf4, BlockFp8, Nvfp4];
-
-#[test]
-fn mpi_worker() {
-    topology::worker();
-}
 
 /// `dense` on 2 ranks that reduce each micro-batch, and on 3, each a host, with split GEMMs and full recompute.
 fn on_two_and_three(dense: &Case) -> [Case; 2] {

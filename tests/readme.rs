@@ -1,11 +1,8 @@
 //! The README is short and in order, its configuration loads, its links lead somewhere, and its commands run as
 //! printed: the quick ones here on a tiny model, all of them by `ci/long.sh readme` from a fresh clone. A block that
 //! needs a GPU, another host, a slurm cluster or more cores says so in its first line and is only parsed.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::tiny::copy_tree;
+use crate::common::tiny::copy_tree;
 use safetensors::{Dtype, tensor::TensorView};
 use serde_json::{Value, json};
 use std::{
@@ -299,7 +296,7 @@ fn mpi_quick_blocks_run_as_printed_and_leave_what_is_said() {
 
     // The files of the tree; its step is that of the real model.
     let first = at("outputs/first");
-    let metrics = common::metrics(&first);
+    let metrics = crate::common::metrics(&first);
     let epochs: Vec<&Value> = metrics.iter().map(|line| &line["epoch"]).collect();
     assert!(epochs.contains(&&json!(1)), "the resume adds an epoch: {epochs:?}");
     let latest = fs::read_to_string(first.join("weights/run/latest")).unwrap();
@@ -315,7 +312,7 @@ fn mpi_quick_blocks_run_as_printed_and_leave_what_is_said() {
         }
     }
     for ranks in ["outputs/script", "outputs/plain"] {
-        assert_eq!(common::metrics(&at(ranks)).len(), 4, "{ranks}");
+        assert_eq!(crate::common::metrics(&at(ranks)).len(), 4, "{ranks}");
     }
 
     // The rows that show the format.

@@ -1,9 +1,6 @@
 //! Adapters that are merged into the base during training: as PEFT does it, in any topology, and over a resume.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{
+use crate::common::{
     failed, metrics, python, relative, succeeded,
     tiny::{TinyRun, adapter, differences},
     xorl,

@@ -1,18 +1,12 @@
 //! Watching runs: the page of `report` in headless Chromium, the list of `runs`, lines of several steps, and
 //! TensorBoard's files as TensorBoard reads them.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-#[path = "page/browser.rs"]
-#[allow(dead_code, reason = "other tests use more of it")]
-mod browser;
-mod common;
-
-use browser::Browser;
-use common::{
+use crate::common::{
     failed, metrics, python, succeeded,
     tiny::{TinyRun, differences},
     xorl,
 };
+use crate::page::browser::Browser;
 use serde_json::{Value, json};
 use std::{fs, path::Path, process::Command};
 use tempfile::TempDir;

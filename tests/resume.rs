@@ -1,10 +1,7 @@
 //! A run that is interrupted and resumed is the run that was not: bit for bit in the same world, within tolerance in
 //! another; and what cannot be resumed is refused in one line before anything is written.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{
+use crate::common::{
     failed, relative, succeeded,
     tiny::{STEPS, TinyRun, adapter, copy_tree, differences, tamper, tree},
 };

@@ -1,11 +1,8 @@
 //! Tables of inputs from practice against transformers: tokenizers with tokens beside tokenizer.json, constructs of
 //! templates, chats and their trained tokens, and the masks and positions of tokenized rows. One Python process
 //! computes all right values.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::python;
+use crate::common::python;
 use serde_json::{Map, Value, json};
 use std::{
     path::{Path, PathBuf},

@@ -1,9 +1,6 @@
 //! Ranks that are not about to run the same are refused before anything is written, in one line that says what differs.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{failed, is_mpich, mpirun, succeeded, tiny::TinyRun};
+use crate::common::{failed, is_mpich, mpirun, succeeded, tiny::TinyRun};
 use std::{
     fs,
     path::{Path, PathBuf},

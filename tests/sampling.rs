@@ -1,11 +1,8 @@
 //! A step that samples computes what transformers and PEFT compute, whatever else is in it: several adapters and the
 //! base, prompts whole and in parts, continuations that share a prompt, 1 and 2 ranks, divided experts.
 //! tests/oracle/sampling.py writes the truth, from models and adapters that it makes.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{
+use crate::common::{
     python, run_workers, stand_in,
     topology::{self, VOCAB, names, split},
 };
@@ -355,14 +352,14 @@ fn mpi_what_is_sampled_is_the_same_to_the_bit_alone_and_beside_others() {
     let folder = tempfile::tempdir().unwrap();
     for world in [1, 2] {
         let case = Case { model: PathBuf::new(), world, experts_over: world, stand_in: false, bits: true };
-        run_workers(world, &case, folder.path(), |_| ());
+        run_workers("sampling::mpi_worker", world, &case, folder.path(), |_| ());
     }
 }
 
 /// The texts of all continuations of a case.
 fn texts(case: &Case) -> Vec<Vec<i64>> {
     let folder = tempfile::tempdir().unwrap();
-    run_workers(case.world, case, folder.path(), |command| {
+    run_workers("sampling::mpi_worker", case.world, case, folder.path(), |command| {
         if case.stand_in {
             stand_in(command, folder.path());
         }

@@ -1,10 +1,7 @@
 //! What a run leaves behind is whole or not there: killed while saving, with a rank that cannot write, with older steps
 //! pruned, with the base beside the adapter; and one run at a time writes an output directory that all its ranks see.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{
+use crate::common::{
     ended, failed, mpirun, rank_process, ranks_of, signal, started, succeeded,
     tiny::{STEPS, TinyRun, differences},
     wait_for,
@@ -334,7 +331,7 @@ fn the_base_is_written_out_then_linked() {
 
     // The same model from files: the same run, its files linked into each step, also after a resume.
     let model = run.at("hf");
-    common::tiny::copy_tree(&second, &model);
+    crate::common::tiny::copy_tree(&second, &model);
     let from_files = ["--model.model_path", &model.display().to_string()].map(str::to_owned);
     let from_files: Vec<&str> = saving.iter().copied().chain(from_files.iter().map(String::as_str)).collect();
     succeeded(&run.run(1, "files", &[&from_files[..], &["--train.max_steps", "5"]].concat()));

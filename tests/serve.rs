@@ -1,11 +1,7 @@
 //! The server as users start it: over real HTTP it trains what the local trainer trains, it stops and goes on with
 //! every adapter, and what is wrong ends it in one line.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use axum::http::{HeaderName, HeaderValue};
-use common::{
+use crate::common::{
     engine::model_folder,
     failed, make_rows, metrics, python, rank_process, relative,
     serving::{Serving, command, exchange},
@@ -13,6 +9,7 @@ use common::{
     tiny::{adapter, differences},
     wait_for_at_most, xorl,
 };
+use axum::http::{HeaderName, HeaderValue};
 use serde_json::{Value, json};
 use std::{
     fs,

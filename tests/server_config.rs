@@ -1,6 +1,5 @@
 //! `server.yaml` as a user meets it: defaults, errors at the right place, overrides, xorl's other fields, and fields
 //! that belong to `run.yaml`.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 use std::path::{Path, PathBuf};
 use xorl_dist::config::{self, ByteSize, CheckpointingMethod, Loaded, Override, RunConfig, ServerConfig};

@@ -1,12 +1,7 @@
 //! The OpenAPI document against the server: its paths, and the fields that its schemas require.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-#[path = "server_http/server.rs"]
-#[allow(dead_code, reason = "other tests use more of it")]
-mod server;
-
+use crate::server_http::server::Server;
 use serde_json::{Map, Value, json};
-use server::Server;
 use std::collections::BTreeSet;
 use xorl_dist::server::{keys::Keys, request::ModelId};
 

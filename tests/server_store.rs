@@ -1,9 +1,6 @@
 //! Saves of the server: an adapter with its optimizer and accumulated gradient is the same in any world after a load.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{
+use crate::common::{
     run_workers,
     tiny::{adapter, differences, tamper},
     topology::{Data, batch, load, spec},
@@ -300,7 +297,7 @@ fn stored(case: &Case, folder: &Path) -> (AdapterState, Pieces) {
 }
 
 fn run(case: &Case, out: &Path) -> Value {
-    run_workers(case.world, case, out, |_| ());
+    run_workers("server_store::mpi_worker", case.world, case, out, |_| ());
     let seen = |rank: usize| {
         let name = format!("{:?}-{}-{rank}.json", case.part, case.world);
         serde_json::from_str::<Value>(&fs::read_to_string(out.join(name)).unwrap()).unwrap()
@@ -332,7 +329,7 @@ fn travels(from: Case, to: &[Case]) {
     }
     // A save whose files have changed, and one of another optimizer.
     for name in ["hurt", "sgd"] {
-        common::tiny::copy_tree(&full, &out.join(name));
+        crate::common::tiny::copy_tree(&full, &out.join(name));
     }
     tamper(&out.join("hurt"), "adapter_model.safetensors", &bent(&full), false);
     let state = fs::read_to_string(full.join("training_state/trainer_state.json")).unwrap();

@@ -1,10 +1,7 @@
 //! A run that is asked to stop saves where it stands and ends with 75; the same command then goes on as if nothing had
 //! happened.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{
+use crate::common::{
     ended, is_mpich, mpirun, rank_process, signal, started, succeeded,
     tiny::{TinyRun, differences},
     wait_for,

@@ -1,10 +1,7 @@
 //! The batch scripts on a real slurm cluster, which the test makes of this machine: they run to the end, and a job that
 //! is requeued saves, goes on by itself, and ends as if nothing had happened.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{
+use crate::common::{
     serving::{address_in, exchange},
     succeeded,
     tiny::{TinyRun, differences},

@@ -1,5 +1,4 @@
 //! Bodies of the tinker wire that are refused: each with a text that says where and why, and none with a panic.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 use proptest::prelude::*;
 use prost::{Message, bytes::Bytes};

@@ -1,9 +1,6 @@
 //! Bodies of the tinker wire as real clients send and read them: 0.38 with protobuf, 0.24 with JSON.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::client_python;
+use crate::common::client_python;
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::{

@@ -1,20 +1,12 @@
 //! Every topology trains what one rank trains: same losses, norms and adapters; and receives exactly the
 //! bytes that the plan says.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::topology::{self, Case, equals, equals_one_rank, fused, run, run_all};
+use crate::common::topology::{Case, equals, equals_one_rank, fused, run, run_all};
 use xorl_dist::config::{
     CheckpointingMethod::{NoRecompute, RecomputeFullLayer, Selective},
     Optimizer::Muon,
     ReduceGradients::MicroBatch,
 };
-
-#[test]
-fn mpi_worker() {
-    topology::worker();
-}
 
 #[test]
 fn mpi_two_ranks_equal_one() {

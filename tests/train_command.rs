@@ -1,10 +1,7 @@
 //! The program as users start it: two ranks leave what one leaves, PEFT loads it and computes our loss, and what
 //! is wrong ends every rank with exit code 2, one line, and nothing written.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{failed, floats, make_rows, metrics, python, relative, succeeded, tiny::TinyRun, xorl};
+use crate::common::{failed, floats, make_rows, metrics, python, relative, succeeded, tiny::TinyRun, xorl};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use std::{

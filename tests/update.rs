@@ -1,9 +1,6 @@
 //! Frozen weights that ranks change in place, as a merge does, are what every rank gathers next.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{
+use crate::common::{
     run_workers,
     topology::{Data, batch, spec},
 };
@@ -117,7 +114,7 @@ fn mpi_worker() {
 
 fn run(case: Case) {
     let folder = tempfile::tempdir().unwrap();
-    run_workers(case.world, &case, folder.path(), |_| ());
+    run_workers("update::mpi_worker", case.world, &case, folder.path(), |_| ());
 }
 
 #[test]

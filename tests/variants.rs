@@ -1,10 +1,7 @@
 //! Variants of LoRA: what PEFT trains, the same in any world, however a step is cut and whatever is computed again, and
 //! after a resume; PEFT loads what they leave.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{failed, metrics, python, succeeded, tiny::TinyRun, xorl};
+use crate::common::{failed, metrics, python, succeeded, tiny::TinyRun, xorl};
 use serde_json::{Value, json};
 use std::{
     path::{Path, PathBuf},

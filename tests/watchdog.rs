@@ -1,9 +1,6 @@
 //! Ranks never hang: when one is killed or stops, all end soon, with a line that names it.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{is_mpich, rank_process, signal, started, tiny::TinyRun, wait_for};
+use crate::common::{is_mpich, rank_process, signal, started, tiny::TinyRun, wait_for};
 use serde_json::{Value, json};
 use std::{
     fs,

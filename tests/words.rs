@@ -1,6 +1,5 @@
 //! Rules for the text of this repository: openings and lengths of comments, reasons for unsafe blocks, names that were
 //! replaced. A failure lists `file:line` of every breach.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 use std::{
     fs,

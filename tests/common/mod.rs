@@ -1,5 +1,4 @@
-//! How tests start Python and ranks. Each test program uses a part of it.
-#![allow(dead_code, reason = "every test program compiles its own copy")]
+//! How tests start Python and ranks.
 
 pub mod engine;
 pub mod serving;
@@ -81,16 +80,17 @@ pub fn stand_in(command: &mut Command, folder: &Path) {
     command.env("XORL_STAND_IN_JITTER_US", "300");
 }
 
-/// Starts this test program once for each of `world` ranks; each runs its test `mpi_worker`, which finds `case` in
+/// Starts this test program once for each of `world` ranks; each runs the test `worker`, which finds `case` in
 /// XORL_TEST_CASE and leaves its results in `folder`. `prepare` may change the command.
 pub fn run_workers<C: serde::Serialize + ?Sized>(
+    worker: &str,
     world: usize,
     case: &C,
     folder: &Path,
     prepare: impl FnOnce(&mut Command),
 ) {
     let mut command = ranks_of(&std::env::current_exe().unwrap(), world);
-    command.args(["--exact", "mpi_worker", "--nocapture", "--test-threads=1"]);
+    command.args(["--exact", worker, "--nocapture", "--test-threads=1"]);
     let case = serde_json::to_string(case).unwrap();
     command.env("XORL_TEST_CASE", &case).env("XORL_TEST_OUT", folder);
     prepare(&mut command);

@@ -1,7 +1,7 @@
 //! Tiny models trained in fp32 over ranks, held against one rank: what topology tests share.
 //!
-//! Each case starts its own test binary under mpirun; its ranks run [`worker`], which trains and leaves what it saw in
-//! a file. A test program that uses this has a test `mpi_worker` that calls it.
+//! Each case starts this test program under mpirun; its ranks run [`mpi_worker`], which trains and leaves what it saw in
+//! a file.
 
 use super::{relative, run_workers, stand_in};
 use serde::{Deserialize, Serialize};
@@ -410,7 +410,8 @@ fn routed(groups: &ProcessGroups, own: &[Vec<Vec<f64>>]) -> Vec<RoutedRows> {
 }
 
 /// One rank of a case. Does nothing unless a case started it.
-pub fn worker() {
+#[test]
+fn mpi_worker() {
     let Ok(cases) = std::env::var("XORL_TEST_CASE") else { return };
     let cases: Vec<Case> = serde_json::from_str(&cases).unwrap();
     let mut world = World::start().unwrap();
@@ -537,7 +538,7 @@ pub fn run(case: &Case) -> Vec<Value> {
 pub fn run_all(cases: &[Case]) -> Vec<Vec<Value>> {
     let directory = tempfile::tempdir().unwrap();
     let Case { world, stand_in: stands_in, ranks_per_host, .. } = cases[0];
-    run_workers(world, cases, directory.path(), |command| {
+    run_workers("common::topology::mpi_worker", world, cases, directory.path(), |command| {
         if stands_in {
             stand_in(command, directory.path());
         }

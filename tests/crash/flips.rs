@@ -1,13 +1,11 @@
 //! One flipped bit in any file of a step: verify and a resume refuse and name the file, auto falls back; and what
 //! `verify` says of whole and damaged steps.
 
-use crate::{
-    common::{
-        failed, succeeded,
-        tiny::{TinyRun, copy_tree, tamper},
-        xorl,
-    },
-    story::json,
+use super::story::json;
+use crate::common::{
+    failed, succeeded,
+    tiny::{TinyRun, copy_tree, tamper},
+    xorl,
 };
 use serde_json::Value;
 use std::{

@@ -1,9 +1,7 @@
 //! SIGKILLs at random times. `ci/long.sh kills [N]`
 
-use crate::{
-    common::{rank_process, signal, started},
-    story::Story,
-};
+use super::story::Story;
+use crate::common::{rank_process, signal, started};
 use std::{
     io::Read,
     time::{Duration, Instant},

@@ -1,9 +1,7 @@
 //! A kill at every instant that `checkpoint` names, on each rank.
 
-use crate::{
-    common::{succeeded, xorl},
-    story::Story,
-};
+use super::story::Story;
+use crate::common::{succeeded, xorl};
 use std::{collections::BTreeSet, fs, path::Path};
 use xorl_dist::checkpoint::{
     failpoints::{OF_EVERY_RANK, OF_RUNS, OF_SAVES},

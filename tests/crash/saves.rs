@@ -42,7 +42,7 @@ fn worker() {
 /// Starts the worker on `root`, killed at `instant`; true if it was.
 fn killed(root: &Path, instant: &str) -> bool {
     let mut command = Command::new(env::current_exe().unwrap());
-    command.args(["--exact", "saves::worker", "--test-threads=1"]).env(ROOT, root);
+    command.args(["--exact", "crash::saves::worker", "--test-threads=1"]).env(ROOT, root);
     command.env(failpoints::VARIABLE, format!("{instant}:1:0"));
     let output = command.output().unwrap();
     match output.status.signal() {

@@ -2,10 +2,10 @@
 
 use super::{
     Setup,
-    common::{failed, python, succeeded},
     server::{COMMIT, DATA, Faults},
     stderr, with_hub,
 };
+use crate::common::{failed, python, succeeded};
 use serde_json::{Value, json};
 use std::{
     fs,

@@ -1,9 +1,7 @@
 //! The calls of `tinker` by real clients: 0.38, which sends passes as protobuf, and 0.24, which sends them as JSON.
 
-use crate::{
-    common::{client_python, python},
-    server::Server,
-};
+use super::server::Server;
+use crate::common::{client_python, python};
 use std::{path::Path, process::Command, time::Duration};
 use xorl_dist::server::{
     keys::Keys,

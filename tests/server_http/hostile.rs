@@ -1,7 +1,7 @@
 //! Clients that mean harm or are broken: paths that lead out, floods, malformed HTTP, connections that end in the
 //! middle, and more bytes than memory has.
 
-use crate::server::{Server, datum, detail, forward_backward};
+use super::server::{Server, datum, detail, forward_backward};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::{

@@ -1,6 +1,6 @@
 //! Adapters without requests, by a clock of the test.
 
-use crate::server::{Double, settings};
+use super::server::{Double, settings};
 use serde_json::json;
 use std::{
     cell::RefCell,

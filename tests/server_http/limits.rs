@@ -1,6 +1,6 @@
 //! Keys and tenants, limits, slow and broken clients, and the end of the server.
 
-use crate::server::{Double, Server, detail, forward_backward, model_state, settings};
+use super::server::{Double, Server, detail, forward_backward, model_state, settings};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};

@@ -1,13 +1,12 @@
 //! Bodies that are made to be read badly: every parser refuses them with an error of the client, in little time and in
 //! memory of a small multiple of their bytes.
 
-use crate::server::{Double, datum, settings};
+use super::server::{Double, datum, settings};
+use crate::fuzz_corpus::targets::bounded;
 use proptest::prelude::*;
 use prost::Message;
 use serde_json::{Value, json};
 use std::{
-    alloc::{GlobalAlloc, Layout, System},
-    cell::Cell,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -27,51 +26,11 @@ use xorl_dist::server::{
     },
 };
 
-/// Counts the bytes that the current thread holds, and the most of them.
-struct Counting;
-
-thread_local! {
-    static HELD: Cell<isize> = const { Cell::new(0) };
-    static MOST: Cell<isize> = const { Cell::new(0) };
-}
-
-fn count(change: isize) {
-    let _ = HELD.try_with(|held| {
-        held.set(held.get() + change);
-        let _ = MOST.try_with(|most| most.set(most.get().max(held.get())));
-    });
-}
-
-// SAFETY: every call goes to the system's allocator as it came.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count(layout.size() as isize);
-        // SAFETY: the caller keeps the rules of this call.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        count(-(layout.size() as isize));
-        // SAFETY: the caller keeps the rules of this call.
-        unsafe { System.dealloc(at, layout) }
-    }
-
-    unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        count(size as isize - layout.size() as isize);
-        // SAFETY: the caller keeps the rules of this call.
-        unsafe { System.realloc(at, layout, size) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
 /// The value of `run`, and the most bytes that it held.
 fn peak<T>(run: impl FnOnce() -> T) -> (T, usize) {
-    let before = HELD.get();
-    MOST.set(before);
-    let given = run();
-    (given, (MOST.get() - before).unsigned_abs())
+    let mut given = None;
+    let most = bounded(isize::MAX as usize, 0, || given = Some(run()));
+    (given.unwrap(), most)
 }
 
 const MIB: usize = 1 << 20;

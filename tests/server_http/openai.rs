@@ -1,10 +1,10 @@
 //! The calls of OpenAI's clients: by hand, and by the `openai` package.
 
-use crate::{
+use super::{
     clients::keys,
-    common::client_python,
     server::{Server, detail},
 };
+use crate::common::client_python;
 use serde_json::{Value, json};
 use std::{
     io::{Read, Write},

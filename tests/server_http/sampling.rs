@@ -1,6 +1,6 @@
 //! The calls that sample, of `tinker` and of `xorl-client`, by hand.
 
-use crate::{
+use super::{
     clients::keys,
     server::{LOG_PROB, Server, detail, double_token},
     tinker::start,

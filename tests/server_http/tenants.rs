@@ -1,6 +1,6 @@
 //! Tenants: what belongs to one is not seen, taken, changed or used by another.
 
-use crate::{
+use super::{
     hostile::keys,
     sampling::stop,
     server::{Server, detail},

@@ -1,6 +1,6 @@
 //! The calls of `tinker` by hand: sessions, order, repeats, downloads, tenants.
 
-use crate::{
+use super::{
     clients::keys,
     server::{Double, Server, detail, settings},
 };

@@ -1,6 +1,6 @@
 //! The calls of `xorl-client`: bodies, order, futures and paths.
 
-use crate::server::{Server, detail, forward_backward};
+use super::server::{Server, detail, forward_backward};
 use serde_json::{Value, json};
 use std::{
     fs,

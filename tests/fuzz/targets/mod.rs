@@ -10,7 +10,7 @@ mod data;
 mod models;
 mod streams;
 
-pub use allocation::Counted;
+pub use allocation::{Counted, bounded};
 
 use std::{
     cell::RefCell,
@@ -59,7 +59,7 @@ impl Target {
             static FOLDER: RefCell<Folder> = RefCell::new(Folder::new());
         }
         FOLDER.with_borrow(|folder| {
-            allocation::bounded(self.free, input.len(), || (self.run)(input, folder));
+            bounded(self.free, input.len(), || (self.run)(input, folder));
         });
     }
 }

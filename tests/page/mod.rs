@@ -1,18 +1,11 @@
 //! The page at `/`: the call that feeds it, its files, and the page itself in headless Chromium.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-#[allow(dead_code, reason = "other tests use more of it")]
-mod browser;
-#[path = "../common/mod.rs"]
-mod common;
-#[path = "../server_http/server.rs"]
-#[allow(dead_code, reason = "other tests use more of it")]
-mod server;
+pub mod browser;
 
+use crate::common::wait_for_at_most;
+use crate::server_http::server::{Server, forward_backward};
 use browser::Browser;
-use common::wait_for_at_most;
 use serde_json::{Value, json};
-use server::{Server, forward_backward};
 use sha2::{Digest, Sha256};
 use std::{
     io::{Read, Write},

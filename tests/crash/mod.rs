@@ -1,9 +1,6 @@
 //! Durability: a rank that is killed at any instant of a save or a load leaves whole steps, and a resume ends where the
 //! run that nobody killed ends; a server that is killed has all that it has acknowledged; a flipped bit is found.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-#[path = "../common/mod.rs"]
-mod common;
 mod flips;
 mod kills;
 mod matrix;

@@ -9,18 +9,15 @@
 //! - `hostile`: clients that mean harm or are broken; `memory`: bytes that bodies take while they are read
 //! - `openai`: the calls of the `openai` client, by hand and by it
 //! - `limits`: keys, limits, slow and broken clients, the end of the server
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod clients;
-#[path = "../common/mod.rs"]
-mod common;
 mod hostile;
 mod idle;
 mod limits;
 mod memory;
 mod openai;
 mod sampling;
-mod server;
+pub mod server;
 mod tenants;
 mod tinker;
 mod wire;

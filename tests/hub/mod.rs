@@ -1,13 +1,10 @@
 //! Models and data sets by hub id: downloaded once, checked, found again by us and by Python's huggingface_hub; and
 //! mistakes in one line. The hub is a server in this process.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
-#[path = "../common/mod.rs"]
-mod common;
 mod data_sets;
 mod server;
 
-use common::{failed, python, ranks_of, succeeded, tiny::TinyRun};
+use crate::common::{failed, python, ranks_of, succeeded, tiny::TinyRun};
 use serde_json::{Value, json};
 use server::{COMMIT, Faults, Hub, LARGE, NAME};
 use std::{

@@ -1,12 +1,9 @@
 //! Whatever a user gets wrong in a config, a model, a tokenizer, data, an adapter, a resume, a server or a command:
 //! exit code 2, one line that names place, cause and remedy, and nothing written. The
 //! tables are in the files beside; nothing in them gets so far that a step is trained or a port listened on.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
 mod adapters;
 mod commands;
-#[path = "../common/mod.rs"]
-mod common;
 mod configs;
 mod data;
 mod evaluation;
