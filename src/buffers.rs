@@ -10,8 +10,9 @@
 //!
 //! Tensors of other devices come from libtorch, which has such a pool for them.
 
+use mimalloc::MiMalloc;
 use std::{
-    alloc::{Layout, alloc, dealloc},
+    alloc::{GlobalAlloc, Layout, System, alloc, dealloc},
     cell::RefCell,
     cmp::Reverse,
     collections::VecDeque,
@@ -20,6 +21,52 @@ use std::{
     ptr::{NonNull, null, null_mut},
 };
 use tch::{Device, Kind, Tensor};
+
+/// The program's allocator: blocks of at most 4 KiB by mimalloc, others by the system's malloc, which returns
+/// them ([`return_large_blocks`]). Tokenising takes some small blocks a word.
+pub struct SmallBlocks;
+
+/// Bytes of a block up to which mimalloc, which keeps what is freed, has it.
+const SMALL_BYTES: usize = 1 << 12;
+
+// SAFETY: the size, which the caller gives again with a block, says which of two allocators has it.
+unsafe impl GlobalAlloc for SmallBlocks {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: as of the caller.
+        unsafe { if layout.size() <= SMALL_BYTES { MiMalloc.alloc(layout) } else { System.alloc(layout) } }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        let is_small = layout.size() <= SMALL_BYTES;
+        // SAFETY: as of the caller.
+        unsafe { if is_small { MiMalloc.alloc_zeroed(layout) } else { System.alloc_zeroed(layout) } }
+    }
+
+    unsafe fn dealloc(&self, start: *mut u8, layout: Layout) {
+        let is_small = layout.size() <= SMALL_BYTES;
+        // SAFETY: the block is of the allocator that its size says.
+        unsafe { if is_small { MiMalloc.dealloc(start, layout) } else { System.dealloc(start, layout) } }
+    }
+
+    unsafe fn realloc(&self, start: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        match (layout.size() <= SMALL_BYTES, size <= SMALL_BYTES) {
+            // SAFETY: the block is of mimalloc, and stays there.
+            (true, true) => unsafe { MiMalloc.realloc(start, layout, size) },
+            // SAFETY: the block is of the system, and stays there.
+            (false, false) => unsafe { System.realloc(start, layout, size) },
+            // SAFETY: the caller keeps the rules of realloc, so `size` is a size of a layout, both blocks have the
+            // bytes that are copied, and the old one is given back once, where the new one was had.
+            _ => unsafe {
+                let moved = self.alloc(Layout::from_size_align_unchecked(size, layout.align()));
+                if !moved.is_null() {
+                    moved.copy_from_nonoverlapping(start, size.min(layout.size()));
+                    self.dealloc(start, layout);
+                }
+                moved
+            },
+        }
+    }
+}
 
 /// Bytes below which malloc serves a buffer, which reuses small blocks well.
 const LEAST_BYTES: usize = 1 << 18;
@@ -298,6 +345,24 @@ mod tests {
 
     fn unused() -> usize {
         POOL.with_borrow(Pool::unused)
+    }
+
+    #[test]
+    fn a_block_that_changes_its_size_keeps_its_bytes() {
+        for [before, after] in [[100, 200], [100, 5000], [4096, 4097], [5000, 100], [5000, 9000]] {
+            let layout = |bytes| Layout::from_size_align(bytes, 8).unwrap();
+            // SAFETY: no size is 0, and each block is given back with the layout that it was had with.
+            unsafe {
+                let block = SmallBlocks.alloc_zeroed(layout(before));
+                let bytes = std::slice::from_raw_parts_mut(block, before);
+                assert!(bytes.iter().all(|&byte| byte == 0), "{before}");
+                bytes.iter_mut().enumerate().for_each(|(i, byte)| *byte = i as u8);
+                let block = SmallBlocks.realloc(block, layout(before), after);
+                let bytes = std::slice::from_raw_parts(block, before.min(after));
+                assert!(bytes.iter().enumerate().all(|(i, &byte)| byte == i as u8), "{before} to {after}");
+                SmallBlocks.dealloc(block, layout(after));
+            }
+        }
     }
 
     #[test]

@@ -1,10 +1,13 @@
 //! The `xorl-dist` binary: parse, run, turn an error into one line and an exit code.
 
 use std::{process::ExitCode, time::Duration};
-use xorl_dist::{Error, cli, comm, console, device::torch};
+use xorl_dist::{Error, buffers::SmallBlocks, cli, comm, console, device::torch};
 
 /// Time in which a launcher ends all ranks after one has exited with an error.
 const LAUNCHER_ENDS_RANKS: Duration = Duration::from_secs(5);
+
+#[global_allocator]
+static ALLOCATOR: SmallBlocks = SmallBlocks;
 
 fn main() -> ExitCode {
     // SAFETY: the program has one thread yet.
