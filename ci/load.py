@@ -47,9 +47,9 @@ from processes import Process, command_line, descendants, growth, open_files, re
 BASE_MODEL = "tiny/llama"
 KEY, TENANT = "tml-test", "lab"
 STEPS_OF_A_LIFE = 12
-# What memory may grow by after the last start: of a run of some minutes, in which the server fills what it keeps (10 000
-# results and as many sessions, some KB each) and allocators keep what they like; and of one that goes on twice as long
-# as that takes, the share of what it has by then.
+# What memory may grow by after the last start: of a run of some minutes, in which the server fills what it keeps
+# (10 000 results and as many sessions, some KB each) and allocators keep what they like; and of one that goes on twice
+# as long as that takes, the share of what it has by then.
 FLAT_BYTES = 32 << 20
 FLAT = 0.02
 WARM_SECONDS = 300

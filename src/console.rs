@@ -77,6 +77,11 @@ pub fn say(text: &str) {
     let _ = Lines::default().write_all(format!("{text}\n").as_bytes());
 }
 
+/// Writes a line to stdout. A reader that is gone ends no run.
+pub fn tell(line: &str) {
+    let _ = io::stdout().write_all(format!("{line}\n").as_bytes());
+}
+
 /// Writes `text` to stderr without a line break, to ask for a line.
 pub fn ask(text: &str) {
     // As in `say`.

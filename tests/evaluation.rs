@@ -23,8 +23,8 @@ use xorl_dist::{
 
 const AUTO: [&str; 2] = ["--train.load_checkpoint_path", "auto"];
 
-/// `number` rows of token ids below 503 that [`crate::common::make_rows`] has not, the first two tokens of each without a
-/// label.
+/// `number` rows of token ids below 503 that [`crate::common::make_rows`] has not, the first two tokens of each without
+/// a label.
 fn held_out(path: &Path, number: u64) -> String {
     let row = |i: u64| {
         let stream = Stream::new(12, &format!("row {i}"));

@@ -10,7 +10,7 @@ use std::{
     fs::{self, File},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
     time::Duration,
 };
 use xorl_dist::{
@@ -243,6 +243,29 @@ fn mpi_saves_that_training_does_not_wait_for_are_the_same_bytes() {
         }
         assert_eq!(run.story(&ahead), run.story(&waits), "{ahead}");
     }
+}
+
+/// As behind `| head`, or where the terminal has gone.
+#[test]
+fn a_run_goes_on_where_nobody_reads_what_it_prints() {
+    let run = TinyRun::new();
+    let mut command = run.command(1, "out", &["--train.log_format", "structured"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop((child.stdout.take(), child.stderr.take()));
+    assert!(child.wait().unwrap().success());
+    assert_eq!(run.steps("out"), [5, 10, 15, 20]);
+}
+
+#[test]
+fn a_save_beyond_the_limit_of_files_fails_as_on_a_full_disk() {
+    let run = TinyRun::new();
+    let plain = run.command(1, "out", &[]);
+    let mut limited = Command::new("sh");
+    limited.args(["-c", "ulimit -f 20; exec \"$0\" \"$@\""]).arg(plain.get_program()).args(plain.get_args());
+    limited.env("OMP_NUM_THREADS", "1");
+    let line = failed(&limited.output().unwrap(), 1);
+    assert!(line.contains("File too large"), "{line}");
+    assert_eq!(hidden(&run.run_dir("out")), Vec::<String>::new());
 }
 
 /// A disk of 600 kB: it is full after some steps. Run by `ci/long.sh full_disk` as root.

@@ -56,7 +56,7 @@ pub enum CheckpointError {
     Published { path: PathBuf },
     #[error("{path} is saved already: choose another name, or ask to overwrite it")]
     Taken { path: PathBuf },
-    #[error("{path} exists already, and nothing is replaced: give another --out, or remove it")]
+    #[error("{path} exists already, and nothing is replaced: give another --out")]
     Exists { path: PathBuf },
     #[error("{tensor}: a merged value is not finite{hint}")]
     NotFinite { tensor: String, hint: &'static str },

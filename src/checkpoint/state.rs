@@ -25,7 +25,7 @@ use std::{collections::BTreeMap, fs, path::Path};
 
 /// The folder in a step.
 pub const FOLDER: &str = "training_state";
-const STATE_FILE: &str = "training_state/trainer_state.json";
+pub(super) const STATE_FILE: &str = "training_state/trainer_state.json";
 /// The format that is written. It changes when older programs could not read it; see [`upgrade`].
 const FORMAT: u32 = 4;
 

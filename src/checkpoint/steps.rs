@@ -6,6 +6,7 @@ use super::{
     adapter_config::{AdapterConfig, CONFIG_FILE, read_config},
     base, io,
     publish::{sync, verify, withdraw},
+    state::{STATE_FILE, progress_of},
 };
 use crate::hub::{self, HubId};
 use fail::fail_point;
@@ -41,12 +42,27 @@ pub fn published(run: &Path) -> Vec<usize> {
     steps
 }
 
+/// Checks that `step` is whole, and the step that its folder's name says.
+///
+/// # Errors
+/// As [`verify`], or a state of another step.
+pub fn whole(step: &Path) -> Result<(), CheckpointError> {
+    verify(step)?;
+    match (number(step), progress_of(step)) {
+        (Some(named), Some((made, _))) if named != made => Err(CheckpointError::Format {
+            path: step.join(STATE_FILE),
+            reason: format!("it is the state of step {made}"),
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// The newest whole step of `run`, if any, and the errors of the newer ones that are not.
 pub fn newest_whole(run: &Path) -> (Option<PathBuf>, Vec<CheckpointError>) {
     let mut skipped = Vec::new();
     for step in published(run).into_iter().rev() {
         let path = directory(run, step);
-        match verify(&path) {
+        match whole(&path) {
             Ok(()) => return (Some(path), skipped),
             Err(error) => skipped.push(error),
         }
@@ -126,14 +142,12 @@ fn remove(file: &Path) -> Result<(), CheckpointError> {
     if file.exists() { fs::remove_file(file).map_err(io(file)) } else { Ok(()) }
 }
 
-/// The adapter directory that `path` stands for: itself, the newest step of a run directory (or of its `latest`), its
-/// best step behind `best`, or the newest step of the only run of an output directory. The log tells a step that `path`
-/// does not name itself.
+/// [`adapter_folder`]; the log tells a step that `path` does not name itself.
 ///
 /// # Errors
-/// A line that names `path`, and says what would be right.
+/// As there.
 pub fn adapter_at(path: &Path) -> Result<PathBuf, String> {
-    let step = step_at(path)?;
+    let step = adapter_folder(path)?;
     let best = step.parent().and_then(best).filter(|best| *best != step);
     match best.as_deref().and_then(Path::file_name) {
         _ if step == path => {}
@@ -149,7 +163,12 @@ pub fn adapter_at(path: &Path) -> Result<PathBuf, String> {
     Ok(step)
 }
 
-fn step_at(path: &Path) -> Result<PathBuf, String> {
+/// The adapter directory that `path` stands for: itself, the newest step of a run directory (or of its `latest`), its
+/// best step behind `best`, or the newest or best step of the only run of an output directory.
+///
+/// # Errors
+/// A line that names `path`, and says what would be right.
+pub fn adapter_folder(path: &Path) -> Result<PathBuf, String> {
     let fault = |words: String| Err(format!("{}: {words}", path.display()));
     if path.join(CONFIG_FILE).is_file() {
         return Ok(path.to_owned());
@@ -158,6 +177,12 @@ fn step_at(path: &Path) -> Result<PathBuf, String> {
         return best(run)
             .map_or_else(|| fault("the step that it names is gone; name another, or the run".into()), Ok);
     }
+    // OUTPUT_DIR/best: of its run.
+    if let (true, Some(output)) = (!path.exists() && path.ends_with(BEST), path.parent())
+        && let [run] = &runs_of(output)[..]
+    {
+        return best(run).map_or_else(|| fault(format!("{} has no best step", run.display())), Ok);
+    }
     let run = match path.file_name() {
         Some(name) if name == LATEST => path.parent().unwrap_or(path),
         _ => path,
@@ -165,11 +190,7 @@ fn step_at(path: &Path) -> Result<PathBuf, String> {
     if let Some(step) = newest(run) {
         return Ok(step);
     }
-    let entries = fs::read_dir(path.join(WEIGHTS)).into_iter().flatten().flatten();
-    let mut runs: Vec<PathBuf> =
-        entries.map(|entry| entry.path()).filter(|run| newest(run).is_some()).collect();
-    runs.sort();
-    match &runs[..] {
+    match &runs_of(path)[..] {
         [run] => newest(run).map_or_else(|| fault("it has just lost its steps".into()), Ok),
         [] if !path.exists() => {
             fault("no such folder; expected a PEFT adapter directory, or that of a run".into())
@@ -183,6 +204,15 @@ fn step_at(path: &Path) -> Result<PathBuf, String> {
             fault(format!("several runs are in it; name one of {}", names.join(", ")))
         }
     }
+}
+
+/// The runs with steps of an output directory, by name.
+fn runs_of(output: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(output.join(WEIGHTS)).into_iter().flatten().flatten();
+    let mut runs: Vec<PathBuf> =
+        entries.map(|entry| entry.path()).filter(|run| newest(run).is_some()).collect();
+    runs.sort();
+    runs
 }
 
 /// The base of the adapter in `adapter`: the `model/` of a step that has one, else the folder that its configuration
@@ -307,6 +337,34 @@ mod tests {
         assert!(said[1].contains("step_15") && said[1].contains("manifest.json"), "{said:?}");
         let none = tempfile::tempdir().unwrap();
         assert!(newest_whole(none.path()).0.is_none());
+    }
+
+    #[test]
+    fn best_of_an_output_directory_is_that_of_its_run() {
+        let output = tempfile::tempdir().unwrap();
+        let run = output.path().join("weights/run");
+        fs::create_dir_all(&run).unwrap();
+        for step in [5, 10] {
+            FolderWriter::of_step(&run, step).unwrap().publish(&mut KnownHashes::default()).unwrap();
+        }
+        let error = adapter_folder(&output.path().join("best")).unwrap_err();
+        assert!(error.contains("has no best step"), "{error}");
+        set_best(&run, Some(5)).unwrap();
+        assert_eq!(adapter_folder(&output.path().join("best")), Ok(run.join("step_5")));
+        assert_eq!(adapter_folder(output.path()), Ok(run.join("step_10")));
+    }
+
+    #[test]
+    fn a_step_under_the_name_of_another_is_not_taken() {
+        let run = run_of(&[5]);
+        let writer = FolderWriter::of_step(run.path(), 10).unwrap();
+        let state = writer.directory().join(STATE_FILE);
+        fs::create_dir(state.parent().unwrap()).unwrap();
+        fs::write(state, "{\"step\": 5, \"total_steps\": 20}").unwrap();
+        writer.publish(&mut KnownHashes::default()).unwrap();
+        let (found, skipped) = newest_whole(run.path());
+        assert_eq!(found.unwrap(), run.path().join("step_5"));
+        assert!(skipped[0].to_string().contains("it is the state of step 5"), "{skipped:?}");
     }
 
     #[test]

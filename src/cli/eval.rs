@@ -23,7 +23,7 @@ pub struct Eval {
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
     /// PEFT adapter directory, such as a published step; the directory of a run (weights/run, or its output_dir) is its
-    /// newest step, weights/run/best its best. When absent the newest step of --config
+    /// newest step, best in that directory its best. When absent the newest step of --config
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
     /// Rows to evaluate on; when absent those that validate in the run of --config

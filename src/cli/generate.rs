@@ -13,10 +13,10 @@ use std::{path::PathBuf, process::ExitCode};
 pub struct Generate {
     /// HF model directory, or model of the hub (owner/name, or owner/name@revision); when absent the base that the
     /// adapter names
-    #[arg(long, value_name = "DIR", required_unless_present = "adapter")]
+    #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
     /// PEFT adapter directory, such as a published step; the directory of a run (weights/run, or its output_dir) is its
-    /// newest step, weights/run/best its best
+    /// newest step, best in that directory its best
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
     #[command(flatten)]
@@ -105,6 +105,9 @@ impl Runnable for Generate {
     const FIELDS: Option<Fields> = None;
 
     fn check(&self) -> Result<()> {
+        if self.model.is_none() && self.adapter.is_none() {
+            return Err(Error::Input("give --model or --adapter: what is to continue the prompt".into()));
+        }
         if self.out.is_some() && self.prompt.chat_file.is_none() {
             return Err(Error::Input("--out goes with --chat-file".into()));
         }

@@ -51,7 +51,7 @@ pub struct Merge {
     /// newest step, weights/run/best its best
     #[arg(long, value_name = "DIR")]
     pub adapter: PathBuf,
-    /// Folder to make; when absent the adapter's with -merged behind its name
+    /// Folder to make; when absent that of the adapter, or of the step of a run, with -merged behind its name
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Type of the merged weights, plain unless it is the base's

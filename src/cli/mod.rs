@@ -26,6 +26,7 @@ use crate::comm;
 use crate::config::{self, FieldInfo, Override};
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
+use clap::builder::PossibleValuesParser;
 use clap::error::ErrorKind;
 use clap::{Arg, CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
@@ -229,6 +230,7 @@ pub fn parse(args: impl IntoIterator<Item = impl Into<OsString>>) -> Result<Invo
 /// The reason why it was not carried out; [`Error::exit_code`] is the exit code of the rank.
 pub fn run(invocation: Invocation) -> Result<ExitCode> {
     buffers::return_large_blocks();
+    crate::train::outlive_file_limit();
     failpoints::arm(comm::launched_rank().unwrap_or(0));
     match invocation {
         Invocation::Command(command, common) => command.run(&common),
@@ -256,6 +258,11 @@ fn parser() -> clap::Command {
     taking.fold(parser, |parser, (name, fields)| parser.mut_subcommand(name, with(fields)))
 }
 
+/// True for a value as it is written, which types in angle brackets and numbers with a range are not.
+fn is_word(text: &str) -> bool {
+    !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-'))
+}
+
 /// The clap command with every field of a configuration as an option of the commands that take it. These are not
 /// clap's to parse ([`split_overrides`]), but a shell completes them.
 fn parser_with_fields() -> clap::Command {
@@ -264,7 +271,11 @@ fn parser_with_fields() -> clap::Command {
             let option = |(section, field): (&str, FieldInfo)| {
                 let name = format!("{section}.{}", field.key);
                 let meaning = field.meaning.split(". ").next().unwrap_or_default().to_owned();
-                Arg::new(name.clone()).long(name).value_name("VALUE").help(meaning)
+                let option = Arg::new(name.clone()).long(name).value_name("VALUE").help(meaning);
+                let words: Vec<String> =
+                    field.type_name.trim_end_matches(" or null").split(" | ").map(str::to_owned).collect();
+                let are_words = words.len() > 1 && words.iter().all(|word| is_word(word));
+                if are_words { option.value_parser(PossibleValuesParser::new(words)) } else { option }
             };
             command.args((fields.schema)().into_iter().map(option))
         }
@@ -352,6 +363,12 @@ fn usage_error(error: &clap::Error, serves: bool) -> Error {
         && config::server_help().contains(&format!("--server.{name} <"))
     {
         return Error::Input(format!("{message}; fields of server.yaml are written --server.{name}"));
+    }
+    let section = argument
+        .filter(|_| error.kind() == ErrorKind::UnknownArgument)
+        .and_then(|(name, _)| (RUN_FIELDS.schema)().into_iter().find(|(_, field)| field.key == name));
+    if let Some((section, FieldInfo { key, .. })) = section {
+        return Error::Input(format!("{message}; a field of the run is written --{section}.{key}"));
     }
     let hint =
         message.split_whitespace().find(|word| is_file(word)).filter(|_| !message.contains("--config"));

@@ -62,7 +62,7 @@ pub(super) fn of_data_flag(data: &Path) -> Option<Named> {
 /// The model of `--model`, else the base that `adapter` names.
 pub(super) fn of_adapter(model: Option<&Path>, adapter: Option<&Path>) -> Vec<Named> {
     let named = |place: String, id| Named { place, id, wanted: Wanted::Model { weights: true } };
-    let given = match (model, adapter.map(steps::adapter_at)) {
+    let given = match (model, adapter.map(steps::adapter_folder)) {
         (Some(model), _) => HubId::of_path(model).map(|id| named("--model".into(), id)),
         (None, Some(Ok(adapter))) => {
             let place = format!("{}: its base", adapter.display());

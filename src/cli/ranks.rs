@@ -67,6 +67,8 @@ fn log(world: &World, debug: bool) {
     let numbered = rank > 0 || debug && world.size() > 1;
     let lines = console::Lines { prefix: if numbered { format!("rank {rank}: ") } else { String::new() } };
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(console::has_colours());
+    // A line that stderr does not take is lost; to say so there would be a panic.
+    let log = log.log_internal_errors(false);
     // A second initialisation is refused, which does no harm.
     let _ = log.with_writer(move || lines.clone()).try_init();
 }

@@ -5,7 +5,7 @@ use crate::{
     checkpoint::{
         CheckpointError,
         contents::{self, Contents},
-        publish::{MANIFEST, published_name, verify},
+        publish::{MANIFEST, published_name},
         steps,
     },
     console::{count, size},
@@ -36,6 +36,13 @@ impl Runnable for Verify {
 
     fn run(&self, _: &Common) -> Result<ExitCode> {
         let root = &self.folder;
+        if !root.is_dir() {
+            let found = if root.exists() { "a file" } else { "no such folder" };
+            return Err(Error::Input(format!(
+                "{}: {found}; expected a step, or a folder that has some",
+                root.display()
+            )));
+        }
         let found = if is_step(root) { vec![root.clone()] } else { steps_below(root)? };
         if found.is_empty() {
             return Err(Error::Input(format!(
@@ -48,7 +55,7 @@ impl Runnable for Verify {
         let mut is_whole = true;
         for (place, path) in found.iter().enumerate() {
             // What auto looks at, and beyond it what only this command does.
-            let published = verify(path);
+            let published = steps::whole(path);
             let run = path.parent().filter(|_| path != root && steps::number(path).is_some());
             if let Some(run) = run {
                 let newest = taken.entry(name_in(root, run)).or_default();

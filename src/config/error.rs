@@ -112,11 +112,20 @@ fn did_you_mean(nearest: &Option<String>) -> String {
     nearest.as_ref().map_or_else(String::new, |name| format!("; did you mean {name}?"))
 }
 
+fn absent_words(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        std::io::ErrorKind::NotFound => {
+            "; --config names a .yaml, .yml or .json file, from the current directory on"
+        }
+        _ => "",
+    }
+}
+
 /// The reason why a configuration was not loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file is not there or not text.
-    #[error("{}: cannot read the configuration: {source}", .path.display())]
+    #[error("{}: cannot read the configuration: {source}{}", .path.display(), absent_words(source))]
     Read { path: PathBuf, source: std::io::Error },
     /// The name says neither YAML nor JSON.
     #[error("{}: expected a .yaml, .yml or .json file", .path.display())]

@@ -272,13 +272,14 @@ fn within(place: Place, suffix: &str, part: Option<usize>) -> Place {
     }
 }
 
-/// The value of a flag: nothing, one scalar or JSON text, or several scalars as a list.
+/// The value of a flag: nothing, one scalar, a list or mapping as YAML writes it in a line, or several scalars as a
+/// list.
 fn node_of(values: &[String]) -> Node {
     match values {
         [] => Node { line: 1, kind: Kind::Bare },
         [one] if one.starts_with(['[', '{']) => {
-            // A glob may start with a bracket too, so the text may be no JSON.
-            source::parse_json(one).map_or_else(|_| Node::plain(one), |document| document.root)
+            // A glob may start with a bracket too, so the text may be neither.
+            source::parse_yaml(one).map_or_else(|_| Node::plain(one), |document| document.root)
         }
         [one] => Node::plain(one),
         many => Node { line: 1, kind: Kind::List(many.iter().map(|value| Node::plain(value)).collect()) },

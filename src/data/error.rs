@@ -82,7 +82,7 @@ fn remedy(problem: &LineProblem) -> &'static str {
             "; write it, or name it by message_property_mappings"
         }
         LineProblem::Missing { hint: "", .. } => {
-            "; set type to that of the rows, or name the field by columns"
+            "; in data.datasets set type to that of the rows, or name the field by columns"
         }
         _ => "",
     }
@@ -104,6 +104,14 @@ fn lines(path: &Path, first: &[(Place, LineProblem)], more: usize) -> String {
     told.join("\n")
 }
 
+/// Doubt of a row whose one field looks like a line of a file with another delimiter.
+fn delimited(found: &str) -> &'static str {
+    match found.contains([';', '\t', '|']) && !found.contains(", ") {
+        true => ", whose columns commas should divide",
+        false => "",
+    }
+}
+
 /// Fault of one line of a data file.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LineProblem {
@@ -118,9 +126,9 @@ pub enum LineProblem {
     #[error("{field}: not valid JSON, as which a cell holds a list: {problem}")]
     Cell { field: String, problem: String },
     #[error(
-        "no type fits a row of {found}; chat reads `messages` or `conversations`, completion `prompt` and `completion`, \
-         alpaca `instruction` and `output`, text `text`, tokenized `input_ids`; set type, and name other fields by \
-         columns: {example}"
+        "no type fits a row of {found}{}; chat reads `messages` or `conversations`, completion `prompt` and \
+         `completion`, alpaca `instruction` and `output`, preference `chosen` and `rejected`, text `text`, tokenized \
+         `input_ids`; in data.datasets set type, and name other fields by columns: {example}", delimited(.found)
     )]
     NoType { found: String, example: String },
     #[error("expected field `{field}`, found {found}{hint}")]

@@ -118,7 +118,9 @@ pub fn pin(id: &HubId, wanted: &Wanted) -> Result<Pinned, HubError> {
             Ok(pinned(revision.commit, Some(revision.files)))
         }
         Err(error @ HubError::Unreachable { .. }) => {
-            let Some(commit) = whole else { return Err(error) };
+            let Some(commit) = whole else {
+                return Err(HubError::NotHere { kind: id.kind, error: Box::new(error) });
+            };
             tracing::warn!(
                 "{} is not reached: {id} is used as the cache has it, at {commit}",
                 settings.endpoint

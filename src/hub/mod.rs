@@ -274,6 +274,9 @@ pub enum HubError {
          alone"
     )]
     Unreachable { address: String, reason: String },
+    /// A path that is misspelt has the form of an id.
+    #[error("{}, and as a hub id: {error}", here(*.kind))]
+    NotHere { kind: Kind, error: Box<HubError> },
     /// A download that came to an end before the file's.
     #[error(
         "{address}: the connection ended after {got} of {size} bytes; start again, which goes on from there"

@@ -244,6 +244,11 @@ impl Transformer {
         self.options.checkpointing = recompute;
     }
 
+    /// Changes [`Options::deterministic_sampling`] for what comes.
+    pub fn set_deterministic_sampling(&mut self, is_on: bool) {
+        self.options.deterministic_sampling = is_on;
+    }
+
     /// Reads this rank's pieces of the base, and nothing else. Collective.
     pub fn load(&mut self, source: &dyn WeightSource) -> Result<(), ShardError> {
         let mut staging = Staging::new(&self.groups.device)?;

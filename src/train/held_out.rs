@@ -20,10 +20,7 @@ use crate::{
     },
     lora::Adapter,
     model::{
-        base_plan::{Options, all_projections},
-        hf_config::HfModel,
-        quantized::Quantization,
-        transformer::Transformer,
+        base_plan::all_projections, hf_config::HfModel, quantized::Quantization, transformer::Transformer,
     },
     shard::ProcessGroups,
 };
@@ -189,10 +186,7 @@ impl HeldOut {
         if let Some(reason) = run.spec.quantization.as_ref().and_then(|_| Quantization::refusal(device)) {
             return Err(Error::Input(format!("the base is quantised: {reason}")));
         }
-        // Answers as those of generate.
-        let deterministic_sampling = !self.answers.is_empty() && device == Device::Cpu;
-        let options = Options { deterministic_sampling, ..run.options() };
-        let mut model = Transformer::new(run.spec.clone(), options, &groups)?;
+        let mut model = Transformer::new(run.spec.clone(), run.options(), &groups)?;
         model.load(run.source.as_ref())?;
         groups.open(run.spec.moe().is_some())?;
         let base = self.scores(&mut model, None, &groups)?;
@@ -226,9 +220,11 @@ impl HeldOut {
         let left = || Error::Failure("an evaluation was left that nobody may stop (a bug)".into());
         let evaluation = evaluation.ok_or_else(left)?;
         let Some(tokenizer) = &self.tokenizer else { return Ok(Scores { evaluation, exact_match: None }) };
+        // Answers are those of generate, and losses those without them, also in bf16.
+        model.set_deterministic_sampling(model.device().tensors() == Device::Cpu);
         let requests: Vec<SampleRequest> = self.answers.iter().map(|answer| self.request(answer)).collect();
         let decode = tokenizer.clone();
-        let mut local = Local { model, adapter, world: groups.shard.as_ref(), decode };
+        let mut local = Local { model: &mut *model, adapter, world: groups.shard.as_ref(), decode };
         let replies = local.sample(&requests, |_, _| ())?;
         let mut matched = 0;
         for (answer, reply) in self.answers.iter().zip(replies) {
@@ -239,6 +235,7 @@ impl HeldOut {
                 matched += usize::from(text(ids)? == text(&answer.reference)?);
             }
         }
+        model.set_deterministic_sampling(false);
         Ok(Scores { evaluation, exact_match: Some(ExactMatch { matched, of: self.answers.len() }) })
     }
 
@@ -278,7 +275,7 @@ impl EvalRequest {
         let model = match (&self.model, &self.adapter) {
             (Some(model), _) => model.clone(),
             (None, Some(adapter)) => {
-                let step = steps::adapter_at(adapter).map_err(Error::Input)?;
+                let step = steps::adapter_folder(adapter).map_err(Error::Input)?;
                 steps::base_of(&step).map_err(Error::Input)?
             }
             (None, None) => {

@@ -10,7 +10,7 @@ use crate::{
     checkpoint::CheckpointError,
     comm::{Ledger, Operation, Received},
     config::{LogFormat, OnSaveError, TrainArgs},
-    console::first_of,
+    console::{self, first_of},
     error::{Error, Result},
     loss::Rewards,
     model::router_load::RouterReport,
@@ -241,15 +241,33 @@ impl Metrics {
         logging: &Logging,
     ) -> Result<Self> {
         let path = output.join(METRICS_FILE);
+        if std::fs::metadata(&path).is_ok_and(|found| !found.is_file()) {
+            let words = "no regular file, which the metrics go to; move it away";
+            return Err(Error::Input(format!("{}: {words}", path.display())));
+        }
         let (file, history) = match resumed {
             None => (open_at(&path, 0), History::default()),
             Some(step) => {
-                let text = std::fs::read(&path).unwrap_or_default();
-                let (length, last, history) = lines_up_to(step, &text);
+                let text = match std::fs::read(&path) {
+                    Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
+                    text => text.map_err(|error| with_remedy(fault(&path, error)))?,
+                };
+                let Kept { lines, last, history, damaged } = lines_up_to(step, &text);
+                if damaged > 0 {
+                    let aside = path.with_extension("jsonl.damaged");
+                    let replaced = std::fs::copy(&path, &aside).and_then(|_| std::fs::write(&path, &lines));
+                    replaced.map_err(|error| with_remedy(fault(&aside, error)))?;
+                    tracing::warn!(
+                        "{}: {} damaged between those of the run, and left out; the file as it was is {}",
+                        path.display(),
+                        console::count(damaged, "line"),
+                        aside.display()
+                    );
+                }
                 if last != step {
                     tracing::warn!("{}: knows steps up to {last}, the run resumes at {step}", path.display());
                 }
-                (open_at(&path, length), history)
+                (open_at(&path, lines.len()), history)
             }
         };
         let file = file.map_err(|error| fault(&path, error))?;
@@ -435,24 +453,40 @@ impl Metrics {
     }
 }
 
-/// Reads the lines of `text` up to `step`: their length in bytes, the last step among them (0: none, or the evaluation
-/// before the first), and their history. A torn or foreign line ends them.
-fn lines_up_to(step: usize, text: &[u8]) -> (usize, usize, History) {
-    let (mut length, mut last, mut history) = (0, None, History::default());
+/// Lines of a file of metrics that a resumed run goes on behind.
+#[derive(Default)]
+struct Kept {
+    lines: Vec<u8>,
+    /// The last step among them; 0: none, or the evaluation before the first.
+    last: usize,
+    history: History,
+    /// Lines between them that are torn or foreign.
+    damaged: usize,
+}
+
+/// Reads the lines of `text` up to `step`.
+fn lines_up_to(step: usize, text: &[u8]) -> Kept {
+    let (mut kept, mut last, mut behind) = (Kept::default(), None, 0);
     for line in text.split_inclusive(|&byte| byte == b'\n') {
-        let Ok(json) = serde_json::from_slice::<Value>(line) else { break };
+        let json = serde_json::from_slice::<Value>(line).unwrap_or_default();
         let number = json["step"].as_u64().and_then(|number| usize::try_from(number).ok());
         let is_next = |&number: &usize| Some(number) > last && number <= step && line.ends_with(b"\n");
-        let Some(number) = number.filter(is_next) else { break };
+        let Some(number) = number.filter(is_next) else {
+            behind += 1;
+            continue;
+        };
         last = Some(number);
-        length += line.len();
+        kept.lines.extend(line);
+        kept.damaged += std::mem::take(&mut behind);
+        let history = &mut kept.history;
         history.evaluations.extend(results(&json));
         if number > 0 {
             history.losses.push(json["loss"].as_f64());
             history.grad_norms.push(json["loss"].as_f64().and(json["grad_norm"].as_f64()));
         }
     }
-    (length, last.unwrap_or(0), history)
+    kept.last = last.unwrap_or(0);
+    kept
 }
 
 /// Opens `path` for writing behind its first `length` bytes; the rest is cut off.
@@ -507,7 +541,7 @@ mod tests {
             // A torn last line, and one that a crash of the machine has emptied.
             (lines(1..=2) + "{\"step\":3,\"lo", lines(1..=2), vec![0.5, 1.0]),
             (lines(1..=2) + line(3).trim_end(), lines(1..=2), vec![0.5, 1.0]),
-            (lines(1..=1) + "\0\0\n" + &line(3), lines(1..=1), vec![0.5]),
+            (lines(1..=1) + "\0\0\n" + &line(3), line(1) + &line(3), vec![0.5, 1.5]),
             (lines(1..=2) + &line(1), lines(1..=2), vec![0.5, 1.0]),
             // The evaluation before the first step.
             (line(0) + &lines(1..=4), lines(0..=3), vec![0.5, 1.0, 1.5]),
@@ -526,6 +560,18 @@ mod tests {
         }
         Metrics::open(output.path(), 9, None, &logging(1)).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "");
+        let aside = output.path().join("metrics.jsonl.damaged");
+        assert_eq!(std::fs::read_to_string(aside).unwrap(), line(1) + "\0\0\n" + &line(3));
+    }
+
+    #[test]
+    fn metrics_go_to_a_regular_file_alone() {
+        let output = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/dev/zero", output.path().join(METRICS_FILE)).unwrap();
+        for resumed in [None, Some(3)] {
+            let error = Metrics::open(output.path(), 9, resumed, &logging(1)).err().unwrap();
+            assert!(error.to_string().contains("metrics.jsonl: no regular file"), "{error}");
+        }
     }
 
     fn logging(every: usize) -> Logging {

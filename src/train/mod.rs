@@ -42,5 +42,5 @@ pub use held_out::{EvalRequest, HeldOut};
 pub use identity::Identity;
 pub use output::take_output;
 pub use run::{Ended, Run};
-pub use signals::{Program, STOPPED, StopSignals};
+pub use signals::{Program, STOPPED, StopSignals, outlive_file_limit};
 pub use step::{Made, MicroBatch, StepReport, Trainer};

@@ -677,11 +677,16 @@ pub(super) fn makes_steps(batches: &BatchSchedule, places: &FieldLocations) -> R
     if batches.steps_per_epoch() > 0 {
         return Ok(());
     }
+    let place = places.of("data");
+    if batches.rows == 0 {
+        return Err(Error::Input(format!(
+            "{place}: no row is left to train on: raise weight or max_samples of a data set, or lower data.val_set_size"
+        )));
+    }
     let (rows, batch) = (count(batches.rows, "row"), count(batches.global_batch, "row"));
     Err(Error::Input(format!(
-        "{}: {rows} make no step of {batch}; set train.global_batch_size to at most {}, or \
+        "{place}: {rows} make no step of {batch}; set train.global_batch_size to at most {}, or \
          data.dataloader_drop_last: false",
-        places.of("data"),
         batches.rows
     )))
 }
@@ -702,6 +707,7 @@ fn warn_of_steps(Run { config, batches, total_steps, .. }: &Run) {
     let of_epoch = batches.steps_per_epoch();
     if (1..FEW_STEPS).contains(&of_epoch) {
         let shorter = match data.sample_packing_method {
+            _ if batches.rows == 1 => String::new(),
             PackingMethod::None => String::new(),
             _ => format!("data.sample_packing_sequence_len ({}) or ", data.sample_packing_sequence_len),
         };

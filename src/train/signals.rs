@@ -10,7 +10,7 @@ use crate::{
     error::{Error, Result},
 };
 use signal_hook::{
-    consts::{SIGINT, SIGTERM, SIGUSR1},
+    consts::{SIGINT, SIGTERM, SIGUSR1, SIGXFSZ},
     flag,
     low_level::{self, pipe},
 };
@@ -28,6 +28,12 @@ use std::{
 pub const STOPPED: u8 = 75;
 /// Time for rank 0 to print, before another rank ends and the launcher ends all.
 const FIRST_SAYS: Duration = Duration::from_millis(300);
+
+/// Has a write beyond the limit of `ulimit -f` fail as one on a full disk does, where else the process would end.
+pub fn outlive_file_limit() {
+    // A signal that cannot be heard ends the process as before.
+    let _ = flag::register(SIGXFSZ, Arc::default());
+}
 
 /// Requests to this process to stop.
 pub struct StopSignals {

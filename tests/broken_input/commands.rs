@@ -94,7 +94,7 @@ pub const CASES: &[Case] = &[
     .of(&["generate", "--adapter", "out", "--prompt", "a"]),
     case(
         "merge into a folder that is there",
-        &["model exists already", "nothing is replaced", "give another --out, or remove it"],
+        &["model exists already", "nothing is replaced", "give another --out"],
         |w| w.trained(),
     )
     .of(&["merge", "--adapter", "out", "--out", "model"]),
@@ -134,6 +134,23 @@ pub const CASES: &[Case] = &[
         |w| w.write("t.jsonl", r#"{"q": "a", "a": "b"}"#),
     )
     .of(&["eval", "--model", "model", "--data", "t.jsonl"]),
+    case("a run's file that is not there", &["nocfg.yaml:", "--config names a .yaml"], |_| {}).of(&[
+        "check",
+        "--config",
+        "nocfg.yaml",
+    ]),
+    case("a field without its section", &["'--lr'", "a field of the run is written --train.lr"], |_| {})
+        .of(&["check", "--config", "run.yaml", "--lr", "1e-4"]),
+    case("generate of nothing", &["give --model or --adapter"], |_| {}).of(&["generate", "--prompt", "a"]),
+    case("verify of nothing", &["nowhere: no such folder", "expected a step"], |_| {})
+        .of(&["verify", "nowhere"]),
+    case("verify of a file", &["run.yaml: a file; expected a step"], |_| {}).of(&["verify", "run.yaml"]),
+    case(
+        "a list on the command line with a mistake in it",
+        &["--data.datasets[0].typ:", "unknown field", "did you mean type?"],
+        |_| {},
+    )
+    .of(&["check", "--config", "run.yaml", "--data.datasets", "[{path: rows.jsonl, typ: tokenized}]"]),
     case(
         "report of a folder without runs",
         &["model: no run is in it", "expected metrics.jsonl, or weights/RUN_ID/step_N"],

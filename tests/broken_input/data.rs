@@ -31,12 +31,27 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "a table of other columns",
-        &["rows.csv:2:", "`input_ids`, found `question`, `answer`; set type to that of the rows"],
+        &["rows.csv:2:", "`input_ids`, found `question`, `answer`; in data.datasets set type"],
         |w| {
             w.write("rows.csv", "question,answer\n1,2\n");
             w.edit("run.yaml", "rows.jsonl", "rows.csv");
         },
     ),
+    case(
+        "a table of another delimiter",
+        &["rows.csv:2: no type fits a row of `question;answer`, whose columns commas should divide"],
+        |w| {
+            w.write("rows.csv", "question;answer\n1;2\n");
+            w.edit("run.yaml", "rows.jsonl", "rows.csv");
+            w.edit("run.yaml", "      type: tokenized\n", "");
+        },
+    ),
+    case("a device", &["/dev/zero: a pipe or a device", "write its rows to a file"], |w| {
+        w.set("rows.jsonl", "/dev/zero")
+    }),
+    case("a weight that leaves nothing", &["no row is left to train on", "raise weight"], |w| {
+        w.edit("run.yaml", "      type: tokenized\n", "      type: tokenized\n      weight: 0.01\n")
+    }),
     case(
         "an answer that is null",
         &["t.jsonl:1: output: expected a text, got null", "leave the row out"],

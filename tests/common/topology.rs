@@ -1,7 +1,7 @@
 //! Tiny models trained in fp32 over ranks, held against one rank: what topology tests share.
 //!
-//! Each case starts this test program under mpirun; its ranks run [`mpi_worker`], which trains and leaves what it saw in
-//! a file.
+//! Each case starts this test program under mpirun; its ranks run [`mpi_worker`], which trains and leaves what it saw
+//! in a file.
 
 use super::{relative, run_workers, stand_in};
 use serde::{Deserialize, Serialize};

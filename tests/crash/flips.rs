@@ -153,6 +153,7 @@ fn verify_names_each_step_and_what_is_wrong_with_it() {
     fs::write(run.step("out", 1).join("notes.txt"), "mine").unwrap();
     flip(&run.step("out", 3).join(weights), 99);
     fs::create_dir(run.run_dir("out").join("step_4")).unwrap();
+    copy_tree(&run.step("out", 2), &run.step("out", 5));
     let (code, lines) = said(&run.at("out"), &[]);
     assert_eq!(code, Some(2));
     for (line, start) in lines.iter().zip([
@@ -160,18 +161,19 @@ fn verify_names_each_step_and_what_is_wrong_with_it() {
         "weights/run/step_2: whole, ",
         "weights/run/step_3: damaged: adapter_model.safetensors is not the file that was published (SHA-256 differs",
         "weights/run/step_4: damaged: manifest.json: No such file",
+        "weights/run/step_5: damaged: ",
         "weights/run: load_checkpoint_path: auto takes step_2",
     ]) {
         assert!(line.starts_with(start), "{start} in {lines:?}");
     }
-    assert_eq!(lines.len(), 5, "{lines:?}");
+    assert_eq!(lines.len(), 6, "{lines:?}");
     let (code, lines) = said(&run.at("out"), &["--json"]);
     let told: Value = serde_json::from_str(&lines.concat()).unwrap();
     assert_eq!((code, told["auto"]["weights/run"].as_str()), (Some(2), Some("step_2")), "{told}");
     let whole: Vec<&Value> = told["steps"].as_array().unwrap().iter().map(|step| &step["whole"]).collect();
-    assert_eq!(whole, [false, true, false, false]);
+    assert_eq!(whole, [false, true, false, false, false]);
     for (path, words) in
-        [(run.at("nowhere"), "No such file"), (PathBuf::from("tests/common"), "no step: expected")]
+        [(run.at("nowhere"), "no such folder"), (PathBuf::from("tests/common"), "no step: expected")]
     {
         let line = failed(&xorl(1, &["verify", &path.display().to_string()]), 2);
         assert!(line.contains(words), "{line}");

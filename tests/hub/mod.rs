@@ -294,7 +294,7 @@ fn what_cannot_be_had_is_told_in_one_line() {
             &[],
             &[("HF_ENDPOINT", "http://127.0.0.1:1")],
             1,
-            &["check the network", "HF_HUB_OFFLINE=1"],
+            &["no such folder here, and as a hub id", "check the network", "HF_HUB_OFFLINE=1"],
         ),
         ("another server", Faults { html: true, ..none() }, &[], &[], 1, &["HF_ENDPOINT has to name a hub"]),
         (
