@@ -19,7 +19,7 @@ use std::{
     ffi::OsStr,
     fmt,
     fs::{self, File, Metadata},
-    io::Read,
+    io::{Read, Write},
     os::unix::{ffi::OsStrExt, fs::MetadataExt},
     path::{Component, Path, PathBuf},
 };
@@ -401,6 +401,21 @@ fn list(
         }
     }
     sync(directory)
+}
+
+/// Replaces the file `path`, whose folder is there. A kill or a power cut leaves the old one or the new one, and the
+/// new one is on the disk when this returns. One caller at a time.
+///
+/// # Errors
+/// The file cannot be written; the old one is left.
+pub fn replace(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let hidden = folder.join(format!(".new-{}", path.file_name().unwrap_or_default().to_string_lossy()));
+    let mut file = File::create(&hidden)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&hidden, path)?;
+    File::open(folder)?.sync_all()
 }
 
 /// Waits until a file or directory is on the disk.

@@ -207,15 +207,27 @@ impl TrainerState {
             return Err(unfit(format!("it is a save of a server, not a step of a run; {from_adapter}")));
         }
         let state: Self = serde_json::from_value(json).map_err(|error| format(error.to_string()))?;
-        if steps::number(step).is_some_and(|number| number != state.step) {
-            return Err(format(format!("it is the state of step {}", state.step)));
-        }
+        check_place(step, state.step)?;
         if state.global_batch_size == 0 {
             return Err(format("global_batch_size is 0".into()));
         }
         state.adapter.check(&manifest).map_err(format)?;
         fail_point!("load.state");
         Ok(state)
+    }
+}
+
+/// Checks that the state of step `made` is in the folder `step` of that step, if in a step's folder at all.
+///
+/// # Errors
+/// It is that of another step.
+pub(super) fn check_place(step: &Path, made: usize) -> Result<(), CheckpointError> {
+    match steps::number(step).filter(|&number| number != made) {
+        Some(_) => Err(CheckpointError::Format {
+            path: step.join(STATE_FILE),
+            reason: format!("it is the state of step {made}"),
+        }),
+        None => Ok(()),
     }
 }
 

@@ -6,7 +6,7 @@ use super::{
     adapter_config::{AdapterConfig, CONFIG_FILE, read_config},
     base, io,
     publish::{sync, verify, withdraw},
-    state::{STATE_FILE, progress_of},
+    state::{check_place, progress_of},
 };
 use crate::hub::{self, HubId};
 use fail::fail_point;
@@ -48,13 +48,7 @@ pub fn published(run: &Path) -> Vec<usize> {
 /// As [`verify`], or a state of another step.
 pub fn whole(step: &Path) -> Result<(), CheckpointError> {
     verify(step)?;
-    match (number(step), progress_of(step)) {
-        (Some(named), Some((made, _))) if named != made => Err(CheckpointError::Format {
-            path: step.join(STATE_FILE),
-            reason: format!("it is the state of step {made}"),
-        }),
-        _ => Ok(()),
-    }
+    progress_of(step).map_or(Ok(()), |(made, _)| check_place(step, made))
 }
 
 /// The newest whole step of `run`, if any, and the errors of the newer ones that are not.
@@ -261,7 +255,7 @@ fn newest(run: &Path) -> Option<PathBuf> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{FolderWriter, publish::KnownHashes};
+    use super::super::{FolderWriter, publish::KnownHashes, state::STATE_FILE};
     use super::*;
     use proptest::prelude::*;
 

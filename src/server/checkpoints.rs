@@ -9,14 +9,13 @@ use super::{
 use crate::{
     checkpoint::{
         CheckpointError,
-        publish::{MANIFEST, create_folder},
+        publish::{self, MANIFEST, create_folder},
         saves,
     },
     lora::LoraShape,
 };
 use std::{
-    fs::{self, File},
-    io::{self, Write},
+    fs, io,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
     time::SystemTime,
@@ -200,8 +199,7 @@ pub fn to_save(
     Ok((target, checkpoint))
 }
 
-/// Replaces the file `path` below `root`, whose folder is made. A kill or a power cut leaves the old one or the new
-/// one, and the new one is on the disk when this returns.
+/// [`publish::replace`] for the file `path` below `root`, whose folder is made.
 pub(super) fn replace(root: &Path, path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
     let whole = inside(root, path)?;
     let folder = whole.parent().unwrap_or(root);
@@ -209,15 +207,7 @@ pub(super) fn replace(root: &Path, path: &Path, bytes: &[u8]) -> Result<(), Stor
     // Two requests may write one file.
     static TURN: Mutex<()> = Mutex::new(());
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let hidden = folder.join(format!(".new-{}", whole.file_name().unwrap_or_default().to_string_lossy()));
-    let write = || {
-        let mut file = File::create(&hidden)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&hidden, &whole)?;
-        File::open(folder)?.sync_all()
-    };
-    write().map_err(|error| StoreError::Io { path: path.to_owned(), error })
+    publish::replace(&whole, bytes).map_err(|error| StoreError::Io { path: path.to_owned(), error })
 }
 
 /// The saved adapters of `model`, newest last.
@@ -326,7 +316,7 @@ mod tests {
         let path = root.path().join("weights/policy_v1").join(NOTES).join("x");
         let save = || publish(&to_save(root.path(), "a/x", &model(), Kind::Weights).unwrap().0);
         save();
-        let first = File::open(&path).unwrap();
+        let first = fs::File::open(&path).unwrap();
         save();
         assert_ne!(first.metadata().unwrap().ino(), fs::metadata(&path).unwrap().ino());
         assert_eq!(ids(root.path()), ["weights/x"]);

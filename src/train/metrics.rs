@@ -7,7 +7,7 @@ use super::{
     Evaluation, StepReport, progress::Progress, records::Records, save::remedy, tensorboard::EventFile,
 };
 use crate::{
-    checkpoint::CheckpointError,
+    checkpoint::{CheckpointError, publish::replace},
     comm::{Ledger, Operation, Received},
     config::{LogFormat, OnSaveError, TrainArgs},
     console::{self, first_of},
@@ -255,7 +255,7 @@ impl Metrics {
                 let Kept { lines, last, history, damaged } = lines_up_to(step, &text);
                 if damaged > 0 {
                     let aside = path.with_extension("jsonl.damaged");
-                    let replaced = std::fs::copy(&path, &aside).and_then(|_| std::fs::write(&path, &lines));
+                    let replaced = std::fs::copy(&path, &aside).and_then(|_| replace(&path, &lines));
                     replaced.map_err(|error| with_remedy(fault(&aside, error)))?;
                     tracing::warn!(
                         "{}: {} damaged between those of the run, and left out; the file as it was is {}",

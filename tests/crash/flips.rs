@@ -166,6 +166,7 @@ fn verify_names_each_step_and_what_is_wrong_with_it() {
     ]) {
         assert!(line.starts_with(start), "{start} in {lines:?}");
     }
+    assert!(lines[4].ends_with("it is the state of step 2"), "{lines:?}");
     assert_eq!(lines.len(), 6, "{lines:?}");
     let (code, lines) = said(&run.at("out"), &["--json"]);
     let told: Value = serde_json::from_str(&lines.concat()).unwrap();
