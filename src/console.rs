@@ -77,9 +77,9 @@ pub fn say(text: &str) {
     let _ = Lines::default().write_all(format!("{text}\n").as_bytes());
 }
 
-/// Writes a line to stdout. A reader that is gone ends no run.
-pub fn tell(line: &str) {
-    let _ = io::stdout().write_all(format!("{line}\n").as_bytes());
+/// Writes `text` to stdout. A reader that is gone, or has seen enough (`| head`), is no error.
+pub fn tell(text: &str) {
+    let _ = io::stdout().write_all(text.as_bytes());
 }
 
 /// Writes `text` to stderr without a line break, to ask for a line.

@@ -48,7 +48,7 @@ pub struct Merge {
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
     /// PEFT adapter directory, such as a published step; the directory of a run (weights/run, or its output_dir) is its
-    /// newest step, weights/run/best its best
+    /// newest step, best in that directory its best
     #[arg(long, value_name = "DIR")]
     pub adapter: PathBuf,
     /// Folder to make; when absent that of the adapter, or of the step of a run, with -merged behind its name

@@ -24,13 +24,13 @@ use crate::buffers;
 use crate::checkpoint::failpoints;
 use crate::comm;
 use crate::config::{self, FieldInfo, Override};
+use crate::console;
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
 use clap::builder::PossibleValuesParser;
 use clap::error::ErrorKind;
 use clap::{Arg, CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
-use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -61,6 +61,8 @@ trait Runnable: clap::Args {
 /// The fields of a configuration that a command reads.
 #[derive(Clone, Copy)]
 struct Fields {
+    /// The configuration's usual name.
+    file: &'static str,
     /// An override in the usage.
     usage: &'static str,
     /// All fields, for the long help.
@@ -70,8 +72,12 @@ struct Fields {
 }
 
 /// The fields of `run.yaml`.
-const RUN_FIELDS: Fields =
-    Fields { usage: "[--section.field <VALUE>]...", help: config::help, schema: config::schema };
+const RUN_FIELDS: Fields = Fields {
+    file: "run.yaml",
+    usage: "[--section.field <VALUE>]...",
+    help: config::help,
+    schema: config::schema,
+};
 
 /// Options of every command.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -192,17 +198,18 @@ fn at_least_one(text: &str) -> Result<usize, String> {
 pub fn parse(args: impl IntoIterator<Item = impl Into<OsString>>) -> Result<Invocation> {
     let mut parser = parser();
     let (args, overrides) = split_overrides(args.into_iter().map(Into::into), &parser)?;
-    let serves = args.iter().any(|arg| arg == "serve");
+    let named = args.iter().find_map(|arg| COMMANDS.iter().find(|known| arg == known.name));
+    let fields = named.map_or(Some(RUN_FIELDS), |known| known.fields);
     let program = OsString::from("xorl-dist");
     let matches = match parser.try_get_matches_from_mut(std::iter::once(program).chain(args)) {
         Ok(matches) => matches,
         Err(error) if error.kind() == ErrorKind::DisplayHelp => {
             return Ok(Invocation::Help(error.to_string()));
         }
-        Err(error) => return Err(usage_error(&error, serves)),
+        Err(error) => return Err(usage_error(&error, fields)),
     };
     let Cli { command, config, dry_run, device, debug, version } =
-        Cli::from_arg_matches(&matches).map_err(|error| usage_error(&error, serves))?;
+        Cli::from_arg_matches(&matches).map_err(|error| usage_error(&error, fields))?;
     let command = match (command, config) {
         _ if version => return Ok(Invocation::Version),
         (None, None) => {
@@ -241,7 +248,7 @@ pub fn run(invocation: Invocation) -> Result<ExitCode> {
 
 /// Prints text; a reader that has seen enough (`| head`) is no error.
 fn print(text: &str) -> ExitCode {
-    let _ = std::io::stdout().write_all(text.as_bytes());
+    console::tell(text);
     ExitCode::SUCCESS
 }
 
@@ -346,8 +353,8 @@ fn names_gpu(message: &str) -> bool {
     ["'gpu", "'cuda:", "'nvidia", "'nccl"].iter().any(|name| message.contains(name))
 }
 
-/// clap's message in one line. `serves`: the command is `serve`.
-fn usage_error(error: &clap::Error, serves: bool) -> Error {
+/// clap's message in one line. `fields`: those of the command.
+fn usage_error(error: &clap::Error, fields: Option<Fields>) -> Error {
     let text = error.to_string();
     let message: Vec<_> = text
         .lines()
@@ -359,16 +366,12 @@ fn usage_error(error: &clap::Error, serves: bool) -> Error {
     let message = message.strip_prefix("error: ").unwrap_or(&message);
     let is_file = |word: &str| [".yaml'", ".yml'", ".json'"].iter().any(|end| word.ends_with(end));
     let argument = message.split_once("argument '--").and_then(|(_, rest)| rest.split_once('\''));
-    if let Some((name, _)) = argument.filter(|_| serves)
-        && config::server_help().contains(&format!("--server.{name} <"))
+    if let (Some((name, _)), Some(fields)) = (argument, fields)
+        && error.kind() == ErrorKind::UnknownArgument
+        && let Some((section, _)) = (fields.schema)().into_iter().find(|(_, field)| field.key == name)
     {
-        return Error::Input(format!("{message}; fields of server.yaml are written --server.{name}"));
-    }
-    let section = argument
-        .filter(|_| error.kind() == ErrorKind::UnknownArgument)
-        .and_then(|(name, _)| (RUN_FIELDS.schema)().into_iter().find(|(_, field)| field.key == name));
-    if let Some((section, FieldInfo { key, .. })) = section {
-        return Error::Input(format!("{message}; a field of the run is written --{section}.{key}"));
+        let file = fields.file;
+        return Error::Input(format!("{message}; fields of {file} are written --{section}.{name}"));
     }
     let hint =
         message.split_whitespace().find(|word| is_file(word)).filter(|_| !message.contains("--config"));

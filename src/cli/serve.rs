@@ -21,6 +21,7 @@ impl Runnable for Serve {
     const USAGE: &'static str = "serve --config <FILE>";
     const FIELDS: Option<Fields> = Some(Fields {
         usage: "[--server.field <VALUE>]...",
+        file: "server.yaml",
         help: config::server_help,
         schema: config::server_schema,
     });

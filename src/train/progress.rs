@@ -55,7 +55,7 @@ impl Progress {
             }
         }
         let left = self.left(done).map_or_else(|| "?".to_owned(), time);
-        console::tell(&format!("[STEP {done}/{}] {} eta={left}", self.total, told.join(" ")));
+        console::tell(&format!("[STEP {done}/{}] {} eta={left}\n", self.total, told.join(" ")));
     }
 
     fn bar(&self, done: usize, told: &[String]) -> String {

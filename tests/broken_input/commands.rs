@@ -139,8 +139,10 @@ pub const CASES: &[Case] = &[
         "--config",
         "nocfg.yaml",
     ]),
-    case("a field without its section", &["'--lr'", "a field of the run is written --train.lr"], |_| {})
+    case("a field without its section", &["'--lr'", "fields of run.yaml are written --train.lr"], |_| {})
         .of(&["check", "--config", "run.yaml", "--lr", "1e-4"]),
+    case("a run's field for a command that reads no run", &["'--lr'", "(see --help)"], |_| {})
+        .of(&["runs", "--lr", "1e-4"]),
     case("generate of nothing", &["give --model or --adapter"], |_| {}).of(&["generate", "--prompt", "a"]),
     case("verify of nothing", &["nowhere: no such folder", "expected a step"], |_| {})
         .of(&["verify", "nowhere"]),
