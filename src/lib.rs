@@ -30,7 +30,7 @@
 //! - [`console`]: text for people: counted nouns, short lists, whole lines on stderr, the bar below them
 //! - [`clock`]: seconds by phase of a step
 //! - [`trace`]: spans of phases, operations and collectives, for Chrome's trace viewer
-//! - [`buffers`]: host memory of activations and temporaries, reused
+//! - [`buffers`]: host memory of activations and temporaries, reused; the allocator of small blocks
 //! - [`rng`]: counter-based random numbers keyed by name
 //! - [`dtype`]: element types of stored and gathered tensors
 //! - [`json`]: faults of JSON files in words

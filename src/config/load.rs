@@ -279,7 +279,8 @@ fn node_of(values: &[String]) -> Node {
         [] => Node { line: 1, kind: Kind::Bare },
         [one] if one.starts_with(['[', '{']) => {
             // A glob may start with a bracket too, so the text may be neither.
-            source::parse_yaml(one).map_or_else(|_| Node::plain(one), |document| document.root)
+            let read = source::parse_json(one).or_else(|_| source::parse_yaml(one));
+            read.map_or_else(|_| Node::plain(one), |document| document.root)
         }
         [one] => Node::plain(one),
         many => Node { line: 1, kind: Kind::List(many.iter().map(|value| Node::plain(value)).collect()) },

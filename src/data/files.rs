@@ -32,12 +32,12 @@ pub(crate) fn files(path: &Path, split: Option<&str>) -> Result<Files, DataError
         Ok(found) => found,
         Err(error) => return if is_glob(path) { globbed(path, split) } else { Err(io(error)) },
     };
-    if !found.is_dir() && !found.is_file() {
-        let problem = "a pipe or a device, which cannot be read twice; write its rows to a file".into();
-        return Err(DataError::Foreign { path: path.into(), problem });
+    if found.is_file() {
+        return Ok(Files { paths: vec![path.into()], remark: None });
     }
     if !found.is_dir() {
-        return Ok(Files { paths: vec![path.into()], remark: None });
+        let problem = "a pipe or a device, which cannot be read twice; write its rows to a file".into();
+        return Err(DataError::Foreign { path: path.into(), problem });
     }
     if let Some(dict) = read_json(&path.join("dataset_dict.json"))? {
         return saved(&path.join(split_of(path, &dict, split)?));
