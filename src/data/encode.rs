@@ -11,7 +11,6 @@ use super::{
     source::{Source, check_tokens},
     special_tokens::SpecialTokens,
     tokenized::{Sample, tokenized_of},
-    tokenizer::Encoded,
     turns,
 };
 use crate::config::{DataArgs, DatasetType, Turns};
@@ -158,16 +157,14 @@ impl<'a> Encoder<'a> {
                 let reason = "says that it has no loss, while data.train_on_inputs gives one to every token";
                 return Err(LineProblem::Refused { field, reason });
             }
-            let encoded = tokenizer.encode_with_offsets(&template.render_text(chat)?)?;
-            let everywhere = vec![true; encoded.ids.len()];
-            return Ok(vec![self.labelled(&encoded, everywhere)?]);
+            let ids = tokenizer.ids(&template.render_text(chat)?, false)?;
+            return Ok(vec![self.labelled(&ids, None)?]);
         }
         let rows = turns::rows(template, chat, self.args.turns)?;
         notes.count_chat(&chat.messages, rows.trained, rows.own_rows, rows.lost_thoughts);
         let sample = |row: &turns::Rendering| {
-            let encoded = tokenizer.encode_with_offsets(&row.text)?;
-            let trained = encoded.covered_by(&row.spans);
-            self.labelled(&encoded, trained)
+            let encoded = tokenizer.ids_with_ranges(&row.text, false)?;
+            self.labelled(&encoded.ids, Some(encoded.covered_by(&row.spans)))
         };
         rows.renderings.iter().map(sample).collect()
     }
@@ -181,13 +178,13 @@ impl<'a> Encoder<'a> {
             text.push_str(eos);
         }
         notes.count_sample();
-        let encoded = tokenizer.encode_whole(&text)?;
-        let flags = match trained {
-            _ if self.args.train_on_inputs => vec![true; encoded.ids.len()],
-            0 => vec![true; encoded.ids.len()],
-            _ => encoded.covered_by(std::slice::from_ref(&(trained..text.len()))),
+        let sample = if trained == 0 || self.args.train_on_inputs {
+            self.labelled(&tokenizer.ids(&text, true)?, None)?
+        } else {
+            let encoded = tokenizer.ids_with_ranges(&text, true)?;
+            let flags = encoded.covered_by(std::slice::from_ref(&(trained..text.len())));
+            self.labelled(&encoded.ids, Some(flags))?
         };
-        let sample = self.labelled(&encoded, flags)?;
         if trained > 0 || sample.tokens.len() <= self.limit {
             return Ok(vec![sample]);
         }
@@ -198,11 +195,14 @@ impl<'a> Encoder<'a> {
         Ok(pieces)
     }
 
-    /// Checked tokens, with labels where `trained`.
-    fn labelled(&self, encoded: &Encoded, trained: Vec<bool>) -> Result<Sample, LineProblem> {
-        let tokens = check_tokens(&encoded.ids, self.vocab_size, "rendered tokens")?;
+    /// Checked tokens, with labels where `trained`, or everywhere.
+    fn labelled(&self, ids: &[i64], trained: Option<Vec<bool>>) -> Result<Sample, LineProblem> {
+        let tokens = check_tokens(ids, self.vocab_size, "rendered tokens")?;
         let label = |(&id, trained): (&i64, bool)| if trained { id } else { IGNORE_INDEX };
-        let labels = encoded.ids.iter().zip(trained).map(label).collect();
+        let labels = match trained {
+            Some(trained) => ids.iter().zip(trained).map(label).collect(),
+            None => ids.to_vec(),
+        };
         Ok(Sample::whole(tokens, labels))
     }
 }

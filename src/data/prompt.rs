@@ -76,7 +76,7 @@ impl Prompt {
         chat.messages.last_mut().into_iter().for_each(clear_switches);
         let reference = is_answered.then(|| {
             let row = turns::rows(template, &chat, Turns::Last)?.renderings.pop().unwrap_or_default();
-            let encoded = tokenizer.encode_with_offsets(&row.text)?;
+            let encoded = tokenizer.ids_with_ranges(&row.text, false)?;
             let trained = encoded.covered_by(row.spans.last().map(std::slice::from_ref).unwrap_or_default());
             source::check_tokens(&encoded.ids, vocab_size, "rendered tokens")?;
             let label = |(&id, trained): (&i64, bool)| if trained { id } else { IGNORE_INDEX };
@@ -94,7 +94,7 @@ impl Prompt {
 
 /// The ids of `text`, at least one and all in the vocabulary.
 fn checked(text: &str, tokenizer: &Tokenizer, vocab_size: usize) -> Result<Vec<i64>, LineProblem> {
-    let ids = tokenizer.encode_with_offsets(text)?.ids;
+    let ids = tokenizer.ids(text, false)?;
     source::check_tokens(&ids, vocab_size, "rendered tokens")?;
     Ok(ids)
 }

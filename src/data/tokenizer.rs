@@ -109,26 +109,30 @@ impl Tokenizer {
 
     /// Token ids of `text`; special tokens are recognised in it but none are added.
     pub fn encode(&self, text: &str) -> Result<Vec<i64>, DataError> {
-        Ok(self.encode_with_offsets(text).map_err(DataError::Render)?.ids)
+        self.ids(text, false).map_err(DataError::Render)
     }
 
-    /// As [`Tokenizer::encode`], with the byte range of each token.
-    pub(super) fn encode_with_offsets(&self, text: &str) -> Result<Encoded, LineProblem> {
-        self.encoded(text, false)
+    /// Token ids of `text`, with the special tokens that the tokenizer sets around a text if `with_special`.
+    pub(super) fn ids(&self, text: &str, with_special: bool) -> Result<Vec<i64>, LineProblem> {
+        let encoding = self.guarded(|inner| inner.encode_fast(text, with_special))?;
+        Ok(encoding.get_ids().iter().map(|&id| i64::from(id)).collect())
     }
 
-    fn encoded(&self, text: &str, with_special: bool) -> Result<Encoded, LineProblem> {
-        let encoding = guarded(|| self.inner.encode(text, with_special)).ok_or_else(failed)?;
-        let encoding = encoding.map_err(|error| LineProblem::Tokenize(one_line(error)))?;
+    /// As [`Tokenizer::ids`], with the byte range of each token.
+    pub(super) fn ids_with_ranges(&self, text: &str, with_special: bool) -> Result<Encoded, LineProblem> {
+        let encoding = self.guarded(|inner| inner.encode(text, with_special))?;
         Ok(Encoded {
             ids: encoding.get_ids().iter().map(|&id| i64::from(id)).collect(),
             offsets: encoding.get_offsets().iter().map(|&(start, end)| start..end).collect(),
         })
     }
 
-    /// As [`Tokenizer::encode_with_offsets`], with the special tokens that the tokenizer sets around a text.
-    pub(super) fn encode_whole(&self, text: &str) -> Result<Encoded, LineProblem> {
-        self.encoded(text, true)
+    fn guarded(
+        &self,
+        encode: impl Fn(&tokenizers::Tokenizer) -> tokenizers::Result<tokenizers::Encoding>,
+    ) -> Result<tokenizers::Encoding, LineProblem> {
+        let encoding = guarded(|| encode(&self.inner)).ok_or_else(failed)?;
+        encoding.map_err(|error| LineProblem::Tokenize(one_line(error)))
     }
 
     /// The text of `ids`; special tokens are left out if `skip_special_tokens`, unknown ids always.
