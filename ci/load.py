@@ -126,7 +126,7 @@ class Server:
         while True:
             ranks = self.ranks() if self.is_up.is_set() else []
             if ranks:
-                self.rss.append(sum(map(resident_bytes, ranks)))
+                self.rss.append([resident_bytes(rank) for rank in ranks])
                 self.files.append(sum(map(open_files, ranks)))
             await asyncio.sleep(SAMPLE_SECONDS)
 
@@ -281,7 +281,10 @@ async def measure(args, folder):
         samples = len(server.rss)
         warm = int(WARM_SECONDS / SAMPLE_SECONDS)
         warm = warm if samples >= 2 * warm else 0
-        (grown, share), (more_files, _) = (growth(values[warm:]) if samples >= 8 else (0, 0) for values in (server.rss, server.files))
+        together = [sum(ranks) for ranks in server.rss]
+        (grown, share), (more_files, _) = (growth(values[warm:]) if samples >= 8 else (0, 0) for values in (together, server.files))
+        # Rank 0 alone keeps results.
+        by_rank = [growth(values)[0] for values in zip(*server.rss[warm:], strict=False)] if samples >= 8 else []
         watcher.cancel()
         operations = sum(len(life.applied) for life in lives)
         say(f"{len(lives)} adapters, {operations} operations; replaying")
@@ -303,8 +306,9 @@ async def measure(args, folder):
         "operations": operations,
         "replayed": len(chosen),
         "largest_distance": worst,
-        "memory_bytes": server.rss[-1] if server.rss else 0,
+        "memory_bytes": together[-1] if together else 0,
         "memory_growth_bytes": grown,
+        "memory_growth_bytes_of_ranks": by_rank,
         "memory_growth": round(share, 4),
         "memory_seconds": round((samples - warm) * SAMPLE_SECONDS),
         "open_files": server.files[-1] if server.files else 0,
