@@ -13,6 +13,8 @@ export CARGO_INCREMENTAL=0
 export XORL_ORACLE_PYTHON=${XORL_ORACLE_PYTHON:-$PWD/.venv/bin/python}
 # Open MPI refuses root and more ranks than cores unless told; MPICH does not read these.
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+# Two tests of ranks run at once: who waits leaves the core to the others.
+export OMPI_MCA_mpi_yield_when_idle=1
 
 say 'Format, lints, documentation'
 cargo fmt --check
