@@ -226,8 +226,9 @@ fn ten_signals_in_each_phase_stop_one_and_two_ranks() {
 fn a_second_signal_ends_the_process_at_once_and_says_so() {
     let run = TinyRun::new();
     repeat_rows(&run, 500);
-    let child =
-        started(run.command(1, "out", &[&LONG_STEPS[..], &["--train.global_batch_size", "20000"]].concat()));
+    // The step goes on, so that the second signal is in time on a busy machine.
+    let goes_on = ["--train.global_batch_size", "20000", "--train.stop_grace_s", "3600"];
+    let child = started(run.command(1, "out", &[&LONG_STEPS[..], &goes_on].concat()));
     wait_for("the run", || run.at("out/metrics.jsonl").exists().then_some(()));
     for number in [libc::SIGUSR1, libc::SIGINT] {
         signal(child.id(), number);

@@ -1,8 +1,8 @@
 //! Signals that ask a run or a server to save and stop: SIGUSR1 under any launcher, SIGTERM and SIGINT where no
 //! launcher acts on them. The handlers only set a flag; the ranks of a run agree on it after each micro-batch and at
-//! the end of each step. A thread prints the reaction to the first signal at once, because a micro-batch may take long.
+//! the end of each step. Threads print the reaction to a signal at once, because a micro-batch may take long.
 //!
-//! Before [`StopSignals::begin`] a run has nothing to save: the thread ends the process, and the launcher the others.
+//! Before [`StopSignals::begin`] a run has nothing to save: a thread ends the process, and the launcher the others.
 
 use crate::{
     comm::{CommError, Communicator, Reduce, Watcher, World},
@@ -109,12 +109,11 @@ impl StopSignals {
         let (asked, since) = (Arc::new(AtomicBool::new(false)), Arc::new(OnceLock::new()));
         let failed = |error| Error::Failure(format!("listening to signals: {error}"));
         let ours = if leaves_signals { &[SIGTERM, SIGINT, SIGUSR1][..] } else { &[SIGUSR1] };
-        let (quits, last) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let quits = Arc::new(AtomicBool::new(false));
         let (own, first) = (place.clone(), since.clone());
-        let (seen, answered, quit) = (last.clone(), asked.clone(), quits.clone());
+        let (answered, quit) = (asked.clone(), quits.clone());
         let watcher = world.watcher();
-        let answer = move |before: usize| {
-            let signal = seen.load(Ordering::Relaxed) as i32;
+        let answer = move |before, signal| {
             if before == 0 {
                 let _ = first.set(Instant::now());
                 answered.store(true, Ordering::Relaxed);
@@ -130,7 +129,6 @@ impl StopSignals {
         on_each(ours, answer).map_err(failed)?;
         for &signal in ours {
             flag::register(signal, asked.clone()).map_err(failed)?;
-            flag::register_usize(signal, last.clone(), signal as usize).map_err(failed)?;
             if by_hand && signal != SIGUSR1 {
                 // Where the thread cannot print, a third signal ends the process.
                 flag::register_conditional_shutdown(signal, 128 + signal, quits.clone()).map_err(failed)?;
@@ -138,7 +136,7 @@ impl StopSignals {
         }
         if says && !leaves_signals {
             let own = place.clone();
-            let ends = move |_| {
+            let ends = move |_, _| {
                 console::say(&own.ending());
                 let _ = low_level::emulate_default_handler(SIGTERM);
             };
@@ -170,7 +168,7 @@ impl StopSignals {
     pub fn on_asked(&self, act: impl Fn() + Send + Sync + 'static) -> Result<()> {
         let act = Arc::new(act);
         let own = act.clone();
-        let first = move |before| {
+        let first = move |before, _| {
             if before == 0 {
                 own();
             }
@@ -271,21 +269,22 @@ impl Place {
     }
 }
 
-/// Calls `act` on a thread of its own at each of `signals`, with the number of those before it.
-fn on_each(signals: &[i32], mut act: impl FnMut(usize) + Send + 'static) -> std::io::Result<()> {
-    let (mut hears, writes) = UnixStream::pair()?;
+/// Calls `act` at each of `signals`, on a thread of that signal, with the number of those before it and the signal.
+fn on_each(signals: &[i32], act: impl Fn(usize, i32) + Send + Sync + 'static) -> std::io::Result<()> {
+    let (act, count) = (Arc::new(act), Arc::new(AtomicUsize::new(0)));
     for &signal in signals {
-        pipe::register(signal, writes.try_clone()?)?;
+        let (mut hears, writes) = UnixStream::pair()?;
+        pipe::register(signal, writes)?;
+        let (act, count) = (act.clone(), count.clone());
+        let wait = move || {
+            // The other end stays open as long as the process: its handler owns it.
+            while hears.read_exact(&mut [0]).is_ok() {
+                act(count.fetch_add(1, Ordering::Relaxed), signal);
+            }
+        };
+        std::thread::Builder::new().name("signals".into()).spawn(wait)?;
     }
-    let wait = move || {
-        // The other end stays open as long as the process: its handlers own it.
-        let mut before = 0;
-        while hears.read_exact(&mut [0]).is_ok() {
-            act(before);
-            before += 1;
-        }
-    };
-    std::thread::Builder::new().name("signals".into()).spawn(wait).map(drop)
+    Ok(())
 }
 
 #[cfg(test)]
