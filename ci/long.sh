@@ -151,7 +151,8 @@ case "${1:-}" in
     cargo build --quiet --bins --examples
     "$CARGO_TARGET_DIR/debug/xorl-dist" --version | grep MPI
     # slurm's srun is Open MPI's here.
-    exec cargo nextest run --profile ci -E 'test(/(^|::)mpi_/) - test(/^slurm::/)'
+    # Its waiting ranks keep their cores.
+    exec cargo nextest run --profile ci --test-threads 1 -E 'test(/(^|::)mpi_/) - test(/^slurm::/)'
     ;;
   same_bits)
     shift
