@@ -391,6 +391,16 @@ fn a_locked_output_directory_is_refused() {
 }
 
 #[test]
+fn a_folder_that_cannot_be_written_is_refused_with_a_remedy() {
+    let run = TinyRun::new();
+    // Neither root nor anyone else makes files there; the one exists, the other does not.
+    for output in ["/sys", "/sys/out"] {
+        let line = failed(&run.run(1, output, &[]), 2);
+        assert!(line.contains(output) && line.contains("another output_dir"), "{line}");
+    }
+}
+
+#[test]
 fn two_runs_at_once_cannot_share_an_output_directory() {
     let run = TinyRun::new();
     let mut child =

@@ -270,8 +270,8 @@ pub enum HubError {
     #[error("{address}: {reason}; HF_ENDPOINT has to name a hub")]
     Answer { address: String, reason: String },
     #[error(
-        "{address}: {reason}; check the network, HF_ENDPOINT and HTTPS_PROXY, or set HF_HUB_OFFLINE=1 to use the cache \
-         alone"
+        "{address}: {reason}; check the network, HF_ENDPOINT, HTTPS_PROXY and the certificates of SSL_CERT_FILE, or set \
+         HF_HUB_OFFLINE=1 to use the cache alone"
     )]
     Unreachable { address: String, reason: String },
     /// A path that is misspelt has the form of an id.

@@ -4,7 +4,7 @@
 //! that does nothing.
 
 use super::{
-    Evaluation, StepReport, progress::Progress, records::Records, save::remedy, tensorboard::EventFile,
+    Evaluation, StepReport, output::remedy, progress::Progress, records::Records, tensorboard::EventFile,
 };
 use crate::{
     checkpoint::{CheckpointError, publish::replace},

@@ -3,6 +3,7 @@
 use super::Run;
 use crate::{
     checkpoint::{
+        CheckpointError,
         output::{OutputLock, SharedToken},
         publish::create_folder,
     },
@@ -10,7 +11,10 @@ use crate::{
     config::TrainArgs,
     error::{Error, Result, agree, broadcast_from_root},
 };
-use std::path::{Path, PathBuf};
+use std::{
+    io::ErrorKind,
+    path::{Path, PathBuf},
+};
 
 impl Run {
     /// The output directory.
@@ -36,6 +40,28 @@ pub(super) fn may_become_folder(output: &Path, place: &str) -> Result<()> {
     }
 }
 
+/// The error of an output directory that cannot be taken, a user's: nothing was written yet. `place` stands before it.
+pub(super) fn not_taken(place: &str, error: &CheckpointError) -> Error {
+    Error::Input(match error {
+        CheckpointError::Io { error: cause, .. } => format!("{place}: {error}; {}", remedy(cause.kind())),
+        _ => format!("{place}: {error}"),
+    })
+}
+
+/// The remedy of an error of the file system of an output directory.
+pub(super) fn remedy(kind: ErrorKind) -> &'static str {
+    match kind {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "free space there, or give another output_dir",
+        ErrorKind::ReadOnlyFilesystem => "mount it for writing, or give another output_dir",
+        ErrorKind::PermissionDenied => "give this user the right to write there, or another output_dir",
+        ErrorKind::NotFound | ErrorKind::NotADirectory | ErrorKind::StaleNetworkFileHandle => {
+            "it was removed, or its file system is gone: bring that back, or give another output_dir"
+        }
+        ErrorKind::FileTooLarge => "let files be larger there (ulimit -f), or give another output_dir",
+        _ => "see that its file system works, or give another output_dir",
+    }
+}
+
 /// Makes `output` and locks it on rank 0, unless that `held` the lock already, and checks that all ranks see the same
 /// directory. `place` stands before errors. Gives the lock to rank 0. Collective.
 ///
@@ -47,15 +73,13 @@ pub fn take_output(
     held: Option<OutputLock>,
     world: &dyn Communicator,
 ) -> Result<Option<OutputLock>> {
-    // A directory that cannot be written is a user error, as nothing was written yet.
-    let input = |error: &dyn std::fmt::Display| Error::Input(format!("{place}: {error}"));
     let take = || {
-        create_folder(output).map_err(|error| input(&error))?;
-        let lock = held.map_or_else(|| OutputLock::take(output), Ok).map_err(|error| input(&error))?;
-        let token = SharedToken::put(output).map_err(|error| input(&error))?;
-        Ok(Some((lock, token)))
+        create_folder(output)?;
+        let lock = held.map_or_else(|| OutputLock::take(output), Ok)?;
+        Ok(Some((lock, SharedToken::put(output)?)))
     };
     let taken = if world.rank() == 0 { take() } else { Ok(None) };
+    let taken = taken.map_err(|error| not_taken(place, &error));
     let (lock, token) = agree(world, taken)?.unzip();
     let name = broadcast_from_root(world, token.as_ref().map_or("", SharedToken::name))?;
     agree(world, SharedToken::is_seen(output, &name).map_err(Error::from))?;

@@ -3,7 +3,11 @@
 //! Rank 0 finds and verifies the step; then every rank reads its own pieces. Nothing is written before all of it is
 //! done: an error here ends all ranks with exit code 2 and changes no file.
 
-use super::{Run, run::makes_steps, take_output};
+use super::{
+    Run,
+    output::{not_taken, take_output},
+    run::makes_steps,
+};
 use crate::{
     checkpoint::{
         CheckpointError, TrainerState, adapter_store, base,
@@ -92,7 +96,8 @@ impl Run {
     fn look(&mut self) -> Result<Option<PathBuf>> {
         let output = &self.config.train.output_dir;
         if output.is_dir() {
-            self.lock = Some(OutputLock::take(output)?);
+            let place = self.places.of("train.output_dir").to_string();
+            self.lock = Some(OutputLock::take(output).map_err(|error| not_taken(&place, &error))?);
         }
         self.find()
     }

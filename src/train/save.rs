@@ -10,7 +10,9 @@
 mod base;
 mod files;
 
-use super::{Run, Trainer, best::Best, merge::Merger, metrics::METRICS_FILE, signals::SavedStep};
+use super::{
+    Run, Trainer, best::Best, merge::Merger, metrics::METRICS_FILE, output::remedy, signals::SavedStep,
+};
 use crate::{
     checkpoint::{
         self, CheckpointError, FolderWriter, TrainerState, adapter_store,
@@ -29,7 +31,6 @@ use crate::{
 use files::{AdapterFiles, Files, Job, Published, Publishing, RootFiles};
 use std::{
     fs::File,
-    io::ErrorKind,
     path::{Path, PathBuf},
     rc::Rc,
     sync::Arc,
@@ -113,22 +114,6 @@ fn not_saved(step: usize, error: CheckpointError) -> Error {
             remedy(cause.kind())
         )),
         _ => error.into(),
-    }
-}
-
-/// The remedy of an error of the file system that a run writes to.
-pub(super) fn remedy(kind: ErrorKind) -> &'static str {
-    match kind {
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
-            "free space there, or give another train.output_dir"
-        }
-        ErrorKind::ReadOnlyFilesystem => "mount it for writing, or give another train.output_dir",
-        ErrorKind::PermissionDenied => "give this user the right to write there, or another train.output_dir",
-        ErrorKind::NotFound | ErrorKind::NotADirectory | ErrorKind::StaleNetworkFileHandle => {
-            "it was removed, or its file system is gone: bring that back, or give another train.output_dir"
-        }
-        ErrorKind::FileTooLarge => "let files be larger there (ulimit -f), or give another train.output_dir",
-        _ => "see that its file system works, or give another train.output_dir",
     }
 }
 
