@@ -15,13 +15,13 @@ use std::{
 };
 use xorl_dist::checkpoint::publish;
 
-const LONG: usize = 100;
+const LONG: usize = 200;
 /// Long enough to be met while it runs; nothing is saved but where it stops and at its end.
 const RUN: [&str; 8] = [
     "--train.num_train_epochs",
     "99",
     "--train.max_steps",
-    "100",
+    "200",
     "--train.save_steps",
     "0",
     "--train.load_checkpoint_path",
@@ -269,7 +269,9 @@ fn mpi_term_to_mpirun_alone_saves_nothing_and_tears_nothing() {
     for number in [libc::SIGTERM, libc::SIGINT] {
         let out = format!("signal {number}");
         let mut launcher = mpirun();
-        launcher.args(["-n", "2", env!("CARGO_BIN_EXE_xorl-dist")]).args(run.arguments(&out, &RUN));
+        // It takes mpirun half a second and more to end its ranks.
+        let steps = [&RUN[..], &["--train.max_steps", "5000"]].concat();
+        launcher.args(["-n", "2", env!("CARGO_BIN_EXE_xorl-dist")]).args(run.arguments(&out, &steps));
         let child = started(launcher);
         let lines =
             || fs::read_to_string(run.at(&out).join("metrics.jsonl")).unwrap_or_default().lines().count();
