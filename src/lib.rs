@@ -33,6 +33,7 @@
 //! - [`buffers`]: host memory of activations and temporaries, reused; the allocator of small blocks
 //! - [`rng`]: counter-based random numbers keyed by name
 //! - [`dtype`]: element types of stored and gathered tensors
+//! - [`regular_file`]: files of which reading comes to an end: no pipes, no devices
 //! - [`json`]: faults of JSON files in words
 //! - [`lfs`]: pointers that git-LFS leaves in place of files
 //! - [`error`]: the one error type of the crate and its exit codes; it gathers the rooms' errors and is imported by
@@ -64,6 +65,7 @@ pub mod optim;
 pub mod page;
 pub mod plan;
 pub mod quant;
+pub mod regular_file;
 pub mod report;
 pub mod rng;
 pub mod server;

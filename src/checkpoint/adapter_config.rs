@@ -6,6 +6,7 @@ use crate::{
     console::shortened,
     json,
     lora::{LoraShape, PatternError, Patterns},
+    regular_file,
 };
 use fancy_regex::Regex;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -142,7 +143,7 @@ pub fn harmless_fields() -> impl Iterator<Item = (&'static str, &'static str)> {
 /// A field that changes the maths and is not built, and one that is not known.
 pub fn read_config(directory: &Path) -> Result<AdapterConfig, CheckpointError> {
     let path = directory.join(CONFIG_FILE);
-    let text = std::fs::read_to_string(&path).map_err(io(&path))?;
+    let text = regular_file::read_to_string(&path).map_err(io(&path))?;
     let format = |reason: String| CheckpointError::Format { path: path.clone(), reason };
     let fields: Map<String, Value> =
         serde_json::from_str(&text).map_err(|error| format(json::problem(text.as_bytes(), &error)))?;

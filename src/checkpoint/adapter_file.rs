@@ -1,11 +1,10 @@
 //! The tensors of a stored adapter by key: `adapter_model.safetensors`, or where that is absent `adapter_model.bin`.
 
 use super::{CheckpointError, io};
-use crate::{dtype::DType, lfs};
+use crate::{dtype::DType, lfs, regular_file};
 use safetensors::{Dtype, SafeTensors, tensor::TensorInfo};
 use std::{
     collections::BTreeMap,
-    fs::File,
     io::Read,
     ops::Range,
     path::{Path, PathBuf},
@@ -43,7 +42,9 @@ impl AdapterFile {
         let is_pickle = !path.exists();
         let path = if is_pickle { pickle } else { path };
         let mut start = Vec::new();
-        File::open(&path).and_then(|file| file.take(64).read_to_end(&mut start)).map_err(io(&path))?;
+        regular_file::open(&path)
+            .and_then(|file| file.take(64).read_to_end(&mut start))
+            .map_err(io(&path))?;
         if lfs::is_pointer(&start) {
             return Err(format(
                 &path,

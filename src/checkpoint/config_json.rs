@@ -1,7 +1,7 @@
 //! config.json beside weights that were written anew: their dtype, and the tool in whose form they are packed.
 
 use super::{CheckpointError, base::CONFIG, io, model_files::ModelFiles, packed_files};
-use crate::{dtype::DType, json};
+use crate::{dtype::DType, json, regular_file};
 use serde_json::{Map, Value};
 use std::{
     collections::BTreeMap,
@@ -40,7 +40,7 @@ fn write(
     dtype: Option<DType>,
     put: impl Fn(&Path, &Path) -> Result<(), CheckpointError>,
 ) -> Result<(), CheckpointError> {
-    let text = fs::read_to_string(from).map_err(io(from))?;
+    let text = regular_file::read_to_string(from).map_err(io(from))?;
     let mut fields: Map<String, Value> = serde_json::from_str(&text).map_err(|error| {
         CheckpointError::Format { path: from.to_owned(), reason: json::problem(text.as_bytes(), &error) }
     })?;

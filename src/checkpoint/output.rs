@@ -1,6 +1,7 @@
 //! The output directory: one run at a time writes it, and all ranks of the run see it.
 
 use super::{CheckpointError, io};
+use crate::regular_file;
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
     io::{Read, Seek, Write},
@@ -76,7 +77,9 @@ pub enum Lock {
 
 /// Looks at the lock of `output`, also where nothing can be written.
 pub fn look(output: &Path) -> Lock {
-    let Ok(mut file) = File::open(output.join(LOCK_FILE)) else { return Lock::Free { failure: None } };
+    let Ok(mut file) = regular_file::open(&output.join(LOCK_FILE)) else {
+        return Lock::Free { failure: None };
+    };
     let mut text = String::new();
     let _ = file.read_to_string(&mut text);
     let mut lines = text.lines();

@@ -10,13 +10,13 @@ use super::{
     reshard::{self, Cut, Move},
     state::{AdapterState, FOLDER},
 };
-use crate::shard::FlatRegion;
+use crate::{regular_file, shard::FlatRegion};
 use fail::fail_point;
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
+    fs,
     path::{Path, PathBuf},
 };
 
@@ -119,7 +119,7 @@ impl PiecesFile {
         let path = step.join(optimizer_file(rank, state.world));
         let fault =
             |error: std::io::Error| CheckpointError::Format { path: path.clone(), reason: error.to_string() };
-        let file = File::open(&path).map_err(fault)?;
+        let file = regular_file::open(&path).map_err(fault)?;
         // SAFETY: published steps are not written to. A file that shrinks under us would end the process with
         // SIGBUS, as it would for every reader of mapped weights.
         let map = unsafe { Mmap::map(&file) }.map_err(fault)?;

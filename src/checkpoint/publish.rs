@@ -7,7 +7,10 @@
 //! [`present`] finds the old one, and the next writer beside it puts it back.
 
 use super::{CheckpointError, io, steps};
-use crate::comm::{CommError, Communicator};
+use crate::{
+    comm::{CommError, Communicator},
+    regular_file,
+};
 use fail::fail_point;
 use serde::{
     Deserialize, Deserializer, Serialize,
@@ -76,7 +79,7 @@ impl Manifest {
     /// Reads the manifest of `step`. [`verify`] compares the files with it.
     pub fn read(step: &Path) -> Result<Self, CheckpointError> {
         let damaged = |reason: String| CheckpointError::Damaged { path: step.to_owned(), reason };
-        let text = fs::read_to_string(step.join(MANIFEST)).map_err(|error| {
+        let text = regular_file::read_to_string(&step.join(MANIFEST)).map_err(|error| {
             damaged(match step.is_dir() {
                 true => format!("{MANIFEST}: {error}"),
                 false => "there is no such directory".into(),

@@ -11,7 +11,7 @@ use super::{
     },
     state,
 };
-use crate::lora::LoraShape;
+use crate::{lora::LoraShape, regular_file};
 use fail::fail_point;
 use serde_json::Value;
 use std::{
@@ -156,7 +156,7 @@ pub fn metadata(folder: &Path) -> Result<Value, CheckpointError> {
     let path = present(folder).join(METADATA);
     let format =
         |error: serde_json::Error| CheckpointError::Format { path: path.clone(), reason: error.to_string() };
-    serde_json::from_str(&fs::read_to_string(&path).map_err(io(&path))?).map_err(format)
+    serde_json::from_str(&regular_file::read_to_string(&path).map_err(io(&path))?).map_err(format)
 }
 
 /// Makes a save `to` with the files of the save `from`, which are linked and not copied, and other metadata.

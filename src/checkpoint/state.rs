@@ -15,6 +15,7 @@ use crate::{
     lora::LoraShapes,
     model::quantized::{self, Quantization},
     optim::Schedule,
+    regular_file,
     shard::FlatRegion,
     weights::{SourceError, WeightSource},
 };
@@ -233,7 +234,7 @@ pub(super) fn check_place(step: &Path, made: usize) -> Result<(), CheckpointErro
 
 /// The steps made and those of the whole run, as the training state of the folder `step` says. Nothing is checked.
 pub fn progress_of(step: &Path) -> Option<(usize, usize)> {
-    let json: Value = serde_json::from_slice(&fs::read(step.join(STATE_FILE)).ok()?).ok()?;
+    let json: Value = serde_json::from_slice(&regular_file::read(&step.join(STATE_FILE)).ok()?).ok()?;
     let count = |key: &str| json[key].as_u64().and_then(|count| usize::try_from(count).ok());
     Some((count("step")?, count("total_steps")?))
 }
@@ -317,7 +318,8 @@ fn read_json(folder: &Path, manifest: &Manifest) -> Result<Option<Value>, Checkp
         return Ok(None);
     }
     let format = |reason: String| CheckpointError::Format { path: folder.join(STATE_FILE), reason };
-    let text = fs::read_to_string(folder.join(STATE_FILE)).map_err(|error| format(error.to_string()))?;
+    let text =
+        regular_file::read_to_string(&folder.join(STATE_FILE)).map_err(|error| format(error.to_string()))?;
     let mut json: Value = serde_json::from_str(&text).map_err(|error| format(error.to_string()))?;
     match json["format"].as_u64() {
         Some(known) if (1..=u64::from(FORMAT)).contains(&known) => upgrade(&mut json, known),

@@ -8,7 +8,10 @@ use super::{
     publish::{sync, verify, withdraw},
     state::{check_place, progress_of},
 };
-use crate::hub::{self, HubId};
+use crate::{
+    hub::{self, HubId},
+    regular_file,
+};
 use fail::fail_point;
 use std::{
     fs,
@@ -128,7 +131,7 @@ fn name(run: &Path, file: &str, step: usize) -> Result<(), CheckpointError> {
 
 /// The step that the text file `file` of `run` names.
 fn named(run: &Path, file: &str) -> Option<PathBuf> {
-    let step = fs::read_to_string(run.join(file)).ok().map(|name| run.join(name.trim()));
+    let step = regular_file::read_to_string(&run.join(file)).ok().map(|name| run.join(name.trim()));
     step.filter(|step| number(step).is_some())
 }
 

@@ -8,7 +8,7 @@ use super::{
     special_tokens::SpecialTokens,
     tokenizer::{check_folder, without_tokenizer},
 };
-use crate::json;
+use crate::{json, regular_file};
 use minijinja::{Environment, Error, ErrorKind, Value, value::Serde};
 use serde_json::Value as Json;
 use sha2::{Digest, Sha256};
@@ -203,7 +203,7 @@ impl ChatTemplate {
 /// `chat_template.jinja` as `default` and the files of `additional_chat_templates/` by their stem.
 fn template_files(dir: &Path) -> Result<BTreeMap<String, (PathBuf, String)>, DataError> {
     let mut found = BTreeMap::new();
-    let mut add = |name: String, path: PathBuf| match std::fs::read_to_string(&path) {
+    let mut add = |name: String, path: PathBuf| match regular_file::read_to_string(&path) {
         Ok(source) => {
             found.insert(name, (path, source));
             Ok(())
@@ -251,7 +251,7 @@ fn with_newlines(source: String) -> String {
 
 /// A JSON file, or `None` if there is no such file.
 pub(super) fn read_json(path: &Path) -> Result<Option<Json>, DataError> {
-    let bytes = match std::fs::read(path) {
+    let bytes = match regular_file::read(path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(DataError::Io { path: path.into(), source }),

@@ -1,7 +1,7 @@
 //! The files of a data set: a file, a folder, the files of a glob, or a folder of HF datasets' `save_to_disk`.
 
 use super::{DataError, formats::ENDINGS};
-use crate::console::first_of;
+use crate::{console::first_of, regular_file};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -106,7 +106,7 @@ fn saved(path: &Path) -> Result<Files, DataError> {
 }
 
 fn read_json(path: &Path) -> Result<Option<Value>, DataError> {
-    let bytes = match std::fs::read(path) {
+    let bytes = match regular_file::read(path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(DataError::Io { path: path.into(), source }),

@@ -10,6 +10,7 @@ use super::{
     spool::{Column, Segment, Spool},
     store::{NO_LABEL, NO_NUMBER, RowHash, RowStore, Words},
 };
+use crate::regular_file;
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value, json};
@@ -144,7 +145,7 @@ fn sweep(folder: &Path, own: &[String], own_lock: &Path) {
     const OLD: Duration = Duration::from_secs(60);
     let age = |file: &File| file.metadata().and_then(|found| found.modified()).map(|time| time.elapsed());
     let is_left = |path: &Path| {
-        File::open(path)
+        regular_file::open(path)
             .is_ok_and(|file| matches!(age(&file), Ok(Ok(age)) if age > OLD) && file.try_lock().is_ok())
     };
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
@@ -182,7 +183,7 @@ pub(super) fn at(path: &Path) -> Result<Option<Prepared>, String> {
 
 /// Rows that were prepared before: `Ok(None)` if there are none, `Err` with the reason if they are damaged.
 fn read(path: &Path) -> Result<Option<Read>, String> {
-    match File::open(path) {
+    match regular_file::open(path) {
         Ok(file) => read_from(file, path, None).map(Some),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error.to_string()),

@@ -2,7 +2,7 @@
 //! accord: a chat template does.
 
 use super::{DataError, LineProblem, error::one_line, guard::guarded, special_tokens::SpecialTokens};
-use crate::lfs;
+use crate::{lfs, regular_file};
 use serde::de::IgnoredAny;
 use sha2::{Digest, Sha256};
 use std::{ops::Range, path::Path};
@@ -48,7 +48,7 @@ impl Tokenizer {
     /// that it may prescribe are left out.
     pub fn load(dir: &Path) -> Result<Self, DataError> {
         let path = dir.join("tokenizer.json");
-        let bytes = match std::fs::read(&path) {
+        let bytes = match regular_file::read(&path) {
             Ok(bytes) => bytes,
             Err(source) => return Err(without_tokenizer(dir).unwrap_or(DataError::Io { path, source })),
         };

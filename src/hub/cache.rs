@@ -5,6 +5,7 @@ use super::{
     HubError, HubId, Kind, io,
     rows::{Subset, choose},
 };
+use crate::regular_file;
 use hf_hub::{Cache, Repo, RepoType};
 use std::{
     fs,
@@ -50,7 +51,7 @@ impl Repository {
         if is_commit(&self.revision) {
             return Some(self.revision.clone());
         }
-        let text = fs::read_to_string(self.folder.join("refs").join(&self.revision)).ok()?;
+        let text = regular_file::read_to_string(&self.folder.join("refs").join(&self.revision)).ok()?;
         Some(text.trim().to_owned()).filter(|commit| is_commit(commit))
     }
 
@@ -85,10 +86,10 @@ impl Repository {
     /// noted, they are those of the snapshot.
     pub fn rows(&self, commit: &str, subset: &Subset) -> Result<Vec<PathBuf>, HubError> {
         let folder = self.snapshot(commit);
-        let noted = fs::read_to_string(self.list(commit)).ok();
+        let noted = regular_file::read_to_string(&self.list(commit)).ok();
         let noted: Option<Vec<String>> = noted.and_then(|text| serde_json::from_str(&text).ok());
         let files = noted.unwrap_or_else(|| files_in(&folder));
-        let readme = fs::read_to_string(folder.join(README)).ok();
+        let readme = regular_file::read_to_string(&folder.join(README)).ok();
         let chosen = choose(&files, readme.as_deref(), subset)?;
         Ok(chosen.into_iter().map(|file| folder.join(file)).collect())
     }

@@ -1,6 +1,6 @@
 //! The lines of metrics.jsonl.
 
-use crate::train::metrics::METRICS_FILE;
+use crate::{regular_file, train::metrics::METRICS_FILE};
 use serde_json::Value;
 use std::{io, path::Path};
 
@@ -27,7 +27,7 @@ impl Row {
 /// # Errors
 /// A file that cannot be read.
 pub fn read(output: &Path) -> io::Result<Vec<Row>> {
-    match std::fs::read(output.join(METRICS_FILE)) {
+    match regular_file::read(&output.join(METRICS_FILE)) {
         Ok(text) => Ok(parse(&text)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(error),

@@ -12,6 +12,7 @@ use crate::{
         state::progress_of,
         steps,
     },
+    regular_file,
     train::metrics::{METRICS_FILE, SUMMARY_FILE},
 };
 use serde::Serialize;
@@ -118,7 +119,7 @@ pub(super) fn run_ids(output: &Path) -> Vec<String> {
 
 /// The configuration in `output`; null where there is none that can be read.
 pub(super) fn config_of(output: &Path) -> Value {
-    let text = fs::read_to_string(output.join(CONFIG_FILE)).unwrap_or_default();
+    let text = regular_file::read_to_string(&output.join(CONFIG_FILE)).unwrap_or_default();
     serde_yaml::from_str(&text).unwrap_or_default()
 }
 
@@ -141,7 +142,7 @@ pub fn runs_of(output: &Path) -> io::Result<Vec<Standing>> {
 /// The run to which the metrics `rows` and the configuration of `output` belong.
 fn current_run(output: &Path, run_id: &str, config: &Value, rows: &[Row]) -> Standing {
     let saved = saved(output, run_id);
-    let summary = fs::read_to_string(output.join(SUMMARY_FILE)).unwrap_or_default();
+    let summary = regular_file::read_to_string(&output.join(SUMMARY_FILE)).unwrap_or_default();
     let summary: Value = serde_json::from_str(&summary).unwrap_or_default();
     let count = |value: &Value| value.as_u64().and_then(|count| usize::try_from(count).ok());
     let last = rows.last().map(|row| row.step);
@@ -216,7 +217,7 @@ fn saved(output: &Path, run_id: &str) -> Saved {
 
 /// The step that the file `best` of the folder `run` names, as `latest` names the newest.
 fn best(run: &Path) -> Option<usize> {
-    steps::number(Path::new(fs::read_to_string(run.join(BEST)).ok()?.trim()))
+    steps::number(Path::new(regular_file::read_to_string(&run.join(BEST)).ok()?.trim()))
 }
 
 /// The reason in a flight record that is not older than the metrics, `written` then.
@@ -226,7 +227,7 @@ fn ended_by_watchdog(output: &Path, written: Option<SystemTime>) -> Option<Strin
         records.map(|record| record.path()).filter(|path| modified(path) >= written).collect();
     records.sort();
     records.iter().find_map(|path| {
-        let record: Value = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
+        let record: Value = serde_json::from_slice(&regular_file::read(path).ok()?).ok()?;
         record["ended"].as_str().map(str::to_owned)
     })
 }

@@ -5,7 +5,7 @@
 use super::request::{
     Answer, Engine, EngineState, Listener, ModelId, Pass, Refusal, Request, Source, Task, Ticket,
 };
-use crate::infer::request::SampleRequest;
+use crate::{infer::request::SampleRequest, regular_file};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
@@ -61,7 +61,7 @@ pub struct Journal {
 /// The states that the journal at `path` ends with; none where there is no file. What a kill has left of the last line
 /// counts for nothing.
 pub fn read(path: &Path) -> Result<BTreeMap<ModelId, State>, JournalError> {
-    let text = match fs::read(path) {
+    let text = match regular_file::read(path) {
         Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
         Err(error) => return Err(JournalError::Io { path: path.to_owned(), error }),

@@ -2,7 +2,7 @@
 //! `model.safetensors.index.json` lists.
 
 use super::SourceError;
-use crate::lfs;
+use crate::{lfs, regular_file};
 use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},
@@ -76,8 +76,8 @@ fn foreign_file(directory: &Path) -> Option<(String, &'static str)> {
 /// The files that an index names, all of them inside `directory`.
 fn shards_of(directory: &Path, index: &Path) -> Result<Vec<PathBuf>, SourceError> {
     let fault = |reason: String| SourceError::Index { path: index.to_owned(), reason };
-    let text =
-        std::fs::read_to_string(index).map_err(|error| SourceError::Io { path: index.to_owned(), error })?;
+    let text = regular_file::read_to_string(index)
+        .map_err(|error| SourceError::Io { path: index.to_owned(), error })?;
     if lfs::is_pointer(text.as_bytes()) {
         return Err(SourceError::LfsPointer { path: index.to_owned() });
     }

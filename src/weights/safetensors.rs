@@ -6,7 +6,7 @@ use super::{
     quantised::{PackedMatrix, Scheme},
     unknown,
 };
-use crate::{dtype::DType, lfs, quant::Format};
+use crate::{dtype::DType, lfs, quant::Format, regular_file};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use std::{
@@ -156,7 +156,7 @@ impl SafetensorsSource {
     fn add(&mut self, path: &Path) -> Result<(), SourceError> {
         let io = |error| SourceError::Io { path: path.to_owned(), error };
         let format = |reason: String| SourceError::Format { path: path.to_owned(), reason };
-        let file = File::open(path).map_err(io)?;
+        let file = regular_file::open(path).map_err(io)?;
         // The library checks the header against the whole file; mapped, no more than the header is touched.
         // SAFETY: model files are not written while a run opens them; a file that shrinks under us would end the
         // process with SIGBUS, as it would for every reader of mapped weights.

@@ -37,6 +37,17 @@ pub const CASES: &[Case] = &[
         },
     ),
     case(
+        "an adapter whose weights are a pipe",
+        &[
+            "lora.adapter_path: adapter/adapter_model.safetensors:",
+            "a pipe, socket or device, where a regular file is expected",
+        ],
+        |w| {
+            w.adapter();
+            w.pipe("adapter/adapter_model.safetensors");
+        },
+    ),
+    case(
         "an adapter of some tokens alone (aLoRA)",
         &[
             "lora.adapter_path: adapter/adapter_config.json: alora_invocation_tokens is [1,2]",
@@ -84,6 +95,17 @@ pub const CASES: &[Case] = &[
         |w| {
             w.resume("out/weights/run/step_1");
             w.cut("out/weights/run/step_1/adapter_model.safetensors", 4);
+        },
+    ),
+    case(
+        "a step whose manifest is a pipe",
+        &[
+            "run.yaml:9: train.load_checkpoint_path: out/weights/run/step_1 is not a whole step",
+            "manifest.json: a pipe, socket or device, where a regular file is expected",
+        ],
+        |w| {
+            w.resume("out/weights/run/step_1");
+            w.pipe("out/weights/run/step_1/manifest.json");
         },
     ),
     case(

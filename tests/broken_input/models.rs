@@ -29,6 +29,11 @@ pub const CASES: &[Case] = &[
         |w| w.write("model/config.json", "{"),
     ),
     case(
+        "a model config that is a pipe",
+        &["model/config.json", "a pipe, socket or device, where a regular file is expected"],
+        |w| w.pipe("model/config.json"),
+    ),
+    case(
         "a folder without a config",
         &["model: has no config.json", "give the folder of a model in HF format"],
         |w| w.remove("model/config.json"),

@@ -169,6 +169,12 @@ impl Workplace {
         fs::remove_file(self.at(name)).unwrap();
     }
 
+    /// Puts a pipe without a writer in place of a file.
+    pub fn pipe(&self, name: &str) {
+        self.remove(name);
+        assert!(Command::new("mkfifo").arg(self.at(name)).status().unwrap().success());
+    }
+
     pub fn rename(&self, from: &str, to: &str) {
         fs::rename(self.at(from), self.at(to)).unwrap();
     }

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     console::{first_of, shortened},
     dtype::DType,
-    hub, json, lfs,
+    hub, json, lfs, regular_file,
     weights::SourceError,
 };
 use serde_json::{Map, Value};
@@ -234,8 +234,8 @@ fn check_parameters(path: &Path, spec: &ModelSpec) -> Result<(), ConfigError> {
 }
 
 fn read_object(path: &Path) -> Result<Map<String, Value>, ConfigError> {
-    let text =
-        std::fs::read_to_string(path).map_err(|error| ConfigError::Io { path: path.to_owned(), error })?;
+    let text = regular_file::read_to_string(path)
+        .map_err(|error| ConfigError::Io { path: path.to_owned(), error })?;
     if lfs::is_pointer(text.as_bytes()) {
         return Err(ConfigError::LfsPointer { path: path.to_owned() });
     }

@@ -5,6 +5,7 @@ use super::{
     super::{SourceError, safetensors::SafetensorsSource},
     PackedMatrix,
 };
+use crate::regular_file;
 use serde_json::{Map, Value};
 use std::{collections::BTreeMap, path::Path};
 
@@ -188,7 +189,7 @@ impl Scheme {
 
 /// The JSON of `path`; `None` where no such file is there, or it is no JSON, which the reader of the config reports.
 fn json(path: &Path) -> Result<Option<Value>, SourceError> {
-    match std::fs::read_to_string(path) {
+    match regular_file::read_to_string(path) {
         Ok(text) => Ok(serde_json::from_str(&text).ok()),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(SourceError::Io { path: path.to_owned(), error }),
