@@ -5,11 +5,13 @@
 mod arrow_sizes;
 mod columns;
 mod json;
+mod packed;
 mod table;
 mod text;
 
 use super::{DataError, LineProblem, source::parse_object};
 use crate::lfs;
+use packed::Packing;
 use serde_json::{Map, Value};
 use std::{
     fs::File,
@@ -109,7 +111,9 @@ pub(super) fn read(path: &Path, whole: bool, visit: &mut Visit) -> Result<(), Da
 }
 
 fn read_file(path: &Path, whole: bool, visit: &mut Visit) -> Result<(), Fault> {
-    let mut reader = BufReader::with_capacity(START, File::open(path)?);
+    let file = File::open(path)?;
+    let size = file.metadata()?.len();
+    let mut reader = BufReader::with_capacity(START, file);
     let start = reader.fill_buf()?;
     let name = path.file_name().map(|name| name.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();
     if lfs::is_pointer(start) {
@@ -131,37 +135,12 @@ fn read_file(path: &Path, whole: bool, visit: &mut Visit) -> Result<(), Fault> {
             return Err(Fault::Broken(format!("by its name {format}, but it {what}; write it again")));
         }
     }
-    let (packing, inner): (_, Box<dyn io::Read>) = if start.starts_with(b"\x1f\x8b") {
-        ("gzip", Box::new(flate2::bufread::MultiGzDecoder::new(reader)))
-    } else if start.starts_with(b"\x28\xb5\x2f\xfd") {
-        ("zstd", Box::new(zstd::stream::read::Decoder::with_buffer(reader)?))
-    } else if named("gz") || named("zst") {
-        return Err(Fault::Broken("by its name a packed file, but it does not begin like one".into()));
-    } else {
+    let Some(packing) = Packing::of(start) else {
+        if named("gz") || named("zst") {
+            return Err(Fault::Broken("by its name a packed file, but it does not begin like one".into()));
+        }
         return text::read(&mut reader, &name, whole, visit);
     };
     let name = name.strip_suffix(".gz").or_else(|| name.strip_suffix(".zst")).unwrap_or(&name);
-    let mut last = Place::Line(0);
-    let mut reader = BufReader::with_capacity(START, inner);
-    let mut counted = |place: Place, found: Found| {
-        last = place;
-        visit(place, found)
-    };
-    text::read(&mut reader, name, whole, &mut counted).map_err(|fault| match fault {
-        Fault::Io(error) => {
-            let behind = if last == Place::Line(0) { "before its first row".into() } else { behind(last) };
-            Fault::Broken(format!(
-                "the data that {packing} packed end or break {behind} ({error}); the file is cut or damaged: copy \
-                 or write it again"
-            ))
-        }
-        fault => fault,
-    })
-}
-
-fn behind(place: Place) -> String {
-    match place {
-        Place::Line(line) => format!("behind line {line}"),
-        Place::Row(row) => format!("behind row {row}"),
-    }
+    packed::read(packing, reader, packed::most_of_a_row(size), name, whole, visit)
 }
