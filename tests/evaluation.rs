@@ -390,6 +390,23 @@ fn mpi_exact_match_compares_the_last_turn_with_greedy_answers() {
 }
 
 #[test]
+fn columns_of_the_data_may_have_names_of_their_own() {
+    let run = TinyRun::new();
+    let config = run.at("run.yaml").display().to_string();
+    let (plain, renamed) = (run.at("held_out.jsonl"), run.at("renamed.jsonl"));
+    held_out(&plain, 5);
+    let text = fs::read_to_string(&plain).unwrap();
+    fs::write(&renamed, text.replace("\"input_ids\"", "\"ids\"").replace("\"labels\"", "\"targets\""))
+        .unwrap();
+    let of = |path: &Path, more: &[&str]| {
+        let path = path.display().to_string();
+        scores(1, &[&["--config", &config, "--data", &path], more].concat())
+    };
+    let columns = ["--type", "tokenized", "--columns", "input_ids=ids", "labels=targets"];
+    assert_eq!(of(&plain, &[]), of(&renamed, &columns));
+}
+
+#[test]
 fn what_cannot_be_evaluated_is_one_line() {
     let run = TinyRun::new();
     let config = run.at("run.yaml").display().to_string();

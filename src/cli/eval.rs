@@ -11,7 +11,7 @@ use crate::{
     error::{Error, Result, agree},
     train::{EvalRequest, HeldOut},
 };
-use std::{path::PathBuf, process::ExitCode};
+use std::{collections::BTreeSet, path::PathBuf, process::ExitCode};
 
 /// Tell loss, perplexity and exact match of rows that were not trained on, with and without an adapter
 #[derive(Clone, Debug, Default, PartialEq, clap::Args)]
@@ -32,6 +32,9 @@ pub struct Eval {
     /// Type of --data as in data.datasets; told by its first row when absent
     #[arg(long = "type", value_name = "TYPE", requires = "data")]
     pub kind: Option<String>,
+    /// Names in --data of the fields that its type reads, separated by spaces: prompt=question completion=answer
+    #[arg(long, value_name = "FIELD=NAME", num_args = 1.., value_parser = column, requires = "data")]
+    pub columns: Vec<(String, String)>,
     /// Also answer each sample greedily, and count the answers that are its last turn
     #[arg(long)]
     pub exact_match: bool,
@@ -43,13 +46,24 @@ pub struct Eval {
     pub dtype: DtypeChoice,
 }
 
+/// The field and the name of `FIELD=NAME`.
+fn column(text: &str) -> std::result::Result<(String, String), String> {
+    let parts = text.split_once('=').filter(|(field, name)| !field.is_empty() && !name.is_empty());
+    let (field, name) = parts.ok_or("must be FIELD=NAME, as prompt=question")?;
+    Ok((field.to_owned(), name.to_owned()))
+}
+
 impl Runnable for Eval {
-    const USAGE: &'static str =
-        "eval [--config <FILE>] [--model <DIR>] [--adapter <DIR>] [--data <FILE>] [--exact-match] [--json]";
+    const USAGE: &'static str = "eval [--config <FILE>] [--model <DIR>] [--adapter <DIR>] [--data <FILE>] \
+         [--columns <FIELD=NAME>...] [--exact-match] [--json]";
     const FIELDS: Option<Fields> = Some(RUN_FIELDS);
 
     fn check(&self) -> Result<()> {
         let wrong = |words: &str| Err(Error::Input(words.into()));
+        let mut named = BTreeSet::new();
+        if let Some((field, _)) = self.columns.iter().find(|(field, _)| !named.insert(field)) {
+            return wrong(&format!("--columns: {field} has two names"));
+        }
         match self {
             Self { config: None, model: None, adapter: None, .. } => {
                 wrong("give --config, --model or --adapter: what is to be evaluated")
@@ -109,6 +123,7 @@ impl Eval {
             adapter: self.adapter.clone(),
             data: self.data.clone(),
             kind: self.kind.clone(),
+            columns: self.columns.iter().cloned().collect(),
             compute: match self.dtype {
                 DtypeChoice::Auto => None,
                 DtypeChoice::Float32 => Some(DType::F32),

@@ -14,6 +14,8 @@ const CURVES = [
   ['loss', 'Loss, mean of a target', { log: true, smooth: true }],
   ['eval_loss', 'Evaluation loss', { log: true }],
   ['eval_perplexity', 'Evaluation perplexity', { log: true }],
+  ['eval_seconds', 'Seconds of an evaluation', { low: 0 }],
+  ['eval_tokens', 'Tokens of an evaluation', { low: 0 }],
   ['lr', 'Learning rate', { log: true }],
   ['grad_norm', 'Gradient norm before clipping', { log: true, smooth: true }],
   ['tokens_per_second', 'Tokens per second', { smooth: true, low: 0 }],

@@ -26,6 +26,7 @@ use crate::{
 };
 use serde_json::{Value, json};
 use std::{
+    collections::BTreeMap,
     fmt::Write as _,
     path::{Path, PathBuf},
     sync::Arc,
@@ -37,9 +38,10 @@ use tch::Device;
 const MORE_TOKENS: usize = 16;
 
 /// Fields that flags of the command set, and their names there.
-const FLAGS: [(&str, &str); 3] = [
+const FLAGS: [(&str, &str); 4] = [
     ("data.test_datasets[0].path", "data"),
     ("data.test_datasets[0].type", "type"),
+    ("data.test_datasets[0].columns", "columns"),
     ("model.model_path", "model"),
 ];
 
@@ -56,8 +58,10 @@ pub struct EvalRequest {
     pub adapter: Option<PathBuf>,
     /// Rows in place of those that validate in the run.
     pub data: Option<PathBuf>,
-    /// `tokenized` or `chat`; `None`: as the first line of `data` looks.
+    /// Type of `data`, as in the field `data.datasets`; `None`: told by its first row.
     pub kind: Option<String>,
+    /// Names in `data` of the fields that its type reads.
+    pub columns: BTreeMap<String, String>,
     /// Compute dtype without a run; `None`: that of the checkpoint, fp32 for fp16.
     pub compute: Option<DType>,
     /// Greedy answers are compared with the last one of each sample.
@@ -263,7 +267,7 @@ impl EvalRequest {
         };
         if let Some(data) = &self.data {
             let kind = self.kind.as_deref().unwrap_or("auto");
-            set("data.test_datasets", json!([{"path": data, "type": kind}]));
+            set("data.test_datasets", json!([{"path": data, "type": kind, "columns": self.columns}]));
             set("data.val_set_size", json!("null"));
         }
         if let Some(config) = &self.config {

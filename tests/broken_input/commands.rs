@@ -109,6 +109,27 @@ pub const CASES: &[Case] = &[
     .of(&["merge", "--adapter", "out"]),
     case("eval of a type that is none", &["--type: expected auto, tokenized", "got \"chats\""], |_| {})
         .of(&["eval", "--model", "model", "--data", "rows.jsonl", "--type", "chats"]),
+    case("eval of a column that no type reads", &["--columns: ids is no field of a type"], |_| {}).of(&[
+        "eval",
+        "--model",
+        "model",
+        "--data",
+        "rows.jsonl",
+        "--columns",
+        "ids=input_ids",
+    ]),
+    case("eval of a column with two names", &["--columns: labels has two names"], |_| {}).of(&[
+        "eval",
+        "--model",
+        "model",
+        "--data",
+        "rows.jsonl",
+        "--columns",
+        "labels=a",
+        "labels=b",
+    ]),
+    case("eval of a column without a name", &["--columns", "must be FIELD=NAME, as prompt=question"], |_| {})
+        .of(&["eval", "--model", "model", "--data", "rows.jsonl", "--columns", "labels"]),
     case(
         "eval of a file whose name is misspelt",
         &["--data: row.jsonl: no such file or folder", "did you mean rows.jsonl?"],
