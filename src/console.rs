@@ -77,9 +77,21 @@ pub fn say(text: &str) {
     let _ = Lines::default().write_all(format!("{text}\n").as_bytes());
 }
 
-/// Writes `text` to stdout. A reader that is gone, or has seen enough (`| head`), is no error.
-pub fn tell(text: &str) {
-    let _ = io::stdout().write_all(text.as_bytes());
+/// What was to be printed is cut.
+#[derive(Debug, thiserror::Error)]
+#[error("stdout: {0}; not all was printed")]
+pub struct StdoutError(#[from] io::Error);
+
+/// Writes `text` to stdout, at once. A reader that is gone, or has seen enough (`| head`), is no error.
+///
+/// # Errors
+/// stdout takes no more: a file on a full disk.
+pub fn tell(text: &str) -> Result<(), StdoutError> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
 }
 
 /// Writes `text` to stderr without a line break, to ask for a line.

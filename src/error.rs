@@ -5,6 +5,7 @@ use crate::{
     checkpoint::CheckpointError,
     comm::{CommError, Communicator},
     config::ConfigError,
+    console::StdoutError,
     data::DataError,
     device::DeviceError,
     lora::TargetError,
@@ -42,6 +43,8 @@ pub enum Error {
     #[error(transparent)]
     Source(#[from] SourceError),
     #[error(transparent)]
+    Stdout(#[from] StdoutError),
+    #[error(transparent)]
     Target(#[from] TargetError),
     #[error(transparent)]
     Trace(#[from] TraceError),
@@ -78,7 +81,7 @@ impl Error {
             Error::Comm(error) => error.exit_code(),
             Error::Device(error) => error.exit_code(),
             Error::Kept(error) => error.exit_code(),
-            Error::Engine(_) | Error::Shard(_) | Error::Trace(_) | Error::Failure(_) => 1,
+            Error::Engine(_) | Error::Shard(_) | Error::Stdout(_) | Error::Trace(_) | Error::Failure(_) => 1,
             Error::Elsewhere { code } => *code,
         }
     }

@@ -5,6 +5,7 @@ use crate::common::{failed, floats, make_rows, metrics, python, relative, succee
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use std::{
+    fs,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -52,7 +53,7 @@ fn config(folder: &Path, packing: &str) -> String {
         \x20 lora_rank: 4\n  lora_alpha: 8\n  lora_b_init_std: 0.05\n  lora_target_modules: [qkv_proj, o_proj, gate_up_proj, down_proj]\n"
     );
     let path = format!("{folder}/{packing}.yaml");
-    std::fs::write(&path, yaml).unwrap();
+    fs::write(&path, yaml).unwrap();
     path
 }
 
@@ -87,9 +88,9 @@ fn our_logits_are_theirs(folder: &Path, step: &Path) {
     let mut adapter = model.new_adapter(&stored.sites, stored.shapes);
     model.load(&SafetensorsSource::open(&directory).unwrap()).unwrap();
     adapter.set(|parameter, range| stored.values[&parameter.name][range].to_vec()).unwrap();
-    let bytes = std::fs::read(step.join(LOGITS)).unwrap();
+    let bytes = fs::read(step.join(LOGITS)).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
-    for (index, line) in std::fs::read_to_string(folder.join("rows.jsonl")).unwrap().lines().enumerate() {
+    for (index, line) in fs::read_to_string(folder.join("rows.jsonl")).unwrap().lines().enumerate() {
         let row: Value = serde_json::from_str(line).unwrap();
         let ids: Vec<i64> =
             row["input_ids"].as_array().unwrap().iter().map(|id| id.as_i64().unwrap()).collect();
@@ -114,7 +115,7 @@ fn python_packed_and_unpacked_documents_give_the_same_gradient() {
         let descent = ["--train.optimizer", "sgd", "--train.lr", "1e4", "--train.weight_decay", "0"];
         let out_dir = ["--train.output_dir", out.to_str().unwrap()];
         succeeded(&xorl(1, &[&["--config", &config], &all[..], &descent[..], &out_dir[..]].concat()));
-        let bytes = std::fs::read(out.join("weights/run/step_1/adapter_model.safetensors")).unwrap();
+        let bytes = fs::read(out.join("weights/run/step_1/adapter_model.safetensors")).unwrap();
         (metrics(&out).remove(0), bytes)
     };
     let (unpacked, expected) = trained("none");
@@ -165,9 +166,8 @@ fn mpi_experts_are_trained_and_peft_computes_our_logits() {
         let folder = folder(i);
         make_rows(&folder.join("rows.jsonl"));
         let config = config(&folder, "none");
-        let yaml = std::fs::read_to_string(&config).unwrap();
-        std::fs::write(&config, yaml.replace("[qkv_proj, o_proj, gate_up_proj, down_proj]", targets))
-            .unwrap();
+        let yaml = fs::read_to_string(&config).unwrap();
+        fs::write(&config, yaml.replace("[qkv_proj, o_proj, gate_up_proj, down_proj]", targets)).unwrap();
         let two = folder.join("two");
         let arguments =
             ["--config", &config, "--train.max_steps", "4", "--lora.moe_hybrid_shared_lora", hybrid];
@@ -183,7 +183,7 @@ fn mpi_experts_are_trained_and_peft_computes_our_logits() {
             assert!(one["router"]["max_over_mean"].as_f64().unwrap() >= 1.0);
         }
         let mut to_be_read = |step: &Path, tensors: usize, format| {
-            let bytes = std::fs::read(step.join("adapter_model.safetensors")).unwrap();
+            let bytes = fs::read(step.join("adapter_model.safetensors")).unwrap();
             let file = SafeTensors::deserialize(&bytes).unwrap();
             assert_eq!(file.len(), tensors, "{architecture} {targets} {step:?}");
             // What keeps them apart calls them what the model's files do.
@@ -287,7 +287,7 @@ fn mpi_trains_saves_and_peft_computes_our_loss() {
 fn mpi_wrong_input_ends_all_ranks_with_one_line() {
     let run = TinyRun::new();
     let broken_rows = run.at("broken.jsonl");
-    std::fs::write(&broken_rows, "{\"input_ids\": [1, 2], \"labels\": [1, 2]}\n{\"input_ids\": [1, 9999]}\n")
+    fs::write(&broken_rows, "{\"input_ids\": [1, 2], \"labels\": [1, 2]}\n{\"input_ids\": [1, 9999]}\n")
         .unwrap();
     let datasets = json!([{"path": broken_rows, "type": "tokenized"}]).to_string();
     let cases: &[(&[&str], &str)] = &[
@@ -309,6 +309,23 @@ fn mpi_wrong_input_ends_all_ranks_with_one_line() {
 }
 
 /// With `log_format: progress_bar` (the default) a terminal shows a bar, and a pipe gets lines.
+#[test]
+fn a_full_disk_behind_stdout_ends_no_training_and_fails_what_only_prints() {
+    let run = TinyRun::new();
+    let into_full = |arguments: Vec<String>| {
+        let full = fs::File::options().write(true).open("/dev/full").unwrap();
+        let program = Command::new(env!("CARGO_BIN_EXE_xorl-dist")).args(arguments).stdout(full).output();
+        program.unwrap()
+    };
+    succeeded(&into_full(run.arguments("out", &[])));
+    assert_eq!(*run.steps("out").last().unwrap(), 20);
+    let report = into_full(["check".to_owned()].into_iter().chain(run.arguments("other", &[])).collect());
+    let line = failed(&report, 1);
+    assert!(line.starts_with("error: stdout: No space left on device"), "{line}");
+    let runs = into_full(vec!["runs".into(), run.at("out").display().to_string(), "--json".into()]);
+    assert!(failed(&runs, 1).ends_with("not all was printed"));
+}
+
 #[test]
 fn a_terminal_shows_a_bar() {
     let run = TinyRun::new();

@@ -44,9 +44,9 @@ impl Runnable for Check {
                 };
                 run.fit(&free)?;
                 if world.rank() == 0 {
-                    super::print(&run.report(device.memory()?, &free)?);
+                    super::print(&run.report(device.memory()?, &free)?)?;
                     if let Some(rows) = self.show_samples {
-                        super::print(&run.samples(rows)?);
+                        super::print(&run.samples(rows)?)?;
                     }
                 }
                 Ok(ExitCode::SUCCESS)

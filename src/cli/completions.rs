@@ -23,6 +23,6 @@ impl Runnable for Completions {
         let mut script = Vec::new();
         clap_complete::generate(self.shell, &mut super::parser_with_fields(), name, &mut script);
         let script = String::from_utf8_lossy(&script).replace("default xorl_dist\n", "default xorl-dist\n");
-        Ok(super::print(&script))
+        super::print(&script)
     }
 }

@@ -92,7 +92,7 @@ impl Runnable for Eval {
             |held_out, world| {
                 let outcome = held_out.execute(world)?;
                 if world.rank() == 0 {
-                    super::print(&if self.json { outcome.json() } else { outcome.table() });
+                    super::print(&if self.json { outcome.json() } else { outcome.table() })?;
                 }
                 Ok(ExitCode::SUCCESS)
             },

@@ -32,7 +32,7 @@ impl Runnable for Man {
                 clap_mangen::Man::new(super::parser())
                     .render(&mut page)
                     .map_err(|error| Error::Failure(error.to_string()))?;
-                Ok(super::print(&String::from_utf8_lossy(&page)))
+                super::print(&String::from_utf8_lossy(&page))
             }
         }
     }

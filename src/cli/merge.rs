@@ -256,7 +256,7 @@ impl Prepared {
             let parts =
                 all.iter().filter_map(|part| serde_json::from_slice::<Vec<(String, f64, f64)>>(part).ok());
             let survivals = parts.flatten().map(|(name, delta, lost)| (name, Survival { delta, lost }));
-            super::print(&self.report(survivals.collect(), merged.tensors()));
+            super::print(&self.report(survivals.collect(), merged.tensors()))?;
         }
         Ok(())
     }

@@ -241,15 +241,15 @@ pub fn run(invocation: Invocation) -> Result<ExitCode> {
     failpoints::arm(comm::launched_rank().unwrap_or(0));
     match invocation {
         Invocation::Command(command, common) => command.run(&common),
-        Invocation::Help(text) => Ok(print(&text)),
-        Invocation::Version => Ok(print(&version_report())),
+        Invocation::Help(text) => print(&text),
+        Invocation::Version => print(&version_report()),
     }
 }
 
-/// Prints text; a reader that has seen enough (`| head`) is no error.
-fn print(text: &str) -> ExitCode {
-    console::tell(text);
-    ExitCode::SUCCESS
+/// Prints text; the exit code of a command that ends with it. Errors are those of [`console::tell`].
+fn print(text: &str) -> Result<ExitCode> {
+    console::tell(text)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// The clap command, with the configuration's fields in the long help of the commands that take them.

@@ -43,6 +43,6 @@ impl Runnable for Report {
         let page = report::html(&runs, &names, now()).map_err(|error| failed(&self.folders[0], error))?;
         std::fs::write(&self.out, page)
             .map_err(|error| Error::Input(format!("--out {}: {error}", self.out.display())))?;
-        Ok(super::print(&format!("{}: {}\n", self.out.display(), count(runs.len(), "run"))))
+        super::print(&format!("{}: {}\n", self.out.display(), count(runs.len(), "run")))
     }
 }

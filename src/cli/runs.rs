@@ -29,9 +29,9 @@ impl Runnable for Runs {
     fn run(&self, _: &Common) -> Result<ExitCode> {
         let runs = runs_below(&self.folder)?;
         if self.json {
-            return Ok(super::print(&(serde_json::json!(runs).to_string() + "\n")));
+            return super::print(&(serde_json::json!(runs).to_string() + "\n"));
         }
-        Ok(super::print(&report::table(&runs, &report::names(&runs), now())))
+        super::print(&report::table(&runs, &report::names(&runs), now()))
     }
 }
 

@@ -68,17 +68,17 @@ impl Runnable for Verify {
             let name = if path == root { path.display().to_string() } else { name_in(root, path) };
             match self.json {
                 true => all.push(object(&name, &checked)),
-                false => drop(super::print(&line(&name, &checked))),
+                false => drop(super::print(&line(&name, &checked))?),
             }
             let goes_on = found.get(place + 1).is_some_and(|next| next.parent() == path.parent());
             if let Some(run) = run.filter(|_| !goes_on && !self.json) {
                 let run = name_in(root, run);
                 let newest = taken.get(&run).cloned().flatten();
-                super::print(&told(&run, newest.as_deref()));
+                super::print(&told(&run, newest.as_deref()))?;
             }
         }
         if self.json {
-            super::print(&(json!({"steps": all, "auto": taken}).to_string() + "\n"));
+            super::print(&(json!({"steps": all, "auto": taken}).to_string() + "\n"))?;
         }
         Ok(if is_whole { ExitCode::SUCCESS } else { ExitCode::from(2) })
     }

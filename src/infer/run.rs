@@ -35,7 +35,7 @@ use crate::{
 };
 use serde_json::{Value, json};
 use std::{
-    io::{BufRead, IsTerminal, Write},
+    io::{BufRead, IsTerminal},
     path::{Path, PathBuf},
     sync::Arc,
     time::Instant,
@@ -276,11 +276,11 @@ impl Generation {
             &request.prompt,
             &request.stop.texts,
         );
-        let (ends, mut whole) = (request.stop.ids.clone(), String::new());
+        let (ends, mut whole, mut told) = (request.stop.ids.clone(), String::new(), Ok(()));
         let mut tell = |part: &str| {
             whole.push_str(part);
-            if shown && !part.is_empty() {
-                say(part);
+            if shown && !part.is_empty() && told.is_ok() {
+                told = console::tell(part);
             }
         };
         local.sample(&[request], |_, token| {
@@ -289,8 +289,9 @@ impl Generation {
             }
         })?;
         tell(&text.finish());
+        told?;
         if shown {
-            say("\n");
+            console::tell("\n")?;
         }
         Ok(whole)
     }
@@ -324,16 +325,8 @@ impl Generation {
             return std::fs::write(path, text)
                 .map_err(|error| Error::Failure(format!("{}: {error}", path.display())));
         }
-        say(&text);
-        Ok(())
+        Ok(console::tell(&text)?)
     }
-}
-
-/// Writes to stdout at once.
-fn say(text: &str) {
-    let mut out = std::io::stdout();
-    // A reader that has seen enough is no error.
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }
 
 /// A chat with the message of the system alone, if there is one.

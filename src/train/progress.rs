@@ -55,7 +55,8 @@ impl Progress {
             }
         }
         let left = self.left(done).map_or_else(|| "?".to_owned(), time);
-        console::tell(&format!("[STEP {done}/{}] {} eta={left}\n", self.total, told.join(" ")));
+        // A log on a full disk ends no training.
+        let _ = console::tell(&format!("[STEP {done}/{}] {} eta={left}\n", self.total, told.join(" ")));
     }
 
     fn bar(&self, done: usize, told: &[String]) -> String {
