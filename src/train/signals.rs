@@ -109,9 +109,8 @@ impl StopSignals {
         let (asked, since) = (Arc::new(AtomicBool::new(false)), Arc::new(OnceLock::new()));
         let failed = |error| Error::Failure(format!("listening to signals: {error}"));
         let ours = if leaves_signals { &[SIGTERM, SIGINT, SIGUSR1][..] } else { &[SIGUSR1] };
-        let quits = Arc::new(AtomicBool::new(false));
         let (own, first) = (place.clone(), since.clone());
-        let (answered, quit) = (asked.clone(), quits.clone());
+        let answered = asked.clone();
         let watcher = world.watcher();
         let answer = move |before, signal| {
             if before == 0 {
@@ -119,7 +118,12 @@ impl StopSignals {
                 answered.store(true, Ordering::Relaxed);
                 own.stop(&watcher, says, by_hand);
             } else if by_hand && signal != SIGUSR1 {
-                quit.store(true, Ordering::Relaxed);
+                // Where stderr takes no line, a third signal ends the process. The action is new: were it there before,
+                // the handler of this second one could still find it and end the process without the line.
+                for signal in [SIGTERM, SIGINT] {
+                    let always = Arc::new(AtomicBool::new(true));
+                    let _ = flag::register_conditional_shutdown(signal, 128 + signal, always);
+                }
                 console::say(&own.quitting());
                 console::end_bar();
                 low_level::exit(128 + signal);
@@ -129,10 +133,6 @@ impl StopSignals {
         on_each(ours, answer).map_err(failed)?;
         for &signal in ours {
             flag::register(signal, asked.clone()).map_err(failed)?;
-            if by_hand && signal != SIGUSR1 {
-                // Where the thread cannot print, a third signal ends the process.
-                flag::register_conditional_shutdown(signal, 128 + signal, quits.clone()).map_err(failed)?;
-            }
         }
         if says && !leaves_signals {
             let own = place.clone();
