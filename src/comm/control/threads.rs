@@ -96,8 +96,10 @@ impl Ticks {
         late
     }
 
-    fn is_waking(&self) -> bool {
-        self.woke.is_some_and(|woke| woke.elapsed() < WAKING)
+    /// Whether what this tick has seen of other ranks is new: the process was stopped neither before it, for
+    /// [`WAKING`], nor within it.
+    fn is_on_time(&self) -> bool {
+        self.last.elapsed() < STOPPED && self.woke.is_none_or(|woke| woke.elapsed() >= WAKING)
     }
 }
 
@@ -190,9 +192,8 @@ impl Root {
             self.peers.iter_mut().for_each(|peer| peer.heard = Instant::now());
         }
         let timeout = self.shared.lock().timeout;
-        if !self.ticks.is_waking()
-            && let Some(line) = judge(&self.seen(), timeout)
-        {
+        let verdict = judge(&self.seen(), timeout);
+        if let Some(line) = verdict.filter(|_| self.ticks.is_on_time()) {
             self.tell(|link| link.say(&FromRoot::End(line.clone())));
             write_all(self.peers.iter_mut().map(|peer| &mut peer.link).collect(), TICK);
             return ControlFlow::Break(Stop::End { line, says: true });
@@ -361,7 +362,7 @@ impl Follower {
             }
             None => None,
         };
-        if let Some(line) = verdict.filter(|_| !self.ticks.is_waking()) {
+        if let Some(line) = verdict.filter(|_| self.ticks.is_on_time()) {
             // All followers see it at the same time: one of them prints it.
             return ControlFlow::Break(Stop::End { line, says: self.rank == 1 });
         }
@@ -463,6 +464,16 @@ mod tests {
 
     fn closing(shared: &Shared) {
         shared.lock().closing = true;
+    }
+
+    #[test]
+    fn a_rank_that_was_stopped_blames_no_other() {
+        let ago = |seconds| Instant::now().checked_sub(Duration::from_secs(seconds)).unwrap();
+        let is_on_time =
+            |last, woke: Option<u64>| Ticks { last: ago(last), woke: woke.map(ago) }.is_on_time();
+        assert!(is_on_time(0, None) && is_on_time(0, Some(3)));
+        assert!(!is_on_time(0, Some(1)), "stopped before the tick");
+        assert!(!is_on_time(2, None), "stopped within the tick");
     }
 
     #[test]
