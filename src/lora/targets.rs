@@ -326,20 +326,29 @@ impl Pattern {
     }
 }
 
+/// Characters of a target at most, and of all globs that it stands for: 200 layers of 256 experts take 2 MB. What is
+/// longer stays literal, and matches nothing.
+const LONGEST: usize = 1000;
+const MOST: usize = 4 << 20;
+
 /// Expands each `[a-b]` or `[a,b]` of numbers into one glob per number; anything else stays literal.
 fn expand(glob: &str) -> Vec<String> {
-    let Some((head, rest)) = glob.split_once('[') else { return vec![glob.to_owned()] };
-    let Some((set, tail)) = rest.split_once(']') else { return vec![glob.to_owned()] };
+    let literal = || vec![glob.to_owned()];
+    let Some((head, rest)) = glob.split_once('[').filter(|_| glob.len() <= LONGEST) else { return literal() };
+    let Some((set, tail)) = rest.split_once(']') else { return literal() };
     let mut numbers = Vec::new();
     for item in set.split(',') {
         let (from, to) = item.split_once('-').unwrap_or((item, item));
         match (from.trim().parse::<usize>(), to.trim().parse::<usize>()) {
             // No model has so many layers: a larger range is a typing error and matches nothing.
             (Ok(from), Ok(to)) if to.saturating_sub(from) < 10_000 => numbers.extend(from..=to),
-            _ => return vec![glob.to_owned()],
+            _ => return literal(),
         }
     }
     let tails = expand(tail);
+    if numbers.len() * tails.len() * glob.len() > MOST {
+        return literal();
+    }
     numbers.iter().flat_map(|n| tails.iter().map(move |tail| format!("{head}{n}{tail}"))).collect()
 }
 
@@ -426,6 +435,11 @@ mod tests {
             matches!(&error, TargetError::NoMatch { target, known } if target == "w1" && known.contains("qkv_proj"))
         );
         assert!(matches!(paths(&["layers.[90-95].*"]), Err(TargetError::NoMatch { .. })));
+        let [wide, long] = [40, 100_000].map(|sets| format!("layers.{}z", "[0-7]*".repeat(sets)));
+        for target in [wide, long] {
+            assert!(matches!(paths(&[&target]), Err(TargetError::NoMatch { .. })));
+        }
+        assert_eq!(expand("layers.[0-199].mlp.experts.[0-255].up_proj").len(), 200 * 256);
         assert!(matches!(paths(&["q_proj", "qkv_proj"]), Err(TargetError::Twice { fused: "qkv_proj", .. })));
         assert_eq!(paths(&[]), Err(TargetError::Empty));
     }
