@@ -249,6 +249,23 @@ fn auto_skips_a_damaged_newest_step_and_replaces_it() {
 }
 
 #[test]
+fn auto_replaces_no_steps_of_which_none_is_whole_unasked() {
+    let run = TinyRun::new();
+    succeeded(&run.run(1, "out", &[]));
+    for step in run.steps("out") {
+        fs::remove_file(run.step("out", step).join("manifest.json")).unwrap();
+    }
+    let before = tree(&run.at("out"));
+    let line = failed(&run.run(1, "out", &AUTO), 2);
+    for words in ["holds steps, none of which is whole", "step_20", "manifest.json", "--train.overwrite true"]
+    {
+        assert!(line.contains(words), "{words} in {line}");
+    }
+    assert!(before == tree(&run.at("out")));
+    succeeded(&run.run(1, "out", &[&AUTO[..], &["--train.overwrite", "true"]].concat()));
+}
+
+#[test]
 fn a_finished_run_stays_as_it_is() {
     let run = TinyRun::new();
     succeeded(&run.run(1, "out", &[]));

@@ -84,6 +84,11 @@ pub enum CheckpointError {
          --train.overwrite true, or give another train.run_id"
     )]
     Occupied { path: PathBuf },
+    #[error(
+        "{path} holds steps, none of which is whole: {newest}; bring their files back, start afresh with \
+         --train.overwrite true, which removes them, or give another train.run_id"
+    )]
+    NoneWhole { path: PathBuf, newest: Box<CheckpointError> },
     #[error("{path} is in use by {holder}: wait for that process to end, or give another output_dir")]
     Locked { path: PathBuf, holder: String },
     #[error(

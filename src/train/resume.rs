@@ -125,10 +125,16 @@ impl Run {
             None => not_occupied(train, &self.run_dir).map(|()| None),
             Some(LoadCheckpoint::Auto) => {
                 let (found, skipped) = steps::newest_whole(&self.run_dir);
-                skipped.iter().for_each(|error| tracing::warn!("skipped: {error}"));
+                let mut skipped = skipped.into_iter().peekable();
                 if found.is_none() {
+                    // Steps whose files may come back are not replaced unasked.
+                    if let Some(newest) = skipped.next_if(|_| !train.overwrite) {
+                        let (path, newest) = (self.run_dir.clone(), Box::new(newest));
+                        return Err(CheckpointError::NoneWhole { path, newest }.into());
+                    }
                     tracing::info!("{} has no whole step: starting afresh", self.run_dir.display());
                 }
+                skipped.for_each(|error| tracing::warn!("skipped: {error}"));
                 Ok(found)
             }
             Some(LoadCheckpoint::Path(path)) => {
