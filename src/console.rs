@@ -77,9 +77,9 @@ pub fn say(text: &str) {
     let _ = Lines::default().write_all(format!("{text}\n").as_bytes());
 }
 
-/// What was to be printed is cut.
+/// Output to stdout was cut.
 #[derive(Debug, thiserror::Error)]
-#[error("stdout: {0}; not all was printed")]
+#[error("stdout: {0}; not all was printed: free space there, or send it elsewhere")]
 pub struct StdoutError(#[from] io::Error);
 
 /// Writes `text` to stdout, at once. A reader that is gone, or has seen enough (`| head`), is no error.

@@ -15,7 +15,9 @@ pub fn open(path: &Path) -> io::Result<File> {
     let kind = fs::metadata(path)?.file_type();
     // The system has words of its own for a folder.
     if !kind.is_file() && !kind.is_dir() {
-        return Err(io::Error::other("a pipe, socket or device, where a regular file is expected"));
+        return Err(io::Error::other(
+            "a pipe, socket or device, where a regular file is expected; put the file itself there",
+        ));
     }
     File::open(path)
 }

@@ -40,7 +40,7 @@ impl Running {
 
     fn with(run: &TinyRun, out: &str, steps: usize, more: &[&str]) -> Self {
         let mut command = run.command(RANKS, out, &[&LONG[..], more].concat());
-        // glibc takes what the system refuses from the 64 MB that it reserved for another thread, where it has any.
+        // With a second arena, glibc serves the refused request from that one's 64 MB.
         command.env_remove("RUST_BACKTRACE").env("MALLOC_ARENA_MAX", "1");
         let child = started(command);
         let metrics = run.at(out).join("metrics.jsonl");

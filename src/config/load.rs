@@ -7,6 +7,7 @@ use super::file::{self, ConfigFile};
 use super::nearest::Hint;
 use super::source::{self, Document, Entry, Kind, Node, SyntaxError};
 use super::{RunConfig, ServerConfig, paths, validate};
+use crate::regular_file;
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -84,7 +85,7 @@ fn read(path: &Path) -> Result<Result<Document, SyntaxError>, ConfigError> {
         Some("json") => true,
         _ => return Err(ConfigError::Extension { path: path.to_owned() }),
     };
-    let text = std::fs::read_to_string(path)
+    let text = regular_file::read_to_string(path)
         .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
     Ok(if json { source::parse_json(&text) } else { source::parse_yaml(&text) })
 }

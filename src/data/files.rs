@@ -102,6 +102,10 @@ fn saved(path: &Path) -> Result<Files, DataError> {
     if paths.is_empty() {
         return Err(broken("expected `_data_files` with the names of shards"));
     }
+    if let Some(shard) = paths.iter().find(|shard| shard.exists() && !shard.is_file()) {
+        let problem = "no regular file, where a shard belongs; copy the data set again".into();
+        return Err(DataError::Foreign { path: shard.clone(), problem });
+    }
     Ok(Files { paths, remark: None })
 }
 

@@ -154,7 +154,7 @@ pub(super) fn missing(folder: &Path) -> Vec<String> {
     if !lacks(&SINGLE) {
         return missing;
     }
-    match fs::read_to_string(folder.join(INDEX)) {
+    match regular_file::read_to_string(&folder.join(INDEX)) {
         Ok(index) => missing.extend(shards(&index).into_iter().filter(|file| lacks(&file.as_str()))),
         Err(_) => missing.push(SINGLE.into()),
     }

@@ -10,7 +10,10 @@ use super::{
     rows::{Subset, choose},
     settings::Settings,
 };
-use crate::console::{first_of, size};
+use crate::{
+    console::{first_of, size},
+    regular_file,
+};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::{
@@ -155,7 +158,7 @@ pub fn fetch(pinned: &Pinned, is_shown: bool) -> Result<(), HubError> {
         fetcher.fetch(&wanted)?;
         let shards = if is_sharded {
             let index = repository.snapshot(&pinned.commit).join(INDEX);
-            shards(&fs::read_to_string(&index).map_err(io(&index))?)
+            shards(&regular_file::read_to_string(&index).map_err(io(&index))?)
         } else {
             Vec::new()
         };
@@ -220,7 +223,7 @@ impl Fetcher<'_> {
         self.fetch(if readme { &[README] } else { &[] })?;
         let files: Vec<String> = files.iter().filter(|file| is_below(file)).cloned().collect();
         self.repository.set_files(commit, &files)?;
-        let readme = fs::read_to_string(self.repository.snapshot(commit).join(README)).ok();
+        let readme = regular_file::read_to_string(&self.repository.snapshot(commit).join(README)).ok();
         let chosen = choose(&files, readme.as_deref(), subset)?;
         self.fetch(&chosen.iter().map(String::as_str).collect::<Vec<_>>())
     }

@@ -13,6 +13,7 @@ use crate::{
         saves,
     },
     lora::LoraShape,
+    regular_file,
 };
 use std::{
     fs, io,
@@ -99,7 +100,7 @@ fn note(checkpoint: &Checkpoint) -> PathBuf {
 
 /// The folder that a note names, relative to the tenant's, unless another adapter has saved to it.
 fn elsewhere(root: &Path, checkpoint: &Checkpoint) -> Option<PathBuf> {
-    let text = fs::read_to_string(inside(root, &note(checkpoint)).ok()?).ok()?;
+    let text = regular_file::read_to_string(&inside(root, &note(checkpoint)).ok()?).ok()?;
     let is_fine = !text.is_empty() && text.split('/').all(paths::is_name);
     let folder: PathBuf = is_fine.then(|| text.into())?;
     // A save that was refused leaves a note, too: the folder may be another adapter's.

@@ -7,7 +7,7 @@ use super::{
     request::{AdapterSpec, ModelId},
     runs,
 };
-use crate::checkpoint::saves;
+use crate::{checkpoint::saves, regular_file};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use std::{
@@ -71,7 +71,7 @@ fn nanoseconds(time: SystemTime) -> u64 {
 
 /// The JSON in the file `path` below `root`; `None` where there is none that can be read.
 pub(super) fn read<T: DeserializeOwned>(root: &Path, path: &Path) -> Option<T> {
-    serde_json::from_slice(&fs::read(inside(root, path).ok()?).ok()?).ok()
+    serde_json::from_slice(&regular_file::read(&inside(root, path).ok()?).ok()?).ok()
 }
 
 /// Replaces the file `path` below `root` by `value` as JSON; see [`checkpoints::replace`].

@@ -57,6 +57,10 @@ pub(super) fn remedy(kind: ErrorKind) -> &'static str {
         ErrorKind::NotFound | ErrorKind::NotADirectory | ErrorKind::StaleNetworkFileHandle => {
             "it was removed, or its file system is gone: bring that back, or give another output_dir"
         }
+        ErrorKind::AlreadyExists => {
+            "it is a link that leads nowhere: make its target, or give another output_dir"
+        }
+        ErrorKind::InvalidFilename => "give a shorter output_dir",
         ErrorKind::FileTooLarge => "let files be larger there (ulimit -f), or give another output_dir",
         _ => "see that its file system works, or give another output_dir",
     }

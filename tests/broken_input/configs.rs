@@ -35,6 +35,15 @@ pub const CASES: &[Case] = &[
         w.edit("run.yaml", "max_steps: 1", "run_id: a/b")
     }),
     case(
+        "an output_dir that is a link to nothing",
+        &[
+            "run.yaml:9",
+            "train.output_dir",
+            "a link that leads nowhere: make its target, or give another output_dir",
+        ],
+        |w| w.link("nowhere/out", "out"),
+    ),
+    case(
         "an output_dir that is a file",
         &["run.yaml:9", "train.output_dir", "rows.jsonl: a file", "name another one"],
         |w| w.edit("run.yaml", "output_dir: out", "output_dir: rows.jsonl/out"),

@@ -49,6 +49,12 @@ pub const CASES: &[Case] = &[
     case("a device", &["/dev/zero: a pipe or a device", "write its rows to a file"], |w| {
         w.set("rows.jsonl", "/dev/zero")
     }),
+    case("a shard that is a pipe", &["saved/rows.arrow: no regular file", "copy the data set again"], |w| {
+        w.write("saved/state.json", r#"{"_data_files": [{"filename": "rows.arrow"}]}"#);
+        w.write("saved/rows.arrow", "");
+        w.pipe("saved/rows.arrow");
+        w.set("rows.jsonl", "saved");
+    }),
     case("a weight that leaves nothing", &["no row is left to train on", "raise weight"], |w| {
         w.edit("run.yaml", "      type: tokenized\n", "      type: tokenized\n      weight: 0.01\n")
     }),

@@ -175,6 +175,11 @@ impl Workplace {
         assert!(Command::new("mkfifo").arg(self.at(name)).status().unwrap().success());
     }
 
+    /// Puts a link to `target` at `name`.
+    pub fn link(&self, target: &str, name: &str) {
+        std::os::unix::fs::symlink(target, self.at(name)).unwrap();
+    }
+
     pub fn rename(&self, from: &str, to: &str) {
         fs::rename(self.at(from), self.at(to)).unwrap();
     }

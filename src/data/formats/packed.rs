@@ -7,8 +7,8 @@ use std::{
     ops::ControlFlow,
 };
 
-/// What a row may unpack to: so many bytes or, where that is more, so many times the bytes of the file. Texts shrink to
-/// a third, those that repeat themselves to a twentieth.
+/// Limit of a row, unpacked: [`MOST`] bytes or, where that is more, [`MOST_TO_FILE`] times the size of the file. Texts
+/// shrink to a third, those that repeat themselves to a twentieth.
 const MOST: u64 = 256 << 20;
 const MOST_TO_FILE: u64 = 32;
 
@@ -20,7 +20,7 @@ pub(super) enum Packing {
 }
 
 impl Packing {
-    /// Who packed a file that begins with `start`, if it is packed.
+    /// The program that packed a file that begins with `start`, if it is packed.
     pub fn of(start: &[u8]) -> Option<Self> {
         if start.starts_with(b"\x1f\x8b") {
             Some(Self::Gzip)
@@ -46,7 +46,7 @@ impl Packing {
     }
 }
 
-/// What a row of a packed file of `size` bytes may unpack to.
+/// Limit of a row, unpacked, in a packed file of `size` bytes.
 pub(super) fn most_of_a_row(size: u64) -> u64 {
     MOST.max(size.saturating_mul(MOST_TO_FILE))
 }
@@ -74,8 +74,8 @@ pub(super) fn read(
         let (packing, place) = (packing.name(), behind(last));
         Fault::Broken(match error.kind() {
             ErrorKind::FileTooLarge => format!(
-                "the data that {packing} packed have a row of more than {} MB {place}; cut it into rows, or unpack the \
-                 file",
+                "the data that {packing} packed have a row, or one object around all rows, of more than {} MB {place}; \
+                 write one row a line, or unpack the file",
                 most >> 20
             ),
             _ => format!(
@@ -140,6 +140,10 @@ mod tests {
         let long = format!("{row}{}", " ".repeat(8 * START));
         let (count, fault) = rows_of(&long, most);
         assert_eq!(count, 1);
-        assert!(fault.is_some_and(|words| words.contains("a row of more than 4 MB behind line 1")));
+        assert_eq!([0, 1 << 30].map(most_of_a_row), [MOST, 32 << 30]);
+        assert!(
+            fault
+                .is_some_and(|words| words.contains("of more than 4 MB behind line 1; write one row a line"))
+        );
     }
 }
