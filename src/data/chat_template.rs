@@ -294,6 +294,28 @@ mod tests {
     }
 
     #[test]
+    fn a_width_that_only_fills_memory_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let rendered = |text: &str| {
+            std::fs::write(folder.path().join("chat_template.jinja"), text).unwrap();
+            ChatTemplate::load(folder.path()).unwrap().render(&Chat::user("a"), true)
+        };
+        for wide in [
+            "{{ '{:>4000000000}'.format(1) }}",
+            "{{ '{:.99999999999999999999}'.format(1.5) }}",
+            "{{ 'a'.ljust(4000000000) }}",
+            "{{ 'a' | center(4000000000) }}",
+            "{{ '1'.zfill(4000000000) }}",
+            "{{ '\t'.expandtabs(4000000000) }}",
+            "{{ [1] | tojson(indent=4000000000) }}",
+        ] {
+            let error = rendered(wide).unwrap_err().to_string();
+            assert!(error.contains("a width of") && error.contains("more than 65536"), "{wide}: {error}");
+        }
+        assert_eq!(rendered("{{ '20261201 {:>3}'.format(1) }}").unwrap(), "20261201   1");
+    }
+
+    #[test]
     fn clocks_write_dates_as_c_does() {
         let fixed = Clock::Fixed(1_721_952_000);
         assert_eq!(fixed.format("%d %b %Y, %H:%M").unwrap(), "26 Jul 2024, 00:00");

@@ -91,6 +91,10 @@ fn string_method(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>
             let (suffix,): (&str,) = from_args(args)?;
             text.strip_suffix(suffix).unwrap_or(text).into()
         }
+        "format" => {
+            narrow_format(text)?;
+            return Ok(None);
+        }
         "casefold" => text.to_lowercase().replace('ß', "ss").replace('ς', "σ").into(),
         "swapcase" => text.chars().map(swapped).collect::<String>().into(),
         "title" => title(text).into(),
@@ -101,14 +105,14 @@ fn string_method(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>
                 "ljust" => Side::Right,
                 _ => Side::Left,
             };
-            pad(text, width, fill.unwrap_or(' '), side).into()
+            pad(text, width, fill.unwrap_or(' '), side)?.into()
         }
         "zfill" => {
             let (width,): (usize,) = from_args(args)?;
             let digits = text.trim_start_matches(['+', '-']);
             let sign = if text.len() - digits.len() == 1 { &text[..1] } else { "" };
             let rest = &text[sign.len()..];
-            format!("{sign}{}", pad(rest, width.saturating_sub(sign.len()), '0', Side::Left)).into()
+            format!("{sign}{}", pad(rest, width.saturating_sub(sign.len()), '0', Side::Left)?).into()
         }
         "partition" | "rpartition" => {
             let (separator,): (&str,) = from_args(args)?;
@@ -144,7 +148,7 @@ fn string_method(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>
         }
         "expandtabs" => {
             let (size,): (Option<usize>,) = from_args(args)?;
-            expand_tabs(text, size.unwrap_or(8)).into()
+            expand_tabs(text, narrow(size.unwrap_or(8))?).into()
         }
         _ => return Ok(None),
     };
@@ -169,9 +173,27 @@ enum Side {
     Both,
 }
 
+/// Characters that a template may ask a text to be filled to.
+const WIDEST: usize = 1 << 16;
+
+/// `width`, unless a text of so many characters is only there to fill memory.
+pub(super) fn narrow(width: usize) -> Result<usize, Error> {
+    let why = || format!("a width of {width}, more than {WIDEST}");
+    if width > WIDEST { Err(Error::new(ErrorKind::InvalidOperation, why())) } else { Ok(width) }
+}
+
+/// Checks the widths and precisions of a format, as of `{:>8}`: pycompat takes any.
+fn narrow_format(format: &str) -> Result<(), Error> {
+    let fields = format.split('{').filter_map(|field| field.split('}').next()?.split_once(':'));
+    let numbers = fields.flat_map(|(_, shape)| shape.split(|c: char| !c.is_ascii_digit()));
+    let widths =
+        numbers.filter(|digits| !digits.is_empty()).map(|digits| digits.parse().unwrap_or(usize::MAX));
+    widths.map(narrow).try_for_each(|width| width.map(drop))
+}
+
 /// Text of at least `width` characters, filled on a side.
-fn pad(text: &str, width: usize, fill: char, side: Side) -> String {
-    let missing = width.saturating_sub(text.chars().count());
+fn pad(text: &str, width: usize, fill: char, side: Side) -> Result<String, Error> {
+    let missing = narrow(width)?.saturating_sub(text.chars().count());
     let left = match side {
         Side::Left => missing,
         Side::Right => 0,
@@ -179,7 +201,7 @@ fn pad(text: &str, width: usize, fill: char, side: Side) -> String {
         Side::Both => missing / 2 + (missing & width & 1),
     };
     let fill = |count: usize| std::iter::repeat_n(fill, count).collect::<String>();
-    format!("{}{text}{}", fill(left), fill(missing - left))
+    Ok(format!("{}{text}{}", fill(left), fill(missing - left)))
 }
 
 fn swapped(c: char) -> String {

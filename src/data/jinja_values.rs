@@ -1,6 +1,6 @@
 //! Values as Python writes them: `json.dumps` for the `tojson` filter, `repr` and `str` for what a template prints.
 
-use super::integers::Digits;
+use super::{integers::Digits, jinja_methods::narrow};
 use fancy_regex::Regex;
 use minijinja::{
     Error, ErrorKind, Value,
@@ -36,7 +36,7 @@ pub(super) fn tojson(value: &Value, arguments: Rest<ValueOrKwargs>) -> Result<Va
     let indent = match argument(1, "indent")? {
         None => None,
         Some(text) if text.as_str().is_some() => text.as_str().map(str::to_string),
-        Some(number) => Some(" ".repeat(usize::try_from(number)?)),
+        Some(number) => Some(" ".repeat(narrow(usize::try_from(number)?)?)),
     };
     let (item_separator, key_separator) = match argument(2, "separators")? {
         None => (if indent.is_some() { "," } else { ", " }.to_string(), ": ".to_string()),
