@@ -11,22 +11,50 @@ use crate::data::{error::one_line, guard};
 use arrow_array::{Array, ArrayRef, ArrowPrimitiveType, RecordBatch, cast::AsArray, types::*};
 use arrow_ipc::reader::{FileReader, StreamReader};
 use arrow_schema::{ArrowError, DataType};
-use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::{
+    arrow::arrow_reader::ParquetRecordBatchReaderBuilder,
+    file::metadata::{ColumnChunkMetaData, RowGroupMetaData},
+};
 use serde_json::{Map, Number, Value};
 use std::{fs::File, io::BufReader};
 
-/// Rows that are decoded at a time.
+/// Rows that are decoded at a time at most, and their bytes, as the file's metadata has them.
 const ROWS: usize = 1024;
+const BATCH: u64 = 64 << 20;
+
+/// Bytes of a row in the mean at most, and those that a value of a list counts.
+const MOST_OF_A_ROW: u64 = 256 << 20;
+const VALUE: u64 = 8;
 
 /// The one field that stays where it is null.
 const KEPT_NULL: &str = "content";
 
 pub(super) fn parquet(file: File, visit: &mut Visit) -> Result<(), Fault> {
-    let opened = guarded("parquet", || {
-        let builder = ParquetRecordBatchReaderBuilder::try_new(file)?;
-        builder.with_batch_size(ROWS).build()
-    })?;
-    batches("parquet", opened, visit)
+    let builder = guarded("parquet", || ParquetRecordBatchReaderBuilder::try_new(file))?;
+    let row = largest_row(builder.metadata().row_groups());
+    if row > MOST_OF_A_ROW {
+        let (mean, most) = (row >> 20, MOST_OF_A_ROW >> 20);
+        return Err(Fault::Broken(format!(
+            "rows of {mean} MB in the mean, more than {most} MB; cut them into several"
+        )));
+    }
+    let rows = (BATCH / row.max(1)).clamp(1, ROWS as u64) as usize;
+    batches("parquet", guarded("parquet", || builder.with_batch_size(rows).build())?, visit)
+}
+
+/// Bytes of a row in the mean, of the row group where that is most: a few bytes of a file can stand for any number of
+/// values, in a page that is packed well or by a dictionary.
+fn largest_row(groups: &[RowGroupMetaData]) -> u64 {
+    let bytes = |column: &ColumnChunkMetaData| {
+        let [packed, values] =
+            [column.uncompressed_size(), column.num_values()].map(|n| u64::try_from(n).unwrap_or(0));
+        packed.max(values.saturating_mul(VALUE))
+    };
+    let row = |group: &RowGroupMetaData| {
+        let rows = u64::try_from(group.num_rows()).unwrap_or(0).max(1);
+        group.columns().iter().map(bytes).fold(0, u64::saturating_add) / rows
+    };
+    groups.iter().map(row).max().unwrap_or(0)
 }
 
 pub(super) fn arrow_file(file: File, visit: &mut Visit) -> Result<(), Fault> {
@@ -188,4 +216,40 @@ fn lists(array: &ArrayRef, items: &ArrayRef, start: impl Fn(usize) -> usize) -> 
         if array.is_null(row) { Value::Null } else { Value::Array(own) }
     };
     (0..array.len()).map(list).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use arrow_array::ListArray;
+    use parquet::arrow::ArrowWriter;
+    use std::{ops::ControlFlow, sync::Arc};
+
+    /// Rows read from a file with a list of so many zeros in each, or the words of the fault.
+    fn rows_of(lengths: &[usize]) -> Result<usize, String> {
+        let zeros = lengths.iter().map(|&length| Some(vec![Some(0); length]));
+        let list: ArrayRef = Arc::new(ListArray::from_iter_primitive::<Int8Type, _, _>(zeros));
+        let batch = RecordBatch::try_from_iter([("input_ids", list)]).unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        let mut writer = ArrowWriter::try_new(&mut file, batch.schema(), None).unwrap();
+        writer.write(&batch).unwrap();
+        writer.close().unwrap();
+        let mut count = 0;
+        let read = parquet(file, &mut |_, _| {
+            count += 1;
+            ControlFlow::Continue(())
+        });
+        read.map(|()| count).map_err(|fault| format!("{fault:?}"))
+    }
+
+    #[test]
+    fn a_row_of_values_without_end_is_refused() {
+        assert_eq!(rows_of(&[3; 3000]), Ok(3000));
+        assert_eq!(rows_of(&[1 << 20; 3]), Ok(3));
+        let fault = rows_of(&[40 << 20]).unwrap_err();
+        assert!(
+            fault.contains("rows of 320 MB in the mean, more than 256 MB; cut them into several"),
+            "{fault}"
+        );
+    }
 }
